@@ -1,0 +1,286 @@
+"""A Hugging Face folder of safetensors → a LLaMA on its devices, tensor by tensor.
+
+A tensor is read, sent to its device, and there transposed, cast or quantised into its place in
+the stacked array, before the next one is read: the float model never exists as a whole.
+"""
+
+import collections
+import ctypes
+import functools
+import hashlib
+import json
+import pathlib
+import platform
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import safetensors
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import errors, hub, quant, sharding
+from lora_jax.models import config as model_config
+from lora_jax.models import llama
+
+_DTYPES = {"F32", "F16", "BF16"}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies on disk, and its shape and dtype there."""
+
+    path: pathlib.Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Slot(NamedTuple):
+    """Where a tensor goes: an array of the model, and the layer in it (None: the whole array)."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]  # on disk
+
+
+class _Source(NamedTuple):
+    """One layer's tensor, for a place in a stacked array."""
+
+    layer: int | None
+    stored: Stored
+
+
+def load(
+    folder: pathlib.Path | str,
+    *,
+    dtype: str | None = None,
+    quantisation: str = "none",
+    mesh: Mesh | None = None,
+) -> llama.LlamaForCausalLM:
+    """The model in `folder`, its linear layers quantised (lm_head excepted), on `mesh`.
+
+    dtype: of everything not quantised; None takes config.json's, float16 read as bfloat16.
+    Raises: UserError for a folder, file or tensor that is missing, damaged or of another shape,
+    all of them at once.
+    """
+    folder = pathlib.Path(folder)
+    config = model_config.load(folder)
+    dtype = jnp.dtype(dtype or config.dtype)
+    mesh = mesh or sharding.make_mesh(sharding.parse(None, jax.device_count()))
+    stored = tensors(folder)
+    model = nnx.eval_shape(
+        lambda: llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    slots = _slots(model)
+    _check(stored, slots, config, folder)
+    sources = collections.defaultdict(list)
+    for name, slot in slots.items():
+        sources[slot.path].append(_Source(slot.layer, stored[name]))
+    # Kernels first: a quantised layer takes its linear layer's place, then gets its bias.
+    for path in sorted(sources, key=lambda path: path[-1] != "kernel"):
+        parent = functools.reduce(getattr, path[:-1], model)
+        is_kernel = path[-1] == "kernel"
+        if quantisation != "none" and is_kernel and path[-2] != "lm_head":
+            layer = _load_quantised(parent, path, sources[path], quantisation, mesh)
+            setattr(functools.reduce(getattr, path[:-2], model), path[-2], layer)
+        else:
+            variable = getattr(parent, path[-1])
+            where = sharding.of(path, len(variable.shape), mesh)
+            array = _load_dense(variable, sources[path], where, transpose=is_kernel)
+            variable.set_value(array)
+    return model
+
+
+def tensors(folder: pathlib.Path) -> dict[str, Stored]:
+    """{name: Stored} of every tensor in the folder's safetensors files, from their headers alone.
+
+    Raises: UserError for pickles without safetensors, missing shards, truncated files, pointers.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        hub.refuse_lfs_pointer(index)
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if (folder / "model.safetensors") in files:
+            files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise errors.UserError(
+            expected="every shard that model.safetensors.index.json names",
+            found=[f"no {name}" for name in missing],
+            where=str(folder),
+            do="download the missing files",
+        )
+    if not files:
+        pickles = [p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern)]
+        raise errors.UserError(
+            expected="weights in *.safetensors",
+            found=f"only {', '.join(pickles)}, a pickle, which can run code and is not read"
+            if pickles
+            else "no weights",
+            where=str(folder),
+            do="take a revision with safetensors, or convert with transformers' save_pretrained",
+        )
+    stored, damaged = {}, []
+    for file in files:
+        hub.refuse_lfs_pointer(file)
+        try:
+            with safetensors.safe_open(file, "numpy") as reader:
+                for name in reader.keys():  # noqa: SIM118 (no dict: it has no __iter__)
+                    part = reader.get_slice(name)
+                    stored[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+        except (safetensors.SafetensorError, OSError) as error:
+            damaged.append(f"{file.name}: {error}")
+    if damaged:
+        raise errors.UserError(
+            expected="whole safetensors files",
+            found=damaged,
+            where=str(folder),
+            do="download these files again; they are truncated or not safetensors",
+        )
+    return stored
+
+
+def fingerprint(folder: pathlib.Path | str) -> dict:
+    """What identifies a base model: its config, tensor names, shapes, file sizes, hub commit."""
+    folder = pathlib.Path(folder)
+    stored = tensors(folder)
+    return {
+        "config": json.loads((folder / "config.json").read_text()),
+        "tensors": _digest({name: [*s.shape, s.dtype] for name, s in stored.items()}),
+        "bytes": sum(path.stat().st_size for path in {s.path for s in stored.values()}),
+        "commit": hub.commit(folder),
+    }
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _slots(model: llama.LlamaForCausalLM) -> dict[str, _Slot]:
+    """{tensor name on disk: its place} for every array of the model."""
+    slots = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        leaf = {"kernel": "weight", "embedding": "weight"}.get(path[-1], path[-1])
+        stacked = path[:2] == ("model", "layers")
+        shape = tuple(variable.shape[1:] if stacked else variable.shape)
+        if path[-1] == "kernel":
+            shape = shape[::-1]
+        for layer in range(variable.shape[0]) if stacked else [None]:
+            parts = (*path[:2], str(layer), *path[2:-1]) if stacked else path[:-1]
+            slots[".".join((*parts, leaf))] = _Slot(path, layer, shape)
+    return slots
+
+
+def _check(stored, slots, config, folder) -> None:
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    problems = [f"{name} is missing" for name in slots if name not in stored]
+    problems += [
+        f"{name} is unexpected"
+        for name in stored
+        if name not in slots and name not in tied and not name.endswith("rotary_emb.inv_freq")
+    ]
+    problems += [
+        f"{name} has shape {list(stored[name].shape)}, expected {list(slot.shape)}"
+        for name, slot in slots.items()
+        if name in stored and stored[name].shape != slot.shape
+    ]
+    problems += [
+        f"{name} has dtype {stored[name].dtype}, expected one of {', '.join(sorted(_DTYPES))}"
+        for name in slots
+        if name in stored and stored[name].dtype not in _DTYPES
+    ]
+    if problems:
+        raise errors.UserError(
+            expected="the tensors that config.json describes",
+            found=problems,
+            where=str(folder),
+            do="check that config.json and the safetensors files belong together",
+        )
+
+
+def _load_dense(variable, sources: list[_Source], where: NamedSharding, transpose: bool):
+    if sources[0].layer is None:
+        return _dense(_read(sources[0].stored, where, transpose), variable.dtype, where, transpose)
+    whole = jnp.zeros(variable.shape, variable.dtype, device=where)
+    for source in sources:
+        raw = _read(source.stored, where, transpose)
+        whole = jax.block_until_ready(_store_dense(whole, raw, source.layer, where, transpose))
+        del raw
+        _return_freed_memory()
+    return whole
+
+
+def _load_quantised(linear: nnx.Linear, path, sources, fmt, mesh) -> quant.QuantLinear:
+    """linear with its kernel packed layer by layer; its bias is loaded later, as any array."""
+    layers, rows, columns = linear.kernel.shape
+    multiple = sharding.input_shards(path[:-1], mesh)
+    shapes = jax.eval_shape(
+        functools.partial(quant.quantise, fmt=fmt, multiple=multiple),
+        jax.ShapeDtypeStruct((rows, columns), linear.kernel.dtype),
+    )
+    where = quant.Packed(
+        *(
+            None if shape is None else sharding.of((*path[:-1], leaf), shape.ndim + 1, mesh)
+            for leaf, shape in zip(quant.Packed._fields, shapes, strict=True)
+        )
+    )
+    whole = jax.tree.map(
+        lambda s, w: jnp.zeros((layers, *s.shape), s.dtype, device=w), shapes, where
+    )
+    raw_where = sharding.of(path, 3, mesh)
+    for source in sources:
+        raw = _read(source.stored, raw_where, True)
+        # Wait for each tensor: dispatch ahead of the quantiser would pile up float weights.
+        whole = jax.block_until_ready(
+            _store_quantised(whole, raw, source.layer, fmt, multiple, where)
+        )
+        del raw
+        _return_freed_memory()
+    bias = None if linear.bias is None else linear.bias.get_value()
+    return quant.QuantLinear(
+        whole, bias, fmt=fmt, in_features=rows, dtype=linear.kernel.dtype
+    )
+
+
+def _return_freed_memory() -> None:
+    """Gives the host memory of tensors that were freed back to the system.
+
+    glibc keeps freed blocks of up to 32 MB for reuse, in an arena per thread: over a checkpoint
+    that adds up to more than the packed model.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _read(stored: Stored, where: NamedSharding, transpose: bool) -> jax.Array:
+    """The tensor as it lies on disk, on the devices that will hold its place in `where`."""
+    # Opened anew for each tensor: a mapped file's pages count as memory until it is closed.
+    with safetensors.safe_open(stored.path, "numpy") as reader:
+        array = reader.get_tensor(stored.name)
+    spec = where.spec[-array.ndim :]
+    spec = PartitionSpec(*(spec[::-1] if transpose else spec))
+    return jax.device_put(array, NamedSharding(where.mesh, spec))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _dense(raw, dtype, where, transpose):
+    array = (raw.T if transpose else raw).astype(dtype)
+    return jax.lax.with_sharding_constraint(array, where)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _store_dense(whole, raw, layer, where, transpose):
+    array = (raw.T if transpose else raw).astype(whole.dtype)
+    whole = jax.lax.dynamic_update_index_in_dim(whole, array, layer, 0)
+    return jax.lax.with_sharding_constraint(whole, where)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
+def _store_quantised(whole, raw, layer, fmt, multiple, where):
+    packed = quant.quantise(raw.T, fmt, multiple)
+    whole = jax.tree.map(
+        lambda w, part: jax.lax.dynamic_update_index_in_dim(w, part, layer, 0), whole, packed
+    )
+    return jax.tree.map(jax.lax.with_sharding_constraint, whole, where)

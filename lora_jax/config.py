@@ -1,0 +1,91 @@
+"""Settings that are persisted or shared between scripts. Imports no jax: `--help` reads these."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from lora_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt and how: y = base(x) + scale · B(A(dropout(x))), scale = alpha / rank.
+
+    Args:
+      rank: the inner dimension R of A [d_in, R] and B [R, d_out].
+      alpha: numerator of the scale. It stays 16 whatever the rank, so that a learning rate found
+        at one rank is a fair start at another.
+      dropout: probability of dropping an input of A, in training only.
+      targets: names (`q_proj`: a path that equals it or ends in `.q_proj`), one regex string
+        (full match on the path, e.g. `model.layers.0.self_attn.q_proj`), or "all-linear" (every
+        linear except lm_head).
+      exclude: paths or names left out, in the same language as a list of targets or a regex.
+      layers: indices of the layers to adapt (PEFT: layers_to_transform); None means all.
+      rank_pattern, alpha_pattern: {regex on the end of the path: value} overrides.
+      use_rslora: scale = alpha / √rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3; semantics as in PEFT.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: Sequence[str] | str = ("q_proj", "v_proj")
+    exclude: Sequence[str] | str = ()
+    layers: Sequence[int] | None = None
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        for name in ("targets", "exclude", "layers"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        problems = [
+            f"rank {rank}" for rank in (self.rank, *self.rank_pattern.values()) if rank < 1
+        ]
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout {self.dropout}")
+        if not self.targets:
+            problems.append("no targets")
+        if problems:
+            raise errors.UserError(
+                expected="rank ≥ 1, 0 ≤ dropout < 1, at least one target",
+                found=problems,
+                where="the LoRA settings",
+                do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW on A and B: learning rate, schedule, decay and clipping.
+
+    Args:
+      lr: peak learning rate of A (and of B, times lora_plus_ratio).
+      schedule: what follows the warmup: "cosine" or "linear" to zero, or "constant".
+      warmup: warmup steps when ≥ 1, else the share of all steps.
+      weight_decay: decoupled decay (AdamW), on A and B.
+      clip: largest global norm of the gradient; 0 switches clipping off.
+      lora_plus_ratio: lr of B over lr of A (LoRA+, https://arxiv.org/abs/2402.12354).
+      beta1, beta2, eps: AdamW's.
+    """
+
+    lr: float = 2e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    lora_plus_ratio: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise errors.UserError(
+                expected=f"a schedule among {', '.join(SCHEDULES)}", found=repr(self.schedule)
+            )
+
+
+SCHEDULES = ("cosine", "linear", "constant")
+QUANTS = ("none", "int8", "int4", "nf4")

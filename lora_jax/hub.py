@@ -1,0 +1,202 @@
+"""A model's name → the local folder that holds its files. Imports no jax."""
+
+import contextlib
+import errno
+import pathlib
+import re
+from collections.abc import Iterator
+
+from lora_jax import errors
+
+# Root-level files only: what the loaders read. Never a pickle (*.bin, *.pth), never code (*.py).
+_WANTED = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+]
+_UNWANTED = ["*/*", "*.bin", "*.py"]
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+_MODEL_FILES = (".safetensors", ".gguf", ".json", *_PICKLES)
+
+
+def model_folder(name: str, revision: str | None = None) -> pathlib.Path:
+    """The folder with the files of model (or adapter) `name`, downloaded first when it is a hub id.
+
+    Args:
+      name: an existing local folder, or a Hugging Face id such as `huggyllama/llama-7b`.
+      revision: branch, tag or commit on the hub; None means main.
+
+    Raises:
+      errors.UserError: no such folder, no such repository, gated, unreachable, only pickles, …
+    """
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file() or looks_like_path(name) or folder.suffix in _MODEL_FILES:
+        raise errors.UserError(
+            expected="a folder with config.json and *.safetensors, or a Hugging Face id",
+            found="a file" if folder.is_file() else "no such folder",
+            where=name,
+            do="give the folder that holds the model's files, or an id such as huggyllama/llama-7b",
+        )
+
+    import huggingface_hub
+
+    with readable_errors(name, revision, kind="model"):
+        folder = pathlib.Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise errors.UserError(
+            expected="weights in *.safetensors files",
+            found=_other_weights(name, revision) or "no weights at all",
+            where=f"the hub repository {name} (revision {revision or 'main'})",
+            do="pickles are never opened: choose a repository or a --revision with safetensors "
+            "(often refs/pr/N), or convert the weights with safetensors elsewhere",
+        )
+    return folder
+
+
+def commit(folder: str | pathlib.Path) -> str | None:
+    """The commit hash of a folder in the hub's cache, None for any other folder."""
+    folder = pathlib.Path(folder).resolve()
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if is_snapshot else None
+
+
+def refuse_lfs_pointer(path: str | pathlib.Path) -> None:
+    """Raises errors.UserError if `path` is a git-lfs pointer instead of the file it stands for."""
+    with open(path, "rb") as file:
+        if file.read(30).startswith(b"version https://git-lfs"):
+            raise errors.UserError(
+                expected="the file itself",
+                found="a git-lfs pointer (a few lines of text that stand for the file)",
+                where=str(path),
+                do="run `git lfs install && git lfs pull` in that folder",
+            )
+
+
+def looks_like_path(name: str) -> bool:
+    """True if `name` cannot be meant as a hub id (`name` or `owner/name`)."""
+    first = pathlib.Path(name).parts[:1]
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+        or ("/" in name and pathlib.Path(*first).is_dir())
+    )
+
+
+@contextlib.contextmanager
+def readable_errors(name: str, revision: str | None, kind: str) -> Iterator[None]:
+    """Turns what the hub's client raises for the repository `name` into errors.UserError.
+
+    kind: "model" or "dataset".
+    """
+    try:
+        yield
+    except errors.UserError:
+        raise
+    except Exception as error:
+        told = _explain(error, name, revision, kind)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _explain(
+    error: Exception, name: str, revision: str | None, kind: str
+) -> errors.UserError | None:
+    """What `error`, or one of those behind it, means to the user; None if it is none of ours."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub_errors
+
+    behind = _chain(error)
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    where = f"{name} (revision {revision or 'main'}) at {constants.ENDPOINT}"
+    network = next((e for e in reversed(behind) if _is_network(e)), None)
+
+    def seen(kind_of_error: type[Exception]) -> bool:
+        return any(isinstance(e, kind_of_error) for e in behind)
+
+    if seen(hub_errors.HFValidationError):
+        found = "neither a local path nor a valid id (owner/name)"
+        do = "check the spelling"
+    elif seen(hub_errors.GatedRepoError):  # before RepositoryNotFoundError, which it also is
+        found = "a gated repository that this account may not read"
+        do = f"accept the licence at {page}, then run `hf auth login` or set HF_TOKEN"
+    elif seen(hub_errors.RepositoryNotFoundError):
+        found = "no such local path, and no such repository on the hub (or a private one)"
+        do = "check the spelling; for a private repository run `hf auth login` or set HF_TOKEN"
+    elif seen(hub_errors.RevisionNotFoundError):
+        found = "no such revision"
+        do = f"choose a branch, tag or commit from {page}/tree/main"
+    elif any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in behind):
+        found = "no space left on the disk"
+        where = f"the download cache {constants.HF_HUB_CACHE}"
+        do = "free some space, or set HF_HOME to a folder on a larger disk"
+    elif network is not None and constants.HF_HUB_OFFLINE:
+        found = "HF_HUB_OFFLINE is set, and the files are not (all) in the cache"
+        where = f"{name} in {constants.HF_HUB_CACHE}"
+        do = f"unset HF_HUB_OFFLINE, or give a local {kind}"
+    elif network is not None:
+        reason = f"{type(network).__name__}: {_first_line(network)}"
+        found = f"no such local path, and the hub cannot be reached or refused: {reason}"
+        do = (
+            "check the network, HTTPS_PROXY and HF_ENDPOINT and run again (a download resumes), "
+            f"or give a local {kind}"
+        )
+    else:
+        return None
+    return errors.UserError(
+        expected=f"the {kind} {name}, from a local path or from the hub",
+        found=found,
+        where=where,
+        do=do,
+    )
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """`error` and what it was raised from, nearest first (`datasets` raises in circles)."""
+    chain: list[BaseException] = []
+    ahead: list[BaseException | None] = [error]
+    while ahead:
+        current = ahead.pop(0)
+        if current is not None and not any(current is e for e in chain):
+            chain.append(current)
+            ahead += [current.__cause__, current.__context__]
+    return chain
+
+
+def _is_network(error: BaseException) -> bool:
+    from huggingface_hub import errors as hub_errors
+
+    known = (
+        ConnectionError,
+        TimeoutError,
+        hub_errors.HfHubHTTPError,
+        hub_errors.LocalEntryNotFoundError,
+    )
+    # The HTTP library below huggingface_hub changed its name more than once.
+    return isinstance(error, known) or type(error).__module__.startswith(("httpx", "requests"))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "")
+
+
+def _other_weights(name: str, revision: str | None) -> list[str]:
+    """Names of weight files that are not safetensors, from the listing that the download left."""
+    import huggingface_hub
+
+    tree = huggingface_hub.get_cached_repo_tree(name, revision=revision)
+    return [f.path for f in tree if f.path.endswith((".gguf", *_PICKLES)) and "/" not in f.path]

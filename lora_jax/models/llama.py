@@ -1,0 +1,301 @@
+"""LLaMA and its relatives (Mistral, Qwen2, Qwen3) as a plain Flax NNX model.
+
+Axes: B batch · T query tokens · S key tokens · D hidden · F ffn · N heads · K kv-heads ·
+H head_dim · V vocab · L layers. Names are Hugging Face's. The decoder layers are one module whose
+arrays are stacked [L, …] and run by `lax.scan`, so that compile time does not grow with depth;
+whatever wraps a projection (LoRA, a quantised weight) is scanned with it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from lora_jax.kernels import matmul
+from lora_jax.models import config as model_config
+from lora_jax.models import rope
+
+REMAT = ("full", "dots", "none")  # what the backward pass recomputes: all, all but dots, nothing
+
+LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the leading layers
+    "embed_tokens": ("vocab", "embed"),
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "heads"),
+    "v_proj": ("embed", "heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+    "lm_head": ("embed", "vocab"),
+}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen, for all layers; returned by whoever extends it.
+
+    k, v: [L, B, S, K, H]; valid [B, S]: the slot holds a real token; length: slots used so far.
+    """
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    valid: Bool[Array, "B S"]
+    length: Int[Array, ""]
+
+
+class LlamaForCausalLM(nnx.Module):
+    """Token ids → next-token logits."""
+
+    def __init__(
+        self,
+        config: model_config.LlamaConfig,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(
+                config,
+                config.hidden_size,
+                config.vocab_size,
+                False,
+                dot_general=_float32_dot_general,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Shaped[Array, "B T"] | None = None,
+        *,
+        remat: str = "none",
+    ) -> Float[Array, "B T V"]:
+        """Logits in float32. attention_mask [B, T]: nonzero where a token is real (any padding)."""
+        return self.logits(self.hidden_states(input_ids, attention_mask, remat=remat))
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Shaped[Array, "B T"] | None = None,
+        *,
+        remat: str = "none",
+    ) -> Float[Array, "B T D"]:
+        """The last layer's normalised output, from which `logits` follow."""
+        real = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
+        slots = jnp.arange(input_ids.shape[1])
+        mask = None if attention_mask is None else real[:, None, :]
+        positions = _positions(real, 0)
+        hidden, _ = self.model(input_ids, positions, slots, mask, None, remat=remat)
+        return hidden
+
+    def extend(
+        self,
+        input_ids: Int[Array, "B T"],
+        cache: KVCache,
+        attention_mask: Shaped[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Logits of the last token, and the cache with these T tokens appended."""
+        real = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
+        positions = _positions(real, cache.valid.sum(axis=1)[:, None])
+        slots = cache.length + jnp.arange(input_ids.shape[1])
+        valid = lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
+        cache = cache._replace(valid=valid)
+        hidden, cache = self.model(input_ids, positions, slots, valid[:, None, :], cache)
+        return self.logits(hidden[:, -1]), cache
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """hidden · W_vocab, in float32."""
+        if self.config.tie_word_embeddings:
+            return matmul.matmul(hidden, self.model.embed_tokens.embedding[...].T, jnp.float32)
+        return self.lm_head(hidden)
+
+    def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """A cache with room for max_length tokens a row."""
+        c = self.config
+        shape = (c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim)
+        dtype = self.model.embed_tokens.embedding.dtype
+        return KVCache(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            valid=jnp.zeros((batch_size, max_length), bool),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+
+class LlamaModel(nnx.Module):
+    def __init__(self, config, *, dtype, rngs):
+        self.config = config
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=dtype,
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stacked(rngs):
+            return LlamaDecoderLayer(config, dtype=dtype, rngs=rngs)
+
+        self.layers = stacked(rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+    def __call__(self, input_ids, positions, slots, mask, cache, *, remat="none"):
+        """(normalised hidden [B, T, D], cache). slots [T]: where among the S keys a query stands.
+
+        mask [B, 1, S]: which keys are real (None: all); causality and windows are added here.
+        """
+        c = self.config
+        hidden = self.embed_tokens(input_ids)
+        cos, sin = rope.cos_sin(positions, c.head_dim, c.rope, c.max_position_embeddings)
+        keys = jnp.arange(hidden.shape[1] if cache is None else cache.k.shape[2])
+        distance = (slots[:, None] - keys[None])[None]
+        causal = distance >= 0 if mask is None else (distance >= 0) & mask
+        graphdef, layers = nnx.split(self.layers)
+        window = _windows(c)
+
+        def layer(carry, xs):
+            hidden, kv = carry
+            state, index, window = xs
+            visible = causal if window is None else causal & (distance < window)
+            block = nnx.merge(graphdef, state)
+            hidden, kv = block(hidden, cos, sin, visible, slots, kv, index)
+            return (hidden, kv), None
+
+        xs = (layers, jnp.arange(c.num_hidden_layers), window)
+        kv = None if cache is None else (cache.k, cache.v)
+        (hidden, kv), _ = lax.scan(_rematerialised(layer, remat), (hidden, kv), xs)
+        if cache is not None:
+            cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + input_ids.shape[1])
+        return self.norm(hidden), cache
+
+
+class LlamaDecoderLayer(nnx.Module):
+    def __init__(self, config, *, dtype, rngs):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(width, eps, dtype=dtype)
+        self.self_attn = LlamaAttention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(width, eps, dtype=dtype)
+        self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden, cos, sin, visible, slots, kv, index):
+        attended, kv = self.self_attn(
+            self.input_layernorm(hidden), cos, sin, visible, slots, kv, index
+        )
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), kv
+
+
+class LlamaAttention(nnx.Module):
+    def __init__(self, config, *, dtype, rngs):
+        linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
+        self.config = config
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, width, config.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.o_proj = linear(width, config.hidden_size, config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+
+    def __call__(self, hidden, cos, sin, visible, slots, kv, index):
+        heads = (*hidden.shape[:2], -1, self.config.head_dim)
+        q = self.q_proj(hidden).reshape(heads)
+        k = self.k_proj(hidden).reshape(heads)
+        v = self.v_proj(hidden).reshape(heads)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
+        if kv is not None:
+            start = (index, 0, slots[0], 0, 0)
+            kv = tuple(
+                lax.dynamic_update_slice(all_layers, new[None], start)
+                for all_layers, new in zip(kv, (k, v), strict=True)
+            )
+            k, v = (lax.dynamic_index_in_dim(all_layers, index, keepdims=False)
+                    for all_layers in kv)  # fmt: skip
+        attended = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
+        return self.o_proj(attended.reshape(*hidden.shape[:2], -1)), kv
+
+
+class LlamaMLP(nnx.Module):
+    def __init__(self, config, *, dtype, rngs):
+        linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def __call__(self, hidden):
+        return self.down_proj(jax.nn.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class RMSNorm(nnx.Module):
+    """y = weight · x / √(mean(x²) + ε); normalised in float32, scaled in x's dtype.
+
+    Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4.
+    """
+
+    def __init__(self, width: int, eps: float, *, dtype: jax.typing.DTypeLike):
+        self.weight = nnx.Param(jnp.ones(width, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B width"]) -> Float[Array, "*B width"]:
+        wide = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        weight = jnp.expand_dims(self.weight[...], tuple(range(x.ndim - 1)))
+        return (wide * scale).astype(x.dtype) * weight
+
+
+# What nnx.Linear calls, always to contract x's last axis with the kernel's first.
+def _dot_general(x, kernel, dimension_numbers, **_):
+    return matmul.matmul(x, kernel)
+
+
+def _float32_dot_general(x, kernel, dimension_numbers, **_):
+    return matmul.matmul(x, kernel, jnp.float32)
+
+
+def _linear(config, d_in, d_out, use_bias, *, dot_general=_dot_general, dtype, rngs):
+    return nnx.Linear(
+        d_in,
+        d_out,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=dtype,
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        dot_general=dot_general,
+        rngs=rngs,
+    )
+
+
+def _positions(real: jax.Array, offset: jax.Array | int) -> jax.Array:
+    """Index of each real token in its row; padding on the left gets 0."""
+    return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0) + offset
+
+
+def _windows(config: model_config.LlamaConfig) -> jax.Array | None:
+    """Sliding window of each layer [L], or None when every layer attends to everything."""
+    if not any(config.sliding_windows):
+        return None
+    widest = np.iinfo(np.int32).max
+    return jnp.asarray([window or widest for window in config.sliding_windows], jnp.int32)
+
+
+def _rematerialised(layer, remat: str):
+    if remat not in REMAT:
+        raise ValueError(f"expected remat among {REMAT}, found {remat!r}")
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -1,0 +1,93 @@
+"""Rotary position embedding in Hugging Face's rotate-half layout, with its scaling rules."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models import config
+
+
+def cos_sin(
+    positions: Int[Array, "B T"], head_dim: int, rope: config.RopeConfig, context: int
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """cos and sin of positions · inv_freq, times the attention factor; float32.
+
+    `context` is max_position_embeddings, beyond which "dynamic" stretches its base.
+    Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34.
+    """
+    inv_freq, attention_factor = _inv_freq(positions, head_dim, rope, context)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq[None, None]
+    return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+
+
+def apply(
+    x: Float[Array, "B T heads head_dim"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+) -> Float[Array, "B T heads head_dim"]:
+    """x · cos + rotate_half(x) · sin, computed in float32 and returned in x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def _inv_freq(
+    positions: Int[Array, "B T"], dim: int, rope: config.RopeConfig, context: int
+) -> tuple[jax.Array, float]:
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    inv_freq = jnp.asarray(1.0 / (np.float32(rope.rope_theta) ** exponents))
+    if rope.rope_type == "linear":
+        return inv_freq / rope.factor, 1.0
+    if rope.rope_type == "dynamic":
+        # NTK-aware: the base grows with the longest position once it exceeds the context.
+        length = jnp.maximum(positions.max() + 1, context).astype(jnp.float32)
+        stretch = (rope.factor * length / context) - (rope.factor - 1)
+        base = rope.rope_theta * stretch ** (dim / (dim - 2))
+        return 1.0 / (base**exponents), 1.0
+    if rope.rope_type == "llama3":
+        return _llama3(inv_freq, rope), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn(inv_freq, dim, rope)
+    return inv_freq, 1.0
+
+
+def _llama3(inv_freq: jax.Array, rope: config.RopeConfig) -> jax.Array:
+    """Long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    wavelength = 2 * math.pi / inv_freq
+    original = rope.original_max_position_embeddings
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    smooth = jnp.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+
+
+def _yarn(inv_freq: jax.Array, dim: int, rope: config.RopeConfig) -> tuple[jax.Array, float]:
+    """Peng et al. 2023, https://arxiv.org/abs/2309.00071, §3.2 (by parts) and §3.4 (mscale)."""
+
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    def dimension(rotations: float) -> float:  # at which a wave makes so many rotations
+        original = rope.original_max_position_embeddings
+        return (dim * math.log(original / (rotations * 2 * math.pi))) / (
+            2 * math.log(rope.rope_theta)
+        )
+
+    attention_factor = rope.attention_factor
+    if attention_factor is None:
+        attention_factor = (
+            mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+            if rope.mscale and rope.mscale_all_dim
+            else mscale(1.0)
+        )
+    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    keep = 1 - np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    return (1 - keep) * inv_freq / rope.factor + keep * inv_freq, attention_factor

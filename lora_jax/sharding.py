@@ -1,0 +1,100 @@
+"""One mesh, one table of rules, and the sharding of every array that follows from its path."""
+
+import re
+from collections.abc import Iterable
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import errors
+from lora_jax.models import llama
+
+AXES = ("data", "fsdp", "tensor")
+RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+BATCH = ("data", "fsdp")  # a batch is split over both
+
+
+def parse(text: str | None, num_devices: int) -> dict[str, int]:
+    """{"data": 1, "fsdp": 8, "tensor": 1} from "fsdp=8"; axes left out are 1.
+
+    None puts every device on the data axis. Raises: UserError for anything else than axis=size
+    pairs whose product is the number of devices.
+    """
+    if text is None:
+        return {"data": num_devices, "fsdp": 1, "tensor": 1}
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
+        if not match or match[1] not in AXES or int(match[2]) < 1:
+            raise errors.UserError(
+                expected="a mesh such as data=1,fsdp=8,tensor=1", found=repr(text), where="--mesh"
+            )
+        sizes[match[1]] = int(match[2])
+    product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    if product != num_devices:
+        raise errors.UserError(
+            expected=f"a mesh of {num_devices} devices, as many as JAX sees",
+            found=f"{text} = {product} devices",
+            where="--mesh",
+            do="choose sizes whose product is the number of devices",
+        )
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+    """A mesh over all devices with the axes data, fsdp, tensor."""
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+    """For arrays [micro-batches, B, T]."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError when the rows of a batch cannot be dealt out evenly."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        raise errors.UserError(
+            expected=f"a batch size that data × fsdp = {shards} divides",
+            found=f"batch size {batch_size}",
+            where=f"mesh {dict(mesh.shape)}",
+            do=f"--batch-size {-(-batch_size // shards) * shards}, or another --mesh",
+        )
+
+
+def of(path: Iterable, ndim: int, mesh: Mesh) -> NamedSharding:
+    """Sharding of the array at `path`, e.g. (model, layers, self_attn, q_proj, kernel).
+
+    Packed words and group scales take their kernel's axes; a column scale or a bias its output
+    axis. LoRA's A takes the input axis and B the output axis, but never fsdp: they are small, and
+    every device needs them whole. What no rule names is replicated.
+    """
+    names = [str(part) for part in path]
+    module = next((name for name in reversed(names) if name in llama.LOGICAL_AXES), None)
+    spec = _spec(names[-1], *_mesh_axes(module)) if module else ()
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - len(spec)), *spec))
+
+
+def input_shards(path: Iterable, mesh: Mesh) -> int:
+    """Into how many parts the input axis of the linear layer at `path` is cut."""
+    return mesh.shape[_mesh_axes(list(path)[-1])[0]]
+
+
+def _mesh_axes(module: str) -> tuple[str, str]:
+    return tuple(RULES[axis] for axis in llama.LOGICAL_AXES[module])
+
+
+def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
+    tensor_only = {"tensor": "tensor", "fsdp": None}
+    return {
+        "kernel": (axis_in, axis_out),
+        "embedding": (axis_in, axis_out),
+        "q": (axis_in, axis_out),
+        "scale": (axis_in, axis_out),
+        "column_scale": (None, axis_out),
+        "bias": (axis_out,),
+        "lora_A": (tensor_only[axis_in], None),
+        "lora_B": (None, tensor_only[axis_out]),
+    }.get(leaf, ())

@@ -1,0 +1,184 @@
+"""The models against Hugging Face's logits and generations (tests/golden), and config.json."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lora_jax import checkpoint, errors
+from lora_jax.models import config as model_config
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+MODELS = sorted(path.name for path in (GOLDEN / "models").iterdir())
+CACHED = ["llama", "llama_dynamic", "mistral", "qwen2_window", "qwen3", "stories260K"]
+TINY = [name for name in MODELS if name != "stories260K"]
+TOLERANCE = 2e-4  # float32 logits of std 1.5 to 3; float32 itself is within 1e-4 of float64
+
+
+@functools.cache
+def golden(name):
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+@functools.cache
+def split_model(name):
+    return nnx.split(checkpoint.load(GOLDEN / "models" / name, dtype="float32"))
+
+
+def prompts(name):
+    """[(ids [T], logits [T, V])], the shortest first."""
+    arrays = golden(name)
+    count = sum(key.endswith("_logits") and key.startswith("prompt") for key in arrays)
+    return [(arrays[f"prompt{i}_ids"], arrays[f"prompt{i}_logits"]) for i in range(count)]
+
+
+def logits_of(name, ids, mask=None):
+    graphdef, state = split_model(name)
+    forward = jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask))
+    return np.asarray(forward(state, jnp.asarray(ids), None if mask is None else jnp.asarray(mask)))
+
+
+def read_config(name, form="config.json"):
+    return json.loads((GOLDEN / "models" / name / form).read_text())
+
+
+def with_rope(form, **rope):
+    """The config of `llama` in one of its two forms with other rope settings."""
+    raw = read_config("llama", form)
+    return raw | {"rope_parameters" if form == "config.json" else "rope_scaling": rope}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_hugging_face(name):
+    ids, expected = prompts(name)[-1]  # the longest; the others stand in the padded batch
+    np.testing.assert_allclose(logits_of(name, ids[None])[0], expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_left_padding_equals_hugging_face(name):
+    arrays = golden(name)
+    logits = logits_of(name, arrays["pad_ids"], arrays["pad_mask"])
+    real = arrays["pad_mask"] == 1
+    np.testing.assert_allclose(logits[real], arrays["pad_logits"][real], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_right_padding_leaves_the_prompt_alone(name):
+    ids, expected = prompts(name)[1]
+    padded = np.pad(ids, (0, 7), constant_values=5)[None]
+    mask = (np.arange(padded.shape[1]) < len(ids))[None].astype(np.int32)
+    logits = logits_of(name, padded, mask)[0, : len(ids)]
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_cache_reproduces_greedy_generation(name):
+    """Prompts of different lengths in one left-padded batch, then one token at a time."""
+    arrays, num_new = golden(name), 16
+    rows = [i for i in range(2) if f"gen{i}_ids" in arrays]
+    lengths = [len(arrays[f"prompt{i}_ids"]) for i in rows]
+    ids, mask = (arrays[key][rows, -max(lengths) :] for key in ("pad_ids", "pad_mask"))
+
+    graphdef, state = split_model(name)
+    cache = nnx.merge(graphdef, state).empty_cache(len(rows), max(lengths) + num_new)
+    extend = jax.jit(lambda state, *args: nnx.merge(graphdef, state).extend(*args))
+    logits, cache = extend(state, jnp.asarray(ids), cache, jnp.asarray(mask))
+    tokens = [logits.argmax(-1)]
+    for _ in range(num_new - 1):
+        logits, cache = extend(state, tokens[-1][:, None].astype(jnp.int32), cache)
+        tokens.append(logits.argmax(-1))
+    found = np.stack(tokens, axis=1)
+    expected = [
+        arrays[f"gen{i}_ids"][length : length + num_new]
+        for i, length in zip(rows, lengths, strict=True)
+    ]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_dynamic_rope_depends_on_the_length_of_the_input():
+    """Beyond max_position_embeddings even the first tokens are rotated more slowly."""
+    ids, _ = prompts("llama_dynamic")[-1]
+    short = logits_of("llama_dynamic", ids[None, :32])[0]
+    longer = logits_of("llama_dynamic", ids[None])[0, :32]
+    assert np.abs(short - longer).max() > 0.1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_both_forms_of_config_json_mean_the_same(name):
+    new, old = (model_config.from_dict(read_config(name, f"config{v}.json")) for v in ("", ".v4"))
+    assert new == old
+    assert new.num_attention_heads == 4 and new.vocab_size == 96
+
+
+def test_config_says_what_the_model_types_differ_in():
+    configs = {name: model_config.from_dict(read_config(name)) for name in TINY}
+    assert configs["qwen2_window"].sliding_windows == (None, 8, 8)
+    assert configs["mistral"].sliding_windows == (8, 8)
+    assert not any(configs["qwen2"].sliding_windows)
+    assert configs["qwen3"].qk_norm and not configs["qwen2"].qk_norm
+    assert configs["qwen2"].qkv_bias and not configs["qwen2"].o_bias
+    assert configs["llama_bias"].o_bias and configs["llama_bias"].mlp_bias
+    assert configs["llama_tied_hd16"].tie_word_embeddings
+    assert configs["llama_tied_hd16"].head_dim == 16 and configs["llama"].head_dim == 8
+
+
+def test_unknown_config_keys_are_all_named():
+    raw = read_config("llama") | {"logit_softcapping": 30.0, "attention_sinks": 4}
+    with pytest.raises(errors.UserError, match=r"(?s)logit_softcapping.*attention_sinks"):
+        model_config.from_dict(raw)
+
+
+def test_unknown_config_keys_that_are_off_are_ignored():
+    raw = read_config("llama")
+    off = {"logit_softcapping": None, "use_attention_sinks": False}
+    assert model_config.from_dict(raw | off) == model_config.from_dict(raw)
+
+
+@pytest.mark.parametrize("form", ["config.json", "config.v4.json"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_unknown_rope_type_is_named(form, key):
+    with pytest.raises(errors.UserError, match="longrope"):
+        model_config.from_dict(with_rope(form, **{key: "longrope"}, factor=2.0))
+
+
+@pytest.mark.parametrize("form", ["config.json", "config.v4.json"])
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_type": "default", "mrope_section": [2, 1, 1]}, "mrope_section"),
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "high_freq_factor"),
+        ({"full_attention": {"rope_type": "default"}}, "full_attention"),
+    ],
+)
+def test_rope_parameters_at_fault_are_named(form, rope, named):
+    with pytest.raises(errors.UserError, match=named):
+        model_config.from_dict(with_rope(form, **rope))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+    ],
+)
+def test_config_settings_at_fault_are_named(change, named):
+    with pytest.raises(errors.UserError, match=named):
+        model_config.from_dict(read_config("llama") | change)
+
+
+def test_folder_without_config_is_named(tmp_path):
+    with pytest.raises(errors.UserError, match=r"config\.json") as raised:
+        model_config.load(tmp_path)
+    assert str(tmp_path) in str(raised.value)
