@@ -1,0 +1,63 @@
+"""AdamW for A and B, with the learning-rate schedules of Hugging Face."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax import config as lora_config
+
+
+def schedule(config: lora_config.OptimConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate at a step (from 0): a linear warmup from 0, then the decay to 0 at num_steps.
+
+    Equals transformers' get_{cosine,linear,constant}_schedule_with_warmup, so with a warmup the
+    first step has lr 0.
+    """
+    warmup = config.warmup if config.warmup >= 1 else round(config.warmup * num_steps)
+
+    def lr(step):
+        progress = jnp.clip((step - warmup) / max(1, num_steps - warmup), 0, 1)
+        decay = {
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            "linear": 1 - progress,
+            "constant": 1.0,
+        }[config.schedule]
+        return config.lr * jnp.where(step < warmup, step / max(1, warmup), decay)
+
+    return lr
+
+
+def make(config: lora_config.OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW with one group for A and one for B.
+
+    B's learning rate is lora_plus_ratio × A's. In a mixed tree whatever is neither A nor B is
+    frozen: zero update and no moments.
+    """
+    lr = schedule(config, num_steps)
+
+    def adamw(ratio: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            lambda step: ratio * lr(step),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+
+    groups = {"A": adamw(1.0), "B": adamw(config.lora_plus_ratio), "frozen": optax.set_to_zero()}
+    # Clipping stands outside the partition: inside, each group would be clipped by its own norm.
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, optax.partition(groups, labels))
+
+
+def labels(params: Any) -> Any:
+    """The group of every leaf, "A", "B" or "frozen", by the name it is stored under."""
+    groups = {"lora_A": "A", "lora_B": "B"}
+
+    def label(path, _):
+        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        return next((groups[name] for name in reversed(names) if name in groups), "frozen")
+
+    return jax.tree_util.tree_map_with_path(label, params)

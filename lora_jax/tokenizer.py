@@ -1,0 +1,230 @@
+"""A model's folder → its tokenizer, and text → ids as both training and generation see them.
+
+Imports no jax; transformers takes seconds to import and is imported when a tokenizer is loaded.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import typing
+from collections.abc import Sequence
+
+from lora_jax import errors, hub
+
+if typing.TYPE_CHECKING:
+    import tokenizers
+    import transformers
+
+
+def load(folder: str | pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
+    """The tokenizer of the model in `folder`.
+
+    tokenizer.json is read as it stands, whatever tokenizer_class says: transformers 5.23's
+    LlamaTokenizer (AutoTokenizer's choice) rebuilds it and encodes runs of spaces differently from
+    the model's own SentencePiece. tokenizer_config.json (add_bos_token, special tokens) and the
+    chat template are respected. Without tokenizer.json, tokenizer.model is converted.
+
+    Raises:
+      errors.UserError: no tokenizer, an unreadable one, or sentencepiece is missing.
+    """
+    folder = pathlib.Path(folder)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            hub.refuse_lfs_pointer(folder / name)
+    if (folder / "tokenizer.json").is_file():
+        return _from_json(folder, folder)
+    if (folder / "tokenizer.model").is_file():
+        return _from_sentencepiece(folder)
+    raise errors.UserError(
+        expected="tokenizer.json or tokenizer.model",
+        found="neither",
+        where=str(folder),
+        do="copy the tokenizer files of the base model into the folder",
+    )
+
+
+def eos_ids(
+    tokenizer: "transformers.PreTrainedTokenizerBase", folder: str | pathlib.Path
+) -> tuple[int, ...]:
+    """The ids that end a text: the tokenizer's own first (training appends it), then those of
+    generation_config.json and config.json in `folder`.
+
+    Raises:
+      errors.UserError: there is none.
+    """
+    found = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(pathlib.Path(folder) / name).get("eos_token_id")
+        found += value if isinstance(value, list) else [value]
+    ids = tuple(dict.fromkeys(int(i) for i in found if i is not None))
+    if not ids:
+        raise errors.UserError(
+            expected="an end-of-text token",
+            found="none",
+            where=[f"{folder}/tokenizer_config.json", f"{folder}/generation_config.json"],
+            do='set "eos_token" in tokenizer_config.json',
+        )
+    return ids
+
+
+def encode(
+    tokenizer: "transformers.PreTrainedTokenizerBase", texts: Sequence[str]
+) -> list[list[int]]:
+    """Ids of each text as a model's input: one BOS if the tokenizer adds one, then the text.
+
+    Never an EOS at the end, even where the tokenizer would add one (a prompt must stay open), and
+    no second BOS where the text starts with one.
+    """
+    if not texts:
+        return []
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    bodies = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    return [[bos, *ids] if adds_bos and ids[:1] != [bos] else ids for ids in bodies]
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    """The object in a JSON file, {} if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise errors.UserError(
+            expected="a JSON object",
+            found=str(error),
+            where=str(path),
+            do="copy the file from the base model again",
+        ) from error
+
+
+def _from_json(
+    folder: pathlib.Path, origin: pathlib.Path
+) -> "transformers.PreTrainedTokenizerBase":
+    """Reads tokenizer.json in `folder`; `origin` is the folder that messages name."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    import transformers
+
+    config = _read_json(folder / "tokenizer_config.json")
+    # transformers 5 drops these two from the file where there is a tokenizer.json; it did not
+    # before, and models were trained with them: what the file says explicitly is meant.
+    explicit = {k: config[k] for k in ("add_bos_token", "add_eos_token") if k in config}
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return transformers.PreTrainedTokenizerFast.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **explicit
+        )
+    except Exception as error:  # the Rust library raises bare Exceptions
+        raise errors.UserError(
+            expected="a tokenizer in the tokenizers library's format",
+            found=f"{type(error).__name__}: {error}",
+            where=str(origin),
+            do="copy the tokenizer files of the base model again",
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _from_sentencepiece(folder: pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
+    """Converts tokenizer.model in a temporary folder and reads the result with its neighbours."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = pathlib.Path(temporary)
+        for name in (
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+        ):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, copy / name)
+        backend, named = _convert(folder / "tokenizer.model")
+        backend.save(str(copy / "tokenizer.json"))
+        path = copy / "tokenizer_config.json"
+        # LLaMA's own default where the file is silent: a BOS in front.
+        config = {"add_bos_token": True, **named, **_read_json(path)}
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return _from_json(copy, folder)
+
+
+def _convert(path: pathlib.Path) -> tuple["tokenizers.Tokenizer", dict[str, str]]:
+    """A SentencePiece BPE model as a tokenizers.Tokenizer, and its bos, eos and unk tokens.
+
+    A merge is any split of a piece into two pieces, in the order of the pieces' scores. The dummy
+    space and the spaces are put in by the normaliser, as SentencePiece does (transformers 5.23's
+    own converter puts no dummy space in front of a leading space).
+    """
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise errors.UserError(
+            expected="tokenizer.json, or the sentencepiece package to convert tokenizer.model",
+            found="tokenizer.model alone, and sentencepiece is not installed",
+            where=str(path),
+            do="pip install sentencepiece",
+        ) from error
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, normalizers, processors
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as error:
+        raise errors.UserError(
+            expected="a SentencePiece model",
+            found=f"{type(error).__name__}: {error}",
+            where=str(path),
+            do="copy tokenizer.json of the base model into the folder",
+        ) from error
+
+    pieces = {model.id_to_piece(i): i for i in range(len(model))}
+    merges = []
+    for piece, i in pieces.items():
+        if model.is_control(i) or model.is_byte(i) or model.is_unknown(i):
+            continue
+        splits = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
+        splits = [(a, b) for a, b in splits if a in pieces and b in pieces]
+        splits.sort(key=lambda ab: (pieces[ab[0]], pieces[ab[1]]))
+        merges += [(model.get_score(i), ab) for ab in splits]
+    merges.sort(key=lambda scored: -scored[0])  # stable: equal scores stay in the pieces' order
+
+    unk = model.id_to_piece(model.unk_id())
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            pieces, [ab for _, ab in merges], unk_token=unk, fuse_unk=True, byte_fallback=True
+        )
+    )
+    dummy = model.normalize("a") != "a"
+    collapses = "▁▁" not in model.normalize("a  b")
+    squeeze = [
+        normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
+        normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+    ]
+    backend.normalizer = normalizers.Sequence(
+        squeeze * collapses + [normalizers.Prepend("▁")] * dummy + [normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * dummy
+    )
+    special = [p for p, i in pieces.items() if model.is_control(i) or model.is_unknown(i)]
+    backend.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in special])
+    named = {"unk_token": unk}
+    for key, i in (("bos_token", model.bos_id()), ("eos_token", model.eos_id())):
+        if i >= 0:
+            named[key] = model.id_to_piece(i)
+    if "bos_token" in named:
+        bos = named["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces[bos])]
+        )
+
+    probe = "Hello  world,\n  naïve 12 tests: x=y; 東京 \t end "
+    ours = backend.encode(probe, add_special_tokens=False).ids
+    if ours != model.encode(probe):
+        raise errors.UserError(
+            expected="a SentencePiece model of type BPE without a text normaliser, as LLaMA's",
+            found="another type: the converted tokenizer encodes differently",
+            where=str(path),
+            do="copy tokenizer.json of the base model into the folder",
+        )
+    return backend, named

@@ -1,0 +1,152 @@
+"""The training step, and the loop that yields after each one."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lora_jax import lora
+
+IGNORED = -100  # label of a token that is not trained, as in torch and Hugging Face
+
+
+class Batch(NamedTuple):
+    """One optimizer step's rows, in micro-batches: A micro-batches of B rows of T tokens.
+
+    labels are input_ids where a token is trained, else −100; attention_mask is 1 on real tokens.
+    """
+
+    input_ids: Int[Array, "A B T"]
+    labels: Int[Array, "A B T"]
+    attention_mask: Int[Array, "A B T"]
+
+
+class State(NamedTuple):
+    """What training changes: A and B, the optimizer's moments, and the number of steps done."""
+
+    lora: Any
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+class Frozen(NamedTuple):
+    """What training leaves alone: the base model, and the shapes of the dropout keys."""
+
+    base: Any
+    dropout_keys: Any
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Frozen]:
+    """(graphdef, lora, frozen): the model as pure dicts, which jit dispatches fastest."""
+    graphdef, trained, keys, base = nnx.split(model, lora.LoRAParam, lora.DropoutKey, ...)
+    trained, keys, base = (nnx.to_pure_dict(part) for part in (trained, keys, base))
+    return graphdef, trained, Frozen(base, keys)
+
+
+def start(trained: Any, optimizer: optax.GradientTransformation) -> State:
+    """The state before step 1. Called eagerly: under jit the moments would lose A's sharding."""
+    return State(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
+
+
+def loss(
+    model: nnx.Module, batch: Batch, *, remat: str = "none"
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """(Σ −log p(next token), count) over the trained tokens of one micro-batch [B, T].
+
+    A sum and a count, so that a mean is taken once, over all tokens of all micro-batches.
+    """
+    logits = model(batch.input_ids, batch.attention_mask, remat=remat)[:, :-1]
+    targets = batch.labels[:, 1:]
+    trained = targets != IGNORED
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(trained, targets, 0))
+    return jnp.where(trained, each, 0).sum(), trained.sum()
+
+
+def make_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int = 0,
+    remat: str = "full",
+) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
+    """The jitted step (state, frozen, batch) → (state, metrics); it takes over state's memory.
+
+    The gradient is that of the mean over all trained tokens of the batch. When it is not finite
+    the state stays as it was, but for the step count. Metrics: loss, grad_norm, lr, num_tokens.
+    """
+
+    def sums(trained, frozen, micro_batch, key):
+        keys = lora.reseed(frozen.dropout_keys, key)
+        model = nnx.merge(graphdef, trained, keys, frozen.base)
+        return loss(model, micro_batch, remat=remat)
+
+    def step(state: State, frozen: Frozen, batch: Batch):
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def accumulate(total, xs):
+            index, micro_batch = xs
+            key = jax.random.fold_in(step_key, index)
+            (value, count), gradient = jax.value_and_grad(sums, has_aux=True)(
+                state.lora, frozen, micro_batch, key
+            )
+            return jax.tree.map(jnp.add, total, (value, count, gradient)), None
+
+        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.lora))
+        indices = jnp.arange(batch.input_ids.shape[0])
+        (value, count, gradient), _ = jax.lax.scan(accumulate, zero, (indices, batch))
+        mean = jax.tree.map(lambda g: g / count, gradient)
+        grad_norm = optax.global_norm(mean)
+        updates, opt_state = optimizer.update(mean, state.opt_state, state.lora)
+        trained = optax.apply_updates(state.lora, updates)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        trained, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trained, opt_state),
+            (state.lora, state.opt_state),
+        )
+        metrics = {
+            "loss": value / count,
+            "grad_norm": grad_norm,
+            "lr": schedule(state.step),
+            "num_tokens": batch.attention_mask.sum(),
+        }
+        return State(trained, opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Frozen, Batch], tuple]:
+    """The jitted (lora, frozen, micro-batch) → (Σ loss, count), without dropout."""
+
+    @jax.jit
+    def eval_loss(trained, frozen, micro_batch):
+        model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+        return loss(model, micro_batch)
+
+    return eval_loss
+
+
+def steps(
+    step: Callable,
+    state: State,
+    frozen: Frozen,
+    batch_at: Callable[[int], Batch],
+    num_steps: int,
+) -> Iterator[tuple[State, dict[str, float]]]:
+    """Yields (state, metrics) after each step until num_steps are done, from where `state` stands.
+
+    `state` is valid until the next iteration. The next batch is made while the device computes.
+    """
+    done = int(state.step)
+    batch = batch_at(done) if done < num_steps else None
+    while done < num_steps:
+        state, metrics = step(state, frozen, batch)
+        done += 1
+        if done < num_steps:
+            batch = batch_at(done)
+        yield state, {"step": done, **{name: value.item() for name, value in metrics.items()}}

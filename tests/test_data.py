@@ -1,0 +1,484 @@
+"""Files → rows with loss masks → batches."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import datasets
+import hub_server
+import numpy as np
+import pytest
+import tiny_tokenizer
+
+from lora_jax import data, errors, tokenizer
+
+BOS, EOS = tiny_tokenizer.BOS, tiny_tokenizer.EOS
+CHATML = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+GENERATION = (
+    "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+CHAT = [
+    {"role": "user", "content": "ab cd"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "no ab"},
+]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return tokenizer.load(tiny_tokenizer.save(tmp_path_factory.mktemp("tokenizer")))
+
+
+def chat_tokenizer(tmp_path, template):
+    return tokenizer.load(tiny_tokenizer.save(tmp_path / "chat", chat_template=template))
+
+
+def dataset(*rows):
+    return datasets.Dataset.from_list(list(rows))
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+def trained_text(tok, row):
+    ids, trained = row
+    return tok.decode(ids[trained])
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    rows = [{"prompt": "a, b", "completion": "1"}, {"prompt": 'say "c"\nd', "completion": "2"}]
+    lines = [json.dumps(row) for row in rows]
+    files = [
+        write(tmp_path / "x.jsonl", lines[0], "", lines[1]),
+        write(tmp_path / "x.json", json.dumps(rows, indent=1)),
+        write(tmp_path / "lines.json", *lines),
+        write(tmp_path / "x.csv", "prompt,completion", '"a, b",1', '"say ""c""\nd",2'),
+    ]
+    dataset(*rows).to_parquet(tmp_path / "x.parquet")
+    loaded = [data.load(file) for file in [*files, str(tmp_path / "x.parquet")]]
+    for one in loaded:
+        assert data.fields_of(one) == ["prompt", "completion"]
+        assert [{k: row[k] for k in rows[0]} for row in one] == rows
+    # The origin is no part of the content: equal rows have equal fingerprints.
+    assert len({data.fingerprint(one) for one in loaded}) == 1
+
+
+def test_malformed_lines_are_all_named(tmp_path):
+    path = write(
+        tmp_path / "x.jsonl", '{"text": "a"}', '{"text": ', "[1]", "", '{"text": "b"}', "x"
+    )
+    with pytest.raises(errors.UserError) as caught:
+        data.load(path)
+    for number in (2, 3, 6):
+        assert f"x.jsonl:{number}" in str(caught.value)
+    assert "x.jsonl:1" not in str(caught.value)
+    assert "x.jsonl:5" not in str(caught.value)
+
+    path = write(tmp_path / "many.jsonl", *["broken"] * 30)
+    with pytest.raises(errors.UserError) as caught:
+        data.load(path)
+    assert "many.jsonl:20" in str(caught.value)
+    assert "many.jsonl:21" not in str(caught.value)
+    assert "10 more" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"", "empty"),
+        ("x.jsonl", b"\n\n", "empty"),
+        ("x.txt", b"", "empty"),
+        ("x.csv", b"text\n", "empty"),
+        ("x.csv", b"a,b\n1,2\n1,2,3\n", r"x\.csv:3"),
+        ("x.csv", b'a,b\n1,"2\n', r"x\.csv:2"),
+        ("x.json", b'[{"text": "a"},\n 1,]', r"x\.json:2"),
+        ("x.json", b'[{"text": "a"}, 1]', "element 2"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": 5}\n', "one type"),
+        ("x.parquet", b"not parquet", r"x\.parquet"),
+        ("x.xml", b"<a/>", r"\.jsonl"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(errors.UserError, match=message):
+        data.load(str(tmp_path / name))
+
+
+def test_missing_files(tmp_path):
+    for name in ("missing.jsonl", str(tmp_path / "missing"), "./missing", str(tmp_path)):
+        with pytest.raises(errors.UserError, match=r"no such file|a folder"):
+            data.load(name)
+
+
+def test_reading_leaves_no_files(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    one = data.load(write(tmp_path / "x.jsonl", *['{"text": "a"}'] * 9))
+    data.holdout(one, 0.5, 0)
+    assert list(cache.iterdir()) == []
+    assert one.cache_files == []
+
+
+def test_columns_are_renamed(tmp_path):
+    path = write(
+        tmp_path / "x.jsonl",
+        json.dumps({"question": "q", "answer": "a", "text": "t", "completion": "old", "id": 1}),
+    )
+    mapped = data.load(path, columns={"prompt": "question", "completion": "answer"})
+    # The mapped kind wins: text is dropped, the old completion is replaced, id stays.
+    assert sorted(data.fields_of(mapped)) == ["completion", "id", "prompt"]
+    assert (mapped[0]["prompt"], mapped[0]["completion"]) == ("q", "a")
+
+    swapped = data.load(path, columns={"prompt": "completion", "completion": "question"})
+    assert (swapped[0]["prompt"], swapped[0]["completion"]) == ("old", "q")
+
+
+def test_unknown_columns_list_what_there_is(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"question": "q", "answer": "a"}')
+    with pytest.raises(errors.UserError) as caught:
+        data.load(path, columns={"prompt": "Question", "reply": "answer"})
+    for words in ("question, answer", "no column Question", "no field reply", "--columns"):
+        assert words in str(caught.value)
+
+
+def test_hub_datasets(tmp_path):
+    """Found, and each way of not finding it; in a process that knows only the loopback hub."""
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    write(repo / "train.jsonl", '{"question": "a", "answer": "b"}')
+    write(repo / "test.jsonl", '{"question": "c", "answer": "d"}')
+    script = (
+        "from lora_jax import data, errors\n"
+        "def tell(*args, **options):\n"
+        "    try: print(data.load(*args, **options)[0])\n"
+        "    except errors.UserError as error: print(str(error))\n"
+        "tell('o/d', split='test', columns={'prompt': 'question', 'completion': 'answer'})\n"
+        "tell('o/d', split='dev')\n"
+        "tell('o/gated')\n"
+        "tell('o/missing')\n"
+        "tell('o/d', revision='v9')\n"
+    )
+    with hub_server.serve({"o/d": repo}, gated=("o/gated",)) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=server.environment(tmp_path / "home"),
+            cwd=pathlib.Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+    found, no_split, gated, missing, no_revision = done.stdout.replace("\n\n", "\n").split(
+        "\n  expected:"
+    )
+    assert "'prompt': 'c', 'completion': 'd'" in found
+    assert "train" in no_split and "test" in no_split
+    assert "licence" in gated and "/datasets/o/gated" in gated
+    assert "no such repository" in missing
+    assert "no such revision" in no_revision
+
+
+# ---------------------------------------------------------------------------------- row kinds
+
+
+def test_prompt_completion_trains_completion_and_eos(tok):
+    prompt, completion = "ab cd?", " cd ab"
+    encoded = data.encode(dataset({"prompt": prompt, "completion": completion}), tok, 64, EOS)
+    ((ids, trained),) = encoded.rows
+    prompt_ids = tok(prompt).input_ids
+    assert ids.dtype == np.int32 and trained.dtype == bool
+    # What generation starts from is exactly the untrained part.
+    assert ids[~trained].tolist() == ids[: len(prompt_ids)].tolist() == prompt_ids
+    assert ids.tolist() == [*tok(prompt + completion).input_ids, EOS]
+    assert (ids == BOS).sum() == (ids == EOS).sum() == 1
+    assert tok.decode(ids[1:-1]) == prompt + completion
+    assert (encoded.num_cut, encoded.num_skipped) == (0, 0)
+
+
+def test_a_token_across_the_border_is_not_merged(tok):
+    # "ab" is one token, but generation will see the prompt "xa" alone.
+    ((ids, trained),) = data.encode(dataset({"prompt": "xa", "completion": "b"}), tok, 64, EOS).rows
+    prompt_ids = tok("xa").input_ids
+    assert tok("xab").input_ids[: len(prompt_ids)] != prompt_ids
+    assert ids[: len(prompt_ids)].tolist() == prompt_ids
+    assert tok.convert_ids_to_tokens(ids[trained]) == ["b", "</s>"]  # and no dummy space
+    assert tok.decode(ids[1:-1]) == "xab"
+
+
+def test_a_space_at_the_border(tok):
+    ((ids, trained),) = data.encode(
+        dataset({"prompt": "x ", "completion": "ab"}), tok, 64, EOS
+    ).rows
+    assert tok.decode(ids[1:-1]) == "x ab"
+    assert tok.convert_ids_to_tokens(ids[trained]) == ["ab", "</s>"]
+
+
+def test_alpaca_rows_use_the_template(tok):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say a.", "input": "", "output": "a"},
+        {"instruction": "Say b.", "input": None, "output": "b"},
+    ]
+    encoded = data.encode(dataset(*rows), tok, 512, EOS)
+    texts = [tok.decode(ids[1:]) for ids, _ in encoded.rows]
+    assert texts[0] == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        "Add.\n\n### Input:\n1 and 2\n\n### Response:3</s>"
+    )
+    assert texts[1] == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nSay a.\n\n### Response:a</s>"
+    )
+    assert [trained_text(tok, row) for row in encoded.rows] == ["3</s>", "a</s>", "b</s>"]
+
+
+def test_braces_in_a_row_are_text(tok):
+    row = {"instruction": "{input} {x}", "input": "{instruction}", "output": "{}"}
+    ((ids, _),) = data.encode(dataset(row), tok, 512, EOS).rows
+    assert "### Instruction:\n{input} {x}\n\n### Input:\n{instruction}\n" in tok.decode(ids)
+
+
+def test_text_rows_train_everything(tok):
+    ((ids, trained),) = data.encode(dataset({"text": "ab cd"}), tok, 64, EOS).rows
+    assert ids.tolist() == [*tok("ab cd").input_ids, EOS]
+    assert (ids[0], ids[-1]) == (BOS, EOS)
+    assert trained.all()
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION], ids=["prefix", "generation"])
+def test_chats_train_the_assistant_only(tmp_path, template):
+    tok = chat_tokenizer(tmp_path, template)
+    ((ids, trained),) = data.encode(dataset({"messages": CHAT}), tok, 256, EOS).rows
+    whole = tok.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
+    assert ids.tolist() == whole
+    spans = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)
+    assert [tok.decode(span) for span in spans[1::2]] == ["yes</s>", "no ab</s>"]
+    assert "yes" not in "".join(tok.decode(span) for span in spans[0::2])
+
+
+def test_optional_fields_of_a_message_stay_absent(tmp_path):
+    # In Arrow the second row's `name` exists in the first one too, as None.
+    template = "{% for m in messages %}{{ m.keys() | list | length }}{% endfor %}"
+    tok = chat_tokenizer(tmp_path, "{% generation %}" + template + "{% endgeneration %}")
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}] * 2},
+        {"messages": [{"role": "user", "content": "a", "name": "b"}] * 2},
+    ]
+    encoded = data.encode(dataset(*rows), tok, 64, EOS)
+    assert [trained_text(tok, row) for row in encoded.rows] == ["22", "33"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML.replace("{{ eos_token }}", "{{ messages|length }}"), "turn 2 changes"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        (None, "chat template"),
+    ],
+)
+def test_chats_that_cannot_be_masked_are_named(tmp_path, template, message):
+    tok = chat_tokenizer(tmp_path, template)
+    path = write(tmp_path / "x.jsonl", json.dumps({"messages": CHAT}))
+    with pytest.raises(errors.UserError) as caught:
+        data.encode(data.load(path), tok, 256, EOS)
+    assert message in str(caught.value)
+    if template:
+        assert "x.jsonl:1" in str(caught.value)
+
+
+def test_kinds_are_looked_for_in_order(tok):
+    row = {"text": "no", "prompt": "x", "completion": "ab", "instruction": "no", "output": "no"}
+    encoded = data.encode(dataset(row, {**row, "completion": None}), tok, 512, EOS)
+    # Rows decide for themselves: without a completion, Alpaca's fields are next.
+    assert [trained_text(tok, row) for row in encoded.rows] == ["ab</s>", "no</s>"]
+
+
+def test_missing_fields_are_named_with_file_and_row(tok, tmp_path):
+    path = write(
+        tmp_path / "x.jsonl",
+        '{"prompt": "a", "completion": "b"}',
+        '{"prompt": "a"}',
+        '{"completion": "b", "id": 1}',
+    )
+    with pytest.raises(errors.UserError) as caught:
+        data.encode(data.load(path), tok, 64, EOS)
+    for words in ("x.jsonl:2", "x.jsonl:3", "fields prompt", "completion, id", "--columns"):
+        assert words in str(caught.value)
+    assert "x.jsonl:1" not in str(caught.value)
+
+    # Also after a split, the lines are the file's.
+    train, evaluation = data.holdout(data.load(path), 0.34, 0)
+    with pytest.raises(errors.UserError, match=r"x\.jsonl:[23]"):
+        data.encode(train, tok, 64, EOS)
+    assert len(evaluation) == 1
+
+
+def test_a_field_that_is_no_text(tok, tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"prompt": "a", "completion": 5}')
+    with pytest.raises(errors.UserError, match=r"completion is a int[\s\S]*x\.jsonl:1"):
+        data.encode(data.load(path), tok, 64, EOS)
+
+
+def test_cuts_and_skips_are_counted(tok):
+    rows = [
+        {"prompt": "x", "completion": "y"},  # BOS ▁ x y EOS
+        {"prompt": "x", "completion": "yzyzyz"},  # loses its end
+        {"prompt": "xyzxyz", "completion": "a"},  # only the prompt would remain
+    ]
+    encoded = data.encode(dataset(*rows), tok, 5, EOS)
+    assert [tok.decode(ids[1:]) for ids, _ in encoded.rows] == ["xy</s>", "xyz"]
+    assert (encoded.num_cut, encoded.num_skipped) == (2, 1)
+    with pytest.raises(errors.UserError, match="--seq-len"):
+        data.encode(dataset(rows[2]), tok, 5, EOS)
+
+
+def test_txt_is_one_stream_in_blocks(tok, tmp_path):
+    text = "ab cd\n\n  ef\r\ngh " * 5
+    path = tmp_path / "x.txt"
+    path.write_bytes(text.encode())
+    encoded = data.encode(data.load(str(path)), tok, 16, EOS)
+    stream = tok(text).input_ids
+    assert np.concatenate([ids for ids, _ in encoded.rows]).tolist() == stream
+    assert [len(ids) for ids, _ in encoded.rows[:-1]] == [16] * (len(stream) // 16)
+    assert all(trained.all() for _, trained in encoded.rows)
+    assert (encoded.num_cut, encoded.num_skipped) == (0, 0)
+    # A single last token predicts nothing.
+    tail = data.encode(data.load(str(path)), tok, len(stream) - 1, EOS)
+    assert [len(ids) for ids, _ in tail.rows] == [len(stream) - 1]
+
+
+def test_prompts_for_exact_match(tok):
+    rows = [
+        {"prompt": "xa", "completion": "b", "instruction": None, "output": None},
+        {"prompt": None, "completion": None, "instruction": "Say.", "output": "ok"},
+    ]
+    encoded = data.encode(dataset(*rows), tok, 512, EOS).rows
+    for (ids, expected), (trained_ids, trained), text in zip(
+        data.prompts(dataset(*rows), tok), encoded, ("b", "ok"), strict=True
+    ):
+        assert ids.tolist() == trained_ids[~trained].tolist()
+        assert expected == text
+    with pytest.raises(errors.UserError, match="expected answer"):
+        data.prompts(dataset({"text": "a"}), tok)
+
+
+# ---------------------------------------------------------------------------------- splits, order
+
+
+def numbered(count):
+    rows = [(np.full(2 + i % 5, i, np.int32), np.arange(2 + i % 5) > 0) for i in range(count)]
+    return data.Encoded(rows, 0, 0)
+
+
+def test_holdout_is_a_seeded_partition():
+    whole = dataset(*({"text": f"row {i}"} for i in range(100)))
+    train, evaluation = data.holdout(whole, 0.02, seed=3)
+    assert (len(train), len(evaluation)) == (98, 2)
+    assert sorted([*train["text"], *evaluation["text"]]) == sorted(whole["text"])
+    assert data.holdout(whole, 0.02, seed=3)[1]["text"] == evaluation["text"]
+    assert data.holdout(whole, 0.02, seed=4)[1]["text"] != evaluation["text"]
+    assert len(data.holdout(dataset({"text": "a"}, {"text": "b"}), 0.02, 0)[1]) == 1
+    with pytest.raises(errors.UserError, match="two rows"):
+        data.holdout(dataset({"text": "a"}), 0.02, 0)
+
+
+def test_holdout_of_a_txt_file_is_its_end(tok, tmp_path):
+    lines = [f"line {i}" for i in range(50)]
+    train, evaluation = data.holdout(data.load(write(tmp_path / "x.txt", *lines)), 0.1, seed=0)
+    ((ids, _),) = data.encode(evaluation, tok, 4096, EOS).rows
+    assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[45:])
+    ((ids, _),) = data.encode(train, tok, 4096, EOS).rows
+    assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[:45])
+
+
+def test_fingerprint_follows_the_content():
+    rows = [{"text": "a"}, {"text": "b"}]
+    same = data.fingerprint(dataset(*rows))
+    assert data.fingerprint(dataset(*rows)) == same
+    assert data.fingerprint(dataset(*rows[::-1])) != same
+    assert data.fingerprint(dataset(rows[0], {"text": "c"})) != same
+
+
+def test_batches_have_labels_and_masks():
+    encoded = numbered(20)
+    batches = data.Batches(encoded, batch_size=3, grad_accum=2, seed=0, seq_len=512)
+    batch = batches.batch(0)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == dict.fromkeys(
+        ("input_ids", "labels", "attention_mask"), ((2, 3, 16), np.dtype(np.int32))
+    )
+    num_tokens = 0
+    flat = (batch[name].reshape(6, 16) for name in ("input_ids", "labels", "attention_mask"))
+    for ids, labels, mask in zip(*flat, strict=True):
+        row, length = ids[0], mask.sum()
+        assert length == 2 + row % 5
+        assert mask.tolist() == [1] * length + [0] * (16 - length)
+        assert ids.tolist() == [row] * length + [0] * (16 - length)
+        assert labels.tolist() == [-100] + [row] * (length - 1) + [-100] * (16 - length)
+        num_tokens += length
+    assert batches.tokens(0) == num_tokens
+
+
+def test_the_static_length():
+    def length(longest, seq_len):
+        rows = [(np.ones(longest, np.int32), np.ones(longest, bool))]
+        encoded = data.Encoded(rows, 0, 0)
+        return data.Batches(encoded, batch_size=1, grad_accum=1, seed=0, seq_len=seq_len).length
+
+    assert [length(1, 512), length(16, 512), length(17, 512)] == [16, 16, 32]
+    assert length(100, 100) == 100
+
+
+def order(batches, steps):
+    return [i for step in steps for i in batches.batch(step)["input_ids"][..., 0].ravel().tolist()]
+
+
+def test_every_epoch_is_another_permutation_of_all_rows():
+    batches = data.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
+    shown = order(batches, range(batches.num_steps(4)))
+    assert batches.num_steps(4) == 10
+    epochs = [tuple(shown[i : i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+
+
+def test_num_steps_rounds_up():
+    batches = data.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
+    assert [batches.num_steps(epochs) for epochs in (1, 2, 0.5, 0.1)] == [3, 5, 2, 1]
+    # More rows in a batch than in the data: rows repeat, none is lost.
+    large = data.Batches(numbered(3), batch_size=8, grad_accum=1, seed=5, seq_len=64)
+    assert sorted(order(large, [0])[:6]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_step_is_the_same_after_a_restart_and_in_any_order():
+    def fresh(seed):
+        return data.Batches(numbered(10), batch_size=3, grad_accum=1, seed=seed, seq_len=64)
+
+    straight = [fresh(1).batch(step) for step in range(8)]
+    resumed = fresh(1)
+    for step in (7, 3, 5):
+        for name, array in resumed.batch(step).items():
+            np.testing.assert_array_equal(array, straight[step][name])
+    assert order(fresh(1), range(4)) != order(fresh(2), range(4))
+
+
+def test_the_order_is_pinned():
+    # A change of this order would silently change every resumed run.
+    batches = data.Batches(numbered(10), batch_size=10, grad_accum=1, seed=0, seq_len=64)
+    assert order(batches, [0]) == np.random.default_rng([0, 0]).permutation(10).tolist()
+    assert order(batches, [1]) == np.random.default_rng([0, 1]).permutation(10).tolist()
