@@ -1,0 +1,162 @@
+"""Prefill and decode under one jit: token ids in, sampled continuations out."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from lora_jax import errors, train
+
+_HIDDEN = -1e30  # logit of a token that a filter took out
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token. temperature 0 is greedy, and the filters do not matter then.
+
+    Args:
+      max_new_tokens: stop after so many (EOS stops earlier).
+      temperature: divides the logits.
+      top_k: keep the k likeliest; 0 keeps all.
+      top_p: keep the likeliest whose probabilities sum to p; 1 keeps all.
+      min_p: keep those at least min_p times as likely as the likeliest; 0 keeps all.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        wrong = [
+            f"{name} {getattr(self, name)}"
+            for name, fits in (
+                ("max_new_tokens", self.max_new_tokens >= 1),
+                ("temperature", self.temperature >= 0),
+                ("top_k", self.top_k >= 0),
+                ("top_p", 0 < self.top_p <= 1),
+                ("min_p", 0 <= self.min_p <= 1),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise errors.UserError(
+                expected="max_new_tokens ≥ 1, temperature ≥ 0, top_k ≥ 0, "
+                "0 < top_p ≤ 1, 0 ≤ min_p ≤ 1",
+                found=wrong,
+                where="the sampling settings",
+            )
+
+
+def make(
+    graphdef: nnx.GraphDef, sampling: Sampling, eos_ids: Sequence[int]
+) -> Callable[..., Int[Array, "B N"]]:
+    """The jitted (lora, frozen, ids, mask, key) → new tokens [B, max_new_tokens].
+
+    A row is filled with −1 after its EOS, which is not part of the result. The decode loop ends
+    when every row has ended.
+    """
+    eos = jnp.asarray(sorted(eos_ids), jnp.int32)
+
+    @jax.jit
+    def generate(trained: Any, frozen: train.Frozen, ids, mask, key):
+        model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+        rows, length = ids.shape
+        logits, cache = model.extend(
+            ids, model.empty_cache(rows, length + sampling.max_new_tokens), mask
+        )
+
+        def unfinished(carry):
+            index, _, _, _, ended = carry
+            return (index < sampling.max_new_tokens) & ~ended.all()
+
+        def decode(carry):
+            index, tokens, logits, cache, ended = carry
+            token = sample(logits, jax.random.fold_in(key, index), sampling)
+            ended = ended | jnp.isin(token, eos)
+            tokens = tokens.at[:, index].set(jnp.where(ended, -1, token))
+            logits, cache = model.extend(token[:, None], cache)
+            return index + 1, tokens, logits, cache, ended
+
+        tokens = jnp.full((rows, sampling.max_new_tokens), -1, jnp.int32)
+        carry = (jnp.int32(0), tokens, logits, cache, jnp.zeros(rows, bool))
+        return jax.lax.while_loop(unfinished, decode, carry)[1]
+
+    return generate
+
+
+def sample(
+    logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling
+) -> Int[Array, " B"]:
+    """The next token of each row: argmax, or a draw after temperature, top-k, top-p, min-p."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = jnp.where(top_k(logits, sampling.top_k), logits, _HIDDEN)
+    if sampling.top_p < 1:
+        logits = jnp.where(top_p(logits, sampling.top_p), logits, _HIDDEN)
+    if sampling.min_p:
+        logits = jnp.where(min_p(logits, sampling.min_p), logits, _HIDDEN)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def top_k(logits: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
+    """Whether a token is among the row's k likeliest (ties with the k-th are kept)."""
+    kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
+    return logits >= kth
+
+
+def top_p(logits: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
+    """Whether the likelier tokens of the row sum to less than p; the likeliest is always kept.
+
+    Source: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751, §3.1.
+    """
+    order = jnp.argsort(-logits, axis=-1)
+    probability = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+    kept = jnp.cumsum(probability, axis=-1) - probability < p
+    return jnp.zeros_like(kept).at[jnp.arange(len(logits))[:, None], order].set(kept)
+
+
+def min_p(logits: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
+    """Whether a token is at least p times as likely as the row's likeliest.
+
+    Source: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082, §3.
+    """
+    return logits >= logits.max(axis=-1, keepdims=True) + np.log(p)
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int]], multiple: int = 16
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """(ids, mask) of prompts of unequal length, padded on the left to one length.
+
+    Rounding the length up to `multiple` keeps the number of compilations small.
+    """
+    length = -(-max(map(len, prompts)) // multiple) * multiple
+    ids = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        if len(prompt):
+            ids[row, length - len(prompt) :] = prompt
+            mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def check_length(num_prompt_tokens: int, sampling: Sampling, context: int) -> None:
+    """Raises UserError when a prompt leaves no room for what is to be generated."""
+    if num_prompt_tokens + sampling.max_new_tokens > context:
+        raise errors.UserError(
+            expected=f"prompt + new tokens within the model's context of {context} tokens",
+            found=f"a prompt of {num_prompt_tokens} tokens + {sampling.max_new_tokens} new ones",
+            where="--prompt, --max-new-tokens",
+            do=f"shorten the prompt, or --max-new-tokens {max(context - num_prompt_tokens, 1)}"
+            if num_prompt_tokens < context
+            else "shorten the prompt",
+        )
