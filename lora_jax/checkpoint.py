@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import platform
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from lora_jax import errors, hub, quant, sharding
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
 
-_DTYPES = {"F32", "F16", "BF16"}
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes each
 
 
 class Stored(NamedTuple):
@@ -33,6 +34,10 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[self.dtype]
 
 
 class _Slot(NamedTuple):
@@ -59,6 +64,7 @@ def load(
 ) -> llama.LlamaForCausalLM:
     """The model in `folder`, its linear layers quantised (lm_head excepted), on `mesh`.
 
+    mesh: None means one device.
     dtype: of everything not quantised; None takes config.json's, float16 read as bfloat16.
     Raises: UserError for a folder, file or tensor that is missing, damaged or of another shape,
     all of them at once.
@@ -66,18 +72,24 @@ def load(
     folder = pathlib.Path(folder)
     config = model_config.load(folder)
     dtype = jnp.dtype(dtype or config.dtype)
-    mesh = mesh or sharding.make_mesh(sharding.parse(None, jax.device_count()))
+    mesh = mesh or sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     stored = tensors(folder)
     model = nnx.eval_shape(
         lambda: llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
     )
     slots = _slots(model)
     _check(stored, slots, config, folder)
+    _check_shards(model, quantisation, mesh)
     sources = collections.defaultdict(list)
     for name, slot in slots.items():
         sources[slot.path].append(_Source(slot.layer, stored[name]))
-    # Kernels first: a quantised layer takes its linear layer's place, then gets its bias.
-    for path in sorted(sources, key=lambda path: path[-1] != "kernel"):
+
+    def order(path):
+        # The largest tensor first, while there is little beside it in memory. A bias last: a
+        # quantised layer takes its linear layer's place, and then gets its bias.
+        return path[-1] == "bias", -math.prod(sources[path][0].stored.shape)
+
+    for path in sorted(sources, key=order):
         parent = functools.reduce(getattr, path[:-1], model)
         is_kernel = path[-1] == "kernel"
         if quantisation != "none" and is_kernel and path[-2] != "lm_head":
@@ -99,7 +111,7 @@ def tensors(folder: pathlib.Path) -> dict[str, Stored]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         hub.refuse_lfs_pointer(index)
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({folder / name for name in _weight_map(index).values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
         if (folder / "model.safetensors") in files:
@@ -140,6 +152,18 @@ def tensors(folder: pathlib.Path) -> dict[str, Stored]:
             do="download these files again; they are truncated or not safetensors",
         )
     return stored
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise errors.UserError(
+            expected='JSON with a "weight_map"',
+            found=f"{type(error).__name__}: {error}",
+            where=str(index),
+            do="download the file again",
+        ) from None
 
 
 def fingerprint(folder: pathlib.Path | str) -> dict:
@@ -200,6 +224,25 @@ def _check(stored, slots, config, folder) -> None:
         )
 
 
+def _check_shards(model: llama.LlamaForCausalLM, quantisation: str, mesh: Mesh) -> None:
+    """Raises UserError for every axis that the mesh cannot cut evenly."""
+    problems = []
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        spec = sharding.of(path, len(variable.shape), mesh).spec
+        padded = quantisation != "none" and path[-1] == "kernel" and path[-2] != "lm_head"
+        for axis, (size, name) in enumerate(zip(variable.shape, spec, strict=False)):
+            is_input = padded and axis == len(variable.shape) - 2
+            if name and size % mesh.shape[name] and not is_input:
+                problems.append(f"{'.'.join(path)}: {size} over {name}={mesh.shape[name]}")
+    if problems:
+        raise errors.UserError(
+            expected="a mesh whose axes divide the model's dimensions",
+            found=problems,
+            where=f"mesh {dict(mesh.shape)}",
+            do="choose smaller tensor or fsdp sizes in --mesh",
+        )
+
+
 def _load_dense(variable, sources: list[_Source], where: NamedSharding, transpose: bool):
     if sources[0].layer is None:
         return _dense(_read(sources[0].stored, where, transpose), variable.dtype, where, transpose)
@@ -239,9 +282,7 @@ def _load_quantised(linear: nnx.Linear, path, sources, fmt, mesh) -> quant.Quant
         del raw
         _return_freed_memory()
     bias = None if linear.bias is None else linear.bias.get_value()
-    return quant.QuantLinear(
-        whole, bias, fmt=fmt, in_features=rows, dtype=linear.kernel.dtype
-    )
+    return quant.QuantLinear(whole, bias, fmt=fmt, in_features=rows, dtype=linear.kernel.dtype)
 
 
 def _return_freed_memory() -> None:
@@ -260,7 +301,12 @@ def _read(stored: Stored, where: NamedSharding, transpose: bool) -> jax.Array:
     with safetensors.safe_open(stored.path, "numpy") as reader:
         array = reader.get_tensor(stored.name)
     spec = where.spec[-array.ndim :]
-    spec = PartitionSpec(*(spec[::-1] if transpose else spec))
+    spec = spec[::-1] if transpose else spec
+    # An axis that is padded in its packed form may not divide here: it is cut after the padding.
+    spec = PartitionSpec(
+        *(None if name and size % where.mesh.shape[name] else name
+          for size, name in zip(array.shape, spec, strict=False))
+    )  # fmt: skip
     return jax.device_put(array, NamedSharding(where.mesh, spec))
 
 

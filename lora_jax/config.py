@@ -1,7 +1,8 @@
 """Settings that are persisted or shared between scripts. Imports no jax: `--help` reads these."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lora_jax import errors
 
@@ -89,3 +90,8 @@ class OptimConfig:
 
 SCHEDULES = ("cosine", "linear", "constant")
 QUANTS = ("none", "int8", "int4", "nf4")
+
+
+def build(kind: type, settings: Mapping[str, Any]) -> Any:
+    """The dataclass `kind`, each field from the setting of its name."""
+    return kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind)})

@@ -67,6 +67,7 @@ def make(
     @jax.jit
     def generate(trained: Any, frozen: train.Frozen, ids, mask, key):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+        model.eval()
         rows, length = ids.shape
         logits, cache = model.extend(
             ids, model.empty_cache(rows, length + sampling.max_new_tokens), mask

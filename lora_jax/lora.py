@@ -94,7 +94,7 @@ def inject(
     for site in sites:
         chosen = [ranks.get(name, 0) for name in site.names]
         if any(chosen):
-            _replace(model, site.path, _adapted(site, chosen, config, rngs))
+            quant.replace(model, site.path, _adapted(site, chosen, config, rngs))
     return ranks
 
 
@@ -150,7 +150,7 @@ def merge(model: nnx.Module) -> None:
         delta = jnp.matmul(adapter.lora_A[...], scaled, precision="highest")
         kernel = base.kernel[...]
         base.kernel.set_value((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
-        _replace(model, site.path, base)
+        quant.replace(model, site.path, base)
 
 
 def reseed(state: Any, key: PRNGKeyArray) -> Any:
@@ -189,19 +189,30 @@ def _plan(paths: list[str], config: lora_config.LoRAConfig) -> dict[str, int]:
         in_layers = config.layers is None or any(i in config.layers for i in indices[:1])
         return in_layers and matches(path, targets) and not matches(path, config.exclude)
 
-    targets = [config.targets] if isinstance(config.targets, str) else config.targets
+    def each(names):
+        return [names] if isinstance(names, str) else [(name,) for name in names]
+
     unmatched = [
-        target
-        for target in targets
-        if not any(
-            chosen(path, target if isinstance(config.targets, str) else (target,))
-            for path in paths
-        )
+        f"target {_shown(target)} matches none"
+        for target in each(config.targets)
+        if not any(chosen(path, target) for path in paths)
+    ]
+    unmatched += [
+        f"exclude {_shown(name)} matches none"
+        for name in each(config.exclude)
+        if not any(matches(path, name) for path in paths)
+    ]
+    present = {int(part) for path in paths for part in path.split(".") if part.isdigit()}
+    unmatched += [f"layer {i} does not exist" for i in config.layers or () if i not in present]
+    unmatched += [
+        f"pattern {pattern!r} matches none"
+        for pattern in {**config.rank_pattern, **config.alpha_pattern}
+        if not any(_is_pattern_of(pattern, path) for path in paths)
     ]
     if unmatched:
         raise errors.UserError(
-            expected="targets that name linear layers of the model",
-            found=[f"{target!r} matches none" for target in unmatched],
+            expected="settings that name linear layers of the model",
+            found=unmatched,
             where="names that exist: " + ", ".join(sorted({p.split(".")[-1] for p in paths})),
             do='choose among these, or use "all-linear"',
         )
@@ -213,10 +224,15 @@ def _plan(paths: list[str], config: lora_config.LoRAConfig) -> dict[str, int]:
 
 
 def _pattern(path: str, patterns: dict[str, Any], default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    return next((v for pattern, v in patterns.items() if _is_pattern_of(pattern, path)), default)
+
+
+def _is_pattern_of(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _shown(target: str | tuple[str]) -> str:
+    return repr(target if isinstance(target, str) else target[0])
 
 
 def _adapted(site: Site, ranks: list[int], config: lora_config.LoRAConfig, rngs: nnx.Rngs):
@@ -251,16 +267,6 @@ def _adapted(site: Site, ranks: list[int], config: lora_config.LoRAConfig, rngs:
         dropout=config.dropout,
         dropout_key=key,
     )
-
-
-def _replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> None:
-    parent: Any = model
-    for part in path[:-1]:
-        parent = getattr(parent, part) if isinstance(part, str) else parent[part]
-    if isinstance(path[-1], str):
-        setattr(parent, path[-1], new)
-    else:
-        parent[path[-1]] = new
 
 
 def _stack_depth(model: nnx.Module, path: tuple[str | int, ...], layers: int) -> int:

@@ -91,7 +91,12 @@ def settings(folder: pathlib.Path) -> dict[str, Any]:
             do="pass the folder a training run wrote as OUTPUT_DIR/adapter",
         )
     hub.refuse_lfs_pointer(path)
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise errors.UserError(
+            expected="JSON", found=str(error), where=str(path), do="copy the file again"
+        ) from None
 
 
 def config(folder: pathlib.Path) -> lora_config.LoRAConfig:
@@ -100,7 +105,7 @@ def config(folder: pathlib.Path) -> lora_config.LoRAConfig:
     Raises: UserError naming every key that changes the mathematics and is not implemented.
     """
     raw = settings(folder)
-    problems = []
+    problems = [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if not raw.get(key)]
     if raw.get("peft_type") != "LORA":
         problems.append(f"peft_type = {raw.get('peft_type')!r} (LORA is implemented)")
     if raw.get("bias", "none") != "none":

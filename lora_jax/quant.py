@@ -1,7 +1,7 @@
 """Quantise a weight to int8, int4 or NF4, and a linear layer that computes with the packed form."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +83,10 @@ def _int4(weight: jax.Array) -> Packed:
 
     def try_scale(index, best):
         # 2 signs × 24 magnitudes, from a range wider than the group to one that clips its ends.
+        # The steps miss half-integers: there the largest weight is a tie, which falls one way or
+        # the other with the last bit, so with how the loop was compiled.
         error, scale = best
-        candidate = largest / (6.5 + (index // 2) / 6.0) * (1 - 2 * (index % 2))
+        candidate = largest / (6.55 + (index // 2) / 6.0) * (1 - 2 * (index % 2))
         new_error = jnp.square(codes(candidate) * candidate - grouped).sum(axis=1, keepdims=True)
         better = new_error < error
         return jnp.where(better, new_error, error), jnp.where(better, candidate, scale)
@@ -132,7 +134,7 @@ class QuantLinear(nnx.Module):
     def __init__(
         self,
         packed: Packed,
-        bias: jax.Array | None,
+        bias: jax.Array | jax.ShapeDtypeStruct | None,
         *,
         fmt: str,
         in_features: int,
@@ -175,6 +177,24 @@ def quantise_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
     bias = None if linear.bias is None else linear.bias[...]
     packed = _each_layer(lambda weight: quantise(weight, fmt), kernel, kernel.ndim)
     return QuantLinear(packed, bias, fmt=fmt, in_features=kernel.shape[-2], dtype=kernel.dtype)
+
+
+def quantise_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("lm_head",)) -> None:
+    """Puts a QuantLinear in the place of every nnx.Linear whose name is not in `exclude`."""
+    for path, node in list(nnx.iter_graph(model)):
+        if isinstance(node, nnx.Linear) and path and path[-1] not in exclude:
+            replace(model, path, quantise_linear(node, fmt))
+
+
+def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> None:
+    """Makes `new` the module at `path` of the model."""
+    parent: Any = model
+    for part in path[:-1]:
+        parent = getattr(parent, part) if isinstance(part, str) else parent[part]
+    if isinstance(path[-1], str):
+        setattr(parent, path[-1], new)
+    else:
+        parent[path[-1]] = new
 
 
 def dequantise_linear(layer: QuantLinear) -> nnx.Linear:

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
@@ -98,3 +100,13 @@ def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
         "lora_A": (tensor_only[axis_in], None),
         "lora_B": (None, tensor_only[axis_out]),
     }.get(leaf, ())
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of `tree`, nested dicts by path, each where `of` says."""
+
+    def put(path, array):
+        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        return jax.device_put(array, of(names, jnp.ndim(array), mesh))
+
+    return jax.tree_util.tree_map_with_path(put, tree)

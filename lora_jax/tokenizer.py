@@ -69,6 +69,21 @@ def eos_ids(
     return ids
 
 
+def chat_prompt(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> str:
+    """`text` as a user's turn in the chat template, with the assistant's turn begun.
+
+    Raises: UserError when the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise errors.UserError(
+            expected="a tokenizer with a chat template",
+            found="none",
+            do="leave --chat out, or use a chat model",
+        )
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
 def encode(
     tokenizer: "transformers.PreTrainedTokenizerBase", texts: Sequence[str]
 ) -> list[list[int]]:
@@ -83,6 +98,17 @@ def encode(
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     bodies = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
     return [[bos, *ids] if adds_bos and ids[:1] != [bos] else ids for ids in bodies]
+
+
+def continuation(
+    tokenizer: "transformers.PreTrainedTokenizerBase", prompt: Sequence[int], new: Sequence[int]
+) -> str:
+    """The text that the ids `new` add behind `prompt`.
+
+    Decoded together: alone, SentencePiece tokens lose a space in front.
+    """
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
 
 
 def _read_json(path: pathlib.Path) -> dict:

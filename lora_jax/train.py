@@ -83,6 +83,7 @@ def make_step(
     def sums(trained, frozen, micro_batch, key):
         keys = lora.reseed(frozen.dropout_keys, key)
         model = nnx.merge(graphdef, trained, keys, frozen.base)
+        model.train()
         return loss(model, micro_batch, remat=remat)
 
     def step(state: State, frozen: Frozen, batch: Batch):
@@ -100,7 +101,7 @@ def make_step(
         indices = jnp.arange(batch.input_ids.shape[0])
         (value, count, gradient), _ = jax.lax.scan(accumulate, zero, (indices, batch))
         mean = jax.tree.map(lambda g: g / count, gradient)
-        grad_norm = optax.global_norm(mean)
+        grad_norm = optax.tree.norm(mean)
         updates, opt_state = optimizer.update(mean, state.opt_state, state.lora)
         trained = optax.apply_updates(state.lora, updates)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
@@ -126,6 +127,7 @@ def make_eval_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Frozen, Batch], tup
     @jax.jit
     def eval_loss(trained, frozen, micro_batch):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+        model.eval()
         return loss(model, micro_batch)
 
     return eval_loss

@@ -1,0 +1,70 @@
+"""Prints a table of the bytes that a model's weights, adapter and optimizer take, from shapes alone.
+
+    python benchmarks/memory.py
+"""
+
+import jax
+from flax import nnx
+
+from lora_jax import config, lora, optim, quant, train
+from lora_jax.models import config as model_config
+from lora_jax.models import llama
+
+MODELS = {  # name: (vocab, hidden, ffn, layers, heads, kv heads, tied)
+    "Llama-3.2-1B": (128256, 2048, 8192, 16, 32, 8, True),
+    "Llama-3.2-3B": (128256, 3072, 8192, 28, 24, 8, True),
+    "Llama-2-7B": (32000, 4096, 11008, 32, 32, 32, False),
+    "Llama-3.1-8B": (128256, 4096, 14336, 32, 32, 8, False),
+    "Llama-2-13B": (32000, 5120, 13824, 40, 40, 40, False),
+    "Llama-3.1-70B": (128256, 8192, 28672, 80, 64, 8, False),
+}
+
+
+def architecture(vocab, hidden, ffn, layers, heads, kv_heads, tied) -> model_config.LlamaConfig:
+    return model_config.from_dict(
+        {
+            "model_type": "llama",
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "tie_word_embeddings": tied,
+        }
+    )
+
+
+def num_bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def measure(name: str, fmt: str) -> tuple[int, int, int]:
+    """Bytes of the base, of A and B, and of the optimizer's state."""
+
+    def build():
+        model = llama.LlamaForCausalLM(
+            architecture(*MODELS[name]), dtype="bfloat16", rngs=nnx.Rngs(0)
+        )
+        if fmt != "none":
+            quant.quantise_model(model, fmt)
+        lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
+        _, trained, frozen = train.split(model)
+        return trained, frozen.base, optim.make(config.OptimConfig(), 1).init(trained)
+
+    trained, base, moments = jax.eval_shape(build)
+    return num_bytes(base), num_bytes(trained), num_bytes(moments)
+
+
+def main() -> None:
+    print("| model | " + " | ".join(config.QUANTS) + " | A, B | their moments |")
+    print("|---|" + "---|" * (len(config.QUANTS) + 2))
+    for name in MODELS:
+        measured = [measure(name, fmt) for fmt in config.QUANTS]
+        base = [f"{m[0] / 1e9:.2f} GB" for m in measured]
+        rest = [f"{part / 1e6:.1f} MB" for part in measured[0][1:]]
+        print(f"| {name} | " + " | ".join(base + rest) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What JAX computes on, and what to do when that is not what the machine has."""
+
+import contextlib
+import glob
+import pathlib
+import re
+import resource
+import shutil
+import subprocess
+import sys
+
+import jax
+
+from lora_jax import errors
+
+
+def describe() -> str:
+    """Such as "8 × NVIDIA H100 80GB HBM3 (gpu)"."""
+    found = jax.devices()
+    return f"{len(found)} × {found[0].device_kind} ({found[0].platform})"
+
+
+def unused_accelerator() -> str | None:
+    """What to say when the machine has a GPU or TPU that JAX does not see, else None."""
+    if jax.default_backend() != "cpu":
+        return None
+    if name := nvidia_gpu():
+        return f'JAX sees only the CPU, but there is a {name}: pip install "jax[cuda13]"'
+    if has_tpu():
+        return 'JAX sees only the CPU, but there is a TPU: pip install "jax[tpu]"'
+    return None
+
+
+def nvidia_gpu() -> str | None:
+    """Name of the first NVIDIA GPU that the driver lists."""
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+            asked = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+            if asked.returncode == 0 and asked.stdout.strip():
+                return asked.stdout.splitlines()[0]
+    return "NVIDIA GPU" if pathlib.Path("/proc/driver/nvidia/gpus").is_dir() else None
+
+
+def has_tpu() -> bool:
+    """Whether a TPU's device files are there (Google's PCI vendor id is 0x1ae0)."""
+    if glob.glob("/dev/accel*"):
+        return True
+    vendors = glob.glob("/sys/class/vfio-dev/*/device/vendor") + glob.glob(
+        "/sys/bus/pci/drivers/vfio-pci/*/vendor"
+    )
+    return any(pathlib.Path(vendor).read_text().strip() == "0x1ae0" for vendor in vendors)
+
+
+def peak_bytes() -> int:
+    """Most memory used so far: of the first device where it tells, else of this process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def explain(error: BaseException) -> errors.UserError | None:
+    """A failure of the runtime that the user can put right, in words; None for any other."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        stats = jax.devices()[0].memory_stats() or {}
+        wanted = re.search(r"\d[\d.]*\s?[KMGT]?i?(?:B|[Bb]ytes)\b", text)
+        free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        return errors.UserError(
+            expected="a job that fits into the device's memory",
+            found=f"{wanted[0] if wanted else 'more'} wanted"
+            + (f", {free / 2**30:.2f} GiB free of {stats['bytes_limit'] / 2**30:.2f} GiB"
+               if stats.get("bytes_limit") else ""),  # fmt: skip
+            where=describe(),
+            do="--quant int4, --remat full, a smaller --batch-size with more --grad-accum, "
+            "a smaller --seq-len, or more devices with --mesh fsdp=N",
+        )
+    busy = ("already in use", "Unable to initialize backend", "No visible GPU", "DEADLINE_EXCEEDED")
+    if any(sign in text for sign in busy):
+        return errors.UserError(
+            expected="a device that this process can open",
+            found=text.splitlines()[0],
+            do="end the other process that holds it (nvidia-smi, or lsof /dev/accel0), "
+            "or JAX_PLATFORMS=cpu to run without it",
+        )
+    return None

@@ -1,0 +1,154 @@
+"""What a run leaves in its output folder: run.json, metrics.jsonl, adapter/, checkpoints/."""
+
+import datetime
+import fcntl
+import json
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from lora_jax import errors
+
+_SPACE = 64 * 2**20  # bytes that must be free before anything is known of the model
+_FULL = ("No space left on device", "Disk quota exceeded")
+
+
+class RunFolder:
+    """An output folder that belongs to this process until it ends."""
+
+    def __init__(self, path: pathlib.Path, *, resume: bool):
+        """Makes the folder, or opens one to go on in it.
+
+        Raises: UserError when it is not empty (without `resume`), not writable, in use by another
+        run, or its disk is full.
+        """
+        self.path = path
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self._metrics = path / "metrics.jsonl"
+        self._run = path / "run.json"
+        if path.is_dir() and not resume and any(p.name != ".lock" for p in path.iterdir()):
+            raise errors.UserError(
+                expected="a new or empty output folder",
+                found="a folder with files in it",
+                where=str(path),
+                do="--resume to go on with the run in it, or another --output-dir",
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("a")
+        except OSError as error:
+            raise errors.UserError(
+                expected="an output folder that can be written",
+                found=error.strerror or str(error),
+                where=str(path),
+                do="choose another --output-dir, or change its permissions",
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise errors.UserError(
+                expected="an output folder of its own for each run",
+                found="another run is writing to it",
+                where=str(path),
+                do="wait for that run, or choose another --output-dir",
+            ) from None
+        try:
+            self.check_space(_SPACE)
+        except errors.UserError:
+            self._give_up()
+            raise
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        self._give_up()
+        if error is not None and any(sign in str(error) for sign in _FULL):
+            raise errors.UserError(
+                expected="space on the disk",
+                found=str(error).splitlines()[0],
+                where=str(self.path),
+                do="free some space, then --resume goes on from the newest checkpoint",
+            ) from error
+
+    def _give_up(self) -> None:
+        """Ends the lock; a folder that nothing was written to is removed again."""
+        if os.listdir(self.path) == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
+        self._lock.close()
+
+    def check_space(self, num_bytes: int) -> None:
+        """Raises: UserError when fewer bytes are free."""
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise errors.UserError(
+                expected=f"at least {num_bytes >> 20} MiB free for adapters and checkpoints",
+                found=f"{free >> 20} MiB free",
+                where=str(self.path),
+                do="free some space, or choose an --output-dir on another disk",
+            )
+
+    def read_run(self) -> dict[str, Any]:
+        """What run.json holds. Raises: UserError when there is none."""
+        try:
+            return json.loads(self._run.read_text())
+        except FileNotFoundError:
+            raise errors.UserError(
+                expected="a folder that a run was started in, with run.json",
+                found="no run.json",
+                where=str(self.path),
+                do="check --output-dir, or start anew without --resume",
+            ) from None
+        except ValueError as error:
+            raise errors.UserError(
+                expected="a JSON object",
+                found=str(error),
+                where=str(self._run),
+                do="start anew in another --output-dir",
+            ) from None
+
+    def write_run(self, run: dict[str, Any]) -> None:
+        """Replaces run.json in one step, so that it is whole at every moment."""
+        new = self._run.with_suffix(".new")
+        new.write_text(json.dumps(run, indent=2) + "\n")
+        os.replace(new, self._run)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl; it is in the file when this returns.
+
+        NaN and infinity become null: they are not JSON.
+        """
+        whole = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in metrics.items()}
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(whole) + "\n")
+
+    def cut_back(self, step: int) -> None:
+        """Drops what metrics.jsonl tells of steps after `step`, and a line cut off by a kill."""
+        if not self._metrics.exists():
+            return
+        kept = []
+        for line in self._metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            kept.append(line + "\n")
+        new = self._metrics.with_suffix(".new")
+        new.write_text("".join(kept))
+        os.replace(new, self._metrics)
+
+
+def default_path() -> pathlib.Path:
+    """runs/DATE-TIME, with a number behind it when another run took the name this second."""
+    name = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    path, number = pathlib.Path("runs") / name, 1
+    while path.exists():
+        number += 1
+        path = pathlib.Path("runs") / f"{name}-{number}"
+    return path

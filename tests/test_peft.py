@@ -1,0 +1,363 @@
+"""PEFT's adapter folders: the runs it made, read, retraced and written back (tests/golden)."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from lora_jax import checkpoint, errors, lora, optim, peft, sharding, train
+from lora_jax import config as lora_config
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+RUNS = ("lora_qv", "lora_all_rslora")
+PREFIX = "base_model.model.model.layers."
+
+
+@functools.cache
+def split_llama():
+    one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    return nnx.split(checkpoint.load(GOLDEN / "models" / "llama", dtype="float32", mesh=one))
+
+
+def llama(adapter=None):
+    """A fresh model, with the adapter in that folder."""
+    model = nnx.merge(*split_llama(), copy=True)
+    if adapter is not None:
+        peft.load(model, adapter)
+    return model
+
+
+def arrays(path):
+    with np.load(GOLDEN / path) as stored:
+        return dict(stored)
+
+
+def batch_at(batches, step):
+    return train.Batch(*(jnp.asarray(batches[key][step][None]) for key in train.Batch._fields))
+
+
+@functools.cache
+def logits_function(graphdef):
+    return jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask))
+
+
+def check_logits(model, golden, name, tolerance):
+    graphdef, state = nnx.split(model)
+    ids, mask = (jnp.asarray(golden[key]) for key in ("input_ids", "attention_mask"))
+    logits = np.asarray(logits_function(graphdef)(state, ids, mask))
+    real = golden["attention_mask"] == 1
+    np.testing.assert_allclose(logits[real], golden[name][real], atol=tolerance, rtol=0)
+
+
+def check_gradients(gradient, golden, tolerance):
+    """gradient: the stacked lora dict; golden: {PEFT's name: [r, in] or [out, r]}."""
+    seen = 0
+    for name, expected in golden.items():
+        layer, block, module, part, *_ = name.removeprefix(PREFIX).split(".")
+        whole = np.asarray(gradient["model"]["layers"][block][module][part][int(layer)])
+        rank = expected.shape[0 if part == "lora_A" else 1]
+        found = whole[:, :rank].T if part == "lora_A" else whole[:rank].T
+        error = np.linalg.norm(found - expected)
+        assert error <= tolerance * np.linalg.norm(expected) + 1e-12, (name, error)
+        seen += 1
+    assert seen
+
+
+def gradient_of(model, batch):
+    graphdef, trained, frozen = train.split(model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(trained):
+        built = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+        total, count = train.loss(built, jax.tree.map(lambda x: x[0], batch))
+        return total / count
+
+    return mean(trained)
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request):
+    """(name, golden.json, metrics of each step, the trained model) of a run retraced."""
+    name = request.param
+    golden = json.loads((GOLDEN / name / "golden.json").read_text())
+    c, batches = golden["config"], arrays(f"{name}/batches.npz")
+    config = lora_config.OptimConfig(
+        lr=c["lr"],
+        schedule=c["sched"],
+        warmup=c["warmup"],
+        weight_decay=c["wd"],
+        clip=c["clip"] or 0,
+    )
+    model = llama(GOLDEN / name / "init_adapter")
+    graphdef, trained, frozen = train.split(model)
+    optimizer = optim.make(config, c["steps"])
+    step = train.make_step(graphdef, optimizer, optim.schedule(config, c["steps"]), remat="none")
+    state = train.start(jax.tree.map(jnp.copy, trained), optimizer)
+    metrics = []
+    for state, measured in train.steps(  # noqa: B007, B020
+        step, state, frozen, functools.partial(batch_at, batches), c["steps"]
+    ):
+        metrics.append(measured)
+    model = nnx.merge(graphdef, state.lora, frozen.dropout_keys, frozen.base)
+    return name, golden, metrics, model
+
+
+def test_losses_equal_pefts(run):
+    _, golden, metrics, _ = run
+    found = [measured["loss"] for measured in metrics]
+    np.testing.assert_allclose(found, golden["loss_fp32"], atol=1e-4, rtol=0)
+
+
+def test_gradient_norms_and_learning_rates_equal_pefts(run):
+    _, golden, metrics, _ = run
+    norms = [measured["grad_norm"] for measured in metrics]
+    np.testing.assert_allclose(norms, golden["grad_norm_fp32"], rtol=1e-4)
+    np.testing.assert_allclose([m["lr"] for m in metrics], golden["lr"], rtol=1e-6)
+    assert [m["step"] for m in metrics] == list(range(1, 13))
+
+
+def test_trained_model_equals_pefts(run):
+    name, _, _, model = run
+    check_logits(model, arrays(f"{name}/eval_logits.npz"), "logits", 1e-3)
+
+
+def test_trained_tensors_equal_pefts(run, tmp_path):
+    """After the optimizer's steps, tensor by tensor, as written to disk."""
+    name, _, _, model = run
+    settings = peft.config(GOLDEN / name / "init_adapter")
+    peft.save(tmp_path, model, settings, base_model="llama")
+    found, expected = (
+        safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path, GOLDEN / name / "final_adapter")
+    )
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        error = np.linalg.norm(found[key] - tensor) / np.linalg.norm(tensor)
+        assert error < 1e-2, (key, error)  # Adam turns rounding into steps where a gradient is ~ 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_gradient_of_the_first_step_equals_pefts(name):
+    batch = batch_at(arrays(f"{name}/batches.npz"), 0)
+    _, gradient = gradient_of(llama(GOLDEN / name / "init_adapter"), batch)
+    check_gradients(gradient, arrays(f"{name}/step0_grads.npz"), 1e-4)
+
+
+def test_patterns_gradient_equals_pefts():
+    """Unequal ranks and alphas, layers left out: the padding of the stack has no gradient."""
+    golden = arrays("lora_patterns/grads.npz")
+    model = llama(GOLDEN / "lora_patterns" / "adapter")
+    value, gradient = gradient_of(model, batch_at(arrays("lora_patterns/batches.npz"), 0))
+    assert abs(float(value) - golden.pop("loss")) < 1e-5
+    check_gradients(gradient, golden, 1e-4)
+    q_proj = gradient["model"]["layers"]["self_attn"]["q_proj"]
+    assert q_proj["lora_A"].shape == (3, 32, 6)
+    assert not np.asarray(q_proj["lora_A"][1]).any() and not np.asarray(q_proj["lora_B"][1]).any()
+    assert not np.asarray(q_proj["lora_A"][0, :, 4:]).any()
+    assert not np.asarray(q_proj["lora_B"][0, 4:]).any()
+
+
+FINISHED = ("lora_qv/final_adapter", "lora_all_rslora/final_adapter", "lora_patterns/adapter")
+
+
+@pytest.mark.parametrize("folder", FINISHED)
+def test_loaded_and_merged_logits_equal_pefts(folder):
+    golden = arrays(pathlib.Path(folder).parent / "eval_logits.npz")
+    model = llama(GOLDEN / folder)
+    check_logits(model, golden, "logits", 1e-4)
+    lora.merge(model)
+    check_logits(model, golden, "merged_logits", 1e-4)
+
+
+@pytest.mark.parametrize("folder", FINISHED)
+def test_round_trip_is_byte_identical(folder, tmp_path):
+    model = llama()
+    config = peft.load(model, GOLDEN / folder)
+    peft.save(tmp_path, model, config, base_model="llama")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (GOLDEN / folder / name).read_bytes()
+    written, original = (
+        json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path, GOLDEN / folder)
+    )
+    assert written == {key: original[key] for key in written}
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert text == json.dumps(written, indent=2, sort_keys=True)
+    assert peft.config(tmp_path) == config
+
+
+def test_config_round_trip_keeps_every_setting(tmp_path):
+    config = lora_config.LoRAConfig(
+        rank=3,
+        alpha=5,
+        dropout=0.25,
+        targets=r".*\.(q_proj|up_proj)",
+        exclude=("k_proj",),
+        layers=(0, 1),
+        rank_pattern={r"0\.self_attn\.q_proj": 2},
+        alpha_pattern={"up_proj": 7},
+        use_rslora=True,
+    )
+    model = llama()
+    lora.inject(model, config, rngs=nnx.Rngs(0))
+    peft.save(tmp_path / "new" / "adapter", model, config, base_model="b", revision="main")
+    assert peft.config(tmp_path / "new" / "adapter") == config
+    raw = peft.settings(tmp_path / "new" / "adapter")
+    assert raw["base_model_name_or_path"] == "b" and raw["revision"] == "main"
+    shapes = {
+        name.removeprefix(PREFIX): tensor.shape
+        for name, tensor in safetensors.numpy.load_file(
+            tmp_path / "new" / "adapter" / "adapter_model.safetensors"
+        ).items()
+    }
+    assert shapes == {
+        f"{layer}.{module}.{part}.weight": shape
+        for layer, rank in ((0, 2), (1, 3))
+        for module, own, d_out in (("self_attn.q_proj", rank, 32), ("mlp.up_proj", 3, 48))
+        for part, shape in (("lora_A", (own, 32)), ("lora_B", (d_out, own)))
+    }
+
+
+def test_adapters_on_a_quantised_base_are_written_the_same(tmp_path):
+    """What is saved is A and B alone, so QLoRA's adapter is LoRA's."""
+    one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    model = checkpoint.load(
+        GOLDEN / "models" / "llama", dtype="float32", quantisation="int8", mesh=one
+    )
+    config = peft.load(model, GOLDEN / FINISHED[0])
+    peft.save(tmp_path, model, config, base_model="llama")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (GOLDEN / FINISHED[0] / name).read_bytes()
+
+
+def test_names_of_other_writers_are_read(tmp_path):
+    """Without PEFT's prefix, and with the adapter's name in it."""
+    shutil.copy(GOLDEN / FINISHED[0] / "adapter_config.json", tmp_path)
+    tensors = safetensors.numpy.load_file(GOLDEN / FINISHED[0] / "adapter_model.safetensors")
+    renamed = {
+        name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): tensor
+        for name, tensor in tensors.items()
+    }
+    safetensors.numpy.save_file(renamed, tmp_path / "adapter_model.safetensors")
+    check_logits(llama(tmp_path), arrays("lora_qv/eval_logits.npz"), "logits", 1e-4)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A copy of a good adapter, to be spoilt."""
+    return pathlib.Path(shutil.copytree(GOLDEN / FINISHED[0], tmp_path / "adapter"))
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_pickles_are_refused(adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(errors.UserError, match=r"(?s)pickle.*safe_serialization=True"):
+        llama(adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_lfs_pointers_are_refused(adapter, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 99\n"
+    (adapter / name).write_text(pointer)
+    with pytest.raises(errors.UserError, match=f"(?s)git-lfs pointer.*{name}"):
+        llama(adapter)
+
+
+def test_truncated_file_is_refused(adapter):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(errors.UserError, match=r"adapter_model\.safetensors"):
+        llama(adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_missing_files_are_named(adapter, name):
+    (adapter / name).unlink()
+    with pytest.raises(errors.UserError, match=name):
+        llama(adapter)
+
+
+def test_tensors_that_do_not_fit_are_all_listed(adapter):
+    path = adapter / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    del tensors[PREFIX + "1.self_attn.q_proj.lora_A.weight"]
+    del tensors[PREFIX + "2.self_attn.v_proj.lora_B.weight"]
+    tensors[PREFIX + "0.mlp.up_proj.lora_A.weight"] = np.zeros((4, 32), np.float32)
+    tensors[PREFIX + "7.self_attn.q_proj.lora_B.weight"] = np.zeros((32, 4), np.float32)
+    tensors[PREFIX + "0.self_attn.q_proj.lora_B.weight"] = np.zeros((4, 32), np.float32)
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(errors.UserError) as raised:
+        llama(adapter)
+    message = str(raised.value)
+    for problem in (
+        "layers.1.self_attn.q_proj.lora_A.weight is missing",
+        "layers.2.self_attn.v_proj.lora_B.weight is missing",
+        "layers.0.mlp.up_proj.lora_A has no layer",
+        "layers.7.self_attn.q_proj.lora_B has no layer",
+        "layers.0.self_attn.q_proj.lora_B.weight has shape (4, 32), expected (32, 4)",
+        "its own base: llama",
+    ):
+        assert problem in message
+    assert message.count("\n            ") == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "IA3"},
+        {"use_dora": True},
+        {"use_qalora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"layer_replication": [[0, 2]]},
+        {"init_lora_weights": "pissa"},
+        {"megatron_config": {"a": 1}},
+        {"key_of_the_future": 0.5},
+    ],
+)
+def test_settings_that_change_the_mathematics_are_named(adapter, change):
+    edit_config(adapter, **change)
+    (key,) = change
+    with pytest.raises(errors.UserError, match=f"(?s){key} = .*adapter_config.json"):
+        llama(adapter)
+
+
+def test_all_settings_at_fault_are_named_at_once(adapter):
+    edit_config(adapter, use_dora=True, key_of_the_future=1)
+    with pytest.raises(errors.UserError, match=r"(?s)use_dora = True.*key_of_the_future = 1"):
+        peft.config(adapter)
+
+
+def test_settings_that_do_not_matter_are_ignored(adapter):
+    before = peft.config(adapter)
+    edit_config(
+        adapter,
+        use_new_thing=False,
+        new_list=[],
+        new_table={},
+        new_name=None,
+        qalora_group_size=64,
+        megatron_core="other",
+        peft_version="9",
+        inference_mode=False,
+    )
+    assert peft.config(adapter) == before
+
+
+@pytest.mark.parametrize("text, found", [("{", "JSON"), ('{"peft_type": "LORA"}', "no r\n")])
+def test_a_broken_config_is_named(adapter, text, found):
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(errors.UserError, match=found):
+        peft.config(adapter)

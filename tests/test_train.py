@@ -1,0 +1,358 @@
+"""The training step: what it computes, what it leaves alone, and that it repeats itself."""
+
+import functools
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lora_jax import checkpoint, lora, optim, sharding, train
+from lora_jax import config as lora_config
+
+LLAMA = pathlib.Path(__file__).parent / "golden" / "models" / "llama"
+VOCAB, ROWS, TOKENS, MICRO_BATCHES = 96, 8, 16, 2
+ADAM = lora_config.OptimConfig(lr=0.01, warmup=0, schedule="constant", weight_decay=0.1)
+
+
+def make_model(mesh=None, quantisation="none", dropout=0.0, seed=0):
+    """The tiny LLaMA with adapters whose B is not zero, so that A has a gradient."""
+    mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    model = checkpoint.load(LLAMA, dtype="float32", quantisation=quantisation, mesh=mesh)
+    targets = ("q_proj", "o_proj", "up_proj", "down_proj")
+    config = lora_config.LoRAConfig(rank=4, targets=targets, dropout=dropout)
+    lora.inject(model, config, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    for _, variable in nnx.to_flat_state(nnx.state(model, lora.LoRAParam)):
+        variable.set_value(jnp.asarray(rng.normal(0, 0.1, variable.shape), jnp.float32))
+    if dropout:
+        model.train()
+    return model
+
+
+@functools.cache
+def parts(quantisation="none", dropout=0.0):
+    return train.split(make_model(quantisation=quantisation, dropout=dropout))
+
+
+def make_step(graphdef, *, seed=0, remat="none"):
+    return train.make_step(
+        graphdef, optim.make(ADAM, 10), optim.schedule(ADAM, 10), seed=seed, remat=remat
+    )
+
+
+def begin(quantisation="none", dropout=0.0):
+    """A fresh starting state: a step takes over its state's memory."""
+    _, trained, _ = parts(quantisation, dropout)
+    return train.start(jax.tree.map(jnp.copy, trained), optim.make(ADAM, 10))
+
+
+@functools.cache
+def compiled(quantisation="none", dropout=0.0, seed=0):
+    """The step's executable, for batches of the shape that make_batch gives by default."""
+    graphdef, _, frozen = parts(quantisation, dropout)
+    step = make_step(graphdef, seed=seed)
+    return step.lower(begin(quantisation, dropout), frozen, make_batch()).compile()
+
+
+@functools.cache
+def make_batch(index=0, micro_batches=MICRO_BATCHES):
+    """Rows with 2 to 15 trained tokens, right padding, and prompts without loss."""
+    rng = np.random.default_rng(index)
+    ids = rng.integers(3, VOCAB, (ROWS, TOKENS)).astype(np.int32)
+    labels, mask = ids.copy(), np.ones_like(ids)
+    for row in range(ROWS):
+        prompt, end = rng.integers(1, 2 + row), TOKENS - row // 2
+        labels[row, :prompt] = train.IGNORED
+        labels[row, end:] = train.IGNORED
+        mask[row, end:] = 0
+    return train.Batch(*(jnp.asarray(x.reshape(micro_batches, -1, TOKENS))
+                         for x in (ids, labels, mask)))  # fmt: skip
+
+
+def one_micro_batch():
+    return jax.tree.map(lambda x: x[0], make_batch(micro_batches=1))
+
+
+def numpy_loss(logits, labels):
+    """(Σ −log p, count), in float64, token by token."""
+    total, count = 0.0, 0
+    for row, targets in zip(np.asarray(logits, np.float64), np.asarray(labels), strict=True):
+        for position, target in enumerate(targets[1:]):
+            if target != -100:
+                values = row[position]
+                total += np.log(np.exp(values - values.max()).sum()) + values.max()
+                total -= values[target]
+                count += 1
+    return total, count
+
+
+def assert_equal_trees(one, two):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def distance(one, two):
+    """The largest difference of two trees, relative to the second's largest entry."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    largest = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(two))
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs) / largest
+
+
+def saved(tree):
+    """On the host: the step takes over its state's memory."""
+    return jax.tree.map(np.array, tree)
+
+
+@pytest.fixture(scope="module")
+def three_steps():
+    """[(state, metrics)] after steps 1 to 3 of one run, on the host."""
+    _, _, frozen = parts()
+    run = train.steps(compiled(), begin(), frozen, make_batch, 3)
+    return [(saved(state), metrics) for state, metrics in run]
+
+
+def test_loss_is_over_the_labels_that_are_not_ignored():
+    graphdef, trained, frozen = parts()
+    batch = one_micro_batch()
+    merged = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+    graphdef, state = nnx.split(merged)
+
+    @jax.jit
+    def both(state, batch):
+        model = nnx.merge(graphdef, state)
+        return train.loss(model, batch), model(batch.input_ids, batch.attention_mask)
+
+    (total, count), logits = both(state, batch)
+    expected, expected_count = numpy_loss(logits, batch.labels)
+    assert int(count) == expected_count == int((batch.labels[:, 1:] != -100).sum())
+    assert 0 < expected_count < ROWS * (TOKENS - 1)
+    assert abs(float(total) - expected) < 1e-5 * expected
+
+    # What is ignored, and what stands under the padding, does not matter; what is trained does.
+    ids = jnp.where(batch.attention_mask == 1, batch.input_ids, 5)
+    (same, _), _ = both(state, batch._replace(input_ids=ids))
+    assert abs(float(same - total)) < 1e-5 * expected
+    last = batch.labels.at[0, TOKENS - 1].set(train.IGNORED)
+    (less, fewer), _ = both(state, batch._replace(labels=last))
+    assert int(fewer) == expected_count - 1 and float(less) < float(total)
+
+
+def test_metrics(three_steps):
+    batch = make_batch(0)
+    metrics = three_steps[0][1]
+    assert metrics.keys() == {"step", "loss", "grad_norm", "lr", "num_tokens"}
+    assert metrics["num_tokens"] == int(batch.attention_mask.sum())
+    assert metrics["step"] == 1 and metrics["lr"] == pytest.approx(0.01)
+    assert metrics["grad_norm"] > 0
+    assert all(isinstance(value, int | float) for value in metrics.values())
+    assert [m["step"] for _, m in three_steps] == [1, 2, 3]
+
+
+def test_training_lowers_the_loss():
+    _, _, frozen = parts()
+    run = train.steps(compiled(), begin(), frozen, lambda _: make_batch(), 8)
+    losses = [metrics["loss"] for _, metrics in run]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_accumulated_gradient_is_that_of_one_big_batch():
+    """Though the micro-batches have unequal numbers of trained tokens: a mean of means differs."""
+    graphdef, _, frozen = parts()
+    whole, split = make_batch(micro_batches=1), make_batch()
+    counts = (np.asarray(split.labels)[:, :, 1:] != train.IGNORED).sum(axis=(1, 2))
+    assert len(set(counts)) == MICRO_BATCHES
+    one, metrics_one = make_step(graphdef)(begin(), frozen, whole)
+    many, metrics_many = compiled()(begin(), frozen, split)
+    # After one step Adam's moments are the gradient and its square, times a constant.
+    assert distance(many.opt_state, one.opt_state) < 1e-6
+    for name in ("loss", "grad_norm", "num_tokens"):
+        np.testing.assert_allclose(metrics_many[name], metrics_one[name], rtol=1e-6)
+
+
+def test_the_gradient_is_of_the_mean_over_all_trained_tokens(three_steps):
+    graphdef, trained, frozen = parts()
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(trained):
+        model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+        total, count = train.loss(model, one_micro_batch())
+        return total / count
+
+    value, gradient = mean(trained)
+    assert three_steps[0][1]["loss"] == pytest.approx(float(value), rel=1e-6)
+    norm = float(optax.tree.norm(gradient))
+    assert three_steps[0][1]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_but_for_the_count():
+    _, _, frozen = parts()
+    step, before, state = compiled(), saved(begin()), begin()
+    nothing = make_batch()._replace(labels=jnp.full_like(make_batch().labels, train.IGNORED))
+    state, metrics = step(state, frozen, nothing)  # 0 / 0
+    assert np.isnan(metrics["loss"])
+    assert int(state.step) == 1
+    assert_equal_trees(state.lora, before.lora)
+    assert_equal_trees(state.opt_state, before.opt_state)
+    # A weight that is not finite: the same, and a good batch after it trains as usual.
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan) if x.ndim == 2 else x, frozen.base)
+    state, metrics = step(state, frozen._replace(base=broken), make_batch())
+    assert not np.isfinite(metrics["loss"]) and int(state.step) == 2
+    assert_equal_trees(state.lora, before.lora)
+    state, metrics = step(state, frozen, make_batch())
+    assert np.isfinite(metrics["loss"]) and distance(state.lora, before.lora) > 1e-3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_runs_repeat_and_resume_bit_for_bit(dropout):
+    _, _, frozen = parts(dropout=dropout)
+    step = compiled(dropout=dropout)
+
+    def run(state, num_steps=4):
+        return [(saved(s), m) for s, m in train.steps(step, state, frozen, make_batch, num_steps)]
+
+    first, again = run(begin(dropout=dropout)), run(begin(dropout=dropout))
+    assert [m for _, m in first] == [m for _, m in again]
+    assert_equal_trees(first[-1][0], again[-1][0])
+    resumed = run(jax.tree.map(jnp.asarray, first[1][0]))
+    assert [m for _, m in resumed] == [m for _, m in first[2:]]
+    assert_equal_trees(resumed[-1][0], first[-1][0])
+    assert run(jax.tree.map(jnp.asarray, first[-1][0])) == []
+
+
+def test_dropout_changes_with_step_micro_batch_and_seed():
+    _, _, frozen = parts(dropout=0.3)
+    batch = make_batch()
+    exchanged = jax.tree.map(lambda x: x[::-1], batch)  # the same sum, were the masks the same
+
+    def loss_at(number, batch, seed=0):
+        state = begin(dropout=0.3)._replace(step=jnp.asarray(number, jnp.int32))
+        return compiled(dropout=0.3, seed=seed)(state, frozen, batch)[1]["loss"].item()
+
+    losses = [
+        loss_at(0, batch), loss_at(1, batch), loss_at(0, exchanged), loss_at(0, batch, seed=1)
+    ]  # fmt: skip
+    assert loss_at(0, batch) == losses[0]
+    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-4
+
+
+def test_evaluation_has_no_dropout():
+    graphdef, trained, frozen = parts(dropout=0.3)
+    plain = parts()
+    batch = one_micro_batch()
+    total, count = train.make_eval_loss(graphdef)(trained, frozen, batch)
+    expected, expected_count = train.make_eval_loss(plain[0])(trained, plain[2], batch)
+    assert count == expected_count
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_does_not_change_the_gradient(remat):
+    """Nor the masks: what is computed again drops the same inputs."""
+    graphdef, _, frozen = parts(dropout=0.3)
+    step = make_step(graphdef, remat=remat)
+    found, _ = step(begin(dropout=0.3), frozen, make_batch())
+    expected, _ = compiled(dropout=0.3)(begin(dropout=0.3), frozen, make_batch())
+    assert distance(found.opt_state, expected.opt_state) < 1e-5
+
+
+def packed_and_dense_shapes(base):
+    """Of every quantised matrix: the HLO type of its packed words, and of it as floats."""
+    layers = base["model"]["layers"]
+    for block, modules in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+        for name in modules:
+            module = layers[block][f"{name}_proj"]
+            module = module.get("base", module)
+            words, columns = module["q"].shape[1:]
+            yield f"u32[3,{words},{columns}]", f"f32[3,{words * 8},{columns}]"
+
+
+def test_the_base_gets_no_gradient_no_moments_and_no_copy():
+    _, _, frozen = parts("int4")
+    state = begin("int4")
+    num_lora = sum(x.size for x in jax.tree.leaves(state.lora))
+    moments = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert moments == 2 * 4 * num_lora  # AdamW's two float32 per number of A and B, and no more
+
+    # The step gives back the state and four numbers.
+    executable = compiled("int4")
+    new_state, metrics = executable(begin("int4"), frozen, make_batch())
+    shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (new_state, state)]
+    assert shapes[0] == shapes[1] and len(metrics) == 4
+
+    # Nowhere in the compiled program do all layers of a matrix exist as floats: not as a weight,
+    # not as what the scan over layers keeps for its backward pass, not as a gradient.
+    hlo = executable.as_text()
+    for packed, dense in packed_and_dense_shapes(frozen.base):
+        assert packed in hlo
+        assert dense not in hlo
+
+
+def test_a_dense_base_gets_no_gradient():
+    """No product in the compiled step has the shape of a weight's gradient."""
+    graphdef, trained, frozen = parts()
+
+    def products(executable):
+        found = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|custom-call)\(", executable.as_text())
+        return {tuple(map(int, shape.split(","))) for shape in found}
+
+    def loss(trained, base):
+        model = nnx.merge(graphdef, trained, frozen.dropout_keys, base)
+        return train.loss(model, one_micro_batch())[0]
+
+    weights = {(48, 32), (32, 48), (32, 32), (96, 32), (32, 96)}
+    of_base = jax.jit(jax.grad(loss, argnums=1)).lower(trained, frozen.base).compile()
+    assert weights & products(of_base)  # there one sees them
+    assert not weights & products(compiled())
+
+
+def test_mesh_equals_one_device():
+    """Data, FSDP and tensor parallel at once, int4 base: the same three steps."""
+    _, _, frozen = parts("int4")
+    run = train.steps(compiled("int4"), begin("int4"), frozen, make_batch, 3)
+    expected = [(saved(state), metrics) for state, metrics in run]
+
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        model = make_model(mesh, "int4")
+        for path, variable in nnx.to_flat_state(nnx.state(model, lora.LoRAParam)):
+            where = sharding.of(path, variable.ndim, mesh)
+            variable.set_value(jax.device_put(variable.get_value(), where))
+        graphdef, trained, frozen = train.split(model)
+        step = make_step(graphdef)
+        state = train.start(trained, optim.make(ADAM, 10))
+
+        layers = frozen.base["model"]["layers"]
+        for module, (axis_in, axis_out) in {
+            "q_proj": ("fsdp", "tensor"),
+            "o_proj": ("tensor", "fsdp"),
+        }.items():
+            for leaf in ("q", "scale"):
+                array = layers["self_attn"][module]["base"][leaf]
+                assert array.sharding.spec == jax.P(None, axis_in, axis_out)
+                assert array.addressable_shards[0].data.size * 4 == array.size
+        q_proj, o_proj = (
+            state.lora["model"]["layers"]["self_attn"][n] for n in ("q_proj", "o_proj")
+        )
+        assert q_proj["lora_B"].sharding.spec == jax.P(None, None, "tensor")
+        assert o_proj["lora_A"].sharding.spec == jax.P(None, "tensor", None)
+        assert q_proj["lora_A"].sharding.is_fully_replicated
+        moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == q_proj["lora_B"].shape]
+        assert any(not x.sharding.is_fully_replicated for x in moments)
+
+        def batch_at(index):
+            return jax.device_put(make_batch(index), sharding.batch(mesh))
+
+        assert batch_at(0).input_ids.addressable_shards[0].data.shape == (2, ROWS // 8, TOKENS)
+        found = [(saved(s), m) for s, m in train.steps(step, state, frozen, batch_at, 3)]
+
+    for (state, metrics), (state_one, metrics_one) in zip(found, expected, strict=True):
+        assert abs(metrics["loss"] - metrics_one["loss"]) < 1e-4
+        np.testing.assert_allclose(metrics["grad_norm"], metrics_one["grad_norm"], rtol=1e-4)
+        assert metrics["num_tokens"] == metrics_one["num_tokens"]
+        assert distance(state.lora, state_one.lora) < 1e-3
