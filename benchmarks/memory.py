@@ -1,6 +1,6 @@
 """Prints a table of the bytes that a model's weights, adapter and optimizer take, from shapes alone.
 
-    python benchmarks/memory.py
+python benchmarks/memory.py
 """
 
 import jax

@@ -74,9 +74,7 @@ def load(
     dtype = jnp.dtype(dtype or config.dtype)
     mesh = mesh or sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     stored = tensors(folder)
-    model = nnx.eval_shape(
-        lambda: llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
-    )
+    model = nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
     slots = _slots(model)
     _check(stored, slots, config, folder)
     _check_shards(model, quantisation, mesh)

@@ -41,9 +41,7 @@ class LoRAConfig:
         for name in ("targets", "exclude", "layers"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        problems = [
-            f"rank {rank}" for rank in (self.rank, *self.rank_pattern.values()) if rank < 1
-        ]
+        problems = [f"rank {rank}" for rank in (self.rank, *self.rank_pattern.values()) if rank < 1]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout {self.dropout}")
         if not self.targets:

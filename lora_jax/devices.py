@@ -67,12 +67,12 @@ def explain(error: BaseException) -> errors.UserError | None:
     if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         stats = jax.devices()[0].memory_stats() or {}
         wanted = re.search(r"\d[\d.]*\s?[KMGT]?i?(?:B|[Bb]ytes)\b", text)
-        free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        limit = stats.get("bytes_limit", 0)
+        free = (limit - stats.get("bytes_in_use", 0)) / 2**30
         return errors.UserError(
             expected="a job that fits into the device's memory",
             found=f"{wanted[0] if wanted else 'more'} wanted"
-            + (f", {free / 2**30:.2f} GiB free of {stats['bytes_limit'] / 2**30:.2f} GiB"
-               if stats.get("bytes_limit") else ""),  # fmt: skip
+            + (f", {free:.2f} GiB free of {limit / 2**30:.2f} GiB" if limit else ""),
             where=describe(),
             do="--quant int4, --remat full, a smaller --batch-size with more --grad-accum, "
             "a smaller --seq-len, or more devices with --mesh fsdp=N",

@@ -92,9 +92,7 @@ def make(
     return generate
 
 
-def sample(
-    logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling
-) -> Int[Array, " B"]:
+def sample(logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling) -> Int[Array, " B"]:
     """The next token of each row: argmax, or a draw after temperature, top-k, top-p, min-p."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

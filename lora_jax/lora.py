@@ -78,9 +78,7 @@ class Site(NamedTuple):
     stacked: bool
 
 
-def inject(
-    model: nnx.Module, config: lora_config.LoRAConfig, *, rngs: nnx.Rngs
-) -> dict[str, int]:
+def inject(model: nnx.Module, config: lora_config.LoRAConfig, *, rngs: nnx.Rngs) -> dict[str, int]:
     """Puts a LoRALinear in the place of every targeted linear layer; {dotted path: rank}.
 
     Works on nnx.Linear and QuantLinear anywhere in `model`, also stacked by nnx.vmap, where a

@@ -8,6 +8,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0"  # the suite compiles much and computes little
+    # jaxlib 0.10.2: two fake devices may run independent collectives in different orders and wait
+    # for each other for ever.
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 

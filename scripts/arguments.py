@@ -1,0 +1,121 @@
+"""Flags that scripts share, and how a script ends."""
+
+import argparse
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from lora_jax import config, errors
+
+
+class Flags:
+    """An argparse parser whose flags all default to None, so that a typed one can be told.
+
+    The defaults stand in one table; each flag's help ends in its own.
+    """
+
+    def __init__(self, description: str, defaults: dict[str, Any]):
+        self.parser = _Parser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.defaults = defaults
+        self._group = self.parser
+
+    def group(self, title: str) -> None:
+        """Flags added from here on are listed under `title`."""
+        self._group = self.parser.add_argument_group(title)
+
+    def add(self, flag: str, help: str, **options: Any) -> None:
+        """Adds a flag. Its default, if the table has one, ends the help text."""
+        default = self.defaults.get(flag.lstrip("-").replace("-", "_"))
+        if default not in (None, ""):
+            shown = ",".join(default) if isinstance(default, tuple) else default
+            help = f"{help} (default: {shown})"
+        self._group.add_argument(flag, help=help, default=None, **options)
+
+    def typed(self, argv: list[str] | None) -> dict[str, Any]:
+        """{flag: value} of the flags that were typed."""
+        values = vars(self.parser.parse_args(argv))
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise errors.UserError(
+            expected="flags and values as in --help", found=message, where=self.prog
+        )
+
+
+def add_model(flags: Flags) -> None:
+    """--model, --revision, --quant, --use-4bit, --no-4bit, --dtype, --mesh."""
+    flags.group("model")
+    flags.add("--model", "folder or Hugging Face id; without it, the demo's", metavar="PATH|HUB_ID")
+    flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
+    flags.add("--quant", "weights of the frozen linear layers", choices=config.QUANTS)
+    flags.add("--use-4bit", "the same as --quant int4", action="store_const", const=True)
+    flags.add("--no-4bit", "the same as --quant none", action="store_const", const=True)
+    flags.add("--dtype", "compute dtype (default: config.json's; float16 becomes bfloat16)",
+              choices=("float32", "bfloat16"))  # fmt: skip
+    flags.add("--mesh", "devices by axis, e.g. data=1,fsdp=8,tensor=1 (default: all in data)")
+
+
+def add_sampling(flags: Flags) -> None:
+    """--max-new-tokens, --temperature, --top-k, --top-p, --min-p."""
+    flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
+    flags.add("--temperature", "0 takes the likeliest token", type=float)
+    flags.add("--top-k", "sample among the k likeliest; 0: all", type=int, metavar="K")
+    flags.add("--top-p", "sample among the likeliest that sum to p", type=float, metavar="P")
+    flags.add("--min-p", "… at least p times as likely as the likeliest", type=float, metavar="P")
+
+
+def quantisation(typed: dict[str, Any]) -> dict[str, Any]:
+    """`typed` with --use-4bit and --no-4bit replaced by the --quant they mean."""
+    meant = {
+        value
+        for flag, value in (("use_4bit", "int4"), ("no_4bit", "none"))
+        if typed.pop(flag, False)
+    } | ({typed["quant"]} if "quant" in typed else set())
+    if len(meant) > 1:
+        raise errors.UserError(
+            expected="one kind of quantisation", found=", ".join(sorted(meant)),
+            where="--quant, --use-4bit (int4), --no-4bit (none)", do="give one of them",
+        )  # fmt: skip
+    return {**typed, "quant": meant.pop()} if meant else typed
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a script: exit code 2 and one message for what the user can put right."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no C++ log lines in between
+    try:
+        code = main()
+        sys.stdout.flush()
+    except errors.UserError as error:
+        code = fail(error)
+    except BrokenPipeError:  # `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        from lora_jax import devices
+
+        explained = devices.explain(error)
+        if explained is None:
+            raise
+        code = fail(explained)
+    sys.exit(code)
+
+
+def fail(error: errors.UserError) -> int:
+    """Prints the message; gives the exit code."""
+    width = max(40, min(shutil.get_terminal_size().columns, 100))
+    for line in f"error:{error}".splitlines():
+        wrapped = textwrap.wrap(
+            line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+        )
+        print("\n".join(wrapped), file=sys.stderr)
+    return 2

@@ -1,0 +1,101 @@
+"""What the scripts print: labelled lines, a progress bar, answers side by side."""
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+LABEL = 10  # columns
+PLAIN_LINES = 20  # of progress, when there is no terminal to draw a bar on
+
+
+def say(label: str, text: str) -> None:
+    """A line `label     text`, wrapped to the terminal."""
+    import tqdm  # here, for --help not to wait for it
+
+    width = max(40, min(shutil.get_terminal_size().columns, 100))
+    indent = " " * LABEL
+    lines = textwrap.wrap(
+        text, width, initial_indent=f"{label:<{LABEL}}", subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    # Above the progress bar, where there is one.
+    tqdm.tqdm.write("\n".join(lines))
+    sys.stdout.flush()
+
+
+def pairs(settings: Mapping[str, Any]) -> str:
+    """ "name value, name value" """
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def count(number: int) -> str:
+    """Such as 6.74 B."""
+    for unit, power in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
+        if number >= power:
+            return f"{number / power:.3g}{unit}"
+    return str(number)
+
+
+def size(num_bytes: int) -> str:
+    """Such as 3.87 GB (powers of ten)."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= power:
+            return f"{num_bytes / power:.3g} {unit}"
+    return f"{num_bytes} B"
+
+
+def evaluation(metrics: Mapping[str, Any], num_scored: int) -> None:
+    """One line with the held-out loss, and the exact match where there is one."""
+    text = f"step {metrics['step']}: held-out loss {metrics['eval_loss']:.4f}"
+    if "exact_match" in metrics:
+        right = round(metrics["exact_match"] * num_scored)
+        text += f", exact match {metrics['exact_match']:.1%} ({right} of {num_scored})"
+    say("evaluate", text)
+
+
+class Progress:
+    """A bar with loss, tokens/s and time left; about 20 plain lines when not on a terminal."""
+
+    def __init__(self, first: int, num_steps: int):
+        import tqdm
+
+        self._num_steps = num_steps
+        self._plain = not sys.stderr.isatty()
+        self._bar = tqdm.tqdm(
+            total=num_steps, initial=first, unit="step", disable=self._plain, dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]",
+        )  # fmt: skip
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        shown = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        every = max(1, self._num_steps // PLAIN_LINES)
+        if self._plain and (step % every == 0 or step in (1, self._num_steps)):
+            say("train", f"step {step} of {self._num_steps}: {shown}")
+
+
+def side_by_side(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
+    """For each prompt: what was expected, and the answers before and after training."""
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    column = (width - 3) // 2
+    for old, new in zip(before, after, strict=False):
+        print("\n" + textwrap.fill(old["prompt"].strip(), width))
+        print(f"{'before':<{column}} | after" + ("  ✓" if _right(new) else "  ✗"))
+        left, right = (textwrap.wrap(a["text"].strip(), column) for a in (old, new))
+        for row in range(max(len(left), len(right))):
+            cells = [cell[row] if row < len(cell) else "" for cell in (left, right)]
+            print(f"{cells[0]:<{column}} | {cells[1]}")
+    print()
+
+
+def _right(answer: Mapping[str, str]) -> bool:
+    return answer["text"].strip() == answer["expected"].strip()

@@ -1,0 +1,130 @@
+"""Continue prompts with a LLaMA, with or without a LoRA adapter."""
+
+import pathlib
+import sys
+from typing import Any
+
+import arguments
+
+from lora_jax import errors
+
+DEFAULTS = {
+    "quant": "none",
+    "max_new_tokens": 128,
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "seed": 0,
+}
+DESCRIPTION = """\
+Continue prompts with a LLaMA, with or without a LoRA adapter.
+
+  generate.py --adapter runs/…/adapter --quant int4 --prompt "…"
+  generate.py --model huggyllama/llama-7b --use-4bit --prompt "…" --prompt "…"
+"""
+
+
+def parse(argv: list[str] | None = None) -> dict[str, Any]:
+    """Every setting: what was typed, else the defaults."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS)
+    arguments.add_model(flags)
+    flags.add("--adapter", "PEFT adapter: folder or hub id; its config names the model",
+              metavar="PATH|HUB_ID")  # fmt: skip
+    flags.group("prompts")
+    flags.add("--prompt", "text to continue; given again, a batch", action="append")
+    flags.add("--prompts-file", "one prompt a line", metavar="FILE")
+    flags.add("--chat", "put each prompt into the chat template", action="store_const", const=True)
+    flags.group("sampling")
+    arguments.add_sampling(flags)
+    flags.add("--seed", "of the draws", type=int)
+    return DEFAULTS | arguments.quantisation(flags.typed(argv))
+
+
+def main() -> int:
+    settings = parse()
+    prompts = list(settings.get("prompt", []))
+    if "prompts_file" in settings:
+        prompts += _lines(pathlib.Path(settings["prompts_file"]))
+    if not prompts:
+        raise errors.UserError(expected="at least one prompt", found="none", do='--prompt "…"')
+
+    from lora_jax import generate
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    sampling = generate.Sampling(**{name: settings[name] for name in names})
+    for prompt, text in zip(prompts, continuations(prompts, settings, sampling), strict=True):
+        print(f"{prompt}{text}" if not settings.get("chat") else f"> {prompt}\n{text}", end="\n\n")
+    return 0
+
+
+def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> list[str]:
+    """What the model writes after each prompt."""
+    import jax
+
+    from lora_jax import (
+        checkpoint,
+        demo,
+        devices,
+        evaluate,
+        generate,
+        hub,
+        peft,
+        sharding,
+        tokenizer,
+        train,
+    )
+    from lora_jax.models import config as model_config
+
+    if warning := devices.unused_accelerator():
+        print(f"warning: {warning}", file=sys.stderr)
+    adapter = hub.model_folder(settings["adapter"]) if "adapter" in settings else None
+    name, revision = settings.get("model"), settings.get("revision")
+    if not name:
+        named = peft.settings(adapter) if adapter else {"base_model_name_or_path": demo.FOLDER}
+        name = str(named.get("base_model_name_or_path") or "")
+        revision = revision or named.get("revision")
+    if not name:
+        raise errors.UserError(
+            expected="base_model_name_or_path in adapter_config.json",
+            found="none",
+            where=str(adapter),
+            do="name the base model with --model",
+        )
+    folder = hub.model_folder(name, revision)
+    spec = sharding.parse(settings.get("mesh"), jax.device_count())
+    mesh = sharding.make_mesh(spec)
+    reader = tokenizer.load(folder)
+    texts = prompts
+    if settings.get("chat"):
+        texts = [tokenizer.chat_prompt(reader, prompt) for prompt in prompts]
+    encoded = tokenizer.encode(reader, texts)
+    for ids in encoded:
+        generate.check_length(len(ids), sampling, model_config.load(folder).max_position_embeddings)
+    with jax.set_mesh(mesh):
+        model = checkpoint.load(
+            folder, dtype=settings.get("dtype"), quantisation=settings["quant"], mesh=mesh
+        )
+        if adapter:
+            peft.load(model, adapter)
+        graphdef, *state = train.split(model)
+        trained, frozen = sharding.place(state, mesh)
+        continue_ = generate.make(graphdef, sampling, tokenizer.eos_ids(reader, folder))
+        ids, mask = generate.pad_left(encoded)
+        tokens = continue_(trained, frozen, ids, mask, jax.random.key(settings["seed"]))
+        return evaluate.texts(encoded, tokens, reader)
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.UserError(
+            expected="a file of UTF-8 text with one prompt a line",
+            found=getattr(error, "strerror", str(error)),
+            where=str(path),
+        ) from None
+
+
+if __name__ == "__main__":
+    arguments.run(main)

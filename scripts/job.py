@@ -1,0 +1,377 @@
+"""What train.py does once its flags are read: load, evaluate, train, save, show."""
+
+import importlib.metadata
+import math
+import os
+import pathlib
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import console
+import jax
+from console import say
+from flax import nnx
+
+import lora_jax
+from lora_jax import (
+    checkpoint,
+    config,
+    data,
+    devices,
+    errors,
+    evaluate,
+    generate,
+    hub,
+    lora,
+    optim,
+    peft,
+    run_folder,
+    sharding,
+    snapshot,
+    tokenizer,
+    train,
+)
+from lora_jax.models import config as model_config
+
+HELD_OUT = 0.02  # share of the rows, when --eval-every has no --eval-dataset
+SEQ_LEN = 1024  # unless the model's context is shorter
+KEEP = 2  # checkpoints
+SCORED_AT_A_TIME = 64  # prompts generated for together
+
+
+def run(settings: dict[str, Any], folder: run_folder.RunFolder, *, resume: bool) -> int:
+    """The exit code of a run with all its settings: 0, or 130 when it was stopped."""
+    if warning := devices.unused_accelerator():
+        say("warning", warning)
+    mesh = sharding.make_mesh(sharding.parse(settings.get("mesh"), jax.device_count()))
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    say("devices", f"{devices.describe()}, mesh {axes}")
+    with jax.set_mesh(mesh):
+        job = Job(settings, folder, mesh)
+        if job.num_steps == 0:
+            job.continue_prompts()
+            return 0
+        return job.fit(resume=resume)
+
+
+class Job:
+    """A model with its adapter, its data, and what is done with them."""
+
+    def __init__(self, settings: dict[str, Any], folder: run_folder.RunFolder, mesh):
+        self.settings, self.folder, self.mesh = settings, folder, mesh
+        self.seconds: dict[str, float] = {}
+        self.num_steps = settings.get("max_steps")
+        if self.num_steps != 0:
+            sharding.check_batch(settings["batch_size"], mesh)
+            self._read_data()
+        self.base = hub.model_folder(settings["model"], settings.get("revision"))
+        self.context = model_config.load(self.base).max_position_embeddings
+        self.tokenizer = tokenizer.load(self.base)
+        self.eos_ids = tokenizer.eos_ids(self.tokenizer, self.base)
+        self.lora_config = config.build(config.LoRAConfig, settings)
+        if self.num_steps != 0:
+            self._encode_data()
+        self._check_prompts()
+        self._load_model()
+
+    def _read_data(self) -> None:
+        settings = self.settings
+        self.rows = data.load(settings["dataset"], columns=settings.get("columns"))
+        self.held_out_rows = None
+        if settings.get("eval_dataset"):
+            self.held_out_rows = data.load(
+                settings["eval_dataset"], columns=settings.get("columns")
+            )
+        elif settings.get("eval_every"):
+            self.rows, self.held_out_rows = data.holdout(self.rows, HELD_OUT, settings["seed"])
+
+    def _encode_data(self) -> None:
+        settings, held_out = self.settings, self.held_out_rows
+        seq_len = settings.get("seq_len") or min(SEQ_LEN, self.context)
+        if seq_len > self.context:
+            raise errors.UserError(
+                expected=f"rows within the model's context of {self.context} tokens",
+                found=f"--seq-len {seq_len}",
+                do=f"--seq-len {self.context}",
+            )
+        encoded = self._encode("data", settings["dataset"], self.rows, seq_len)
+        self.held_out = self.scored = None
+        if held_out is not None:
+            source = settings.get("eval_dataset") or "held out of it"
+            self.held_out = self._encode("held out", source, held_out, seq_len)
+            if settings["exact_match"]:
+                scored = held_out.select(range(min(settings["exact_match"], len(held_out))))
+                self.scored = data.prompts(scored, self.tokenizer)
+        self.batches = data.Batches(
+            encoded,
+            batch_size=settings["batch_size"],
+            grad_accum=settings["grad_accum"],
+            seed=settings["seed"],
+            seq_len=seq_len,
+        )
+        self.num_steps = self.num_steps or self.batches.num_steps(settings["epochs"])
+        self.fingerprints = {
+            name: data.fingerprint(rows) if rows is not None else None
+            for name, rows in (("train", self.rows), ("held out", held_out))
+        }
+
+    def _encode(self, label: str, source: str, rows, seq_len: int) -> data.Encoded:
+        encoded = data.encode(rows, self.tokenizer, seq_len, self.eos_ids[0])
+        say(
+            label,
+            f"{len(encoded.rows)} rows, {sum(len(ids) for ids, _ in encoded.rows)} tokens, "
+            f"{encoded.num_cut} cut at {seq_len}, {encoded.num_skipped} skipped: {source}",
+        )
+        return encoded
+
+    def _check_prompts(self) -> None:
+        self.sampling = generate.Sampling(
+            self.settings["max_new_tokens"], self.settings["temperature"]
+        )
+        texts = self.settings.get("prompt") or []
+        if self.settings.get("chat"):
+            texts = [tokenizer.chat_prompt(self.tokenizer, text) for text in texts]
+        self.prompts = tokenizer.encode(self.tokenizer, texts) if texts else []
+        for ids in self.prompts:
+            generate.check_length(len(ids), self.sampling, self.context)
+
+    def _load_model(self) -> None:
+        start, settings = time.time(), self.settings
+        stored = checkpoint.tensors(self.base).values()
+        self.model = checkpoint.load(
+            self.base,
+            dtype=settings.get("dtype"),
+            quantisation=settings["quant"],
+            mesh=self.mesh,
+        )
+        lora.inject(self.model, self.lora_config, rngs=nnx.Rngs(settings["seed"]))
+        self.graphdef, *state = train.split(self.model)
+        self.trained, self.frozen = sharding.place(state, self.mesh)
+        total = sum(math.prod(tensor.shape) for tensor in stored)
+        trainable = lora.num_params(self.model)
+        before = sum(tensor.num_bytes for tensor in stored)
+        after = sum(array.nbytes for array in jax.tree.leaves(self.frozen.base))
+        say("model", f"{console.count(total)} parameters, {console.count(trainable)} trainable "
+            f"({trainable / (total + trainable):.2%}): {settings['model']}")  # fmt: skip
+        say("base", f"{console.size(before)} on disk, {console.size(after)} loaded "
+            f"(quant {settings['quant']})")  # fmt: skip
+        self.seconds["load"] = time.time() - start
+
+    def fit(self, *, resume: bool) -> int:
+        """Trains from the start or the newest checkpoint; 130 when it was asked to stop."""
+        settings = self.settings
+        optim_config = config.build(config.OptimConfig, settings)
+        optimizer = optim.make(optim_config, self.num_steps)
+        schedule = optim.schedule(optim_config, self.num_steps)
+        state = sharding.place(train.start(self.trained, optimizer), self.mesh)
+        # The checkpoints kept, the one being written, and the adapter.
+        self.folder.check_space((KEEP + 2) * sum(a.nbytes for a in jax.tree.leaves(state)))
+        record = self._record()
+        with snapshot.Snapshots(self.folder.checkpoints, keep=KEEP) as snapshots:
+            if resume:
+                state = self._resume(state, snapshots, record)
+            first = int(state.step)
+            self.folder.cut_back(first or -1)
+            self.folder.write_run(record)
+            self._make_evaluation()
+            if first == 0:
+                record["samples"] = {"before": self._evaluate(0, state.lora, score=True)}
+                self.folder.write_run(record)
+            how = {"seed": settings["seed"], "remat": settings["remat"]}
+            step = train.make_step(self.graphdef, optimizer, schedule, **how)
+            with Stop() as stop:
+                state = self._train(step, state, snapshots, record, stop)
+                snapshots.wait()
+                self.trained, done = state.lora, int(state.step)
+                self._save_adapter()
+                record |= {
+                    "status": "finished" if done == self.num_steps else f"stopped at step {done}",
+                    "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+                    "peak_bytes": devices.peak_bytes(),
+                }
+                self.folder.write_run(record)
+        if done < self.num_steps:
+            where = shlex.quote(str(self.folder.path))
+            print(f"\nstopped after step {done} of {self.num_steps}; to go on:\n"
+                  f"  python scripts/train.py --resume --output-dir {where}")  # fmt: skip
+            return 130
+        self._show(record["samples"])
+        self.continue_prompts()
+        return 0
+
+    def _train(
+        self,
+        step: Callable,
+        state: train.State,
+        snapshots: snapshot.Snapshots,
+        record: dict[str, Any],
+        stop: "Stop",
+    ) -> train.State:
+        """The state after the last step, or after the one at which `stop` was asked."""
+        every = self.settings.get("eval_every") or self.num_steps
+        start = clock = time.time()
+        steps = train.steps(step, state, self.frozen, self._batch, self.num_steps)
+        with console.Progress(int(state.step), self.num_steps) as progress:
+            for state, metrics in steps:
+                now, number = time.time(), metrics["step"]
+                metrics["tokens_per_second"] = round(metrics.pop("num_tokens") / (now - clock), 1)
+                self.folder.log(metrics)
+                if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                    raise self._not_finite(number, snapshots.latest())
+                progress.show(number, metrics)
+                last = number == self.num_steps
+                if last or number % every == 0:
+                    answers = self._evaluate(number, state.lora, score=last)
+                    if last:  # before its checkpoint: a run resumed there has these to show
+                        record["samples"]["after"] = answers
+                        self.folder.write_run(record)
+                stopping = stop.asked  # read once: what ends the loop must have been saved
+                if last or stopping or number % self.settings["save_every"] == 0:
+                    snapshots.save(state)
+                if stopping:
+                    break
+                clock = time.time()
+        self.seconds["train"] = time.time() - start
+        return state
+
+    def continue_prompts(self) -> None:
+        """Prints what the model makes of each --prompt."""
+        if not self.prompts:
+            return
+        continue_ = generate.make(self.graphdef, self.sampling, self.eos_ids)
+        ids, mask = generate.pad_left(self.prompts)
+        key = jax.random.key(self.settings["seed"])
+        tokens = continue_(self.trained, self.frozen, ids, mask, key)
+        texts = evaluate.texts(self.prompts, tokens, self.tokenizer)
+        for prompt, text in zip(self.settings["prompt"], texts, strict=True):
+            print(f"\n{prompt}{text}")
+
+    def _batch(self, index: int) -> train.Batch:
+        return jax.device_put(train.Batch(**self.batches.batch(index)), sharding.batch(self.mesh))
+
+    def _resume(self, state: train.State, snapshots: snapshot.Snapshots, record: dict):
+        """The newest checkpoint's state, or `state` when there is none yet."""
+        before = self.folder.read_run()
+        changed = [
+            f"another {part} of the {name}"
+            for name in ("base", "data")
+            for part, value in record[name].items()
+            if before[name].get(part) != value
+        ]
+        if changed:
+            raise errors.UserError(
+                expected="the base model and the data that the run was started with",
+                found=changed,
+                where=str(self.folder.path / "run.json"),
+                do="put them back, or start a new run",
+            )
+        if snapshots.latest() is None:
+            say("resume", "no finished checkpoint: starting over")
+            return state
+        record["samples"] = before.get("samples", {})
+        say("resume", f"from step {snapshots.latest()} of {self.num_steps}")
+        return snapshots.restore(state)
+
+    def _record(self) -> dict[str, Any]:
+        packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+        return {
+            "status": "running",
+            "settings": self.settings,
+            "num_steps": self.num_steps,
+            "versions": {
+                "lora-jax": lora_jax.__version__,
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+            "device": devices.describe(),
+            "mesh": dict(self.mesh.shape),
+            "base": {"id": self.settings["model"], **checkpoint.fingerprint(self.base)},
+            "data": self.fingerprints,
+            "samples": {},
+        }
+
+    def _make_evaluation(self) -> None:
+        if self.held_out is None:
+            return
+        self.eval_loss = train.make_eval_loss(self.graphdef)
+        if self.scored:
+            expected = [text for _, text in self.scored]
+            longest = max(map(len, tokenizer.encode(self.tokenizer, expected)))
+            sampling = generate.Sampling(max_new_tokens=longest + 1)  # and EOS
+            generate.check_length(max(len(ids) for ids, _ in self.scored), sampling, self.context)
+            self.answer = generate.make(self.graphdef, sampling, self.eos_ids)
+
+    def _evaluate(self, number: int, trained: Any, *, score: bool) -> list[dict[str, str]]:
+        """Logs the held-out loss, and with `score` the exact match; gives two answers to show."""
+        if self.held_out is None:
+            return []
+        start, answers = time.time(), []
+        rows = self.settings["batch_size"]
+        loss = evaluate.mean_loss(self.eval_loss, trained, self.frozen, self.held_out, rows)
+        metrics = {"step": number, "eval_loss": loss}
+        if score and self.scored:
+            answers = evaluate.answers(
+                self.answer, trained, self.frozen, self.scored, self.tokenizer, SCORED_AT_A_TIME
+            )
+            metrics["exact_match"] = evaluate.exact_match(answers)
+        self.folder.log(metrics)
+        console.evaluation(metrics, len(answers))
+        self.seconds["evaluate"] = self.seconds.get("evaluate", 0) + time.time() - start
+        return [answer._asdict() for answer in answers[:2]]
+
+    def _save_adapter(self) -> None:
+        nnx.update(self.model, self.trained)
+        local = pathlib.Path(self.settings["model"]).is_dir()
+        peft.save(
+            self.folder.adapter,
+            self.model,
+            self.lora_config,
+            base_model=str(self.base.absolute()) if local else self.settings["model"],
+            revision=self.settings.get("revision"),
+        )
+
+    def _not_finite(self, number: int, good: int | None) -> errors.UserError:
+        return errors.UserError(
+            expected="a finite loss and gradient",
+            found=f"NaN or infinity at step {number}",
+            where=str(self.folder.path / "metrics.jsonl"),
+            do="start a new run with a lower --lr, a longer --warmup, or --dtype float32; "
+            + (f"the checkpoint of step {good} is good" if good else "no checkpoint was due yet"),
+        )
+
+    def _show(self, samples: dict[str, list[dict[str, str]]]) -> None:
+        console.side_by_side(samples.get("before", []), samples.get("after", []))
+        say("adapter", str(self.folder.adapter))
+        say("run", f"{self.folder.path}/run.json, metrics.jsonl, checkpoints/")
+        quant = self.settings["quant"]
+        example = self.settings.get("prompt") or [
+            answer["prompt"] for answer in samples.get("after", [])
+        ]
+        shown = shlex.quote(example[0] if example else "…")
+        print(f"\nto generate with it:\n  python scripts/generate.py --quant {quant} \\\n"
+              f"    --adapter {shlex.quote(str(self.folder.adapter))} \\\n"
+              f"    --prompt {shown}")  # fmt: skip
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks to stop after this step; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        # print() may not be entered again from a signal handler.
+        os.write(2, b"\nstopping after this step, to save; again to stop at once\n")

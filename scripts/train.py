@@ -1,0 +1,216 @@
+"""Fine-tune a LLaMA with LoRA on a quantised base, and save a PEFT adapter."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import arguments
+import console
+
+from lora_jax import config, demo, errors, run_folder
+
+DEFAULTS = {
+    **dataclasses.asdict(config.LoRAConfig()),
+    **dataclasses.asdict(config.OptimConfig()),
+    "quant": "none",
+    "batch_size": 4,
+    "grad_accum": 4,
+    "epochs": 1.0,
+    "remat": "full",
+    "seed": 0,
+    "save_every": 100,
+    "exact_match": 0,
+    "max_new_tokens": 128,
+    "temperature": 0.0,
+}
+NUMBERS = {  # flags with a number, by what it must at least be
+    0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature"),
+    1e-6: ("epochs", "alpha", "lora_plus_ratio"),
+    1: ("batch_size", "grad_accum", "save_every", "eval_every", "max_new_tokens"),
+    2: ("seq_len",),
+}
+DESCRIPTION = """\
+Fine-tune a LLaMA with LoRA on a quantised base, and save a PEFT adapter.
+
+  train.py --rank 8 --quant int4                     the demo that ships inside
+  train.py --model huggyllama/llama-7b --use-4bit --dataset my.jsonl
+  train.py --resume --output-dir runs/…              go on where a run stopped
+"""
+
+
+def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
+    """(flags that were typed, whether to resume)."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS)
+    arguments.add_model(flags)
+    flags.group("data")
+    flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; rows with text, "
+              "prompt/completion, instruction/output or chat messages",
+              metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--eval-dataset", "held-out data (default, with --eval-every: 2 %% of --dataset)",
+              metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--columns", "names in the file, e.g. prompt=question,completion=answer")
+    flags.add("--seq-len", "cut rows after so many tokens (default: 1024, or the model's context "
+              "if that is shorter)", type=int, metavar="T")  # fmt: skip
+    flags.group("adapter")
+    flags.add("--rank", "size of A and B", type=int, metavar="R")
+    flags.add("--alpha", "the adapter is scaled by alpha / rank", type=float)
+    flags.add("--dropout", "on the adapter's input, in training", type=float, metavar="P")
+    flags.add("--targets", "names of linear layers, a regex, or all-linear")
+    flags.group("training")
+    flags.add("--batch-size", "rows computed at a time, over all devices", type=int, metavar="B")
+    flags.add("--grad-accum", "such batches per optimizer step", type=int, metavar="A")
+    flags.add("--max-steps", "optimizer steps, instead of --epochs", type=int, metavar="N")
+    flags.add("--epochs", "passes over the data", type=float, metavar="E")
+    flags.add("--lr", "peak learning rate", type=float)
+    flags.add("--lora-plus-ratio", "learning rate of B over that of A", type=float, metavar="X")
+    flags.add("--schedule", "after the warmup", choices=config.SCHEDULES)
+    flags.add("--warmup", "steps if ≥ 1, else the share of all steps", type=float)
+    flags.add("--weight-decay", "decoupled, as in AdamW", type=float, metavar="W")
+    flags.add("--clip", "largest norm of the gradient; 0: none", type=float, metavar="NORM")
+    flags.add("--remat", "what the backward pass computes again, to save memory",
+              choices=("full", "dots", "none"))  # fmt: skip
+    flags.add("--seed", "of data order, initial A and dropout", type=int)
+    flags.group("run")
+    flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", metavar="DIR")
+    flags.add("--resume", "go on with the run in --output-dir", action="store_const", const=True)
+    flags.add("--eval-every", "evaluate every N steps, besides start and end", type=int,
+              metavar="N")  # fmt: skip
+    flags.add("--exact-match", "generate for so many held-out prompts and compare", type=int,
+              metavar="N")  # fmt: skip
+    flags.add("--save-every", "checkpoint every N steps", type=int, metavar="N")
+    flags.group("generating, after training or with --max-steps 0")
+    flags.add("--prompt", "continue this text; may be given again", action="append")
+    flags.add("--chat", "put --prompt into the chat template", action="store_const", const=True)
+    flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
+    flags.add("--temperature", "0 takes the likeliest token", type=float)
+    typed = arguments.quantisation(flags.typed(argv))
+    if "targets" in typed:
+        typed["targets"] = _targets(typed["targets"])
+    if "columns" in typed:
+        typed["columns"] = _pairs(typed["columns"])
+    return typed, typed.pop("resume", False)
+
+
+def _targets(text: str) -> tuple[str, ...] | str:
+    if text == "all-linear":
+        return text
+    if all(c.isalnum() or c in "_,. " for c in text):
+        return tuple(name.strip() for name in text.split(",") if name.strip())
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise errors.UserError(
+            expected="names such as q_proj,v_proj, a regular expression, or all-linear",
+            found=f"{text}: {error}",
+            where="--targets",
+        ) from None
+    return text
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise errors.UserError(
+            expected="FIELD=COLUMN pairs, e.g. prompt=question,completion=answer",
+            found=repr(text),
+            where="--columns",
+        )
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def resolve(typed: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of a new run: what was typed, else the demo's table or the defaults."""
+    settings = {**DEFAULTS}
+    if "model" not in typed and "dataset" not in typed:
+        settings |= demo.settings()
+    if "max_steps" in typed and "epochs" in typed:
+        raise errors.UserError(
+            expected="one length of training",
+            found="--max-steps and --epochs",
+            do="give one of them",
+        )
+    if "epochs" in typed:
+        settings.pop("max_steps", None)
+    settings |= typed
+    settings.setdefault("model", str(demo.FOLDER))
+    if "dataset" not in settings:
+        settings["dataset"] = str(demo.TRAIN)
+        settings.setdefault("eval_dataset", str(demo.EVAL))
+    _check_numbers(settings)
+    prompt = settings.get("prompt")
+    pointless = [
+        text
+        for text, is_so in (
+            ("--max-steps 0 without a --prompt", settings.get("max_steps") == 0 and not prompt),
+            ("--chat without a --prompt", settings.get("chat") and not prompt),
+            ("--exact-match without --eval-dataset or --eval-every", settings["exact_match"]
+             and not settings.get("eval_dataset") and not settings.get("eval_every")),
+        )
+        if is_so
+    ]  # fmt: skip
+    if pointless:
+        raise errors.UserError(expected="flags that have an effect", found=pointless)
+    return settings
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    wrong = [
+        f"--{name.replace('_', '-')} {settings[name]} (at least {least:g})"
+        for least, names in NUMBERS.items()
+        for name in names
+        if settings.get(name) is not None and not least <= settings[name] < math.inf
+    ]
+    if wrong:
+        raise errors.UserError(expected="numbers in their range", found=wrong)
+
+
+def main() -> int:
+    typed, resume = parse()
+    if resume and "output_dir" not in typed:
+        raise errors.UserError(
+            expected="the folder of the run to go on with",
+            found="--resume alone",
+            do="--resume --output-dir runs/…",
+        )
+    path = pathlib.Path(typed.get("output_dir") or run_folder.default_path())
+    if not resume:
+        settings = resolve(typed)
+        # Refused before anything heavy is loaded or written.
+        config.build(config.LoRAConfig, settings)
+        config.build(config.OptimConfig, settings)
+    with run_folder.RunFolder(path, resume=resume) as folder:
+        if resume:
+            settings = resumed(typed, folder)
+        elif "model" not in typed and "dataset" not in typed:
+            console.say("settings", "the demo's: " + console.pairs(demo.settings()))
+        import job  # imports jax
+
+        return job.run(settings, folder, resume=resume)
+
+
+def resumed(typed: dict[str, Any], folder: run_folder.RunFolder) -> dict[str, Any]:
+    """The settings of the run in `folder`, plus what may be typed anew."""
+    settings = folder.read_run()["settings"]
+    anew = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature")
+    contradicting = [
+        f"--{name.replace('_', '-')} {value}, but the run has {settings.get(name)}"
+        for name, value in typed.items()
+        if name not in anew
+        and json.loads(json.dumps(value)) != settings.get(name)  # a tuple is a list there
+    ]
+    if contradicting:
+        raise errors.UserError(
+            expected="--resume with the settings of the run",
+            found=contradicting,
+            where=str(folder.path / "run.json"),
+            do="leave these flags out, or start a new run",
+        )
+    _check_numbers(settings | typed)
+    return settings | typed
+
+
+if __name__ == "__main__":
+    arguments.run(main)

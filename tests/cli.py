@@ -1,0 +1,67 @@
+"""Runs a script of scripts/ in this process, as `python scripts/NAME.py …` would."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+BASE = ROOT / "tests/golden/models/stories260K"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+@dataclasses.dataclass
+class Ended:
+    """The exit code, and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines() + self.err.splitlines()
+
+
+def run(script: str, *flags: object) -> Ended:
+    """Runs scripts/`script`.py to its end; an exception that it lets through passes through."""
+    arguments, module = (importlib.import_module(name) for name in ("arguments", script))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+            arguments.run(module.main)
+    return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def refused(script: str, *flags: object) -> str:
+    """The message of a run that ends with a user's error, lines joined."""
+    ended = run(script, *flags)
+    assert ended.code == 2, ended
+    assert ended.err.startswith("error:\n  expected: ") and "Traceback" not in ended.err
+    return " ".join(ended.err.split())
+
+
+def write_rows(path: pathlib.Path, count: int, first: int = 0) -> pathlib.Path:
+    """A .jsonl file of prompts and completions."""
+    rows = [
+        {"prompt": f"Tom has {n} cats.", "completion": f" He likes cat {n % 5}."}
+        for n in range(first, first + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def metrics(folder: pathlib.Path) -> list[dict]:
+    """The rows of metrics.jsonl, which must be JSON in the strict sense."""
+
+    def no_constant(name: str):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=no_constant) for line in lines]

@@ -1,0 +1,232 @@
+"""Flags of scripts/train.py and scripts/generate.py: their help, and what is refused at once."""
+
+import os
+import re
+import subprocess
+import sys
+
+import cli
+import pytest
+
+from lora_jax import errors
+
+import arguments  # isort: skip (scripts/, which cli puts on the path)
+import generate as generate_script  # isort: skip
+import train as train_script  # isort: skip
+
+TRAIN = ("--model", "m", "--dataset", "d.jsonl")
+
+
+def settings(*flags):
+    return train_script.resolve(train_script.parse([*TRAIN, *map(str, flags)])[0])
+
+
+@pytest.mark.parametrize("script", ["train", "generate"])
+def test_help_imports_nothing_heavy(script):
+    code = (
+        "import runpy, sys\n"
+        "sys.path.insert(0, 'scripts')\n"
+        "try: runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "heavy = {'jax', 'flax', 'numpy', 'transformers', 'datasets', 'tqdm'}\n"
+        "print('loaded:', *heavy & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"scripts/{script}.py", "--help"],
+        cwd=cli.ROOT, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "loaded:" and done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_help_is_in_groups_and_shows_every_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = cli.run("train", "--help").out
+    for group in ("model:", "data:", "adapter:", "training:", "run:", "generating, after training"):
+        assert f"\n{group}" in text
+    shown = " ".join(text.partition("options:")[2].split())
+    for default in ("runs/DATE-TIME", "all in data", "q_proj,v_proj"):
+        assert f"(default: {default})" in shown
+    # Every flag with a default in the table tells it.
+    flags = re.findall(r"^  --([\w-]+)", text, re.MULTILINE)
+    defaults = {flag: train_script.DEFAULTS.get(flag.replace("-", "_")) for flag in flags}
+    assert len(flags) > 30 and defaults["rank"] == 8
+    for flag, default in defaults.items():
+        if default is not None and flag != "targets":
+            said = re.search(rf" --{flag} .*?\(default: (.*?)\)", shown)
+            assert said and said[1] == str(default), flag
+
+
+def test_a_default_is_overridden_by_what_is_typed_alone():
+    assert settings() == {**train_script.DEFAULTS, "model": "m", "dataset": "d.jsonl"}
+    found = settings("--rank", 4, "--lr", "1e-3", "--seq-len", 32, "--quant", "nf4")
+    assert (found["rank"], found["lr"], found["seq_len"], found["quant"]) == (4, 1e-3, 32, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "quant"),
+    [
+        ("", "none"),
+        ("--use-4bit", "int4"),
+        ("--no-4bit", "none"),
+        ("--use-4bit --quant int4", "int4"),
+        ("--quant int8", "int8"),
+    ],
+)
+def test_4bit_flags_are_names_for_quant(flags, quant):
+    found = settings(*flags.split())
+    assert found["quant"] == quant and "use_4bit" not in found and "no_4bit" not in found
+
+
+@pytest.mark.parametrize(
+    "flags", ["--use-4bit --no-4bit", "--use-4bit --quant nf4", "--no-4bit --quant int4"]
+)
+def test_4bit_flags_that_contradict_are_refused(flags):
+    with pytest.raises(errors.UserError, match="one kind of quantisation"):
+        train_script.parse(flags.split())
+    with pytest.raises(errors.UserError, match="one kind of quantisation"):
+        generate_script.parse(flags.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("q_proj", ("q_proj",)),
+        ("q_proj,mlp.up_proj", ("q_proj", "mlp.up_proj")),
+        ("q_proj, v_proj,", ("q_proj", "v_proj")),
+        ("all-linear", "all-linear"),
+        (r".*\.[qv]_proj", r".*\.[qv]_proj"),
+        ("(k|v)_proj", "(k|v)_proj"),
+    ],
+)
+def test_targets_are_names_or_a_regex_or_all_linear(text, targets):
+    assert settings("--targets", text)["targets"] == targets
+
+
+def test_columns_are_pairs():
+    assert settings("--columns", "prompt=question,completion=a=b")["columns"] == {
+        "prompt": "question",
+        "completion": "a=b",
+    }
+
+
+@pytest.fixture
+def nothing_heavy(monkeypatch, tmp_path):
+    """An empty working folder in which no job may start, and no folder may be left."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "job", None)  # importing it fails
+    yield
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--rank 0", "rank 0"),
+        ("--rank -1", "rank -1"),
+        ("--rank eight", "--rank: invalid int value: 'eight'"),
+        ("--dropout 1", "dropout 1"),
+        ("--dropout nan", "dropout nan"),
+        ("--alpha 0", "--alpha 0"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--grad-accum 0", "--grad-accum 0"),
+        ("--max-steps -1", "--max-steps -1"),
+        ("--epochs 0", "--epochs 0"),
+        ("--epochs inf", "--epochs inf"),
+        ("--seq-len 1", "--seq-len 1"),
+        ("--lr nan", "--lr nan"),
+        ("--lr -0.1", "--lr -0.1"),
+        ("--lora-plus-ratio 0", "--lora-plus-ratio 0"),
+        ("--warmup -1", "--warmup -1"),
+        ("--weight-decay -1", "--weight-decay -1"),
+        ("--clip -1", "--clip -1"),
+        ("--seed -1", "--seed -1"),
+        ("--save-every 0", "--save-every 0"),
+        ("--eval-every 0", "--eval-every 0"),
+        ("--exact-match -1", "--exact-match -1"),
+        ("--max-new-tokens 0", "--max-new-tokens 0"),
+        ("--temperature -1", "--temperature -1"),
+        ("--schedule step", "--schedule: invalid choice"),
+        ("--quant int5", "--quant: invalid choice"),
+        ("--targets (", "--targets"),
+        ("--targets ,", "no targets"),
+        ("--columns prompt", "FIELD=COLUMN"),
+        ("--max-steps 3 --epochs 2", "--max-steps and --epochs"),
+        ("--use-4bit --quant nf4", "int4, nf4"),
+        ("--max-steps 0", "--max-steps 0 without a --prompt"),
+        ("--chat", "--chat without a --prompt"),
+        ("--exact-match 5", "--exact-match without --eval-dataset or --eval-every"),
+        ("--resume", "--resume alone"),
+        ("--resume --output-dir nowhere", "no run.json"),
+        ("--bits 4", "unrecognized arguments: --bits 4"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_heavy(nothing_heavy, flags, told):
+    assert told in cli.refused("train", *TRAIN, *flags.split())
+
+
+def test_all_wrong_numbers_are_told_at_once(nothing_heavy):
+    message = cli.refused("train", *TRAIN, "--batch-size", 0, "--lr", -1, "--seed", -2)
+    assert all(told in message for told in ("--batch-size 0", "--lr -1.0", "--seed -2"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("", "at least one prompt"),
+        ("--prompts-file none.txt", "No such file"),
+        ("--prompt a --top-p 0", "top_p 0"),
+        ("--prompt a --top-k -1", "top_k -1"),
+        ("--prompt a --min-p 2", "min_p 2"),
+        ("--prompt a --temperature nan", "temperature nan"),
+        ("--prompt a --max-new-tokens 0", "max_new_tokens 0"),
+        ("--prompt a --adapter ./none", "no such folder"),
+        ("--prompt a --model ./none", "no such folder"),
+    ],
+)
+def test_generate_refuses_nonsense(tmp_path, monkeypatch, flags, told):
+    monkeypatch.chdir(tmp_path)
+    assert told in cli.refused("generate", *flags.split())
+
+
+def test_prompts_file_of_another_encoding_is_told(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("naïve\n".encode("latin-1"))
+    assert "can't decode" in cli.refused("generate", "--prompts-file", path)
+
+
+def test_messages_are_wrapped(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    ended = cli.run("train", *TRAIN, "--exact-match", 5, "--max-steps", 0, "--chat")
+    assert ended.code == 2 and max(map(len, ended.lines)) <= 60
+
+
+def test_other_failures_keep_their_traceback(capsys):
+    def broken():
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        arguments.run(broken)
+
+
+def test_ctrl_c_while_loading_is_no_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        arguments.run(interrupted)
+    assert ended.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
+
+
+def test_a_closed_pipe_is_no_traceback():
+    script = cli.ROOT / "scripts/train.py"
+    code = (
+        "import sys; sys.path.insert(0, 'scripts'); import arguments\n"
+        "arguments.run(lambda: print('line\\n' * 100000))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=script.parents[1],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1

@@ -1,0 +1,118 @@
+"""What is said about accelerators that are not used, too small or held by another process."""
+
+import collections
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lora_jax import devices, errors
+
+GPU_FULL = (
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.\n"
+    "[tf-allocator-allocation-error='']"
+)
+TPU_HELD = (
+    "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid "
+    "4711. Not attempting to load libtpu.so in this process."
+)
+
+
+def test_describe_counts_and_names_the_devices():
+    assert devices.describe() == "8 × cpu (cpu)"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tpu", "told"),
+    [
+        ("NVIDIA H100 80GB HBM3", False, ("NVIDIA H100 80GB HBM3", 'pip install "jax[cuda13]"')),
+        (None, True, ("a TPU", 'pip install "jax[tpu]"')),
+    ],
+)
+def test_an_accelerator_that_jax_does_not_see_is_told(monkeypatch, gpu, tpu, told):
+    monkeypatch.setattr(devices, "nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(devices, "has_tpu", lambda: tpu)
+    assert all(part in devices.unused_accelerator() for part in ("only the CPU", *told))
+
+
+def test_nothing_is_said_without_one_or_when_jax_uses_it(monkeypatch):
+    monkeypatch.setattr(devices, "nvidia_gpu", lambda: None)
+    monkeypatch.setattr(devices, "has_tpu", lambda: False)
+    assert devices.unused_accelerator() is None
+    monkeypatch.setattr(devices, "nvidia_gpu", lambda: "NVIDIA L4")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert devices.unused_accelerator() is None
+
+
+@pytest.mark.parametrize(
+    ("returncode", "stdout", "name"),
+    [(0, "NVIDIA L4\nNVIDIA L4\n", "NVIDIA L4"), (9, "driver not loaded", None), (0, "", None)],
+)
+def test_the_driver_is_asked_for_the_name(monkeypatch, returncode, stdout, name):
+    def answer(command, **_):
+        return subprocess.CompletedProcess(command, returncode, stdout)
+
+    monkeypatch.setattr(devices.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(devices.subprocess, "run", answer)
+    monkeypatch.setattr(devices.pathlib.Path, "is_dir", lambda _: False)
+    assert devices.nvidia_gpu() == name
+
+
+def test_a_driver_that_hangs_is_no_gpu_and_no_failure(monkeypatch):
+    def hang(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(devices.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(devices.subprocess, "run", hang)
+    monkeypatch.setattr(devices.pathlib.Path, "is_dir", lambda _: False)
+    assert devices.nvidia_gpu() is None
+
+
+def test_peak_memory_is_this_process_s_where_the_device_does_not_tell(monkeypatch):
+    assert 2**24 < devices.peak_bytes() < 2**42
+
+    class Device(collections.namedtuple("Device", "stats")):
+        def memory_stats(self):
+            return self.stats
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device({"peak_bytes_in_use": 123})])
+    assert devices.peak_bytes() == 123
+
+
+def test_a_job_too_large_for_the_device_is_explained():
+    with pytest.raises(RuntimeError) as real:
+        jnp.zeros(2**50).block_until_ready()  # 4 PiB
+    explained = devices.explain(real.value)
+    assert isinstance(explained, errors.UserError)
+    message = str(explained)
+    assert "4503599627370496 bytes wanted" in message and "8 × cpu" in message
+    for way_out in ("--quant int4", "--batch-size", "--grad-accum", "--seq-len", "fsdp=N"):
+        assert way_out in message
+
+
+def test_what_was_wanted_and_free_is_told(monkeypatch):
+    class Device:
+        device_kind, platform = "NVIDIA L4", "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": 22 * 2**30, "bytes_in_use": 20 * 2**30}
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    message = str(devices.explain(RuntimeError(GPU_FULL)))
+    assert "12.50GiB wanted, 2.00 GiB free of 22.00 GiB" in message
+    assert "1 × NVIDIA L4 (gpu)" in message
+
+
+def test_no_size_is_made_up():
+    assert "more wanted" in str(devices.explain(RuntimeError("Out of memory. Buy more. B")))
+
+
+def test_a_held_device_is_explained():
+    message = str(devices.explain(RuntimeError(TPU_HELD)))
+    for part in ("expected:", "found:", "pid 4711", "to do:", "JAX_PLATFORMS=cpu"):
+        assert part in message
+
+
+def test_other_errors_are_not_explained():
+    assert devices.explain(ValueError("shapes (3,) and (4,) do not match")) is None

@@ -1,0 +1,93 @@
+"""Held-out loss and exact match, with stand-ins for the jitted functions."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_tokenizer
+
+from lora_jax import data, evaluate, tokenizer, train
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    return tokenizer.load(tiny_tokenizer.save(tmp_path_factory.mktemp("tokenizer")))
+
+
+def rows(*lengths):
+    """Rows of so many tokens, all trained but the first two."""
+    made = [
+        (np.arange(1, n + 1, dtype=np.int32), np.array([i > 1 for i in range(n)])) for n in lengths
+    ]
+    return data.Encoded(made, 0, 0)
+
+
+def sum_of_labels(trained, frozen, batch):
+    """Stands for the loss: Σ labels, and how many there are, as train.loss counts them."""
+    shapes.append(batch.input_ids.shape)
+    kept = batch.labels[:, 1:] != train.IGNORED
+    return jnp.where(kept, batch.labels[:, 1:], 0).sum() * 1.0, jnp.asarray(kept.sum())
+
+
+FROZEN = train.Frozen(None, None)
+shapes: list[tuple[int, ...]] = []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
+def test_mean_loss_is_one_mean_over_all_trained_tokens(batch_size):
+    shapes.clear()
+    encoded = rows(4, 9, 17, 3, 6)
+    found = evaluate.mean_loss(sum_of_labels, None, FROZEN, encoded, batch_size)
+    tokens = [id_ for ids, trained in encoded.rows for id_ in ids[trained]]
+    assert found == pytest.approx(np.mean(tokens))  # and not the mean of the batches' means
+    assert set(shapes) == {(batch_size, 32)}  # one shape: one compilation
+
+
+def echo(answers):
+    """Stands for generation: each prompt's answer, the rows filled up with −1."""
+    asked = []
+
+    def generate(trained, frozen, ids, mask, key):
+        asked.append(ids.shape)
+        out = np.full((len(ids), 12), -1, np.int32)
+        for row, (prompt, real) in enumerate(zip(ids, mask, strict=True)):
+            answer = answers[tuple(prompt[real == 1].tolist())]
+            out[row, : len(answer)] = answer
+        return jnp.asarray(out)
+
+    return generate, asked
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 64])
+def test_each_prompt_gets_its_own_answer_in_batches_of_one_shape(reader, batch_size):
+    prompts = [f"{word} is" for word in ("ab", "a b", "cd", "Tom", "x y z")]
+    expected = [f" {word}!" for word in ("one", "two", "three", "four", "five")]
+    ids = tokenizer.encode(reader, prompts)
+    bodies = reader(expected, add_special_tokens=False).input_ids
+    answers = {tuple(p): a[1:] for p, a in zip(ids, bodies, strict=True)}
+    generate, asked = echo(answers)
+    pairs = [(np.array(i, np.int32), e) for i, e in zip(ids, expected, strict=True)]
+    found = evaluate.answers(generate, None, FROZEN, pairs, reader, batch_size)
+    assert [a.prompt for a in found] == prompts
+    assert [a.expected for a in found] == expected
+    assert [a.text.strip() for a in found] == [e.strip() for e in expected]
+    assert evaluate.exact_match(found) == 1.0
+    assert len(set(asked)) == 1 and asked[0][0] == min(batch_size, len(prompts))
+
+
+def test_exact_match_is_the_share_of_equal_answers_blanks_aside():
+    found = [
+        evaluate.Answer("q", " yes", "yes\n"),
+        evaluate.Answer("q", "yes", "Yes"),
+        evaluate.Answer("q", "yes", "yes."),
+        evaluate.Answer("q", "two words", "two words"),
+    ]
+    assert evaluate.exact_match(found) == 0.5
+
+
+def test_texts_keep_the_space_in_front_and_end_at_the_fill(reader):
+    (prompt,) = tokenizer.encode(reader, ["ab"])
+    tokens = np.full((1, 8), -1, np.int32)
+    whole = tokenizer.encode(reader, ["ab cd"])[0]
+    tokens[0, : len(whole) - len(prompt)] = whole[len(prompt) :]
+    assert evaluate.texts([prompt], tokens, reader) == [" cd"]
+    assert evaluate.texts([prompt], np.full((1, 4), -1), reader) == [""]

@@ -1,0 +1,455 @@
+"""Whole runs of scripts/train.py and scripts/generate.py on a small real model."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import cli
+import hub_server
+import jax
+import pytest
+import safetensors.numpy
+from jax.experimental.compilation_cache import compilation_cache
+
+from lora_jax import train
+
+import console  # isort: skip (scripts/, which cli puts on the path)
+
+STEPS = 6
+# exact match, dropout, a checkpoint every 2 steps and an evaluation every 3
+FLAGS = (
+    *("--model", cli.BASE, "--batch-size", 8, "--grad-accum", 1, "--remat", "none"),
+    *("--rank", 2, "--dropout", 0.1, "--max-steps", STEPS, "--save-every", 2),
+    *("--eval-every", 3, "--exact-match", 4),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The runs compile the same programs: all but the first reuse them, in any process."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Flags for a data set of 40 rows and a held-out one of 8."""
+    folder = tmp_path_factory.mktemp("data")
+    train = cli.write_rows(folder / "train.jsonl", 40)
+    held_out = cli.write_rows(folder / "eval.jsonl", 8, first=40)
+    return ("--dataset", train, "--eval-dataset", held_out)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """(folder, how it ended) of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    ended = cli.run("train", *FLAGS, *data, "--output-dir", folder)
+    assert ended.code == 0 and ended.err == "", ended
+    return folder, ended
+
+
+def comparable(folder):
+    """metrics.jsonl without what depends on the clock, and the adapter's bytes."""
+    rows = cli.metrics(folder)
+    for row in rows:
+        row.pop("tokens_per_second", None)
+    return rows, (folder / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def checkpoints(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def at_step(monkeypatch, number, act):
+    """Calls act() when step `number` is done and logged."""
+    show = console.Progress.show
+
+    def shown(self, step, metrics):
+        show(self, step, metrics)
+        if step == number:
+            act()
+
+    monkeypatch.setattr(console.Progress, "show", shown)
+
+
+# ------------------------------------------------------------------------- what a run leaves
+
+
+def test_the_files_of_a_run(whole):
+    folder, _ = whole
+    names = {path.name for path in folder.iterdir()} - {".lock"}
+    assert names == {"adapter", "checkpoints", "metrics.jsonl", "run.json"}
+    assert checkpoints(folder) == [4, 6]
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(cli.BASE) and config["r"] == 2
+    tensors = safetensors.numpy.load_file(folder / "adapter/adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 5  # A and B of q_proj and v_proj in 5 layers
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_metrics_are_one_json_object_a_line(whole):
+    rows = cli.metrics(whole[0])
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    for row in steps:
+        assert row.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second"}
+        assert row["loss"] > 0 and row["grad_norm"] > 0 and row["tokens_per_second"] > 0
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert rows[0] is evaluations[0] and rows[-1] is evaluations[-1]
+    assert [row["step"] for row in evaluations] == [0, 3, 6]
+    assert [sorted(row.keys() - {"step", "eval_loss"}) for row in evaluations] == [
+        ["exact_match"], [], ["exact_match"],
+    ]  # fmt: skip
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+
+
+def test_run_json_tells_what_was_run_on_what(whole):
+    run = json.loads((whole[0] / "run.json").read_text())
+    assert run["status"] == "finished" and run["num_steps"] == STEPS
+    assert run["settings"]["rank"] == 2 and run["settings"]["dropout"] == 0.1
+    assert run["settings"]["lr"] == 2e-4  # a default
+    assert run["versions"]["jax"] == jax.__version__ and "lora-jax" in run["versions"]
+    assert run["device"] == "8 × cpu (cpu)" and run["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert run["base"]["id"] == str(cli.BASE) and run["base"]["tensors"]
+    assert {"load", "evaluate", "train"} <= run["seconds"].keys()
+    assert all(value > 0 for value in run["seconds"].values())
+    assert run["peak_bytes"] > 2**24
+    assert [len(run["samples"][when]) for when in ("before", "after")] == [2, 2]
+
+
+def test_what_a_run_prints(whole):
+    folder, ended = whole
+    assert "step 0: held-out loss" in ended.out and "exact match" in ended.out
+    assert re.search(r"trainable \(0\.\d\d%\)", ended.out)
+    assert "step 1 of 6: loss" in ended.out and "step 6 of 6: loss" in ended.out
+    assert "\r" not in ended.out  # no bar where there is no terminal
+    assert str(folder / "adapter") in ended.out and "scripts/generate.py" in ended.out
+
+
+def test_nothing_printed_is_wider_than_the_terminal(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("base", cli.BASE), ("train.jsonl", data[1]), ("eval.jsonl", data[3])):
+        (tmp_path / name).symlink_to(path)
+    flags = ["base" if flag == cli.BASE else flag for flag in FLAGS]
+    ended = cli.run(
+        "train", *flags, "--dataset", "train.jsonl", "--eval-dataset", "eval.jsonl",
+        "--output-dir", "run", "--prompt", "Once upon a time", "--max-new-tokens", 8,
+    )  # fmt: skip
+    assert ended.code == 0
+    assert max(map(len, ended.lines)) <= 80, max(ended.lines, key=len)
+    # --prompt after training: the leading space of the continuation is kept
+    assert re.search(r"^Once upon a time[ ,]", ended.out, re.MULTILINE)
+    again = cli.run("train", *flags, "--dataset", "train.jsonl", "--output-dir", "run")
+    assert again.code == 2 and max(map(len, again.lines)) <= 80
+
+
+# ------------------------------------------------------------------------- stop and go on
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, data, tmp_path):
+    folder = tmp_path / "run"
+    flags = list(map(str, ("train.py", *FLAGS, *data, "--output-dir", folder)))
+    code = (
+        "import os, sys; sys.path.insert(0, 'scripts')\n"
+        "import arguments, console, train\n"
+        "def killed(self, step, metrics):\n"
+        "    if step == 5: os.kill(os.getpid(), 9)\n"
+        "console.Progress.show = killed\n"
+        f"sys.argv = {flags}\n"
+        "arguments.run(train.main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    rows = cli.metrics(folder)
+    assert rows[-1]["step"] == 5  # every line was in the file
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    ended = cli.run("train", "--resume", "--output-dir", folder)
+    assert ended.code == 0, ended
+    assert re.search(r"resume +from step [24] of 6", ended.out)
+    assert comparable(folder) == comparable(whole[0])
+    # Nothing half written stays.
+    assert checkpoints(folder) == [4, 6]
+    samples, expected = (
+        json.loads((path / "run.json").read_text())["samples"] for path in (folder, whole[0])
+    )
+    assert samples == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_goes_on(whole, data, tmp_path, monkeypatch, capfd, number):
+    folder = tmp_path / "run"
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        ended = cli.run("train", *FLAGS, *data, "--output-dir", folder)
+    assert signal.getsignal(number) == before
+    assert ended.code == 130 and "Traceback" not in ended.err
+    assert "stopping after this step, to save" in capfd.readouterr().err
+    assert "stopped after step 3 of 6" in ended.out
+    assert f"train.py --resume --output-dir {folder}" in ended.out.replace(" \\\n   ", "")
+    assert checkpoints(folder)[-1] == 3
+    assert json.loads((folder / "run.json").read_text())["status"] == "stopped at step 3"
+    assert (folder / "adapter/adapter_model.safetensors").exists()
+    if number == signal.SIGINT:
+        ended = cli.run("train", "--resume", "--output-dir", folder)
+        assert ended.code == 0 and "from step 3 of 6" in ended.out
+        assert comparable(folder) == comparable(whole[0])
+
+
+def test_a_second_ctrl_c_ends_at_once(data, tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 3, twice)
+    ended = cli.run("train", *FLAGS, *data, "--output-dir", tmp_path / "run")
+    assert ended.code == 130 and ended.err.endswith("stopped\n")
+    assert checkpoints(tmp_path / "run") == [2]
+    assert not (tmp_path / "run/adapter").exists()
+    assert cli.metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_a_run_ended_before_its_first_checkpoint_starts_over(whole, data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def interrupted(self, *_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console.Progress, "__init__", interrupted)
+        assert cli.run("train", *FLAGS, *data, "--output-dir", folder).code == 130
+    ended = cli.run("train", "--resume", "--output-dir", folder)
+    assert ended.code == 0 and "no finished checkpoint: starting over" in ended.out
+    assert comparable(folder) == comparable(whole[0])
+
+
+def test_a_finished_run_is_shown_again(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    ended = cli.run("train", "--resume", "--output-dir", folder, "--prompt", "Tom",
+                    "--max-new-tokens", 8)  # fmt: skip
+    assert ended.code == 0 and "from step 6 of 6" in ended.out
+    assert "Tom has 40 cats.\nbefore" in ended.out and "\nTom " in ended.out
+    assert comparable(folder) == comparable(whole[0])
+
+
+def test_resume_with_another_setting_is_refused_by_name(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    message = cli.refused(
+        "train", "--resume", "--output-dir", folder, "--rank", 4, "--lr", 0.1, "--dropout", 0.1
+    )
+    assert "--rank 4, but the run has 2" in message
+    assert "--lr 0.1, but the run has 0.0002" in message
+    assert "--dropout" not in message
+    assert comparable(folder) == comparable(whole[0])
+
+
+@pytest.mark.parametrize("changed", ["train", "held out", "base"])
+def test_resume_on_other_data_or_another_base_is_refused(whole, data, tmp_path, changed):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    if changed == "base":
+        base = shutil.copytree(cli.BASE, tmp_path / "base")
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
+        run["settings"]["model"] = run["base"]["id"] = str(base)
+    else:
+        name = {"train": "dataset", "held out": "eval_dataset"}[changed]
+        run["settings"][name] = str(cli.write_rows(tmp_path / "other.jsonl", 40, first=1))
+    (folder / "run.json").write_text(json.dumps(run))
+    message = cli.refused("train", "--resume", "--output-dir", folder)
+    told = {"base": "another config of the base", "train": "another train of the data",
+            "held out": "another held out of the data"}  # fmt: skip
+    assert told[changed] in message
+    assert comparable(folder) == comparable(whole[0])
+
+
+# ------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(("where", "value"), [("loss", math.nan), ("grad_norm", math.inf)])
+def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path, monkeypatch, where, value):
+    folder = tmp_path / "run"
+    steps = train.steps
+
+    def broken(*arguments):
+        for state, metrics in steps(*arguments):
+            yield state, metrics | ({where: value} if metrics["step"] == 3 else {})
+
+    monkeypatch.setattr(train, "steps", broken)
+    message = cli.refused("train", *FLAGS, *data, "--output-dir", folder)
+    last = cli.metrics(folder)[-1]
+    assert last["step"] == 3 and last[where] is None
+    assert "NaN or infinity at step 3" in message and "the checkpoint of step 2 is good" in message
+    assert checkpoints(folder) == [2] and not (folder / "adapter").exists()
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_message(data, tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    at_step(monkeypatch, 3, full)
+    message = cli.refused("train", *FLAGS, *data, "--output-dir", tmp_path / "run")
+    assert "space on the disk" in message and "--resume" in message
+    assert checkpoints(tmp_path / "run") == [2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--batch-size", 4), "--batch-size 8"),
+        (("--mesh", "data=3"), "3 devices"),
+        (("--dataset", "none.jsonl"), "no such file"),
+        (("--model", "./none"), "no such folder"),
+        (("--seq-len", 1024), "512"),
+        (("--targets", "query"), "q_proj"),
+        (("--columns", "prompt=question"), "no column question"),
+        (("--prompt", "Tom " * 500), "context of 512 tokens"),
+        (("--prompt", "Tom", "--chat"), "chat template"),
+    ],
+)
+def test_what_does_not_fit_is_told_and_leaves_no_folder(data, tmp_path, flags, told):
+    folder = tmp_path / "run"
+    assert told in cli.refused("train", *FLAGS, *data, *flags, "--output-dir", folder)
+    assert not folder.exists()
+
+
+def test_data_is_read_before_a_model_is_downloaded(data, tmp_path):
+    message = cli.refused(
+        "train", *FLAGS, "--model", "owner/model", "--dataset", "none.jsonl",
+        "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert "none.jsonl" in message
+
+
+# ------------------------------------------------------------------------- other ways to run
+
+
+def test_sharded_over_data_fsdp_and_tensor_the_losses_are_the_same(whole, data, tmp_path):
+    ended = cli.run(
+        "train", *FLAGS, *data, "--exact-match", 0, "--mesh", "data=2,fsdp=2,tensor=2",
+        "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert ended.code == 0 and "mesh data=2 fsdp=2 tensor=2" in ended.out
+    losses = [
+        [row.get("loss", row.get("eval_loss")) for row in cli.metrics(folder)]
+        for folder in (tmp_path / "run", whole[0])
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_without_steps_it_only_generates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = "Once upon a time"
+    ended = cli.run(
+        "train", *FLAGS, "--prompt", prompt, "--max-new-tokens", 8, "--max-steps", 0,
+        "--dataset", "unread.jsonl", "--exact-match", 0,
+    )  # fmt: skip
+    assert ended.code == 0 and not list(tmp_path.glob("runs/*"))
+    assert f"\n{prompt}, there was" in ended.out
+
+
+def test_the_hub_s_llama_trains_in_4_bit_and_no_pickle_is_asked_for(tmp_path):
+    name = "huggyllama/llama-7b"
+    rows = cli.write_rows(tmp_path / "train.jsonl", 8)
+    flags = ("--model", name, "--rank", 8, "--use-4bit", "--max-steps", 1, "--dataset", rows,
+             "--batch-size", 8, "--grad-accum", 1, "--remat", "none")  # fmt: skip
+    with hub_server.serve({name: hub_server.llama_7b(tmp_path / "hub")}) as server:
+        done = subprocess.run(
+            [sys.executable, cli.ROOT / "scripts/train.py", *map(str, flags)], cwd=tmp_path,
+            env=server.environment(tmp_path / "home"), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        asked = server.requested("GET") + server.requested("HEAD")
+    assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
+    assert not [path for path in asked if path.endswith((".bin", ".pth", ".py"))]
+    (folder,) = (tmp_path / "runs").iterdir()
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == name and config["r"] == 8
+    run = json.loads((folder / "run.json").read_text())
+    assert run["settings"]["quant"] == "int4" and run["base"]["commit"] == hub_server.COMMIT
+
+
+# ------------------------------------------------------------------------- generate.py
+
+
+def texts(ended):
+    assert ended.code == 0, ended
+    return [text for text in ended.out.split("\n\n") if text.strip()]
+
+
+def test_generate_takes_the_base_that_the_adapter_names(whole, tmp_path):
+    folder = whole[0] / "adapter"
+    flags = ("--prompt", "Tom has 41 cats.", "--max-new-tokens", 16)
+    (found,) = texts(cli.run("generate", "--adapter", folder, *flags))
+    after = json.loads((whole[0] / "run.json").read_text())["samples"]["after"][1]
+    assert after["prompt"] == "Tom has 41 cats."
+    assert found.startswith(after["prompt"] + after["text"]) and after["text"].startswith(" ")
+
+    nameless = shutil.copytree(folder, tmp_path / "adapter")
+    config = json.loads((nameless / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (nameless / "adapter_config.json").write_text(json.dumps(config))
+    assert "--model" in cli.refused("generate", "--adapter", nameless, *flags)
+    assert texts(cli.run("generate", "--adapter", nameless, "--model", cli.BASE, *flags)) == [found]
+
+
+def test_several_prompts_are_a_batch_and_equal_the_single_ones(tmp_path):
+    prompts = ["Once upon a time", "Tom", "The little dog was very happy because"]
+    flags = ("--model", cli.BASE, "--max-new-tokens", 16)
+    single = [texts(cli.run("generate", *flags, "--prompt", prompt))[0] for prompt in prompts]
+    assert single[0].startswith("Once upon a time, there was")
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(prompts[1:]) + "\n\n")
+    batch = cli.run("generate", *flags, "--prompt", prompts[0], "--prompts-file", path)
+    assert texts(batch) == single
+
+
+def test_draws_follow_the_seed():
+    flags = ("--model", cli.BASE, "--prompt", "Once", "--max-new-tokens", 16, "--temperature", 1.5)
+    drawn = [cli.run("generate", *flags, "--seed", seed).out for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--prompt", "Tom " * 500), "context of 512 tokens"),
+        (("--prompt", "Tom", "--max-new-tokens", 512), "--max-new-tokens 509"),
+        (("--prompt", "Tom", "--chat"), "chat template"),
+    ],
+)
+def test_generate_tells_what_does_not_fit(flags, told):
+    assert told in cli.refused("generate", "--model", cli.BASE, *flags)
+
+
+def test_chat_puts_the_prompt_into_the_template(tmp_path):
+    base = pathlib.Path(shutil.copytree(cli.BASE, tmp_path / "base"))
+    (base / "chat_template.jinja").write_text("Once upon {{ messages[0]['content'] }}")
+    flags = ("--model", base, "--max-new-tokens", 8)
+    chat = cli.run("generate", *flags, "--chat", "--prompt", "a time")
+    (plain,) = texts(cli.run("generate", *flags, "--prompt", "Once upon a time"))
+    (answer,) = texts(chat)
+    assert answer.split("\n", 1) == ["> a time", plain.removeprefix("Once upon a time")]

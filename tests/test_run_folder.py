@@ -1,0 +1,167 @@
+"""What a run leaves behind, and the folders that it refuses."""
+
+import collections
+import json
+import math
+import pathlib
+
+import pytest
+
+from lora_jax import errors, run_folder
+
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+def opened(path, resume=False):
+    return run_folder.RunFolder(pathlib.Path(path), resume=resume)
+
+
+def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path):
+    with opened(tmp_path / "a/run"):
+        assert (tmp_path / "a/run").is_dir()
+    assert not (tmp_path / "a/run").exists()
+    with pytest.raises(errors.UserError), opened(tmp_path / "run") as folder:
+        folder.read_run()  # as --resume does with a wrong name
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_files_is_refused_without_resume(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(errors.UserError, match="--resume") as refused:
+        opened(tmp_path)
+    assert str(tmp_path) in str(refused.value)
+    with opened(tmp_path, resume=True):
+        pass
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    with opened(tmp_path) as folder:
+        folder.write_run({"status": "running"})
+        assert folder.read_run() == {"status": "running"}
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(errors.UserError, match="an output folder that can be written"):
+            opened(path)
+
+
+def test_a_folder_without_permission_is_told(tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", forbidden)
+    with pytest.raises(errors.UserError, match="Permission denied"):
+        opened(tmp_path / "run")
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tmp_path):
+    with opened(tmp_path / "run") as first:
+        with pytest.raises(errors.UserError, match="another run is writing to it"):
+            opened(tmp_path / "run")
+        first.write_run({})
+        with pytest.raises(errors.UserError, match="another run is writing to it"):
+            opened(tmp_path / "run", resume=True)
+    with opened(tmp_path / "run", resume=True):
+        pass
+
+
+def test_a_full_disk_is_told_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(2**30, 2**30, 2**20))
+    with pytest.raises(errors.UserError, match=r"(?s)64 MiB free.*1 MiB free"):
+        opened(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_told(tmp_path, monkeypatch):
+    with opened(tmp_path / "run") as folder:
+        folder.check_space(2**20)
+        monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(2**40, 0, 2**30))
+        with pytest.raises(errors.UserError, match=r"2048 MiB free.*"):
+            folder.check_space(2**31)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_disk_that_fills_up_during_the_run_is_told(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(errors.UserError, match=r"(?s)space on the disk.*--resume"):
+        with opened(tmp_path, resume=True) as folder:
+            folder.log({"step": 1})
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    with pytest.raises(ValueError, match="a bug"):
+        with opened(tmp_path / "run"):
+            raise ValueError("a bug")
+
+
+def test_metrics_are_json_also_when_they_are_not_finite(tmp_path):
+    with opened(tmp_path) as folder:
+        folder.log({"step": 1, "loss": 0.5})
+        folder.log({"step": 2, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": None, "grad_norm": None, "lr": None},
+    ]
+
+
+def test_each_line_is_in_the_file_at_once(tmp_path):
+    with opened(tmp_path) as folder:
+        folder.log({"step": 1})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("damage", ["", '{"step": 3, "lo', "\0\0\0", '{"step": 3}\n{"step": 4}\n'])
+def test_cut_back_drops_later_steps_and_a_damaged_line(tmp_path, damage):
+    good = '{"step": 0, "eval_loss": 1}\n{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + damage)
+    with opened(tmp_path, resume=True) as folder:
+        folder.cut_back(2)
+        assert (tmp_path / "metrics.jsonl").read_text() == good
+        folder.cut_back(-1)
+        assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_cut_back_needs_no_metrics(tmp_path):
+    with opened(tmp_path) as folder:
+        folder.cut_back(3)
+
+
+def test_run_json_is_replaced_whole(tmp_path, monkeypatch):
+    with opened(tmp_path) as folder:
+        folder.write_run({"status": "running"})
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(run_folder.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_run({"status": "finished"})
+        assert folder.read_run() == {"status": "running"}
+
+
+def test_a_damaged_run_json_is_told(tmp_path):
+    (tmp_path / "run.json").write_text('{"settings": ')
+    with opened(tmp_path, resume=True) as folder:
+        with pytest.raises(errors.UserError, match=r"run\.json"):
+            folder.read_run()
+
+
+def test_default_paths_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = run_folder.default_path()
+    assert first.parts[0] == "runs"
+
+    class Clock(run_folder.datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2025, 3, 4, 5, 6, 7)
+
+    monkeypatch.setattr(run_folder.datetime, "datetime", Clock)
+    for name in ("2025-03-04-050607", "2025-03-04-050607-2", "2025-03-04-050607-3"):
+        path = run_folder.default_path()
+        assert path == pathlib.Path("runs") / name
+        path.mkdir(parents=True)

@@ -1,0 +1,72 @@
+"""The house rules that a machine can check: imports, style, the README's and examples' code."""
+
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_imports_point_down():
+    checked = subprocess.run(
+        [pathlib.Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_style():
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import sys, lora_jax, lora_jax.data, lora_jax.demo; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_package_gives_its_modules():
+    import lora_jax
+
+    for name in lora_jax.__all__:
+        assert getattr(lora_jax, name).__name__ == f"lora_jax.{name}"
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = lora_jax.nothing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_learn(path):
+    losses = runpy.run_path(str(path))["main"]()
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_readme_code_runs(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_readme_commands_have_flags_that_exist():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        parsers = {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["parse"]
+                   for name in ("train", "generate")}  # fmt: skip
+    finally:
+        sys.path.pop(0)
+    import shlex
+
+    commands = re.findall(r"scripts/(train|generate)\.py ([^`\n|]*)", README)
+    assert commands
+    for name, rest in commands:
+        parsers[name](shlex.split(rest, comments=True))
