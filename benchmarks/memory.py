@@ -1,4 +1,4 @@
-"""Prints a table of the bytes that a model's weights, adapter and optimizer take, from shapes alone.
+"""Prints a table of the bytes that weights, adapter and optimizer take, from shapes alone.
 
 python benchmarks/memory.py
 """

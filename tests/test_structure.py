@@ -3,6 +3,7 @@
 import pathlib
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 
@@ -64,9 +65,8 @@ def test_readme_commands_have_flags_that_exist():
                    for name in ("train", "generate")}  # fmt: skip
     finally:
         sys.path.pop(0)
-    import shlex
-
     commands = re.findall(r"scripts/(train|generate)\.py ([^`\n|]*)", README)
     assert commands
     for name, rest in commands:
-        parsers[name](shlex.split(rest, comments=True))
+        if "--help" not in rest:
+            parsers[name](shlex.split(rest, comments=True))
