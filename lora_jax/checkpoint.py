@@ -279,8 +279,7 @@ def _load_quantised(linear: nnx.Linear, path, sources, fmt, mesh) -> quant.Quant
         )
         del raw
         _return_freed_memory()
-    bias = None if linear.bias is None else linear.bias.get_value()
-    return quant.QuantLinear(whole, bias, fmt=fmt, in_features=rows, dtype=linear.kernel.dtype)
+    return quant.QuantLinear(whole, linear, fmt=fmt)
 
 
 def _return_freed_memory() -> None:

@@ -88,6 +88,7 @@ class OptimConfig:
 
 SCHEDULES = ("cosine", "linear", "constant")
 QUANTS = ("none", "int8", "int4", "nf4")
+REMAT = ("full", "dots", "none")  # what the backward pass recomputes: all, all but dots, nothing
 
 
 def build(kind: type, settings: Mapping[str, Any]) -> Any:

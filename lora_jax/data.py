@@ -28,6 +28,7 @@ if typing.TYPE_CHECKING:
     import datasets
     import transformers
 
+IGNORED = -100  # label of a token that is not trained, as in torch and Hugging Face
 KINDS = (
     ("messages",),
     ("prompt", "completion"),
@@ -556,12 +557,12 @@ def pad(rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:
     shape = (len(rows), length)
     padded = {
         "input_ids": np.zeros(shape, np.int32),
-        "labels": np.full(shape, -100, np.int32),
+        "labels": np.full(shape, IGNORED, np.int32),
         "attention_mask": np.zeros(shape, np.int32),
     }
     for n, (ids, trained) in enumerate(rows):
         padded["input_ids"][n, : len(ids)] = ids
-        padded["labels"][n, : len(ids)] = np.where(trained, ids, -100)
+        padded["labels"][n, : len(ids)] = np.where(trained, ids, IGNORED)
         padded["attention_mask"][n, : len(ids)] = 1
     return padded
 
@@ -596,10 +597,6 @@ class Batches:
         shape = (self.grad_accum, self.batch_size, self.length)
         padded = pad(self._rows_of(step), self.length)
         return {name: array.reshape(shape) for name, array in padded.items()}
-
-    def tokens(self, step: int) -> int:
-        """The number of tokens in the batch of `step`, without padding."""
-        return sum(len(ids) for ids, _ in self._rows_of(step))
 
     def _rows_of(self, step: int) -> list[Row]:
         size = self.batch_size * self.grad_accum

@@ -2,6 +2,8 @@
 
 import contextlib
 import glob
+import importlib.metadata
+import os
 import pathlib
 import re
 import resource
@@ -22,10 +24,20 @@ def describe() -> str:
 
 def unused_accelerator() -> str | None:
     """What to say when the machine has a GPU or TPU that JAX does not see, else None."""
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
         return None
     if name := nvidia_gpu():
-        return f'JAX sees only the CPU, but there is a {name}: pip install "jax[cuda13]"'
+        installed = [d.name for d in importlib.metadata.distributions(name="jax-cuda13-plugin")]
+        installed += [d.name for d in importlib.metadata.distributions(name="jax-cuda12-plugin")]
+        if installed:
+            return (
+                f"JAX sees only the CPU: {installed[0]} is installed but could not open the "
+                f"{name}. Is it held by another process, or its driver too old? See nvidia-smi"
+            )
+        return (
+            f'JAX sees only the CPU, but there is a {name}: pip install "jax[cuda13]" '
+            '(with a driver older than 580: "jax[cuda12]")'
+        )
     if has_tpu():
         return 'JAX sees only the CPU, but there is a TPU: pip install "jax[tpu]"'
     return None
@@ -44,7 +56,7 @@ def nvidia_gpu() -> str | None:
 
 def has_tpu() -> bool:
     """Whether a TPU's device files are there (Google's PCI vendor id is 0x1ae0)."""
-    if glob.glob("/dev/accel*"):
+    if glob.glob("/dev/accel[0-9]*"):
         return True
     vendors = glob.glob("/sys/class/vfio-dev/*/device/vendor") + glob.glob(
         "/sys/bus/pci/drivers/vfio-pci/*/vendor"

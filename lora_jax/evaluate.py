@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from lora_jax import data, generate, tokenizer, train
+from lora_jax import data, generate, sharding, train
 
 
 class Answer(NamedTuple):
@@ -18,9 +19,15 @@ class Answer(NamedTuple):
 
 
 def mean_loss(
-    eval_loss: Callable, trained: Any, frozen: train.Frozen, encoded: data.Encoded, batch_size: int
+    eval_loss: Callable,
+    trained: Any,
+    frozen: train.Frozen,
+    encoded: data.Encoded,
+    batch_size: int,
+    mesh: Mesh,
 ) -> float:
     """Mean of −log p over all trained tokens of the set: one sum, divided once."""
+    where = sharding.rows(batch_size, mesh)
     rows = encoded.rows
     length = -(-max(len(ids) for ids, _ in rows) // 16) * 16
     empty = (np.zeros(0, np.int32), np.zeros(0, bool))
@@ -28,41 +35,29 @@ def mean_loss(
     for first in range(0, len(rows), batch_size):
         chunk = rows[first : first + batch_size]
         padded = data.pad([*chunk, *[empty] * (batch_size - len(chunk))], length)
-        value, tokens = eval_loss(trained, frozen, train.Batch(**padded))
+        batch = jax.device_put(train.Batch(**padded), where)
+        value, tokens = eval_loss(trained, frozen, batch)
         total, count = total + value.item(), count + tokens.item()
     return total / count
 
 
 def answers(
-    generate_: Callable,
+    continue_: Callable,
     trained: Any,
     frozen: train.Frozen,
     prompts: Sequence[tuple[np.ndarray, str]],
     reader: Any,
-    batch_size: int,
+    **how: Any,
 ) -> list[Answer]:
-    """What the model answers to each (prompt ids, expected text); `reader` is its tokenizer."""
-    found = []
-    prompt_ids = [ids.tolist() for ids, _ in prompts]
-    ids, mask = generate.pad_left(prompt_ids)
-    for first in range(0, len(prompts), batch_size):
-        # The last batch starts early enough to be full: one shape, one compilation.
-        start = max(0, min(first, len(prompts) - batch_size))
-        rows = slice(start, start + batch_size)
-        tokens = generate_(trained, frozen, ids[rows], mask[rows], jax.random.key(0))
-        chunk = prompt_ids[first : first + batch_size]
-        new = texts(chunk, np.asarray(tokens)[first - start :], reader)
-        for prompt, (_, expected), text in zip(chunk, prompts[first:], new, strict=False):
-            found.append(Answer(reader.decode(prompt, skip_special_tokens=True), expected, text))
-    return found
+    """What the model answers to each (prompt ids, expected text); see generate.continuations."""
+    ids = [prompt.tolist() for prompt, _ in prompts]
+    found = generate.continuations(continue_, trained, frozen, ids, reader, **how)
+    return [
+        Answer(reader.decode(prompt, skip_special_tokens=True), expected, text)
+        for prompt, (_, expected), text in zip(ids, prompts, found, strict=True)
+    ]
 
 
 def exact_match(found: Sequence[Answer]) -> float:
     """Share of the answers that equal what was expected, surrounding blanks aside."""
     return sum(a.text.strip() == a.expected.strip() for a in found) / len(found)
-
-
-def texts(prompts: Sequence[Sequence[int]], tokens: Any, reader: Any) -> list[str]:
-    """What generated rows, filled with −1 after their end, add to their prompts."""
-    rows = zip(prompts, np.asarray(tokens), strict=True)
-    return [tokenizer.continuation(reader, prompt, new[new >= 0].tolist()) for prompt, new in rows]

@@ -1,16 +1,17 @@
 """Prefill and decode under one jit: token ids in, sampled continuations out."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lora_jax import errors, train
+from lora_jax import errors, sharding, tokenizer, train
 
 _HIDDEN = -1e30  # logit of a token that a filter took out
 
@@ -131,6 +132,32 @@ def min_p(logits: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
     return logits >= logits.max(axis=-1, keepdims=True) + np.log(p)
 
 
+def continuations(
+    continue_: Callable,
+    trained: Any,
+    frozen: train.Frozen,
+    prompts: Sequence[Sequence[int]],
+    reader: Any,
+    *,
+    key: PRNGKeyArray,
+    mesh: Mesh,
+    batch_size: int = 64,
+) -> Iterator[str]:
+    """Yields the text that follows each prompt, from what `make` gave, in batches of one shape.
+
+    reader: the tokenizer. The rows of a batch are dealt out over the devices where that is even.
+    """
+    ids, mask = pad_left(prompts)
+    for first in range(0, len(prompts), batch_size):
+        # The last batch starts early enough to be full: one shape, one compilation.
+        start = max(0, min(first, len(prompts) - batch_size))
+        rows = ids[start : start + batch_size], mask[start : start + batch_size]
+        rows = jax.device_put(rows, sharding.rows(len(rows[0]), mesh))
+        new = continue_(trained, frozen, *rows, jax.random.fold_in(key, first))
+        for prompt, tokens in zip(prompts[first:], np.asarray(new)[first - start :], strict=False):
+            yield tokenizer.continuation(reader, prompt, tokens[tokens >= 0].tolist())
+
+
 def pad_left(
     prompts: Sequence[Sequence[int]], multiple: int = 16
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
@@ -149,7 +176,13 @@ def pad_left(
 
 
 def check_length(num_prompt_tokens: int, sampling: Sampling, context: int) -> None:
-    """Raises UserError when a prompt leaves no room for what is to be generated."""
+    """Raises UserError for a prompt without tokens, or without room for what is to follow."""
+    if num_prompt_tokens == 0:
+        raise errors.UserError(
+            expected="a prompt of at least one token",
+            found="an empty one, and a tokenizer that puts no BOS in front",
+            where="--prompt",
+        )
     if num_prompt_tokens + sampling.max_new_tokens > context:
         raise errors.UserError(
             expected=f"prompt + new tokens within the model's context of {context} tokens",

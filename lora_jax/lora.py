@@ -85,6 +85,10 @@ def inject(model: nnx.Module, config: lora_config.LoRAConfig, *, rngs: nnx.Rngs)
     layer index is part of the path (`model.layers.3.self_attn.q_proj`). The model computes the
     same as before until B is trained: A ~ U(−1/√d_in, 1/√d_in), B = 0, as in PEFT.
 
+    Dropout acts after `model.train()`. Its masks depend on keys in the model. `train.make_step`
+    renews them; in a loop of your own do so each step, or every step drops the same:
+    `nnx.update(model, reseed(nnx.to_pure_dict(nnx.state(model, DropoutKey)), key))`.
+
     Raises: UserError when a target matches nothing, with the names that exist.
     """
     sites = list(find(model))
@@ -137,10 +141,16 @@ def num_params(model: nnx.Module) -> int:
 
 
 def merge(model: nnx.Module) -> None:
-    """W ← W + scaling · A B in the place of every LoRALinear; a quantised W becomes dense."""
-    for site in list(find(model)):
-        if not isinstance(site.module, LoRALinear):
-            continue
+    """W ← W + scaling · A B in the place of every LoRALinear; a quantised W becomes dense.
+
+    Raises: UserError when the model has no adapter.
+    """
+    sites = [site for site in find(model) if isinstance(site.module, LoRALinear)]
+    if not sites:
+        raise errors.UserError(
+            expected="a model with adapters to merge", found="none", do="lora.inject or peft.load"
+        )
+    for site in sites:
         adapter, base = site.module, site.module.base
         if isinstance(base, quant.QuantLinear):
             base = quant.dequantise_linear(base)

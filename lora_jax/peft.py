@@ -1,6 +1,7 @@
 """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, both ways."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -74,10 +75,17 @@ def save(
         "use_dora": False,
         "inference_mode": True,
     }
+    # Under other names first: a process killed here leaves what was there whole.
+    new = {
+        name: folder / f"{name}.new"
+        for name in ("adapter_model.safetensors", "adapter_config.json")
+    }
     safetensors.numpy.save_file(
-        tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+        tensors, new["adapter_model.safetensors"], metadata={"format": "pt"}
     )
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+    new["adapter_config.json"].write_text(json.dumps(settings, indent=2, sort_keys=True))
+    for name, path in new.items():
+        os.replace(path, folder / name)
 
 
 def settings(folder: pathlib.Path) -> dict[str, Any]:

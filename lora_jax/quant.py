@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int8, Num, UInt32
 
+from lora_jax import errors
 from lora_jax.kernels import int4_matmul, int8_matmul
 
 GROUP = {"int4": 32, "nf4": 64}  # rows of W that share a scale
@@ -127,29 +128,24 @@ def _pack(codes: jax.Array) -> jax.Array:
 class QuantLinear(nnx.Module):
     """y = x · dequantise(W) + b, with W frozen in "int8", "int4" or "nf4".
 
-    Takes the place of nnx.Linear. Its arrays may carry a leading layer axis, as in a stacked
-    module, in which case the module is called under `lax.scan`.
+    Takes the place of `linear`, of which it keeps the bias, the dtype to compute in (None: x's),
+    and what it needs to become dense again. Its arrays may carry a leading layer axis, as in a
+    stacked module, in which case the module is called under `lax.scan`.
     """
 
-    def __init__(
-        self,
-        packed: Packed,
-        bias: jax.Array | jax.ShapeDtypeStruct | None,
-        *,
-        fmt: str,
-        in_features: int,
-        dtype: jax.typing.DTypeLike,
-    ):
+    def __init__(self, packed: Packed, linear: nnx.Linear, *, fmt: str):
         self.fmt = fmt
-        self.dtype = dtype  # of the dense weight it stands for
-        self.in_features = in_features
-        self.out_features = packed.q.shape[-1]
+        self.dtype = linear.dtype
+        self.param_dtype = linear.kernel.dtype
+        self.dot_general = linear.dot_general
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.q = QuantWeight(packed.q)
         self.scale = None if packed.scale is None else QuantWeight(packed.scale)
         self.column_scale = (
             None if packed.column_scale is None else QuantWeight(packed.column_scale)
         )
-        self.bias = None if bias is None else nnx.Param(bias)
+        self.bias = None if linear.bias is None else nnx.Param(linear.bias.get_value())
 
     @property
     def packed(self) -> Packed:
@@ -161,7 +157,7 @@ class QuantLinear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
-        packed = self.packed
+        packed, x = self.packed, x.astype(self.dtype or x.dtype)
         if self.fmt == "int8":
             y = int8_matmul.int8_matmul(x, packed.q, packed.column_scale)
         else:
@@ -174,16 +170,26 @@ class QuantLinear(nnx.Module):
 def quantise_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
     """The same layer with its kernel, [K, N] or stacked [L, K, N], quantised."""
     kernel = linear.kernel[...]
-    bias = None if linear.bias is None else linear.bias[...]
     packed = _each_layer(lambda weight: quantise(weight, fmt), kernel, kernel.ndim)
-    return QuantLinear(packed, bias, fmt=fmt, in_features=kernel.shape[-2], dtype=kernel.dtype)
+    return QuantLinear(packed, linear, fmt=fmt)
 
 
 def quantise_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("lm_head",)) -> None:
-    """Puts a QuantLinear in the place of every nnx.Linear whose name is not in `exclude`."""
-    for path, node in list(nnx.iter_graph(model)):
-        if isinstance(node, nnx.Linear) and path and path[-1] not in exclude:
-            replace(model, path, quantise_linear(node, fmt))
+    """Puts a QuantLinear in the place of every nnx.Linear whose name is not in `exclude`.
+
+    Raises: UserError when there is none.
+    """
+    linears = [
+        (path, node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Linear) and path and path[-1] not in exclude
+    ]
+    if not linears:
+        raise errors.UserError(
+            expected="a model with an nnx.Linear to quantise", found="none", where=str(type(model))
+        )
+    for path, node in linears:
+        replace(model, path, quantise_linear(node, fmt))
 
 
 def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> None:
@@ -200,7 +206,7 @@ def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> 
 def dequantise_linear(layer: QuantLinear) -> nnx.Linear:
     """The dense layer that `layer` stands for, in the dtype its weight had."""
     kernel = _each_layer(
-        lambda packed: dequantise(packed, layer.fmt, layer.in_features, layer.dtype),
+        lambda packed: dequantise(packed, layer.fmt, layer.in_features, layer.param_dtype),
         layer.packed,
         layer.q.ndim,
     )
@@ -210,6 +216,8 @@ def dequantise_linear(layer: QuantLinear) -> nnx.Linear:
             layer.out_features,
             use_bias=layer.bias is not None,
             dtype=layer.dtype,
+            param_dtype=layer.param_dtype,
+            dot_general=layer.dot_general,
             rngs=nnx.Rngs(0),
         )
     )

@@ -24,14 +24,15 @@ def parse(text: str | None, num_devices: int) -> dict[str, int]:
     """
     if text is None:
         return {"data": num_devices, "fsdp": 1, "tensor": 1}
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
-        if not match or match[1] not in AXES or int(match[2]) < 1:
+        if not match or match[1] not in AXES or match[1] in sizes or int(match[2]) < 1:
             raise errors.UserError(
                 expected="a mesh such as data=1,fsdp=8,tensor=1", found=repr(text), where="--mesh"
             )
         sizes[match[1]] = int(match[2])
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
     product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     if product != num_devices:
         raise errors.UserError(
@@ -54,6 +55,18 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
+def rows(num_rows: int, mesh: Mesh) -> NamedSharding:
+    """For arrays [num_rows, T]: split over the devices, or on all of them if that is uneven."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return NamedSharding(mesh, PartitionSpec() if num_rows % shards else PartitionSpec(BATCH))
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The least batch size, from `batch_size` on, that can be dealt out evenly."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-batch_size // shards) * shards
+
+
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError when the rows of a batch cannot be dealt out evenly."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -62,7 +75,7 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
             expected=f"a batch size that data × fsdp = {shards} divides",
             found=f"batch size {batch_size}",
             where=f"mesh {dict(mesh.shape)}",
-            do=f"--batch-size {-(-batch_size // shards) * shards}, or another --mesh",
+            do=f"--batch-size {round_up(batch_size, mesh)}, or another --mesh",
         )
 
 

@@ -9,9 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lora_jax import lora
-
-IGNORED = -100  # label of a token that is not trained, as in torch and Hugging Face
+from lora_jax import data, lora
 
 
 class Batch(NamedTuple):
@@ -61,7 +59,7 @@ def loss(
     """
     logits = model(batch.input_ids, batch.attention_mask, remat=remat)[:, :-1]
     targets = batch.labels[:, 1:]
-    trained = targets != IGNORED
+    trained = targets != data.IGNORED
     each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(trained, targets, 0))
     return jnp.where(trained, each, 0).sum(), trained.sum()
 
@@ -71,8 +69,8 @@ def make_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    seed: int = 0,
-    remat: str = "full",
+    seed: int,
+    remat: str,
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step (state, frozen, batch) → (state, metrics); it takes over state's memory.
 

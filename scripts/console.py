@@ -1,8 +1,10 @@
 """What the scripts print: labelled lines, a progress bar, answers side by side."""
 
+import datetime
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +63,7 @@ class Progress:
     def __init__(self, first: int, num_steps: int):
         import tqdm
 
-        self._num_steps = num_steps
+        self._first, self._num_steps, self._start = first, num_steps, time.time()
         self._plain = not sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=num_steps, initial=first, unit="step", disable=self._plain, dynamic_ncols=True,
@@ -80,7 +82,9 @@ class Progress:
         self._bar.update(step - self._bar.n)
         every = max(1, self._num_steps // PLAIN_LINES)
         if self._plain and (step % every == 0 or step in (1, self._num_steps)):
-            say("train", f"step {step} of {self._num_steps}: {shown}")
+            a_step = (time.time() - self._start) / (step - self._first)
+            left = datetime.timedelta(seconds=round(a_step * (self._num_steps - step)))
+            say("train", f"step {step} of {self._num_steps}: {shown}, {left} left")
 
 
 def side_by_side(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import arguments
@@ -54,19 +55,19 @@ def main() -> int:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     sampling = generate.Sampling(**{name: settings[name] for name in names})
     for prompt, text in zip(prompts, continuations(prompts, settings, sampling), strict=True):
-        print(f"{prompt}{text}" if not settings.get("chat") else f"> {prompt}\n{text}", end="\n\n")
+        shown = f"> {prompt}\n{text}" if settings.get("chat") else f"{prompt}{text}"
+        print(shown, end="\n\n", flush=True)
     return 0
 
 
-def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> list[str]:
-    """What the model writes after each prompt."""
+def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Iterator[str]:
+    """Yields what the model writes after each prompt."""
     import jax
 
     from lora_jax import (
         checkpoint,
         demo,
         devices,
-        evaluate,
         generate,
         hub,
         peft,
@@ -99,8 +100,9 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> lis
     if settings.get("chat"):
         texts = [tokenizer.chat_prompt(reader, prompt) for prompt in prompts]
     encoded = tokenizer.encode(reader, texts)
+    context = model_config.load(folder).max_position_embeddings
     for ids in encoded:
-        generate.check_length(len(ids), sampling, model_config.load(folder).max_position_embeddings)
+        generate.check_length(len(ids), sampling, context)
     with jax.set_mesh(mesh):
         model = checkpoint.load(
             folder, dtype=settings.get("dtype"), quantisation=settings["quant"], mesh=mesh
@@ -110,9 +112,10 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> lis
         graphdef, *state = train.split(model)
         trained, frozen = sharding.place(state, mesh)
         continue_ = generate.make(graphdef, sampling, tokenizer.eos_ids(reader, folder))
-        ids, mask = generate.pad_left(encoded)
-        tokens = continue_(trained, frozen, ids, mask, jax.random.key(settings["seed"]))
-        return evaluate.texts(encoded, tokens, reader)
+        key = jax.random.key(settings["seed"])
+        yield from generate.continuations(
+            continue_, trained, frozen, encoded, reader, key=key, mesh=mesh
+        )
 
 
 def _lines(path: pathlib.Path) -> list[str]:

@@ -39,18 +39,26 @@ from lora_jax.models import config as model_config
 HELD_OUT = 0.02  # share of the rows, when --eval-every has no --eval-dataset
 SEQ_LEN = 1024  # unless the model's context is shorter
 KEEP = 2  # checkpoints
-SCORED_AT_A_TIME = 64  # prompts generated for together
 
 
-def run(settings: dict[str, Any], folder: run_folder.RunFolder, *, resume: bool) -> int:
-    """The exit code of a run with all its settings: 0, or 130 when it was stopped."""
+def run(
+    settings: dict[str, Any],
+    folder: run_folder.RunFolder,
+    *,
+    resume: bool,
+    default_batch: bool,
+) -> int:
+    """The exit code of a run with all its settings: 0, or 130 when it was stopped.
+
+    default_batch: the batch size was not asked for, and may grow to suit the devices.
+    """
     if warning := devices.unused_accelerator():
         say("warning", warning)
     mesh = sharding.make_mesh(sharding.parse(settings.get("mesh"), jax.device_count()))
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say("devices", f"{devices.describe()}, mesh {axes}")
     with jax.set_mesh(mesh):
-        job = Job(settings, folder, mesh)
+        job = Job(settings, folder, mesh, default_batch)
         if job.num_steps == 0:
             job.continue_prompts()
             return 0
@@ -60,15 +68,25 @@ def run(settings: dict[str, Any], folder: run_folder.RunFolder, *, resume: bool)
 class Job:
     """A model with its adapter, its data, and what is done with them."""
 
-    def __init__(self, settings: dict[str, Any], folder: run_folder.RunFolder, mesh):
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        folder: run_folder.RunFolder,
+        mesh: jax.sharding.Mesh,
+        default_batch: bool,
+    ):
         self.settings, self.folder, self.mesh = settings, folder, mesh
         self.seconds: dict[str, float] = {}
         self.num_steps = settings.get("max_steps")
         if self.num_steps != 0:
+            if default_batch:
+                settings["batch_size"] = sharding.round_up(settings["batch_size"], mesh)
             sharding.check_batch(settings["batch_size"], mesh)
             self._read_data()
         self.base = hub.model_folder(settings["model"], settings.get("revision"))
-        self.context = model_config.load(self.base).max_position_embeddings
+        architecture = model_config.load(self.base)
+        self.context = architecture.max_position_embeddings
+        settings["dtype"] = settings.get("dtype") or architecture.dtype
         self.tokenizer = tokenizer.load(self.base)
         self.eos_ids = tokenizer.eos_ids(self.tokenizer, self.base)
         self.lora_config = config.build(config.LoRAConfig, settings)
@@ -90,7 +108,7 @@ class Job:
 
     def _encode_data(self) -> None:
         settings, held_out = self.settings, self.held_out_rows
-        seq_len = settings.get("seq_len") or min(SEQ_LEN, self.context)
+        seq_len = settings["seq_len"] = settings.get("seq_len") or min(SEQ_LEN, self.context)
         if seq_len > self.context:
             raise errors.UserError(
                 expected=f"rows within the model's context of {self.context} tokens",
@@ -105,6 +123,16 @@ class Job:
             if settings["exact_match"]:
                 scored = held_out.select(range(min(settings["exact_match"], len(held_out))))
                 self.scored = data.prompts(scored, self.tokenizer)
+                answers = tokenizer.encode(self.tokenizer, [text for _, text in self.scored])
+                self.longest_answer = max(map(len, answers)) + 1  # and EOS
+                longest = max(len(ids) for ids, _ in self.scored) + self.longest_answer
+                if longest > self.context:
+                    raise errors.UserError(
+                        expected=f"answers within the model's context of {self.context} tokens",
+                        found=f"{longest} tokens in the longest prompt and the longest answer",
+                        where=f"--exact-match, {source}",
+                        do="shorten these rows, or leave --exact-match out",
+                    )
         self.batches = data.Batches(
             encoded,
             batch_size=settings["batch_size"],
@@ -143,7 +171,7 @@ class Job:
         stored = checkpoint.tensors(self.base).values()
         self.model = checkpoint.load(
             self.base,
-            dtype=settings.get("dtype"),
+            dtype=settings["dtype"],
             quantisation=settings["quant"],
             mesh=self.mesh,
         )
@@ -178,7 +206,11 @@ class Job:
             self.folder.write_run(record)
             self._make_evaluation()
             if first == 0:
-                record["samples"] = {"before": self._evaluate(0, state.lora, score=True)}
+                try:
+                    record["samples"] = {"before": self._evaluate(0, state.lora, score=True)}
+                except KeyboardInterrupt:
+                    self._tell_stopped(0)
+                    return 130
                 self.folder.write_run(record)
             how = {"seed": settings["seed"], "remat": settings["remat"]}
             step = train.make_step(self.graphdef, optimizer, schedule, **how)
@@ -190,13 +222,11 @@ class Job:
                 record |= {
                     "status": "finished" if done == self.num_steps else f"stopped at step {done}",
                     "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
-                    "peak_bytes": devices.peak_bytes(),
+                    "peak_bytes": max(devices.peak_bytes(), record.get("peak_bytes", 0)),
                 }
                 self.folder.write_run(record)
         if done < self.num_steps:
-            where = shlex.quote(str(self.folder.path))
-            print(f"\nstopped after step {done} of {self.num_steps}; to go on:\n"
-                  f"  python scripts/train.py --resume --output-dir {where}")  # fmt: skip
+            self._tell_stopped(done)
             return 130
         self._show(record["samples"])
         self.continue_prompts()
@@ -234,7 +264,7 @@ class Job:
                 if stopping:
                     break
                 clock = time.time()
-        self.seconds["train"] = time.time() - start
+        self.seconds["train"] = self.seconds.get("train", 0) + time.time() - start
         return state
 
     def continue_prompts(self) -> None:
@@ -242,10 +272,15 @@ class Job:
         if not self.prompts:
             return
         continue_ = generate.make(self.graphdef, self.sampling, self.eos_ids)
-        ids, mask = generate.pad_left(self.prompts)
-        key = jax.random.key(self.settings["seed"])
-        tokens = continue_(self.trained, self.frozen, ids, mask, key)
-        texts = evaluate.texts(self.prompts, tokens, self.tokenizer)
+        texts = generate.continuations(
+            continue_,
+            self.trained,
+            self.frozen,
+            self.prompts,
+            self.tokenizer,
+            key=jax.random.key(self.settings["seed"]),
+            mesh=self.mesh,
+        )
         for prompt, text in zip(self.settings["prompt"], texts, strict=True):
             print(f"\n{prompt}{text}")
 
@@ -272,6 +307,9 @@ class Job:
             say("resume", "no finished checkpoint: starting over")
             return state
         record["samples"] = before.get("samples", {})
+        for name, earlier in before.get("seconds", {}).items():  # all parts of the run add up
+            self.seconds[name] = self.seconds.get(name, 0) + earlier
+        record["peak_bytes"] = before.get("peak_bytes", 0)
         say("resume", f"from step {snapshots.latest()} of {self.num_steps}")
         return snapshots.restore(state)
 
@@ -297,10 +335,7 @@ class Job:
             return
         self.eval_loss = train.make_eval_loss(self.graphdef)
         if self.scored:
-            expected = [text for _, text in self.scored]
-            longest = max(map(len, tokenizer.encode(self.tokenizer, expected)))
-            sampling = generate.Sampling(max_new_tokens=longest + 1)  # and EOS
-            generate.check_length(max(len(ids) for ids, _ in self.scored), sampling, self.context)
+            sampling = generate.Sampling(max_new_tokens=self.longest_answer)
             self.answer = generate.make(self.graphdef, sampling, self.eos_ids)
 
     def _evaluate(self, number: int, trained: Any, *, score: bool) -> list[dict[str, str]]:
@@ -309,12 +344,12 @@ class Job:
             return []
         start, answers = time.time(), []
         rows = self.settings["batch_size"]
-        loss = evaluate.mean_loss(self.eval_loss, trained, self.frozen, self.held_out, rows)
+        model = trained, self.frozen
+        loss = evaluate.mean_loss(self.eval_loss, *model, self.held_out, rows, self.mesh)
         metrics = {"step": number, "eval_loss": loss}
         if score and self.scored:
-            answers = evaluate.answers(
-                self.answer, trained, self.frozen, self.scored, self.tokenizer, SCORED_AT_A_TIME
-            )
+            how = {"key": jax.random.key(0), "mesh": self.mesh}
+            answers = evaluate.answers(self.answer, *model, self.scored, self.tokenizer, **how)
             metrics["exact_match"] = evaluate.exact_match(answers)
         self.folder.log(metrics)
         console.evaluation(metrics, len(answers))
@@ -341,18 +376,24 @@ class Job:
             + (f"the checkpoint of step {good} is good" if good else "no checkpoint was due yet"),
         )
 
+    def _tell_stopped(self, done: int) -> None:
+        where = shlex.quote(str(self.folder.path))
+        print(f"\nstopped after step {done} of {self.num_steps}; to go on:\n"
+              f"  python scripts/train.py --resume --output-dir {where}")  # fmt: skip
+
     def _show(self, samples: dict[str, list[dict[str, str]]]) -> None:
         console.side_by_side(samples.get("before", []), samples.get("after", []))
         say("adapter", str(self.folder.adapter))
         say("run", f"{self.folder.path}/run.json, metrics.jsonl, checkpoints/")
-        quant = self.settings["quant"]
         example = self.settings.get("prompt") or [
             answer["prompt"] for answer in samples.get("after", [])
         ]
-        shown = shlex.quote(example[0] if example else "…")
-        print(f"\nto generate with it:\n  python scripts/generate.py --quant {quant} \\\n"
+        same = f"--quant {self.settings['quant']} --dtype {self.settings['dtype']}"
+        if self.settings.get("chat"):
+            same += " --chat"
+        print(f"\nto generate with it:\n  python scripts/generate.py {same} \\\n"
               f"    --adapter {shlex.quote(str(self.folder.adapter))} \\\n"
-              f"    --prompt {shown}")  # fmt: skip
+              f"    --prompt {shlex.quote(example[0] if example else '…')}")  # fmt: skip
 
 
 class Stop:

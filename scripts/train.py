@@ -59,6 +59,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--alpha", "the adapter is scaled by alpha / rank", type=float)
     flags.add("--dropout", "on the adapter's input, in training", type=float, metavar="P")
     flags.add("--targets", "names of linear layers, a regex, or all-linear")
+    flags.add("--use-rslora", "scale by alpha / √rank instead, for ranks of 64 and more",
+              action="store_const", const=True)  # fmt: skip
     flags.group("training")
     flags.add("--batch-size", "rows computed at a time, over all devices", type=int, metavar="B")
     flags.add("--grad-accum", "such batches per optimizer step", type=int, metavar="A")
@@ -71,7 +73,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--weight-decay", "decoupled, as in AdamW", type=float, metavar="W")
     flags.add("--clip", "largest norm of the gradient; 0: none", type=float, metavar="NORM")
     flags.add("--remat", "what the backward pass computes again, to save memory",
-              choices=("full", "dots", "none"))  # fmt: skip
+              choices=config.REMAT)  # fmt: skip
     flags.add("--seed", "of data order, initial A and dropout", type=int)
     flags.group("run")
     flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", metavar="DIR")
@@ -148,6 +150,10 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
             ("--chat without a --prompt", settings.get("chat") and not prompt),
             ("--exact-match without --eval-dataset or --eval-every", settings["exact_match"]
              and not settings.get("eval_dataset") and not settings.get("eval_every")),
+            ("--temperature without a --prompt", "temperature" in typed and not prompt),
+            ("--max-new-tokens without a --prompt", "max_new_tokens" in typed and not prompt),
+            ("--revision of a model that is not given", "revision" in typed
+             and "model" not in typed),
         )
         if is_so
     ]  # fmt: skip
@@ -188,7 +194,8 @@ def main() -> int:
             console.say("settings", "the demo's: " + console.pairs(demo.settings()))
         import job  # imports jax
 
-        return job.run(settings, folder, resume=resume)
+        default_batch = not resume and "batch_size" not in typed
+        return job.run(settings, folder, resume=resume, default_batch=default_batch)
 
 
 def resumed(typed: dict[str, Any], folder: run_folder.RunFolder) -> dict[str, Any]:

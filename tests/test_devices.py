@@ -33,6 +33,8 @@ def test_describe_counts_and_names_the_devices():
 def test_an_accelerator_that_jax_does_not_see_is_told(monkeypatch, gpu, tpu, told):
     monkeypatch.setattr(devices, "nvidia_gpu", lambda: gpu)
     monkeypatch.setattr(devices, "has_tpu", lambda: tpu)
+    assert devices.unused_accelerator() is None  # JAX_PLATFORMS=cpu asks for it
+    monkeypatch.delenv("JAX_PLATFORMS")
     assert all(part in devices.unused_accelerator() for part in ("only the CPU", *told))
 
 

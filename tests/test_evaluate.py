@@ -1,11 +1,12 @@
 """Held-out loss and exact match, with stand-ins for the jitted functions."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_tokenizer
 
-from lora_jax import data, evaluate, tokenizer, train
+from lora_jax import data, evaluate, generate, sharding, tokenizer, train
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,15 @@ def rows(*lengths):
 def sum_of_labels(trained, frozen, batch):
     """Stands for the loss: Σ labels, and how many there are, as train.loss counts them."""
     shapes.append(batch.input_ids.shape)
-    kept = batch.labels[:, 1:] != train.IGNORED
+    # Dealt out over data × fsdp where that is even, so that no device computes all rows.
+    rows = batch.input_ids.sharding.shard_shape(batch.input_ids.shape)[0]
+    assert rows == len(batch.input_ids) / (4 if len(batch.input_ids) % 4 == 0 else 1)
+    kept = batch.labels[:, 1:] != data.IGNORED
     return jnp.where(kept, batch.labels[:, 1:], 0).sum() * 1.0, jnp.asarray(kept.sum())
 
 
 FROZEN = train.Frozen(None, None)
+MESH = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 shapes: list[tuple[int, ...]] = []
 
 
@@ -36,7 +41,7 @@ shapes: list[tuple[int, ...]] = []
 def test_mean_loss_is_one_mean_over_all_trained_tokens(batch_size):
     shapes.clear()
     encoded = rows(4, 9, 17, 3, 6)
-    found = evaluate.mean_loss(sum_of_labels, None, FROZEN, encoded, batch_size)
+    found = evaluate.mean_loss(sum_of_labels, None, FROZEN, encoded, batch_size, MESH)
     tokens = [id_ for ids, trained in encoded.rows for id_ in ids[trained]]
     assert found == pytest.approx(np.mean(tokens))  # and not the mean of the batches' means
     assert set(shapes) == {(batch_size, 32)}  # one shape: one compilation
@@ -46,15 +51,17 @@ def echo(answers):
     """Stands for generation: each prompt's answer, the rows filled up with −1."""
     asked = []
 
-    def generate(trained, frozen, ids, mask, key):
+    def continue_(trained, frozen, ids, mask, key):
         asked.append(ids.shape)
+        assert ids.sharding.is_fully_replicated == (len(ids) % 4 != 0)
+        ids, mask = np.asarray(ids), np.asarray(mask)
         out = np.full((len(ids), 12), -1, np.int32)
         for row, (prompt, real) in enumerate(zip(ids, mask, strict=True)):
             answer = answers[tuple(prompt[real == 1].tolist())]
             out[row, : len(answer)] = answer
         return jnp.asarray(out)
 
-    return generate, asked
+    return continue_, asked
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 64])
@@ -64,9 +71,10 @@ def test_each_prompt_gets_its_own_answer_in_batches_of_one_shape(reader, batch_s
     ids = tokenizer.encode(reader, prompts)
     bodies = reader(expected, add_special_tokens=False).input_ids
     answers = {tuple(p): a[1:] for p, a in zip(ids, bodies, strict=True)}
-    generate, asked = echo(answers)
+    continue_, asked = echo(answers)
     pairs = [(np.array(i, np.int32), e) for i, e in zip(ids, expected, strict=True)]
-    found = evaluate.answers(generate, None, FROZEN, pairs, reader, batch_size)
+    how = {"key": jax.random.key(0), "mesh": MESH, "batch_size": batch_size}
+    found = evaluate.answers(continue_, None, FROZEN, pairs, reader, **how)
     assert [a.prompt for a in found] == prompts
     assert [a.expected for a in found] == expected
     assert [a.text.strip() for a in found] == [e.strip() for e in expected]
@@ -86,8 +94,9 @@ def test_exact_match_is_the_share_of_equal_answers_blanks_aside():
 
 def test_texts_keep_the_space_in_front_and_end_at_the_fill(reader):
     (prompt,) = tokenizer.encode(reader, ["ab"])
-    tokens = np.full((1, 8), -1, np.int32)
-    whole = tokenizer.encode(reader, ["ab cd"])[0]
-    tokens[0, : len(whole) - len(prompt)] = whole[len(prompt) :]
-    assert evaluate.texts([prompt], tokens, reader) == [" cd"]
-    assert evaluate.texts([prompt], np.full((1, 4), -1), reader) == [""]
+    (whole,) = tokenizer.encode(reader, ["ab cd"])
+    for answer, text in ((whole[len(prompt) :], " cd"), ([], "")):
+        continue_, _ = echo({tuple(prompt): answer})
+        how = {"key": jax.random.key(0), "mesh": MESH}
+        found = generate.continuations(continue_, None, FROZEN, [prompt], reader, **how)
+        assert list(found) == [text]

@@ -440,3 +440,20 @@ def test_dropout_leaves_the_base_layers_input_alone():
     lora.inject(model, config(("q",), dropout=0.5), rngs=nnx.Rngs(1))  # B = 0
     model.train()
     np.testing.assert_array_equal(model.q(x), before)
+
+
+def test_reseeding_a_model_gives_it_new_masks():
+    model = net()
+    lora.inject(model, config(("up",), dropout=0.5), rngs=nnx.Rngs(0))
+    model.train()
+    keys = nnx.to_pure_dict(nnx.state(model, lora.DropoutKey))
+    before = jax.tree.leaves(keys)
+    nnx.update(model, lora.reseed(keys, jax.random.key(1)))
+    after = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, lora.DropoutKey)))
+    assert len(before) == len(after) > 1
+    assert not any(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_merging_without_adapters_is_an_error():
+    with pytest.raises(errors.UserError, match="adapters to merge"):
+        lora.merge(net())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import quant
+from lora_jax import errors, quant
 from lora_jax.kernels import int4_matmul
 
 NF4 = pathlib.Path(__file__).parent / "golden" / "nf4.npz"
@@ -227,3 +227,19 @@ def test_packed_arrays_are_state_but_no_parameters():
     assert not jax.tree.leaves(nnx.state(layer, nnx.Param))
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(layer)))
     assert num_bytes == 32 * 8 / 2 + 8 + 4 * 8
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "nf4"])
+def test_a_quantised_layer_computes_in_the_layers_dtype_and_comes_back_whole(fmt):
+    linear = nnx.Linear(32, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer = quant.quantise_linear(linear, fmt)
+    assert layer(jnp.ones((2, 32))).dtype == jnp.bfloat16
+    dense = quant.dequantise_linear(layer)
+    assert dense(jnp.ones((2, 32))).dtype == jnp.bfloat16
+    assert dense.kernel.dtype == jnp.float32  # as the parameter was stored
+    assert dense.dot_general is linear.dot_general
+
+
+def test_quantising_a_model_without_linear_layers_is_an_error():
+    with pytest.raises(errors.UserError, match="to quantise"):
+        quant.quantise_model(nnx.Sequential(nnx.Embed(4, 4, rngs=nnx.Rngs(0))), "int8")

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lora_jax import checkpoint, lora, optim, sharding, train
+from lora_jax import checkpoint, data, lora, optim, sharding, train
 from lora_jax import config as lora_config
 
 LLAMA = pathlib.Path(__file__).parent / "golden" / "models" / "llama"
@@ -67,8 +67,8 @@ def make_batch(index=0, micro_batches=MICRO_BATCHES):
     labels, mask = ids.copy(), np.ones_like(ids)
     for row in range(ROWS):
         prompt, end = rng.integers(1, 2 + row), TOKENS - row // 2
-        labels[row, :prompt] = train.IGNORED
-        labels[row, end:] = train.IGNORED
+        labels[row, :prompt] = data.IGNORED
+        labels[row, end:] = data.IGNORED
         mask[row, end:] = 0
     return train.Batch(*(jnp.asarray(x.reshape(micro_batches, -1, TOKENS))
                          for x in (ids, labels, mask)))  # fmt: skip
@@ -137,7 +137,7 @@ def test_loss_is_over_the_labels_that_are_not_ignored():
     ids = jnp.where(batch.attention_mask == 1, batch.input_ids, 5)
     (same, _), _ = both(state, batch._replace(input_ids=ids))
     assert abs(float(same - total)) < 1e-5 * expected
-    last = batch.labels.at[0, TOKENS - 1].set(train.IGNORED)
+    last = batch.labels.at[0, TOKENS - 1].set(data.IGNORED)
     (less, fewer), _ = both(state, batch._replace(labels=last))
     assert int(fewer) == expected_count - 1 and float(less) < float(total)
 
@@ -164,7 +164,7 @@ def test_accumulated_gradient_is_that_of_one_big_batch():
     """Though the micro-batches have unequal numbers of trained tokens: a mean of means differs."""
     graphdef, _, frozen = parts()
     whole, split = make_batch(micro_batches=1), make_batch()
-    counts = (np.asarray(split.labels)[:, :, 1:] != train.IGNORED).sum(axis=(1, 2))
+    counts = (np.asarray(split.labels)[:, :, 1:] != data.IGNORED).sum(axis=(1, 2))
     assert len(set(counts)) == MICRO_BATCHES
     one, metrics_one = make_step(graphdef)(begin(), frozen, whole)
     many, metrics_many = compiled()(begin(), frozen, split)
@@ -193,7 +193,7 @@ def test_the_gradient_is_of_the_mean_over_all_trained_tokens(three_steps):
 def test_a_loss_that_is_not_finite_leaves_the_state_but_for_the_count():
     _, _, frozen = parts()
     step, before, state = compiled(), saved(begin()), begin()
-    nothing = make_batch()._replace(labels=jnp.full_like(make_batch().labels, train.IGNORED))
+    nothing = make_batch()._replace(labels=jnp.full_like(make_batch().labels, data.IGNORED))
     state, metrics = step(state, frozen, nothing)  # 0 / 0
     assert np.isnan(metrics["loss"])
     assert int(state.step) == 1

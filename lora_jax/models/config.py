@@ -160,6 +160,11 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
                "qwen3": ("mlp_bias",)}[model_type]  # fmt: skip
     problems += [f"{key} = {raw[key]!r} is no key of model_type {model_type}"
                  for key in foreign if raw.get(key)]  # fmt: skip
+    problems += [
+        f"layer type {kind!r} is not implemented"
+        for kind in sorted(set(raw.get("layer_types") or ()))
+        if kind not in ("full_attention", "sliding_attention")
+    ]
     rope, rope_problems = _rope(raw)
     problems += rope_problems
     if problems:

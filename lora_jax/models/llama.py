@@ -16,11 +16,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from lora_jax import config as lora_config
 from lora_jax.kernels import matmul
 from lora_jax.models import config as model_config
 from lora_jax.models import rope
-
-REMAT = ("full", "dots", "none")  # what the backward pass recomputes: all, all but dots, nothing
 
 LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the leading layers
     "embed_tokens": ("vocab", "embed"),
@@ -293,8 +292,8 @@ def _windows(config: model_config.LlamaConfig) -> jax.Array | None:
 
 
 def _rematerialised(layer, remat: str):
-    if remat not in REMAT:
-        raise ValueError(f"expected remat among {REMAT}, found {remat!r}")
+    if remat not in lora_config.REMAT:
+        raise ValueError(f"expected remat among {lora_config.REMAT}, found {remat!r}")
     if remat == "none":
         return layer
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

@@ -1,0 +1,61 @@
+"""The mesh, and where the rules put each kind of array."""
+
+import jax
+import pytest
+
+from lora_jax import errors, sharding
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+PROJECTION = ("model", "layers", "self_attn", "q_proj")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(MESH)
+
+
+def test_all_devices_are_on_the_data_axis_unless_told():
+    assert sharding.parse(None, 8) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert sharding.parse("tensor=2, data=4", 8) == {"data": 4, "fsdp": 1, "tensor": 2}
+
+
+@pytest.mark.parametrize("text", ["data=2", "data=8,data=1", "model=8", "data=0", "data", "fsdp=9"])
+def test_a_mesh_that_is_none_is_refused(text):
+    with pytest.raises(errors.UserError, match="--mesh"):
+        sharding.parse(text, 8)
+
+
+@pytest.mark.parametrize(
+    "path, ndim, spec",
+    [
+        ((*PROJECTION, "kernel"), 3, (None, "fsdp", "tensor")),
+        ((*PROJECTION, "base", "q"), 3, (None, "fsdp", "tensor")),
+        ((*PROJECTION, "base", "scale"), 3, (None, "fsdp", "tensor")),
+        ((*PROJECTION, "base", "column_scale"), 3, (None, None, "tensor")),
+        ((*PROJECTION, "base", "bias"), 2, (None, "tensor")),
+        ((*PROJECTION, "lora_A"), 3, (None, None, None)),  # the input axis is fsdp's: never
+        ((*PROJECTION, "lora_B"), 3, (None, None, "tensor")),
+        (("model", "layers", "mlp", "down_proj", "lora_A"), 3, (None, "tensor", None)),
+        ((*PROJECTION, "scaling"), 3, (None, None, None)),
+        (("model", "embed_tokens", "embedding"), 2, ("tensor", "fsdp")),
+        (("model", "norm", "weight"), 1, (None,)),
+    ],
+)
+def test_arrays_are_cut_by_their_paths(mesh, path, ndim, spec):
+    assert tuple(sharding.of(path, ndim, mesh).spec) == spec
+
+
+def test_rows_are_dealt_out_where_that_is_even(mesh):
+    assert tuple(sharding.rows(8, mesh).spec) == (sharding.BATCH,)
+    assert tuple(sharding.rows(6, mesh).spec) == ()
+    assert [sharding.round_up(n, mesh) for n in (1, 4, 5)] == [4, 4, 8]
+    sharding.check_batch(8, mesh)
+    with pytest.raises(errors.UserError, match="--batch-size 8"):
+        sharding.check_batch(6, mesh)
+
+
+def test_a_tree_is_placed_by_its_paths(mesh):
+    tree = {"q_proj": {"lora_B": jax.numpy.zeros((4, 8)), "scaling": jax.numpy.zeros(())}}
+    placed = sharding.place(tree, mesh)["q_proj"]
+    assert placed["lora_B"].sharding.shard_shape((4, 8)) == (4, 4)
+    assert placed["scaling"].sharding.is_fully_replicated
