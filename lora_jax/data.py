@@ -68,16 +68,13 @@ def load(
     source: str,
     *,
     columns: Mapping[str, str] | None = None,
-    revision: str | None = None,
-    split: str = "train",
 ) -> "datasets.Dataset":
     """The rows of a local file (.jsonl, .json, .csv, .parquet, .txt) or of a hub data set.
 
     Args:
-      source: a path, or a hub id `owner/name`, with `owner/name:config` where it has configs.
+      source: a path, or a hub id `owner/name`, with `:config` behind it where it has configs, and
+        with `@split` for another split than train.
       columns: {our field: column of the file}, e.g. {"prompt": "question"}.
-      revision: branch, tag or commit; of a hub data set only.
-      split: which split of a hub data set; a local file is one split.
 
     Raises:
       errors.UserError: missing, empty or malformed (all bad lines named), unknown column, …
@@ -93,7 +90,7 @@ def load(
             do="check the path",
         )
     else:
-        dataset = _from_hub(source, revision, split)
+        dataset = _from_hub(source)
     if len(dataset) == 0:
         raise errors.UserError(
             expected="at least one row", found="an empty file", where=source, do="check the file"
@@ -245,19 +242,20 @@ _READERS: dict[str, Callable[[pathlib.Path], Rows]] = {
 }
 
 
-def _from_hub(source: str, revision: str | None, split: str) -> "datasets.Dataset":
+def _from_hub(source: str) -> "datasets.Dataset":
     import datasets
     import huggingface_hub
 
-    name, _, config = source.partition(":")
+    front, _, split = source.partition("@")
+    name, _, config = front.partition(":")
+    split = split or "train"
     datasets.disable_progress_bars()
-    with hub.readable_errors(name, revision, kind="dataset"):
+    with hub.readable_errors(name, None, kind="dataset"):
         try:
-            dataset = datasets.load_dataset(name, config or None, revision=revision, split=split)
+            dataset = datasets.load_dataset(name, config or None, split=split)
         except datasets.exceptions.DatasetNotFoundError:
-            # `datasets` drops the reason; the hub's client raises gated, missing or no revision.
+            # `datasets` drops the reason; the hub's client raises gated or missing.
             huggingface_hub.auth_check(name, repo_type="dataset")
-            huggingface_hub.dataset_info(name, revision=revision)
             raise
         except ValueError as error:
             if type(error) is not ValueError:
@@ -265,10 +263,10 @@ def _from_hub(source: str, revision: str | None, split: str) -> "datasets.Datase
             raise errors.UserError(
                 expected=f"the split {split} of the data set {name}",
                 found=str(error).strip(),
-                where=f"{source} (revision {revision or 'main'})",
-                do="choose a config with owner/name:config, and one of its splits",
+                where=source,
+                do="choose a config and one of its splits, as in owner/name:config@split",
             ) from error
-    origin = [f"{source}[{split}]:{n}" for n in range(1, len(dataset) + 1)]
+    origin = [f"{source}:{n}" for n in range(1, len(dataset) + 1)]
     return dataset.add_column(_ORIGIN, origin)
 
 

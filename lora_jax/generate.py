@@ -1,6 +1,5 @@
 """Prefill and decode under one jit: token ids in, sampled continuations out."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,52 +10,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lora_jax import errors, sharding, tokenizer, train
+from lora_jax import config, errors, sharding, tokenizer, train
 
 _HIDDEN = -1e30  # logit of a token that a filter took out
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token. temperature 0 is greedy, and the filters do not matter then.
-
-    Args:
-      max_new_tokens: stop after so many (EOS stops earlier).
-      temperature: divides the logits.
-      top_k: keep the k likeliest; 0 keeps all.
-      top_p: keep the likeliest whose probabilities sum to p; 1 keeps all.
-      min_p: keep those at least min_p times as likely as the likeliest; 0 keeps all.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self):
-        wrong = [
-            f"{name} {getattr(self, name)}"
-            for name, fits in (
-                ("max_new_tokens", self.max_new_tokens >= 1),
-                ("temperature", self.temperature >= 0),
-                ("top_k", self.top_k >= 0),
-                ("top_p", 0 < self.top_p <= 1),
-                ("min_p", 0 <= self.min_p <= 1),
-            )
-            if not fits
-        ]
-        if wrong:
-            raise errors.UserError(
-                expected="max_new_tokens ≥ 1, temperature ≥ 0, top_k ≥ 0, "
-                "0 < top_p ≤ 1, 0 ≤ min_p ≤ 1",
-                found=wrong,
-                where="the sampling settings",
-            )
-
-
 def make(
-    graphdef: nnx.GraphDef, sampling: Sampling, eos_ids: Sequence[int]
+    graphdef: nnx.GraphDef, sampling: config.Sampling, eos_ids: Sequence[int]
 ) -> Callable[..., Int[Array, "B N"]]:
     """The jitted (lora, frozen, ids, mask, key) → new tokens [B, max_new_tokens].
 
@@ -93,7 +53,9 @@ def make(
     return generate
 
 
-def sample(logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling) -> Int[Array, " B"]:
+def sample(
+    logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: config.Sampling
+) -> Int[Array, " B"]:
     """The next token of each row: argmax, or a draw after temperature, top-k, top-p, min-p."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -175,7 +137,7 @@ def pad_left(
     return ids, mask
 
 
-def check_length(num_prompt_tokens: int, sampling: Sampling, context: int) -> None:
+def check_length(num_prompt_tokens: int, sampling: config.Sampling, context: int) -> None:
     """Raises UserError for a prompt without tokens, or without room for what is to follow."""
     if num_prompt_tokens == 0:
         raise errors.UserError(

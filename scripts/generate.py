@@ -1,5 +1,6 @@
 """Continue prompts with a LLaMA, with or without a LoRA adapter."""
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -7,17 +8,9 @@ from typing import Any
 
 import arguments
 
-from lora_jax import errors
+from lora_jax import config, errors
 
-DEFAULTS = {
-    "quant": "none",
-    "max_new_tokens": 128,
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "seed": 0,
-}
+DEFAULTS = {"quant": "none", "seed": 0, **dataclasses.asdict(config.Sampling())}
 DESCRIPTION = """\
 Continue prompts with a LLaMA, with or without a LoRA adapter.
 
@@ -50,10 +43,7 @@ def main() -> int:
     if not prompts:
         raise errors.UserError(expected="at least one prompt", found="none", do='--prompt "…"')
 
-    from lora_jax import generate
-
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-    sampling = generate.Sampling(**{name: settings[name] for name in names})
+    sampling = config.build(config.Sampling, settings)
     for prompt, text in zip(prompts, continuations(prompts, settings, sampling), strict=True):
         shown = f"> {prompt}\n{text}" if settings.get("chat") else f"{prompt}{text}"
         print(shown, end="\n\n", flush=True)

@@ -156,7 +156,7 @@ class Job:
         return encoded
 
     def _check_prompts(self) -> None:
-        self.sampling = generate.Sampling(
+        self.sampling = config.Sampling(
             self.settings["max_new_tokens"], self.settings["temperature"]
         )
         texts = self.settings.get("prompt") or []
@@ -335,7 +335,7 @@ class Job:
             return
         self.eval_loss = train.make_eval_loss(self.graphdef)
         if self.scored:
-            sampling = generate.Sampling(max_new_tokens=self.longest_answer)
+            sampling = config.Sampling(max_new_tokens=self.longest_answer)
             self.answer = generate.make(self.graphdef, sampling, self.eos_ids)
 
     def _evaluate(self, number: int, trained: Any, *, score: bool) -> list[dict[str, str]]:

@@ -23,8 +23,8 @@ DEFAULTS = {
     "seed": 0,
     "save_every": 100,
     "exact_match": 0,
-    "max_new_tokens": 128,
-    "temperature": 0.0,
+    "max_new_tokens": config.Sampling.max_new_tokens,
+    "temperature": config.Sampling.temperature,
 }
 NUMBERS = {  # flags with a number, by what it must at least be
     0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature"),

@@ -167,11 +167,10 @@ def test_hub_datasets(tmp_path):
         "def tell(*args, **options):\n"
         "    try: print(data.load(*args, **options)[0])\n"
         "    except errors.UserError as error: print(str(error))\n"
-        "tell('o/d', split='test', columns={'prompt': 'question', 'completion': 'answer'})\n"
-        "tell('o/d', split='dev')\n"
+        "tell('o/d@test', columns={'prompt': 'question', 'completion': 'answer'})\n"
+        "tell('o/d@dev')\n"
         "tell('o/gated')\n"
         "tell('o/missing')\n"
-        "tell('o/d', revision='v9')\n"
     )
     with hub_server.serve({"o/d": repo}, gated=("o/gated",)) as server:
         done = subprocess.run(
@@ -183,14 +182,11 @@ def test_hub_datasets(tmp_path):
             timeout=120,
             check=True,
         )
-    found, no_split, gated, missing, no_revision = done.stdout.replace("\n\n", "\n").split(
-        "\n  expected:"
-    )
+    found, no_split, gated, missing = done.stdout.replace("\n\n", "\n").split("\n  expected:")
     assert "'prompt': 'c', 'completion': 'd'" in found
     assert "train" in no_split and "test" in no_split
     assert "licence" in gated and "/datasets/o/gated" in gated
     assert "no such repository" in missing
-    assert "no such revision" in no_revision
 
 
 # ---------------------------------------------------------------------------------- row kinds

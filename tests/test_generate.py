@@ -48,7 +48,7 @@ def golden(name):
         ]
 
 
-GREEDY = generate.Sampling(max_new_tokens=NUM_NEW)
+GREEDY = lora_config.Sampling(max_new_tokens=NUM_NEW)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_bias", "qwen2_window", "qwen3"])
@@ -62,7 +62,7 @@ def test_greedy_tokens_equal_hugging_faces(name):
 
 def test_a_hundred_greedy_tokens_of_a_real_model():
     prompts, following = zip(*golden("stories260K"), strict=True)
-    found = continue_("stories260K", generate.Sampling(max_new_tokens=100))(prompts)
+    found = continue_("stories260K", lora_config.Sampling(max_new_tokens=100))(prompts)
     np.testing.assert_array_equal(found, following)
 
 
@@ -122,7 +122,7 @@ def test_adapters_change_what_is_generated_and_dropout_does_not():
 
 
 def test_seeds_repeat_and_differ():
-    sampling = generate.Sampling(max_new_tokens=NUM_NEW, temperature=1.0)
+    sampling = lora_config.Sampling(max_new_tokens=NUM_NEW, temperature=1.0)
     call = continue_("llama", sampling)
     prompt = golden("llama")[0][0]
     one = call([prompt, prompt], seed=1)
@@ -135,7 +135,7 @@ def test_a_low_temperature_or_one_choice_is_greedy():
     prompts, following = zip(*golden("llama"), strict=True)
     expected = [tokens[:NUM_NEW] for tokens in following]
     for settings in (dict(temperature=1e-4), dict(temperature=5.0, top_k=1)):
-        sampling = generate.Sampling(max_new_tokens=NUM_NEW, **settings)
+        sampling = lora_config.Sampling(max_new_tokens=NUM_NEW, **settings)
         np.testing.assert_array_equal(continue_("llama", sampling)(prompts), expected)
 
 
@@ -209,7 +209,7 @@ def reference_distribution(row, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 )
 def test_draws_follow_the_filtered_distribution(settings):
     row, count = random_logits(1, 20)[0], 20_000
-    sampling = generate.Sampling(**{"temperature": 1.0} | settings)
+    sampling = lora_config.Sampling(**{"temperature": 1.0} | settings)
     draw = jax.jit(functools.partial(generate.sample, sampling=sampling))
     tokens = np.asarray(draw(jnp.tile(row, (count, 1)), jax.random.key(0)))
     expected = reference_distribution(row, **settings)
@@ -220,7 +220,7 @@ def test_draws_follow_the_filtered_distribution(settings):
 
 def test_temperature_zero_is_argmax():
     logits = random_logits()
-    found = generate.sample(jnp.asarray(logits), jax.random.key(0), generate.Sampling(top_k=3))
+    found = generate.sample(jnp.asarray(logits), jax.random.key(0), lora_config.Sampling(top_k=3))
     np.testing.assert_array_equal(found, logits.argmax(axis=1))
 
 
@@ -233,13 +233,13 @@ def test_pad_left():
 
 def test_settings_that_mean_nothing_are_all_named():
     with pytest.raises(errors.UserError) as raised:
-        generate.Sampling(max_new_tokens=0, temperature=-1.0, top_k=-2, top_p=0.0, min_p=1.5)
+        lora_config.Sampling(max_new_tokens=0, temperature=-1.0, top_k=-2, top_p=0.0, min_p=1.5)
     for problem in ("max_new_tokens 0", "temperature -1.0", "top_k -2", "top_p 0.0", "min_p 1.5"):
         assert problem in str(raised.value)
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error():
-    sampling = generate.Sampling(max_new_tokens=10)
+    sampling = lora_config.Sampling(max_new_tokens=10)
     generate.check_length(54, sampling, 64)
     with pytest.raises(errors.UserError, match=r"(?s)64 tokens.*55 tokens.*--max-new-tokens 9"):
         generate.check_length(55, sampling, 64)
