@@ -250,6 +250,7 @@ def _from_hub(source: str) -> "datasets.Dataset":
     name, _, config = front.partition(":")
     split = split or "train"
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # else each retry of six is told, twice
     with hub.readable_errors(name, None, kind="dataset"):
         try:
             dataset = datasets.load_dataset(name, config or None, split=split)

@@ -87,7 +87,7 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             raise errors.UserError(
-                expected=f"at least {num_bytes >> 20} MiB free for adapters and checkpoints",
+                expected=f"at least {-(-num_bytes >> 20)} MiB free for adapters and checkpoints",
                 found=f"{free >> 20} MiB free",
                 where=str(self.path),
                 do="free some space, or choose an --output-dir on another disk",

@@ -1,8 +1,10 @@
 """Flags that scripts share, and how a script ends."""
 
 import argparse
+import io
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -19,7 +21,9 @@ class Flags:
 
     def __init__(self, description: str, defaults: dict[str, Any]):
         self.parser = _Parser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         self.defaults = defaults
         self._group = self.parser
@@ -89,6 +93,9 @@ def quantisation(typed: dict[str, Any]) -> dict[str, Any]:
 def run(main: Callable[[], int | None]) -> None:
     """Runs a script: exit code 2 and one message for what the user can put right."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no C++ log lines in between
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no ×
+    before = signal.signal(signal.SIGINT, _end_at_once)
     try:
         code = main()
         sys.stdout.flush()
@@ -107,7 +114,16 @@ def run(main: Callable[[], int | None]) -> None:
         if explained is None:
             raise
         code = fail(explained)
+    finally:
+        signal.signal(signal.SIGINT, before)
     sys.exit(code)
+
+
+def _end_at_once(*_: Any) -> NoReturn:
+    """Ctrl-C while nothing is to be saved. An exception would be lost, or worse, in jax's import
+    and in its garbage collection callback, where it arrives often."""
+    os.write(2, b"\nstopped\n")
+    os._exit(130)
 
 
 def fail(error: errors.UserError) -> int:

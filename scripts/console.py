@@ -1,6 +1,8 @@
 """What the scripts print: labelled lines, a progress bar, answers side by side."""
 
 import datetime
+import pathlib
+import shlex
 import shutil
 import sys
 import textwrap
@@ -30,6 +32,26 @@ def say(label: str, text: str) -> None:
 def pairs(settings: Mapping[str, Any]) -> str:
     """ "name value, name value" """
     return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def command(script: str) -> str:
+    """How to start another script from here, with the same Python."""
+    python = near(sys.executable)
+    return f"{'python' if python == sys.executable else python} scripts/{script}"
+
+
+def near(path: str) -> str:
+    """`path` as seen from the current folder, if it lies below."""
+    here = pathlib.Path.cwd()
+    return str(pathlib.Path(path).relative_to(here)) if path.startswith(f"{here}/") else path
+
+
+def quoted(text: str) -> str:
+    """`text` for a shell, on one line."""
+    if "\n" not in text:
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
 
 
 def count(number: int) -> str:
@@ -63,7 +85,8 @@ class Progress:
     def __init__(self, first: int, num_steps: int):
         import tqdm
 
-        self._first, self._num_steps, self._start = first, num_steps, time.time()
+        self._num_steps = num_steps
+        self._since: tuple[int, float] | None = None  # the first step shown: it held the compiling
         self._plain = not sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=num_steps, initial=first, unit="step", disable=self._plain, dynamic_ncols=True,
@@ -82,9 +105,12 @@ class Progress:
         self._bar.update(step - self._bar.n)
         every = max(1, self._num_steps // PLAIN_LINES)
         if self._plain and (step % every == 0 or step in (1, self._num_steps)):
-            a_step = (time.time() - self._start) / (step - self._first)
-            left = datetime.timedelta(seconds=round(a_step * (self._num_steps - step)))
-            say("train", f"step {step} of {self._num_steps}: {shown}, {left} left")
+            if self._since:
+                a_step = (time.time() - self._since[1]) / (step - self._since[0])
+                left = datetime.timedelta(seconds=round(a_step * (self._num_steps - step)))
+                shown += f", {left} left"
+            say("train", f"step {step} of {self._num_steps}: {shown}")
+        self._since = self._since or (step, time.time())
 
 
 def side_by_side(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:

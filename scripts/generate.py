@@ -44,6 +44,13 @@ def main() -> int:
         raise errors.UserError(expected="at least one prompt", found="none", do='--prompt "…"')
 
     sampling = config.build(config.Sampling, settings)
+    filters = [name for name in ("top_k", "top_p", "min_p") if settings[name] != DEFAULTS[name]]
+    if filters and not sampling.temperature:
+        raise errors.UserError(
+            expected="flags that have an effect",
+            found=[f"--{name.replace('_', '-')} at temperature 0" for name in filters],
+            do="--temperature 1 to sample",
+        )
     for prompt, text in zip(prompts, continuations(prompts, settings, sampling), strict=True):
         shown = f"> {prompt}\n{text}" if settings.get("chat") else f"{prompt}{text}"
         print(shown, end="\n\n", flush=True)

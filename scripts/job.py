@@ -4,7 +4,6 @@ import importlib.metadata
 import math
 import os
 import pathlib
-import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -141,6 +140,12 @@ class Job:
             seq_len=seq_len,
         )
         self.num_steps = self.num_steps or self.batches.num_steps(settings["epochs"])
+        if settings["warmup"] >= max(1, self.num_steps):
+            raise errors.UserError(
+                expected=f"a warmup shorter than the run of {self.num_steps} steps",
+                found=f"--warmup {settings['warmup']:g}",
+                do="fewer steps of warmup, or a share below 1",
+            )
         self.fingerprints = {
             name: data.fingerprint(rows) if rows is not None else None
             for name, rows in (("train", self.rows), ("held out", held_out))
@@ -151,7 +156,8 @@ class Job:
         say(
             label,
             f"{len(encoded.rows)} rows, {sum(len(ids) for ids, _ in encoded.rows)} tokens, "
-            f"{encoded.num_cut} cut at {seq_len}, {encoded.num_skipped} skipped: {source}",
+            f"{encoded.num_cut} cut at {seq_len}, {encoded.num_skipped} skipped: "
+            f"{console.near(source)}",
         )
         return encoded
 
@@ -183,7 +189,8 @@ class Job:
         before = sum(tensor.num_bytes for tensor in stored)
         after = sum(array.nbytes for array in jax.tree.leaves(self.frozen.base))
         say("model", f"{console.count(total)} parameters, {console.count(trainable)} trainable "
-            f"({trainable / (total + trainable):.2%}): {settings['model']}")  # fmt: skip
+            f"({trainable / (total + trainable):.2%}): "
+            f"{console.near(settings['model'])}")  # fmt: skip
         say("base", f"{console.size(before)} on disk, {console.size(after)} loaded "
             f"(quant {settings['quant']})")  # fmt: skip
         self.seconds["load"] = time.time() - start
@@ -206,6 +213,7 @@ class Job:
             self.folder.write_run(record)
             self._make_evaluation()
             if first == 0:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # there is a folder now
                 try:
                     record["samples"] = {"before": self._evaluate(0, state.lora, score=True)}
                 except KeyboardInterrupt:
@@ -377,9 +385,9 @@ class Job:
         )
 
     def _tell_stopped(self, done: int) -> None:
-        where = shlex.quote(str(self.folder.path))
+        where = console.quoted(str(self.folder.path))
         print(f"\nstopped after step {done} of {self.num_steps}; to go on:\n"
-              f"  python scripts/train.py --resume --output-dir {where}")  # fmt: skip
+              f"  {console.command('train.py')} --resume --output-dir {where}")  # fmt: skip
 
     def _show(self, samples: dict[str, list[dict[str, str]]]) -> None:
         console.side_by_side(samples.get("before", []), samples.get("after", []))
@@ -391,9 +399,9 @@ class Job:
         same = f"--quant {self.settings['quant']} --dtype {self.settings['dtype']}"
         if self.settings.get("chat"):
             same += " --chat"
-        print(f"\nto generate with it:\n  python scripts/generate.py {same} \\\n"
-              f"    --adapter {shlex.quote(str(self.folder.adapter))} \\\n"
-              f"    --prompt {shlex.quote(example[0] if example else '…')}")  # fmt: skip
+        print(f"\nto generate with it:\n  {console.command('generate.py')} {same} \\\n"
+              f"    --adapter {console.quoted(str(self.folder.adapter))} \\\n"
+              f"    --prompt {console.quoted(example[0] if example else '…')}")  # fmt: skip
 
 
 class Stop:

@@ -91,6 +91,9 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     typed = arguments.quantisation(flags.typed(argv))
     if "targets" in typed:
         typed["targets"] = _targets(typed["targets"])
+    for name in ("model", "dataset", "eval_dataset"):  # found again from any folder
+        if name in typed and pathlib.Path(typed[name]).expanduser().exists():
+            typed[name] = str(pathlib.Path(typed[name]).expanduser().absolute())
     if "columns" in typed:
         typed["columns"] = _pairs(typed["columns"])
     return typed, typed.pop("resume", False)
@@ -190,8 +193,9 @@ def main() -> int:
     with run_folder.RunFolder(path, resume=resume) as folder:
         if resume:
             settings = resumed(typed, folder)
-        elif "model" not in typed and "dataset" not in typed:
-            console.say("settings", "the demo's: " + console.pairs(demo.settings()))
+        elif "model" not in typed and "dataset" not in typed and settings["max_steps"] != 0:
+            shown = {name: settings[name] for name in demo.settings() if name in settings}
+            console.say("settings", "the demo's: " + console.pairs(shown))
         import job  # imports jax
 
         default_batch = not resume and "batch_size" not in typed

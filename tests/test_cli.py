@@ -179,6 +179,7 @@ def test_all_wrong_numbers_are_told_at_once(nothing_heavy):
         ("--prompt a --top-k -1", "top_k -1"),
         ("--prompt a --min-p 2", "min_p 2"),
         ("--prompt a --temperature nan", "temperature nan"),
+        ("--prompt a --top-k 3", "--top-k at temperature 0"),
         ("--prompt a --max-new-tokens 0", "max_new_tokens 0"),
         ("--prompt a --adapter ./none", "no such folder"),
         ("--prompt a --model ./none", "no such folder"),
@@ -230,3 +231,24 @@ def test_a_closed_pipe_is_no_traceback():
     ) as process:  # fmt: skip
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 1
+
+
+def test_ctrl_c_with_nothing_to_save_ends_at_once():
+    """Without an exception, which jax's import and its garbage collection callback swallow."""
+    code = (
+        "import arguments, gc, os, signal, time\n"
+        "gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
+        "arguments.run(lambda: (gc.collect(), time.sleep(20)))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=cli.ROOT / "scripts", capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr.strip()) == (130, "stopped")
+
+
+def test_local_paths_are_found_again_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    typed, _ = train_script.parse(["--dataset", "rows.jsonl", "--model", "owner/name"])
+    assert typed["dataset"] == str(tmp_path / "rows.jsonl")
+    assert typed["model"] == "owner/name"

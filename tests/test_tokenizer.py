@@ -141,3 +141,8 @@ def test_missing_and_broken_tokenizers(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(errors.UserError, match="git lfs pull"):
         tokenizer.load(tmp_path)
+
+
+def test_text_that_is_no_unicode_is_told(folder):
+    with pytest.raises(errors.UserError, match="UTF-8"):
+        tokenizer.encode(tokenizer.load(folder), ["ab", "caf\udce9"])
