@@ -453,3 +453,11 @@ def test_chat_puts_the_prompt_into_the_template(tmp_path):
     (plain,) = texts(cli.run("generate", *flags, "--prompt", "Once upon a time"))
     (answer,) = texts(chat)
     assert answer.split("\n", 1) == ["> a time", plain.removeprefix("Once upon a time")]
+
+
+def test_the_default_batch_grows_to_one_row_a_device(data, tmp_path):
+    given = ("--model", cli.BASE, *data, "--max-steps", 1, "--warmup", 0, "--grad-accum", 1)
+    ended = cli.run("train", *given, "--output-dir", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["batch_size"] == 8 == jax.device_count()
