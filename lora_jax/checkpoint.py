@@ -20,7 +20,8 @@ import safetensors
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import errors, hub, quant, sharding
+from lora_jax import errors, formats, hub, quant, sharding
+from lora_jax.kernels import packed as packing
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
 
@@ -60,11 +61,12 @@ def load(
     *,
     dtype: str | None = None,
     quantisation: str = "none",
+    search: bool = True,
     mesh: Mesh | None = None,
 ) -> llama.LlamaForCausalLM:
     """The model in `folder`, its linear layers quantised (lm_head excepted), on `mesh`.
 
-    mesh: None means one device.
+    search: see formats.quantise. mesh: None means one device.
     dtype: of everything not quantised; None takes config.json's, float16 read as bfloat16.
     Raises: UserError for a folder, file or tensor that is missing, damaged or of another shape,
     all of them at once.
@@ -91,7 +93,7 @@ def load(
         parent = functools.reduce(getattr, path[:-1], model)
         is_kernel = path[-1] == "kernel"
         if quantisation != "none" and is_kernel and path[-2] != "lm_head":
-            layer = _load_quantised(parent, path, sources[path], quantisation, mesh)
+            layer = _load_quantised(parent, path, sources[path], quantisation, search, mesh)
             setattr(functools.reduce(getattr, path[:-2], model), path[-2], layer)
         else:
             variable = getattr(parent, path[-1])
@@ -253,18 +255,18 @@ def _load_dense(variable, sources: list[_Source], where: NamedSharding, transpos
     return whole
 
 
-def _load_quantised(linear: nnx.Linear, path, sources, fmt, mesh) -> quant.QuantLinear:
+def _load_quantised(linear: nnx.Linear, path, sources, fmt, search, mesh) -> quant.QuantLinear:
     """linear with its kernel packed layer by layer; its bias is loaded later, as any array."""
     layers, rows, columns = linear.kernel.shape
     multiple = sharding.input_shards(path[:-1], mesh)
     shapes = jax.eval_shape(
-        functools.partial(quant.quantise, fmt=fmt, multiple=multiple),
+        functools.partial(formats.quantise, fmt=fmt, multiple=multiple),
         jax.ShapeDtypeStruct((rows, columns), linear.kernel.dtype),
     )
-    where = quant.Packed(
+    where = packing.Packed(
         *(
             None if shape is None else sharding.of((*path[:-1], leaf), shape.ndim + 1, mesh)
-            for leaf, shape in zip(quant.Packed._fields, shapes, strict=True)
+            for leaf, shape in zip(packing.Packed._fields, shapes, strict=True)
         )
     )
     whole = jax.tree.map(
@@ -275,11 +277,11 @@ def _load_quantised(linear: nnx.Linear, path, sources, fmt, mesh) -> quant.Quant
         raw = _read(source.stored, raw_where, True)
         # Wait for each tensor: dispatch ahead of the quantiser would pile up float weights.
         whole = jax.block_until_ready(
-            _store_quantised(whole, raw, source.layer, fmt, multiple, where)
+            _store_quantised(whole, raw, source.layer, fmt, search, multiple, where)
         )
         del raw
         _return_freed_memory()
-    return quant.QuantLinear(whole, linear, fmt=fmt)
+    return quant.QuantLinear(whole, linear, fmt=fmt, partition=sharding.partition(path[:-1]))
 
 
 def _return_freed_memory() -> None:
@@ -320,9 +322,9 @@ def _store_dense(whole, raw, layer, where, transpose):
     return jax.lax.with_sharding_constraint(whole, where)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
-def _store_quantised(whole, raw, layer, fmt, multiple, where):
-    packed = quant.quantise(raw.T, fmt, multiple)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6), donate_argnums=0)
+def _store_quantised(whole, raw, layer, fmt, search, multiple, where):
+    packed = formats.quantise(raw, fmt, multiple, search=search, transposed=True)
     whole = jax.tree.map(
         lambda w, part: jax.lax.dynamic_update_index_in_dim(w, part, layer, 0), whole, packed
     )

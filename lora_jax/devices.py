@@ -1,15 +1,18 @@
 """What JAX computes on, and what to do when that is not what the machine has."""
 
 import contextlib
+import ctypes
 import glob
 import importlib.metadata
 import os
 import pathlib
+import platform
 import re
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 
@@ -71,6 +74,60 @@ def peak_bytes() -> int:
         return stats["peak_bytes_in_use"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def on_cpu() -> bool:
+    """Whether the ambient mesh (jax.set_mesh) is of CPU devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu"
+
+
+def compiler_options() -> dict[str, bool] | None:
+    """What jax.jit should tell XLA about a large function, on the ambient mesh.
+
+    On a CPU: to run its operations in an order that needs little memory, and not for the most of
+    them to run at a time. Two cores then take a tenth less time, and 250 MB less.
+    """
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu() else None
+
+
+def free_bytes(device: jax.Device) -> int | None:
+    """Memory that can still be had: of the device where it tells, else of this host; None: unknown.
+
+    A device that is only compiled for has no say, and gets None.
+    """
+    if device.platform == "cpu":
+        return min(_free_host_bytes(), default=None)
+    with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError):
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            return stats["bytes_limit"] - stats["bytes_in_use"]
+    return None
+
+
+def _free_host_bytes() -> Iterator[int]:
+    """What Linux says is free, and what a container's limit leaves."""
+    with contextlib.suppress(OSError, ValueError):
+        if found := re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text()):
+            yield int(found[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        limit, used = (
+            int(pathlib.Path(f"/sys/fs/cgroup/memory.{name}").read_text())
+            for name in ("max", "current")
+        )
+        yield limit - used
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed, for the next step, where JAX computes on a CPU.
+
+    XLA allocates a step's temporaries anew each time. Blocks that go back to the system in between
+    return as pages to be cleared, which took a tenth to half of a step's time.
+    """
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc, max_mmaps, trim_threshold = ctypes.CDLL(None), -4, -1  # as in malloc.h
+        libc.mallopt(max_mmaps, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def explain(error: BaseException) -> errors.UserError | None:

@@ -1,5 +1,6 @@
 """Prefill and decode under one jit: token ids in, sampled continuations out."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,22 +11,26 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lora_jax import config, errors, sharding, tokenizer, train
+from lora_jax import config, decode, devices, errors, sharding, tokenizer, train
 
 _HIDDEN = -1e30  # logit of a token that a filter took out
 
 
 def make(
-    graphdef: nnx.GraphDef, sampling: config.Sampling, eos_ids: Sequence[int]
+    graphdef: nnx.GraphDef,
+    sampling: config.Sampling,
+    eos_ids: Sequence[int],
+    *,
+    form: str | None = None,
 ) -> Callable[..., Int[Array, "B N"]]:
     """The jitted (lora, frozen, ids, mask, key) → new tokens [B, max_new_tokens].
 
     A row is filled with −1 after its EOS, which is not part of the result. The decode loop ends
-    when every row has ended.
+    when every row has ended. form: of the weights, derived once for all steps; see decode.choose.
     """
     eos = jnp.asarray(sorted(eos_ids), jnp.int32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=devices.compiler_options())
     def generate(trained: Any, frozen: train.Frozen, ids, mask, key):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
         model.eval()
@@ -34,21 +39,25 @@ def make(
             ids, model.empty_cache(rows, length + sampling.max_new_tokens), mask
         )
 
+        mesh = jax.sharding.get_abstract_mesh()
+        own_rows = rows if mesh.empty or rows % mesh.size else rows // mesh.size
+        forms = decode.derive(model, form, own_rows) if form else None
+
         def unfinished(carry):
             index, _, _, _, ended = carry
             return (index < sampling.max_new_tokens) & ~ended.all()
 
-        def decode(carry):
+        def step(carry):
             index, tokens, logits, cache, ended = carry
             token = sample(logits, jax.random.fold_in(key, index), sampling)
             ended = ended | jnp.isin(token, eos)
             tokens = tokens.at[:, index].set(jnp.where(ended, -1, token))
-            logits, cache = model.extend(token[:, None], cache)
+            logits, cache = model.extend(token[:, None], cache, forms=forms)
             return index + 1, tokens, logits, cache, ended
 
         tokens = jnp.full((rows, sampling.max_new_tokens), -1, jnp.int32)
         carry = (jnp.int32(0), tokens, logits, cache, jnp.zeros(rows, bool))
-        return jax.lax.while_loop(unfinished, decode, carry)[1]
+        return jax.lax.while_loop(unfinished, step, carry)[1]
 
     return generate
 

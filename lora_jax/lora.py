@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lora_jax import config as lora_config
-from lora_jax import errors, quant
+from lora_jax import errors, quant, siblings
 from lora_jax.kernels import matmul
 
 
@@ -59,8 +59,16 @@ class LoRALinear(nnx.Module):
         self.dropout_key = DropoutKey(dropout_key) if dropout else None
         self.deterministic = True  # model.train() and model.eval() set this
 
-    def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
-        y = self.base(x)
+    @property
+    def out_features(self) -> int:
+        """d_out."""
+        return self.base.out_features
+
+    def __call__(
+        self, x: Float[Array, "*B d_in"], product: Float[Array, "*B d_out"] | None = None
+    ) -> Float[Array, "*B d_out"]:
+        """product: x · W of the base layer, where it was computed already."""
+        y = self.base(x) if product is None else siblings.with_bias(self.base, product)
         if self.dropout and not self.deterministic:
             key = jax.random.wrap_key_data(self.dropout_key[...])
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
+from lora_jax.kernels import int4_matmul
 from lora_jax.models import llama
 
 AXES = ("data", "fsdp", "tensor")
@@ -97,6 +98,11 @@ def input_shards(path: Iterable, mesh: Mesh) -> int:
     return mesh.shape[_mesh_axes(list(path)[-1])[0]]
 
 
+def partition(path: Iterable) -> int4_matmul.Partition:
+    """How the product with the weight of the linear layer at `path` is dealt out."""
+    return int4_matmul.Partition(BATCH, *_mesh_axes(list(path)[-1]), gathered="fsdp")
+
+
 def _mesh_axes(module: str) -> tuple[str, str]:
     return tuple(RULES[axis] for axis in llama.LOGICAL_AXES[module])
 
@@ -108,6 +114,7 @@ def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
         "embedding": (axis_in, axis_out),
         "q": (axis_in, axis_out),
         "scale": (axis_in, axis_out),
+        "group_bias": (axis_in, axis_out),
         "column_scale": (None, axis_out),
         "bias": (axis_out,),
         "lora_A": (tensor_only[axis_in], None),

@@ -1,5 +1,6 @@
 """The training step, and the loop that yields after each one."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lora_jax import data, lora
+from lora_jax import data, devices, lora
+from lora_jax.kernels import cross_entropy
 
 
 class Batch(NamedTuple):
@@ -57,11 +59,17 @@ def loss(
 
     A sum and a count, so that a mean is taken once, over all tokens of all micro-batches.
     """
-    logits = model(batch.input_ids, batch.attention_mask, remat=remat)[:, :-1]
-    targets = batch.labels[:, 1:]
-    trained = targets != data.IGNORED
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(trained, targets, 0))
-    return jnp.where(trained, each, 0).sum(), trained.sum()
+    trained = batch.labels[:, 1:] != data.IGNORED
+    targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=data.IGNORED)
+    hidden = model.hidden_states(batch.input_ids, batch.attention_mask, remat=remat)
+    head = model.frozen_head()
+    if head is None:
+        logits, targets = model.logits(hidden)[:, :-1], batch.labels[:, 1:]
+        each = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.where(trained, targets, 0)
+        )
+        return jnp.where(trained, each, 0).sum(), trained.sum()
+    return cross_entropy.cross_entropy(hidden, head, targets), trained.sum()
 
 
 def make_step(
@@ -116,13 +124,13 @@ def make_step(
         }
         return State(trained, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=devices.compiler_options())
 
 
 def make_eval_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Frozen, Batch], tuple]:
     """The jitted (lora, frozen, micro-batch) → (Σ loss, count), without dropout."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=devices.compiler_options())
     def eval_loss(trained, frozen, micro_batch):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
         model.eval()

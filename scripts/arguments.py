@@ -54,11 +54,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def add_model(flags: Flags) -> None:
-    """--model, --revision, --quant, --use-4bit, --no-4bit, --dtype, --mesh."""
+    """--model, --revision, --quant, --quant-fast, --use-4bit, --no-4bit, --dtype, --mesh."""
     flags.group("model")
     flags.add("--model", "folder or Hugging Face id; without it, the demo's", metavar="PATH|HUB_ID")
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
     flags.add("--quant", "weights of the frozen linear layers", choices=config.QUANTS)
+    flags.add("--quant-fast", "round int4 without the search: sooner loaded, 3 %% more error",
+              action="store_const", const=True)  # fmt: skip
     flags.add("--use-4bit", "the same as --quant int4", action="store_const", const=True)
     flags.add("--no-4bit", "the same as --quant none", action="store_const", const=True)
     flags.add("--dtype", "compute dtype (default: config.json's; float16 becomes bfloat16)",
@@ -88,6 +90,16 @@ def quantisation(typed: dict[str, Any]) -> dict[str, Any]:
             where="--quant, --use-4bit (int4), --no-4bit (none)", do="give one of them",
         )  # fmt: skip
     return {**typed, "quant": meant.pop()} if meant else typed
+
+
+def check_quant_fast(settings: dict[str, Any]) -> None:
+    """Raises UserError where --quant-fast would have no effect."""
+    if settings.get("quant_fast") and not settings["quant"].startswith("int4"):
+        raise errors.UserError(
+            expected="flags that have an effect",
+            found=f"--quant-fast with --quant {settings['quant']}",
+            do="--quant int4, or leave it out",
+        )
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import arguments
+import console
 
 from lora_jax import config, errors
 
@@ -37,6 +38,7 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
 
 def main() -> int:
     settings = parse()
+    arguments.check_quant_fast(settings)
     prompts = list(settings.get("prompt", []))
     if "prompts_file" in settings:
         prompts += _lines(pathlib.Path(settings["prompts_file"]))
@@ -63,6 +65,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
 
     from lora_jax import (
         checkpoint,
+        decode,
         demo,
         devices,
         generate,
@@ -76,6 +79,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
 
     if warning := devices.unused_accelerator():
         print(f"warning: {warning}", file=sys.stderr)
+    devices.keep_freed_memory()
     adapter = hub.model_folder(settings["adapter"]) if "adapter" in settings else None
     name, revision = settings.get("model"), settings.get("revision")
     if not name:
@@ -102,13 +106,21 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
         generate.check_length(len(ids), sampling, context)
     with jax.set_mesh(mesh):
         model = checkpoint.load(
-            folder, dtype=settings.get("dtype"), quantisation=settings["quant"], mesh=mesh
+            folder,
+            dtype=settings.get("dtype"),
+            quantisation=settings["quant"],
+            search=not settings.get("quant_fast"),
+            mesh=mesh,
         )
         if adapter:
             peft.load(model, adapter)
         graphdef, *state = train.split(model)
         trained, frozen = sharding.place(state, mesh)
-        continue_ = generate.make(graphdef, sampling, tokenizer.eos_ids(reader, folder))
+        form = decode.choose(model, mesh)
+        if form:
+            size = console.size(decode.num_bytes(model, form))
+            print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
+        continue_ = generate.make(graphdef, sampling, tokenizer.eos_ids(reader, folder), form=form)
         key = jax.random.key(settings["seed"])
         yield from generate.continuations(
             continue_, trained, frozen, encoded, reader, key=key, mesh=mesh

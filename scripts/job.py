@@ -19,6 +19,7 @@ from lora_jax import (
     checkpoint,
     config,
     data,
+    decode,
     devices,
     errors,
     evaluate,
@@ -53,6 +54,7 @@ def run(
     """
     if warning := devices.unused_accelerator():
         say("warning", warning)
+    devices.keep_freed_memory()
     mesh = sharding.make_mesh(sharding.parse(settings.get("mesh"), jax.device_count()))
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say("devices", f"{devices.describe()}, mesh {axes}")
@@ -179,6 +181,7 @@ class Job:
             self.base,
             dtype=settings["dtype"],
             quantisation=settings["quant"],
+            search=not settings.get("quant_fast"),
             mesh=self.mesh,
         )
         lora.inject(self.model, self.lora_config, rngs=nnx.Rngs(settings["seed"]))
@@ -279,7 +282,7 @@ class Job:
         """Prints what the model makes of each --prompt."""
         if not self.prompts:
             return
-        continue_ = generate.make(self.graphdef, self.sampling, self.eos_ids)
+        continue_ = self._generation(self.sampling)
         texts = generate.continuations(
             continue_,
             self.trained,
@@ -291,6 +294,10 @@ class Job:
         )
         for prompt, text in zip(self.settings["prompt"], texts, strict=True):
             print(f"\n{prompt}{text}")
+
+    def _generation(self, sampling: config.Sampling) -> Callable:
+        form = decode.choose(self.model, self.mesh)
+        return generate.make(self.graphdef, sampling, self.eos_ids, form=form)
 
     def _batch(self, index: int) -> train.Batch:
         return jax.device_put(train.Batch(**self.batches.batch(index)), sharding.batch(self.mesh))
@@ -344,7 +351,7 @@ class Job:
         self.eval_loss = train.make_eval_loss(self.graphdef)
         if self.scored:
             sampling = config.Sampling(max_new_tokens=self.longest_answer)
-            self.answer = generate.make(self.graphdef, sampling, self.eos_ids)
+            self.answer = self._generation(sampling)
 
     def _evaluate(self, number: int, trained: Any, *, score: bool) -> list[dict[str, str]]:
         """Logs the held-out loss, and with `score` the exact match; gives two answers to show."""
@@ -397,8 +404,8 @@ class Job:
             answer["prompt"] for answer in samples.get("after", [])
         ]
         same = f"--quant {self.settings['quant']} --dtype {self.settings['dtype']}"
-        if self.settings.get("chat"):
-            same += " --chat"
+        same += " --quant-fast" if self.settings.get("quant_fast") else ""
+        same += " --chat" if self.settings.get("chat") else ""
         print(f"\nto generate with it:\n  {console.command('generate.py')} {same} \\\n"
               f"    --adapter {console.quoted(str(self.folder.adapter))} \\\n"
               f"    --prompt {console.quoted(example[0] if example else '…')}")  # fmt: skip

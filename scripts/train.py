@@ -145,6 +145,7 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
         settings["dataset"] = str(demo.TRAIN)
         settings.setdefault("eval_dataset", str(demo.EVAL))
     _check_numbers(settings)
+    arguments.check_quant_fast(settings)
     prompt = settings.get("prompt")
     pointless = [
         text

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import checkpoint, errors, lora, quant, sharding
+from lora_jax import checkpoint, errors, formats, lora, quant, sharding
 
 MODELS = pathlib.Path(__file__).parent / "golden" / "models"
 
@@ -119,7 +119,7 @@ def test_loading_quantised_is_quantising_what_was_loaded(name, fmt):
     sites = {".".join(map(str, s.path)): (s.module, d.module)
              for s, d in zip(lora.find(model), lora.find(dense), strict=True)}  # fmt: skip
     assert len(sites) == 7 + (name == "llama_bias")
-    quantise = jax.jit(jax.vmap(functools.partial(quant.quantise, fmt=fmt)))
+    quantise = jax.jit(jax.vmap(functools.partial(formats.quantise, fmt=fmt)))
     for path, (layer, linear) in sites.items():
         if path == "lm_head":
             assert isinstance(layer, nnx.Linear)
@@ -143,6 +143,16 @@ def test_loading_quantised_is_quantising_what_was_loaded(name, fmt):
         model.model.layers.input_layernorm.weight[...],
         dense.model.layers.input_layernorm.weight[...],
     )
+
+
+def test_loading_without_the_search_rounds_otherwise():
+    fast = checkpoint.load(MODELS / "llama_bias", quantisation="int4", search=False,
+                           mesh=one_device())  # fmt: skip
+    layer, dense = fast.model.layers.mlp.up_proj, load("llama_bias").model.layers.mlp.up_proj
+    quantise = functools.partial(formats.quantise, fmt="int4", search=False)
+    expected = jax.jit(jax.vmap(quantise))(dense.kernel[...])
+    np.testing.assert_array_equal(layer.packed.q, expected.q)
+    assert (layer.packed.q != load("llama_bias", "int4").model.layers.mlp.up_proj.packed.q).any()
 
 
 def test_a_mesh_holds_the_same_model():

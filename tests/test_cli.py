@@ -153,6 +153,8 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--columns prompt", "FIELD=COLUMN"),
         ("--max-steps 3 --epochs 2", "--max-steps and --epochs"),
         ("--use-4bit --quant nf4", "int4, nf4"),
+        ("--quant-fast", "--quant-fast with --quant none"),
+        ("--quant nf4 --quant-fast", "--quant-fast with --quant nf4"),
         ("--max-steps 0", "--max-steps 0 without a --prompt"),
         ("--chat", "--chat without a --prompt"),
         ("--exact-match 5", "--exact-match without --eval-dataset or --eval-every"),

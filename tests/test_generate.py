@@ -25,10 +25,10 @@ def parts(name, quantisation="none"):
 
 
 @functools.cache
-def continue_(name, sampling, eos_ids=(), quantisation="none"):
+def continue_(name, sampling, eos_ids=(), quantisation="none", form="dense"):
     """(prompts, seed) → new tokens, with one compilation for each setting."""
     graphdef, trained, frozen = parts(name, quantisation)
-    function = generate.make(graphdef, sampling, eos_ids)
+    function = generate.make(graphdef, sampling, eos_ids, form=form)
 
     def call(prompts, seed=0):
         ids, mask = generate.pad_left(prompts)
@@ -51,12 +51,13 @@ def golden(name):
 GREEDY = lora_config.Sampling(max_new_tokens=NUM_NEW)
 
 
+@pytest.mark.parametrize("form", [None, "dense"])
 @pytest.mark.parametrize("name", ["llama", "llama_bias", "qwen2_window", "qwen3"])
-def test_greedy_tokens_equal_hugging_faces(name):
+def test_greedy_tokens_equal_hugging_faces(name, form):
     """Prompts of unequal length in one batch, padded on the left."""
     prompts, following = zip(*golden(name), strict=True)
     assert len({len(prompt) for prompt in prompts}) > 1
-    found = continue_(name, GREEDY)(prompts)
+    found = continue_(name, GREEDY, form=form)(prompts)
     np.testing.assert_array_equal(found, [tokens[:NUM_NEW] for tokens in following])
 
 

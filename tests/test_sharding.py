@@ -32,6 +32,9 @@ def test_a_mesh_that_is_none_is_refused(text):
         ((*PROJECTION, "base", "q"), 3, (None, "fsdp", "tensor")),
         ((*PROJECTION, "base", "scale"), 3, (None, "fsdp", "tensor")),
         ((*PROJECTION, "base", "column_scale"), 3, (None, None, "tensor")),
+        ((*PROJECTION, "base", "group_bias"), 3, (None, "fsdp", "tensor")),
+        ((*PROJECTION, "base", "nested_scale"), 2, (None, None)),
+        ((*PROJECTION, "base", "layer"), 1, (None,)),
         ((*PROJECTION, "base", "bias"), 2, (None, "tensor")),
         ((*PROJECTION, "lora_A"), 3, (None, None, None)),  # the input axis is fsdp's: never
         ((*PROJECTION, "lora_B"), 3, (None, None, "tensor")),

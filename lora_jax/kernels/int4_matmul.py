@@ -1,110 +1,131 @@
 """Matmul with a frozen 4-bit weight: packed words in, products out, no weight gradient.
 
-Layout of a weight W [K, N] (K = d_in, N = d_out), K padded to a multiple of the group G:
-  q             uint32 [K/8, N]   nibble i of word j is row 8j+i
-  scale         [K/G, N]          int8 for "int4", float32 for "nf4"
-  column_scale  float32 [1, N]    "int4" only
-and w = code(q) · scale · column_scale, where code is the nibble in two's complement ("int4") or
-an index into the NormalFloat table ("nf4", Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
+One public function over several implementations. Which of them runs is decided where the program
+is lowered, by platform and shape:
+
+  TPU    a fused kernel, forward and backward
+  CUDA   one or few rows: sums that write no dense weight;
+         else dequantise, then a dense product
+  CPU    few rows: dequantise block by block of rows, in cache;
+         else dequantise, then a dense product
 """
 
 import functools
+import logging
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Num, UInt32
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
-NF4_CODE = np.array(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ],
-    np.float32,
-)
-FORMATS = ("int4", "nf4")
-IMPLEMENTATIONS = ("xla",)
+from lora_jax.kernels import int4_mosaic_gpu, int4_pallas_tpu, int4_xla, int4_xla_gpu
+from lora_jax.kernels import packed as packing
+
+IMPLEMENTATIONS = ("xla", "int8_activations", "pallas_tpu", "mosaic_gpu")
+_BLOCKED_ROWS = 8  # of x, at most, for which a CPU takes int4_xla.blocked
+_log = logging.getLogger(__name__)
+
+
+class Partition(NamedTuple):
+    """Mesh axes over which a product is dealt out: x's rows, and the weight's K and N.
+
+    A weight that is stored over the axis `gathered` is made whole, packed as it is, before it is
+    multiplied. XLA cannot split a kernel of our own by itself, and would gather its own forms of
+    the weight dense, or whole stacks of it.
+    """
+
+    rows: tuple[str, ...] = ()
+    k: str | None = None
+    n: str | None = None
+    gathered: str | None = None
+
+
+WHOLE = Partition()  # on one device
 
 
 def int4_matmul(
     x: Float[Array, "*B d_in"],
-    q: UInt32[Array, "words N"],
-    scale: Num[Array, "groups N"],
-    column_scale: Float[Array, "1 N"] | None = None,
+    packed: packing.Packed,
     *,
-    fmt: str = "int4",
+    codes: str = "int4",
+    layer: Int[Array, ""] | None = None,
+    partition: Partition = WHOLE,
     implementation: str | None = None,
 ) -> Float[Array, "*B N"]:
-    """y = x · dequantise(q, scale, column_scale), accumulated in float32, in x's dtype.
+    """y = x · dequantise(packed), accumulated in float32, in x's dtype.
 
-    x may be narrower than the padded K. Differentiable in x only; the derivative keeps the packed
-    words and nothing else. `implementation`: None picks the best form for the backend; a name
-    means that form or an error.
+    x may be narrower than the padded K. With `layer` the weight is that layer of a stack [L, …],
+    which is read in place. `partition`: how the ambient mesh (jax.set_mesh) splits the product;
+    parts of a sum that are on several devices are added in x's dtype. Differentiable in x only;
+    the derivative keeps the packed words and nothing else. `implementation`: None picks the best
+    form for the platform; a name means that form or an error: "xla"; "int8_activations" (rounds x
+    too, see int4_xla; the derivative is "xla"'s); "pallas_tpu" (interpreted where there is no TPU);
+    "mosaic_gpu" (turns the words over first: from_k_minor is for who does that once and for many
+    products; the derivative is "xla"'s).
 
-    Raises: ValueError for an unknown format or implementation, or shapes that do not fit.
+    Raises: ValueError for unknown codes or implementation, shapes that do not fit, and a named
+    implementation that does not take them, with its reason.
     """
-    if fmt not in FORMATS:
-        raise ValueError(f"expected fmt among {FORMATS}, found {fmt!r}")
+    if codes not in packing.CODES:
+        raise ValueError(f"expected codes among {packing.CODES}, found {codes!r}")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"expected implementation among {IMPLEMENTATIONS}, found {implementation}")
-    padded = q.shape[0] * 8
-    if not x.shape[-1] <= padded or padded % scale.shape[0]:
+    padded, groups = packed.q.shape[-2] * 8, packed.scale.shape[-2]
+    ndim = 2 if layer is None else 3
+    if x.shape[-1] > padded or padded % groups or packed.q.ndim != ndim:
         raise ValueError(
-            f"expected x [..., ≤ {padded}] and groups that divide {padded}, "
-            f"found x {x.shape}, q {q.shape}, scale {scale.shape}"
+            f"expected x [..., ≤ {padded}], groups that divide {padded} and words of {ndim} axes, "
+            f"found x {x.shape}, q {packed.q.shape}, scale {packed.scale.shape}"
         )
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
-    return _matmul(x, q, scale, column_scale, fmt)
+    rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])]).reshape(-1, padded)
+    y = _matmul(rows, packed, layer, codes, partition, implementation)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def dequantise(
-    q: UInt32[Array, "words N"],
-    scale: Num[Array, "groups N"],
-    column_scale: Float[Array, "1 N"] | None = None,
+def from_k_minor(
+    x: Float[Array, "*B d_in"],
+    packed: packing.Packed,
     *,
-    fmt: str = "int4",
-    dtype: jax.typing.DTypeLike = jnp.float32,
-) -> Float[Array, "K N"]:
-    """w = code(q) · scale · column_scale in float32, rounded once to dtype; K = 8 · words."""
-    words, columns = q.shape
-    shift = 4 * lax.broadcasted_iota(jnp.uint32, (1, 8, 1), 1)
-    if fmt == "int4":
-        # Shift the nibble to the top, then arithmetically down: that extends its sign.
-        signed = lax.bitcast_convert_type(q[:, None] << (28 - shift), jnp.int32) >> 28
-        codes = signed.astype(jnp.float32)
+    layer: Int[Array, ""],
+    partition: Partition = WHOLE,
+) -> Float[Array, "*B N"]:
+    """int4_matmul by "mosaic_gpu" of a stack whose words are int4 [L, N, K], K minor, already.
+
+    They come from int4_mosaic_gpu.k_minor. Not differentiable. Raises: ValueError as the kernel.
+    """
+    padded = packed.q.shape[-1]
+    rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])]).reshape(-1, padded)
+    y = _Forms("int4", partition, transpose=False).from_k_minor(rows, packed, layer)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _matmul(x, packed, layer, codes, partition, implementation):
+    forms = _Forms(codes, partition, transpose=False)
+    return _run(forms, x, packed, layer, implementation)
+
+
+def _forward(x, packed, layer, codes, partition, implementation):
+    y = _matmul(x, packed, layer, codes, partition, implementation)
+    return y, (packed, layer)
+
+
+def _backward(codes, partition, implementation, saved, dy):
+    packed, layer = saved
+    # Without a barrier XLA merges this dequantisation with the forward one and keeps the dense
+    # weight alive in between: the memory that quantisation is there to save. Of a stack it sees
+    # another index; a barrier on the words would copy the layer out.
+    if layer is None:
+        packed, dy = lax.optimization_barrier((packed, dy))
     else:
-        codes = jnp.asarray(NF4_CODE)[(q[:, None] >> shift) & 15]
-    scales = scale.astype(jnp.float32)
-    if column_scale is not None:
-        scales = scales * column_scale
-    weight = codes.reshape(scale.shape[0], -1, columns) * scales[:, None]
-    return weight.reshape(words * 8, columns).astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _matmul(x, q, scale, column_scale, fmt):
-    weight = dequantise(q, scale, column_scale, fmt=fmt, dtype=x.dtype)
-    return _contract(x, weight, 0)
-
-
-def _contract(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    dims = (((x.ndim - 1,), (axis,)), ((), ()))
-    return lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _forward(x, q, scale, column_scale, fmt):
-    return _matmul(x, q, scale, column_scale, fmt), (q, scale, column_scale)
-
-
-def _backward(fmt, saved, dy):
-    # Without the barrier XLA merges this dequantisation with the forward one and keeps the dense
-    # weight alive in between: the memory that quantisation is there to save.
-    q, scale, column_scale, dy = lax.optimization_barrier((*saved, dy))
-    weight = dequantise(q, scale, column_scale, fmt=fmt, dtype=dy.dtype)
-    return _contract(dy, weight, 1), *jax.tree.map(_no_gradient, saved)
+        layer, dy = lax.optimization_barrier((layer, dy))
+    forms = _Forms(codes, partition, transpose=True)
+    dx = _run(forms, dy, packed, layer, implementation)
+    return dx, *jax.tree.map(_no_gradient, saved)
 
 
 def _no_gradient(frozen: jax.Array):
@@ -114,3 +135,192 @@ def _no_gradient(frozen: jax.Array):
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _run(forms, x, packed, layer, implementation):
+    """x · W, or x · Wᵀ, in the form that is named or that suits the platform."""
+    if packed.nested_scale is not None:
+        # Unfolded first: they are in an order that no part of the weight has to itself.
+        packed = packed if layer is None else packing.layer(packed, layer)
+        packed = packing.Packed(packed.q, packing.scales(packed), group_bias=packed.group_bias)
+        layer = None
+    arguments = x, packed, layer
+    if implementation in ("int8_activations", "mosaic_gpu") and forms.transpose:
+        implementation = "xla"  # they are for decoding
+    if implementation == "xla":
+        return forms.xla(*arguments)
+    if implementation == "int8_activations":
+        _refuse(implementation, forms.unreadable())
+        return forms.int8_activations(*arguments)
+    no_tpu = forms.tpu_refusal(x, packed)
+    if implementation == "pallas_tpu":
+        _refuse(implementation, no_tpu)
+        interpreted = functools.partial(forms.tpu, interpret=True)
+        return lax.platform_dependent(*arguments, tpu=forms.tpu, default=interpreted)
+    if implementation == "mosaic_gpu":
+        _refuse(implementation, forms.mosaic_refusal(x, packed))
+        return forms.mosaic(*arguments)
+    if no_tpu:
+        _log.debug("no Pallas kernel for x %s, q %s: %s", x.shape, packed.q.shape, no_tpu)
+    gpu = cpu = forms.xla
+    if not forms.transpose:
+        if len(x) <= int4_xla_gpu.MOST_ROWS[forms.codes]:
+            gpu = forms.summed
+        if len(x) <= _BLOCKED_ROWS:
+            cpu = forms.blocked
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "cpu":
+        return cpu(*arguments)  # what follows would trace the kernels too, which takes time
+    tpu = forms.xla if no_tpu else forms.tpu
+    return lax.platform_dependent(*arguments, tpu=tpu, cpu=cpu, default=gpu)
+
+
+class _Forms(NamedTuple):
+    """The product in each of its forms, all (x [M, C], packed, layer) → [M, O]."""
+
+    codes: str
+    partition: Partition
+    transpose: bool
+
+    def xla(self, x, packed, layer):
+        def form(x, packed, layer):
+            one = packing.layer(packed, layer)
+            return int4_xla.matmul(x, one, codes=self.codes, transpose=self.transpose)
+
+        return self._dealt_out(form, x, *_stacked(packed, layer))
+
+    def blocked(self, x, packed, layer):
+        def form(x, packed, layer):
+            return int4_xla.blocked(x, packing.layer(packed, layer), codes=self.codes)
+
+        return self._dealt_out(form, x, *_stacked(packed, layer))
+
+    def summed(self, x, packed, layer):
+        def form(x, packed, layer):
+            return int4_xla_gpu.matvec(x, packing.layer(packed, layer), codes=self.codes)
+
+        return self._dealt_out(form, x, *_stacked(packed, layer))
+
+    def int8_activations(self, x, packed, layer):
+        def form(x, packed, layer):
+            return int4_xla.int8_activations(x, packing.layer(packed, layer))
+
+        return self._dealt_out(form, x, *_stacked(packed, layer))
+
+    def tpu(self, x, packed, layer, interpret=False):
+        def kernel(x, packed, layer):
+            y = int4_pallas_tpu.matmul(
+                x, packed.q, packed.scale, packed.column_scale, layer,
+                transpose=self.transpose, interpret=interpret,
+            )  # fmt: skip
+            return self._with_group_bias(y, x, packed, layer)
+
+        return self._dealt_out(kernel, x, *_stacked(packed, layer))
+
+    def mosaic(self, x, packed, layer):
+        packed, layer = _stacked(packed, layer)
+        packed = packed._replace(q=int4_mosaic_gpu.k_minor(packed.q))
+        return self.from_k_minor(x, packed, layer)
+
+    def from_k_minor(self, x, packed, layer):
+        def kernel(x, packed, layer):
+            y = int4_mosaic_gpu.matmul(x, packed.q, packed.scale, packed.column_scale, layer)
+            return self._with_group_bias(y, x, packed, layer)
+
+        return self._dealt_out(kernel, x, packed, layer)
+
+    def tpu_refusal(self, x, packed) -> str | None:
+        return self.unreadable() or int4_pallas_tpu.refusal(
+            *self._sizes(x, packed), x.dtype, packed.scale.dtype, transpose=self.transpose
+        )
+
+    def mosaic_refusal(self, x, packed) -> str | None:
+        return self.unreadable() or int4_mosaic_gpu.refusal(
+            *self._sizes(x, packed), x.dtype, packed.scale.dtype
+        )
+
+    def unreadable(self) -> str | None:
+        """Why the kernels, which decode two's complement, cannot read the weight."""
+        return None if self.codes == "int4" else f"codes {self.codes!r}"
+
+    def _sizes(self, x, packed) -> tuple[int, int, int, int]:
+        """(M, K, N, group) of a device's part."""
+        shape = jax.sharding.get_abstract_mesh().shape
+        over = self._computed(len(x))
+        k, n = packed.q.shape[-2] * 8, packed.q.shape[-1]
+        group = k // packed.scale.shape[-2]
+        rows = len(x) // math.prod(shape[axis] for axis in over.rows)
+        return rows, k // shape.get(over.k, 1), n // shape.get(over.n, 1), group
+
+    def _computed(self, num_rows: int) -> Partition:
+        """What of the partition the ambient mesh has, and each device computes a part of.
+
+        Rows that cannot be dealt out evenly are not.
+        """
+        shape = jax.sharding.get_abstract_mesh().shape
+        rows, k, n, gathered = self.partition
+        rows = tuple(axis for axis in rows if axis in shape)
+        if num_rows % math.prod(shape[axis] for axis in rows):
+            rows = ()
+        k, n = (axis if axis in shape and axis != gathered else None for axis in (k, n))
+        return Partition(rows, k, n)
+
+    def _dealt_out(self, form, x, packed, layer):
+        """form(x, packed, layer), each device doing its part."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if self.partition == WHOLE or mesh.empty or mesh.size == 1:
+            return form(x, packed, layer)
+        over = self._computed(len(x))
+        gathered = self.partition.gathered
+        k, n = (axis if axis in mesh.shape else None for axis in self.partition[1:3])
+        words = (k, n) if packed.q.dtype == jnp.uint32 else (n, k)
+        specs = packing.Packed((None, *words), (None, k, n), (None, None, n), (None, k, n))
+        specs = packing.Packed(
+            *(None if a is None else PartitionSpec(*s) for a, s in zip(packed, specs, strict=True))
+        )
+        summed, kept = (over.n, over.k) if self.transpose else (over.k, over.n)
+
+        def whole(part, spec):
+            if gathered not in spec:
+                return part
+            return lax.all_gather(part, gathered, axis=spec.index(gathered), tiled=True)
+
+        def each(x, packed, layer):
+            if gathered and gathered in (k, n) and mesh.shape[gathered] > 1:
+                packed, layer = _stacked(packing.layer(packed, layer), None)
+                packed = jax.tree.map(whole, packed, specs)
+            y = form(x, packed, layer)
+            return lax.psum(y, summed) if summed else y
+
+        return jax.shard_map(
+            each,
+            in_specs=(PartitionSpec(over.rows, summed), specs, PartitionSpec()),
+            out_specs=PartitionSpec(over.rows, kept),
+            check_vma=False,
+        )(x, packed, layer)
+
+    def _with_group_bias(self, y, x, packed, layer):
+        """Adds the asymmetric term: Σ over a group of x, times the group's bias."""
+        if packed.group_bias is None:
+            return y
+        bias = lax.dynamic_index_in_dim(packed.group_bias, layer, keepdims=False)
+        x, bias = x.astype(jnp.float32), bias.astype(jnp.float32)
+        if self.transpose:
+            each = jnp.dot(x, bias.T, precision="highest")
+            extra = jnp.repeat(each, y.shape[1] // len(bias), axis=1)
+        else:
+            sums = x.reshape(len(x), len(bias), -1).sum(axis=2)
+            extra = jnp.dot(sums, bias, precision="highest")
+        return (y.astype(jnp.float32) + extra).astype(y.dtype)
+
+
+def _refuse(implementation: str, reason: str | None) -> None:
+    if reason:
+        raise ValueError(f"expected what {implementation} takes, found {reason}")
+
+
+def _stacked(packed: packing.Packed, layer: jax.Array | None):
+    """(a stack [L, …], the index in it), whichever was given."""
+    if layer is not None:
+        return packed, layer
+    return jax.tree.map(lambda a: a[None], packed), jnp.zeros((), jnp.int32)

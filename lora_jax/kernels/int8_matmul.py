@@ -6,6 +6,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+from lora_jax.kernels import matmul
+
 
 @jax.custom_vjp
 def int8_matmul(
@@ -19,8 +21,7 @@ def int8_matmul(
 
 
 def _contract(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
-    dims = (((x.ndim - 1,), (axis,)), ((), ()))
-    return lax.dot_general(x, q.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+    return matmul.contract(x, q.astype(x.dtype), -1, axis)
 
 
 def _across(column_scale: jax.Array, x: jax.Array) -> jax.Array:

@@ -3,10 +3,12 @@
 Axes: B batch · T query tokens · S key tokens · D hidden · F ffn · N heads · K kv-heads ·
 H head_dim · V vocab · L layers. Names are Hugging Face's. The decoder layers are one module whose
 arrays are stacked [L, …] and run by `lax.scan`, so that compile time does not grow with depth;
-whatever wraps a projection (LoRA, a quantised weight) is scanned with it.
+whatever wraps a projection (LoRA, a quantised weight) is scanned with it. On a CPU, which it knows
+by the ambient mesh (jax.set_mesh), it unrolls the scan where that is faster.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from lora_jax import config as lora_config
-from lora_jax.kernels import matmul
+from lora_jax import devices, siblings, stacked
+from lora_jax.kernels import attention, matmul, swiglu
 from lora_jax.models import config as model_config
 from lora_jax.models import rope
 
@@ -38,12 +41,23 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens seen, for all layers; returned by whoever extends it.
 
     k, v: [L, B, S, K, H]; valid [B, S]: the slot holds a real token; length: slots used so far.
+    On a CPU bfloat16 is kept as its bits: to write one token XLA would convert the whole cache to
+    float32 and back.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Num[Array, "L B S K H"]
+    v: Num[Array, "L B S K H"]
     valid: Bool[Array, "B S"]
     length: Int[Array, ""]
+
+
+class Forms(NamedTuple):
+    """Functions x → x · W of a layer's frozen weights, where they were derived: see decode.py."""
+
+    qkv: Callable | None = None
+    o: Callable | None = None
+    gate_up: Callable | None = None
+    down: Callable | None = None
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -99,14 +113,20 @@ class LlamaForCausalLM(nnx.Module):
         input_ids: Int[Array, "B T"],
         cache: KVCache,
         attention_mask: Shaped[Array, "B T"] | None = None,
+        *,
+        forms: Sequence[Forms] | Callable[[jax.Array], Forms] | None = None,
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits of the last token, and the cache with these T tokens appended."""
+        """Logits of the last token, and the cache with these T tokens appended.
+
+        forms: of every layer's weights, or a function from the layer's index to them.
+        """
         real = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
         positions = _positions(real, cache.valid.sum(axis=1)[:, None])
         slots = cache.length + jnp.arange(input_ids.shape[1])
         valid = lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
         cache = cache._replace(valid=valid)
-        hidden, cache = self.model(input_ids, positions, slots, valid[:, None, :], cache)
+        mask = valid[:, None, :]
+        hidden, cache = self.model(input_ids, positions, slots, mask, cache, forms=forms)
         return self.logits(hidden[:, -1]), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -115,11 +135,19 @@ class LlamaForCausalLM(nnx.Module):
             return matmul.matmul(hidden, self.model.embed_tokens.embedding[...].T, jnp.float32)
         return self.lm_head(hidden)
 
+    def frozen_head(self) -> Float[Array, "D V"] | None:
+        """W_vocab, by which hidden states become logits; None where an adapter is part of it."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...] if isinstance(self.lm_head, nnx.Linear) else None
+
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A cache with room for max_length tokens a row."""
         c = self.config
         shape = (c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim)
         dtype = self.model.embed_tokens.embedding.dtype
+        if devices.on_cpu() and dtype == jnp.bfloat16:
+            dtype = jnp.uint16
         return KVCache(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
@@ -142,13 +170,13 @@ class LlamaModel(nnx.Module):
 
         @nnx.split_rngs(splits=config.num_hidden_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
-        def stacked(rngs):
+        def layers(rngs):
             return LlamaDecoderLayer(config, dtype=dtype, rngs=rngs)
 
-        self.layers = stacked(rngs)
+        self.layers = layers(rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, input_ids, positions, slots, mask, cache, *, remat="none"):
+    def __call__(self, input_ids, positions, slots, mask, cache, *, remat="none", forms=None):
         """(normalised hidden [B, T, D], cache). slots [T]: where among the S keys a query stands.
 
         mask [B, 1, S]: which keys are real (None: all); causality and windows are added here.
@@ -159,20 +187,32 @@ class LlamaModel(nnx.Module):
         keys = jnp.arange(hidden.shape[1] if cache is None else cache.k.shape[2])
         distance = (slots[:, None] - keys[None])[None]
         causal = distance >= 0 if mask is None else (distance >= 0) & mask
-        graphdef, layers = nnx.split(self.layers)
+        graphdef, whole, sliced = stacked.split(self.layers)
         window = _windows(c)
 
-        def layer(carry, xs):
+        def layer(carry, xs, form=None):
             hidden, kv = carry
             state, index, window = xs
             visible = causal if window is None else causal & (distance < window)
-            block = nnx.merge(graphdef, state)
-            hidden, kv = block(hidden, cos, sin, visible, slots, kv, index)
+            block = nnx.merge(graphdef, whole, state)
+            if form is None:
+                form = forms(index) if callable(forms) else Forms()
+            hidden, kv = block(hidden, cos, sin, visible, slots, kv, index, form)
             return (hidden, kv), None
 
-        xs = (layers, jnp.arange(c.num_hidden_layers), window)
-        kv = None if cache is None else (cache.k, cache.v)
-        (hidden, kv), _ = lax.scan(_rematerialised(layer, remat), (hidden, kv), xs)
+        xs = (sliced, jnp.arange(c.num_hidden_layers), window)
+        carry = (hidden, None if cache is None else (cache.k, cache.v))
+        if isinstance(forms, Sequence):  # arrays of their own, which no scan could slice
+            for index, form in enumerate(forms):
+                carry, _ = layer(carry, jax.tree.map(lambda a: a[index], xs), form)  # noqa: B023
+        elif remat == "none" and devices.on_cpu():
+            # XLA's CPU backend converts the stacks of what a scan keeps to float32 and back, whole.
+            each = jax.jit(layer)  # traced once for all layers
+            for index in range(c.num_hidden_layers):
+                carry, _ = each(carry, jax.tree.map(lambda a: a[index], xs))  # noqa: B023
+        else:
+            carry, _ = lax.scan(_rematerialised(layer, remat), carry, xs)
+        hidden, kv = carry
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + input_ids.shape[1])
         return self.norm(hidden), cache
@@ -186,12 +226,12 @@ class LlamaDecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(width, eps, dtype=dtype)
         self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden, cos, sin, visible, slots, kv, index):
+    def __call__(self, hidden, cos, sin, visible, slots, kv, index, form):
         attended, kv = self.self_attn(
-            self.input_layernorm(hidden), cos, sin, visible, slots, kv, index
+            self.input_layernorm(hidden), cos, sin, visible, slots, kv, index, form
         )
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), kv
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), form), kv
 
 
 class LlamaAttention(nnx.Module):
@@ -208,24 +248,25 @@ class LlamaAttention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, hidden, cos, sin, visible, slots, kv, index):
+    def __call__(self, hidden, cos, sin, visible, slots, kv, index, form):
         heads = (*hidden.shape[:2], -1, self.config.head_dim)
-        q = self.q_proj(hidden).reshape(heads)
-        k = self.k_proj(hidden).reshape(heads)
-        v = self.v_proj(hidden).reshape(heads)
+        qkv = siblings.project(hidden, self.q_proj, self.k_proj, self.v_proj, form=form.qkv)
+        q, k, v = (projected.reshape(heads) for projected in qkv)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
         if kv is not None:
             start = (index, 0, slots[0], 0, 0)
             kv = tuple(
-                lax.dynamic_update_slice(all_layers, new[None], start)
+                lax.dynamic_update_slice(all_layers, _as(new[None], all_layers.dtype), start)
                 for all_layers, new in zip(kv, (k, v), strict=True)
             )
-            k, v = (lax.dynamic_index_in_dim(all_layers, index, keepdims=False)
+            k, v = (_as(lax.dynamic_index_in_dim(all_layers, index, keepdims=False), v.dtype)
                     for all_layers in kv)  # fmt: skip
-        attended = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
-        return self.o_proj(attended.reshape(*hidden.shape[:2], -1)), kv
+        attended = attention.attention(q, k, v, visible, causal=kv is None)
+        attended = attended.reshape(*hidden.shape[:2], -1)
+        (attended,) = siblings.project(attended, self.o_proj, form=form.o)
+        return attended, kv
 
 
 class LlamaMLP(nnx.Module):
@@ -235,8 +276,10 @@ class LlamaMLP(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def __call__(self, hidden):
-        return self.down_proj(jax.nn.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+    def __call__(self, hidden, form):
+        gate, up = siblings.project(hidden, self.gate_proj, self.up_proj, form=form.gate_up)
+        (down,) = siblings.project(swiglu.swiglu(gate, up), self.down_proj, form=form.down)
+        return down
 
 
 class RMSNorm(nnx.Module):
@@ -254,6 +297,11 @@ class RMSNorm(nnx.Module):
         scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         weight = jnp.expand_dims(self.weight[...], tuple(range(x.ndim - 1)))
         return (wide * scale).astype(x.dtype) * weight
+
+
+def _as(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The same bits."""
+    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
 
 
 # What nnx.Linear calls, always to contract x's last axis with the kernel's first.
@@ -296,5 +344,7 @@ def _rematerialised(layer, remat: str):
         raise ValueError(f"expected remat among {lora_config.REMAT}, found {remat!r}")
     if remat == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    # By name: no policy of JAX's sees into the products' own derivative rules.
+    saved = jax.checkpoint_policies.save_only_these_names(siblings.PRODUCT)
+    policy = saved if remat == "dots" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)

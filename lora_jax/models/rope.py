@@ -29,10 +29,11 @@ def apply(
     sin: Float[Array, "B T half"],
 ) -> Float[Array, "B T heads head_dim"]:
     """x · cos + rotate_half(x) · sin, computed in float32 and returned in x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    # The halves change places as a whole, which a CPU does several times faster than to join them.
+    swapped = jnp.roll(wide, x.shape[-1] // 2, axis=-1)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (wide * cos[:, :, None] + swapped * sin[:, :, None]).astype(x.dtype)
 
 
 def _inv_freq(

@@ -3,7 +3,7 @@
 Made with torch 2.13.0 (CPU), transformers 5.23.0, peft 0.21.2, numpy 2.4; nf4.npz holds values
 computed by bitsandbytes 0.50.2. The test suite itself needs none of these. Everything is seeded.
 
-    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2
+    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2
     python tests/golden/make_golden.py                        # everything but nf4.npz
     python tests/golden/make_golden.py llama mistral          # only these models
     python tests/golden/make_golden.py --nf4-from FILE.npz    # nf4.npz too
@@ -519,6 +519,37 @@ def make_nf4(source):
         save_npz(HERE / "nf4.npz", {c + k: arrays[c + k] for c in cases for k in kept})
 
 
+def make_nf4_dq(seed):
+    """A matrix in NF4 with double quantisation, one block of scales and a third."""
+    from bitsandbytes import functional
+
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(48, 448, generator=generator).to(torch.float16)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4")
+    # As quantize_4bit(compress_statistics=True), but for the kernel: bitsandbytes' library for CPUs
+    # rounds to a grid of 2 / 65535 first, and now and then misses the nearest code. Its kernel in
+    # plain torch takes the same as the one for GPUs.
+    offset = state.absmax.mean()
+    nested, nested_absmax = torch.ops.bitsandbytes.quantize_blockwise.default._op_dk(
+        torch._C.DispatchKey.CompositeExplicitAutograd,
+        state.absmax - offset,
+        functional.create_dynamic_map(),
+        256,
+    )
+    table = functional.create_dynamic_map()
+    absmax = table[nested.long()] * nested_absmax.repeat_interleave(256)[: len(nested)] + offset
+    arrays = dict(
+        W=weight,
+        packed=packed,
+        absmax=nested,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        map=table,
+        dequantised_absmax=absmax,
+    )
+    save_npz(HERE / "nf4_dq.npz", {name: array.numpy() for name, array in arrays.items()})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only these models (default: everything)")
@@ -557,6 +588,8 @@ def main():
             masked=True,
         )
         make_lora_patterns(seed=103)
+    if not arguments.names or "nf4_dq" in arguments.names:
+        make_nf4_dq(seed=105)
     if arguments.nf4_from:
         make_nf4(arguments.nf4_from)
 

@@ -1,0 +1,283 @@
+"""Measures training and greedy decoding of a 125M LLaMA, each case in a process of its own.
+
+python benchmarks/end_to_end.py [--quants none,int4] [--dtype bfloat16] [--patience 60]
+python benchmarks/end_to_end.py --peer FOLDER --peer-python PYTHON
+
+The model has random weights, written as safetensors and loaded from there. `clean` counts the
+timings that quiet.py found undisturbed. With --peer, the folder's peft_train.py and gen_bench.py
+take turns with the same cases here, on the batches they find in $PEERS_WORK. Linux.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import quiet
+import safetensors.numpy
+from flax import nnx
+
+from lora_jax import checkpoint, config, decode, devices, generate, lora, optim, sharding, train
+
+ARCHITECTURES = {  # hidden, ffn, layers, heads, kv heads, vocab
+    "125m": (768, 2048, 12, 12, 4, 32000),
+    "tiny": (32, 64, 2, 4, 2, 128),
+}
+WORK = {"125m": (4, 256, 128, 128), "tiny": (2, 16, 8, 4)}  # rows, tokens; prompt, new tokens
+PEER_QUANT = {"none": None, "int4": "nf4", "nf4": "nf4", "nf4-dq": "nf4dq"}
+PEER_BATCHES = (1, 8)
+COLUMNS = ("case", "tokens/s", "min s", "clean", "own CPU s", "ideal share", "compile s",
+           "first s", "… warm cache", "peak RSS MB", "temp MB", "copy MB")  # fmt: skip
+PEER_COLUMNS = ("peer tokens/s", "ours / peer", "peer first s", "peer RSS MB")
+
+
+def linears(size: str) -> dict[str, tuple[int, int]]:
+    """{name: (d_in, d_out)} of one layer's linear layers."""
+    hidden, ffn, _, heads, kv_heads, _ = ARCHITECTURES[size]
+    kv = hidden // heads * kv_heads
+    attention = {"q_proj": hidden, "k_proj": kv, "v_proj": kv, "o_proj": hidden}
+    shapes = {f"self_attn.{name}": (hidden, width) for name, width in attention.items()}
+    shapes |= {f"mlp.{name}": (hidden, ffn) for name in ("gate_proj", "up_proj")}
+    return shapes | {"mlp.down_proj": (ffn, hidden)}
+
+
+def write_model(folder: pathlib.Path, size: str, dtype: str) -> None:
+    """A Hugging Face folder of a LLaMA with normal(0.02) weights."""
+    hidden, ffn, layers, heads, kv_heads, vocab = ARCHITECTURES[size]
+    settings = {
+        **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": dtype},
+        **{"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers},
+        **{"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab},
+        **{"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+        **{"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden)}
+    norms = ["model.norm"]
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        shapes |= {layer + name: shape[::-1] for name, shape in linears(size).items()}
+        norms += [layer + "input_layernorm", layer + "post_attention_layernorm"]
+    rng, kind = np.random.default_rng(0), np.dtype(getattr(ml_dtypes, dtype, dtype))
+    tensors = {f"{name}.weight": np.ones(hidden, kind) for name in norms}
+    for name, shape in shapes.items():
+        tensors[f"{name}.weight"] = (0.02 * rng.standard_normal(shape, np.float32)).astype(kind)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def load(case: dict, mesh):
+    """(model, graphdef, A and B, frozen), as a run of scripts/train.py has them."""
+    devices.keep_freed_memory()
+    how = {"dtype": case["dtype"], "quantisation": case["quant"], "mesh": mesh}
+    model = checkpoint.load(case["model"], **how)
+    lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
+    graphdef, *state = train.split(model)
+    return model, graphdef, *jax.block_until_ready(sharding.place(state, mesh))
+
+
+def run_train(case: dict, mesh) -> dict:
+    _, graphdef, trained, frozen = load(case, mesh)
+    rows, length, *_ = WORK[case["size"]]
+    settings, num_steps = config.OptimConfig(), case["steps"] + 2
+    optimizer, schedule = optim.make(settings, num_steps), optim.schedule(settings, num_steps)
+    state = sharding.place(train.start(trained, optimizer), mesh)
+    step = train.make_step(graphdef, optimizer, schedule, seed=0, remat=case["remat"])
+
+    def batch_at(index):
+        ids = token_ids(case, (1, rows, length), index)
+        return jax.device_put(train.Batch(ids, ids, np.ones_like(ids)), sharding.batch(mesh))
+
+    compiled, result = compile_timed(step, state, frozen, batch_at(0))
+    steps = train.steps(compiled, state, frozen, batch_at, num_steps)
+    next(steps)
+    result["first_s"] = since_start()
+    if case["steps"]:
+        next(steps)
+        timer = quiet.Timer(case["patience"])
+        result |= timer.time(lambda: next(steps), case["steps"])
+        result |= {"tok_s": rows * length / result["s"], "rss_mb": peak_rss()}
+        result["ideal"] = base_dots(case, rows * length, timer) / result["s"]
+    return result
+
+
+def run_decode(case: dict, mesh) -> dict:
+    """tok_s leaves the prefill out: the time for all new tokens minus the time for one."""
+    model, graphdef, *state = load(case, mesh)
+    form = decode.choose(model, mesh)
+    _, _, length, new = WORK[case["size"]]
+    ids = token_ids(case, (case["batch"], length), 0)
+    rows = jax.device_put((ids, np.ones_like(ids)), sharding.rows(len(ids), mesh))
+    timer, times, result = quiet.Timer(case["patience"]), {}, {}
+    for count in (1, new):
+        sampling = config.Sampling(max_new_tokens=count)
+        continue_ = generate.make(graphdef, sampling, (), form=form)
+        arguments = (*state, *rows, jax.random.key(0))
+        compiled, found = compile_timed(continue_, *arguments)
+        jax.block_until_ready(compiled(*arguments))
+        result = found | {"first_s": result.get("first_s") or since_start()}
+
+        def call(compiled=compiled, arguments=arguments):
+            jax.block_until_ready(compiled(*arguments))
+
+        times[count] = timer.time(call, case["reps"])
+    seconds = times[new]["s"] - times[1]["s"]
+    speed = {"tok_s": len(ids) * (new - 1) / seconds, "rss_mb": peak_rss()}
+    copy = {"copy_mb": decode.num_bytes(model, form) / 2**20} if form else {}
+    return result | times[new] | speed | copy
+
+
+def base_dots(case: dict, tokens: int, timer: quiet.Timer) -> float:
+    """Seconds of the products x·W and dy·Wᵀ of every linear layer alone, accumulated in float32."""
+    hidden, _, layers, _, _, vocab = ARCHITECTURES[case["size"]]
+    seconds = 0.0
+    for shape, count in [*((s, layers) for s in linears(case["size"]).values()),
+                         ((hidden, vocab), 1)]:  # fmt: skip
+        for axis in (0, 1):
+
+            @jax.jit
+            def dot(x, w, axis=axis):
+                dims = (((1,), (axis,)), ((), ()))
+                return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+            operands = (
+                jnp.ones((tokens, shape[axis]), case["dtype"]),
+                jnp.ones(shape, case["dtype"]),
+            )
+            jax.block_until_ready(dot(*operands))
+
+            def call(dot=dot, operands=operands):
+                jax.block_until_ready([dot(*operands) for _ in range(4)])
+
+            seconds += count * timer.time(call, 5)["s"] / 4
+    return seconds
+
+
+def token_ids(case: dict, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    vocab = ARCHITECTURES[case["size"]][-1]
+    return np.random.default_rng(seed).integers(3, vocab, shape, np.int32)
+
+
+def compile_timed(function, *arguments):
+    """(the compiled function, its compile_s and temp_mb: what XLA keeps besides the arguments)."""
+    start = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return compiled, {"compile_s": seconds, "temp_mb": temporaries / 2**20}
+
+
+def since_start() -> float:
+    """Seconds since this process was started."""
+    fields = pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+    up = float(pathlib.Path("/proc/uptime").read_text().split()[0])
+    return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_rss() -> float:
+    """MB. Not ru_maxrss, which counts what the parent had when it started this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def spawn(command: list[str], **environment: str) -> dict:
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ours(case: dict, cache: str) -> dict:
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    return spawn(command, JAX_COMPILATION_CACHE_DIR=cache)
+
+
+def peer(case: dict, args: argparse.Namespace) -> dict | None:
+    """What the peer's script found in the matching case; None where there is none."""
+    if case["quant"] not in PEER_QUANT or case["batch"] not in (0, *PEER_BATCHES):
+        return None
+    script = "gen_bench.py" if case["batch"] else "peft_train.py"
+    command = [args.peer_python, f"{args.peer}/{script}", "--model", case["model"]]
+    if PEER_QUANT[case["quant"]]:
+        command += ["--quant", PEER_QUANT[case["quant"]]]
+    if case["batch"]:
+        found = spawn([*command, "--adapter", "attached", "--batches", str(case["batch"])])
+        speed, first = found[f"b{case['batch']}"]["decode_tok_s"], found["s_to_first_token"]
+    else:
+        found = spawn([*command, "--steps", str(case["steps"])], GATE=str(case["patience"]))
+        speed, first = found["tok_s"], found["s_to_first_step"]
+    return {"tok_s": speed, "rss_mb": found["peak_rss_mb"], "first_s": first}
+
+
+def row(name: str, rounds: list[dict], warm: dict, peers: list[dict]) -> str:
+    def median(key: str, digits: int, results: list[dict] = rounds) -> str:
+        values = [result[key] for result in results if key in result]
+        return f"{statistics.median(values):.{digits}f}" if values else ""
+
+    clean = f"{sum(r['clean'] for r in rounds)}/{sum(r['of'] for r in rounds)}"
+    cells = [name, median("tok_s", 0), f"{min(r['min_s'] for r in rounds):.3f}", clean]
+    cells += [median("cpu_s", 2), median("ideal", 2), median("compile_s", 1)]
+    cells += [median("first_s", 1), median("first_s", 1, [warm]), median("rss_mb", 0)]
+    cells += [median("temp_mb", 0), median("copy_mb", 0)]
+    if peers:
+        ratio = float(cells[1]) / float(median("tok_s", 1, peers))
+        cells += [median("tok_s", 0, peers), f"{ratio:.2f}", median("first_s", 1, peers)]
+        cells += [median("rss_mb", 0, peers)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=ARCHITECTURES, default="125m")
+    parser.add_argument("--model", help="a folder of that size (default: random weights)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--quants", default="none,int8,int4,nf4")
+    parser.add_argument("--batches", default="0,1,8,32", help="of decoding; 0: training")
+    parser.add_argument("--remat", default="full", choices=config.REMAT)
+    parser.add_argument("--steps", type=int, default=10, help="timed, after two others")
+    parser.add_argument("--reps", type=int, default=3, help="timed runs of decoding")
+    parser.add_argument("--rounds", type=int, default=1, help="processes a case")
+    parser.add_argument("--patience", type=float, default=30,
+                        help="seconds that a process may wait for a quiet machine")  # fmt: skip
+    parser.add_argument("--peer", help="folder with peft_train.py and gen_bench.py")
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        mesh = sharding.make_mesh(sharding.parse(None, jax.device_count()))
+        with jax.set_mesh(mesh):
+            print(json.dumps((run_decode if args.case["batch"] else run_train)(args.case, mesh)))
+        return
+    columns = COLUMNS + (PEER_COLUMNS if args.peer else ())
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    same = {name: getattr(args, name) for name in
+            ("size", "model", "dtype", "remat", "steps", "reps", "patience")}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.model:
+            write_model(pathlib.Path(folder), args.size, args.dtype)
+            same["model"] = folder
+        for batch in map(int, args.batches.split(",")):
+            for quant in args.quants.split(","):
+                case = {**same, "batch": batch, "quant": quant}
+                rounds, peers = [], []
+                with tempfile.TemporaryDirectory() as cache:
+                    for number in range(args.rounds):
+                        rounds.append(ours(case, f"{cache}/{number}"))  # empty: it compiles
+                        found = peer(case, args) if args.peer else None
+                        peers += [found] if found else []
+                    warm = {} if batch else ours({**case, "steps": 0}, f"{cache}/0")
+                name = f"decode {quant} × {batch}" if batch else f"train {quant}"
+                print(row(name, rounds, warm, peers), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Cross-entropy of a frozen vocabulary projection that never holds all its logits."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from lora_jax.kernels import matmul
+
+_CHUNK = 512  # tokens, about, whose logits exist at a time
+
+
+@jax.custom_vjp
+def cross_entropy(
+    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"]
+) -> Float[Array, ""]:
+    """Σ −log softmax(hidden · head)[target] over the targets that are not negative, float32.
+
+    Differentiable in hidden alone, whose gradient the forward pass computes chunk by chunk, so
+    that the logits are neither kept nor computed again. It is rounded to hidden's dtype.
+
+    Raises: ValueError when asked for the gradient of `head`.
+    """
+    return _scan(hidden, head, targets, with_gradient=False)[0]
+
+
+def _scan(hidden, head, targets, with_gradient):
+    """(loss, gradient of hidden or None), in chunks of the sequence: rows may lie anywhere."""
+    rows, length, width = hidden.shape
+    size = min(length, max(1, _CHUNK // rows))
+    padding = -length % size
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-1)
+
+    def chunks(a):
+        return a.reshape(rows, -1, size, *a.shape[2:]).swapaxes(0, 1)
+
+    def add(total, chunk):
+        x, target = chunk
+        trained = (target >= 0)[..., None]
+        logits = matmul.contract(x, head, -1, 0)
+        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)
+        each = jnp.where(trained, normaliser - chosen, 0)
+        if not with_gradient:
+            return total + each.sum(), None
+        at_target = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
+        d_logits = jnp.where(trained, jnp.exp(logits - normaliser) - at_target, 0).astype(x.dtype)
+        # head on the left: on the right XLA's CPU backend would turn it over first, all of it.
+        d_logits = lax.optimization_barrier(d_logits.reshape(-1, logits.shape[-1]))
+        d_x = matmul.contract(head, d_logits, 1, 1).T.reshape(x.shape)
+        return total + each.sum(), d_x.astype(x.dtype)
+
+    total, gradient = lax.scan(add, jnp.zeros(()), (chunks(hidden), chunks(targets)))
+    if with_gradient:
+        gradient = gradient.swapaxes(0, 1).reshape(rows, -1, width)[:, :length]
+    return total, gradient
+
+
+def _forward(hidden, head, targets):
+    if head.perturbed:
+        raise ValueError("expected a frozen vocabulary projection, found one that is trained")
+    return _scan(hidden.value, head.value, targets.value, with_gradient=True)
+
+
+def _backward(gradient, d_total):
+    return (gradient.astype(jnp.float32) * d_total).astype(gradient.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,113 @@
+"""How a frozen weight W [K, N] (K = d_in, N = d_out) lies in memory in 4 bits.
+
+  q              uint32 [K/8, N]   nibble i of word j is row 8j+i
+  scale          [K/G, N]          one per group of G rows: int8, float, or uint8 for nested scales
+  column_scale   float32 [1, N]    multiplies every scale of its column
+  group_bias     [K/G, N]          added to every weight of the group: asymmetric quantisation
+  nested_scale   float32 [blocks]  of uint8 scales ("double quantisation"), 256 scales a block in
+  nested_offset  float32 [1]       the order of [N, K/G], as bitsandbytes stores them
+
+  w = code(nibble) · scale · column_scale + group_bias
+
+code is the nibble in two's complement ("int4") or an index into the NormalFloat table ("nf4",
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E). K is padded to a multiple of
+G. What a format does not use is None. Stacked weights have a leading axis [L, …] in every array.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int8, Int32, Num, UInt32
+
+NF4_CODE = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+CODES = ("int4", "nf4")
+NESTED_BLOCK = 256
+
+
+class Packed(NamedTuple):
+    """A quantised weight; int8 has q int8 [K, N] and a column_scale, 4-bit formats as above."""
+
+    q: UInt32[Array, "*L words N"] | Int8[Array, "*L K N"]
+    scale: Num[Array, "*L groups N"] | None = None
+    column_scale: Float[Array, "*L 1 N"] | None = None
+    group_bias: Float[Array, "*L groups N"] | None = None
+    nested_scale: Float[Array, "*L blocks"] | None = None
+    nested_offset: Float[Array, "*L 1"] | None = None
+
+
+def layer(packed: Packed, index: jax.typing.ArrayLike) -> Packed:
+    """The weight of one layer of a stack [L, …]."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), packed)
+
+
+def scales(packed: Packed) -> Float[Array, "groups N"]:
+    """scale · column_scale of every group, in float32."""
+    scale = packed.scale.astype(jnp.float32)
+    if packed.nested_scale is not None:
+        groups, columns = scale.shape
+        flat = lax.broadcasted_iota(jnp.int32, (groups, columns), 1) * groups
+        flat += lax.broadcasted_iota(jnp.int32, (groups, columns), 0)
+        values, code = dynamic_map(), packed.scale.astype(jnp.int32)
+        scale = jnp.asarray(values)[code] * packed.nested_scale[flat // NESTED_BLOCK]
+        # Where the product is 0 nothing changes; elsewhere this keeps compilers from fusing it with
+        # the sum into one rounding, which is not what bitsandbytes computes.
+        scale = jnp.where(code == np.flatnonzero(values == 0)[0], 0, scale)
+        scale = scale + packed.nested_offset[None]
+    return scale if packed.column_scale is None else scale * packed.column_scale
+
+
+def nibbles(q: UInt32[Array, "words N"]) -> Int32[Array, "words 8 N"]:
+    """The codes −8 … 7 of each word."""
+    # Shift the nibble to the top, then arithmetically down: that extends its sign.
+    shift = 28 - 4 * lax.broadcasted_iota(jnp.uint32, (1, 8, 1), 1)
+    return lax.bitcast_convert_type(q[:, None] << shift, jnp.int32) >> 28
+
+
+def dequantise(
+    packed: Packed, codes: str = "int4", dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float[Array, "K N"]:
+    """w = code(q) · scale · column_scale + group_bias in float32, rounded once to dtype."""
+    words, columns = packed.q.shape
+    if codes == "int4":
+        values = nibbles(packed.q).astype(jnp.float32)
+    else:
+        values = jnp.asarray(NF4_CODE)[nibbles(packed.q) & 15]
+    scale = scales(packed)
+    weight = values.reshape(scale.shape[0], -1, columns) * scale[:, None]
+    if packed.group_bias is not None:
+        weight = weight + packed.group_bias.astype(jnp.float32)[:, None]
+    return weight.reshape(words * 8, columns).astype(dtype)
+
+
+def dynamic_map() -> np.ndarray:
+    """The 256 values that a uint8 nested scale stands for, ascending: 8-bit dynamic quantisation.
+
+    float32 [256], equal to bitsandbytes' table bit for bit.
+    Source: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861, §2.2.
+    """
+    low, high = np.float32([0.1, 1])
+    values = [np.float32([0, 1])]
+    for exponent in range(7):
+        steps = np.arange(2**exponent + 1)
+        step = (high - low) / np.float32(2**exponent)
+        # Evenly spaced as torch.linspace does it: from the nearer end, rounded once.
+        exact = np.where(
+            steps < len(steps) // 2,
+            np.float64(low) + np.float64(step) * steps,
+            np.float64(high) - np.float64(step) * steps[::-1],
+        )
+        edges = exact.astype(np.float32)
+        middles = (edges[:-1] + edges[1:]) / 2 * np.float32(10.0 ** (exponent - 6))
+        values += [middles, -middles]
+    return np.sort(np.concatenate(values))

@@ -1,0 +1,39 @@
+"""Linear layers that share their input, such as q, k and v: one product instead of several."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import ad_checkpoint
+from jaxtyping import Array, Float
+
+PRODUCT = "product"  # what a rematerialised layer may keep, by this name
+
+
+def project(
+    x: Float[Array, "*B d_in"],
+    *linears: Callable,
+    form: Callable[[jax.Array], jax.Array] | None = None,
+) -> list[Float[Array, "*B _"]]:
+    """[linear(x) for linear in linears].
+
+    form: x → the products with all their frozen weights, side by side on the last axis, without
+    biases and adapters. Those stay the layers' own: each is called with its `product`.
+    """
+    if form is None:
+        return [ad_checkpoint.checkpoint_name(linear(x), PRODUCT) for linear in linears]
+    ends = [sum(linear.out_features for linear in linears[:i]) for i in range(1, len(linears))]
+    products = jnp.split(form(x), ends, axis=-1)
+    return [
+        with_bias(linear, product) if isinstance(linear, nnx.Linear) else linear(x, product)
+        for linear, product in zip(linears, products, strict=True)
+    ]
+
+
+def with_bias(linear, product: Float[Array, "*B N"]) -> Float[Array, "*B N"]:
+    """product + the layer's bias, if it has one."""
+    if linear.bias is None:
+        return product
+    bias = linear.bias[...].astype(product.dtype)
+    return product + jnp.expand_dims(bias, tuple(range(product.ndim - 1)))

@@ -1,0 +1,131 @@
+"""The forms of the weights that decoding derives: the same products, and when they are chosen."""
+
+import functools
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lora_jax import checkpoint, config, decode, devices, lora, quant, sharding
+from lora_jax.models import config as model_config
+from lora_jax.models import llama
+
+STORIES = pathlib.Path(__file__).parent / "golden" / "models" / "stories260K"
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@functools.cache
+def model(fmt):
+    """stories260K, its K of 172 padded where it is quantised, with adapters that do something."""
+    mesh = sharding.make_mesh(ONE)
+    loaded = checkpoint.load(STORIES, dtype="float32", quantisation=fmt, mesh=mesh)
+    lora.inject(loaded, config.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(0))
+    adapters = nnx.state(loaded, lora.LoRAParam)
+    nnx.update(loaded, jax.tree.map(lambda a: a + 0.01, adapters))
+    return loaded
+
+
+@pytest.mark.parametrize("fmt", ["none", "int4"])
+def test_steps_with_the_dense_form_give_the_same_logits(fmt):
+    """Prefill without, then two steps with and without it: logits and cache agree."""
+
+    @jax.jit
+    def steps(ids):
+        whole = model(fmt)
+        forms = decode.derive(whole, "dense", 2)
+        _, cache = whole.extend(ids, whole.empty_cache(2, 12))
+        found = []
+        for how in ({}, {"forms": forms}):
+            now = cache
+            for _ in range(2):
+                logits, now = whole.extend(ids[:, :1], now, **how)
+            found.append((logits, now.k, now.v))
+        return found
+
+    plain, derived = steps(jnp.array([[1, 5, 9, 300], [1, 77, 8, 4]]))
+    for expected, value in zip(plain, derived, strict=True):
+        np.testing.assert_allclose(value, expected, atol=2e-4)
+    assert np.abs(plain[0]).max() > 1
+
+
+def test_the_dense_form_takes_the_bytes_it_says():
+    whole = model("int4")
+    weights = sum(
+        site.module.base.in_features * site.module.base.out_features for site in lora.find(whole)
+    )
+    layers = whole.config.num_hidden_layers
+    assert decode.num_bytes(whole, "dense") == 4 * weights * layers
+    assert decode.num_bytes(whole, "k_minor") == 0  # float32: no kernel takes it
+
+
+def test_a_form_is_chosen_where_it_fits(monkeypatch):
+    mesh, whole = sharding.make_mesh(ONE), model("int4")
+    assert decode.choose(whole, mesh) == "dense"
+    needed = decode.num_bytes(whole, "dense")
+    for free, chosen in ((None, "dense"), (2 * needed, "dense"), (2 * needed - 1, None)):
+        monkeypatch.setattr(devices, "free_bytes", lambda device, free=free: free)
+        assert decode.choose(whole, mesh) == chosen
+
+
+def test_each_device_has_its_form():
+    device = types.SimpleNamespace
+    assert decode.best(device(platform="gpu", compute_capability="9.0")) == "k_minor"
+    assert decode.best(device(platform="gpu", compute_capability="8.0")) is None
+    assert decode.best(device(platform="tpu")) is None
+    assert decode.best(device(platform="cpu")) == "dense"
+
+
+def test_hopper_gets_its_form_where_a_kernel_takes_it(monkeypatch):
+    """Of weights in int4 that meet bfloat16."""
+    monkeypatch.setattr(decode, "best", lambda device: "k_minor")
+    mesh = sharding.make_mesh(ONE)
+    how = {"dtype": "bfloat16", "mesh": mesh}
+    half, nf4 = (checkpoint.load(STORIES, quantisation=fmt, **how) for fmt in ("int4", "nf4"))
+    assert decode.choose(half, mesh) == "k_minor"
+    assert decode.choose(nf4, mesh) is None
+    assert decode.choose(model("int4"), mesh) is None  # float32
+
+
+def test_the_form_for_hopper_lowers():
+    """q, k and v side by side in one kernel call, o in another; stories' MLP has no such width."""
+    config = model_config.from_dict(
+        {"model_type": "llama", "vocab_size": 64, "hidden_size": 256, "intermediate_size": 384,
+         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    )  # fmt: skip
+
+    def step(ids):
+        whole = llama.LlamaForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        quant.quantise_model(whole, "int4")
+        forms = decode.derive(whole, "k_minor", 4)
+        return whole.extend(ids, whole.empty_cache(4, 8), forms=forms)[0]
+
+    ids = jax.ShapeDtypeStruct((4, 1), jnp.int32)
+    text = jax.jit(step).trace(ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 4  # in the body of the scan over layers
+
+
+def test_forms_are_of_whole_weights():
+    for sizes in ({"data": 4, "fsdp": 1, "tensor": 2}, {"data": 4, "fsdp": 2, "tensor": 1}):
+        assert decode.choose(model("int4"), sharding.make_mesh(sizes)) is None
+
+
+def test_this_host_has_free_memory():
+    free = devices.free_bytes(jax.devices()[0])
+    assert free is None or free > 0
+
+
+def test_a_layer_takes_the_product_that_was_computed():
+    """With bias and adapter, quantised and dense: base(x) may come from elsewhere."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 32)), jnp.float32)
+    for quantised in (False, True):
+        linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+        linear.bias.set_value(jnp.arange(8.0))
+        base = quant.quantise_linear(linear, "int8") if quantised else linear
+        adapter = lora.LoRALinear(base, jnp.ones((32, 2)), jnp.ones((2, 8)), jnp.ones((1, 1)),
+                                  ranks=(2,))  # fmt: skip
+        product = base(x) - jnp.arange(8.0)[None]
+        np.testing.assert_allclose(adapter(x, product), adapter(x), atol=1e-5)

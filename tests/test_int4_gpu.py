@@ -1,0 +1,187 @@
+"""The forms of the 4-bit matmul that are for GPUs: what they compute, refuse and lower to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lora_jax.kernels import int4_mosaic_gpu, int4_xla_gpu
+from lora_jax.kernels import packed as packing
+
+draw = np.random.default_rng(0)
+
+
+def random_packed(k, n, fmt, layers=()):
+    """Random arrays of a format's shapes and dtypes."""
+
+    def real(*shape):
+        return jnp.asarray(draw.uniform(0.5, 2, (*layers, *shape)), jnp.float32)
+
+    group = 32 if fmt.startswith("int4") else 64
+    groups = k // group
+    words = jnp.asarray(draw.integers(0, 2**32, (*layers, k // 8, n), np.uint32))
+    if fmt == "int4":
+        scale = jnp.asarray(draw.integers(-127, 128, (*layers, groups, n), np.int8))
+        return packing.Packed(words, scale, real(1, n))
+    if fmt == "asymmetric":
+        bias = real(groups, n).astype(jnp.bfloat16)
+        return packing.Packed(words, real(groups, n).astype(jnp.bfloat16), group_bias=bias)
+    if fmt == "nf4":
+        return packing.Packed(words, real(groups, n))
+    scale = jnp.asarray(draw.integers(0, 256, (*layers, groups, n), np.uint8))
+    return packing.Packed(
+        words, scale, nested_scale=real(-(-groups * n // 256)), nested_offset=real(1)
+    )
+
+
+def normal(*shape, dtype=jnp.float32):
+    return jnp.asarray(draw.normal(size=shape), dtype)
+
+
+def relative_error(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "fmt, num_rows",
+    [("int4", 1), ("int4", 4), ("asymmetric", 1), ("asymmetric", 3), ("nf4", 1), ("nf4-dq", 1)],
+)
+def test_matvec_is_the_product_with_the_dequantised_weight(fmt, num_rows):
+    codes = "nf4" if fmt.startswith("nf4") else "int4"
+    x, packed = normal(num_rows, 192), random_packed(192, 40, fmt)
+    dequantise = jax.jit(packing.dequantise, static_argnames="codes")
+    weight = np.asarray(dequantise(packed, codes), np.float64)
+    expected = np.asarray(x, np.float64) @ weight
+    matvec = jax.jit(int4_xla_gpu.matvec, static_argnames="codes")
+    found = matvec(x, packed, codes)
+    assert found.dtype == x.dtype
+    assert relative_error(found, expected) < 1e-6
+    found = matvec(x.astype(jnp.bfloat16), packed, codes)
+    assert found.dtype == jnp.bfloat16
+    assert relative_error(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize("codes, num_rows", [("int4", 5), ("nf4", 2)])
+def test_matvec_takes_few_rows(codes, num_rows):
+    with pytest.raises(ValueError, match=f"at most {num_rows - 1} rows"):
+        int4_xla_gpu.matvec(normal(num_rows, 64), random_packed(64, 8, codes), codes)
+
+
+def test_k_minor_is_the_transposed_nibbles():
+    q = random_packed(64, 24, "int4", layers=(3,)).q
+    found = jax.jit(int4_mosaic_gpu.k_minor)(q)
+    assert found.dtype == jnp.int4
+    for row in range(64):
+        nibble = (np.asarray(q)[:, row // 8] >> np.uint32(4 * (row % 8))) & 15
+        signed = np.where(nibble < 8, nibble, nibble.astype(np.int64) - 16)
+        np.testing.assert_array_equal(np.asarray(found[:, :, row], np.int64), signed)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs Mosaic GPU kernels on a CPU: copies, barriers and indices as they are written.
+
+    What the interpreter lacks is the arithmetic in registers, for which plain sums stand in.
+    """
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+
+    def wgmma(acc, a, b):
+        b = dataclasses.replace(b, transforms=b.transforms[:-1])[...].T  # it cannot transpose
+        acc[...] += jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+    monkeypatch.setattr(plgpu, "layout_cast", lambda array, layout: array)
+    monkeypatch.setattr(plgpu, "wgmma", wgmma)
+    monkeypatch.setattr(plgpu, "wgmma_wait", lambda in_flight: None)
+    monkeypatch.setattr(plgpu, "ACC", plgpu.SMEM)
+    memory = params.InterpretGPUParams(uninitialized_memory="zero")
+    with params.force_gpu_interpret_mode(memory):
+        yield
+
+
+# One row, padded; five steps in two parts, with a group per product and with two; tiles of 128.
+@pytest.mark.parametrize(
+    "num_rows, k, n, group, scale_dtype",
+    [
+        (1, 256, 64, 32, "int8"),
+        (3, 1280, 128, 32, "int8"),
+        (16, 512, 64, 64, "bfloat16"),
+        (33, 640, 256, 128, "float32"),
+    ],
+)
+def test_mosaic_kernel_interpreted(interpreted, num_rows, k, n, group, scale_dtype):
+    layers = 3
+    codes = draw.integers(-8, 8, (layers, n, k))
+    scale = draw.integers(-127, 128, (layers, k // group, n))
+    column_scale = draw.uniform(0.5, 2, (layers, 1, n))
+    x = normal(num_rows, k, dtype=jnp.bfloat16)
+    found = int4_mosaic_gpu.matmul(
+        x,
+        jnp.asarray(codes, jnp.int4),
+        jnp.asarray(scale, scale_dtype),
+        jnp.asarray(column_scale, jnp.float32),
+        jnp.int32(1),
+    )
+    weight = codes[1].T * np.repeat(scale[1], group, axis=0) * column_scale[1]
+    assert found.dtype == x.dtype
+    assert relative_error(found, np.asarray(x, np.float64) @ weight) < 5e-3
+
+
+def mosaic_shapes(num_rows, k, n, group, scale_dtype="int8", layers=32):
+    shape = jax.ShapeDtypeStruct
+    return (
+        shape((num_rows, k), jnp.bfloat16),
+        shape((layers, n, k), jnp.int4),
+        shape((layers, k // group, n), scale_dtype),
+        shape((layers, 1, n), jnp.float32),
+        shape((), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        (2, 4096, 4096, 32),
+        (16, 11008, 4096, 32),
+        (16, 4096, 4096, 128, "bfloat16"),
+        (64, 4096, 11008, 64),
+    ],
+)
+def test_mosaic_kernel_lowers_for_cuda(shapes):
+    traced = jax.jit(int4_mosaic_gpu.matmul).trace(*mosaic_shapes(*shapes))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({}, None),
+        ({"scale_dtype": jnp.float32}, None),
+        ({"num_rows": 65}, "65 rows"),
+        ({"dtype": jnp.float32}, "float32"),
+        ({"group": 16}, "groups of 16"),
+        ({"scale_dtype": jnp.uint8}, "uint8"),
+        ({"k": 4160}, "multiples of 128"),
+        ({"n": 4128}, "of 64"),
+        ({"k": 5504, "group": 128}, "multiples of 256"),
+    ],
+)
+def test_mosaic_kernel_says_what_it_refuses(changed, reason):
+    taken = {
+        "num_rows": 16,
+        "k": 4096,
+        "n": 4096,
+        "group": 32,
+        "dtype": jnp.bfloat16,
+        "scale_dtype": jnp.int8,
+    }
+    found = int4_mosaic_gpu.refusal(**(taken | changed))
+    assert found is None if reason is None else reason in found
+
+
+def test_mosaic_kernel_refuses_by_name():
+    with pytest.raises(ValueError, match="does not take 65 rows"):
+        jax.eval_shape(int4_mosaic_gpu.matmul, *mosaic_shapes(65, 4096, 4096, 32))
