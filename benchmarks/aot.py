@@ -1,0 +1,570 @@
+"""Compiles the kernels, the train step and the decode loop for devices that are not there.
+
+python benchmarks/aot.py              all RUNS, each in a process of its own → benchmarks/aot.md
+python benchmarks/aot.py CASE TARGET  one of them → one line of JSON
+AOT_HLO=FILE in the environment       keeps the text of the compiled program
+
+Needs pip install "lora-jax[aot]". What is read from the compiled program, never from a run: its
+memory, its kernels and collectives, which weights it writes to memory, spilled registers, and the
+cycles of a TPU kernel's loop.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import memory
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import config, decode, generate, lora, optim, quant, sharding, targets, train
+from lora_jax.kernels import int4_matmul
+from lora_jax.kernels import packed as packing
+from lora_jax.models import llama
+
+TIME_LIMIT = 900  # seconds for one run
+LAYERS = 2  # of the stack that a kernel reads one layer of
+GROUP = 32
+
+
+class Program(NamedTuple):
+    """A jitted function and the shapes of its arguments."""
+
+    function: Any
+    arguments: Sequence[Any]
+
+
+class Case(NamedTuple):
+    """A program, the mesh to compile it for (as --mesh), and the [K, N] of its packed weights."""
+
+    program: Callable[[Mesh], Program]
+    weights: Sequence[tuple[int, int]]
+    mesh: str | None = None
+
+
+def shapes(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of `tree` as shapes, each with the sharding that `sharding.place` gives it."""
+
+    def shape(path, leaf):
+        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding.of(names, leaf.ndim, mesh)
+        )
+
+    return jax.tree_util.tree_map_with_path(shape, tree)
+
+
+def whole(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def model_parts(name: str) -> tuple[nnx.GraphDef, Any, train.Frozen]:
+    """(graphdef, lora, frozen) of an int4 model with adapters of rank 8 on q and v, as shapes."""
+    graphdefs = []
+
+    def build():
+        architecture = memory.architecture(*memory.MODELS[name])
+        model = llama.LlamaForCausalLM(architecture, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        quant.quantise_model(model, "int4")
+        for path, node in nnx.iter_graph(model):
+            if isinstance(node, quant.QuantLinear):
+                node.partition = sharding.partition(path)  # as checkpoint.load
+        lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
+        graphdef, trained, frozen = train.split(model)
+        graphdefs.append(graphdef)
+        return trained, frozen
+
+    trained, frozen = jax.eval_shape(build)
+    return graphdefs[0], trained, frozen
+
+
+def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> Program:
+    graphdef, trained, frozen = model_parts(name)
+    settings = config.OptimConfig()
+    optimizer = optim.make(settings, 100)
+    state = jax.eval_shape(lambda a: train.start(a, optimizer), trained)
+    row = jax.ShapeDtypeStruct((1, rows, tokens), jnp.int32, sharding=sharding.batch(mesh))
+    schedule = optim.schedule(settings, 100)
+    step = train.make_step(graphdef, optimizer, schedule, seed=0, remat=remat)
+    return Program(step, (shapes(state, mesh), shapes(frozen, mesh), train.Batch(row, row, row)))
+
+
+def decode_loop(name: str, rows: int, mesh: Mesh) -> Program:
+    """`generate`: a prompt of 128 tokens, then 128 new ones."""
+    graphdef, trained, frozen = model_parts(name)
+    model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+    sampling = config.Sampling(max_new_tokens=128)
+    run = generate.make(graphdef, sampling, eos_ids=(2,), form=decode.choose(model, mesh))
+    ids = jax.ShapeDtypeStruct((rows, 128), jnp.int32, sharding=sharding.rows(rows, mesh))
+    key = whole(mesh, (), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    return Program(run, (shapes(trained, mesh), shapes(frozen, mesh), ids, ids, key))
+
+
+def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> Program:
+    """One product with a layer of a stack: "forward", its derivative too ("both"), or "k_minor"."""
+    array = functools.partial(whole, mesh)
+    k_minor = array((LAYERS, d_out, d_in), jnp.int4)
+    packed = packing.Packed(
+        k_minor if form == "k_minor" else array((LAYERS, d_in // 8, d_out), jnp.uint32),
+        array((LAYERS, d_in // GROUP, d_out), jnp.int8),
+        array((LAYERS, 1, d_out), jnp.float32),
+    )
+    product = int4_matmul.from_k_minor if form == "k_minor" else int4_matmul.int4_matmul
+
+    def multiply(x, packed, layer):
+        return product(x, packed, layer=layer)
+
+    def both(x, packed, layer, dy):
+        y, pull_back = jax.vjp(lambda x: multiply(x, packed, layer), x)
+        return y, pull_back(dy)
+
+    arguments = array((rows, d_in), jnp.bfloat16), packed, array((), jnp.int32)
+    if form == "both":
+        return Program(jax.jit(both), (*arguments, array((rows, d_out), jnp.bfloat16)))
+    return Program(jax.jit(multiply), arguments)
+
+
+ATTENTION, UP, DOWN = (4096, 4096), (4096, 11008), (11008, 4096)  # of a 7B LLaMA
+LLAMA_7B = (ATTENTION, UP, DOWN)
+SIDE_BY_SIDE = ((4096, 3 * 4096), (4096, 2 * 11008))  # q, k and v; gate and up
+V5E, V6E, H100, H200, A100 = "tpu:v5e", "tpu:v6e", "gpu:h100", "gpu:h200", "gpu:a100"
+TPUS, HOPPER, GPUS = (V5E, V6E), (H100, H200), (H100, H200, A100)
+
+CASES: dict[str, Case] = {}
+RUNS: list[tuple[str, str]] = []
+
+
+def _add(name, on, program, *arguments, weights=LLAMA_7B, mesh=None):
+    CASES[name] = Case(functools.partial(program, *arguments), weights, mesh)
+    RUNS.extend((name, target) for target in on)
+
+
+for _weight in LLAMA_7B:
+    _shape = "x".join(map(str, _weight))
+    # Not 4096 rows: an activation would have the shape of a weight.
+    _name = f"kernel-train-{_shape}"
+    _add(_name, TPUS + GPUS, kernel, 8192, *_weight, "both", weights=(_weight,))
+    for _rows in (1, 16):
+        _name = f"kernel-decode{_rows}-{_shape}"
+        _add(_name, (*TPUS, A100), kernel, _rows, *_weight, "forward", weights=(_weight,))
+        _name = f"kernel-decode{_rows}-{_shape}-k_minor"
+        _add(_name, HOPPER, kernel, _rows, *_weight, "k_minor", weights=(_weight,))
+_7B = "Llama-2-7B"
+_add("train-1x2048-full", (*TPUS, H100, A100), train_step, _7B, 1, 2048, "full")
+_add("train-4x2048-full", (V5E, *GPUS), train_step, _7B, 4, 2048, "full")
+_add("train-1x2048-none", (V6E, H100, A100), train_step, _7B, 1, 2048, "none")
+_add("train-data4", ("tpu:v5e-4",), train_step, _7B, 4, 2048, "full", mesh="data=4")
+_add("train-tensor4", ("tpu:v5e-4",), train_step, _7B, 1, 2048, "full", mesh="tensor=4")
+_add("train-fsdp16", ("tpu:v5e-16",), train_step, _7B, 16, 2048, "full", mesh="fsdp=16")
+_add("train-data8", ("gpu:h100-8",), train_step, _7B, 8, 2048, "full", mesh="data=8")
+_add("train-fsdp8", ("gpu:h100-8",), train_step, _7B, 8, 2048, "full", mesh="fsdp=8")
+_decode_weights = LLAMA_7B + SIDE_BY_SIDE
+_add("decode-1", TPUS + GPUS, decode_loop, _7B, 1, weights=_decode_weights)
+_add("decode-8", (V5E, H100), decode_loop, _7B, 8, weights=_decode_weights)
+_add("decode-16", (V5E, H100, A100), decode_loop, _7B, 16, weights=_decode_weights)
+_add("decode-64", (V6E, H100), decode_loop, _7B, 64, weights=_decode_weights)
+
+
+def compile_here(case: str, target: str) -> dict[str, Any]:
+    """Compiles one case in this process; it may abort the process."""
+    spec = CASES[case]
+    cycles = target.startswith("tpu") and case.startswith("kernel")
+    with tempfile.TemporaryDirectory() as folder:
+        if cycles:
+            os.environ["LIBTPU_INIT_ARGS"] = (
+                f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+                "--xla_jf_dump_llo_pass_label_regex=final_bundles"
+            )
+        devices = targets.devices(target)
+        sizes = sharding.parse(spec.mesh, len(devices))
+        mesh = jax.make_mesh(
+            tuple(sizes.values()),
+            tuple(sizes),
+            axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+            devices=devices,
+        )
+        start = time.monotonic()
+        function, arguments = spec.program(mesh)
+        with jax.set_mesh(mesh):
+            traced = function.trace(*arguments)
+            lowered = traced.lower()
+            lowering = time.monotonic() - start
+            with _log() as log:
+                compiled = lowered.compile()
+                printed = log()
+        seconds = time.monotonic() - start
+        uses = compiled.memory_analysis()
+        program = parse(compiled.as_text())
+        if path := os.environ.get("AOT_HLO"):
+            pathlib.Path(path).write_text(compiled.as_text())
+        parts = {1, sizes["tensor"]}
+        local = {(k // a, n // b) for k, n in spec.weights for a in parts for b in parts}
+        return {
+            "case": case,
+            "target": target,
+            "seconds": round(seconds, 1),
+            "lowering_seconds": round(lowering, 1),
+            "peak_bytes": uses.peak_memory_in_bytes,
+            "argument_bytes": uses.argument_size_in_bytes,
+            "temp_bytes": uses.temp_size_in_bytes,
+            "collectives": collective_bytes(program),
+            "kernels": kernel_calls(program),
+            "dense": written(program, local, dense=True),
+            "packed": written(program, local, dense=False),
+            "dense_in_decode": written(program, local, dense=True, in_decode=True),
+            "packed_in_decode": written(program, local, dense=False, in_decode=True),
+            "spilled_bytes": spilled_bytes(printed) if target.startswith("gpu") else None,
+            "roofline": roofline(traced, folder, target) if cycles else None,
+        }
+
+
+@contextlib.contextmanager
+def _log() -> Iterator[Callable[[], str]]:
+    """A function that gives what was printed since, by compilers too."""
+    kept = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+        def printed() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield printed
+        finally:
+            for stream, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, stream)
+            sys.stderr.write("" if sys.exc_info()[0] is None else printed())
+
+
+class Instruction(NamedTuple):
+    shape: str
+    opcode: str
+    text: str
+
+
+class Step(NamedTuple):
+    """An instruction that runs `times` times.
+
+    fused: within another instruction, whose result alone reaches memory. in_decode: in a loop
+    without a known number of iterations, which only the decode loop is.
+    """
+
+    instruction: Instruction
+    times: int
+    fused: bool
+    in_decode: bool
+
+
+def parse(text: str) -> list[Step]:
+    """The instructions that a compiled program (HLO text) runs, those of its callees included."""
+    computations: dict[str, list[Instruction]] = {}
+    entry = current = ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
+            current = header[2]
+            computations[current] = []
+            entry = current if header[1] else entry
+        elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line):
+            computations[current].append(Instruction(found[1], found[2], line))
+    steps: list[Step] = []
+
+    def walk(name: str, times: int, fused: bool, in_decode: bool) -> None:
+        for instruction in computations[name]:
+            steps.append(Step(instruction, times, fused, in_decode))
+            opcode, text = instruction.opcode, instruction.text
+            called = re.findall(r"(?:calls|to_apply|\w+_computation)=%?([\w.\-]+)", text)
+            for names in re.findall(r"(?:branch|called)_computations=\{(.*?)\}", text):
+                called += re.findall(r"[\w.\-]+", names)
+            if opcode == "while":
+                count = trip_count(text, computations)
+                body = re.search(r"body=%?([\w.\-]+)", text)[1]
+                walk(body, times * (count or 1), fused, in_decode or count is None)
+            elif opcode in ("call", "conditional", "async-start", "fusion", "custom-call"):
+                for each in called:
+                    walk(each, times, fused or opcode == "fusion", in_decode)
+
+    walk(entry, 1, False, False)
+    return steps
+
+
+def trip_count(text: str, computations: dict[str, list[Instruction]]) -> int | None:
+    """How often a while loop runs, where that is fixed: XLA's note, or `index < constant`."""
+    if noted := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', text):
+        return int(noted[1])
+    condition = computations[re.search(r"condition=%?([\w.\-]+)", text)[1]]
+    root = next(each.text for each in condition if each.text.lstrip().startswith("ROOT"))
+    if " compare(" not in root or "direction=LT" not in root:
+        return None
+    constants = [re.search(r"constant\((\d+)\)", i.text) for i in condition]
+    limits = [int(found[1]) for found in constants if found]
+    return limits[0] if len(limits) == 1 else None
+
+
+def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(dtype, dimensions, layout) of each array in an HLO shape."""
+    for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape):
+        yield dtype, tuple(map(int, filter(None, dims.split(",")))), layout
+
+
+def num_bytes(dtype: str, dims: Sequence[int]) -> int:
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D.*", "", dtype.lstrip("bfsuc")) or 0)
+    return math.prod(dims) * bits // 8
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collective_bytes(program: Sequence[Step]) -> dict[str, dict[str, int]]:
+    """{kind: {count, bytes that a device gets}} of what runs."""
+    totals: dict[str, dict[str, int]] = {}
+    for (shape, opcode, _), times, _, _ in program:
+        kind = opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        results = [num_bytes(dtype, dims) for dtype, dims, _ in arrays(shape)]
+        if kind != opcode and kind != "all-reduce":
+            results = results[len(results) // 2 :]  # (operands, results)
+        total = totals.setdefault(kind, {"count": 0, "bytes": 0})
+        total["count"] += times
+        total["bytes"] += times * sum(results)
+    return totals
+
+
+KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "cublas")
+
+
+def kernel_calls(program: Sequence[Step]) -> dict[str, int]:
+    """{name: how often it is called} of the kernels that are not XLA's own."""
+    found: collections.Counter[str] = collections.Counter()
+    for (_, opcode, text), times, _, _ in program:
+        if opcode == "custom-call":
+            name = re.search(r'custom_call_target="([^"]*)"', text)[1]
+            found.update({kernel: times for kernel in KERNELS if kernel in name})
+    return dict(found)
+
+
+NO_RESULT = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call")
+
+
+def written(
+    program: Sequence[Step],
+    weights: set[tuple[int, int]],
+    *,
+    dense: bool,
+    in_decode: bool = False,
+) -> dict[str, int]:
+    """{array: how often} of weights [K, N], unpacked or packed, that reach the device's memory."""
+    forms = set()
+    for k, n in weights:
+        if dense:
+            forms |= {(k, n), (n, k), (k // 8, 8, n), (k // GROUP, GROUP, n)}
+        else:
+            forms |= {(k // 8, n)}
+    four_bit = {(k, n) for k, n in weights} | {(n, k) for k, n in weights}
+    found: collections.Counter[str] = collections.Counter()
+    for (shape, opcode, _), times, fused, decoding in program:
+        if fused or opcode in NO_RESULT or opcode.endswith("-start") or in_decode > decoding:
+            continue
+        for dtype, dims, layout in arrays(shape):
+            dims = tuple(size for size in dims if size != 1)
+            is_4_bit = dtype in ("s4", "u4")
+            wanted = (four_bit if not dense else ()) if is_4_bit else forms
+            # S(1): a TPU's own scratch memory.
+            if dims in wanted and "S(1)" not in layout and (dense or is_4_bit or dtype == "u32"):
+                found[f"{dtype}[{','.join(map(str, dims))}]"] += times
+    return dict(found)
+
+
+def spilled_bytes(log: str) -> int:
+    """Bytes that ptxas spills to local memory, summed over the kernels it compiled."""
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", log)))
+
+
+OPS_PER_CYCLE = {"tpu:v5e": 2**17, "tpu:v6e": 2**19}  # bfloat16, of all matrix units
+
+
+def roofline(traced: Any, folder: str, target: str) -> list[float]:
+    """Least time over modelled time of each TPU kernel, forward then backward.
+
+    The least: all matrix units busy, or the weight, x and y each moved once, whichever is longer.
+    Modelled: a cycle for each instruction word of each step of the grid, but not less than that.
+    """
+    chip, _ = targets.parse(target)
+    flops, bandwidth, _ = targets.PEAKS[chip]
+    hertz = flops / OPS_PER_CYCLE[chip]
+    shares = []
+    for (steps, x, y), (inside, words) in zip(
+        tpu_kernels(traced.jaxpr), instruction_words(folder), strict=True
+    ):
+        size = x.shape[1] * y.shape[1]
+        moved = size * (1 / 2 + 1 / GROUP) + (x.size + y.size) * x.dtype.itemsize
+        least = max(2 * x.shape[0] * size / flops, moved / bandwidth)
+        # A short grid is written out, without a loop.
+        shares.append(round(least / max((inside * steps or words) / hertz, least), 3))
+    return shares
+
+
+def tpu_kernels(jaxpr: Any) -> Iterator[tuple[int, Any, Any]]:
+    """(grid steps, x, y) of each Pallas kernel for a TPU, in the order of the program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            if not equation.params["interpret"]:
+                x = next(v.aval for v in equation.invars if v.aval.ndim == 2)
+                grid = equation.params["grid_mapping"].grid
+                yield math.prod(grid), x, equation.outvars[0].aval
+            continue
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from tpu_kernels(inner)
+
+
+def instruction_words(folder: str) -> list[tuple[int, int]]:
+    """(in the loop over the grid, in all) of each TPU kernel, in the order of the program."""
+    found = {}
+    for path in pathlib.Path(folder).glob("*final_bundles.txt"):
+        name = re.fullmatch(r"\d+-([\w.]*?\.?(\d*))-\d+-final_bundles.txt", path.name)
+        if name and name[1] != "TLP":
+            listing = path.read_text(errors="replace")
+            depths = re.findall(r"^\s*(?:0x[0-9a-f]+|0)\s+\w*\s*:\s*(>?)", listing, re.MULTILINE)
+            found[int(name[2] or 0)] = depths.count(">"), len(depths)
+    return [found[number] for number in sorted(found)]
+
+
+def run(case: str, target: str) -> dict[str, Any]:
+    """What compile_here finds, or {"error": …}, from a process of its own."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "0",  # XLA tells of spilled registers in its log
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
+    }
+    code = f"import aot, json; print(json.dumps(aot.compile_here({case!r}, {target!r})))"
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return {"case": case, "target": target, "error": f"no result in {TIME_LIMIT} s"}
+    lines = child.stdout.splitlines()
+    if child.returncode or not lines:
+        # The last exception is the cause; before it come frames, after it JAX's advice on them.
+        tail = child.stderr.split("-" * 20 + "\nFor simplicity, JAX")[0].strip()[-600:]
+        return {"case": case, "target": target, "error": f"exit {child.returncode}: … {tail}"}
+    return json.loads(lines[-1])
+
+
+def cost() -> float:
+    """CPU seconds of the processes that `run` has started so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv:
+        print(json.dumps(run(*argv)))
+        return 0
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda each: run(*each), RUNS))
+    lines = report(results, time.monotonic() - start, cost())
+    pathlib.Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return any("error" in result for result in results)
+
+
+INTRODUCTION = """\
+# Compiled without the devices
+
+`python benchmarks/aot.py` compiles {number} programs in {minutes:.0f} minutes ({cpu:.0f} of CPU),
+with {versions}. Nothing was run: memory is what the compiler plans for one device.
+
+## Kernels
+
+One product with an int4 weight (groups of 32, int8 scales) of a stack of layers, read in place.
+k_minor is the copy that decoding on Hopper makes first. temp: memory besides arguments and results.
+roofline: on a TPU, the least time (of the matrix units, or to move weight, x and y) over that of
+the kernel's instructions, forward and backward. spills: bytes of registers that the GPU kernels
+write to memory.
+"""
+MODEL = """
+## The train step and the decode loop of a 7B LLaMA
+
+int4, adapters of rank 8 on q and v. train-B×T-remat, or on a mesh with a sequence of 2048 tokens a
+data shard; decode-B: prompts of 128 tokens, then 128 new ones. written: weights that reach memory,
+unpacked or packed, how often in a train step or in one turn of the decode loop.
+"""
+
+
+def report(results: Sequence[dict[str, Any]], seconds: float, cpu: float) -> Iterator[str]:
+    """Lines of aot.md."""
+    packages = ("jax", "flax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    how = {"number": len(results), "minutes": seconds / 60, "cpu": cpu / 60, "versions": versions}
+    yield INTRODUCTION.format(**how)
+    columns = ("kernels", "temp_bytes", "dense", "roofline", "spilled_bytes")
+    yield from _table(results, "kernel", ("calls", "temp", "dense weights written"), columns)
+    yield MODEL
+    titles = ("peak", "arguments", "kernel calls", "dense written", "packed written")
+    columns = ("peak_bytes", "argument_bytes", "kernels", "dense", "packed", "collectives")
+    yield from _table(results, "train", (*titles, "collectives"), columns)
+    yield ""
+    columns = ("peak_bytes", "argument_bytes", "kernels", "dense_in_decode", "packed_in_decode")
+    yield from _table(results, "decode", titles, columns)
+
+
+def _table(results, kind: str, titles: Sequence[str], columns: Sequence[str]) -> Iterator[str]:
+    titles = (kind, "target", *titles, *columns[len(titles) :])
+    yield "| " + " | ".join(title.replace("_", " ") for title in titles) + " |"
+    yield "|" + "---|" * len(titles)
+    for result in results:
+        if result["case"].startswith(kind):
+            if "error" in result:
+                cells = [" ".join(result["error"].split()).replace("|", "/")[-160:]]
+            else:
+                cells = [_cell(column, result[column]) for column in columns]
+            name = result["case"].removeprefix(f"{kind}-")
+            yield "| " + " | ".join([name, result["target"], *cells]) + " |"
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if column == "roofline":
+        return ", ".join(f"{share:.2f}" for share in value)
+    if column == "collectives":
+        each = (f"{v['count']} {k} {v['bytes'] / 1e6:.0f} MB" for k, v in value.items())
+        return ", ".join(each) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{times} × {name}" for name, times in value.items()) or "none"
+    if column == "spilled_bytes":
+        return str(value)
+    return f"{value / 1e6:.1f} MB" if column == "temp_bytes" else f"{value / 1e9:.2f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

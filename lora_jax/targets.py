@@ -1,0 +1,163 @@
+"""Devices to compile for without having them, and what each kind can do at best.
+
+A target is named platform:chip or platform:chip-count, such as tpu:v5e-4 or gpu:h100.
+"""
+
+import importlib.util
+import os
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from lora_jax import errors
+
+
+class Peaks(NamedTuple):
+    """Published peaks of one chip: dense bfloat16 FLOP/s, bytes/s and bytes of its HBM."""
+
+    flops: float
+    bandwidth: float
+    memory: float
+
+
+# Sources: https://cloud.google.com/tpu/docs/v6e (both TPUs); the data sheets of the SXM modules,
+# https://www.nvidia.com/en-us/data-center/{a100,h100,h200} (half of what they state for sparsity).
+PEAKS = {
+    "tpu:v5e": Peaks(197e12, 819e9, 16e9),
+    "tpu:v6e": Peaks(918e12, 1640e9, 32e9),
+    "gpu:a100": Peaks(312e12, 2039e9, 80e9),
+    "gpu:h100": Peaks(989e12, 3350e9, 80e9),
+    "gpu:h200": Peaks(989e12, 4800e9, 141e9),
+}
+COUNTS = {  # chips → the topology that libtpu or the CUDA plugin makes of them
+    "tpu": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 256: "16x16"},
+    "gpu": {1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8", 16: "1x2x8", 32: "1x4x8", 64: "1x8x8"},
+}
+
+# Without these libtpu asks the network which TPU it is on, or lets one process in at a time. It
+# reads them when it is loaded, which is when `devices` first asks for a TPU.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+# What XLA asks of a device; the fields are those of cudaGetDeviceProperties.
+_GPU = """
+platform_name: "CUDA"
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: 0 }}
+  core_count: {cores}
+  fpus_per_core: {fpus}
+  clock_rate_ghz: {clock}
+  device_memory_size: {memory:.0f}
+  memory_bandwidth: {bandwidth:.0f}
+  l2_cache_size: {l2}
+  shared_memory_per_core: {shared_core}
+  shared_memory_per_block_optin: {shared_block}
+  shared_memory_per_block: 49152
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+"""
+_KIB = 1024
+_HOPPER = {"major": 9, "cores": 132, "fpus": 128, "clock": 1.98, "shared_core": 228 * _KIB,
+           "shared_block": 227 * _KIB}  # fmt: skip
+_GPUS = {
+    "gpu:a100": {"name": "NVIDIA A100-SXM4-80GB", "major": 8, "cores": 108, "fpus": 64,
+                 "clock": 1.41, "l2": 40 * _KIB**2, "shared_core": 164 * _KIB,
+                 "shared_block": 163 * _KIB},
+    "gpu:h100": {"name": "NVIDIA H100 80GB HBM3", "l2": 50 * _KIB**2, **_HOPPER},
+    "gpu:h200": {"name": "NVIDIA H200", "l2": 60 * _KIB**2, **_HOPPER},
+}  # fmt: skip
+
+
+_COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")}
+
+
+class Target(NamedTuple):
+    """`count` chips of one kind; `chip` is a key of PEAKS."""
+
+    chip: str
+    count: int
+
+    @property
+    def platform(self) -> str:
+        return self.chip.split(":")[0]
+
+    @property
+    def peaks(self) -> Peaks:
+        """Of one chip."""
+        return PEAKS[self.chip]
+
+
+def parse(name: str) -> Target:
+    """Target("tpu:v5e", 4) from "tpu:v5e-4"; without a number, one chip.
+
+    Raises: UserError, with the names that exist, for any other.
+    """
+    match = re.fullmatch(r"(\w+:\w+)(?:-(\d+))?", name)
+    target = Target(match[1], int(match[2] or 1)) if match else None
+    if not target or target.chip not in PEAKS or target.count not in COUNTS[target.platform]:
+        raise errors.UserError(
+            expected="a chip among " + ", ".join(PEAKS) + ", then -N for more than one",
+            found=repr(name),
+            where=[
+                f"numbers of chips that exist: {platform} {', '.join(map(str, counts))}"
+                for platform, counts in COUNTS.items()
+            ],
+        )
+    return target
+
+
+def check(name: str) -> None:
+    """Raises UserError when the name is unknown or the target's compiler is not installed."""
+    modules = _COMPILERS[parse(name).platform]
+    for module in modules:
+        package = module.split(".")[0]
+        if importlib.util.find_spec(package) and importlib.util.find_spec(module):
+            return
+    raise errors.UserError(
+        expected=f"the compiler for {name}",
+        found=f"no module {' or '.join(modules)}",
+        do='pip install "lora-jax[aot]"',
+    )
+
+
+def target_config(chip: str) -> str:
+    """How XLA wants a GPU described: a GpuTargetConfigProto, as text."""
+    peaks = PEAKS[chip]
+    return _GPU.format(bandwidth=peaks.bandwidth, memory=peaks.memory, **_GPUS[chip])
+
+
+def devices(name: str) -> list[jax.Device]:
+    """The target's devices: programs can be compiled for them, but not run.
+
+    Raises: UserError as `check`. Run under JAX_PLATFORMS=cpu, so that JAX does not look for the
+    devices in the machine.
+    """
+    check(name)
+    target = parse(name)
+    shape = COUNTS[target.platform][target.count]
+    if target.platform == "gpu":
+        how = {"platform": "cuda", "topology": shape, "target_config": target_config(target.chip)}
+    else:
+        for variable, value in LIBTPU_ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        how = {"platform": "tpu", "topology_name": f"{target.chip.removeprefix('tpu:')}:{shape}"}
+        if target.count == 1:  # less than the four chips of a host
+            how["chips_per_host_bounds"] = [1, 1, 1]
+    return list(topologies.get_topology_desc(**how).devices)

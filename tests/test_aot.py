@@ -1,0 +1,228 @@
+"""What the compilers for TPUs and GPUs make of the kernels, the train step and the decode loop.
+
+pytest -m aot, with pip install "lora-jax[aot]"; no device is needed. Each program is compiled once,
+in a process of its own, two at a time, and all tests read the same results.
+"""
+
+import concurrent.futures
+import pathlib
+import sys
+
+import pytest
+
+from lora_jax import errors, targets
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+try:
+    import aot
+finally:
+    sys.path.pop(0)
+
+TOO_LARGE = [("train-1x2048-none", aot.V6E)]  # 41 GB of 32
+RUNS = [run for run in aot.RUNS if run not in TOO_LARGE]
+TPU_RUNS = [run for run in RUNS if run[1].startswith("tpu")]
+GPU_RUNS = [run for run in RUNS if run[1].startswith("gpu")]
+MULTI_RUNS = [run for run in RUNS if targets.parse(run[1]).count > 1]
+PEAKS = {  # most bytes on one device
+    ("train-1x2048-full", aot.V5E): 6.0e9,
+    ("train-1x2048-full", aot.V6E): 6.0e9,
+    ("train-1x2048-full", aot.H100): 6.3e9,
+    ("train-1x2048-full", aot.A100): 6.3e9,
+    ("train-4x2048-full", aot.H100): 13e9,
+    ("train-tensor4", "tpu:v5e-4"): 2.5e9,
+    ("decode-1", aot.V5E): 4.5e9,
+    ("decode-1", aot.A100): 4.6e9,
+    ("decode-1", aot.H100): 7.7e9,
+}
+LEAST_ROOFLINE = {"train": 0.95, "decode1": 0.9, "decode16": 0.9}
+
+
+@pytest.fixture(scope="module")
+def results(request):
+    """What `aot.run` returns for a (case, target): compiled ahead for the tests that are to run."""
+    wanted = dict.fromkeys(
+        item.callspec.params["run"]
+        for item in request.session.items
+        if item.module is request.module and "run" in getattr(item, "fixturenames", ())
+    )
+    missing = {}
+    for _, target in wanted:
+        try:
+            targets.check(target)
+        except errors.UserError as error:
+            missing[target] = str(error)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        futures = {run: pool.submit(aot.run, *run) for run in wanted if run[1] not in missing}
+
+        def result(run):
+            return futures[run].result() if run in futures else pytest.skip(missing[run[1]])
+
+        yield result
+        pool.shutdown(cancel_futures=True)
+
+
+def of(part: str, among=RUNS):
+    """Marks a test as one of the tier, for the runs whose case contains `part`."""
+    runs = [run for run in among if part in run[0]]
+
+    def mark(test):
+        return pytest.mark.aot(pytest.mark.parametrize("run", runs, ids="-".join)(test))
+
+    return mark
+
+
+@of("")
+def test_compiles_within_the_memory_of_the_chip(run, results):
+    result = results(run)
+    assert "error" not in result, result["error"]
+    assert result["peak_bytes"] < targets.parse(run[1]).peaks.memory
+
+
+@of("", among=TOO_LARGE)
+def test_what_does_not_fit_is_refused(run, results):
+    """Which shows that the compiler would refuse the others as well."""
+    assert "RESOURCE_EXHAUSTED" in results(run)["error"]
+
+
+@of("", among=TPU_RUNS)
+def test_on_a_tpu_weights_stay_packed(run, results):
+    result = results(run)
+    assert result["kernels"]["tpu_custom_call"] > 0
+    assert not result["dense"] and not result["packed"]
+
+
+@of("k_minor", among=GPU_RUNS)
+def test_the_hopper_kernel_reads_its_stack_in_place(run, results):
+    result = results(run)
+    assert result["kernels"] == {"mosaic_gpu": 1}
+    assert not result["dense"] and not result["packed"]
+
+
+@of("decode", among=[run for run in GPU_RUNS if run[1] != aot.A100 and "kernel" not in run[0]])
+def test_decoding_on_hopper_writes_no_weight(run, results):
+    """In its loop; before it, prefill does, and the copy is made. Four products a layer."""
+    result = results(run)
+    assert result["kernels"] == {"mosaic_gpu": 4 * 32}
+    assert not result["dense_in_decode"] and not result["packed_in_decode"]
+
+
+@of("decode1-", among=[run for run in GPU_RUNS if run[1] == aot.A100])
+def test_one_row_writes_no_weight(run, results):
+    """On any GPU, without a kernel of our own."""
+    result = results(run)
+    assert not result["dense"] and not result["packed"]
+
+
+@of("decode-1", among=[("decode-1", aot.A100)])
+def test_decoding_one_row_unpacks_no_weight(run, results):
+    assert not results(run)["dense_in_decode"]
+
+
+@of("kernel", among=GPU_RUNS)
+def test_no_gpu_kernel_spills_registers(run, results):
+    """Not asked of whole programs: there XLA tries its own tiles out on the device."""
+    assert results(run)["spilled_bytes"] == 0
+
+
+@of("kernel", among=TPU_RUNS)
+def test_a_tpu_kernel_is_near_the_roofline(run, results):
+    shares = results(run)["roofline"]
+    least = next(share for part, share in LEAST_ROOFLINE.items() if part in run[0])
+    assert all(least <= share <= 1 for share in shares), shares
+
+
+@of("", among=PEAKS)
+def test_peak_memory(run, results):
+    assert results(run)["peak_bytes"] <= PEAKS[run]
+
+
+@of("", among=[run for run in RUNS if run not in MULTI_RUNS])
+def test_one_device_talks_to_nobody(run, results):
+    assert not results(run)["collectives"]
+
+
+@of("data", among=MULTI_RUNS)
+def test_data_parallel_steps_sum_the_gradient_and_nothing_else(run, results):
+    """A and B of rank 8, in float32, for q and v of 32 layers; the rest is a handful of scalars."""
+    collectives = results(run)["collectives"]
+    gradient = 4 * 32 * 2 * 8 * (4096 + 4096)
+    assert collectives.keys() == {"all-reduce"}
+    assert gradient <= collectives["all-reduce"]["bytes"] <= 1.01 * gradient
+
+
+@of("tensor", among=MULTI_RUNS)
+def test_tensor_parallel_steps_gather_no_weight(run, results):
+    """Two sums of activations [2048, 4096] a layer and pass; with remat there are three passes."""
+    collectives = results(run)["collectives"]
+    activations = 2 * 2048 * 4096
+    assert collectives["all-reduce"]["bytes"] <= 1.5 * (3 * 2 * 32 * activations)
+    others = [total["bytes"] for kind, total in collectives.items() if kind != "all-reduce"]
+    assert sum(others) <= 32 * activations
+
+
+@of("fsdp", among=MULTI_RUNS)
+def test_fsdp_steps_gather_packed_weights(run, results):
+    """Each of three passes gathers each weight in 4 bits and its scales, and the dense head.
+
+    Unpacked it would be four times that. What is summed is the gradient of A and B.
+    """
+    collectives = results(run)["collectives"]
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) * (1 / 2 + 1 / 32)
+    head = 2 * 32000 * 4096
+    assert collectives["all-gather"]["bytes"] <= 1.1 * 3 * (weights + head)
+    assert collectives["all-reduce"]["bytes"] <= 100e6
+
+
+def test_spills_are_seen():
+    """In what ptxas says by way of XLA's log, and by way of Mosaic's."""
+    xla = "ptxas warning : Registers are spilled to local memory in function 'k', 560 bytes spill "
+    mosaic = "    0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads"
+    assert aot.spilled_bytes(f"{xla}stores, 560 bytes spill loads\n{mosaic}\n") == 572
+
+
+PROGRAM = """\
+HloModule test
+
+%fused (p: u32[512,4096]) -> bf16[4096,4096] {
+  %p = u32[512,4096]{1,0} parameter(0)
+  ROOT %c = bf16[4096,4096]{1,0} convert(%p)
+}
+
+%body (s: (s32[], u32[512,4096])) -> (s32[], u32[512,4096]) {
+  %s = (s32[], u32[512,4096]{1,0}) parameter(0)
+  %q = u32[512,4096]{1,0} get-tuple-element(%s), index=1
+  %slice = u32[1,512,4096]{2,1,0} dynamic-slice(%q), dynamic_slice_sizes={1,512,4096}
+  %w = bf16[4096,4096]{1,0} fusion(%q), kind=kLoop, calls=%fused
+  %g = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%q), dimensions={0}
+  %k = bf16[8]{0} custom-call(%q), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[], u32[512,4096]{1,0}) tuple(%s, %q)
+}
+
+%fixed (s: (s32[], u32[512,4096])) -> pred[] {
+  %s = (s32[], u32[512,4096]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(32)
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%open (s: (s32[], u32[512,4096])) -> pred[] {
+  %s = (s32[], u32[512,4096]{1,0}) parameter(0)
+  ROOT %and = pred[] and(%s, %s)
+}
+
+ENTRY %main (q: u32[512,4096]) -> (s32[], u32[512,4096]) {
+  %q = u32[512,4096]{1,0} parameter(0)
+  %first = (s32[], u32[512,4096]{1,0}) while(%q), condition=%fixed, body=%body
+  ROOT %second = (s32[], u32[512,4096]{1,0}) while(%first), condition=%open, body=%body
+}
+"""
+
+
+def test_a_program_is_read_with_its_loops():
+    program, weight = aot.parse(PROGRAM), {(4096, 4096)}
+    assert aot.written(program, weight, dense=True) == {"bf16[4096,4096]": 33}
+    assert aot.written(program, weight, dense=False) == {"u32[512,4096]": 33}
+    assert aot.written(program, weight, dense=True, in_decode=True) == {"bf16[4096,4096]": 1}
+    assert aot.written(program, {(4096, 11008)}, dense=True) == {}
+    assert aot.kernel_calls(program) == {"tpu_custom_call": 33}
+    assert aot.collective_bytes(program) == {"all-gather": {"count": 33, "bytes": 33 * 128}}

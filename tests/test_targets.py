@@ -1,0 +1,58 @@
+import importlib.util
+
+import pytest
+
+from lora_jax import errors, targets
+
+
+def test_a_name_is_a_chip_and_a_number_of_them():
+    assert targets.parse("tpu:v5e-4") == ("tpu:v5e", 4)
+    assert targets.parse("gpu:h100") == targets.parse("gpu:h100-1") == ("gpu:h100", 1)
+    assert targets.parse("gpu:h100-8").platform == "gpu"
+
+
+@pytest.mark.parametrize(
+    "name", ["h100", "gpu:h101", "tpu:v5e-3", "tpu:v5e-0", "gpu:h100-", "gpu:v5e", "tpu:v5e:4", ""]
+)
+def test_an_unknown_name_lists_those_that_exist(name):
+    with pytest.raises(errors.UserError) as caught:
+        targets.parse(name)
+    message = str(caught.value)
+    assert repr(name) in message
+    assert all(chip in message for chip in targets.PEAKS)
+    assert "1, 4, 8, 16" in message
+
+
+@pytest.mark.parametrize("chip", targets.PEAKS)
+def test_every_chip_has_peaks_of_the_right_order(chip):
+    flops, bandwidth, memory = targets.parse(chip).peaks
+    assert 1e14 < flops < 1e15
+    assert 5e11 < bandwidth < 5e12
+    assert 1e10 < memory < 2e11
+    # No chip multiplies two matrices as fast as it reads them: a few hundred operations a byte.
+    assert 100 < flops / bandwidth < 1000
+
+
+@pytest.mark.parametrize("platform", targets.COUNTS)
+def test_a_topology_has_as_many_chips_as_its_name_says(platform):
+    for count, topology in targets.COUNTS[platform].items():
+        product = 1
+        for extent in topology.split("x"):
+            product *= int(extent)
+        assert product == count
+
+
+@pytest.mark.parametrize("name", ["tpu:v5e-4", "gpu:h100"])
+def test_a_missing_compiler_is_told_with_what_to_install(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(errors.UserError, match=r'pip install "lora-jax\[aot\]"') as caught:
+        targets.devices(name)
+    assert name in str(caught.value)
+
+
+def test_every_gpu_has_a_description_for_the_compiler():
+    for chip in targets.PEAKS:
+        if chip.startswith("gpu"):
+            text = targets.target_config(chip)
+            assert text.count("{") == text.count("}")
+            assert f"device_memory_size: {targets.PEAKS[chip].memory:.0f}\n" in text
