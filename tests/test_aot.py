@@ -1,7 +1,7 @@
 """What the compilers for TPUs and GPUs make of the kernels, the train step and the decode loop.
 
-pytest -m aot, with pip install "lora-jax[aot]"; no device is needed. Each program is compiled once,
-in a process of its own, two at a time, and all tests read the same results.
+pytest -m aot -n 0, with pip install "lora-jax[aot]"; no device is needed. Each program is compiled
+once, in a process of its own, two at a time, and all tests read the same results.
 """
 
 import concurrent.futures

@@ -1,29 +1,34 @@
 """The benchmarks run, at a size that measures nothing."""
 
-import os
+import importlib
 import pathlib
-import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
+import jax
+import pytest
+
+from lora_jax import sharding
+
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-def run(script: str, *flags: str) -> list[list[str]]:
-    """The cells of the table's rows."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    command = [sys.executable, ROOT / "benchmarks" / script, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+@pytest.fixture
+def end_to_end(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("end_to_end")
 
 
-def test_end_to_end_measures_training_and_decoding():
-    quick = ["--size", "tiny", "--steps", "1", "--reps", "1", "--patience", "0"]
-    rows = run("end_to_end.py", *quick, "--batches", "0,2", "--quants", "int4")
-    assert [row[0] for row in rows] == ["train int4", "decode int4 × 2"]
-    for row in rows:
-        # Not the speed of decoding: a difference of two times that noise exceeds at this size.
-        assert all(float(row[i]) >= 0 for i in (2, 4, 6, 7, 9, 10)), row
-        assert row[3].endswith("/1")
-    assert float(rows[0][1]) > 0 and float(rows[0][5]) > 0
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("batch", [0, 2])
+def test_end_to_end_measures_training_and_decoding(end_to_end, tmp_path, batch):
+    end_to_end.write_model(tmp_path, "tiny", "bfloat16")
+    case = {"size": "tiny", "model": str(tmp_path), "dtype": "bfloat16", "quant": "int4",
+            "batch": batch, "remat": "none", "steps": 1, "reps": 1, "patience": 0}  # fmt: skip
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh):
+        measure = end_to_end.run_decode if batch else end_to_end.run_train
+        result = measure(case, mesh)
+    cells = end_to_end.row("case", [result], {"first_s": 1.0}, [])[1:-1].split("|")
+    assert len(cells) == len(end_to_end.COLUMNS)
+    assert result["s"] > 0 and result["first_s"] > 0 and result["of"] == 1
+    assert ("copy_mb" in result) == bool(batch)
