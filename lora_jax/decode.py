@@ -19,10 +19,11 @@ from jax import lax
 from jax.sharding import Mesh
 
 from lora_jax import devices, formats, quant
-from lora_jax.kernels import int4_matmul, int4_mosaic_gpu, matmul
+from lora_jax.kernels import int4_matmul, matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.models import llama
 
+_HOPPER = "9.0"  # compute capability
 _SHARE = 0.5  # of the free memory that a form may take
 
 
@@ -43,8 +44,7 @@ def choose(model: llama.LlamaForCausalLM, mesh: Mesh) -> str | None:
 def best(device: Any) -> str | None:
     """The form that a jax.Device reads best; None: the weights as they are."""
     if device.platform == "gpu":
-        is_hopper = device.compute_capability == int4_mosaic_gpu.COMPUTE_CAPABILITY
-        return "k_minor" if is_hopper else None
+        return "k_minor" if device.compute_capability == _HOPPER else None
     return "dense" if device.platform == "cpu" else None
 
 
@@ -125,6 +125,8 @@ def _dense(linears: list, index: int, dtype) -> Callable[[jax.Array], jax.Array]
 
 def _k_minor(linears: list, num_rows: int) -> Callable[..., jax.Array] | None:
     """(x, layer) → products with the stacked weights side by side, or None if they refuse."""
+    from lora_jax.kernels import int4_mosaic_gpu  # see int4_matmul
+
     first = linears[0]
     if not all(_is_int4(linear) and linear.fmt == first.fmt for linear in linears):
         return None

@@ -32,3 +32,16 @@ def test_end_to_end_measures_training_and_decoding(end_to_end, tmp_path, batch):
     assert len(cells) == len(end_to_end.COLUMNS)
     assert result["s"] > 0 and result["first_s"] > 0 and result["of"] == 1
     assert ("copy_mb" in result) == bool(batch)
+
+
+def test_matmul_times_every_form(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    matmul = importlib.import_module("matmul")
+    flags = ["matmul.py", "--models", "tiny", "--rows", "1,256", "--rounds", "1", "--patience", "0"]
+    monkeypatch.setattr(sys, "argv", flags)
+    monkeypatch.setattr(matmul, "LEAST_SECONDS", 0)
+    matmul.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    forms = {(rows, form) for _, rows, form, *_ in rows}
+    assert len(forms) == len(rows) == 2 * 8
+    assert all(float(milliseconds) > 0 for *_, milliseconds, _ in rows)

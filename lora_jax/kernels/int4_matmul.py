@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import int4_mosaic_gpu, int4_pallas_tpu, int4_xla, int4_xla_gpu
+from lora_jax.kernels import int4_xla, int4_xla_gpu
 from lora_jax.kernels import packed as packing
 
 IMPLEMENTATIONS = ("xla", "int8_activations", "pallas_tpu", "mosaic_gpu")
@@ -152,16 +152,13 @@ def _run(forms, x, packed, layer, implementation):
     if implementation == "int8_activations":
         _refuse(implementation, forms.unreadable())
         return forms.int8_activations(*arguments)
-    no_tpu = forms.tpu_refusal(x, packed)
     if implementation == "pallas_tpu":
-        _refuse(implementation, no_tpu)
+        _refuse(implementation, forms.tpu_refusal(x, packed))
         interpreted = functools.partial(forms.tpu, interpret=True)
         return lax.platform_dependent(*arguments, tpu=forms.tpu, default=interpreted)
     if implementation == "mosaic_gpu":
         _refuse(implementation, forms.mosaic_refusal(x, packed))
         return forms.mosaic(*arguments)
-    if no_tpu:
-        _log.debug("no Pallas kernel for x %s, q %s: %s", x.shape, packed.q.shape, no_tpu)
     gpu = cpu = forms.xla
     if not forms.transpose:
         if len(x) <= int4_xla_gpu.MOST_ROWS[forms.codes]:
@@ -171,7 +168,10 @@ def _run(forms, x, packed, layer, implementation):
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None and device.platform == "cpu":
         return cpu(*arguments)  # what follows would trace the kernels too, which takes time
-    tpu = forms.xla if no_tpu else forms.tpu
+    tpu = forms.tpu
+    if reason := forms.tpu_refusal(x, packed):
+        _log.debug("no Pallas kernel for x %s, q %s: %s", x.shape, packed.q.shape, reason)
+        tpu = forms.xla
     return lax.platform_dependent(*arguments, tpu=tpu, cpu=cpu, default=gpu)
 
 
@@ -207,7 +207,11 @@ class _Forms(NamedTuple):
 
         return self._dealt_out(form, x, *_stacked(packed, layer))
 
+    # What the two kernels import takes a second, so only who may need them does.
+
     def tpu(self, x, packed, layer, interpret=False):
+        from lora_jax.kernels import int4_pallas_tpu
+
         def kernel(x, packed, layer):
             y = int4_pallas_tpu.matmul(
                 x, packed.q, packed.scale, packed.column_scale, layer,
@@ -218,11 +222,15 @@ class _Forms(NamedTuple):
         return self._dealt_out(kernel, x, *_stacked(packed, layer))
 
     def mosaic(self, x, packed, layer):
+        from lora_jax.kernels import int4_mosaic_gpu
+
         packed, layer = _stacked(packed, layer)
         packed = packed._replace(q=int4_mosaic_gpu.k_minor(packed.q))
         return self.from_k_minor(x, packed, layer)
 
     def from_k_minor(self, x, packed, layer):
+        from lora_jax.kernels import int4_mosaic_gpu
+
         def kernel(x, packed, layer):
             y = int4_mosaic_gpu.matmul(x, packed.q, packed.scale, packed.column_scale, layer)
             return self._with_group_bias(y, x, packed, layer)
@@ -230,11 +238,15 @@ class _Forms(NamedTuple):
         return self._dealt_out(kernel, x, packed, layer)
 
     def tpu_refusal(self, x, packed) -> str | None:
+        from lora_jax.kernels import int4_pallas_tpu
+
         return self.unreadable() or int4_pallas_tpu.refusal(
             *self._sizes(x, packed), x.dtype, packed.scale.dtype, transpose=self.transpose
         )
 
     def mosaic_refusal(self, x, packed) -> str | None:
+        from lora_jax.kernels import int4_mosaic_gpu
+
         return self.unreadable() or int4_mosaic_gpu.refusal(
             *self._sizes(x, packed), x.dtype, packed.scale.dtype
         )

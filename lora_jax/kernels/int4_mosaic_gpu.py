@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int4, Num, UInt32
 
-COMPUTE_CAPABILITY = "9.0"  # Hopper's, whose wgmma instructions it uses
 MOST_ROWS = 64  # of x
 _PROCESSORS = 132  # of an H100 or H200 SXM; each holds two or three blocks of threads at a time
 _MIN_STEPS = 2  # of a block that shares its columns with others along K
