@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.kernels import matmul
 
-_CHUNK = 512  # tokens, about, whose logits exist at a time
+_CHUNK = 512  # tokens, about, whose logits a device holds at a time
 
 
 @jax.custom_vjp
@@ -27,7 +27,9 @@ def cross_entropy(
 def _scan(hidden, head, targets, with_gradient):
     """(loss, gradient of hidden or None), in chunks of the sequence: rows may lie anywhere."""
     rows, length, width = hidden.shape
-    size = min(length, max(1, _CHUNK // rows))
+    mesh = jax.sharding.get_abstract_mesh()
+    own_rows = rows if mesh.empty or rows % mesh.size else rows // mesh.size
+    size = min(length, max(1, _CHUNK // own_rows))
     padding = -length % size
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-1)

@@ -183,27 +183,23 @@ class _Forms(NamedTuple):
     transpose: bool
 
     def xla(self, x, packed, layer):
-        def form(x, packed, layer):
-            one = packing.layer(packed, layer)
-            return int4_xla.matmul(x, one, codes=self.codes, transpose=self.transpose)
-
-        return self._dealt_out(form, x, *_stacked(packed, layer))
+        product = functools.partial(int4_xla.matmul, codes=self.codes, transpose=self.transpose)
+        return self._of_one_layer(product, x, packed, layer)
 
     def blocked(self, x, packed, layer):
-        def form(x, packed, layer):
-            return int4_xla.blocked(x, packing.layer(packed, layer), codes=self.codes)
-
-        return self._dealt_out(form, x, *_stacked(packed, layer))
+        product = functools.partial(int4_xla.blocked, codes=self.codes)
+        return self._of_one_layer(product, x, packed, layer)
 
     def summed(self, x, packed, layer):
-        def form(x, packed, layer):
-            return int4_xla_gpu.matvec(x, packing.layer(packed, layer), codes=self.codes)
-
-        return self._dealt_out(form, x, *_stacked(packed, layer))
+        product = functools.partial(int4_xla_gpu.matvec, codes=self.codes)
+        return self._of_one_layer(product, x, packed, layer)
 
     def int8_activations(self, x, packed, layer):
+        return self._of_one_layer(int4_xla.int8_activations, x, packed, layer)
+
+    def _of_one_layer(self, product, x, packed, layer):
         def form(x, packed, layer):
-            return int4_xla.int8_activations(x, packing.layer(packed, layer))
+            return product(x, packing.layer(packed, layer))
 
         return self._dealt_out(form, x, *_stacked(packed, layer))
 
