@@ -23,7 +23,7 @@ import memory
 import numpy as np
 from flax import nnx
 
-from lora_jax import config, formats, generate, lora, optim, quant, targets, train
+from lora_jax import config, decode, formats, generate, lora, optim, quant, targets, train
 from lora_jax.kernels import int4_matmul, int4_mosaic_gpu, int4_xla, int4_xla_gpu
 from lora_jax.kernels import packed as packing
 from lora_jax.models import llama
@@ -161,7 +161,7 @@ def random_model(architecture: tuple, fmt: str):
     return graphdefs[0], trained, frozen
 
 
-def matmul_forms(fmt: str, packed: packing.Packed, rows: int, capability: str) -> dict:
+def matmul_forms(fmt: str, packed: packing.Packed, rows: int, is_hopper: bool) -> dict:
     """{name: (x, packed, the words K minor, layer) → y} of the forms that take such a product."""
     codes = formats.codes(fmt)
     _, groups, n = packed.scale.shape
@@ -172,8 +172,8 @@ def matmul_forms(fmt: str, packed: packing.Packed, rows: int, capability: str) -
     }
     if rows <= int4_xla_gpu.MOST_ROWS[codes]:
         forms["sums"] = lambda x, p, _, i: int4_xla_gpu.matvec(x, packing.layer(p, i), codes)
-    refused = int4_mosaic_gpu.refusal(rows, k, n, k // groups, BF16, packed.scale.dtype, capability)
-    if codes == "int4" and not refused:
+    refused = int4_mosaic_gpu.refusal(rows, k, n, k // groups, BF16, packed.scale.dtype)
+    if is_hopper and codes == "int4" and not refused:
         forms["mosaic"] = lambda x, p, words, i: int4_mosaic_gpu.matmul(
             x, words, p.scale, p.column_scale, i
         )
@@ -182,7 +182,7 @@ def matmul_forms(fmt: str, packed: packing.Packed, rows: int, capability: str) -
 
 def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
     """Each program goes through all its weights, so that the device is timed, not the dispatch."""
-    capability = str(getattr(jax.devices()[0], "compute_capability", "none"))
+    is_hopper = decode.best(jax.devices()[0]) == "k_minor"
     timed = functools.partial(jax_seconds, sizes.seconds)
     report.table(
         f"Matmuls, {fmt}",
@@ -191,7 +191,7 @@ def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
     for (k, n), rows in ((shape, rows) for shape in sizes.matmuls for rows in sizes.rows):
         count = int(CACHE / (k * n / 2)) if rows <= DECODE_ROWS and sizes is FULL else 2
         packed = random_stack(fmt, count, k, n)
-        words = jax.jit(int4_mosaic_gpu.k_minor)(packed.q) if capability == "9.0" else None
+        words = jax.jit(int4_mosaic_gpu.k_minor)(packed.q) if is_hopper else None
         layers = list(jnp.arange(count))
         x = jax.random.normal(jax.random.key(0), (rows, k), BF16)
         tflop = 2 * rows * k * n / 1e12
@@ -206,7 +206,7 @@ def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
         checked = min(rows, DECODE_ROWS)
         weight = packing.dequantise(packing.layer(packed, 1), formats.codes(fmt))
         expected = np.asarray(x[:checked], np.float64) @ np.asarray(weight, np.float64)
-        for name, form in matmul_forms(fmt, packed, rows, capability).items():
+        for name, form in matmul_forms(fmt, packed, rows, is_hopper).items():
             once = jax.jit(form)  # lowered once for all layers
             program = jax.jit(lambda *a, once=once: [once(*a[:-1], i) for i in a[-1]])
             where = f"{name} {k} × {n}, {rows} rows"
@@ -284,7 +284,7 @@ def measure_decode(report: Report, sizes: Sizes, fmt: str, bandwidth: float) -> 
         *("rows", "form", "ms/token", "tokens/s", "GB/token", "of a copy's bandwidth"),
     )
     for rows, form in ((rows, form) for rows in batches for form in (None, second_form)):
-        if form == "k_minor" and device.compute_capability != "9.0":
+        if form == "k_minor" and decode.best(device) != form:
             continue
         ids = jax.random.randint(jax.random.key(3), (rows, prompt), 0, vocab)
         arguments = trained, frozen, ids, jnp.ones_like(ids), jax.random.key(4)
