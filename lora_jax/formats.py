@@ -60,7 +60,7 @@ def quantise(
 
     int8: absmax a column. int4: symmetric, signed scale (so that the largest |w| can sit on −8)
     chosen by search for the least squared error, then refitted and rounded to int8 × one float32 a
-    column; without `search` the largest |w| sits on −8: five times as fast, up to 5 % more error.
+    column; without `search` the largest |w| sits on −8: sooner done, up to 5 % more error.
     nf4, nf4-dq: bitsandbytes' codes and nested codes bit for bit where K is a multiple of 64 and
     nothing is padded. K is padded with zeros to the group × `multiple` (the shards of its axis).
     transposed: `weight` is [N, K], as on disk; it is turned block by block, so never copied whole.

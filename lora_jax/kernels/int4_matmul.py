@@ -4,8 +4,9 @@ One public function over several implementations. Which of them runs is decided 
 is lowered, by platform and shape:
 
   TPU    a fused kernel, forward and backward
-  CUDA   one or few rows: sums that write no dense weight;
+  GPU    one or few rows: sums that write no dense weight;
          else dequantise, then a dense product
+         (up to 64 rows on Hopper, whose words were turned over: from_k_minor, a fused kernel)
   CPU    few rows: dequantise block by block of rows, in cache;
          else dequantise, then a dense product
 """

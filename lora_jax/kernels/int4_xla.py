@@ -30,7 +30,7 @@ def blocked(x: Float[Array, "M K"], packed: packing.Packed, *, codes: str) -> Fl
     """
     groups, columns = packed.scale.shape
     size = packed.q.shape[0] * 8 // groups
-    # Nested scales run over the whole matrix: they are few, and are unfolded at once.
+    # The scales of all blocks at once, each with its column's: they are few.
     packed = packing.Packed(packed.q, packing.scales(packed), group_bias=packed.group_bias)
     together = next(n for n in range(max(1, _BLOCK // size), 0, -1) if groups % n == 0)
     x_blocks = x.astype(jnp.float32).reshape(len(x), -1, together * size).swapaxes(0, 1)
@@ -47,8 +47,8 @@ def blocked(x: Float[Array, "M K"], packed: packing.Packed, *, codes: str) -> Fl
 def int8_activations(x: Float[Array, "M K"], packed: packing.Packed) -> Float[Array, "M N"]:
     """x · W with x rounded to int8, a scale for each row and group: products of whole numbers.
 
-    Adds about 0.7 % of relative error, for a quarter of the time of `blocked` on a CPU. Codes are
-    two's complement; sums in int32, scales in float32, y in x's dtype.
+    Adds about 0.7 % of relative error. Codes are two's complement; sums in int32, scales in
+    float32, y in x's dtype. Slower than `blocked` on most CPUs' shapes: see benchmarks/cpu.md.
     """
     rows, groups = max(2, len(x)), packed.scale.shape[0]  # one row: as in kernels/matmul.py
     wide = jnp.pad(x.astype(jnp.float32), ((0, rows - len(x)), (0, 0)))
