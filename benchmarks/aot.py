@@ -33,7 +33,7 @@ import memory
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import config, decode, generate, lora, optim, quant, sharding, targets, train
+from lora_jax import config, decode, generate, hlo, lora, optim, quant, sharding, targets, train
 from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.models import llama
@@ -192,13 +192,8 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
                 "--xla_jf_dump_llo_pass_label_regex=final_bundles"
             )
         devices = targets.devices(target)
-        sizes = sharding.parse(spec.mesh, len(devices))
-        mesh = jax.make_mesh(
-            tuple(sizes.values()),
-            tuple(sizes),
-            axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
-            devices=devices,
-        )
+        sizes = sharding.parse(spec.mesh or "data=-1", len(devices))
+        mesh = sharding.make_mesh(sizes, devices)
         start = time.monotonic()
         function, arguments = spec.program(mesh)
         with jax.set_mesh(mesh):
@@ -210,7 +205,7 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
                 printed = log()
         seconds = time.monotonic() - start
         uses = compiled.memory_analysis()
-        program = parse(compiled.as_text())
+        program = hlo.parse(compiled.as_text())
         if path := os.environ.get("AOT_HLO"):
             pathlib.Path(path).write_text(compiled.as_text())
         parts = {1, sizes["tensor"]}
@@ -223,7 +218,7 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
             "peak_bytes": uses.peak_memory_in_bytes,
             "argument_bytes": uses.argument_size_in_bytes,
             "temp_bytes": uses.temp_size_in_bytes,
-            "collectives": collective_bytes(program),
+            "collectives": hlo.collective_bytes(program),
             "kernels": kernel_calls(program),
             "dense": written(program, local, dense=True),
             "packed": written(program, local, dense=False),
@@ -254,104 +249,10 @@ def _log() -> Iterator[Callable[[], str]]:
             sys.stderr.write("" if sys.exc_info()[0] is None else printed())
 
 
-class Instruction(NamedTuple):
-    shape: str
-    opcode: str
-    text: str
-
-
-class Step(NamedTuple):
-    """An instruction that runs `times` times.
-
-    fused: within another instruction, whose result alone reaches memory. in_decode: in a loop
-    without a known number of iterations, which only the decode loop is.
-    """
-
-    instruction: Instruction
-    times: int
-    fused: bool
-    in_decode: bool
-
-
-def parse(text: str) -> list[Step]:
-    """The instructions that a compiled program (HLO text) runs, those of its callees included."""
-    computations: dict[str, list[Instruction]] = {}
-    entry = current = ""
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
-            current = header[2]
-            computations[current] = []
-            entry = current if header[1] else entry
-        elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line):
-            computations[current].append(Instruction(found[1], found[2], line))
-    steps: list[Step] = []
-
-    def walk(name: str, times: int, fused: bool, in_decode: bool) -> None:
-        for instruction in computations[name]:
-            steps.append(Step(instruction, times, fused, in_decode))
-            opcode, text = instruction.opcode, instruction.text
-            called = re.findall(r"(?:calls|to_apply|\w+_computation)=%?([\w.\-]+)", text)
-            for names in re.findall(r"(?:branch|called)_computations=\{(.*?)\}", text):
-                called += re.findall(r"[\w.\-]+", names)
-            if opcode == "while":
-                count = trip_count(text, computations)
-                body = re.search(r"body=%?([\w.\-]+)", text)[1]
-                walk(body, times * (count or 1), fused, in_decode or count is None)
-            elif opcode in ("call", "conditional", "async-start", "fusion", "custom-call"):
-                for each in called:
-                    walk(each, times, fused or opcode == "fusion", in_decode)
-
-    walk(entry, 1, False, False)
-    return steps
-
-
-def trip_count(text: str, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a while loop runs, where that is fixed: XLA's note, or `index < constant`."""
-    if noted := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', text):
-        return int(noted[1])
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", text)[1]]
-    root = next(each.text for each in condition if each.text.lstrip().startswith("ROOT"))
-    if " compare(" not in root or "direction=LT" not in root:
-        return None
-    constants = [re.search(r"constant\((\d+)\)", i.text) for i in condition]
-    limits = [int(found[1]) for found in constants if found]
-    return limits[0] if len(limits) == 1 else None
-
-
-def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """(dtype, dimensions, layout) of each array in an HLO shape."""
-    for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape):
-        yield dtype, tuple(map(int, filter(None, dims.split(",")))), layout
-
-
-def num_bytes(dtype: str, dims: Sequence[int]) -> int:
-    bits = 8 if dtype == "pred" else int(re.sub(r"\D.*", "", dtype.lstrip("bfsuc")) or 0)
-    return math.prod(dims) * bits // 8
-
-
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-def collective_bytes(program: Sequence[Step]) -> dict[str, dict[str, int]]:
-    """{kind: {count, bytes that a device gets}} of what runs."""
-    totals: dict[str, dict[str, int]] = {}
-    for (shape, opcode, _), times, _, _ in program:
-        kind = opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        results = [num_bytes(dtype, dims) for dtype, dims, _ in arrays(shape)]
-        if kind != opcode and kind != "all-reduce":
-            results = results[len(results) // 2 :]  # (operands, results)
-        total = totals.setdefault(kind, {"count": 0, "bytes": 0})
-        total["count"] += times
-        total["bytes"] += times * sum(results)
-    return totals
-
-
 KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "cublas")
 
 
-def kernel_calls(program: Sequence[Step]) -> dict[str, int]:
+def kernel_calls(program: Sequence[hlo.Step]) -> dict[str, int]:
     """{name: how often it is called} of the kernels that are not XLA's own."""
     found: collections.Counter[str] = collections.Counter()
     for (_, opcode, text), times, _, _ in program:
@@ -365,7 +266,7 @@ NO_RESULT = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "con
 
 
 def written(
-    program: Sequence[Step],
+    program: Sequence[hlo.Step],
     weights: set[tuple[int, int]],
     *,
     dense: bool,
@@ -383,7 +284,7 @@ def written(
     for (shape, opcode, _), times, fused, decoding in program:
         if fused or opcode in NO_RESULT or opcode.endswith("-start") or in_decode > decoding:
             continue
-        for dtype, dims, layout in arrays(shape):
+        for dtype, dims, layout in hlo.arrays(shape):
             dims = tuple(size for size in dims if size != 1)
             is_4_bit = dtype in ("s4", "u4")
             wanted = (four_bit if not dense else ()) if is_4_bit else forms

@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        mesh = sharding.make_mesh(sharding.parse(None, jax.device_count()))
+        mesh = sharding.make_mesh(sharding.parse("data=-1", jax.device_count()))
         with jax.set_mesh(mesh):
             print(json.dumps((run_decode if args.case["batch"] else run_train)(args.case, mesh)))
         return

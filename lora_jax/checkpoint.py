@@ -103,6 +103,20 @@ def load(
     return model
 
 
+def loaded_bytes(folder: pathlib.Path | str, *, dtype: str | None, quantisation: str) -> int:
+    """Bytes of what `load` gives, from config.json alone."""
+    config = model_config.load(pathlib.Path(folder))
+    dtype = jnp.dtype(dtype or config.dtype)
+
+    def build():
+        model = llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
+        if quantisation != "none":
+            quant.quantise_model(model, quantisation)
+        return nnx.to_pure_dict(nnx.state(model))
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(build)))
+
+
 def tensors(folder: pathlib.Path) -> dict[str, Stored]:
     """{name: Stored} of every tensor in the folder's safetensors files, from their headers alone.
 

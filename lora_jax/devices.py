@@ -91,18 +91,35 @@ def compiler_options() -> dict[str, bool] | None:
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu() else None
 
 
+def memory_bytes(device: jax.Device) -> int | None:
+    """Memory that JAX may use of a device: of a CPU its share of the host's; None: unknown."""
+    if device.platform == "cpu":
+        with contextlib.suppress(OSError, ValueError):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _num_local(device)
+        return None
+    return _stats(device).get("bytes_limit")
+
+
 def free_bytes(device: jax.Device) -> int | None:
-    """Memory that can still be had: of the device where it tells, else of this host; None: unknown.
+    """What of `memory_bytes` can still be had; None: unknown.
 
     A device that is only compiled for has no say, and gets None.
     """
     if device.platform == "cpu":
-        return min(_free_host_bytes(), default=None)
+        free = min(_free_host_bytes(), default=None)
+        return None if free is None else free // _num_local(device)
+    stats = _stats(device)
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+
+def _stats(device: jax.Device) -> dict[str, int]:
     with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError):
-        stats = device.memory_stats() or {}
-        if "bytes_limit" in stats:
-            return stats["bytes_limit"] - stats["bytes_in_use"]
-    return None
+        return device.memory_stats() or {}
+    return {}
+
+
+def _num_local(device: jax.Device) -> int:
+    return len(jax.local_devices(backend=device.platform))
 
 
 def _free_host_bytes() -> Iterator[int]:

@@ -1,14 +1,16 @@
 """One mesh, one table of rules, and the sharding of every array that follows from its path."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import errors
+from lora_jax import devices, errors
 from lora_jax.kernels import int4_matmul
 from lora_jax.models import llama
 
@@ -17,38 +19,68 @@ RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 BATCH = ("data", "fsdp")  # a batch is split over both
 
 
-def parse(text: str | None, num_devices: int) -> dict[str, int]:
-    """{"data": 1, "fsdp": 8, "tensor": 1} from "fsdp=8"; axes left out are 1.
+def parse(text: str, num_devices: int) -> dict[str, int]:
+    """{"data": 1, "fsdp": 8, "tensor": 1} from "fsdp=8" or "fsdp=-1"; axes left out are 1.
 
-    None puts every device on the data axis. Raises: UserError for anything else than axis=size
-    pairs whose product is the number of devices.
+    One size may be −1: whatever makes the product the number of devices. Raises: UserError for
+    anything else than axis=size pairs whose product is that number.
     """
-    if text is None:
-        return {"data": num_devices, "fsdp": 1, "tensor": 1}
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
-        if not match or match[1] not in AXES or match[1] in sizes or int(match[2]) < 1:
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if not match or match[1] not in AXES or match[1] in sizes:
             raise errors.UserError(
-                expected="a mesh such as data=1,fsdp=8,tensor=1", found=repr(text), where="--mesh"
+                expected="a mesh such as data=-1,fsdp=8,tensor=1",
+                found=repr(text),
+                where="--mesh",
             )
         sizes[match[1]] = int(match[2])
     sizes = {axis: sizes.get(axis, 1) for axis in AXES}
-    product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
-    if product != num_devices:
+    product = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis in AXES if sizes[axis] == -1]
+    if len(free) == 1 and num_devices % product == 0:
+        sizes[free[0]] = num_devices // product
+    elif free or product != num_devices:
         raise errors.UserError(
             expected=f"a mesh of {num_devices} devices, as many as JAX sees",
-            found=f"{text} = {product} devices",
+            found=f"{text} = {'a multiple of ' if free else ''}{product} devices",
             where="--mesh",
-            do="choose sizes whose product is the number of devices",
+            do="choose sizes whose product is the number of devices, or -1 for one of them",
         )
     return sizes
 
 
-def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """A mesh over all devices with the axes data, fsdp, tensor."""
+def default(num_devices: int, base_bytes: int, device_bytes: int | None) -> dict[str, int]:
+    """All devices on the data axis where the base fits on each; else as few on fsdp as it takes.
+
+    base_bytes: of the frozen base; device_bytes: memory of one device (None: unknown). The base
+    may take half of that; the rest is for what it computes.
+    """
+    fits = (
+        fsdp
+        for fsdp in range(1, num_devices + 1)
+        if num_devices % fsdp == 0 and (not device_bytes or 2 * base_bytes <= fsdp * device_bytes)
+    )
+    fsdp = next(fits, num_devices)
+    return {"data": num_devices // fsdp, "fsdp": fsdp, "tensor": 1}
+
+
+def choose(text: str | None, base_bytes: int) -> Mesh:
+    """The mesh that --mesh asks for, or else the default for a base of so many bytes."""
+    count = jax.device_count()
+    memory = devices.memory_bytes(jax.local_devices()[0])
+    return make_mesh(parse(text, count) if text else default(count, base_bytes, memory))
+
+
+def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor over the first of `among` (default: JAX's devices).
+
+    Neighbours on the last axes are neighbours in the machine, as far as its network allows.
+    """
     shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    used = (jax.devices() if among is None else among)[: math.prod(shape)]
+    arranged = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch(mesh: Mesh) -> NamedSharding:

@@ -65,7 +65,8 @@ def add_model(flags: Flags) -> None:
     flags.add("--no-4bit", "the same as --quant none", action="store_const", const=True)
     flags.add("--dtype", "compute dtype (default: config.json's; float16 becomes bfloat16)",
               choices=("float32", "bfloat16"))  # fmt: skip
-    flags.add("--mesh", "devices by axis, e.g. data=1,fsdp=8,tensor=1 (default: all in data)")
+    flags.add("--mesh", "devices by axis, e.g. data=-1,fsdp=8,tensor=1 (default: fsdp where "
+              "the base does not fit on one, data otherwise)")  # fmt: skip
 
 
 def add_sampling(flags: Flags) -> None:

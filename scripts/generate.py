@@ -94,8 +94,8 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
             do="name the base model with --model",
         )
     folder = hub.model_folder(name, revision)
-    spec = sharding.parse(settings.get("mesh"), jax.device_count())
-    mesh = sharding.make_mesh(spec)
+    loaded = {"dtype": settings.get("dtype"), "quantisation": settings["quant"]}
+    mesh = sharding.choose(settings.get("mesh"), checkpoint.loaded_bytes(folder, **loaded))
     reader = tokenizer.load(folder)
     texts = prompts
     if settings.get("chat"):

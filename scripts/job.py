@@ -55,11 +55,13 @@ def run(
     if warning := devices.unused_accelerator():
         say("warning", warning)
     devices.keep_freed_memory()
-    mesh = sharding.make_mesh(sharding.parse(settings.get("mesh"), jax.device_count()))
+    base = hub.model_folder(settings["model"], settings.get("revision"))
+    loaded = {"dtype": settings.get("dtype"), "quantisation": settings["quant"]}
+    mesh = sharding.choose(settings.get("mesh"), checkpoint.loaded_bytes(base, **loaded))
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say("devices", f"{devices.describe()}, mesh {axes}")
     with jax.set_mesh(mesh):
-        job = Job(settings, folder, mesh, default_batch)
+        job = Job(settings, folder, base, mesh, default_batch)
         if job.num_steps == 0:
             job.continue_prompts()
             return 0
@@ -73,10 +75,11 @@ class Job:
         self,
         settings: dict[str, Any],
         folder: run_folder.RunFolder,
+        base: pathlib.Path,
         mesh: jax.sharding.Mesh,
         default_batch: bool,
     ):
-        self.settings, self.folder, self.mesh = settings, folder, mesh
+        self.settings, self.folder, self.base, self.mesh = settings, folder, base, mesh
         self.seconds: dict[str, float] = {}
         self.num_steps = settings.get("max_steps")
         if self.num_steps != 0:
@@ -84,7 +87,6 @@ class Job:
                 settings["batch_size"] = sharding.round_up(settings["batch_size"], mesh)
             sharding.check_batch(settings["batch_size"], mesh)
             self._read_data()
-        self.base = hub.model_folder(settings["model"], settings.get("revision"))
         architecture = model_config.load(self.base)
         self.context = architecture.max_position_embeddings
         settings["dtype"] = settings.get("dtype") or architecture.dtype

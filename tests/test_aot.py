@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from lora_jax import errors, targets
+from lora_jax import errors, hlo, targets
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 try:
@@ -224,10 +224,10 @@ ENTRY %main (q: u32[512,4096]) -> (s32[], u32[512,4096]) {
 
 
 def test_a_program_is_read_with_its_loops():
-    program, weight = aot.parse(PROGRAM), {(4096, 4096)}
+    program, weight = hlo.parse(PROGRAM), {(4096, 4096)}
     assert aot.written(program, weight, dense=True) == {"bf16[4096,4096]": 33}
     assert aot.written(program, weight, dense=False) == {"u32[512,4096]": 33}
     assert aot.written(program, weight, dense=True, in_decode=True) == {"bf16[4096,4096]": 1}
     assert aot.written(program, {(4096, 11008)}, dense=True) == {}
     assert aot.kernel_calls(program) == {"tpu_custom_call": 33}
-    assert aot.collective_bytes(program) == {"all-gather": {"count": 33, "bytes": 33 * 128}}
+    assert hlo.collective_bytes(program) == {"all-gather": {"count": 33, "bytes": 33 * 128}}

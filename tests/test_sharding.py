@@ -14,15 +14,36 @@ def mesh():
     return sharding.make_mesh(MESH)
 
 
-def test_all_devices_are_on_the_data_axis_unless_told():
-    assert sharding.parse(None, 8) == {"data": 8, "fsdp": 1, "tensor": 1}
+def test_a_mesh_is_read_from_a_flag():
     assert sharding.parse("tensor=2, data=4", 8) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert sharding.parse("fsdp=-1,tensor=2", 8) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert sharding.parse("data=-1", 1) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("text", ["data=2", "data=8,data=1", "model=8", "data=0", "data", "fsdp=9"])
+WRONG = "data=2 data=8,data=1 model=8 data=0 data fsdp=9 data=-1,fsdp=-1 data=-1,tensor=3 data=-2"
+
+
+@pytest.mark.parametrize("text", WRONG.split())
 def test_a_mesh_that_is_none_is_refused(text):
     with pytest.raises(errors.UserError, match="--mesh"):
         sharding.parse(text, 8)
+
+
+def test_the_default_cuts_the_base_only_as_far_as_it_must():
+    def axes(base, memory, num_devices=8):
+        sizes = sharding.default(num_devices, base, memory)
+        return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+    assert axes(4, 8) == axes(10**12, None) == (8, 1, 1)
+    assert axes(5, 8) == (4, 2, 1)
+    assert axes(9, 8) == (2, 4, 1)
+    assert axes(9, 8, num_devices=6) == (2, 3, 1)
+    assert axes(1000, 8) == (1, 8, 1)  # it does not fit at all, which the compiler will say
+
+
+def test_a_mesh_may_be_of_other_devices_and_of_fewer():
+    few = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 1}, jax.devices()[4:])
+    assert list(few.devices.flat) == jax.devices()[4:6]
 
 
 @pytest.mark.parametrize(
