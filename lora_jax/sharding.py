@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lora_jax import devices, errors, quant
@@ -90,14 +90,14 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
-def cache(num_rows: int, num_heads: int, mesh: Mesh) -> NamedSharding:
+def cache(num_rows: int, num_heads: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """For keys and values [L, B, S, K, H]: rows over the devices and heads over tensor, if even."""
     heads = None if num_heads % mesh.shape["tensor"] else "tensor"
     (dealt,) = rows(num_rows, mesh).spec or (None,)
     return NamedSharding(mesh, PartitionSpec(None, dealt, None, heads))
 
 
-def rows(num_rows: int, mesh: Mesh) -> NamedSharding:
+def rows(num_rows: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """For arrays [num_rows, T]: split over the devices, or on all of them if that is uneven."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return NamedSharding(mesh, PartitionSpec() if num_rows % shards else PartitionSpec(BATCH))
