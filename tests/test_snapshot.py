@@ -44,7 +44,7 @@ def test_a_state_comes_back_bit_by_bit_and_where_it_was(tmp_path, mesh):
         snapshots.save(saved)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         assert snapshots.latest() == 7
-        restored = snapshots.restore(state_at(0, mesh))
+        restored, _ = snapshots.restore(state_at(0, mesh))
     equal(restored, saved)
     q_proj = restored.lora["model"]["layers"]["self_attn"]["q_proj"]
     assert "tensor" in str(q_proj["lora_B"].sharding.spec)
@@ -56,7 +56,7 @@ def test_another_mesh_takes_it_as_well(tmp_path, mesh):
         snapshots.save(saved)
         snapshots.wait()
         like = state_at(0, sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1}))
-        restored = snapshots.restore(like)
+        restored, _ = snapshots.restore(like)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -68,7 +68,7 @@ def test_the_newest_are_kept(tmp_path, mesh):
         snapshots.save(state_at(6, mesh, seed=1))  # there already: nothing happens
     assert {path.name for path in tmp_path.iterdir()} == {"4", "6"}
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
-        equal(snapshots.restore(state_at(0, mesh)), state_at(6, mesh, seed=6))
+        equal(snapshots.restore(state_at(0, mesh))[0], state_at(6, mesh, seed=6))
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path, mesh):
@@ -81,7 +81,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path, mesh):
         for _ in range(20):
             spoiled = spoil(spoiled)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
-        equal(snapshots.restore(state_at(0, mesh)), state_at(5, mesh, seed=5))
+        equal(snapshots.restore(state_at(0, mesh))[0], state_at(5, mesh, seed=5))
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path, mesh):
@@ -91,7 +91,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, mesh):
     (half / "default").mkdir(parents=True)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         assert snapshots.latest() == 2
-        equal(snapshots.restore(state_at(0, mesh)), state_at(2, mesh, seed=2))
+        equal(snapshots.restore(state_at(0, mesh))[0], state_at(2, mesh, seed=2))
         snapshots.save(state_at(4, mesh, seed=4))
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
 
