@@ -212,6 +212,9 @@ class Job:
         keep, best = settings["keep_checkpoints"], bool(settings.get("keep_best"))
         self.folder.check_space((keep + best + 2) * sum(a.nbytes for a in jax.tree.leaves(state)))
         record = self._record()
+        if not resume:  # before there is a file in it that a new run would be refused for
+            record["status"] = "running"
+            self.folder.write_run(record)
         snapshots = snapshot.Snapshots(self.folder.checkpoints, keep, keep_best=best)
         with self._failure_told(record), snapshots:
             if resume:
