@@ -115,14 +115,13 @@ def test_the_first_error_is_the_one_that_is_told(tmp_path, mesh, monkeypatch):
 
 
 def truncated(folder):
-    path = max((folder / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    path = max((folder / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flipped(folder):
     """One bit of a value: what Orbax 0.12.8 reads as if nothing were wrong."""
-    folders = (folder / "state").glob("ocdbt.process_*/d/*")
-    path = max(folders, key=lambda path: path.stat().st_size)
+    path = max((folder / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
     held = bytearray(path.read_bytes())
     held[len(held) // 2] ^= 1
     path.write_bytes(held)
@@ -139,17 +138,15 @@ DAMAGE = {
 }
 
 
-def saved_at(tmp_path, mesh, *steps, size=64, **how):
-    """Snapshots in which the states of `steps` were saved, opened anew."""
-    with snapshot.Snapshots(tmp_path, keep=3, **how) as snapshots:
+def save(tmp_path, mesh, *steps):
+    with snapshot.Snapshots(tmp_path, keep=3) as snapshots:
         for step in steps:
-            snapshots.save(state_at(step, mesh, seed=step, size=size))
-    return snapshot.Snapshots(tmp_path, keep=3, **how)
+            snapshots.save(state_at(step, mesh, seed=step, size=64))
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path, mesh, damage, capfd):
-    saved_at(tmp_path, mesh, 2, 4).__exit__(None)
+    save(tmp_path, mesh, 2, 4)
     damage(tmp_path / "4")
     like = state_at(0, mesh, size=64)
     with snapshot.Snapshots(tmp_path, keep=3) as snapshots:
@@ -168,7 +165,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path, mesh
 
 
 def test_when_no_checkpoint_can_be_read_all_are_told_and_stay(tmp_path, mesh):
-    saved_at(tmp_path, mesh, 2, 4).__exit__(None)
+    save(tmp_path, mesh, 2, 4)
     flipped(tmp_path / "4")
     truncated(tmp_path / "2")
     with snapshot.Snapshots(tmp_path, keep=3) as snapshots:
