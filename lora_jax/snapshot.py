@@ -45,7 +45,7 @@ class Snapshots:
             lightweight_initialize=True,  # else a damaged file ends it here
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        for step in self._manager.all_steps():
+        for step in self._manager.all_steps() if keep_best else ():
             with contextlib.suppress(Exception):  # damaged: told when it is restored
                 self._note(step, self._saved(step)["eval_loss"])
 
@@ -133,15 +133,14 @@ class Snapshots:
         # Orbax reads all arrays at once, and when one read fails it leaves the others to fail as
         # they end, each with a traceback on stderr. So first one by one. And it takes a value for
         # good that lies in a file of its own whatever its bytes: hence the digests.
-        path = f"{self._folder / str(step) / _STATE}/"
-        store = tensorstore.KvStore.open(
-            {"driver": "ocdbt", "base": {"driver": "file", "path": path}}
-        ).result()
-        names = store.list().result()
+        base = {"driver": "file", "path": f"{self._folder / str(step) / _STATE}/"}
+        store = {"driver": "ocdbt", "base": base}
+        names = [name.decode() for name in tensorstore.KvStore.open(store).result().list().result()]
         if not names:
             raise FileNotFoundError("no arrays in it")
-        for name in names:
-            store.read(name).result()
+        for name in (name for name in names if name.endswith(".zarray")):
+            where = store | {"path": name.removesuffix(".zarray")}
+            tensorstore.open({"driver": "zarr", "kvstore": where}).result().read().result()
         empty = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
         part = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(empty)})
         return self._manager.restore(step, args=part)[_STATE]
