@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from lora_jax import config, errors
 
+# Flags with a path on this machine.
 PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file")
 
 

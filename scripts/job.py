@@ -333,7 +333,7 @@ class Job:
                 where=str(self.folder.path / "run.json"),
                 do="put them back, or start a new run",
             )
-        if before["status"].startswith("failed"):
+        if before.get("status", "").startswith("failed"):
             say("resume", f"the run ended before with: {before['status']}")
         if snapshots.latest() is None:
             say("resume", "no finished checkpoint: starting over")

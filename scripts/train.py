@@ -85,7 +85,9 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--seed", "of data order, initial A and dropout", type=int)
     flags.group("run")
     flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", metavar="DIR")
-    flags.add("--resume", "go on with the run in --output-dir", action="store_const", const=True)
+    flags.add("--resume", "go on with the run in --output-dir; --mesh may be another, and "
+              "--batch-size and --grad-accum others with the same product",
+              action="store_const", const=True)  # fmt: skip
     flags.add("--eval-every", "evaluate every N steps, besides start and end", type=int,
               metavar="N")  # fmt: skip
     flags.add("--exact-match", "generate for so many held-out prompts and compare", type=int,

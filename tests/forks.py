@@ -54,7 +54,7 @@ def some_time(draws: random.Random) -> dict[str, Any]:
     """A moment to kill a run: while it starts, or within the time of a few steps."""
     if draws.random() < 0.2:
         return {"steps": 0, "delay": round(draws.uniform(0, 2), 3)}
-    return {"steps": draws.randint(1, 3), "delay": round(draws.uniform(0, 0.15), 3)}
+    return {"steps": draws.randint(1, 4), "delay": round(draws.uniform(0, 0.15), 3)}
 
 
 def _serve() -> None:
