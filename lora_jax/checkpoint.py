@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import platform
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -182,15 +183,39 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 
 def fingerprint(folder: pathlib.Path | str) -> dict:
-    """What identifies a base model: its config, tensor names, shapes, file sizes, hub commit."""
+    """What identifies a base model: its config, tensor names, shapes, file sizes, values, commit.
+
+    Of the values it sees four pieces of 1 KiB in each tensor, evenly spread, first and last bytes
+    among them: all of a small tensor, and some of all that a training changes. It does not see a
+    change that lies between the pieces. A folder of 140 GB is some 3000 reads.
+    """
     folder = pathlib.Path(folder)
     stored = tensors(folder)
     return {
         "config": json.loads((folder / "config.json").read_text()),
         "tensors": _digest({name: [*s.shape, s.dtype] for name, s in stored.items()}),
         "bytes": sum(path.stat().st_size for path in {s.path for s in stored.values()}),
+        "checksum": _sample(sorted({s.path for s in stored.values()})),
         "commit": hub.commit(folder),
     }
+
+
+def _sample(files: Iterable[pathlib.Path], pieces: int = 4, size: int = 1024) -> str:
+    """A digest of `pieces` of each tensor's bytes; the layout is that of safetensors' README."""
+    values = {}
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, tensor in header.items():
+                begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+                digest = hashlib.sha256()
+                for piece in range(pieces):
+                    file.seek(begin + max(0, end - begin - size) * piece // (pieces - 1))
+                    digest.update(file.read(min(size, end - begin)))
+                values[name] = digest.hexdigest()
+    return _digest(values)
 
 
 def _digest(value) -> str:

@@ -16,6 +16,7 @@ class UserError(Exception):
         where: str | Sequence[str] | None = None,
         do: str | None = None,
     ):
+        self.found = _joined(found)
         lines = [
             f"  {label:<9} {text}"
             for label, text in (

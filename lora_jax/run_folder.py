@@ -12,6 +12,7 @@ from typing import Any
 from lora_jax import errors
 
 _SPACE = 64 * 2**20  # bytes that must be free before anything is known of the model
+_TRACES = (".lock", "run.new")  # of a run that was killed before it had begun
 _FULL = ("No space left on device", "Disk quota exceeded")
 
 
@@ -29,7 +30,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
         self._run = path / "run.json"
-        if path.is_dir() and not resume and any(p.name != ".lock" for p in path.iterdir()):
+        if path.is_dir() and not resume and any(p.name not in _TRACES for p in path.iterdir()):
             raise errors.UserError(
                 expected="a new or empty output folder",
                 found="a folder with files in it",

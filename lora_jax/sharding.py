@@ -109,15 +109,23 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // shards) * shards
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError when the rows of a batch cannot be dealt out evenly."""
+def check_batch(batch_size: int, mesh: Mesh, rows_per_step: int | None = None) -> None:
+    """Raises UserError when the rows of a batch cannot be dealt out evenly.
+
+    rows_per_step: batch size × accumulation, where it must stay what it is.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shards:
+        flags = f"--batch-size {round_up(batch_size, mesh)}, or "
+        if rows_per_step:
+            fits = [n for n in range(shards, rows_per_step + 1, shards) if rows_per_step % n == 0]
+            size = min(fits, key=lambda n: abs(n - batch_size), default=0)
+            flags = size and f"--batch-size {size} --grad-accum {rows_per_step // size}, or "
         raise errors.UserError(
             expected=f"a batch size that data × fsdp = {shards} divides",
             found=f"batch size {batch_size}",
             where=f"mesh {dict(mesh.shape)}",
-            do=f"--batch-size {round_up(batch_size, mesh)}, or another --mesh",
+            do=f"{flags or ''}another --mesh",
         )
 
 

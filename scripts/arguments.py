@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -11,6 +12,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lora_jax import config, errors
+
+# Flags with a path on this machine.
+PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file")
 
 
 class Flags:
@@ -43,7 +47,25 @@ class Flags:
     def typed(self, argv: list[str] | None) -> dict[str, Any]:
         """{flag: value} of the flags that were typed."""
         values = vars(self.parser.parse_args(argv))
-        return {name: value for name, value in values.items() if value is not None}
+        typed = {name: value for name, value in values.items() if value is not None}
+        _refuse_urls(typed)
+        return typed
+
+
+def _refuse_urls(typed: dict[str, Any]) -> None:
+    """Raises UserError for gs://…, s3://…, hf://… where a local path is meant."""
+    urls = {
+        f"--{name.replace('_', '-')}": typed[name]
+        for name in PATHS
+        if re.match(r"\w[\w+.-]*://", str(typed.get(name, "")))
+    }
+    if urls:
+        raise errors.UserError(
+            expected="local paths, or ids of the Hugging Face hub (owner/name)",
+            found=[f"{flag} {url}" for flag, url in urls.items()],
+            do="copy the files to a local disk (gcloud storage cp -r gs://bucket/folder . ), or "
+            "mount the bucket with gcsfuse and give the path there",
+        )
 
 
 class _Parser(argparse.ArgumentParser):

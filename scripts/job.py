@@ -1,12 +1,14 @@
 """What train.py does once its flags are read: load, evaluate, train, save, show."""
 
+import contextlib
 import importlib.metadata
 import math
 import os
 import pathlib
 import signal
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import console
@@ -38,7 +40,6 @@ from lora_jax.models import config as model_config
 
 HELD_OUT = 0.02  # share of the rows, when --eval-every has no --eval-dataset
 SEQ_LEN = 1024  # unless the model's context is shorter
-KEEP = 2  # checkpoints
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say("devices", f"{devices.describe()}, mesh {axes}")
     with jax.set_mesh(mesh):
-        job = Job(settings, folder, base, mesh, default_batch)
+        job = Job(settings, folder, base, mesh, default_batch, resume)
         if job.num_steps == 0:
             job.continue_prompts()
             return 0
@@ -78,6 +79,7 @@ class Job:
         base: pathlib.Path,
         mesh: jax.sharding.Mesh,
         default_batch: bool,
+        resume: bool,
     ):
         self.settings, self.folder, self.base, self.mesh = settings, folder, base, mesh
         self.seconds: dict[str, float] = {}
@@ -85,7 +87,8 @@ class Job:
         if self.num_steps != 0:
             if default_batch:
                 settings["batch_size"] = sharding.round_up(settings["batch_size"], mesh)
-            sharding.check_batch(settings["batch_size"], mesh)
+            rows = settings["batch_size"] * settings["grad_accum"] if resume else None
+            sharding.check_batch(settings["batch_size"], mesh, rows)
             self._read_data()
         architecture = model_config.load(self.base)
         self.context = architecture.max_position_embeddings
@@ -208,19 +211,26 @@ class Job:
         schedule = optim.schedule(optim_config, self.num_steps)
         state = sharding.place(train.start(self.trained, optimizer), self.mesh)
         # The checkpoints kept, the one being written, and the adapter.
-        self.folder.check_space((KEEP + 2) * sum(a.nbytes for a in jax.tree.leaves(state)))
+        keep, best = settings["keep_checkpoints"], bool(settings.get("keep_best"))
+        self.folder.check_space((keep + best + 2) * sum(a.nbytes for a in jax.tree.leaves(state)))
         record = self._record()
-        with snapshot.Snapshots(self.folder.checkpoints, keep=KEEP) as snapshots:
+        if not resume:  # before there is a file in it that a new run would be refused for
+            record["status"] = "running"
+            self.folder.write_run(record)
+        snapshots = snapshot.Snapshots(self.folder.checkpoints, keep, keep_best=best)
+        with self._failure_told(record), snapshots:
             if resume:
                 state = self._resume(state, snapshots, record)
             first = int(state.step)
             self.folder.cut_back(first or -1)
+            record["status"] = "running"
             self.folder.write_run(record)
             self._make_evaluation()
             if first == 0:
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # there is a folder now
                 try:
-                    record["samples"] = {"before": self._evaluate(0, state.lora, score=True)}
+                    _, answers = self._evaluate(0, state.lora, score=True)
+                    record["samples"] = {"before": answers}
                 except KeyboardInterrupt:
                     self._tell_stopped(0)
                     return 130
@@ -230,7 +240,7 @@ class Job:
             with Stop() as stop:
                 state = self._train(step, state, snapshots, record, stop)
                 snapshots.wait()
-                self.trained, done = state.lora, int(state.step)
+                self.trained, done = self._chosen(state, snapshots, record), int(state.step)
                 self._save_adapter()
                 record |= {
                     "status": "finished" if done == self.num_steps else f"stopped at step {done}",
@@ -265,15 +275,17 @@ class Job:
                 if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                     raise self._not_finite(number, snapshots.latest())
                 progress.show(number, metrics)
-                last = number == self.num_steps
+                last, loss = number == self.num_steps, None
                 if last or number % every == 0:
-                    answers = self._evaluate(number, state.lora, score=last)
+                    loss, answers = self._evaluate(number, state.lora, score=last)
                     if last:  # before its checkpoint: a run resumed there has these to show
                         record["samples"]["after"] = answers
                         self.folder.write_run(record)
                 stopping = stop.asked  # read once: what ends the loop must have been saved
-                if last or stopping or number % self.settings["save_every"] == 0:
-                    snapshots.save(state)
+                due = number % self.settings["save_every"] == 0
+                due |= loss is not None and bool(self.settings.get("keep_best"))
+                if last or stopping or due:
+                    snapshots.save(state, loss)
                 if stopping:
                     break
                 clock = time.time()
@@ -305,13 +317,16 @@ class Job:
         return jax.device_put(train.Batch(**self.batches.batch(index)), sharding.batch(self.mesh))
 
     def _resume(self, state: train.State, snapshots: snapshot.Snapshots, record: dict):
-        """The newest checkpoint's state, or `state` when there is none yet."""
+        """The newest readable checkpoint's state, or `state` when there is none yet."""
         before = self.folder.read_run()
+        version = before.get("versions", {}).get("lora-jax")
         changed = [
             f"another {part} of the {name}"
+            if part in before.get(name, {})
+            else f"no {part} of the {name}: another version of lora-jax ({version}) wrote it"
             for name in ("base", "data")
             for part, value in record[name].items()
-            if before[name].get(part) != value
+            if before.get(name, {}).get(part, "") != value
         ]
         if changed:
             raise errors.UserError(
@@ -320,6 +335,8 @@ class Job:
                 where=str(self.folder.path / "run.json"),
                 do="put them back, or start a new run",
             )
+        if before.get("status", "").startswith("failed"):
+            say("resume", f"the run ended before with: {before['status']}")
         if snapshots.latest() is None:
             say("resume", "no finished checkpoint: starting over")
             return state
@@ -327,13 +344,42 @@ class Job:
         for name, earlier in before.get("seconds", {}).items():  # all parts of the run add up
             self.seconds[name] = self.seconds.get(name, 0) + earlier
         record["peak_bytes"] = before.get("peak_bytes", 0)
-        say("resume", f"from step {snapshots.latest()} of {self.num_steps}")
-        return snapshots.restore(state)
+        state, damaged = snapshots.restore(state)
+        _tell_damaged(damaged)
+        snapshots.drop(damaged)  # they would count as the newest, and their steps come again
+        say("resume", f"from step {int(state.step)} of {self.num_steps}")
+        return state
+
+    def _chosen(self, state: train.State, snapshots: snapshot.Snapshots, record: dict) -> Any:
+        """A and B for the adapter: with --keep-best those of the best step, else the last ones."""
+        if not snapshots.losses:
+            return state.lora
+        state, damaged = snapshots.best(state)
+        _tell_damaged(damaged)
+        step = int(state.step)
+        record["best"] = {"step": step, "eval_loss": snapshots.losses[step]}
+        say("best", f"step {step}, held-out loss {snapshots.losses[step]:.4f}: "
+            "the adapter is of this step")  # fmt: skip
+        return state.lora
+
+    @contextlib.contextmanager
+    def _failure_told(self, record: dict[str, Any]) -> Iterator[None]:
+        """Has run.json say what ended the run, once it is this run's."""
+        try:
+            yield
+        except Exception as error:
+            told = error if isinstance(error, errors.UserError) else devices.explain(error)
+            text = told.found if told else f"{type(error).__name__}: {error}"
+            if record["status"] == "running":
+                record["status"] = f"failed: {textwrap.shorten(text, 200, placeholder=' …')}"
+                with contextlib.suppress(OSError):  # such as a full disk: that is the error to tell
+                    self.folder.write_run(record)
+            raise
 
     def _record(self) -> dict[str, Any]:
         packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
         return {
-            "status": "running",
+            "status": "starting",
             "settings": self.settings,
             "num_steps": self.num_steps,
             "versions": {
@@ -355,10 +401,12 @@ class Job:
             sampling = config.Sampling(max_new_tokens=self.longest_answer)
             self.answer = self._generation(sampling)
 
-    def _evaluate(self, number: int, trained: Any, *, score: bool) -> list[dict[str, str]]:
-        """Logs the held-out loss, and with `score` the exact match; gives two answers to show."""
+    def _evaluate(
+        self, number: int, trained: Any, *, score: bool
+    ) -> tuple[float | None, list[dict[str, str]]]:
+        """Logs the held-out loss, and with `score` the exact match; (loss, two answers to show)."""
         if self.held_out is None:
-            return []
+            return None, []
         start, answers = time.time(), []
         rows = self.settings["batch_size"]
         model = trained, self.frozen
@@ -371,7 +419,7 @@ class Job:
         self.folder.log(metrics)
         console.evaluation(metrics, len(answers))
         self.seconds["evaluate"] = self.seconds.get("evaluate", 0) + time.time() - start
-        return [answer._asdict() for answer in answers[:2]]
+        return loss, [answer._asdict() for answer in answers[:2]]
 
     def _save_adapter(self) -> None:
         nnx.update(self.model, self.trained)
@@ -411,6 +459,11 @@ class Job:
         print(f"\nto generate with it:\n  {console.command('generate.py')} {same} \\\n"
               f"    --adapter {console.quoted(str(self.folder.adapter))} \\\n"
               f"    --prompt {console.quoted(example[0] if example else '…')}")  # fmt: skip
+
+
+def _tell_damaged(damaged: dict[int, str]) -> None:
+    for step, what in damaged.items():
+        say("resume", f"the checkpoint of step {step} is damaged and left out: {what}")
 
 
 class Stop:

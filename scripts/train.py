@@ -22,6 +22,7 @@ DEFAULTS = {
     "remat": "full",
     "seed": 0,
     "save_every": 100,
+    "keep_checkpoints": 2,
     "exact_match": 0,
     "max_new_tokens": config.Sampling.max_new_tokens,
     "temperature": config.Sampling.temperature,
@@ -29,7 +30,14 @@ DEFAULTS = {
 NUMBERS = {  # flags with a number, by what it must at least be
     0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature"),
     1e-6: ("epochs", "alpha", "lora_plus_ratio"),
-    1: ("batch_size", "grad_accum", "save_every", "eval_every", "max_new_tokens"),
+    1: (
+        "batch_size",
+        "grad_accum",
+        "save_every",
+        "eval_every",
+        "keep_checkpoints",
+        "max_new_tokens",
+    ),
     2: ("seq_len",),
 }
 DESCRIPTION = """\
@@ -77,12 +85,18 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--seed", "of data order, initial A and dropout", type=int)
     flags.group("run")
     flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", metavar="DIR")
-    flags.add("--resume", "go on with the run in --output-dir", action="store_const", const=True)
+    flags.add("--resume", "go on with the run in --output-dir; --mesh may be another, and "
+              "--batch-size and --grad-accum others with the same product",
+              action="store_const", const=True)  # fmt: skip
     flags.add("--eval-every", "evaluate every N steps, besides start and end", type=int,
               metavar="N")  # fmt: skip
     flags.add("--exact-match", "generate for so many held-out prompts and compare", type=int,
               metavar="N")  # fmt: skip
     flags.add("--save-every", "checkpoint every N steps", type=int, metavar="N")
+    flags.add("--keep-checkpoints", "keep the newest N of them", type=int, metavar="N")
+    flags.add("--keep-best", "checkpoint at every evaluation too, keep the one with the least "
+              "held-out loss, and make the adapter of it",
+              action="store_const", const=True)  # fmt: skip
     flags.group("generating, after training or with --max-steps 0")
     flags.add("--prompt", "continue this text; may be given again", action="append")
     flags.add("--chat", "put --prompt into the chat template", action="store_const", const=True)
@@ -154,6 +168,8 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
             ("--chat without a --prompt", settings.get("chat") and not prompt),
             ("--exact-match without --eval-dataset or --eval-every", settings["exact_match"]
              and not settings.get("eval_dataset") and not settings.get("eval_every")),
+            ("--keep-best without --eval-dataset or --eval-every", settings.get("keep_best")
+             and not settings.get("eval_dataset") and not settings.get("eval_every")),
             ("--temperature without a --prompt", "temperature" in typed and not prompt),
             ("--max-new-tokens without a --prompt", "max_new_tokens" in typed and not prompt),
             ("--revision of a model that is not given", "revision" in typed
@@ -204,9 +220,25 @@ def main() -> int:
 
 
 def resumed(typed: dict[str, Any], folder: run_folder.RunFolder) -> dict[str, Any]:
-    """The settings of the run in `folder`, plus what may be typed anew."""
-    settings = folder.read_run()["settings"]
-    anew = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature")
+    """The settings of the run in `folder`, plus what may be typed anew.
+
+    That is what is printed at the end, and how a step is dealt out: the mesh, and the size and the
+    number of its batches as long as its rows stay the same.
+    """
+    settings = DEFAULTS | folder.read_run()["settings"]  # it may be of a version with fewer
+    anew = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature", "mesh")
+    split = ("batch_size", "grad_accum")
+    rows, typed_rows = (math.prod(s[name] for name in split) for s in (settings, settings | typed))
+    if rows == typed_rows:
+        anew += split
+    elif any(name in typed for name in split):
+        raise errors.UserError(
+            expected=f"{rows} rows a step, as the run has them: --batch-size {settings[split[0]]} "
+            f"× --grad-accum {settings[split[1]]}",
+            found=f"{(settings | typed)[split[0]]} × {(settings | typed)[split[1]]}",
+            where=str(folder.path / "run.json"),
+            do="choose two numbers with this product, or start a new run",
+        )
     contradicting = [
         f"--{name.replace('_', '-')} {value}, but the run has {settings.get(name)}"
         for name, value in typed.items()

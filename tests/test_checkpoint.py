@@ -260,6 +260,21 @@ def test_fingerprint_tells_models_apart_and_not_folders(folder):
     assert checkpoint.fingerprint(folder)["tensors"] != original["tensors"]
 
 
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_fingerprint_sees_other_values_of_the_same_shapes(folder, share):
+    tensors, path = tensors_of("llama"), folder / "model.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    original = checkpoint.fingerprint(folder)
+    for name, value in tensors.items():
+        changed = value.copy()
+        # Of a tensor of more than 4 KiB it sees the ends, and not all that lies between.
+        place = share if changed.nbytes <= 4096 else round(share)
+        changed.reshape(-1)[int(place * (changed.size - 1))] += 1
+        safetensors.numpy.save_file(tensors | {name: changed}, path)
+        found = checkpoint.fingerprint(folder)
+        assert [part for part in found if found[part] != original[part]] == ["checksum"], name
+
+
 BIG = dict(
     model_type="llama",
     vocab_size=32000,

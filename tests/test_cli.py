@@ -143,6 +143,11 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--seed -1", "--seed -1"),
         ("--save-every 0", "--save-every 0"),
         ("--eval-every 0", "--eval-every 0"),
+        ("--keep-checkpoints 0", "--keep-checkpoints 0"),
+        ("--keep-best", "--keep-best without --eval-dataset or --eval-every"),
+        ("--output-dir gs://bucket/run", "--output-dir gs://bucket/run to do: copy the files"),
+        ("--eval-dataset hf://datasets/a/b.jsonl", "--eval-dataset hf://datasets/a/b.jsonl"),
+        ("--resume --output-dir s3://bucket/run", "mount the bucket"),
         ("--exact-match -1", "--exact-match -1"),
         ("--max-new-tokens 0", "--max-new-tokens 0"),
         ("--temperature -1", "--temperature -1"),
@@ -185,6 +190,8 @@ def test_all_wrong_numbers_are_told_at_once(nothing_heavy):
         ("--prompt a --max-new-tokens 0", "max_new_tokens 0"),
         ("--prompt a --adapter ./none", "no such folder"),
         ("--prompt a --model ./none", "no such folder"),
+        ("--prompt a --model gs://bucket/model", "--model gs://bucket/model to do: copy the files"),
+        ("--prompt a --adapter s3://bucket/adapter", "--adapter s3://bucket/adapter"),
     ],
 )
 def test_generate_refuses_nonsense(tmp_path, monkeypatch, flags, told):

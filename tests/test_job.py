@@ -76,7 +76,8 @@ def comparable(folder):
 
 
 def checkpoints(folder):
-    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    names = (path.name for path in (folder / "checkpoints").iterdir())
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def at_step(monkeypatch, number, act):

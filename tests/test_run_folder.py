@@ -41,6 +41,13 @@ def test_an_empty_folder_is_taken(tmp_path):
         assert folder.read_run() == {"status": "running"}
 
 
+def test_a_folder_of_a_run_that_was_killed_before_it_had_begun_is_taken(tmp_path):
+    for name in (".lock", "run.new"):
+        (tmp_path / name).write_text("")
+    with opened(tmp_path) as folder:
+        folder.write_run({})
+
+
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file/run"):

@@ -76,6 +76,10 @@ def test_rows_are_dealt_out_where_that_is_even(mesh):
     sharding.check_batch(8, mesh)
     with pytest.raises(errors.UserError, match="--batch-size 8"):
         sharding.check_batch(6, mesh)
+    with pytest.raises(errors.UserError, match="--batch-size 4 --grad-accum 3, or another"):
+        sharding.check_batch(6, mesh, rows_per_step=12)
+    with pytest.raises(errors.UserError, match="to do:    another --mesh"):
+        sharding.check_batch(6, mesh, rows_per_step=6)
 
 
 def test_a_tree_is_placed_by_its_paths(mesh):

@@ -1,22 +1,24 @@
 """Checkpoints: what is saved comes back bit by bit, where it was, whole or not at all."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from lora_jax import sharding, snapshot, train
+from lora_jax import errors, sharding, snapshot, train
 
 PATH = ("model", "layers", "self_attn", "q_proj")
 
 
-def state_at(step, mesh, seed=0):
+def state_at(step, mesh, seed=0, size=16):
     """A state with the paths of a real one, sharded as a real one."""
     key_a, key_b = jax.random.split(jax.random.key(seed))
     lora = {
-        "lora_A": jax.random.normal(key_a, (2, 16, 4)),
-        "lora_B": jax.random.normal(key_b, (2, 4, 16)),
+        "lora_A": jax.random.normal(key_a, (2, size, 4 if size < 32 else size)),
+        "lora_B": jax.random.normal(key_b, (2, 4 if size < 32 else size, size)),
     }
     for name in reversed(PATH):
         lora = {name: lora}
@@ -44,7 +46,7 @@ def test_a_state_comes_back_bit_by_bit_and_where_it_was(tmp_path, mesh):
         snapshots.save(saved)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         assert snapshots.latest() == 7
-        restored = snapshots.restore(state_at(0, mesh))
+        restored, _ = snapshots.restore(state_at(0, mesh))
     equal(restored, saved)
     q_proj = restored.lora["model"]["layers"]["self_attn"]["q_proj"]
     assert "tensor" in str(q_proj["lora_B"].sharding.spec)
@@ -56,7 +58,7 @@ def test_another_mesh_takes_it_as_well(tmp_path, mesh):
         snapshots.save(saved)
         snapshots.wait()
         like = state_at(0, sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1}))
-        restored = snapshots.restore(like)
+        restored, _ = snapshots.restore(like)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -68,7 +70,7 @@ def test_the_newest_are_kept(tmp_path, mesh):
         snapshots.save(state_at(6, mesh, seed=1))  # there already: nothing happens
     assert {path.name for path in tmp_path.iterdir()} == {"4", "6"}
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
-        equal(snapshots.restore(state_at(0, mesh)), state_at(6, mesh, seed=6))
+        equal(snapshots.restore(state_at(0, mesh))[0], state_at(6, mesh, seed=6))
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path, mesh):
@@ -81,7 +83,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path, mesh):
         for _ in range(20):
             spoiled = spoil(spoiled)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
-        equal(snapshots.restore(state_at(0, mesh)), state_at(5, mesh, seed=5))
+        equal(snapshots.restore(state_at(0, mesh))[0], state_at(5, mesh, seed=5))
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path, mesh):
@@ -91,7 +93,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, mesh):
     (half / "default").mkdir(parents=True)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         assert snapshots.latest() == 2
-        equal(snapshots.restore(state_at(0, mesh)), state_at(2, mesh, seed=2))
+        equal(snapshots.restore(state_at(0, mesh))[0], state_at(2, mesh, seed=2))
         snapshots.save(state_at(4, mesh, seed=4))
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
 
@@ -107,3 +109,115 @@ def test_the_first_error_is_the_one_that_is_told(tmp_path, mesh, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         with snapshot.Snapshots(tmp_path / "b", keep=2) as snapshots:
             monkeypatch.setattr(snapshots._manager, "close", full)
+
+
+# ------------------------------------------------------------------------- damage
+
+
+def truncated(folder):
+    path = max((folder / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(folder):
+    """One bit of a value: what Orbax 0.12.8 reads as if nothing were wrong."""
+    path = max((folder / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
+    held = bytearray(path.read_bytes())
+    held[len(held) // 2] ^= 1
+    path.write_bytes(held)
+
+
+DAMAGE = {
+    "truncated": truncated,
+    "a flipped bit": flipped,
+    "no arrays": lambda folder: shutil.rmtree(folder / "state"),
+    "no manifest": lambda folder: (folder / "state/manifest.ocdbt").unlink(),
+    "no names": lambda folder: (folder / "state/_METADATA").unlink(),
+    "no digests": lambda folder: (folder / "saved/metadata").write_text('{"digests": '),
+    "empty": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+def save(tmp_path, mesh, *steps):
+    with snapshot.Snapshots(tmp_path, keep=3) as snapshots:
+        for step in steps:
+            snapshots.save(state_at(step, mesh, seed=step, size=64))
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path, mesh, damage, capfd):
+    save(tmp_path, mesh, 2, 4)
+    damage(tmp_path / "4")
+    like = state_at(0, mesh, size=64)
+    with snapshot.Snapshots(tmp_path, keep=3) as snapshots:
+        restored, damaged = snapshots.restore(like)
+        equal(restored, state_at(2, mesh, seed=2, size=64))
+        assert list(damaged) == [4] and len(damaged[4]) > 20
+        assert (tmp_path / "4").exists()
+        snapshots.drop(damaged)
+        assert snapshots.latest() == 2 and not (tmp_path / "4").exists()
+        snapshots.save(state_at(4, mesh, seed=5, size=64))
+        snapshots.wait()
+        restored, damaged = snapshots.restore(like)
+        equal(restored, state_at(4, mesh, seed=5, size=64))
+        assert not damaged
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_when_no_checkpoint_can_be_read_all_are_told_and_stay(tmp_path, mesh):
+    save(tmp_path, mesh, 2, 4)
+    flipped(tmp_path / "4")
+    truncated(tmp_path / "2")
+    with snapshot.Snapshots(tmp_path, keep=3) as snapshots:
+        with pytest.raises(errors.UserError, match=r"(?s)step 4: other values.*step 2: "):
+            snapshots.restore(state_at(0, mesh, size=64))
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
+
+
+def test_the_digest_sees_any_bit_and_no_sharding(mesh):
+    state = state_at(3, mesh, seed=3)
+    digests = snapshot._digests(state)
+    other = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    assert snapshot._digests(state_at(3, other, seed=3)) == digests
+    values = np.asarray(jax.tree.leaves(state.lora)[0])
+    for bit in (0, 31):
+        for position in (0, values.size - 1):
+            words = values.copy().view(np.uint32)
+            words.reshape(-1)[position] ^= np.uint32(1 << bit)
+            assert snapshot._digest(words.view(np.float32)) != snapshot._digest(values)
+    swapped = values.copy()
+    swapped[0], swapped[1] = values[1], values[0]
+    assert snapshot._digest(swapped) != snapshot._digest(values)
+    for dtype in ("bfloat16", "int32", "float16"):
+        ones = jnp.ones((3, 5), dtype)
+        assert snapshot._digest(ones) != snapshot._digest(ones.at[2, 1].set(2))
+
+
+# ------------------------------------------------------------------------- the best one
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path, mesh):
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: None, 10: float("nan"), 12: 1.5}
+    like = state_at(0, mesh)
+    with snapshot.Snapshots(tmp_path, keep=1, keep_best=True) as snapshots:
+        for step, loss in losses.items():
+            snapshots.save(state_at(step, mesh, seed=step), loss)
+        equal(snapshots.best(like)[0], state_at(4, mesh, seed=4))
+    assert {path.name for path in tmp_path.iterdir()} == {"4", "12"}
+    with snapshot.Snapshots(tmp_path, keep=1, keep_best=True) as snapshots:
+        assert snapshots.latest() == 12 and snapshots.losses == {4: 1.0, 12: 1.5}
+        equal(snapshots.restore(like)[0], state_at(12, mesh, seed=12))
+        snapshots.save(state_at(14, mesh, seed=14), 0.5)
+        equal(snapshots.best(like)[0], state_at(14, mesh, seed=14))
+    assert {path.name for path in tmp_path.iterdir()} == {"14"}
+
+
+def test_a_damaged_best_is_told_and_the_next_best_is_taken(tmp_path, mesh):
+    with snapshot.Snapshots(tmp_path, keep=2, keep_best=True) as snapshots:
+        for step, loss in ((2, 1.0), (4, 3.0), (6, 2.0)):
+            snapshots.save(state_at(step, mesh, seed=step), loss)
+        snapshots.wait()
+        truncated(tmp_path / "2")
+        best, damaged = snapshots.best(state_at(0, mesh))
+    equal(best, state_at(6, mesh, seed=6))
+    assert list(damaged) == [2]

@@ -1,0 +1,272 @@
+"""Runs that were killed, damaged or moved to other devices go on as if they had not been."""
+
+import json
+import pathlib
+import random
+import re
+import shutil
+import signal
+
+import cli
+import forks
+import numpy as np
+import pytest
+import safetensors.numpy
+from test_job import checkpoints, comparable, compiled_once  # noqa: F401 (a fixture)
+
+from lora_jax import evaluate, train
+
+SEED, KILLS, MANY = 20, 10, 40
+STEPS = 6
+MODEL = ("--model", cli.BASE, "--rank", 2, "--remat", "none")
+FLAGS = (*MODEL, "--batch-size", 8, "--grad-accum", 2, "--max-steps", STEPS,
+         "--save-every", 2, "--keep-checkpoints", 3)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    with forks.parent(tmp_path_factory.mktemp("parent")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return cli.write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 40)
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    """The folder of a run of six steps on eight devices that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    ended = cli.run("train", *FLAGS, "--dataset", rows, "--output-dir", folder)
+    assert ended.code == 0 and checkpoints(folder) == [2, 4, 6], ended
+    return folder
+
+
+def interrupted(whole, tmp_path, *, after=2):
+    """A copy of the run as it was left after step `after`."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for step in checkpoints(folder):
+        if step > after:
+            shutil.rmtree(folder / "checkpoints" / str(step))
+    change_run(folder, status="running")
+    return folder
+
+
+def change_run(folder, **parts):
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"] |= parts.pop("settings", {})
+    (folder / "run.json").write_text(json.dumps(run | parts))
+
+
+def resumed(folder, *flags):
+    ended = cli.run("train", "--resume", "--output-dir", folder, *flags)
+    assert ended.code == 0, ended
+    return " ".join(ended.out.split())
+
+
+def status(folder):
+    return json.loads((folder / "run.json").read_text())["status"]
+
+
+# ------------------------------------------------------------------------- killed
+
+
+def test_killed_at_any_moment_a_run_loses_no_saved_step(parent, rows, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    flags = (*MODEL, "--dropout", 0.1, "--dataset", rows, "--batch-size", 2, "--grad-accum", 1,
+             "--max-steps", MANY, "--save-every")  # fmt: skip
+    code, log = parent.train(*flags, 100, "--output-dir", whole, devices=1)
+    assert code == 0, log
+    draws = random.Random(SEED)
+    for number in range(KILLS + 1):
+        saved = checkpoints(folder) if (folder / "checkpoints").exists() else []
+        typed = ("--resume",) if (folder / "run.json").exists() else (*flags, 1)
+        kill = forks.some_time(draws) if number < KILLS else None
+        print(f"kill {number} (seed {SEED}): {kill}")
+        code, log = parent.train(*typed, "--output-dir", folder, devices=1, kill=kill)
+        assert code == (-signal.SIGKILL if kill else 0), log
+        assert "damaged" not in log
+        if told := re.search(r"resume +(?:from step (\d+)|no finished)", log):
+            assert int(told[1] or 0) == max(saved, default=0)
+    assert comparable(folder) == comparable(whole)
+    assert checkpoints(folder) == [MANY - 1, MANY]
+
+
+# ------------------------------------------------------------------------- damaged
+
+
+def damage(folder, step):
+    files = (folder / "checkpoints" / str(step) / "state").glob("**/d/*")
+    path = max(files, key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_past_a_damaged_checkpoint_a_run_goes_on_from_the_one_before(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    damage(folder, 6)
+    out = resumed(folder)
+    assert re.search(r"resume the checkpoint of step 6 is damaged and left out: \w+", out)
+    assert "resume from step 4 of 6" in out
+    assert comparable(folder) == comparable(whole) and checkpoints(folder) == [2, 4, 6]
+    assert "from step 6 of 6" in resumed(folder)  # which was saved again
+
+
+def test_a_run_without_a_readable_checkpoint_is_refused_and_left_as_it_is(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for step in (2, 4, 6):
+        damage(folder, step)
+    message = cli.refused("train", "--resume", "--output-dir", folder)
+    assert all(f"step {step}: " in message for step in (2, 4, 6))
+    assert comparable(folder) == comparable(whole) and checkpoints(folder) == [2, 4, 6]
+    assert status(folder) == "finished"
+
+
+# ------------------------------------------------------------------------- elsewhere
+
+
+def assert_as_uninterrupted(folder, whole):
+    (ours, _), (theirs, _) = comparable(folder), comparable(whole)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    losses, expected = ([row["loss"] for row in part] for part in (ours, theirs))
+    assert losses[:2] == expected[:2]  # the steps before are as they were logged
+    np.testing.assert_allclose(losses, expected, atol=1e-4, rtol=0)
+    print("largest difference:", max(abs(a - b) for a, b in zip(losses, expected, strict=True)))
+
+
+def test_a_run_goes_on_with_a_step_split_otherwise(whole, tmp_path):
+    folder = interrupted(whole, tmp_path)
+    assert "from step 2 of 6" in resumed(folder, "--batch-size", 16, "--grad-accum", 1)
+    assert_as_uninterrupted(folder, whole)
+
+
+def test_a_run_goes_on_with_fewer_devices_and_another_mesh(parent, whole, tmp_path):
+    folder = interrupted(whole, tmp_path)
+    flags = ("--resume", "--output-dir", folder, "--mesh", "fsdp=2,tensor=2")
+    code, log = parent.train(*flags, devices=4)
+    assert code == 0 and "4 × cpu" in log and "from step 2 of 6" in log, log
+    assert_as_uninterrupted(folder, whole)
+
+
+def test_with_the_same_devices_a_run_goes_on_bit_by_bit(whole, tmp_path):
+    folder = interrupted(whole, tmp_path)
+    assert "from step 2 of 6" in resumed(folder)
+    assert comparable(folder) == comparable(whole)
+
+
+def test_other_rows_a_step_are_refused(whole, tmp_path):
+    folder = interrupted(whole, tmp_path)
+    message = cli.refused("train", "--resume", "--output-dir", folder, "--batch-size", 32)
+    assert "16 rows a step" in message and "32 × 2" in message
+
+
+def test_a_batch_that_other_devices_cannot_share_says_what_to_type(whole, tmp_path):
+    folder = interrupted(whole, tmp_path)
+    change_run(folder, settings={"batch_size": 2, "grad_accum": 8})
+    message = cli.refused("train", "--resume", "--output-dir", folder)
+    assert "--batch-size 8 --grad-accum 2, or another --mesh" in message
+    assert "from step 2" in resumed(folder, "--batch-size", 8, "--grad-accum", 2)
+    assert_as_uninterrupted(folder, whole)
+
+
+# ------------------------------------------------------------------------- another base
+
+
+def test_a_base_with_other_values_is_refused(whole, tmp_path):
+    folder = interrupted(whole, tmp_path)
+    base = pathlib.Path(shutil.copytree(cli.BASE, tmp_path / "base"))
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\1")
+    change_run(folder, settings={"model": str(base)})
+    run = json.loads((folder / "run.json").read_text())
+    change_run(folder, base=run["base"] | {"id": str(base)})
+    before = (folder / "run.json").read_bytes()
+    message = cli.refused("train", "--resume", "--output-dir", folder)
+    assert "found: another checksum of the base where:" in message
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_run_json_of_an_earlier_version_is_told(whole, tmp_path):
+    folder = interrupted(whole, tmp_path)
+    run = json.loads((folder / "run.json").read_text())
+    del run["base"]["checksum"], run["data"], run["versions"]["lora-jax"]
+    (folder / "run.json").write_text(json.dumps(run))
+    message = cli.refused("train", "--resume", "--output-dir", folder)
+    assert all(f"no {part} of the" in message for part in ("checksum", "train", "held out"))
+
+
+# ------------------------------------------------------------------------- failed
+
+
+def failing_at(monkeypatch, number, fail):
+    steps = train.steps
+
+    def broken(*arguments):
+        for state, metrics in steps(*arguments):
+            yield state, fail(metrics) if metrics["step"] == number else metrics
+
+    monkeypatch.setattr(train, "steps", broken)
+
+
+def out_of_memory(_):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
+
+
+@pytest.mark.parametrize(
+    ("fail", "told"),
+    [
+        (lambda metrics: metrics | {"loss": float("nan")}, "failed: NaN or infinity at step 3"),
+        (out_of_memory, "failed: 123 bytes wanted"),
+    ],
+)
+def test_run_json_tells_a_failure_and_the_run_can_go_on(
+    whole, rows, tmp_path, monkeypatch, fail, told
+):
+    folder = interrupted(whole, tmp_path)
+    with monkeypatch.context() as patch:
+        failing_at(patch, 3, fail)
+        cli.refused("train", "--resume", "--output-dir", folder)
+    assert status(folder) == told
+    out = resumed(folder)
+    assert told in out and "from step 2 of 6" in out
+    assert comparable(folder) == comparable(whole) and status(folder) == "finished"
+
+
+# ------------------------------------------------------------------------- the best step
+
+
+def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
+    folder, losses, seen = tmp_path / "run", iter([9, 3, 1, 2]), {}
+    steps = train.steps
+
+    def watched(*arguments):
+        for state, metrics in steps(*arguments):
+            layer = state.lora["model"]["layers"]["self_attn"]["q_proj"]
+            seen[metrics["step"]] = np.asarray(layer["lora_B"][0]).T
+            yield state, metrics
+
+    monkeypatch.setattr(train, "steps", watched)
+    monkeypatch.setattr(evaluate, "mean_loss", lambda *_: float(next(losses)))
+    ended = cli.run(
+        "train", *FLAGS, "--dataset", rows, "--output-dir", folder, "--eval-every", 2,
+        "--save-every", 100, "--keep-checkpoints", 1, "--keep-best",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    assert checkpoints(folder) == [4, 6]
+    assert_the_adapter_is(folder, seen[4])
+    best = {"step": 4, "eval_loss": 1.0}
+    assert json.loads((folder / "run.json").read_text())["best"] == best
+    assert re.search(r"best +step 4, held-out loss 1.0000", ended.out)
+
+    shutil.rmtree(folder / "checkpoints/6")  # killed while it was saved
+    losses = iter([0.5])
+    assert "best step 6, held-out loss 0.5000" in resumed(folder)
+    assert checkpoints(folder) == [6]
+    assert_the_adapter_is(folder, seen[6])
+
+
+def assert_the_adapter_is(folder, expected):
+    tensors = safetensors.numpy.load_file(folder / "adapter/adapter_model.safetensors")
+    (found,) = (t for name, t in tensors.items() if "layers.0.self_attn.q_proj.lora_B" in name)
+    np.testing.assert_array_equal(found, expected)
