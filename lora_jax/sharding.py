@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
@@ -127,6 +129,24 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
     def put(path, array):
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
-        return jax.device_put(array, of(names, jnp.ndim(array), mesh))
+        return _put(array, of(names, jnp.ndim(array), mesh))
 
     return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def put(tree: Any, where: NamedSharding) -> Any:
+    """The host's arrays of `tree`, the same in all processes, on the devices of `where`."""
+    return jax.tree.map(lambda array: _put(array, where), tree)
+
+
+def _put(array: Any, where: NamedSharding) -> jax.Array:
+    # For devices of other processes jax.device_put would send the array around, to compare.
+    if where.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, where)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def gather(tree: Any) -> Any:
+    """The arrays of `tree` whole, on the host of every process; all must call it."""
+    return multihost_utils.process_allgather(tree, tiled=True)
