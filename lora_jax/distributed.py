@@ -233,7 +233,7 @@ def _gather(place: Place, wait: float) -> dict[int, socket.socket]:
                 missing = [str(i) for i in range(1, place.num_processes) if i not in found]
                 problem = f"no process {', '.join(missing)}"
                 for connection in found.values():
-                    _send(connection, {"refused": problem})
+                    _refuse(connection, problem)
                 raise errors.UserError(
                     expected=f"{place.num_processes} processes within {wait:g} s",
                     found=problem,
@@ -251,8 +251,7 @@ def _gather(place: Place, wait: float) -> dict[int, socket.socket]:
                 problem = f"process 0 has --num-processes {place.num_processes}"
                 if count == place.num_processes:
                     problem = f"there is a process {who} already"
-                _send(connection, {"refused": problem})
-                connection.close()
+                _refuse(connection, problem)
                 continue
             found[who] = connection
     for connection in found.values():
@@ -265,6 +264,7 @@ def _join(place: Place, wait: float) -> socket.socket:
     host, _, port = place.coordinator.rpartition(":")
     end, problem = time.monotonic() + wait, "no answer"
     while (left := end - time.monotonic()) > 0:
+        connection = None
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
             _send(connection, {k: getattr(place, k) for k in ("process_id", "num_processes")})
@@ -273,10 +273,14 @@ def _join(place: Place, wait: float) -> socket.socket:
             if "go" in answer:
                 return connection
             problem = answer["refused"]
-            break
+            left = 0
         except (OSError, ValueError, KeyError) as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            time.sleep(min(0.2, max(0, left)))
+        if connection is not None:
+            connection.close()
+        if not left:
+            break
+        time.sleep(min(0.2, left))
     raise errors.UserError(
         expected=f"process 0 of {place.num_processes} at the coordinator's address, "
         f"and all others, within {wait:g} s",
@@ -284,6 +288,12 @@ def _join(place: Place, wait: float) -> socket.socket:
         where=f"process {place.process_id}, --coordinator {place.coordinator}",
         do="check the address and that a firewall lets its port through, and start all processes",
     )
+
+
+def _refuse(connection: socket.socket, problem: str) -> None:
+    with contextlib.suppress(OSError):  # gone already
+        _send(connection, {"refused": problem})
+    connection.close()
 
 
 def _line(connection: socket.socket) -> bytes:
@@ -349,7 +359,8 @@ class _Group:
             self._send({"bye": True})
 
     def lost(self, who: int) -> NoReturn:
-        text = f"process {who} of {self.place.num_processes} was lost; {self.advice}"
+        # The empty line: below a progress bar.
+        text = f"\nprocess {who} of {self.place.num_processes} was lost; {self.advice}"
         if self._leads:
             self._end_all(RESTART, text)
         self._exit(RESTART, text)
@@ -409,7 +420,7 @@ class _Group:
 
     def _print_and_exit(self, code: int, text: str) -> NoReturn:
         if text:
-            os.write(2, f"\n{text}\n".encode(errors="replace"))
+            os.write(2, f"{text}\n".encode(errors="replace"))
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # closed, being written to
                 stream.flush()
@@ -433,7 +444,8 @@ def _end_when_aborted(group: _Group) -> None:
     def aborted(_):
         time.sleep(_GRACE)  # the listening thread may know which process it was
         n = group.place.num_processes
-        group._print_and_exit(RESTART, f"one of {n} processes was lost, or cut off; {group.advice}")
+        text = f"\none of {n} processes was lost, or cut off; {group.advice}"
+        group._print_and_exit(RESTART, text)
 
     group.aborted = aborted  # or it would be freed
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
