@@ -335,18 +335,26 @@ def _return_freed_memory() -> None:
 
 
 def _read(stored: Stored, where: NamedSharding, transpose: bool) -> jax.Array:
-    """The tensor as it lies on disk, on the devices that will hold its place in `where`."""
-    # Opened anew for each tensor: a mapped file's pages count as memory until it is closed.
-    with safetensors.safe_open(stored.path, "numpy") as reader:
-        array = reader.get_tensor(stored.name)
-    spec = where.spec[-array.ndim :]
+    """The tensor as it lies on disk, on the devices that will hold its place in `where`.
+
+    Of it only the parts are read that devices of this process hold, each once.
+    """
+    spec = where.spec[-len(stored.shape) :]
     spec = spec[::-1] if transpose else spec
     # An axis that is padded in its packed form may not divide here: it is cut after the padding.
     spec = PartitionSpec(
         *(None if name and size % where.mesh.shape[name] else name
-          for size, name in zip(array.shape, spec, strict=False))
+          for size, name in zip(stored.shape, spec, strict=False))
     )  # fmt: skip
-    return jax.device_put(array, NamedSharding(where.mesh, spec))
+    # Opened anew for each tensor: a mapped file's pages count as memory until it is closed.
+    with safetensors.safe_open(stored.path, "numpy") as reader:
+        part = reader.get_slice(stored.name)
+        read = functools.cache(lambda *bounds: part[tuple(slice(*b) for b in bounds)])
+        return jax.make_array_from_callback(
+            stored.shape,
+            NamedSharding(where.mesh, spec),
+            lambda index: read(*((s.start, s.stop) for s in index)),
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -591,18 +591,27 @@ class Batches:
         """Optimiser steps that show every row `epochs` times (the last one may show a few more)."""
         return math.ceil(epochs * len(self.rows) / (self.batch_size * self.grad_accum))
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """What `pad` gives, for optimiser step `step` = 0, 1, …: int32 [A, B, T]."""
-        shape = (self.grad_accum, self.batch_size, self.length)
-        padded = pad(self._rows_of(step), self.length)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[A, B, T] of each array of a batch."""
+        return self.grad_accum, self.batch_size, self.length
+
+    def batch(self, step: int, columns: slice = slice(None)) -> dict[str, np.ndarray]:
+        """What `pad` gives, for optimiser step `step` = 0, 1, …: int32 [A, B, T].
+
+        columns: which of the B rows of each micro-batch to make; the arrays are of these alone.
+        """
+        wanted = range(self.batch_size)[columns]
+        padded = pad(self._rows_of(step, wanted), self.length)
+        shape = (self.grad_accum, len(wanted), self.length)
         return {name: array.reshape(shape) for name, array in padded.items()}
 
-    def _rows_of(self, step: int) -> list[Row]:
-        size = self.batch_size * self.grad_accum
-        num_rows = len(self.rows)
+    def _rows_of(self, step: int, wanted: range) -> list[Row]:
+        num_rows, first = len(self.rows), step * self.grad_accum
         return [
             self.rows[_permutation(num_rows, self.seed, n // num_rows)[n % num_rows]]
-            for n in range(step * size, (step + 1) * size)
+            for micro_batch in range(first, first + self.grad_accum)
+            for n in (micro_batch * self.batch_size + row for row in wanted)
         ]
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from lora_jax import devices, formats, quant
+from lora_jax import devices, distributed, formats, quant
 from lora_jax.kernels import int4_matmul, matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.models import llama
@@ -31,13 +31,14 @@ def choose(model: llama.LlamaForCausalLM, mesh: Mesh) -> str | None:
     """The form that suits the mesh's devices and fits: "dense", "k_minor", or None for neither."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         return None  # the forms are of whole weights
-    device = mesh.devices.flat[0]
+    several = jax.process_count() > 1
+    device = mesh.local_devices[0] if several else mesh.devices.flat[0]
     form = best(device)
     if form is None or (form == "k_minor" and not any(map(_is_int4, _linears(model)))):
         return None
     free = devices.free_bytes(device)
     fits = free is None or num_bytes(model, form) <= _SHARE * free
-    return form if fits else None
+    return form if distributed.told(fits) else None  # all must run the same program
 
 
 def best(device: Any) -> str | None:

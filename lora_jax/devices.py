@@ -20,9 +20,10 @@ from lora_jax import errors
 
 
 def describe() -> str:
-    """Such as "8 × NVIDIA H100 80GB HBM3 (gpu)"."""
-    found = jax.devices()
-    return f"{len(found)} × {found[0].device_kind} ({found[0].platform})"
+    """Such as "8 × NVIDIA H100 80GB HBM3 (gpu)", with "in 2 processes" where they are many."""
+    found, processes = jax.devices(), jax.process_count()
+    several = f" in {processes} processes" if processes > 1 else ""
+    return f"{len(found)} × {found[0].device_kind} ({found[0].platform}){several}"
 
 
 def unused_accelerator() -> str | None:
@@ -69,7 +70,7 @@ def has_tpu() -> bool:
 
 def peak_bytes() -> int:
     """Most memory used so far: of the first device where it tells, else of this process."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -151,7 +152,7 @@ def explain(error: BaseException) -> errors.UserError | None:
     """A failure of the runtime that the user can put right, in words; None for any other."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
-        stats = jax.devices()[0].memory_stats() or {}
+        stats = jax.local_devices()[0].memory_stats() or {}
         wanted = re.search(r"\d[\d.]*\s?[KMGT]?i?(?:B|[Bb]ytes)\b", text)
         limit = stats.get("bytes_limit", 0)
         free = (limit - stats.get("bytes_in_use", 0)) / 2**30

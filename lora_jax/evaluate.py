@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -35,7 +34,7 @@ def mean_loss(
     for first in range(0, len(rows), batch_size):
         chunk = rows[first : first + batch_size]
         padded = data.pad([*chunk, *[empty] * (batch_size - len(chunk))], length)
-        batch = jax.device_put(train.Batch(**padded), where)
+        batch = sharding.put(train.Batch(**padded), where)
         value, tokens = eval_loss(trained, frozen, batch)
         total, count = total + value.item(), count + tokens.item()
     return total / count

@@ -128,9 +128,10 @@ def continuations(
         # The last batch starts early enough to be full: one shape, one compilation.
         start = max(0, min(first, len(prompts) - batch_size))
         rows = ids[start : start + batch_size], mask[start : start + batch_size]
-        rows = jax.device_put(rows, sharding.rows(len(rows[0]), mesh))
+        rows = sharding.put(rows, sharding.rows(len(rows[0]), mesh))
         new = continue_(trained, frozen, *rows, jax.random.fold_in(key, first))
-        for prompt, tokens in zip(prompts[first:], np.asarray(new)[first - start :], strict=False):
+        new = sharding.gather(new)[first - start :]
+        for prompt, tokens in zip(prompts[first:], new, strict=False):
             yield tokenizer.continuation(reader, prompt, tokens[tokens >= 0].tolist())
 
 

@@ -145,6 +145,31 @@ class RunFolder:
         os.replace(new, self._metrics)
 
 
+class Followed(RunFolder):
+    """The folder as the processes besides the first see it: they read it, and write nothing."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self._run = path / "run.json"
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def check_space(self, num_bytes: int) -> None:
+        pass
+
+    def write_run(self, run: dict[str, Any]) -> None:
+        pass
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def cut_back(self, step: int) -> None:
+        pass
+
+
 def default_path() -> pathlib.Path:
     """runs/DATE-TIME, with a number behind it when another run took the name this second."""
     name = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")

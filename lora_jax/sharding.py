@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from lora_jax import devices, errors, quant
+from lora_jax import devices, distributed, errors, quant
 from lora_jax.kernels import partition as dealing
 from lora_jax.models import llama
 
@@ -71,7 +72,9 @@ def choose(text: str | None, base_bytes: int) -> Mesh:
     """The mesh that --mesh asks for, or else the default for a base of so many bytes."""
     count = jax.device_count()
     memory = devices.memory_bytes(jax.local_devices()[0])
-    return make_mesh(parse(text, count) if text else default(count, base_bytes, memory))
+    # Hosts may tell unequal memories.
+    sizes = parse(text, count) if text else distributed.told(default(count, base_bytes, memory))
+    return make_mesh(sizes)
 
 
 def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) -> Mesh:
@@ -219,6 +222,24 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
     def put(path, array):
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
-        return jax.device_put(array, of(names, jnp.ndim(array), mesh))
+        return _put(array, of(names, jnp.ndim(array), mesh))
 
     return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def put(tree: Any, where: NamedSharding) -> Any:
+    """The host's arrays of `tree`, the same in all processes, on the devices of `where`."""
+    return jax.tree.map(lambda array: _put(array, where), tree)
+
+
+def _put(array: Any, where: NamedSharding) -> jax.Array:
+    # For devices of other processes jax.device_put would send the array around, to compare.
+    if where.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, where)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def gather(tree: Any) -> Any:
+    """The arrays of `tree` whole, on the host of every process; all must call it."""
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -8,10 +8,11 @@ import shutil
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from lora_jax import config, errors
+from lora_jax import config, distributed, errors
 
 # Flags with a path on this machine.
 PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file")
@@ -100,6 +101,27 @@ def add_sampling(flags: Flags) -> None:
     flags.add("--min-p", "… at least p times as likely as the likeliest", type=float, metavar="P")
 
 
+def add_processes(flags: Flags) -> None:
+    """--coordinator, --num-processes, --process-id."""
+    flags.group("many processes (on TPU pods, SLURM, Open MPI and Kubernetes found by themselves)")
+    flags.add("--coordinator", "a free port of process 0's host, the same for all",
+              metavar="HOST:PORT")  # fmt: skip
+    flags.add("--num-processes", "how many are started", type=int, metavar="N")
+    flags.add("--process-id", "which of them this is, from 0", type=int, metavar="I")
+
+
+def join(typed: dict[str, Any]) -> dict[str, Any]:
+    """`typed` without the flags of add_processes, once all processes are there.
+
+    Process 0 alone prints from here on.
+    """
+    names = ("coordinator", "num_processes", "process_id")
+    distributed.start(distributed.find(*(typed.get(name) for name in names)))
+    if not distributed.leads():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return {name: value for name, value in typed.items() if name not in names}
+
+
 def quantisation(typed: dict[str, Any]) -> dict[str, Any]:
     """`typed` with --use-4bit and --no-4bit replaced by the --quant they mean."""
     meant = {
@@ -134,12 +156,14 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
         sys.stdout.flush()
+        distributed.leave()
     except errors.UserError as error:
         code = fail(error)
     except BrokenPipeError:  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except KeyboardInterrupt:
+        distributed.end(130, "stopped")
         print("\nstopped", file=sys.stderr)
         code = 130
     except Exception as error:
@@ -147,8 +171,9 @@ def run(main: Callable[[], int | None]) -> None:
 
         explained = devices.explain(error)
         if explained is None:
+            distributed.end(1, traceback.format_exc(), sure=False)
             raise
-        code = fail(explained)
+        code = fail(explained, sure=False)
     finally:
         signal.signal(signal.SIGINT, before)
     sys.exit(code)
@@ -161,12 +186,16 @@ def _end_at_once(*_: Any) -> NoReturn:
     os._exit(130)
 
 
-def fail(error: errors.UserError) -> int:
-    """Prints the message; gives the exit code."""
+def fail(error: errors.UserError, *, sure: bool = True) -> int:
+    """Prints the message; gives the exit code. Of many processes it ends all."""
     width = max(40, min(shutil.get_terminal_size().columns, 100))
-    for line in f"error:{error}".splitlines():
-        wrapped = textwrap.wrap(
+    wrapped = [
+        part
+        for line in f"error:{error}".splitlines()
+        for part in textwrap.wrap(
             line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
         )
-        print("\n".join(wrapped), file=sys.stderr)
+    ]
+    distributed.end(2, "\n".join(wrapped), sure=sure)
+    print("\n".join(wrapped), file=sys.stderr)
     return 2

@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax import distributed
+
 LABEL = 10  # columns
 PLAIN_LINES = 20  # of progress, when there is no terminal to draw a bar on
 
@@ -87,7 +89,7 @@ class Progress:
 
         self._num_steps = num_steps
         self._since: tuple[int, float] | None = None  # the first step shown: it held the compiling
-        self._plain = not sys.stderr.isatty()
+        self._plain = not sys.stderr.isatty() or not distributed.leads()
         self._bar = tqdm.tqdm(
             total=num_steps, initial=first, unit="step", disable=self._plain, dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]",

@@ -9,7 +9,7 @@ from typing import Any
 import arguments
 import console
 
-from lora_jax import config, errors
+from lora_jax import config, distributed, errors
 
 DEFAULTS = {"quant": "none", "seed": 0, **dataclasses.asdict(config.Sampling())}
 DESCRIPTION = """\
@@ -33,11 +33,12 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
     flags.group("sampling")
     arguments.add_sampling(flags)
     flags.add("--seed", "of the draws", type=int)
+    arguments.add_processes(flags)
     return DEFAULTS | arguments.quantisation(flags.typed(argv))
 
 
 def main() -> int:
-    settings = parse()
+    settings = arguments.join(parse())
     arguments.check_quant_fast(settings)
     prompts = list(settings.get("prompt", []))
     if "prompts_file" in settings:
@@ -77,7 +78,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
     )
     from lora_jax.models import config as model_config
 
-    if warning := devices.unused_accelerator():
+    if distributed.leads() and (warning := devices.unused_accelerator()):
         print(f"warning: {warning}", file=sys.stderr)
     devices.keep_freed_memory()
     adapter = hub.model_folder(settings["adapter"]) if "adapter" in settings else None
@@ -117,7 +118,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
         graphdef, *state = train.split(model)
         trained, frozen = sharding.place(state, mesh)
         form = decode.choose(model, mesh)
-        if form:
+        if form and distributed.leads():
             size = console.size(decode.num_bytes(model, form))
             print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
         continue_ = generate.make(graphdef, sampling, tokenizer.eos_ids(reader, folder), form=form)

@@ -1,6 +1,7 @@
 """What train.py does once its flags are read: load, evaluate, train, save, show."""
 
 import contextlib
+import functools
 import importlib.metadata
 import math
 import os
@@ -23,6 +24,7 @@ from lora_jax import (
     data,
     decode,
     devices,
+    distributed,
     errors,
     evaluate,
     generate,
@@ -49,7 +51,7 @@ def run(
     resume: bool,
     default_batch: bool,
 ) -> int:
-    """The exit code of a run with all its settings: 0, or 130 when it was stopped.
+    """The exit code of a run with all its settings: 0, or what Stop gives when it was stopped.
 
     default_batch: the batch size was not asked for, and may grow to suit the devices.
     """
@@ -61,6 +63,8 @@ def run(
     mesh = sharding.choose(settings.get("mesh"), checkpoint.loaded_bytes(base, **loaded))
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say("devices", f"{devices.describe()}, mesh {axes}")
+    where = console.quoted(str(folder.path))
+    distributed.when_lost(f"start all again with --resume --output-dir {where}")
     with jax.set_mesh(mesh):
         job = Job(settings, folder, base, mesh, default_batch, resume)
         if job.num_steps == 0:
@@ -204,7 +208,7 @@ class Job:
         self.seconds["load"] = time.time() - start
 
     def fit(self, *, resume: bool) -> int:
-        """Trains from the start or the newest checkpoint; 130 when it was asked to stop."""
+        """Trains from the start or the newest checkpoint; the exit code, of Stop if it stopped."""
         settings = self.settings
         optim_config = config.build(config.OptimConfig, settings)
         optimizer = optim.make(optim_config, self.num_steps)
@@ -232,6 +236,7 @@ class Job:
                     _, answers = self._evaluate(0, state.lora, score=True)
                     record["samples"] = {"before": answers}
                 except KeyboardInterrupt:
+                    distributed.end(130, "stopped")
                     self._tell_stopped(0)
                     return 130
                 self.folder.write_run(record)
@@ -250,7 +255,7 @@ class Job:
                 self.folder.write_run(record)
         if done < self.num_steps:
             self._tell_stopped(done)
-            return 130
+            return stop.code
         self._show(record["samples"])
         self.continue_prompts()
         return 0
@@ -281,7 +286,7 @@ class Job:
                     if last:  # before its checkpoint: a run resumed there has these to show
                         record["samples"]["after"] = answers
                         self.folder.write_run(record)
-                stopping = stop.asked  # read once: what ends the loop must have been saved
+                stopping = stop.after(number)  # once: what ends the loop must have been saved
                 due = number % self.settings["save_every"] == 0
                 due |= loss is not None and bool(self.settings.get("keep_best"))
                 if last or stopping or due:
@@ -314,7 +319,16 @@ class Job:
         return generate.make(self.graphdef, sampling, self.eos_ids, form=form)
 
     def _batch(self, index: int) -> train.Batch:
-        return jax.device_put(train.Batch(**self.batches.batch(index)), sharding.batch(self.mesh))
+        where, shape = sharding.batch(self.mesh), self.batches.shape
+        # Only the rows of this process's devices are made.
+        rows = functools.cache(lambda *bounds: self.batches.batch(index, slice(*bounds)))
+
+        def array(name):
+            return jax.make_array_from_callback(
+                shape, where, lambda at: rows(at[1].start, at[1].stop)[name]
+            )
+
+        return train.Batch(*map(array, train.Batch._fields))
 
     def _resume(self, state: train.State, snapshots: snapshot.Snapshots, record: dict):
         """The newest readable checkpoint's state, or `state` when there is none yet."""
@@ -422,7 +436,9 @@ class Job:
         return loss, [answer._asdict() for answer in answers[:2]]
 
     def _save_adapter(self) -> None:
-        nnx.update(self.model, self.trained)
+        nnx.update(self.model, sharding.gather(self.trained))
+        if not distributed.leads():
+            return
         local = pathlib.Path(self.settings["model"]).is_dir()
         peft.save(
             self.folder.adapter,
@@ -467,22 +483,37 @@ def _tell_damaged(damaged: dict[int, str]) -> None:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM asks to stop after this step; a second Ctrl-C ends at once."""
+    """Ctrl-C or SIGTERM asks to stop after this step; a second Ctrl-C ends at once.
+
+    code: 130 after Ctrl-C. After SIGTERM, of a machine that is wanted for something else, 75:
+    start again. Of many processes one is enough, and all stop after the same step, with 75.
+    """
 
     def __init__(self):
         self.asked = False
+        self.code = distributed.RESTART
 
     def __enter__(self) -> "Stop":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        # In one of many processes SIGTERM is jax's, for distributed.preempted.
+        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step, asked once each step."""
+        if jax.process_count() > 1:
+            return distributed.preempted(step)
+        return self.asked
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_) -> None:
+    def _ask(self, number: int, _) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if not distributed.ask_to_stop() and number == signal.SIGINT:
+            self.code = 130
         # print() may not be entered again from a signal handler.
         os.write(2, b"\nstopping after this step, to save; again to stop at once\n")

@@ -10,7 +10,7 @@ from typing import Any
 import arguments
 import console
 
-from lora_jax import config, demo, errors, run_folder
+from lora_jax import config, demo, distributed, errors, run_folder
 
 DEFAULTS = {
     **dataclasses.asdict(config.LoRAConfig()),
@@ -102,6 +102,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--chat", "put --prompt into the chat template", action="store_const", const=True)
     flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
     flags.add("--temperature", "0 takes the likeliest token", type=float)
+    arguments.add_processes(flags)
     typed = arguments.quantisation(flags.typed(argv))
     if "targets" in typed:
         typed["targets"] = _targets(typed["targets"])
@@ -195,19 +196,24 @@ def _check_numbers(settings: dict[str, Any]) -> None:
 
 def main() -> int:
     typed, resume = parse()
+    typed = arguments.join(typed)
     if resume and "output_dir" not in typed:
         raise errors.UserError(
             expected="the folder of the run to go on with",
             found="--resume alone",
             do="--resume --output-dir runs/…",
         )
-    path = pathlib.Path(typed.get("output_dir") or run_folder.default_path())
+    path = typed.get("output_dir") or str(run_folder.default_path())
+    path = pathlib.Path(distributed.told(path))
     if not resume:
         settings = resolve(typed)
         # Refused before anything heavy is loaded or written.
         config.build(config.LoRAConfig, settings)
         config.build(config.OptimConfig, settings)
-    with run_folder.RunFolder(path, resume=resume) as folder:
+    # Told once process 0 has it: the others end with process 0 where it is refused the folder.
+    mine = distributed.leads()
+    with run_folder.RunFolder(path, resume=resume) if mine else run_folder.Followed(path) as folder:
+        distributed.told(None)
         if resume:
             settings = resumed(typed, folder)
         elif "model" not in typed and "dataset" not in typed and settings["max_steps"] != 0:

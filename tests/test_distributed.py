@@ -1,0 +1,347 @@
+"""Two processes are one run: the same losses, one folder, one end for both."""
+
+import importlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import cli
+import numpy as np
+import pytest
+import safetensors.numpy
+import yaml
+
+from lora_jax import distributed, errors
+
+LAUNCH = cli.ROOT / "examples/launch"
+STEPS = 10
+FLAGS = (
+    *("--model", cli.BASE, "--batch-size", 8, "--grad-accum", 2, "--remat", "none"),
+    *("--rank", 2, "--dropout", 0.1, "--max-steps", STEPS, "--save-every", 2),
+    *("--exact-match", 2),
+)
+# argv[1:4]: a step, a signal that the process sends itself there, the script; then its flags.
+CODE = """
+import os, sys
+sys.path.insert(0, "scripts")
+step, number, script = sys.argv[1:4]
+sys.argv[1:] = sys.argv[4:]
+import arguments, console
+show = console.Progress.show
+def shown(self, done, metrics):
+    show(self, done, metrics)
+    if done == int(step):
+        os.kill(os.getpid(), int(number))
+console.Progress.show = shown
+arguments.run(__import__(script).main)
+"""
+
+
+class Ended:
+    """Exit codes and what was printed, by process."""
+
+    def __init__(self, started):
+        said = [process.communicate(timeout=100) for process in started]
+        self.out, self.err = zip(*said, strict=True)
+        self.codes = [process.returncode for process in started]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """start(flags, processes=2, signals={process: (step, signal)}): runs to the end."""
+    compiled = tmp_path_factory.mktemp("compiled")
+
+    def start(*flags, processes=2, signals=None, script="train"):
+        xla = re.sub(r"(device_count)=\d+", rf"\1={4 // processes}", os.environ["XLA_FLAGS"])
+        environment = os.environ | {
+            "XLA_FLAGS": xla,
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # which importing jax sets
+        together = ("--coordinator", f"localhost:{free_port()}", "--num-processes", processes)
+        started = []
+        for number in range(processes):
+            step, sent = (signals or {}).get(number, (0, 0))
+            own = (*together, "--process-id", number) if processes > 1 else ()
+            command = [sys.executable, "-c", CODE, step, int(sent), script, *flags, *own]
+            started.append(
+                subprocess.Popen(
+                    list(map(str, command)), cwd=cli.ROOT, env=environment, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )
+            )  # fmt: skip
+        try:
+            return Ended(started)
+        finally:
+            for process in started:
+                process.kill()
+
+    return start
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    train = cli.write_rows(folder / "train.jsonl", 40)
+    return ("--dataset", train, "--eval-dataset", cli.write_rows(folder / "eval.jsonl", 4, 40))
+
+
+@pytest.fixture(scope="module")
+def whole(start, data, tmp_path_factory):
+    """The folder of a run of one process with four devices that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    ended = start(*FLAGS, *data, "--output-dir", folder, processes=1)
+    assert ended.codes == [0], ended.err
+    return folder
+
+
+def metrics(folder, kind):
+    return [row[kind] for row in cli.metrics(folder) if kind in row]
+
+
+def run_json(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def adapter(folder):
+    return safetensors.numpy.load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def checkpoints(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------- whole runs
+
+
+def test_a_lost_process_and_sigterm_end_all_and_the_run_goes_on_to_the_same_end(whole, start, data):
+    folder = whole.parent / "interrupted"
+    resume = ("--resume", "--output-dir", folder)
+    victim, step = random.randrange(2), random.randrange(3, 6)
+
+    killed = {victim: (step, signal.SIGKILL)}
+    ended = start(*FLAGS, *data, "--output-dir", folder, signals=killed)
+    assert ended.codes[victim] == -signal.SIGKILL, (killed, ended.err)
+    assert ended.codes[1 - victim] == distributed.RESTART, (killed, ended.err)
+    assert "4 × cpu (cpu) in 2 processes, mesh data=4" in ended.out[0] and ended.out[1] == ""
+    told = f"process {victim} of 2 was lost; start all again with --resume --output-dir {folder}"
+    # Without process 0 jax's coordination service has something to say as well.
+    said = ended.err[1 - victim]
+    assert said.endswith(f"\n{told}\n") and (victim == 0 or said.count("\n") == 2), said
+
+    ended = start(*resume, signals={random.randrange(2): (6, signal.SIGTERM)})
+    assert ended.codes == [distributed.RESTART] * 2, ended.err
+    assert ended.err == ("", "") and ended.out[1] == ""
+    stopped = int(re.search(r"stopped after step (\d+) of 10", ended.out[0])[1])
+    assert 6 <= stopped < STEPS and checkpoints(folder)[-1] == stopped
+    assert cli.metrics(folder)[-1]["step"] == stopped
+    assert any(part.any() for name, part in adapter(folder).items() if "lora_B" in name)
+
+    assert "--num-processes" not in json.dumps(run_json(folder))
+    ended = start(*resume, "--mesh", "data=2,fsdp=2", processes=1)
+    assert ended.codes == [0], ended.err
+    for kind in ("loss", "eval_loss", "grad_norm"):
+        assert metrics(folder, kind) == pytest.approx(metrics(whole, kind), abs=1e-5, rel=1e-6)
+    assert run_json(folder)["samples"] == run_json(whole)["samples"]
+    assert len(run_json(whole)["samples"]["before"]) == 2
+    ours, theirs = adapter(folder), adapter(whole)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6)
+
+
+def test_generating_in_two_processes(whole, start):
+    flags = ("--adapter", whole / "adapter", "--prompt", "Once upon a time", "--prompt", "Tom",
+             "--max-new-tokens", 8)  # fmt: skip
+    ended = start(*flags, script="generate")
+    assert ended.codes == [0, 0], ended.err
+    assert ended.out[1] == "" and ended.err[1] == ""
+    alone = cli.run("generate", *flags)
+    assert alone.out in ended.out[0]  # gloo tells on which connections it runs
+
+
+def test_a_folder_that_process_0_is_refused_ends_both(whole, start, data):
+    ended = start(*FLAGS, *data, "--output-dir", whole)
+    assert ended.codes == [2, 2] and ended.out == ("", "")
+    assert "a folder with files in it" in ended.err[0] and ended.err[0].count("error:") == 1
+    assert ended.err[1] == ""
+
+
+# ------------------------------------------------------------------------- without devices
+
+
+def test_flags_give_a_place():
+    assert distributed.find("host:1234", 2, 1) == distributed.Place("host:1234", 2, 1)
+    assert distributed.find(num_processes=1) is None
+    assert distributed.find("host:1234", 1, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("host:1234",), ["no --num-processes", "no --process-id"]),
+        ((None, 2, 0), ["no --coordinator"]),
+        (("host", 2, 2), ["--coordinator host, not HOST:PORT", "--process-id 2"]),
+        (("host:99999", 0, 0), ["host:99999", "--num-processes 0"]),
+        (("host:1234", 2, -1), ["--process-id -1"]),
+    ],
+)
+def test_flags_that_give_none_are_told_together(flags, told):
+    with pytest.raises(errors.UserError) as error:
+        distributed.find(*flags)
+    for text in told:
+        assert text in str(error.value)
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[01-02]", "SLURM_NTASKS": "2",
+         "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        (SLURM, distributed.Place("node01:61447", 2, 1, detected=True)),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell in an allocation
+        ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),  # the batch script itself
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod of its own
+    ],
+)
+def test_only_a_cluster_with_many_processes_is_joined(monkeypatch, environment, place):
+    for name in (*SLURM, "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.find() == place
+
+
+def test_processes_that_do_not_come_are_named():
+    address = f"localhost:{free_port()}"
+    with pytest.raises(errors.UserError, match="no process 1, 2"):
+        distributed.start(distributed.Place(address, 3, 0), wait=0.2)
+    with pytest.raises(errors.UserError, match="Connection refused"):
+        distributed.start(distributed.Place(address, 3, 1), wait=0.2)
+
+
+def test_a_process_that_is_there_twice_is_refused():
+    address, refused = f"localhost:{free_port()}", []
+
+    def join():
+        with pytest.raises(errors.UserError) as error:
+            distributed._join(distributed.Place(address, 3, 1), wait=5)
+        refused.append(str(error.value))
+
+    twins = [threading.Thread(target=join) for _ in range(2)]
+    for twin in twins:
+        twin.start()
+    with pytest.raises(errors.UserError, match="no process 2"):
+        distributed._gather(distributed.Place(address, 3, 0), wait=1)
+    for twin in twins:
+        twin.join()
+    assert sorted("there is a process 1 already" in text for text in refused) == [False, True]
+    assert sorted("no process 2" in text for text in refused) == [False, True]
+
+
+def test_one_process_s_error_ends_all_and_is_told_by_process_0():
+    address = f"localhost:{free_port()}"
+    code = (
+        "import sys, time; from lora_jax import distributed\n"
+        "number = int(sys.argv[1])\n"
+        f"place = distributed.Place('{address}', 3, number)\n"
+        "others = distributed._gather(place, 60) if not number else "
+        "{0: distributed._join(place, 60)}\n"
+        "distributed._group = distributed._Group(place, others)\n"
+        "assert distributed.told(number) == 0\n"
+        "if number == 1: distributed.end(2, 'no such model')\n"
+        "time.sleep(60)\n"
+    )
+    began = time.monotonic()
+    ended = Ended([
+        subprocess.Popen([sys.executable, "-c", code, str(number)], cwd=cli.ROOT, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for number in range(3)
+    ])  # fmt: skip
+    assert ended.codes == [2, 2, 2], ended.err
+    assert ended.err == ("process 1 of 3:\nno such model\n", "", "")
+    assert time.monotonic() - began < 20
+
+
+# ------------------------------------------------------------------------- launching
+
+
+def jobset():
+    """The JobSet, its one job, and that job's one container."""
+    whole = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    (job,) = whole["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    return whole, job, container
+
+
+STUBS = {
+    "python": 'printf "%s\\n" "$@" > $SAID; exit 75',
+    "gcloud": '[ "${*:1:7}" = "compute tpus tpu-vm ssh pod --zone=zone --worker=all" ] || exit 9\n'
+    'for last; do :; done; exec bash -c "${last#--command=}"',
+    "srun": 'exec "$@"',
+    "scontrol": 'echo "$@" > $SAID.scontrol',
+}
+
+
+@pytest.mark.parametrize("name", ["tpu_pod.sh", "slurm.sbatch", "jobset.yaml"])
+def test_launches_start_and_resume_with_flags_that_exist(name, tmp_path):
+    assert sorted(path.name for path in LAUNCH.iterdir()) == [
+        "jobset.yaml", "slurm.sbatch", "tpu_pod.sh"
+    ]  # fmt: skip
+    for stub, text in STUBS.items():
+        (tmp_path / stub).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / stub).chmod(0o755)
+    (tmp_path / "lora-jax").mkdir()
+    out = tmp_path / "runs/7"
+    out.mkdir(parents=True)
+    command, *rest = jobset()[2]["command"] + jobset()[2]["args"]
+    rest[-1] = rest[-1].replace("/shared/run", str(out))
+    if name != "jobset.yaml":
+        rest = [LAUNCH / name, "pod", "zone", out] if name == "tpu_pod.sh" else [LAUNCH / name]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": str(tmp_path / "said"),
+                   "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7",
+                   "JOB_COMPLETION_INDEX": "1"}  # fmt: skip
+    for resumed in (False, True):
+        done = subprocess.run([command, *rest], env=environment, capture_output=True, text=True)
+        assert done.returncode == distributed.RESTART, done
+        script, *flags = (tmp_path / "said").read_text().splitlines()
+        assert script == "scripts/train.py"
+        typed, resume = importlib.import_module("train").parse(flags)
+        assert resume == resumed and typed["output_dir"] == str(out)
+        place = [typed.get(name) for name in ("coordinator", "num_processes", "process_id")]
+        assert distributed.find(*place) == (
+            distributed.Place("lora-jax-workers-0-0.lora-jax:8476", 2, 1)
+            if name == "jobset.yaml"
+            else None
+        )
+        (out / "run.json").touch()
+    if name == "slurm.sbatch":
+        assert (tmp_path / "said.scontrol").read_text() == "requeue 7\n"
+
+
+def test_the_jobset_s_names_and_numbers_fit_together():
+    whole, job, container = jobset()
+    spec, name = job["template"]["spec"], whole["metadata"]["name"]
+    assert spec["parallelism"] == spec["completions"]
+    assert f"--num-processes {spec['completions']} " in container["args"][0]
+    assert f"--coordinator {name}-{job['name']}-0-0.{name}:" in container["args"][0]
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert distributed.RESTART not in rule["onExitCodes"]["values"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
