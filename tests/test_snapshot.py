@@ -215,9 +215,9 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, mesh):
 def test_a_damaged_best_is_told_and_the_next_best_is_taken(tmp_path, mesh):
     with snapshot.Snapshots(tmp_path, keep=2, keep_best=True) as snapshots:
         for step, loss in ((2, 1.0), (4, 3.0), (6, 2.0)):
-            snapshots.save(state_at(step, mesh, seed=step), loss)
+            snapshots.save(state_at(step, mesh, seed=step, size=64), loss)
         snapshots.wait()
         truncated(tmp_path / "2")
-        best, damaged = snapshots.best(state_at(0, mesh))
-    equal(best, state_at(6, mesh, seed=6))
+        best, damaged = snapshots.best(state_at(0, mesh, size=64))
+    equal(best, state_at(6, mesh, seed=6, size=64))
     assert list(damaged) == [2]
