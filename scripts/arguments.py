@@ -103,7 +103,7 @@ def add_sampling(flags: Flags) -> None:
 
 def add_processes(flags: Flags) -> None:
     """--coordinator, --num-processes, --process-id."""
-    flags.group("many processes (on TPU pods, SLURM, Open MPI and Kubernetes found by themselves)")
+    flags.group("many processes (TPU slices, SLURM and Open MPI tell these)")
     flags.add("--coordinator", "a free port of process 0's host, the same for all",
               metavar="HOST:PORT")  # fmt: skip
     flags.add("--num-processes", "how many are started", type=int, metavar="N")

@@ -172,6 +172,42 @@ def test_a_mesh_holds_the_same_model():
     np.testing.assert_array_equal(embedding, alone.model.embed_tokens.embedding[...])
 
 
+def test_of_a_tensor_only_the_parts_that_devices_hold_are_read_each_once(monkeypatch):
+    (name, stored), *_ = (
+        item for item in checkpoint.tensors(MODELS / "llama").items() if "q_proj" in item[0]
+    )
+    whole, asked = tensors_of("llama")[name], []
+
+    class Reader:
+        def __init__(self, *_):
+            self.opened = opened(*_)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.opened.__exit__(*_)
+
+        def get_slice(self, name):
+            part = self.opened.__enter__().get_slice(name)
+
+            class Slice:
+                def __getitem__(self, index):
+                    asked.append(part[index].shape)
+                    return part[index]
+
+            return Slice()
+
+    opened = checkpoint.safetensors.safe_open
+    monkeypatch.setattr(checkpoint.safetensors, "safe_open", Reader)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    where = sharding.of(("layers", "self_attn", "q_proj", "kernel"), 3, mesh)
+    array = checkpoint._read(stored, where, True)
+    np.testing.assert_array_equal(array, whole)
+    rows, columns = whole.shape
+    assert asked == [(rows // 2, columns // 2)] * 4
+
+
 def test_tensors_that_do_not_fit_are_all_listed(folder):
     tensors = tensors_of("llama")
     del tensors["model.layers.1.mlp.up_proj.weight"]

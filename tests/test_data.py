@@ -450,6 +450,19 @@ def test_every_epoch_is_another_permutation_of_all_rows():
     assert len(set(epochs)) == 4
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_what_each_process_makes_is_its_rows_of_the_same_batch(processes):
+    batches = data.Batches(numbered(10), batch_size=8, grad_accum=3, seed=5, seq_len=64)
+    share = 8 // processes
+    for step in (0, 3):
+        whole = batches.batch(step)
+        parts = [batches.batch(step, slice(first, first + share)) for first in range(0, 8, share)]
+        for name, array in whole.items():
+            assert array.shape == batches.shape and parts[0][name].shape == (3, share, 16)
+            joined = np.concatenate([part[name] for part in parts], axis=1)
+            np.testing.assert_array_equal(joined, array)
+
+
 def test_num_steps_rounds_up():
     batches = data.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
     assert [batches.num_steps(epochs) for epochs in (1, 2, 0.5, 0.1)] == [3, 5, 2, 1]

@@ -78,7 +78,7 @@ def test_peak_memory_is_this_process_s_where_the_device_does_not_tell(monkeypatc
         def memory_stats(self):
             return self.stats
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device({"peak_bytes_in_use": 123})])
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device({"peak_bytes_in_use": 123})])
     assert devices.peak_bytes() == 123
 
 
@@ -100,7 +100,8 @@ def test_what_was_wanted_and_free_is_told(monkeypatch):
         def memory_stats(self):
             return {"bytes_limit": 22 * 2**30, "bytes_in_use": 20 * 2**30}
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, lambda: [Device()])
     message = str(devices.explain(RuntimeError(GPU_FULL)))
     assert "12.50GiB wanted, 2.00 GiB free of 22.00 GiB" in message
     assert "1 × NVIDIA L4 (gpu)" in message

@@ -25,11 +25,10 @@ STEPS = 10
 FLAGS = (
     *("--model", cli.BASE, "--batch-size", 8, "--grad-accum", 2, "--remat", "none"),
     *("--rank", 2, "--dropout", 0.1, "--max-steps", STEPS, "--save-every", 2),
-    *("--exact-match", 2),
 )
 # argv[1:4]: a step, a signal that the process sends itself there, the script; then its flags.
 CODE = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, "scripts")
 step, number, script = sys.argv[1:4]
 sys.argv[1:] = sys.argv[4:]
@@ -39,6 +38,8 @@ def shown(self, done, metrics):
     show(self, done, metrics)
     if done == int(step):
         os.kill(os.getpid(), int(number))
+    if int(number) and done >= int(step):
+        time.sleep(0.4)  # jax looks once a second whether there was a SIGTERM
 console.Progress.show = shown
 arguments.run(__import__(script).main)
 """
@@ -142,11 +143,11 @@ def test_a_lost_process_and_sigterm_end_all_and_the_run_goes_on_to_the_same_end(
     said = ended.err[1 - victim]
     assert said.endswith(f"\n{told}\n") and (victim == 0 or said.count("\n") == 2), said
 
-    ended = start(*resume, signals={random.randrange(2): (6, signal.SIGTERM)})
+    ended = start(*resume, signals={random.randrange(2): (5, signal.SIGTERM)})
     assert ended.codes == [distributed.RESTART] * 2, ended.err
     assert ended.err == ("", "") and ended.out[1] == ""
     stopped = int(re.search(r"stopped after step (\d+) of 10", ended.out[0])[1])
-    assert 6 <= stopped < STEPS and checkpoints(folder)[-1] == stopped
+    assert 5 <= stopped < STEPS and checkpoints(folder)[-1] == stopped
     assert cli.metrics(folder)[-1]["step"] == stopped
     assert any(part.any() for name, part in adapter(folder).items() if "lora_B" in name)
 
@@ -155,8 +156,6 @@ def test_a_lost_process_and_sigterm_end_all_and_the_run_goes_on_to_the_same_end(
     assert ended.codes == [0], ended.err
     for kind in ("loss", "eval_loss", "grad_norm"):
         assert metrics(folder, kind) == pytest.approx(metrics(whole, kind), abs=1e-5, rel=1e-6)
-    assert run_json(folder)["samples"] == run_json(whole)["samples"]
-    assert len(run_json(whole)["samples"]["before"]) == 2
     ours, theirs = adapter(folder), adapter(whole)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -169,7 +168,7 @@ def test_generating_in_two_processes(whole, start):
     ended = start(*flags, script="generate")
     assert ended.codes == [0, 0], ended.err
     assert ended.out[1] == "" and ended.err[1] == ""
-    alone = cli.run("generate", *flags)
+    alone = cli.run("generate", *flags)  # on eight devices
     assert alone.out in ended.out[0]  # gloo tells on which connections it runs
 
 

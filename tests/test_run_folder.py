@@ -172,3 +172,17 @@ def test_default_paths_do_not_collide(tmp_path, monkeypatch):
         path = run_folder.default_path()
         assert path == pathlib.Path("runs") / name
         path.mkdir(parents=True)
+
+
+def test_processes_that_follow_read_and_write_nothing(tmp_path):
+    with opened(tmp_path / "run") as folder:
+        folder.write_run({"status": "running"})
+        before = {path: path.read_bytes() for path in folder.path.iterdir()}
+        with run_folder.Followed(tmp_path / "run") as followed:
+            assert followed.read_run() == {"status": "running"}
+            assert (followed.adapter, followed.checkpoints) == (folder.adapter, folder.checkpoints)
+            followed.write_run({})
+            followed.log({"step": 1})
+            followed.cut_back(0)
+            followed.check_space(2**60)
+        assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
