@@ -18,7 +18,7 @@ from lora_jax import evaluate, train
 
 SEED, KILLS, MANY = 20, 10, 40
 STEPS = 6
-MODEL = ("--model", cli.BASE, "--rank", 2, "--remat", "none")
+MODEL = ("--model", cli.BASE, "--rank", 2, "--remat", "none", "--dropout", 0.1)
 FLAGS = (*MODEL, "--batch-size", 8, "--grad-accum", 2, "--max-steps", STEPS,
          "--save-every", 2, "--keep-checkpoints", 3)  # fmt: skip
 
@@ -74,7 +74,7 @@ def status(folder):
 
 def test_killed_at_any_moment_a_run_loses_no_saved_step(parent, rows, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    flags = (*MODEL, "--dropout", 0.1, "--dataset", rows, "--batch-size", 2, "--grad-accum", 1,
+    flags = (*MODEL, "--dataset", rows, "--batch-size", 2, "--grad-accum", 1,
              "--max-steps", MANY, "--save-every")  # fmt: skip
     code, log = parent.train(*flags, 100, "--output-dir", whole, devices=1)
     assert code == 0, log
