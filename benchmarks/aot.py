@@ -255,7 +255,7 @@ KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "cublas")
 def kernel_calls(program: Sequence[hlo.Step]) -> dict[str, int]:
     """{name: how often it is called} of the kernels that are not XLA's own."""
     found: collections.Counter[str] = collections.Counter()
-    for (_, opcode, text), times, _, _ in program:
+    for (_, opcode, text, *_), times, _, _ in program:
         if opcode == "custom-call":
             name = re.search(r'custom_call_target="([^"]*)"', text)[1]
             found.update({kernel: times for kernel in KERNELS if kernel in name})
@@ -281,7 +281,7 @@ def written(
             forms |= {(k // 8, n)}
     four_bit = {(k, n) for k, n in weights} | {(n, k) for k, n in weights}
     found: collections.Counter[str] = collections.Counter()
-    for (shape, opcode, _), times, fused, decoding in program:
+    for (shape, opcode, *_), times, fused, decoding in program:
         if fused or opcode in NO_RESULT or opcode.endswith("-start") or in_decode > decoding:
             continue
         for dtype, dims, layout in hlo.arrays(shape):

@@ -117,7 +117,7 @@ _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda12", "jax_plugins
 
 
 class Target(NamedTuple):
-    """`count` chips of one kind; `chip` is a key of PEAKS, or "cpu"."""
+    """`count` chips of one kind; `chip` is a key of PEAKS, or a platform."""
 
     chip: str
     count: int
@@ -155,6 +155,13 @@ def parse(name: str) -> Target:
             ],
         )
     return target
+
+
+def of_kind(platform: str, kind: str, count: int) -> Target:
+    """The devices that JAX sees, by their `device_kind`; a chip of PEAKS where it is one."""
+    kinds = {_GPUS[chip]["name"]: chip for chip in _GPUS}
+    kinds |= {"TPU v5 lite": "tpu:v5e", "TPU v5": "tpu:v5p", "TPU v6 lite": "tpu:v6e"}
+    return Target(kinds.get(kind, platform), count)
 
 
 def check(name: str) -> None:

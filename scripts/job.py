@@ -68,6 +68,18 @@ def run(
         return job.fit(resume=resume)
 
 
+def sequence_length(settings: dict[str, Any], context: int) -> int:
+    """--seq-len, or its default. Raises: UserError for more than the model's context."""
+    seq_len = settings.get("seq_len") or min(SEQ_LEN, context)
+    if seq_len > context:
+        raise errors.UserError(
+            expected=f"rows within the model's context of {context} tokens",
+            found=f"--seq-len {seq_len}",
+            do=f"--seq-len {context}",
+        )
+    return seq_len
+
+
 class Job:
     """A model with its adapter, its data, and what is done with them."""
 
@@ -111,13 +123,7 @@ class Job:
 
     def _encode_data(self) -> None:
         settings, held_out = self.settings, self.held_out_rows
-        seq_len = settings["seq_len"] = settings.get("seq_len") or min(SEQ_LEN, self.context)
-        if seq_len > self.context:
-            raise errors.UserError(
-                expected=f"rows within the model's context of {self.context} tokens",
-                found=f"--seq-len {seq_len}",
-                do=f"--seq-len {self.context}",
-            )
+        seq_len = settings["seq_len"] = sequence_length(settings, self.context)
         encoded = self._encode("data", settings["dataset"], self.rows, seq_len)
         self.held_out = self.scored = None
         if held_out is not None:
