@@ -60,6 +60,22 @@ class Job:
     generation: tuple[int, int, int] | None = None
 
 
+def job_of(
+    settings: Mapping[str, Any],
+    architecture: model_config.LlamaConfig,
+    generation: tuple[int, int, int] | None = None,
+) -> Job:
+    """The Job of a run's settings, named as train.py's flags are; all of them must be there."""
+    same = ("dtype", "quant", "remat", "batch_size", "grad_accum", "seq_len")
+    return Job(
+        architecture,
+        lora=config.build(config.LoRAConfig, settings),
+        optim=config.build(config.OptimConfig, settings),
+        generation=generation,
+        **{name: settings[name] for name in same},
+    )
+
+
 class Compiled(NamedTuple):
     """What XLA made of a program, for one device: bytes, seconds it took, what it communicates."""
 

@@ -101,12 +101,14 @@ class Resident(NamedTuple):
     """What is there from step to step, and what `memory` needs to know of the weights.
 
     arrays: bytes by part. weights: of one layer's linear layers, {name: (bytes of its part
-    gathered over fsdp, entries)}. adapters: bytes of A and B.
+    gathered over fsdp, entries)}. adapters: bytes of A and B. turned: bytes of the packed arrays
+    that are gathered along their last axis.
     """
 
     arrays: dict[str, int]
     weights: dict[str, tuple[int, int]]
     adapters: int
+    turned: int
 
 
 def resident(job: ahead.Job, sizes: Mapping[str, int]) -> Resident:
@@ -123,7 +125,13 @@ def resident(job: ahead.Job, sizes: Mapping[str, int]) -> Resident:
     arrays["A and B"] = adapters
     arrays["their moments"] = sum(map(local_bytes, jax.tree.leaves(state.opt_state)))
     arrays = {name: size for name, size in arrays.items() if size}
-    return Resident(arrays, _layer_weights(base, job), adapters)
+    turned = sum(
+        local_bytes(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(base)
+        if sizes["fsdp"] > 1 and _part(path) in ("packed words", "scales")
+        if leaf.sharding.spec[-1:] == ("fsdp",) and leaf.shape[-2] > 1
+    )
+    return Resident(arrays, _layer_weights(base, job), adapters, turned)
 
 
 def base_bytes(there: Resident) -> int:
@@ -150,10 +158,14 @@ def memory(
         f"activations kept (remat {job.remat})": job.architecture.num_hidden_layers
         * kept_by_layer(job, dims),
     }
+    platform = chip.split(":")[0]
+    if platform == "gpu" and there.turned:
+        # XLA:GPU gathers along the first axis, and takes the turning over out of the loop.
+        kept["packed weights turned over"] = there.turned
     return Memory(
         there.arrays | {"batch": batch},
         kept,
-        _work(job, dims, there.weights, sizes, chip.split(":")[0]),
+        _work(job, dims, there.weights, sizes, platform),
         _generation(job, there, sizes, chip),
     )
 

@@ -16,6 +16,7 @@ from flax import nnx
 
 import lora_jax
 from lora_jax import (
+    ahead,
     checkpoint,
     config,
     data,
@@ -28,9 +29,11 @@ from lora_jax import (
     lora,
     optim,
     peft,
+    plan,
     run_folder,
     sharding,
     snapshot,
+    targets,
     tokenizer,
     train,
 )
@@ -100,6 +103,7 @@ class Job:
             sharding.check_batch(settings["batch_size"], mesh)
             self._read_data()
         architecture = model_config.load(self.base)
+        self.architecture = architecture
         self.context = architecture.max_position_embeddings
         settings["dtype"] = settings.get("dtype") or architecture.dtype
         self.tokenizer = tokenizer.load(self.base)
@@ -184,6 +188,7 @@ class Job:
 
     def _load_model(self) -> None:
         start, settings = time.time(), self.settings
+        self.held = devices.held_bytes()
         stored = checkpoint.tensors(self.base).values()
         self.model = checkpoint.load(
             self.base,
@@ -348,10 +353,19 @@ class Job:
             },
             "device": devices.describe(),
             "mesh": dict(self.mesh.shape),
+            "memory": {"planned_bytes": self._planned_bytes(), "bytes_before": self.held},
             "base": {"id": self.settings["model"], **checkpoint.fingerprint(self.base)},
             "data": self.fingerprints,
             "samples": {},
         }
+
+    def _planned_bytes(self) -> int:
+        """Of a train step: all devices' where they share the memory of a CPU, else one's."""
+        first = self.mesh.devices.flat[0]
+        chip = targets.of_kind(first.platform, first.device_kind, self.mesh.size).chip
+        sizes = dict(self.mesh.shape)
+        planned = plan.memory(ahead.job_of(self.settings, self.architecture), sizes, chip).total
+        return planned * (self.mesh.size if first.platform == "cpu" else 1)
 
     def _make_evaluation(self) -> None:
         if self.held_out is None:

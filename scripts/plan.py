@@ -43,16 +43,15 @@ def run(typed: dict[str, Any]) -> int:
     asked = {name: typed.pop(name) for name in FLAGS if name in typed}
     settings = train.resolve(typed)
     limit = num_bytes(asked["hbm"]) if "hbm" in asked else None
-    adapter = config.build(config.LoRAConfig, settings)
-    optimizer = config.build(config.OptimConfig, settings)
+    config.build(config.LoRAConfig, settings)  # refused before anything is downloaded
+    config.build(config.OptimConfig, settings)
     base = hub.config_folder(settings["model"], settings.get("revision"))
 
     import jax
+    import job as jobs
 
     from lora_jax import ahead, plan, sharding, targets
     from lora_jax.models import config as model_config
-
-    import job as jobs  # imports jax
 
     architecture = model_config.load(base)
     if asked.get("target"):
@@ -66,18 +65,10 @@ def run(typed: dict[str, Any]) -> int:
     # Shapes alone, from here on: no accelerator is taken.
     jax.config.update("jax_platforms", "cpu")
     limit = limit or host.memory
-    job = ahead.Job(
-        architecture,
-        dtype=settings.get("dtype") or architecture.dtype,
-        quant=settings["quant"],
-        lora=adapter,
-        optim=optimizer,
-        remat=settings["remat"],
-        batch_size=settings["batch_size"],
-        grad_accum=settings["grad_accum"],
-        seq_len=jobs.sequence_length(settings, architecture.max_position_embeddings),
-        generation=_generation(settings, architecture.max_position_embeddings),
-    )
+    context = architecture.max_position_embeddings
+    settings["dtype"] = settings.get("dtype") or architecture.dtype
+    settings["seq_len"] = jobs.sequence_length(settings, context)
+    job = ahead.job_of(settings, architecture, _generation(settings, context))
     one = dict.fromkeys(sharding.AXES, 1)
     if settings.get("mesh"):
         sizes = sharding.parse(settings["mesh"], host.count)
@@ -131,7 +122,10 @@ def _flags(job) -> str:
 
 
 def _generation(settings: dict[str, Any], context: int) -> tuple[int, int, int] | None:
-    """(rows, prompt tokens, new tokens), at most: without a tokenizer a byte may be a token."""
+    """(rows, prompt tokens, new tokens), at most: without a tokenizer a byte may be a token.
+
+    Held-out prompts and answers are taken to be as long as a row.
+    """
     prompts = settings.get("prompt") or []
     asked = []
     if prompts:
@@ -139,8 +133,7 @@ def _generation(settings: dict[str, Any], context: int) -> tuple[int, int, int] 
         new = settings["max_new_tokens"]
         asked.append((min(len(prompts), _ROWS), min(-(-longest // 16) * 16, context - new), new))
     if settings["exact_match"]:
-        length = settings.get("seq_len") or min(1024, context)
-        asked.append((min(settings["exact_match"], _ROWS), length, 0))
+        asked.append((min(settings["exact_match"], _ROWS), settings["seq_len"], 0))
     return max(asked, key=lambda each: each[0] * (each[1] + each[2]), default=None)
 
 
@@ -161,12 +154,12 @@ def _compiled(job, target: str | None, sizes: dict[str, int]):
 
 
 def _row(name: str, size: int | str, note: str = "") -> str:
-    shown = size if isinstance(size, str) else f"{size / 1e9:.3f} GB"
-    return f"  {name:<42} {shown:>12}  {note}".rstrip()
+    shown = size if isinstance(size, str) else console.size(size)
+    return f"  {name:<38}{shown:>10}  {note}".rstrip()
 
 
 def _show_memory(show, memory, limit: int | None, compiled) -> None:
-    show("memory of each device" + " " * 27 + "planned")
+    show("memory of each device, as planned")
     for name, size in (memory.resident | memory.kept).items():
         show(_row(name, size))
     largest = max(memory.work, key=memory.work.get)
@@ -195,13 +188,14 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
     moved = plan.bytes_moved(job, sizes, there, target.platform)
     collectives = None if isinstance(compiled, str) else compiled.collectives
     show("\nan optimizer step, all devices together")
-    parts = ", ".join(f"{name} {size / 1e12:.3g}" for name, size in operations._asdict().items())
-    show(_row("floating point operations", f"{operations.total / 1e12:.4g} T", f"({parts})"))
-    show(_row("of these computed again", f"{1 - useful / operations.total:.0%}"))
+    for name, flops in operations._asdict().items():
+        show(_row(f"{name}, floating point operations", f"{flops / 1e12:.3g} T"))
+    again = f"({1 - useful / operations.total:.0%} of them computed again)"
+    show(_row("total", f"{operations.total / 1e12:.4g} T", again))
     show("each device")
-    show(_row("bytes read and written (an estimate)", moved))
+    show(_row("bytes read and written", moved, "(an estimate)"))
     for kind, total in (collectives or {}).items():
-        show(_row(f"{kind}, {total['count']} times", total["bytes"]))
+        show(_row(f"{kind}, received", total["bytes"], f"({total['count']} times)"))
     if collectives is not None and not collectives:
         show(_row("collectives", "none"))
     found = {
@@ -216,7 +210,7 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
     tokens = job.batch_size * job.grad_accum * job.seq_len
     mfu = useful / target.count / target.peaks.flops / least.seconds
     bound = max(least._fields, key=lambda name: getattr(least, name) or 0)
-    show("\nat the published peaks of the chip, none of which a program reaches")
+    show("\nthe floor: at the published peaks of the chip, which no program reaches")
     for name, seconds in least._asdict().items():
         shown = "not known" if seconds is None else f"{seconds:.4g} s"
         show(_row(f"step, {name} alone", shown))
@@ -236,20 +230,20 @@ def _show_proposals(
     """What would fit, and of the one to try whether XLA agrees."""
     found = plan.propose(job, sizes, chip, limit, there)
     percent = f"{plan.HEADROOM:.0%}"
-    show(f"\nof what fits into {percent} of {console.size(limit)}, by the plan alone")
+    show(f"\nin {percent} of {console.size(limit)} would fit, all else as asked")
     names = {
-        "batch_size": ("--batch-size", "the largest"),
-        "seq_len": ("--seq-len", "the longest"),
-        "remat": ("--remat", "what computes the least again"),
+        "batch_size": "the largest --batch-size",
+        "seq_len": "the longest --seq-len",
+        "remat": "the quickest --remat",
     }
     told: dict[str, Any] = {}
-    for field, (flag, kind) in names.items():
+    for field, name in names.items():
         proposal = getattr(found, field)
         told[field] = proposal and getattr(proposal, field)
         size = proposal and plan.memory(proposal, sizes, chip, there).total
         value = "none" if proposal is None else str(told[field])
         note = "" if size is None else f"({console.size(size)})"
-        show(_row(f"{flag}, {kind}, all else as asked", value, note))
+        show(_row(name, value, note))
     tried = found.batch_size or found.remat or found.seq_len
     answer: dict[str, Any] = {"proposals": told}
     if tried is None or memory.total > limit:
