@@ -164,7 +164,7 @@ def report(results: Sequence[tuple[Run, ahead.Compiled | str]]) -> Iterator[str]
 
 def _row(run: Run, found: ahead.Compiled | str) -> dict[str, Any]:
     target, job = targets.parse(run.target), run.job
-    there = plan.resident(job, run.sizes)
+    there = plan.resident(job, run.sizes, target.chip)
     planned = plan.memory(job, run.sizes, target.chip, there).total
     flops = plan.operations(job).total
     moved = plan.bytes_moved(job, run.sizes, there, target.platform)

@@ -101,18 +101,21 @@ class Resident(NamedTuple):
     """What is there from step to step, and what `memory` needs to know of the weights.
 
     arrays: bytes by part. weights: of one layer's linear layers, {name: (bytes of its part
-    gathered over fsdp, entries)}. adapters: bytes of A and B. turned: bytes of the packed arrays
-    that are gathered along their last axis.
+    gathered over fsdp, entries)}. adapters: bytes of A and B. copied: bytes of the packed arrays
+    that XLA keeps a second time, in an order of its own.
     """
 
     arrays: dict[str, int]
     weights: dict[str, tuple[int, int]]
     adapters: int
-    turned: int
+    copied: int
 
 
-def resident(job: ahead.Job, sizes: Mapping[str, int]) -> Resident:
-    """Of one device, whatever the batch. Raises: UserError for a mesh that cannot cut the model."""
+def resident(job: ahead.Job, sizes: Mapping[str, int], chip: str) -> Resident:
+    """Of one device, whatever the batch; chip: see `memory`.
+
+    Raises: UserError for a mesh that cannot cut the model.
+    """
     mesh = mesh_of(sizes)
     _, trained, frozen, _ = ahead.model_parts(job, mesh)
     base = ahead.shapes(frozen.base, mesh)
@@ -125,13 +128,29 @@ def resident(job: ahead.Job, sizes: Mapping[str, int]) -> Resident:
     arrays["A and B"] = adapters
     arrays["their moments"] = sum(map(local_bytes, jax.tree.leaves(state.opt_state)))
     arrays = {name: size for name, size in arrays.items() if size}
-    turned = sum(
-        local_bytes(leaf)
+    copied = sum(
+        _copied(leaf, sizes, chip.split(":")[0])
         for path, leaf in jax.tree_util.tree_leaves_with_path(base)
-        if sizes["fsdp"] > 1 and _part(path) in ("packed words", "scales")
-        if leaf.sharding.spec[-1:] == ("fsdp",) and leaf.shape[-2] > 1
+        if _part(path) in ("packed words", "scales") and leaf.ndim == 3
     )
-    return Resident(arrays, _layer_weights(base, job), adapters, turned)
+    return Resident(arrays, _layer_weights(base, job), adapters, copied)
+
+
+def _copied(packed: jax.ShapeDtypeStruct, sizes: Mapping[str, int], platform: str) -> int:
+    """Bytes of the second copy that XLA makes of a stack [L, K, N] before the loop over its layers.
+
+    XLA:GPU turns over what is gathered along the last axis. On a TPU the kernels want whole tiles
+    of 8 × 128, and what has none lies otherwise in the arguments.
+    """
+    layers, rows, columns = packed.sharding.shard_shape(packed.shape)
+    if rows == 1:
+        return 0
+    item = packed.dtype.itemsize
+    if platform == "gpu" and sizes["fsdp"] > 1 and packed.sharding.spec[-1:] == ("fsdp",):
+        return layers * rows * columns * item
+    if platform == "tpu" and sizes["tensor"] > 1 and (rows % 8 or columns % 128):
+        return layers * -(-rows // 8) * 8 * -(-columns // 128) * 128 * item
+    return 0
 
 
 def base_bytes(there: Resident) -> int:
@@ -149,7 +168,7 @@ def memory(
     model or the batch.
     """
     sharding.check_batch(job.batch_size, mesh_of(sizes))
-    there = there or resident(job, sizes)
+    there = there or resident(job, sizes, chip)
     dims = _dims(job, sizes)
     batch = 3 * 4 * job.grad_accum * dims.tokens
     kept = {
@@ -159,9 +178,8 @@ def memory(
         * kept_by_layer(job, dims),
     }
     platform = chip.split(":")[0]
-    if platform == "gpu" and there.turned:
-        # XLA:GPU gathers along the first axis, and takes the turning over out of the loop.
-        kept["packed weights turned over"] = there.turned
+    if there.copied:
+        kept["packed weights, copied"] = there.copied
     return Memory(
         there.arrays | {"batch": batch},
         kept,

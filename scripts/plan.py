@@ -73,11 +73,13 @@ def run(typed: dict[str, Any]) -> int:
     if settings.get("mesh"):
         sizes = sharding.parse(settings["mesh"], host.count)
     else:
-        sizes = sharding.default(host.count, plan.base_bytes(plan.resident(job, one)), limit)
+        sizes = sharding.default(
+            host.count, plan.base_bytes(plan.resident(job, one, target.chip)), limit
+        )
     if "batch_size" not in typed:
         rows = sharding.round_up(job.batch_size, plan.mesh_of(sizes))
         job = dataclasses.replace(job, batch_size=rows)
-    there = plan.resident(job, sizes)
+    there = plan.resident(job, sizes, target.chip)
     memory = plan.memory(job, sizes, target.chip, there)
     fits = None if limit is None else memory.total <= limit
     found: dict[str, Any] = {
