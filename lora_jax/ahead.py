@@ -128,6 +128,7 @@ def model_parts(job: Job, mesh: Mesh | AbstractMesh) -> tuple[nnx.GraphDef, Any,
         )
         if job.quant != "none":
             _quantise(model, job.quant, mesh)
+        sharding.deal_out(model)
         lora.inject(model, job.lora, rngs=nnx.Rngs(0))
         graphdef, trained, frozen = train.split(model)
         made.append((graphdef, lora.num_params(model)))
@@ -150,8 +151,7 @@ def _quantise(model: llama.LlamaForCausalLM, fmt: str, mesh: Mesh | AbstractMesh
             lambda weight, multiple=multiple: formats.quantise(weight, fmt, multiple),
             node.kernel[...],
         )
-        where = sharding.partition(path)
-        quant.replace(model, path, quant.QuantLinear(packed, node, fmt=fmt, partition=where))
+        quant.replace(model, path, quant.QuantLinear(packed, node, fmt=fmt))
 
 
 def train_step(job: Job, mesh: Mesh) -> Program:

@@ -100,6 +100,7 @@ def load(
             where = sharding.of(path, len(variable.shape), mesh)
             array = _load_dense(variable, sources[path], where, transpose=is_kernel)
             variable.set_value(array)
+    sharding.deal_out(model)
     return model
 
 
@@ -295,7 +296,7 @@ def _load_quantised(linear: nnx.Linear, path, sources, fmt, search, mesh) -> qua
         )
         del raw
         _return_freed_memory()
-    return quant.QuantLinear(whole, linear, fmt=fmt, partition=sharding.partition(path[:-1]))
+    return quant.QuantLinear(whole, linear, fmt=fmt)
 
 
 def _return_freed_memory() -> None:

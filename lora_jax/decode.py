@@ -36,8 +36,7 @@ def choose(model: llama.LlamaForCausalLM, mesh: Mesh) -> str | None:
     if form is None or (form == "k_minor" and not any(map(_is_int4, _linears(model)))):
         return None
     free = devices.free_bytes(device)
-    copies = mesh.size if device.platform == "cpu" else 1  # CPU devices share one memory
-    fits = free is None or copies * num_bytes(model, form) <= _SHARE * free
+    fits = free is None or num_bytes(model, form) <= _SHARE * free
     return form if fits else None
 
 

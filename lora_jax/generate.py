@@ -35,11 +35,16 @@ def make(
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
         model.eval()
         rows, length = ids.shape
-        logits, cache = model.extend(
-            ids, model.empty_cache(rows, length + sampling.max_new_tokens), mask
-        )
-
         mesh = jax.sharding.get_abstract_mesh()
+        cache = model.empty_cache(rows, length + sampling.max_new_tokens)
+        if not mesh.empty:
+            where = sharding.cache(rows, cache.k.shape[3], mesh)
+            cache = cache._replace(
+                k=jax.lax.with_sharding_constraint(cache.k, where),
+                v=jax.lax.with_sharding_constraint(cache.v, where),
+            )
+        logits, cache = model.extend(ids, cache, mask)
+
         own_rows = rows if mesh.empty or rows % mesh.size else rows // mesh.size
         forms = decode.derive(model, form, own_rows) if form else None
 

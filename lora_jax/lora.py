@@ -1,5 +1,6 @@
 """Low-rank adapters: y = base(x) + scaling · (x A) B, injected into a Flax NNX model by path."""
 
+import functools
 import math
 import re
 import zlib
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lora_jax import config as lora_config
 from lora_jax import errors, quant, siblings
@@ -27,7 +28,7 @@ class LoRAScaling(nnx.Variable):
 
 
 class DropoutKey(nnx.Variable):
-    """Key data of a layer's dropout mask; `reseed` gives it a new value each step."""
+    """Key data of a layer's dropout mask, or of its mask of each row; `reseed` renews it."""
 
 
 class LoRALinear(nnx.Module):
@@ -71,7 +72,11 @@ class LoRALinear(nnx.Module):
         y = self.base(x) if product is None else siblings.with_bias(self.base, product)
         if self.dropout and not self.deterministic:
             key = jax.random.wrap_key_data(self.dropout_key[...])
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            draw = functools.partial(jax.random.bernoulli, p=1 - self.dropout)
+            if key.ndim:
+                keep = jax.vmap(lambda own: draw(own, shape=x.shape[1:]))(key)
+            else:
+                keep = draw(key, shape=x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         scaled = self.lora_B[...] * self.scaling[...]
         return y + matmul.matmul(matmul.matmul(x, self.lora_A[...]), scaled).astype(y.dtype)
@@ -169,15 +174,22 @@ def merge(model: nnx.Module) -> None:
         quant.replace(model, site.path, base)
 
 
-def reseed(state: Any, key: PRNGKeyArray) -> Any:
-    """`state` (a pure dict of DropoutKeys, by path) with masks that `key` and the path decide."""
+def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) -> Any:
+    """`state` (a pure dict of DropoutKeys, by path) with masks that `key` and the path decide.
+
+    With `rows`, each row of the batch has a mask of its own, which its number decides as well: it
+    is then the same however rows are dealt out over micro-batches and devices.
+    """
 
     def new(path, data):
         name = "/".join(str(getattr(part, "key", part)) for part in path)
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        if data.ndim == 1:
-            return jax.random.key_data(own)
-        return jax.random.key_data(jax.random.split(own, data.shape[0]))
+        keys = own if data.ndim == 1 else jax.random.split(own, data.shape[0])
+        if rows is not None:
+            of_rows = jax.vmap(jax.random.fold_in, (None, 0))
+            of_rows = of_rows if data.ndim == 1 else jax.vmap(of_rows, (0, None))
+            keys = of_rows(keys, rows)
+        return jax.random.key_data(keys)
 
     return jax.tree_util.tree_map_with_path(new, state)
 

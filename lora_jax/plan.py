@@ -343,9 +343,15 @@ def _work(
     }
 
 
+def _chunk(job: ahead.Job, sizes: Mapping[str, int]) -> int:
+    """Tokens a row whose logits are held at a time; rows are counted as cross_entropy does."""
+    rows, devices = job.batch_size // sizes["data"], sizes["fsdp"] * sizes["tensor"]
+    return cross_entropy.chunk_size(rows if rows % devices else rows // devices, job.seq_len)
+
+
 def _loss(job: ahead.Job, dims: _Sizes, sizes: Mapping[str, int]) -> int:
     """Hidden states with their gradient, and a chunk of logits, its normalised, in float32."""
-    chunk = dims.rows * cross_entropy.chunk_size(dims.rows, job.seq_len)
+    chunk = dims.rows * _chunk(job, sizes)
     head = dims.width * dims.vocab * dims.item if sizes["fsdp"] > 1 else 0
     return 3 * dims.bytes(dims.width) + 2 * 4 * chunk * dims.vocab + head
 
@@ -357,10 +363,10 @@ def _generation(
         return {}
     rows, prompt, new = job.generation
     c = job.architecture
-    own = rows if rows % _shards(sizes) else rows // _shards(sizes)
     item = jnp.dtype(job.dtype).itemsize
-    cache = 2 * c.num_hidden_layers * own * (prompt + new) * c.num_key_value_heads * c.head_dim
-    found = {"KV cache": cache * item}
+    shape = (c.num_hidden_layers, rows, prompt + new, c.num_key_value_heads, c.head_dim)
+    own = sharding.cache(rows, c.num_key_value_heads, mesh_of(sizes)).shard_shape(shape)
+    found = {"KV cache": 2 * math.prod(own) * item}
     entries = sum(entries for _, entries in there.weights.values()) * c.num_hidden_layers
     if sizes["fsdp"] * sizes["tensor"] == 1:  # see decode.choose
         if chip == "cpu":
@@ -415,7 +421,7 @@ def bytes_moved(job: ahead.Job, sizes: Mapping[str, int], there: Resident, platf
     products = dims.bytes(ins_and_outs)
     attended = dims.probabilities * (2 * 4 + 2 * dims.item)
     in_layers = layers * passes * (size + products + attended)
-    chunks = -(-job.seq_len // cross_entropy.chunk_size(dims.rows, job.seq_len))
+    chunks = -(-job.seq_len // _chunk(job, sizes))
     head = 2 * chunks * dims.width * dims.vocab * dims.item + 3 * 4 * dims.tokens * dims.vocab
     return job.grad_accum * (in_layers + head) + 8 * there.adapters
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from lora_jax import errors, formats, siblings, stacked
 from lora_jax.kernels import int4_matmul, int8_matmul
 from lora_jax.kernels import packed as packing
+from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.packed import Packed
 
 
@@ -32,7 +33,7 @@ class QuantLinear(nnx.Module):
         linear: nnx.Linear,
         *,
         fmt: str,
-        partition: int4_matmul.Partition = int4_matmul.WHOLE,
+        partition: dealing.Partition = dealing.WHOLE,
     ):
         self.fmt = fmt
         self.partition = partition

@@ -2,16 +2,18 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
-from lora_jax import devices, errors
-from lora_jax.kernels import int4_matmul
+from lora_jax import devices, errors, quant
+from lora_jax.kernels import partition as dealing
 from lora_jax.models import llama
 
 AXES = ("data", "fsdp", "tensor")
@@ -88,19 +90,26 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
-def rows(num_rows: int, mesh: Mesh) -> NamedSharding:
+def cache(num_rows: int, num_heads: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """For keys and values [L, B, S, K, H]: rows over the devices and heads over tensor, if even."""
+    heads = None if num_heads % mesh.shape["tensor"] else "tensor"
+    (dealt,) = rows(num_rows, mesh).spec or (None,)
+    return NamedSharding(mesh, PartitionSpec(None, dealt, None, heads))
+
+
+def rows(num_rows: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """For arrays [num_rows, T]: split over the devices, or on all of them if that is uneven."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return NamedSharding(mesh, PartitionSpec() if num_rows % shards else PartitionSpec(BATCH))
 
 
-def round_up(batch_size: int, mesh: Mesh) -> int:
+def round_up(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
     """The least batch size, from `batch_size` on, that can be dealt out evenly."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-batch_size // shards) * shards
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError when the rows of a batch cannot be dealt out evenly."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shards:
@@ -112,7 +121,35 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def of(path: Iterable, ndim: int, mesh: Mesh) -> NamedSharding:
+def sum_over_data(function: Callable, *, num_whole: int) -> Callable:
+    """Σ function(*whole, *batches) over the parts of the batches that the data axis deals out.
+
+    The first num_whole arguments are whole on every device, the others arrays [micro-batches, B,
+    …]. The sum is one all-reduce, at the end; left to the compiler, a gradient would be summed for
+    every layer of every micro-batch. The other axes of the mesh are left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("data", 1) == 1:
+        return function
+
+    def each(*arguments):
+        return jax.lax.psum(function(*arguments), "data")
+
+    def summed(*arguments):
+        num_dealt = len(arguments) - num_whole
+        return jax.shard_map(
+            each,
+            in_specs=(PartitionSpec(),) * num_whole + (PartitionSpec(None, "data"),) * num_dealt,
+            out_specs=PartitionSpec(),
+            # An axis of one device too, so that nothing is left to the compiler where data is all.
+            axis_names={"data"} | {axis for axis, size in mesh.shape.items() if size == 1},
+            check_vma=False,
+        )(*arguments)
+
+    return summed
+
+
+def of(path: Iterable, ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of the array at `path`, e.g. (model, layers, self_attn, q_proj, kernel).
 
     Packed words and group scales take their kernel's axes; a column scale or a bias its output
@@ -125,14 +162,29 @@ def of(path: Iterable, ndim: int, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - len(spec)), *spec))
 
 
-def input_shards(path: Iterable, mesh: Mesh) -> int:
+def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the input axis of the linear layer at `path` is cut."""
     return mesh.shape[_mesh_axes(list(path)[-1])[0]]
 
 
-def partition(path: Iterable) -> int4_matmul.Partition:
-    """How the product with the weight of the linear layer at `path` is dealt out."""
-    return int4_matmul.Partition(BATCH, *_mesh_axes(list(path)[-1]), gathered="fsdp")
+def whole_head(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
+    """The vocabulary projection, gathered over fsdp once: its user multiplies chunk by chunk."""
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return head
+    return jax.lax.with_sharding_constraint(head, PartitionSpec(None, RULES["vocab"]))
+
+
+def deal_out(model: nnx.Module) -> None:
+    """Tells layers that do not leave it to the compiler how a mesh deals out their product."""
+    for path, layer in nnx.iter_graph(model):
+        if isinstance(layer, quant.QuantLinear | llama.Embedding):
+            layer.partition = partition(path)
+
+
+def partition(path: Sequence) -> dealing.Partition:
+    """How the product with the weight of the linear layer or embedding at `path` is dealt out."""
+    name = path[-2] if path[-1] == "base" else path[-1]
+    return dealing.Partition(BATCH, *_mesh_axes(name), gathered="fsdp")
 
 
 def _mesh_axes(module: str) -> tuple[str, str]:

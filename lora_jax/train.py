@@ -1,6 +1,7 @@
 """The training step, and the loop that yields after each one."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lora_jax import data, devices, lora
+from lora_jax import data, devices, lora, sharding
 from lora_jax.kernels import cross_entropy
 
 
@@ -69,7 +70,7 @@ def loss(
             logits, jnp.where(trained, targets, 0)
         )
         return jnp.where(trained, each, 0).sum(), trained.sum()
-    return cross_entropy.cross_entropy(hidden, head, targets), trained.sum()
+    return cross_entropy.cross_entropy(hidden, sharding.whole_head(head), targets), trained.sum()
 
 
 def make_step(
@@ -82,30 +83,36 @@ def make_step(
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step (state, frozen, batch) → (state, metrics); it takes over state's memory.
 
-    The gradient is that of the mean over all trained tokens of the batch. When it is not finite
-    the state stays as it was, but for the step count. Metrics: loss, grad_norm, lr, num_tokens.
+    The gradient is that of the mean over all trained tokens of the batch. On a mesh it is summed
+    over the axis "data" once, after all micro-batches. When it is not finite the state stays as it
+    was, but for the step count. Metrics: loss, grad_norm, lr, num_tokens.
     """
 
-    def sums(trained, frozen, micro_batch, key):
-        keys = lora.reseed(frozen.dropout_keys, key)
+    def sums(trained, frozen, key, micro_batch, rows):
+        keys = lora.reseed(frozen.dropout_keys, key, rows)
         model = nnx.merge(graphdef, trained, keys, frozen.base)
         model.train()
         return loss(model, micro_batch, remat=remat)
 
-    def step(state: State, frozen: Frozen, batch: Batch):
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def accumulated(trained, frozen, key, batch, rows):
+        """Sums over the micro-batches: of the loss, of trained tokens, and of the gradient."""
 
         def accumulate(total, xs):
-            index, micro_batch = xs
-            key = jax.random.fold_in(step_key, index)
+            micro_batch, own_rows = xs
             (value, count), gradient = jax.value_and_grad(sums, has_aux=True)(
-                state.lora, frozen, micro_batch, key
+                trained, frozen, key, micro_batch, own_rows
             )
             return jax.tree.map(jnp.add, total, (value, count, gradient)), None
 
-        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.lora))
-        indices = jnp.arange(batch.input_ids.shape[0])
-        (value, count, gradient), _ = jax.lax.scan(accumulate, zero, (indices, batch))
+        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, trained))
+        return jax.lax.scan(accumulate, zero, (batch, rows))[0]
+
+    def step(state: State, frozen: Frozen, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        shape = batch.input_ids.shape[:2]
+        rows = jnp.arange(math.prod(shape)).reshape(shape)
+        add_up = sharding.sum_over_data(accumulated, num_whole=3)
+        value, count, gradient = add_up(state.lora, frozen, key, batch, rows)
         mean = jax.tree.map(lambda g: g / count, gradient)
         grad_norm = optax.tree.norm(mean)
         updates, opt_state = optimizer.update(mean, state.opt_state, state.lora)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lora_jax import formats
 from lora_jax.kernels import int4_matmul, int8_matmul, matmul
 from lora_jax.kernels import packed as packing
+from lora_jax.kernels import partition as dealing
 
 FORMATS = ("int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "asymmetric", "int8")
 # (leading axes of x, K, N): odd and single rows, K that is no multiple of a group or of 8, odd N
@@ -277,7 +278,7 @@ def test_a_product_is_dealt_out_over_a_mesh(k, n, implementation):
     one = packed_weight("int4", 512, 256)
     stack = jax.tree.map(lambda a: jnp.stack([a, a, a]), one)
     x, dy = jnp.asarray(normal(1, 8, 512)), jnp.asarray(normal(2, 8, 256))
-    partition = int4_matmul.Partition(("data", "fsdp"), k, n, gathered="fsdp")
+    partition = dealing.Partition(("data", "fsdp"), k, n, gathered="fsdp")
 
     def value_and_vjp(x, stack, dy, layer, **how):
         function = functools.partial(int4_matmul.int4_matmul, packed=stack, layer=layer, **how)
@@ -320,7 +321,7 @@ def test_every_format_is_dealt_out(fmt, k, n, rows):
     mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
     packed = packed_weight(fmt, 512, 256)
     x = jnp.asarray(normal(1, rows, 512))
-    partition = int4_matmul.Partition(("data", "fsdp"), k, n, "fsdp") if k else int4_matmul.WHOLE
+    partition = dealing.Partition(("data", "fsdp"), k, n, "fsdp") if k else dealing.WHOLE
     with jax.set_mesh(mesh):
         y = jax.jit(multiply(fmt, partition=partition))(x, packed)
     np.testing.assert_allclose(y, x @ reference(packed, fmt, 512), atol=1e-2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import matmul
+from lora_jax.kernels import matmul, partition
 
 _CHUNK = 512  # tokens, about, whose logits a device holds at a time
 
@@ -32,9 +32,8 @@ def chunk_size(num_rows: int, length: int) -> int:
 def _scan(hidden, head, targets, with_gradient):
     """(loss, gradient of hidden or None), in chunks of the sequence: rows may lie anywhere."""
     rows, length, width = hidden.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    own_rows = rows if mesh.empty or rows % mesh.size else rows // mesh.size
-    size = chunk_size(own_rows, length)
+    devices = partition.num_devices()
+    size = chunk_size(rows if rows % devices else rows // devices, length)
     padding = -length % size
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-1)
@@ -47,11 +46,13 @@ def _scan(hidden, head, targets, with_gradient):
         trained = (target >= 0)[..., None]
         logits = matmul.contract(x, head, -1, 0)
         normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)
+        # Not a gather: of a vocabulary that is dealt out XLA's partitioner makes a sum anyway, and
+        # within a shard_map over some axes it cannot (jaxlib 0.10.2 aborts).
+        at_target = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
+        chosen = jnp.where(at_target, logits, 0).sum(axis=-1, keepdims=True)
         each = jnp.where(trained, normaliser - chosen, 0)
         if not with_gradient:
             return total + each.sum(), None
-        at_target = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
         d_logits = jnp.where(trained, jnp.exp(logits - normaliser) - at_target, 0).astype(x.dtype)
         # head on the left: on the right XLA's CPU backend would turn it over first, all of it.
         d_logits = lax.optimization_barrier(d_logits.reshape(-1, logits.shape[-1]))

@@ -25,27 +25,11 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.kernels import int4_xla, int4_xla_gpu
 from lora_jax.kernels import packed as packing
+from lora_jax.kernels import partition as dealing
 
 IMPLEMENTATIONS = ("xla", "int8_activations", "pallas_tpu", "mosaic_gpu")
 _BLOCKED_ROWS = 8  # of x, at most, for which a CPU takes int4_xla.blocked
 _log = logging.getLogger(__name__)
-
-
-class Partition(NamedTuple):
-    """Mesh axes over which a product is dealt out: x's rows, and the weight's K and N.
-
-    A weight that is stored over the axis `gathered` is made whole, packed as it is, before it is
-    multiplied. XLA cannot split a kernel of our own by itself, and would gather its own forms of
-    the weight dense, or whole stacks of it.
-    """
-
-    rows: tuple[str, ...] = ()
-    k: str | None = None
-    n: str | None = None
-    gathered: str | None = None
-
-
-WHOLE = Partition()  # on one device
 
 
 def int4_matmul(
@@ -54,7 +38,7 @@ def int4_matmul(
     *,
     codes: str = "int4",
     layer: Int[Array, ""] | None = None,
-    partition: Partition = WHOLE,
+    partition: dealing.Partition = dealing.WHOLE,
     implementation: str | None = None,
 ) -> Float[Array, "*B N"]:
     """y = x · dequantise(packed), accumulated in float32, in x's dtype.
@@ -92,7 +76,7 @@ def from_k_minor(
     packed: packing.Packed,
     *,
     layer: Int[Array, ""],
-    partition: Partition = WHOLE,
+    partition: dealing.Partition = dealing.WHOLE,
 ) -> Float[Array, "*B N"]:
     """int4_matmul by "mosaic_gpu" of a stack whose words are int4 [L, N, K], K minor, already.
 
@@ -180,7 +164,7 @@ class _Forms(NamedTuple):
     """The product in each of its forms, all (x [M, C], packed, layer) → [M, O]."""
 
     codes: str
-    partition: Partition
+    partition: dealing.Partition
     transpose: bool
 
     def xla(self, x, packed, layer):
@@ -254,34 +238,19 @@ class _Forms(NamedTuple):
 
     def _sizes(self, x, packed) -> tuple[int, int, int, int]:
         """(M, K, N, group) of a device's part."""
-        shape = jax.sharding.get_abstract_mesh().shape
-        over = self._computed(len(x))
+        axes = dealing.open_axes()
+        over = self.partition.computed(len(x))
         k, n = packed.q.shape[-2] * 8, packed.q.shape[-1]
         group = k // packed.scale.shape[-2]
-        rows = len(x) // math.prod(shape[axis] for axis in over.rows)
-        return rows, k // shape.get(over.k, 1), n // shape.get(over.n, 1), group
-
-    def _computed(self, num_rows: int) -> Partition:
-        """What of the partition the ambient mesh has, and each device computes a part of.
-
-        Rows that cannot be dealt out evenly are not.
-        """
-        shape = jax.sharding.get_abstract_mesh().shape
-        rows, k, n, gathered = self.partition
-        rows = tuple(axis for axis in rows if axis in shape)
-        if num_rows % math.prod(shape[axis] for axis in rows):
-            rows = ()
-        k, n = (axis if axis in shape and axis != gathered else None for axis in (k, n))
-        return Partition(rows, k, n)
+        rows = len(x) // math.prod(axes[axis] for axis in over.rows)
+        return rows, k // axes.get(over.k, 1), n // axes.get(over.n, 1), group
 
     def _dealt_out(self, form, x, packed, layer):
         """form(x, packed, layer), each device doing its part."""
-        mesh = jax.sharding.get_abstract_mesh()
-        if self.partition == WHOLE or mesh.empty or mesh.size == 1:
+        if self.partition == dealing.WHOLE or dealing.num_devices() == 1:
             return form(x, packed, layer)
-        over = self._computed(len(x))
+        over, (k, n) = self.partition.computed(len(x)), self.partition.stored()
         gathered = self.partition.gathered
-        k, n = (axis if axis in mesh.shape else None for axis in self.partition[1:3])
         words = (k, n) if packed.q.dtype == jnp.uint32 else (n, k)
         specs = packing.Packed((None, *words), (None, k, n), (None, None, n), (None, k, n))
         specs = packing.Packed(
@@ -295,7 +264,7 @@ class _Forms(NamedTuple):
             return lax.all_gather(part, gathered, axis=spec.index(gathered), tiled=True)
 
         def each(x, packed, layer):
-            if gathered and gathered in (k, n) and mesh.shape[gathered] > 1:
+            if gathered and gathered in (k, n):
                 packed, layer = _stacked(packing.layer(packed, layer), None)
                 packed = jax.tree.map(whole, packed, specs)
             y = form(x, packed, layer)
@@ -305,6 +274,7 @@ class _Forms(NamedTuple):
             each,
             in_specs=(PartitionSpec(over.rows, summed), specs, PartitionSpec()),
             out_specs=PartitionSpec(over.rows, kept),
+            axis_names=set(dealing.open_axes()),
             check_vma=False,
         )(x, packed, layer)
 

@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from lora_jax import config as lora_config
 from lora_jax import devices, siblings, stacked
-from lora_jax.kernels import attention, matmul, swiglu
+from lora_jax.kernels import attention, embedding, matmul, swiglu
+from lora_jax.kernels import partition as dealing
 from lora_jax.models import config as model_config
 from lora_jax.models import rope
 
@@ -159,7 +160,7 @@ class LlamaForCausalLM(nnx.Module):
 class LlamaModel(nnx.Module):
     def __init__(self, config, *, dtype, rngs):
         self.config = config
-        self.embed_tokens = nnx.Embed(
+        self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
             dtype=dtype,
@@ -280,6 +281,15 @@ class LlamaMLP(nnx.Module):
         gate, up = siblings.project(hidden, self.gate_proj, self.up_proj, form=form.gate_up)
         (down,) = siblings.project(swiglu.swiglu(gate, up), self.down_proj, form=form.down)
         return down
+
+
+class Embedding(nnx.Embed):
+    """y = W[ids]. partition: how a mesh deals out W, and the rows of ids."""
+
+    partition = dealing.WHOLE
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return embedding.lookup(self.embedding[...], ids, partition=self.partition)
 
 
 class RMSNorm(nnx.Module):

@@ -1,0 +1,139 @@
+"""The same steps and the same tokens on any mesh, and what its devices tell each other for them."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+import test_train
+
+from lora_jax import config, data, generate, hlo, optim, sharding, train
+
+STEPS, ROWS, MICRO_BATCHES, LAYERS = 20, 32, 4, 3
+TOKENS = 20  # which is no dimension of a weight, so that activations are known by it
+MESHES = {
+    "1·1·1": {"data": 1, "fsdp": 1, "tensor": 1},
+    "8·1·1": {"data": 8, "fsdp": 1, "tensor": 1},
+    "1·8·1": {"data": 1, "fsdp": 8, "tensor": 1},
+    "1·1·4": {"data": 1, "fsdp": 1, "tensor": 4},
+    "2·2·2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+HEAD = (32, test_train.VOCAB)
+
+
+def make_batch(index, micro_batches):
+    """Rows of unequal lengths, half of each trained."""
+    rng = np.random.default_rng(index)
+    ids = rng.integers(3, test_train.VOCAB, (ROWS, TOKENS)).astype(np.int32)
+    lengths = rng.integers(4, TOKENS + 1, (ROWS, 1))
+    mask = (np.arange(TOKENS) < lengths).astype(np.int32)
+    labels = np.where((np.arange(TOKENS) >= lengths // 2) & (mask == 1), ids, data.IGNORED)
+    return train.Batch(*(a.reshape(micro_batches, -1, TOKENS) for a in (ids, labels, mask)))
+
+
+def load(mesh, dropout=0.0):
+    graphdef, *parts = train.split(test_train.make_model(mesh, "int4", dropout=dropout))
+    return graphdef, *sharding.place(parts, mesh)
+
+
+@functools.cache
+def trained_on(name):
+    """(losses of 20 steps, the step's program, the shapes of its packed words) on a mesh.
+
+    One device takes the 32 rows at once, the others 8 at a time.
+    """
+    mesh = sharding.make_mesh(MESHES[name])
+    micro_batches = 1 if name == "1·1·1" else MICRO_BATCHES
+    with jax.set_mesh(mesh):
+        graphdef, trained, frozen = load(mesh, dropout=0.1)
+        state = train.start(trained, optim.make(test_train.ADAM, STEPS))
+        state = sharding.place(state, mesh)
+
+        def batch_at(index):
+            return jax.device_put(make_batch(index, micro_batches), sharding.batch(mesh))
+
+        step = test_train.make_step(graphdef, remat="full")
+        step = step.lower(state, frozen, batch_at(0)).compile()
+        run = train.steps(step, state, frozen, batch_at, STEPS)
+        losses = np.array([metrics["loss"] for _, metrics in run])
+    words = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen.base) if leaf.dtype == np.uint32}
+    return losses, hlo.parse(step.as_text()), words
+
+
+def told(name):
+    """[(kind, dtype, dimensions other than 1, how often)] of what devices tell each other."""
+    return [
+        (opcode.removesuffix("-start"), dtype, tuple(n for n in dims if n != 1), times)
+        for (shape, opcode, _), times, _, _ in trained_on(name)[1]
+        if opcode.removesuffix("-start") in hlo.COLLECTIVES
+        for dtype, dims, _ in hlo.arrays(shape)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "1·1·1"])
+def test_every_mesh_takes_the_same_steps(name):
+    """Dropout included: a mask belongs to its row, wherever and with whomever it is computed."""
+    expected = trained_on("1·1·1")[0]
+    assert abs(trained_on(name)[0] - expected).max() < 1e-4
+    assert expected[-1] < expected[0]
+
+
+def test_one_device_tells_nobody_anything():
+    assert told("1·1·1") == []
+
+
+def test_data_parallel_devices_add_up_once_a_step():
+    """Not for every micro-batch and layer; in all the bytes of the gradient and three numbers."""
+    _, trained, _ = test_train.parts("int4")
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    assert {(kind, times) for kind, _, _, times in told("8·1·1")} == {("all-reduce", 1)}
+    floats = [math.prod(dims) for _, dtype, dims, _ in told("8·1·1") if dtype == "f32"]
+    assert sum(floats) == adapters + 1  # the loss
+    counts = [dims for _, dtype, dims, _ in told("8·1·1") if dtype != "f32"]
+    assert counts == [(), ()]  # of tokens trained and seen
+
+
+def test_fsdp_gathers_weights_packed():
+    """Each layer's when it is its turn: forward, again for the backward pass, and in it."""
+    gathered = [part for part in told("1·8·1") if part[0] == "all-gather"]
+    words = [(dims, times) for _, dtype, dims, times in gathered if dtype == "u32"]
+    assert {dims for dims, _ in words} == trained_on("1·8·1")[2]
+    assert sum(times for _, times in words) <= 7 * LAYERS * MICRO_BATCHES * 3
+    floats = [(dims, times) for _, dtype, dims, times in gathered if dtype == "f32"]
+    matrices = [(dims, times) for dims, times in floats if len(dims) > 1]
+    assert matrices == [(HEAD, 1)]  # which is not quantised; the rest are scales of columns
+
+
+@pytest.mark.parametrize("name", ["1·1·4", "2·2·2"])
+def test_no_weight_is_gathered_over_tensor(name):
+    gathered = {(dtype, dims) for kind, dtype, dims, _ in told(name) if kind == "all-gather"}
+    packed = {math.prod(dims) for dtype, dims in gathered if dtype in ("u32", "s8")}
+    of_floats = {dims for dtype, dims in gathered if dtype == "f32" and TOKENS not in dims}
+    if name == "1·1·4":
+        assert not packed and not of_floats
+    else:  # over fsdp, half of each
+        words = {math.prod(shape) // 2 for shape in trained_on(name)[2]}
+        assert {math.prod(dims) for dtype, dims in gathered if dtype == "u32"} == words
+        assert {dims for dims in of_floats if len(dims) > 1} == {(32, test_train.VOCAB // 2)}
+
+
+@functools.cache
+def generated_on(name, temperature):
+    mesh = sharding.make_mesh(MESHES[name])
+    sampling = config.Sampling(max_new_tokens=8, temperature=temperature, top_k=20, top_p=0.95)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, test_train.VOCAB, length).tolist() for length in range(2, 10)]
+    with jax.set_mesh(mesh):
+        graphdef, trained, frozen = load(mesh)
+        run = generate.make(graphdef, sampling, eos_ids=(2,))
+        rows = jax.device_put(generate.pad_left(prompts), sharding.rows(len(prompts), mesh))
+        return np.asarray(run(trained, frozen, *rows, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["8·1·1", "2·2·2"])
+def test_every_mesh_generates_the_same_tokens(name, temperature):
+    expected = generated_on("1·1·1", temperature)
+    assert len(np.unique(expected)) > 8
+    np.testing.assert_array_equal(generated_on(name, temperature), expected)
