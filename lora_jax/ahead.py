@@ -267,10 +267,11 @@ def _ask(asked: dict[str, Any], target: str | None, limit: float) -> dict[str, A
     if target is not None:
         chip = targets.parse(target)
         environment["JAX_PLATFORMS"] = "cpu"
-        environment["XLA_FLAGS"] = ""
         if chip.platform == "cpu":
-            flag = f"--xla_force_host_platform_device_count={chip.count}"
-            environment["XLA_FLAGS"] = flag
+            flag = f" --xla_force_host_platform_device_count={chip.count}"  # the last one counts
+            environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
+        else:
+            environment["XLA_FLAGS"] = ""
     try:
         child = subprocess.run(
             [sys.executable, "-m", "lora_jax.ahead"],

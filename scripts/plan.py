@@ -192,7 +192,7 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
     show("\nan optimizer step, all devices together")
     for name, flops in operations._asdict().items():
         show(_row(f"{name}, floating point operations", f"{flops / 1e12:.3g} T"))
-    again = f"({1 - useful / operations.total:.0%} of them computed again)"
+    again = f"({1 - useful / operations.total:.0%} computed again)"
     show(_row("total", f"{operations.total / 1e12:.4g} T", again))
     show("each device")
     show(_row("bytes read and written", moved, "(an estimate)"))
@@ -218,7 +218,7 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
         show(_row(f"step, {name} alone", shown))
     show(_row("step, at least", f"{least.seconds:.4g} s", f"({bound})"))
     show(_row("tokens/s, at most", f"{tokens / least.seconds:,.0f}"))
-    show(_row("MFU, at most", f"{mfu:.0%}", "(recomputation does not count)"))
+    show(_row("MFU, at most", f"{mfu:.0%}", "(of work done once)"))
     return found | {
         "floor": {**least._asdict(), "seconds": least.seconds},
         "tokens_per_second_at_most": tokens / least.seconds,
