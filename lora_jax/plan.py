@@ -351,6 +351,8 @@ def _chunk(job: ahead.Job, sizes: Mapping[str, int]) -> int:
 
 def _loss(job: ahead.Job, dims: _Sizes, sizes: Mapping[str, int]) -> int:
     """Hidden states with their gradient, and a chunk of logits, its normalised, in float32."""
+    if lora.matches("lm_head", job.lora.targets):  # see train.loss: all of them at once
+        return 3 * dims.bytes(dims.width) + 3 * 4 * dims.tokens * dims.vocab
     chunk = dims.rows * _chunk(job, sizes)
     head = dims.width * dims.vocab * dims.item if sizes["fsdp"] > 1 else 0
     return 3 * dims.bytes(dims.width) + 2 * 4 * chunk * dims.vocab + head

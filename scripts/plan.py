@@ -19,6 +19,7 @@ from lora_jax import config, errors, hub
 FLAGS = ("plan", "target", "hbm", "no_compile", "json")
 LIMIT = 900  # seconds for the compiler
 _ROWS = 64  # that are generated at a time, at most: generate.continuations
+_PREALLOCATED = 0.75  # of a GPU's memory, by JAX's default
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
@@ -98,7 +99,7 @@ def run(typed: dict[str, Any]) -> int:
     if not asked.get("no_compile"):
         compiled = _compiled(job, asked.get("target"), sizes)
     found["xla"] = compiled if isinstance(compiled, str) else compiled._asdict()
-    _show_memory(show, memory, limit, compiled)
+    _show_memory(show, memory, limit, compiled, target.platform)
     found |= _show_operations(show, plan, job, sizes, there, target, compiled)
     if limit is not None:
         found |= _show_proposals(show, plan, job, sizes, target.chip, limit, there, memory, asked)
@@ -146,7 +147,8 @@ def _compiled(job, target: str | None, sizes: dict[str, int]):
         try:
             targets.check(target)
         except errors.UserError as error:
-            return " ".join(str(error).split())
+            parts = [line.split(":", 1)[1].strip() for line in str(error).strip().splitlines()]
+            return "wanted " + "; ".join(parts)
     # The compiler's process ends with this one: subprocess.run sees to it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -160,7 +162,7 @@ def _row(name: str, size: int | str, note: str = "") -> str:
     return f"  {name:<38}{shown:>10}  {note}".rstrip()
 
 
-def _show_memory(show, memory, limit: int | None, compiled) -> None:
+def _show_memory(show, memory, limit: int | None, compiled, platform: str) -> None:
     show("memory of each device, as planned")
     for name, size in (memory.resident | memory.kept).items():
         show(_row(name, size))
@@ -179,9 +181,21 @@ def _show_memory(show, memory, limit: int | None, compiled) -> None:
         show(_row("arguments", compiled.argument_bytes))
         show(_row("temporaries, as they are laid out", compiled.temp_bytes))
     if limit is not None:
-        peak = memory.total if isinstance(compiled, str) else compiled.peak_bytes
-        verdict = "fits" if peak <= limit else "does not fit"
-        show(f"\n{verdict}: {console.size(peak)} of {console.size(limit)}")
+        _show_verdict(show, memory, limit, compiled, platform)
+
+
+def _show_verdict(show, memory, limit: int, compiled, platform: str) -> None:
+    peak = laid_out = memory.total
+    if not isinstance(compiled, str):
+        peak = compiled.peak_bytes
+        laid_out = max(peak, compiled.argument_bytes + compiled.temp_bytes)
+    verdict = "fits" if peak <= limit else "does not fit"
+    show(f"\n{verdict}: {console.size(peak)} of {console.size(limit)}")
+    if peak <= limit < laid_out:
+        show(f"  barely: with the gaps between arrays it takes {console.size(laid_out)}")
+    if platform == "gpu" and _PREALLOCATED * limit < peak <= limit:
+        show(f"  with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes "
+             f"{_PREALLOCATED:.0%}\n  of a GPU's memory otherwise")  # fmt: skip
 
 
 def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[str, Any]:
@@ -243,12 +257,12 @@ def _show_proposals(
         proposal = getattr(found, field)
         told[field] = proposal and getattr(proposal, field)
         size = proposal and plan.memory(proposal, sizes, chip, there).total
-        value = "none" if proposal is None else str(told[field])
+        value = "nothing" if proposal is None else str(told[field])
         note = "" if size is None else f"({console.size(size)})"
         show(_row(name, value, note))
     tried = found.batch_size or found.remat or found.seq_len
     answer: dict[str, Any] = {"proposals": told}
-    if tried is None or memory.total > limit:
+    if tried is None or memory.total > plan.HEADROOM * limit:
         show("to make it fit:")
         ways = [(flags, found.total) for flags, found in plan.changes(job, sizes, chip, limit)]
         for flags, total in ways:

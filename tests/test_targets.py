@@ -56,3 +56,20 @@ def test_every_gpu_has_a_description_for_the_compiler():
             text = targets.target_config(chip)
             assert text.count("{") == text.count("}")
             assert f"device_memory_size: {targets.PEAKS[chip].memory:.0f}\n" in text
+
+
+def test_devices_of_this_machine_are_named_by_their_number():
+    assert targets.parse("cpu:8") == ("cpu", 8) and targets.parse("cpu:8").peaks is None
+    assert len(targets.devices("cpu:8")) == 8
+    with pytest.raises(errors.UserError, match="cpu:N"):
+        targets.parse("cpu:0")
+
+
+def test_a_chip_is_known_by_the_kind_that_jax_tells():
+    assert targets.of_kind("gpu", "NVIDIA H100 80GB HBM3", 8) == ("gpu:h100", 8)
+    assert targets.of_kind("tpu", "TPU v5 lite", 4) == ("tpu:v5e", 4)
+    assert targets.of_kind("gpu", "NVIDIA T4", 1).peaks is None
+
+
+def test_every_chip_has_an_interconnect():
+    assert targets.INTERCONNECT.keys() == targets.PEAKS.keys()
