@@ -169,7 +169,8 @@ def memory(
     """
     sharding.check_batch(job.batch_size, mesh_of(sizes))
     there = there or resident(job, sizes, chip)
-    dims = _dims(job, sizes)
+    platform = chip.split(":")[0]
+    dims = _dims(job, sizes, platform)
     batch = 3 * 4 * job.grad_accum * dims.tokens
     kept = {
         # The sum over micro-batches, and this one's.
@@ -177,7 +178,6 @@ def memory(
         f"activations kept (remat {job.remat})": job.architecture.num_hidden_layers
         * kept_by_layer(job, dims),
     }
-    platform = chip.split(":")[0]
     if there.copied:
         kept["packed weights, copied"] = there.copied
     return Memory(
@@ -208,7 +208,7 @@ def _shards(sizes: Mapping[str, int]) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def _dims(job: ahead.Job, sizes: Mapping[str, int]) -> _Sizes:
+def _dims(job: ahead.Job, sizes: Mapping[str, int], platform: str) -> _Sizes:
     c, split = job.architecture, sizes["tensor"]
     rows = job.batch_size // _shards(sizes)
     parts = attention.parts(job.seq_len, causal=True)
@@ -221,7 +221,8 @@ def _dims(job: ahead.Job, sizes: Mapping[str, int]) -> _Sizes:
         kv=max(1, c.num_key_value_heads // split) * c.head_dim,
         heads=c.num_attention_heads // split,
         vocab=c.vocab_size // split,
-        item=jnp.dtype(job.dtype).itemsize,
+        # XLA:CPU computes in float32, and keeps what a scan stacks in it too.
+        item=4 if platform == "cpu" else jnp.dtype(job.dtype).itemsize,
         pairs=sum((end - start) * end for start, end in parts),
         ends=sum(end for _, end in parts) / job.seq_len,
     )
@@ -412,7 +413,7 @@ def bytes_moved(job: ahead.Job, sizes: Mapping[str, int], there: Resident, platf
     chunk of logits, and the logits; A, B, their moments and gradients. Nothing else, and no array
     that stays in a cache.
     """
-    dims = _dims(job, sizes)
+    dims = _dims(job, sizes, platform)
     layers = job.architecture.num_hidden_layers
     passes = 3 if job.remat == "full" else 2
     size = sum(size for size, _ in there.weights.values())
