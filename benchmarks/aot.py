@@ -30,93 +30,42 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import memory
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import config, decode, generate, hlo, lora, optim, quant, sharding, targets, train
+from lora_jax import ahead, hlo, sharding, targets
 from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
-from lora_jax.models import llama
 
 TIME_LIMIT = 900  # seconds for one run
 LAYERS = 2  # of the stack that a kernel reads one layer of
 GROUP = 32
 
 
-class Program(NamedTuple):
-    """A jitted function and the shapes of its arguments."""
-
-    function: Any
-    arguments: Sequence[Any]
-
-
 class Case(NamedTuple):
     """A program, the mesh to compile it for (as --mesh), and the [K, N] of its packed weights."""
 
-    program: Callable[[Mesh], Program]
+    program: Callable[[Mesh], ahead.Program]
     weights: Sequence[tuple[int, int]]
     mesh: str | None = None
 
 
-def shapes(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of `tree` as shapes, each with the sharding that `sharding.place` gives it."""
-
-    def shape(path, leaf):
-        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding.of(names, leaf.ndim, mesh)
-        )
-
-    return jax.tree_util.tree_map_with_path(shape, tree)
+def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> ahead.Program:
+    """Of an int4 model with adapters of rank 8 on q and v."""
+    architecture = memory.architecture(*memory.MODELS[name])
+    job = ahead.Job(architecture, remat=remat, batch_size=rows, seq_len=tokens)
+    return ahead.train_step(job, mesh)
 
 
-def whole(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-
-def model_parts(name: str) -> tuple[nnx.GraphDef, Any, train.Frozen]:
-    """(graphdef, lora, frozen) of an int4 model with adapters of rank 8 on q and v, as shapes."""
-    graphdefs = []
-
-    def build():
-        architecture = memory.architecture(*memory.MODELS[name])
-        model = llama.LlamaForCausalLM(architecture, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        quant.quantise_model(model, "int4")
-        sharding.deal_out(model)
-        lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
-        graphdef, trained, frozen = train.split(model)
-        graphdefs.append(graphdef)
-        return trained, frozen
-
-    trained, frozen = jax.eval_shape(build)
-    return graphdefs[0], trained, frozen
-
-
-def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> Program:
-    graphdef, trained, frozen = model_parts(name)
-    settings = config.OptimConfig()
-    optimizer = optim.make(settings, 100)
-    state = jax.eval_shape(lambda a: train.start(a, optimizer), trained)
-    row = jax.ShapeDtypeStruct((1, rows, tokens), jnp.int32, sharding=sharding.batch(mesh))
-    schedule = optim.schedule(settings, 100)
-    step = train.make_step(graphdef, optimizer, schedule, seed=0, remat=remat)
-    return Program(step, (shapes(state, mesh), shapes(frozen, mesh), train.Batch(row, row, row)))
-
-
-def decode_loop(name: str, rows: int, mesh: Mesh) -> Program:
+def decode_loop(name: str, rows: int, mesh: Mesh) -> ahead.Program:
     """`generate`: a prompt of 128 tokens, then 128 new ones."""
-    graphdef, trained, frozen = model_parts(name)
-    model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-    sampling = config.Sampling(max_new_tokens=128)
-    run = generate.make(graphdef, sampling, eos_ids=(2,), form=decode.choose(model, mesh))
-    ids = jax.ShapeDtypeStruct((rows, 128), jnp.int32, sharding=sharding.rows(rows, mesh))
-    key = whole(mesh, (), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    return Program(run, (shapes(trained, mesh), shapes(frozen, mesh), ids, ids, key))
+    architecture = memory.architecture(*memory.MODELS[name])
+    return ahead.generation(ahead.Job(architecture, generation=(rows, 128, 128)), mesh)
 
 
-def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> Program:
+def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> ahead.Program:
     """One product with a layer of a stack: "forward", its derivative too ("both"), or "k_minor"."""
-    array = functools.partial(whole, mesh)
+    where = NamedSharding(mesh, PartitionSpec())
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=where)
     k_minor = array((LAYERS, d_out, d_in), jnp.int4)
     packed = packing.Packed(
         k_minor if form == "k_minor" else array((LAYERS, d_in // 8, d_out), jnp.uint32),
@@ -134,8 +83,8 @@ def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> Program:
 
     arguments = array((rows, d_in), jnp.bfloat16), packed, array((), jnp.int32)
     if form == "both":
-        return Program(jax.jit(both), (*arguments, array((rows, d_out), jnp.bfloat16)))
-    return Program(jax.jit(multiply), arguments)
+        return ahead.Program(jax.jit(both), (*arguments, array((rows, d_out), jnp.bfloat16)))
+    return ahead.Program(jax.jit(multiply), arguments)
 
 
 ATTENTION, UP, DOWN = (4096, 4096), (4096, 11008), (11008, 4096)  # of a 7B LLaMA
@@ -255,7 +204,7 @@ KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "cublas")
 def kernel_calls(program: Sequence[hlo.Step]) -> dict[str, int]:
     """{name: how often it is called} of the kernels that are not XLA's own."""
     found: collections.Counter[str] = collections.Counter()
-    for (_, opcode, text), times, _, _ in program:
+    for (_, opcode, text, *_), times, _, _ in program:
         if opcode == "custom-call":
             name = re.search(r'custom_call_target="([^"]*)"', text)[1]
             found.update({kernel: times for kernel in KERNELS if kernel in name})
@@ -281,7 +230,7 @@ def written(
             forms |= {(k // 8, n)}
     four_bit = {(k, n) for k, n in weights} | {(n, k) for k, n in weights}
     found: collections.Counter[str] = collections.Counter()
-    for (shape, opcode, _), times, fused, decoding in program:
+    for (shape, opcode, *_), times, fused, decoding in program:
         if fused or opcode in NO_RESULT or opcode.endswith("-start") or in_decode > decoding:
             continue
         for dtype, dims, layout in hlo.arrays(shape):

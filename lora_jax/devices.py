@@ -77,6 +77,15 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def held_bytes() -> int:
+    """What `peak_bytes` counts already before there are arrays: on a CPU, this process."""
+    with contextlib.suppress(OSError, ValueError):
+        if jax.default_backend() == "cpu":
+            resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            return resident * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def on_cpu() -> bool:
     """Whether the ambient mesh (jax.set_mesh) is of CPU devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device

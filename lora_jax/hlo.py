@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
+    """operand: the shape of the first one."""
+
     shape: str
     opcode: str
     text: str
+    operand: str = ""
 
 
 class Step(NamedTuple):
@@ -28,14 +31,20 @@ class Step(NamedTuple):
 def parse(text: str) -> list[Step]:
     """The instructions that a compiled program (HLO text) runs, those of its callees included."""
     computations: dict[str, list[Instruction]] = {}
+    shape_of: dict[str, str] = {}  # in the current computation
     entry = current = ""
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
             current = header[2]
-            computations[current] = []
+            computations[current], shape_of = [], {}
             entry = current if header[1] else entry
-        elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line):
-            computations[current].append(Instruction(found[1], found[2], line))
+        elif found := re.match(
+            r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(%?([\w.\-]*)", line
+        ):
+            name, shape, opcode, operand = found.groups()
+            shape_of[name] = shape
+            instruction = Instruction(shape, opcode, line, shape_of.get(operand, ""))
+            computations[current].append(instruction)
     steps: list[Step] = []
 
     def walk(name: str, times: int, fused: bool, in_decode: bool) -> None:
@@ -87,7 +96,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 def collective_bytes(program: Sequence[Step]) -> dict[str, dict[str, int]]:
     """{kind: {count, bytes that a device gets}} of what runs."""
     totals: dict[str, dict[str, int]] = {}
-    for (shape, opcode, _), times, _, _ in program:
+    for (shape, opcode, *_), times, _, _ in program:
         kind = opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
@@ -98,3 +107,21 @@ def collective_bytes(program: Sequence[Step]) -> dict[str, dict[str, int]]:
         total["count"] += times
         total["bytes"] += times * sum(results)
     return totals
+
+
+def dot_flops(program: Sequence[Step]) -> int:
+    """Floating point operations of the matrix products that run, 2 for a multiply and add.
+
+    Those that are written as `dot`: all of them on a CPU; not what a kernel or a library computes.
+    """
+    total = 0
+    for instruction, times, _, _ in program:
+        if instruction.opcode != "dot":
+            continue
+        (_, result, _), (_, left, _) = (
+            next(arrays(shape)) for shape in (instruction.shape, instruction.operand)
+        )
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)[1]
+        summed = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
+        total += 2 * times * math.prod(result) * summed
+    return total

@@ -36,16 +36,8 @@ def model_folder(name: str, revision: str | None = None) -> pathlib.Path:
     Raises:
       errors.UserError: no such folder, no such repository, gated, unreachable, only pickles, …
     """
-    folder = pathlib.Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file() or looks_like_path(name) or folder.suffix in _MODEL_FILES:
-        raise errors.UserError(
-            expected="a folder with config.json and *.safetensors, or a Hugging Face id",
-            found="a file" if folder.is_file() else "no such folder",
-            where=name,
-            do="give the folder that holds the model's files, or an id such as huggyllama/llama-7b",
-        )
+    if local := _local_folder(name):
+        return local
 
     import huggingface_hub
 
@@ -64,6 +56,34 @@ def model_folder(name: str, revision: str | None = None) -> pathlib.Path:
             "(often refs/pr/N), or convert the weights with safetensors elsewhere",
         )
     return folder
+
+
+def config_folder(name: str, revision: str | None = None) -> pathlib.Path:
+    """As `model_folder`, but of a hub id config.json is all that is downloaded."""
+    if local := _local_folder(name):
+        return local
+
+    import huggingface_hub
+
+    with readable_errors(name, revision, kind="model"):
+        return pathlib.Path(
+            huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+        ).parent
+
+
+def _local_folder(name: str) -> pathlib.Path | None:
+    """The existing folder `name`; None if it can be a hub id. Raises: UserError if neither."""
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file() or looks_like_path(name) or folder.suffix in _MODEL_FILES:
+        raise errors.UserError(
+            expected="a folder with config.json and *.safetensors, or a Hugging Face id",
+            found="a file" if folder.is_file() else "no such folder",
+            where=name,
+            do="give the folder that holds the model's files, or an id such as huggyllama/llama-7b",
+        )
+    return None
 
 
 def commit(folder: str | pathlib.Path) -> str | None:

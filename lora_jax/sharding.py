@@ -106,13 +106,15 @@ def rows(num_rows: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec() if num_rows % shards else PartitionSpec(BATCH))
 
 
-def round_up(batch_size: int, mesh: Mesh) -> int:
+def round_up(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
     """The least batch size, from `batch_size` on, that can be dealt out evenly."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-batch_size // shards) * shards
 
 
-def check_batch(batch_size: int, mesh: Mesh, rows_per_step: int | None = None) -> None:
+def check_batch(
+    batch_size: int, mesh: Mesh | AbstractMesh, rows_per_step: int | None = None
+) -> None:
     """Raises UserError when the rows of a batch cannot be dealt out evenly.
 
     rows_per_step: batch size × accumulation, where it must stay what it is.
@@ -160,7 +162,7 @@ def sum_over_data(function: Callable, *, num_whole: int) -> Callable:
     return summed
 
 
-def of(path: Iterable, ndim: int, mesh: Mesh) -> NamedSharding:
+def of(path: Iterable, ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of the array at `path`, e.g. (model, layers, self_attn, q_proj, kernel).
 
     Packed words and group scales take their kernel's axes; a column scale or a bias its output
@@ -173,7 +175,7 @@ def of(path: Iterable, ndim: int, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - len(spec)), *spec))
 
 
-def input_shards(path: Iterable, mesh: Mesh) -> int:
+def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the input axis of the linear layer at `path` is cut."""
     return mesh.shape[_mesh_axes(list(path)[-1])[0]]
 

@@ -1,6 +1,7 @@
 """Devices to compile for without having them, and what each kind can do at best.
 
-A target is named platform:chip or platform:chip-count, such as tpu:v5e-4 or gpu:h100.
+A target is named platform:chip or platform:chip-count, such as tpu:v5e-4 or gpu:h100; cpu:8 is
+eight devices that XLA makes of this machine's processor.
 """
 
 import importlib.util
@@ -22,19 +23,41 @@ class Peaks(NamedTuple):
     memory: float
 
 
-# Sources: https://cloud.google.com/tpu/docs/v6e (both TPUs); the data sheets of the SXM modules,
-# https://www.nvidia.com/en-us/data-center/{a100,h100,h200} (half of what they state for sparsity).
+# Sources: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}; the data sheets of the SXM modules and
+# of the L4, https://www.nvidia.com/en-us/data-center/{a100,h100,h200,l4} (half of what they state
+# for sparsity); of the RTX 4080, NVIDIA's white paper on Ada, table of GeForce cards (bfloat16
+# summed in float32).
 PEAKS = {
     "tpu:v5e": Peaks(197e12, 819e9, 16e9),
+    "tpu:v5p": Peaks(459e12, 2765e9, 95e9),
     "tpu:v6e": Peaks(918e12, 1640e9, 32e9),
     "gpu:a100": Peaks(312e12, 2039e9, 80e9),
     "gpu:h100": Peaks(989e12, 3350e9, 80e9),
     "gpu:h200": Peaks(989e12, 4800e9, 141e9),
+    "gpu:l4": Peaks(121e12, 300e9, 24e9),
+    "gpu:rtx4080": Peaks(97.5e12, 716.8e9, 16e9),
+}
+# Bytes/s between chips, of one chip, both directions together. Sources: as above; the last two talk
+# over PCIe 4.0 with 16 lanes.
+INTERCONNECT = {
+    "tpu:v5e": 400e9,
+    "tpu:v5p": 1200e9,
+    "tpu:v6e": 800e9,
+    "gpu:a100": 600e9,
+    "gpu:h100": 900e9,
+    "gpu:h200": 900e9,
+    "gpu:l4": 64e9,
+    "gpu:rtx4080": 64e9,
 }
 COUNTS = {  # chips → the topology that libtpu or the CUDA plugin makes of them
-    "tpu": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 256: "16x16"},
-    "gpu": {1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8", 16: "1x2x8", 32: "1x4x8", 64: "1x8x8"},
-}
+    "tpu": {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
+            256: "16x16"},
+    "gpu": {1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8", 16: "1x2x8", 32: "1x4x8", 64: "1x8x8",
+            128: "1x16x8", 256: "1x32x8"},
+}  # fmt: skip
+_CUBES = {1: "1x1x1", 2: "1x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4",
+          128: "4x4x8", 256: "4x8x8"}  # of tpu:v5p, a torus in three dimensions  # fmt: skip
+_MOST_CPUS = 256
 
 # Without these libtpu asks the network which TPU it is on, or lets one process in at a time. It
 # reads them when it is loaded, which is when `devices` first asks for a TPU.
@@ -53,7 +76,7 @@ runtime_version {{ major: 12 minor: 9 patch: 0 }}
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{name}"
 gpu_device_info {{
-  cuda_compute_capability {{ major: {major} minor: 0 }}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
   core_count: {cores}
   fpus_per_core: {fpus}
   clock_rate_ghz: {clock}
@@ -65,7 +88,7 @@ gpu_device_info {{
   shared_memory_per_block: 49152
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-  threads_per_core_limit: 2048
+  threads_per_core_limit: {threads}
   threads_per_block_limit: 1024
   threads_per_warp: 32
   block_dim_limit_x: 2147483647
@@ -74,14 +97,19 @@ gpu_device_info {{
 }}
 """
 _KIB = 1024
-_HOPPER = {"major": 9, "cores": 132, "fpus": 128, "clock": 1.98, "shared_core": 228 * _KIB,
-           "shared_block": 227 * _KIB}  # fmt: skip
+_HOPPER = {"major": 9, "minor": 0, "cores": 132, "fpus": 128, "clock": 1.98, "threads": 2048,
+           "shared_core": 228 * _KIB, "shared_block": 227 * _KIB}  # fmt: skip
+_ADA = {"major": 8, "minor": 9, "fpus": 128, "threads": 1536, "shared_core": 100 * _KIB,
+        "shared_block": 99 * _KIB}  # fmt: skip
 _GPUS = {
-    "gpu:a100": {"name": "NVIDIA A100-SXM4-80GB", "major": 8, "cores": 108, "fpus": 64,
-                 "clock": 1.41, "l2": 40 * _KIB**2, "shared_core": 164 * _KIB,
-                 "shared_block": 163 * _KIB},
+    "gpu:a100": {"name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "cores": 108,
+                 "fpus": 64, "clock": 1.41, "threads": 2048, "l2": 40 * _KIB**2,
+                 "shared_core": 164 * _KIB, "shared_block": 163 * _KIB},
     "gpu:h100": {"name": "NVIDIA H100 80GB HBM3", "l2": 50 * _KIB**2, **_HOPPER},
     "gpu:h200": {"name": "NVIDIA H200", "l2": 60 * _KIB**2, **_HOPPER},
+    "gpu:l4": {"name": "NVIDIA L4", "cores": 58, "clock": 2.04, "l2": 48 * _KIB**2, **_ADA},
+    "gpu:rtx4080": {"name": "NVIDIA GeForce RTX 4080", "cores": 76, "clock": 2.505,
+                    "l2": 64 * _KIB**2, **_ADA},
 }  # fmt: skip
 
 
@@ -89,7 +117,7 @@ _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda12", "jax_plugins
 
 
 class Target(NamedTuple):
-    """`count` chips of one kind; `chip` is a key of PEAKS."""
+    """`count` chips of one kind; `chip` is a key of PEAKS, or a platform."""
 
     chip: str
     count: int
@@ -99,9 +127,9 @@ class Target(NamedTuple):
         return self.chip.split(":")[0]
 
     @property
-    def peaks(self) -> Peaks:
-        """Of one chip."""
-        return PEAKS[self.chip]
+    def peaks(self) -> Peaks | None:
+        """Of one chip; None for a CPU."""
+        return PEAKS.get(self.chip)
 
 
 def parse(name: str) -> Target:
@@ -109,11 +137,17 @@ def parse(name: str) -> Target:
 
     Raises: UserError, with the names that exist, for any other.
     """
-    match = re.fullmatch(r"(\w+:\w+)(?:-(\d+))?", name)
-    target = Target(match[1], int(match[2] or 1)) if match else None
-    if not target or target.chip not in PEAKS or target.count not in COUNTS[target.platform]:
+    if cpus := re.fullmatch(r"cpu:([1-9]\d*)", name):
+        target = Target("cpu", int(cpus[1]))
+        exists = target.count <= _MOST_CPUS
+    else:
+        match = re.fullmatch(r"(\w+:\w+)(?:-(\d+))?", name)
+        target = Target(match[1], int(match[2] or 1)) if match else None
+        exists = target and target.chip in PEAKS and target.count in COUNTS[target.platform]
+    if not exists:
+        chips = ", ".join(PEAKS)
         raise errors.UserError(
-            expected="a chip among " + ", ".join(PEAKS) + ", then -N for more than one",
+            expected=f"a chip among {chips}, then -N for more than one; or cpu:N",
             found=repr(name),
             where=[
                 f"numbers of chips that exist: {platform} {', '.join(map(str, counts))}"
@@ -123,8 +157,17 @@ def parse(name: str) -> Target:
     return target
 
 
+def of_kind(platform: str, kind: str, count: int) -> Target:
+    """The devices that JAX sees, by their `device_kind`; a chip of PEAKS where it is one."""
+    kinds = {_GPUS[chip]["name"]: chip for chip in _GPUS}
+    kinds |= {"TPU v5 lite": "tpu:v5e", "TPU v5": "tpu:v5p", "TPU v6 lite": "tpu:v6e"}
+    return Target(kinds.get(kind, platform), count)
+
+
 def check(name: str) -> None:
     """Raises UserError when the name is unknown or the target's compiler is not installed."""
+    if parse(name).platform == "cpu":
+        return
     modules = _COMPILERS[parse(name).platform]
     for module in modules:
         package = module.split(".")[0]
@@ -147,17 +190,20 @@ def devices(name: str) -> list[jax.Device]:
     """The target's devices: programs can be compiled for them, but not run.
 
     Raises: UserError as `check`. Run under JAX_PLATFORMS=cpu, so that JAX does not look for the
-    devices in the machine.
+    devices in the machine; a CPU's also want --xla_force_host_platform_device_count in XLA_FLAGS.
     """
     check(name)
     target = parse(name)
-    shape = COUNTS[target.platform][target.count]
+    if target.platform == "cpu":
+        return jax.devices("cpu")[: target.count]
+    shape = _CUBES if target.chip == "tpu:v5p" else COUNTS[target.platform]
+    shape = shape[target.count]
     if target.platform == "gpu":
         how = {"platform": "cuda", "topology": shape, "target_config": target_config(target.chip)}
     else:
         for variable, value in LIBTPU_ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         how = {"platform": "tpu", "topology_name": f"{target.chip.removeprefix('tpu:')}:{shape}"}
-        if target.count == 1:  # less than the four chips of a host
-            how["chips_per_host_bounds"] = [1, 1, 1]
+        if target.count < 4:  # less than the four chips of a host
+            how["chips_per_host_bounds"] = [1, target.count, 1]
     return list(topologies.get_topology_desc(**how).devices)

@@ -19,6 +19,7 @@ from flax import nnx
 
 import lora_jax
 from lora_jax import (
+    ahead,
     checkpoint,
     config,
     data,
@@ -32,9 +33,11 @@ from lora_jax import (
     lora,
     optim,
     peft,
+    plan,
     run_folder,
     sharding,
     snapshot,
+    targets,
     tokenizer,
     train,
 )
@@ -73,6 +76,18 @@ def run(
         return job.fit(resume=resume)
 
 
+def sequence_length(settings: dict[str, Any], context: int) -> int:
+    """--seq-len, or its default. Raises: UserError for more than the model's context."""
+    seq_len = settings.get("seq_len") or min(SEQ_LEN, context)
+    if seq_len > context:
+        raise errors.UserError(
+            expected=f"rows within the model's context of {context} tokens",
+            found=f"--seq-len {seq_len}",
+            do=f"--seq-len {context}",
+        )
+    return seq_len
+
+
 class Job:
     """A model with its adapter, its data, and what is done with them."""
 
@@ -95,6 +110,7 @@ class Job:
             sharding.check_batch(settings["batch_size"], mesh, rows)
             self._read_data()
         architecture = model_config.load(self.base)
+        self.architecture = architecture
         self.context = architecture.max_position_embeddings
         settings["dtype"] = settings.get("dtype") or architecture.dtype
         self.tokenizer = tokenizer.load(self.base)
@@ -118,13 +134,7 @@ class Job:
 
     def _encode_data(self) -> None:
         settings, held_out = self.settings, self.held_out_rows
-        seq_len = settings["seq_len"] = settings.get("seq_len") or min(SEQ_LEN, self.context)
-        if seq_len > self.context:
-            raise errors.UserError(
-                expected=f"rows within the model's context of {self.context} tokens",
-                found=f"--seq-len {seq_len}",
-                do=f"--seq-len {self.context}",
-            )
+        seq_len = settings["seq_len"] = sequence_length(settings, self.context)
         encoded = self._encode("data", settings["dataset"], self.rows, seq_len)
         self.held_out = self.scored = None
         if held_out is not None:
@@ -185,6 +195,7 @@ class Job:
 
     def _load_model(self) -> None:
         start, settings = time.time(), self.settings
+        self.held = devices.held_bytes()
         stored = checkpoint.tensors(self.base).values()
         self.model = checkpoint.load(
             self.base,
@@ -402,10 +413,19 @@ class Job:
             },
             "device": devices.describe(),
             "mesh": dict(self.mesh.shape),
+            "memory": {"planned_bytes": self._planned_bytes(), "bytes_before": self.held},
             "base": {"id": self.settings["model"], **checkpoint.fingerprint(self.base)},
             "data": self.fingerprints,
             "samples": {},
         }
+
+    def _planned_bytes(self) -> int:
+        """Of a train step: all devices' where they share the memory of a CPU, else one's."""
+        first = self.mesh.devices.flat[0]
+        chip = targets.of_kind(first.platform, first.device_kind, self.mesh.size).chip
+        sizes = dict(self.mesh.shape)
+        planned = plan.memory(ahead.job_of(self.settings, self.architecture), sizes, chip).total
+        return planned * (self.mesh.size if first.platform == "cpu" else 1)
 
     def _make_evaluation(self) -> None:
         if self.held_out is None:

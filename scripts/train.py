@@ -103,6 +103,13 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
     flags.add("--temperature", "0 takes the likeliest token", type=float)
     arguments.add_processes(flags)
+    flags.group("planning: what the job takes and whether it fits, without weights or devices")
+    flags.add("--plan", "print that, and train nothing", action="store_const", const=True)
+    flags.add("--target", "cpu:N, gpu:CHIP-N or tpu:CHIP-N such as tpu:v5e-8 (default: the "
+              "devices of this machine)", metavar="NAME")  # fmt: skip
+    flags.add("--hbm", "memory of a device, e.g. 16GiB (default: the target's)", metavar="SIZE")
+    flags.add("--no-compile", "do not ask XLA", action="store_const", const=True)
+    flags.add("--json", "print one JSON object", action="store_const", const=True)
     typed = arguments.quantisation(flags.typed(argv))
     if "targets" in typed:
         typed["targets"] = _targets(typed["targets"])
@@ -196,6 +203,17 @@ def _check_numbers(settings: dict[str, Any]) -> None:
 
 def main() -> int:
     typed, resume = parse()
+    if "plan" in typed and not resume:
+        import plan
+
+        return plan.run(typed)
+    planning = [name for name in ("plan", "target", "hbm", "no_compile", "json") if name in typed]
+    if planning:
+        raise errors.UserError(
+            expected="flags that have an effect",
+            found=[f"--{name.replace('_', '-')}" for name in planning],
+            do="--plan with them and without --resume, or leave them out",
+        )
     typed = arguments.join(typed)
     if resume and "output_dir" not in typed:
         raise errors.UserError(

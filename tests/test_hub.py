@@ -18,12 +18,15 @@ def model(tmp_path_factory):
     return hub_server.llama_7b(tmp_path_factory.mktemp("hub") / "llama-7b")
 
 
-def download(server, home, name, revision=None, **environment):
-    """model_folder(name, revision) in a process that knows only this hub: (folder, message)."""
+def download(server, home, name, revision=None, function="model_folder", **environment):
+    """model_folder(name, revision) in a process that knows only this hub: (folder, message).
+
+    function: another of the same arguments.
+    """
     # huggingface_hub reads HF_ENDPOINT and HF_HOME when it is imported: hence another process.
     script = (
         "import sys; from lora_jax import errors, hub\n"
-        "try: print(hub.model_folder(sys.argv[1], sys.argv[2] or None))\n"
+        f"try: print(hub.{function}(sys.argv[1], sys.argv[2] or None))\n"
         "except errors.UserError as error: sys.exit(str(error))"
     )
     done = subprocess.run(
@@ -66,6 +69,15 @@ def test_an_id_downloads_safetensors_and_tokenizer_and_no_pickle(model, tmp_path
     # With the hub gone, the cache answers.
     offline, _ = download(server, tmp_path, ID, HF_HUB_OFFLINE="1")
     assert offline == folder
+
+
+def test_to_plan_takes_config_json_alone(model, tmp_path):
+    with hub_server.serve({ID: model}) as server:
+        folder, _ = download(server, tmp_path, ID, function="config_folder")
+        assert server.requested("GET") == ["config.json"]
+        assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
+        _, message = download(server, tmp_path, "no/such", function="config_folder")
+        assert "no such repository" in message
 
 
 def test_a_commit_can_be_asked_for(model, tmp_path):

@@ -133,7 +133,8 @@ def test_run_json_tells_what_was_run_on_what(whole):
     assert run["base"]["id"] == str(cli.BASE) and run["base"]["tensors"]
     assert {"load", "evaluate", "train"} <= run["seconds"].keys()
     assert all(value > 0 for value in run["seconds"].values())
-    assert run["peak_bytes"] > 2**24
+    assert run["peak_bytes"] > run["memory"]["bytes_before"] > 2**24
+    assert 2**20 < run["memory"]["planned_bytes"] < run["peak_bytes"]
     assert [len(run["samples"][when]) for when in ("before", "after")] == [2, 2]
 
 

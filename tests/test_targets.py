@@ -20,14 +20,14 @@ def test_an_unknown_name_lists_those_that_exist(name):
     message = str(caught.value)
     assert repr(name) in message
     assert all(chip in message for chip in targets.PEAKS)
-    assert "1, 4, 8, 16" in message
+    assert "1, 2, 4, 8, 16" in message
 
 
 @pytest.mark.parametrize("chip", targets.PEAKS)
 def test_every_chip_has_peaks_of_the_right_order(chip):
     flops, bandwidth, memory = targets.parse(chip).peaks
-    assert 1e14 < flops < 1e15
-    assert 5e11 < bandwidth < 5e12
+    assert 9e13 < flops < 1e15
+    assert 2e11 < bandwidth < 5e12
     assert 1e10 < memory < 2e11
     # No chip multiplies two matrices as fast as it reads them: a few hundred operations a byte.
     assert 100 < flops / bandwidth < 1000
@@ -56,3 +56,20 @@ def test_every_gpu_has_a_description_for_the_compiler():
             text = targets.target_config(chip)
             assert text.count("{") == text.count("}")
             assert f"device_memory_size: {targets.PEAKS[chip].memory:.0f}\n" in text
+
+
+def test_devices_of_this_machine_are_named_by_their_number():
+    assert targets.parse("cpu:8") == ("cpu", 8) and targets.parse("cpu:8").peaks is None
+    assert len(targets.devices("cpu:8")) == 8
+    with pytest.raises(errors.UserError, match="cpu:N"):
+        targets.parse("cpu:0")
+
+
+def test_a_chip_is_known_by_the_kind_that_jax_tells():
+    assert targets.of_kind("gpu", "NVIDIA H100 80GB HBM3", 8) == ("gpu:h100", 8)
+    assert targets.of_kind("tpu", "TPU v5 lite", 4) == ("tpu:v5e", 4)
+    assert targets.of_kind("gpu", "NVIDIA T4", 1).peaks is None
+
+
+def test_every_chip_has_an_interconnect():
+    assert targets.INTERCONNECT.keys() == targets.PEAKS.keys()

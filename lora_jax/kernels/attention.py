@@ -27,14 +27,17 @@ def attention(
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1; Ainslie et al. 2023,
     https://arxiv.org/abs/2305.13245 (grouped heads).
     """
-    num_queries = q.shape[1]
-    part = max(_LEAST, -(-num_queries // _MOST_PARTS)) if causal else num_queries
-    parts = []
-    for start in range(0, num_queries, part):
-        end = min(start + part, num_queries)
+    outs = []
+    for start, end in parts(q.shape[1], causal=causal):
         keys = slice(0, end if causal else None)
-        parts.append(_grouped(q[:, start:end], k[:, keys], v[:, keys], visible[:, start:end, keys]))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        outs.append(_grouped(q[:, start:end], k[:, keys], v[:, keys], visible[:, start:end, keys]))
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+
+
+def parts(num_queries: int, *, causal: bool) -> list[tuple[int, int]]:
+    """(start, end) of the queries that are taken together."""
+    part = max(_LEAST, -(-num_queries // _MOST_PARTS)) if causal else num_queries
+    return [(start, min(start + part, num_queries)) for start in range(0, num_queries, part)]
 
 
 def _grouped(q, k, v, visible):

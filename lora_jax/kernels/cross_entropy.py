@@ -24,12 +24,16 @@ def cross_entropy(
     return _scan(hidden, head, targets, with_gradient=False)[0]
 
 
+def chunk_size(num_rows: int, length: int) -> int:
+    """Tokens a row whose logits a device with so many rows of this length holds at a time."""
+    return min(length, max(1, _CHUNK // num_rows))
+
+
 def _scan(hidden, head, targets, with_gradient):
     """(loss, gradient of hidden or None), in chunks of the sequence: rows may lie anywhere."""
     rows, length, width = hidden.shape
     devices = partition.num_devices()
-    own_rows = rows if rows % devices else rows // devices
-    size = min(length, max(1, _CHUNK // own_rows))
+    size = chunk_size(rows if rows % devices else rows // devices, length)
     padding = -length % size
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-1)

@@ -1,0 +1,228 @@
+"""Compares the memory that lora_jax/plan.py foretells with what XLA plans, and draws up jobs.
+
+python benchmarks/plan.py [--cache FOLDER] [--only WORD]      → benchmarks/plan.md
+
+Needs pip install "lora-jax[aot]". Each run is compiled once, in a process of its own; its result is
+kept in the cache until the sources or the compilers change, so that a run that was stopped goes on.
+With --only, runs whose line contains WORD are compiled, and the others taken from the cache.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import memory
+
+from lora_jax import ahead, plan, sharding, targets
+
+SOURCES = pathlib.Path(__file__).parents[1] / "lora_jax"
+NOT_COMPILED = ("plan.py", "hub.py", "data.py", "tokenizer.py", "run_folder.py", "errors.py")
+PACKAGES = ("jax", "flax", "libtpu", "jax-cuda12-plugin")
+LIMIT = 1800  # seconds for one run
+
+
+class Run(NamedTuple):
+    """A job of `rows` rows over all devices, on a mesh as --mesh."""
+
+    model: str
+    target: str
+    mesh: str
+    rows: int
+    remat: str = "full"
+    quant: str = "int4"
+    tokens: int = 2048
+
+    @property
+    def job(self) -> ahead.Job:
+        return ahead.Job(
+            memory.architecture(*memory.MODELS[self.model]),
+            quant=self.quant,
+            remat=self.remat,
+            batch_size=self.rows,
+            seq_len=self.tokens,
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return sharding.parse(self.mesh, targets.parse(self.target).count)
+
+
+_7B, _13B, _70B = "Llama-2-7B", "Llama-2-13B", "Llama-3.1-70B"
+_ONE = "data=1"
+FITS = (
+    Run(_7B, "gpu:rtx4080", _ONE, 1),
+    Run(_7B, "gpu:rtx4080", _ONE, 4),
+    Run(_7B, "gpu:rtx4080", _ONE, 8),
+    Run(_7B, "gpu:rtx4080", _ONE, 1, "dots"),
+    Run(_13B, "gpu:rtx4080", _ONE, 1),
+    Run(_13B, "gpu:l4", _ONE, 1),
+    Run(_70B, "tpu:v5e-16", "fsdp=16", 16),
+    Run(_70B, "gpu:h100-8", "fsdp=8", 8),
+)
+ERRORS = (
+    *(
+        Run(_7B, chip, _ONE, rows, remat)
+        for chip in ("gpu:h100", "gpu:a100", "tpu:v5e", "tpu:v6e")
+        for remat in ("full", "dots", "none")
+        for rows in (1, 4)
+        # XLA:TPU makes no program of what the chip cannot hold.
+        if not (chip.startswith("tpu") and rows == 4 and remat == "none")
+        if not (chip == "tpu:v5e" and (rows, remat) in ((1, "none"), (4, "dots")))
+    ),
+    Run(_13B, "gpu:h100", _ONE, 1),
+    Run(_13B, "tpu:v5e", _ONE, 1),
+    Run(_7B, "gpu:h100-4", "tensor=4", 1),
+    Run(_7B, "tpu:v5e-4", "tensor=4", 1),
+    Run(_7B, "gpu:h100", _ONE, 1, quant="nf4"),
+    Run(_7B, "gpu:h100", _ONE, 1, quant="none"),
+)
+COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
+SCALING = (
+    *(Run(_7B, f"tpu:v5e-{count}", f"data={count}", count) for count in COUNTS),
+    *(
+        Run(_70B, f"tpu:v5e-{count}", f"data={count // 16},fsdp=16", count)
+        for count in (16, 64, 256)
+    ),
+)
+
+
+def digest() -> str:
+    """Of the sources and compilers that the programs depend on."""
+    found = hashlib.sha256()
+    for path in sorted(SOURCES.rglob("*.py")):
+        if path.name not in NOT_COMPILED:
+            found.update(path.read_bytes())
+    found.update(repr(versions()).encode())
+    return found.hexdigest()[:16]
+
+
+def versions() -> list[str]:
+    return [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+
+
+def compiled(run: Run, cache: pathlib.Path, *, cached_only: bool) -> ahead.Compiled | str:
+    """What XLA made of it, or why it made nothing."""
+    file = cache / f"{'_'.join(map(str, run)).replace(':', '')}_{digest()}.json"
+    if file.exists():
+        known = json.loads(file.read_text())
+        return known if isinstance(known, str) else ahead.Compiled(**known)
+    if cached_only:
+        return "not compiled yet"
+    found = ahead.compiled(run.job, run.target, run.sizes, limit=LIMIT)
+    file.write_text(json.dumps(found if isinstance(found, str) else found._asdict()))
+    return found
+
+
+INTRODUCTION = """\
+# What a job takes, planned and compiled
+
+`python benchmarks/plan.py`, with {versions}. No device was there. planned: lora_jax/plan.py, from
+shapes alone; XLA: the peak that the compiler plans for one device of the train step of `--rank 8`
+on q and v. rows: over all devices. laid out: arguments and temporaries as XLA places them, gaps
+included. at least: the step at the chip's published peaks. {total} runs, largest error {worst:.1%}.
+"""
+
+
+def report(results: Sequence[tuple[Run, ahead.Compiled | str]]) -> Iterator[str]:
+    """Lines of plan.md."""
+    by_run = dict(results)
+    rows = {run: _row(run, found) for run, found in results}
+    errors = [row["error"] for row in rows.values() if row["error"] is not None]
+    worst = max(map(abs, errors), default=0)
+    yield INTRODUCTION.format(versions=", ".join(versions()), total=len(errors), worst=worst)
+    yield "## Does it fit?\n"
+    titles = ("model", "quant", "target", "mesh", "rows × tokens", "remat")
+    columns = ("planned", "XLA", "of", "tokens/s at most", "compile s")
+    yield from _table([rows[run] for run in FITS], (*titles, *columns))
+    yield "\n## Planned against compiled\n"
+    columns = ("planned", "XLA", "error", "laid out")
+    named = sorted({run for run in (*FITS, *ERRORS)}, key=lambda run: (run.target, run))
+    yield from _table([rows[run] for run in named], (*titles, *columns))
+    told: dict[str, list[float]] = {}
+    for run in by_run:
+        if rows[run]["error"] is not None:
+            told.setdefault(targets.parse(run.target).chip, []).append(rows[run]["error"])
+    yield "\n| chip | runs | mean error | largest |\n|---|---|---|---|"
+    for chip, each in sorted(told.items()):
+        mean = sum(map(abs, each)) / len(each)
+        yield f"| {chip} | {len(each)} | {mean:.1%} | {max(each, key=abs):+.1%} |"
+    yield "\n## From one chip to 256\n"
+    yield "Per device; collectives: bytes that a device receives in a step.\n"
+    columns = ("planned", "XLA", "TFLOP", "collectives", "at least s", "compile s")
+    yield from _table([rows[run] for run in SCALING], (*titles, *columns))
+
+
+def _row(run: Run, found: ahead.Compiled | str) -> dict[str, Any]:
+    target, job = targets.parse(run.target), run.job
+    there = plan.resident(job, run.sizes, target.chip)
+    planned = plan.memory(job, run.sizes, target.chip, there).total
+    flops = plan.operations(job).total
+    moved = plan.bytes_moved(job, run.sizes, there, target.platform)
+    row: dict[str, Any] = {
+        "model": run.model, "quant": run.quant, "target": run.target, "mesh": run.mesh,
+        "rows × tokens": f"{run.rows} × {run.tokens}", "remat": run.remat,
+        "planned": _gb(planned), "of": _gb(target.peaks.memory), "error": None,
+        "TFLOP": f"{flops / target.count / 1e12:.0f}",
+    }  # fmt: skip
+    if isinstance(found, str):
+        return row | {"XLA": found.replace("|", "/")[-100:]}
+    least = plan.floor(flops, moved, found.collectives, target).seconds
+    received = ", ".join(
+        f"{total['bytes'] / 1e6:.0f} MB {kind}" for kind, total in found.collectives.items()
+    )
+    return row | {
+        "XLA": _gb(found.peak_bytes),
+        "error": planned / found.peak_bytes - 1,
+        "laid out": _gb(found.argument_bytes + found.temp_bytes),
+        "collectives": received or "none",
+        "at least s": f"{least:.3g}",
+        "tokens/s at most": f"{run.rows * run.tokens / least:,.0f}",
+        "compile s": f"{found.seconds:.0f}",
+    }
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _table(rows: Sequence[dict[str, Any]], titles: Sequence[str]) -> Iterator[str]:
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + "---|" * len(titles)
+    for row in rows:
+        cells = ["" if row.get(title) is None else row[title] for title in titles]
+        cells = [f"{cell:+.1%}" if isinstance(cell, float) else cell for cell in cells]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = pathlib.Path(tempfile.gettempdir()) / "lora_jax_plan"
+    parser.add_argument("--cache", type=pathlib.Path, default=default)
+    parser.add_argument("--only", default="", metavar="WORD")
+    flags = parser.parse_args()
+    flags.cache.mkdir(parents=True, exist_ok=True)
+    results = []
+    for run in dict.fromkeys((*ERRORS, *FITS, *SCALING)):
+        start = time.monotonic()
+        line = " ".join(map(str, run))
+        found = compiled(run, flags.cache, cached_only=flags.only not in line)
+        results.append((run, found))
+        told = found if isinstance(found, str) else _gb(found.peak_bytes)
+        print(f"{line}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
+    lines = "\n".join(report(results)) + "\n"
+    pathlib.Path(__file__).with_suffix(".md").write_text(lines)
+    return any(isinstance(found, str) for _, found in results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""Say whether a train.py job fits, what it computes and communicates, without weights or devices.
+
+The same as train.py --plan: all flags are train.py's.
+"""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+from typing import Any
+
+import arguments
+import console
+import train
+
+from lora_jax import config, errors, hub
+
+FLAGS = ("plan", "target", "hbm", "no_compile", "json")
+LIMIT = 900  # seconds for the compiler
+_ROWS = 64  # that are generated at a time, at most: generate.continuations
+_PREALLOCATED = 0.75  # of a GPU's memory, by JAX's default
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+def num_bytes(text: str) -> int:
+    """17179869184 from "16GiB", 16000000000 from "16GB". Raises: UserError for anything else."""
+    number = text.strip().lower().removesuffix("b")
+    unit = number.lstrip("0123456789.")
+    try:
+        size = int(float(number.removesuffix(unit)) * _UNITS[unit.strip()])
+    except (ValueError, KeyError):
+        size = 0
+    if size <= 0:
+        raise errors.UserError(
+            expected="a memory size such as 16GiB or 16GB", found=repr(text), where="--hbm"
+        )
+    return size
+
+
+def run(typed: dict[str, Any]) -> int:
+    """Prints the plan of the job that train.py would run with these flags."""
+    asked = {name: typed.pop(name) for name in FLAGS if name in typed}
+    settings = train.resolve(typed)
+    limit = num_bytes(asked["hbm"]) if "hbm" in asked else None
+    config.build(config.LoRAConfig, settings)  # refused before anything is downloaded
+    config.build(config.OptimConfig, settings)
+    base = hub.config_folder(settings["model"], settings.get("revision"))
+
+    import jax
+    import job as jobs
+
+    from lora_jax import ahead, plan, sharding, targets
+    from lora_jax.models import config as model_config
+
+    architecture = model_config.load(base)
+    if asked.get("target"):
+        target = targets.parse(asked["target"])
+        peaks = target.peaks
+        memory = None if peaks is None else int(peaks.memory)
+        host = ahead.Host(target.platform, target.chip, target.count, memory)
+    else:
+        host = ahead.host()
+        target = targets.of_kind(host.platform, host.kind, host.count)
+    # Shapes alone, from here on: no accelerator is taken.
+    jax.config.update("jax_platforms", "cpu")
+    limit = limit or host.memory
+    context = architecture.max_position_embeddings
+    settings["dtype"] = settings.get("dtype") or architecture.dtype
+    settings["seq_len"] = jobs.sequence_length(settings, context)
+    job = ahead.job_of(settings, architecture, _generation(settings, context))
+    one = dict.fromkeys(sharding.AXES, 1)
+    if settings.get("mesh"):
+        sizes = sharding.parse(settings["mesh"], host.count)
+    else:
+        sizes = sharding.default(
+            host.count, plan.base_bytes(plan.resident(job, one, target.chip)), limit
+        )
+    if "batch_size" not in typed:
+        rows = sharding.round_up(job.batch_size, plan.mesh_of(sizes))
+        job = dataclasses.replace(job, batch_size=rows)
+    there = plan.resident(job, sizes, target.chip)
+    memory = plan.memory(job, sizes, target.chip, there)
+    fits = None if limit is None else memory.total <= limit
+    found: dict[str, Any] = {
+        "model": settings["model"],
+        "job": _settings(job),
+        "target": asked.get("target") or f"{host.count} × {host.kind}",
+        "mesh": sizes,
+        "memory": {**memory._asdict(), "total": memory.total},
+        "limit": limit,
+        "fits": fits,
+    }
+    show = (lambda *_: None) if asked.get("json") else _print
+    show(f"plan of {console.near(settings['model'])}: {_flags(job)}")
+    show(f"on {found['target']}, mesh " + console.pairs(sizes) + "\n")
+    compiled: ahead.Compiled | str = "--no-compile"
+    if not asked.get("no_compile"):
+        compiled = _compiled(job, asked.get("target"), sizes)
+    found["xla"] = compiled if isinstance(compiled, str) else compiled._asdict()
+    _show_memory(show, memory, limit, compiled, target.platform)
+    found |= _show_operations(show, plan, job, sizes, there, target, compiled)
+    if limit is not None:
+        found |= _show_proposals(show, plan, job, sizes, target.chip, limit, there, memory, asked)
+    if asked.get("json"):
+        print(json.dumps(found, indent=2))
+    return 0
+
+
+def _print(text: str) -> None:
+    print(text)
+    sys.stdout.flush()
+
+
+def _settings(job) -> dict[str, Any]:
+    names = ("dtype", "quant", "remat", "batch_size", "grad_accum", "seq_len", "generation")
+    return {name: getattr(job, name) for name in names} | {"rank": job.lora.rank}
+
+
+def _flags(job) -> str:
+    return (f"--quant {job.quant} --dtype {job.dtype} --rank {job.lora.rank} --remat {job.remat} "
+            f"--batch-size {job.batch_size} --grad-accum {job.grad_accum} "
+            f"--seq-len {job.seq_len}")  # fmt: skip
+
+
+def _generation(settings: dict[str, Any], context: int) -> tuple[int, int, int] | None:
+    """(rows, prompt tokens, new tokens), at most: without a tokenizer a byte may be a token.
+
+    Held-out prompts and answers are taken to be as long as a row.
+    """
+    prompts = settings.get("prompt") or []
+    asked = []
+    if prompts:
+        longest = max(len(text.encode()) for text in prompts) + 1  # and BOS
+        new = settings["max_new_tokens"]
+        asked.append((min(len(prompts), _ROWS), min(-(-longest // 16) * 16, context - new), new))
+    if settings["exact_match"]:
+        asked.append((min(settings["exact_match"], _ROWS), settings["seq_len"], 0))
+    return max(asked, key=lambda each: each[0] * (each[1] + each[2]), default=None)
+
+
+def _compiled(job, target: str | None, sizes: dict[str, int]):
+    from lora_jax import ahead, targets
+
+    if target is not None:
+        try:
+            targets.check(target)
+        except errors.UserError as error:
+            parts = [line.split(":", 1)[1].strip() for line in str(error).strip().splitlines()]
+            return "wanted " + "; ".join(parts)
+    # The compiler's process ends with this one: subprocess.run sees to it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return ahead.compiled(job, target, sizes, limit=LIMIT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _row(name: str, size: int | str, note: str = "") -> str:
+    shown = size if isinstance(size, str) else console.size(size)
+    return f"  {name:<38}{shown:>10}  {note}".rstrip()
+
+
+def _show_memory(show, memory, limit: int | None, compiled, platform: str) -> None:
+    show("memory of each device, as planned")
+    for name, size in (memory.resident | memory.kept).items():
+        show(_row(name, size))
+    largest = max(memory.work, key=memory.work.get)
+    for name, size in memory.work.items():
+        show(_row(f"work: {name}", size, "" if name == largest else "(not at its peak)"))
+    show(_row("total", memory.total))
+    for name, size in memory.generation.items():
+        show(_row(f"when generating: {name}", size, "(not during a step)"))
+    if isinstance(compiled, str):
+        show(f"\nXLA's own plan: none: {compiled}")
+    else:
+        error = memory.total / compiled.peak_bytes - 1
+        show(f"\nXLA's own plan, compiled in {compiled.seconds:.0f} s")
+        show(_row("peak", compiled.peak_bytes, f"(planned {error:+.1%})"))
+        show(_row("arguments", compiled.argument_bytes))
+        show(_row("temporaries, as they are laid out", compiled.temp_bytes))
+    if limit is not None:
+        _show_verdict(show, memory, limit, compiled, platform)
+
+
+def _show_verdict(show, memory, limit: int, compiled, platform: str) -> None:
+    peak = laid_out = memory.total
+    if not isinstance(compiled, str):
+        peak = compiled.peak_bytes
+        laid_out = max(peak, compiled.argument_bytes + compiled.temp_bytes)
+    verdict = "fits" if peak <= limit else "does not fit"
+    show(f"\n{verdict}: {console.size(peak)} of {console.size(limit)}")
+    if peak <= limit < laid_out:
+        show(f"  barely: with the gaps between arrays it takes {console.size(laid_out)}")
+    if platform == "gpu" and _PREALLOCATED * limit < peak <= limit:
+        show(f"  with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes "
+             f"{_PREALLOCATED:.0%}\n  of a GPU's memory otherwise")  # fmt: skip
+
+
+def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[str, Any]:
+    operations = plan.operations(job)
+    useful = plan.operations(dataclasses.replace(job, remat="none")).total
+    moved = plan.bytes_moved(job, sizes, there, target.platform)
+    collectives = None if isinstance(compiled, str) else compiled.collectives
+    show("\nan optimizer step, all devices together")
+    for name, flops in operations._asdict().items():
+        show(_row(f"{name}, floating point operations", f"{flops / 1e12:.3g} T"))
+    again = f"({1 - useful / operations.total:.0%} computed again)"
+    show(_row("total", f"{operations.total / 1e12:.4g} T", again))
+    show("each device")
+    show(_row("bytes read and written", moved, "(an estimate)"))
+    for kind, total in (collectives or {}).items():
+        show(_row(f"{kind}, received", total["bytes"], f"({total['count']} times)"))
+    if collectives is not None and not collectives:
+        show(_row("collectives", "none"))
+    found = {
+        "flops": {**operations._asdict(), "total": operations.total, "recomputed":
+                  operations.total - useful},
+        "bytes_moved": moved,
+    }  # fmt: skip
+    if target.peaks is None:
+        show("  no published peaks of this device: no floor of the time")
+        return found
+    least = plan.floor(operations.total, moved, collectives, target)
+    tokens = job.batch_size * job.grad_accum * job.seq_len
+    mfu = useful / target.count / target.peaks.flops / least.seconds
+    bound = max(least._fields, key=lambda name: getattr(least, name) or 0)
+    show("\nthe floor: at the published peaks of the chip, which no program reaches")
+    for name, seconds in least._asdict().items():
+        shown = "not known" if seconds is None else f"{seconds:.4g} s"
+        show(_row(f"step, {name} alone", shown))
+    show(_row("step, at least", f"{least.seconds:.4g} s", f"({bound})"))
+    show(_row("tokens/s, at most", f"{tokens / least.seconds:,.0f}"))
+    show(_row("MFU, at most", f"{mfu:.0%}", "(of work done once)"))
+    return found | {
+        "floor": {**least._asdict(), "seconds": least.seconds},
+        "tokens_per_second_at_most": tokens / least.seconds,
+        "mfu_at_most": mfu,
+    }
+
+
+def _show_proposals(
+    show, plan, job, sizes, chip: str, limit: int, there, memory, asked
+) -> dict[str, Any]:
+    """What would fit, and of the one to try whether XLA agrees."""
+    found = plan.propose(job, sizes, chip, limit, there)
+    percent = f"{plan.HEADROOM:.0%}"
+    show(f"\nin {percent} of {console.size(limit)} would fit, all else as asked")
+    names = {
+        "batch_size": "the largest --batch-size",
+        "seq_len": "the longest --seq-len",
+        "remat": "the quickest --remat",
+    }
+    told: dict[str, Any] = {}
+    for field, name in names.items():
+        proposal = getattr(found, field)
+        told[field] = proposal and getattr(proposal, field)
+        size = proposal and plan.memory(proposal, sizes, chip, there).total
+        value = "nothing" if proposal is None else str(told[field])
+        note = "" if size is None else f"({console.size(size)})"
+        show(_row(name, value, note))
+    tried = found.batch_size or found.remat or found.seq_len
+    answer: dict[str, Any] = {"proposals": told}
+    if tried is None or memory.total > plan.HEADROOM * limit:
+        show("to make it fit:")
+        ways = [(flags, found.total) for flags, found in plan.changes(job, sizes, chip, limit)]
+        for flags, total in ways:
+            show(f"  {flags}  ({console.size(total)})")
+        if not ways:
+            show("  nothing that was tried: a smaller model, or larger devices")
+        answer["changes"] = dict(ways)
+    if tried is not None and tried != job and not asked.get("no_compile"):
+        compiled = _compiled(tried, asked.get("target"), sizes)
+        show(f"\nthe first of these, compiled: {_flags(tried)}")
+        if isinstance(compiled, str):
+            show(f"  XLA has no plan: {compiled}")
+            answer["proposal_xla"] = compiled
+        else:
+            agrees = "agrees: " if compiled.peak_bytes <= limit else "does not agree: "
+            show(f"  XLA {agrees}{console.size(compiled.peak_bytes)} of {console.size(limit)}")
+            answer["proposal_xla"] = compiled._asdict()
+    return answer
+
+
+def main() -> int:
+    typed, resume = train.parse()
+    if resume:
+        raise errors.UserError(
+            expected="the flags of a run", found="--resume", do="give the run's flags instead"
+        )
+    return run(typed)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    arguments.run(main)

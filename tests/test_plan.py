@@ -1,0 +1,215 @@
+"""What a job takes, foretold from shapes, against what XLA compiles."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cli
+import jax
+import pytest
+
+from lora_jax import ahead, config, errors, hlo, plan, sharding, targets
+from lora_jax.models import config as model_config
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def architecture(hidden, ffn, layers, heads, kv_heads, vocab, **more) -> model_config.LlamaConfig:
+    return model_config.from_dict(
+        {
+            "model_type": "llama",
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": 4096,
+            **more,
+        }
+    )
+
+
+TINY = ahead.Job(architecture(64, 160, 3, 4, 2, 512), batch_size=2, seq_len=150, grad_accum=2)
+LLAMA_7B = ahead.Job(architecture(4096, 11008, 32, 32, 32, 32000))
+LLAMA_70B = ahead.Job(architecture(8192, 28672, 80, 64, 8, 128256))
+
+
+@pytest.mark.parametrize(
+    "remat, names, length", [("full", "all-linear", 150), ("dots", ("q_proj", "v_proj"), 100)]
+)
+def test_the_compiled_step_multiplies_and_takes_what_was_planned(remat, names, length):
+    adapters = config.LoRAConfig(targets=names)
+    job = dataclasses.replace(TINY, remat=remat, lora=adapters, seq_len=length)
+    mesh = sharding.make_mesh(ONE)
+    with jax.set_mesh(mesh):
+        program = ahead.train_step(job, mesh)
+    compiled = program.lower(mesh).compile()
+    assert hlo.dot_flops(hlo.parse(compiled.as_text())) == plan.operations(job).total
+    resident = sum(plan.memory(job, ONE, "cpu").resident.values())
+    # To the byte, but for layer indices and numbers of steps.
+    taken = compiled.memory_analysis().argument_size_in_bytes
+    assert resident == pytest.approx(taken, abs=200)
+
+
+def test_memory_is_split_by_the_mesh():
+    whole = plan.resident(LLAMA_7B, ONE, "gpu:h100").arrays
+    assert whole["packed words"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2
+    assert whole["A and B"] == 4 * 32 * 2 * 8 * (4096 + 4096)
+    for axis in ("fsdp", "tensor"):
+        parts = plan.resident(LLAMA_7B, ONE | {axis: 4}, "gpu:h100").arrays
+        assert parts["packed words"] == whole["packed words"] // 4
+
+
+def test_what_is_kept_grows_as_less_is_computed_again():
+    kept = [
+        sum(plan.memory(dataclasses.replace(LLAMA_7B, remat=remat), ONE, "tpu:v5e").kept.values())
+        for remat in config.REMAT
+    ]
+    assert kept == sorted(kept) and len(set(kept)) == 3
+
+
+@pytest.mark.parametrize(
+    "job, sizes, chip, remat, rows, peak",
+    [  # what XLA planned for these: benchmarks/plan.md
+        (LLAMA_7B, ONE, "gpu:h100", "full", 1, 5.336e9),
+        (LLAMA_7B, ONE, "gpu:h100", "full", 4, 8.662e9),
+        (LLAMA_7B, ONE, "gpu:h100", "dots", 4, 28.942e9),
+        (LLAMA_7B, ONE, "gpu:h100", "none", 1, 23.626e9),
+        (LLAMA_7B, ONE, "tpu:v5e", "full", 4, 8.737e9),
+        (LLAMA_7B, ONE, "tpu:v6e", "none", 1, 22.938e9),
+        (LLAMA_7B, ONE | {"tensor": 4}, "tpu:v5e", "full", 4, 4.465e9),
+        (LLAMA_70B, ONE | {"fsdp": 8}, "gpu:h100", "full", 8, 12.248e9),
+        (LLAMA_70B, ONE | {"fsdp": 16}, "tpu:v5e", "full", 16, 8.064e9),
+    ],
+)
+def test_the_total_is_near_what_xla_planned(job, sizes, chip, remat, rows, peak):
+    job = dataclasses.replace(job, remat=remat, batch_size=rows)
+    assert plan.memory(job, sizes, chip).total == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["gpu:h100", "tpu:v5e"])
+def test_the_total_is_near_what_xla_plans_now(target):
+    targets.check(target)
+    compiled = ahead.compiled(LLAMA_7B, target, ONE)
+    assert not isinstance(compiled, str), compiled
+    planned = plan.memory(LLAMA_7B, ONE, target).total
+    assert planned == pytest.approx(compiled.peak_bytes, rel=0.1)
+
+
+def test_the_proposals_are_the_largest_that_fit():
+    there = plan.resident(LLAMA_7B, ONE, "gpu:rtx4080")
+    found = plan.propose(LLAMA_7B, ONE, "gpu:rtx4080", 16e9, there)
+
+    def total(job):
+        return plan.memory(job, ONE, "gpu:rtx4080", there).total
+
+    most = plan.HEADROOM * 16e9
+    more = dataclasses.replace(found.batch_size, batch_size=found.batch_size.batch_size + 1)
+    assert total(found.batch_size) <= most < total(more)
+    longer = dataclasses.replace(found.seq_len, seq_len=found.seq_len.seq_len + 128)
+    assert total(found.seq_len) <= most < total(longer) or longer.seq_len > 4096
+    assert found.remat.remat == "dots"
+
+
+def test_what_does_not_fit_is_told_what_to_change():
+    job = dataclasses.replace(LLAMA_70B, quant="none")
+    ways = dict(plan.changes(job, ONE, "gpu:h100", 80e9))
+    assert any(flags.startswith("--quant int4") for flags in ways)
+    assert any(flags.startswith("--mesh fsdp=") for flags in ways)
+    assert all(memory.total <= 80e9 for memory in ways.values())
+
+
+def test_a_mesh_that_cannot_cut_the_model_is_refused():
+    with pytest.raises(errors.UserError, match="divide the model") as caught:
+        plan.memory(TINY, ONE | {"tensor": 3}, "cpu")
+    assert "q_proj" in str(caught.value)
+
+
+def test_the_floor_is_the_slowest_part():
+    target = targets.parse("tpu:v5e-4")
+    collectives = {"all-reduce": {"count": 1, "bytes": int(1e12)}}
+    floor = plan.floor(int(4 * 197e12), int(819e9), collectives, target)
+    assert floor == pytest.approx((1, 1, 10))
+    assert floor.seconds == floor.communication
+
+
+def test_a_job_survives_the_way_to_its_process():
+    windows = architecture(64, 160, 3, 4, 2, 512, rope_scaling={"rope_type": "linear", "factor": 2})
+    job = dataclasses.replace(TINY, architecture=windows, generation=(2, 16, 8))
+    assert ahead.job_from(json.loads(json.dumps(dataclasses.asdict(job)))) == job
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder with config.json alone."""
+    written = {"model_type": "llama", "vocab_size": 128, "hidden_size": 32,
+               "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "max_position_embeddings": 512, "torch_dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    return tmp_path
+
+
+def test_the_script_plans_and_compiles_without_weights(folder):
+    flags = ("--model", folder, "--use-4bit", "--target", "cpu:2", "--hbm", "4MB", "--json")
+    flags += ("--batch-size", 2, "--seq-len", 64)
+    found = json.loads(cli.run("plan", *flags).out)
+    assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1} and found["fits"]
+    resident = sum(found["memory"]["resident"].values())
+    assert found["xla"]["argument_bytes"] == pytest.approx(resident, abs=200)
+    assert found["xla"]["collectives"]["all-reduce"]["bytes"] > 0
+    assert found["proposals"]["batch_size"] > 2
+    assert found["proposal_xla"]["peak_bytes"] > found["xla"]["peak_bytes"]
+
+
+def test_train_has_it_too_and_trains_nothing(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    flags = ("--plan", "--no-compile", "--model", folder, "--target", "tpu:v5e-4", "--prompt", "a")
+    ended = cli.run("train", *flags)
+    assert ended.code == 0, ended
+    assert "fits: " in ended.out and "tokens/s, at most" in ended.out and "KV cache" in ended.out
+    assert max(map(len, ended.out.splitlines()[1:])) <= 80
+    assert not (folder / "runs").exists()
+
+
+def test_planning_flags_without_plan_are_refused():
+    assert "--target" in cli.refused("train", "--target", "tpu:v5e")
+
+
+@pytest.mark.parametrize("size", ["16", "16 GB", "16GiB", "0.5tib"])
+def test_a_memory_size_is_read(size):
+    import plan as script
+
+    exact = {"16": 16, "16 GB": 16 * 10**9, "16GiB": 2**34, "0.5tib": 2**39}
+    assert script.num_bytes(size) == exact[size]
+
+
+@pytest.mark.parametrize("size", ["", "GB", "16XB", "-1GB", "1e9"])
+def test_a_memory_size_that_is_none_is_refused(folder, size):
+    with pytest.raises(errors.UserError, match="16GiB"):
+        import plan as script
+
+        script.num_bytes(size)
+
+
+def test_ctrl_c_ends_the_compiler_too(folder):
+    """In a second or two, though the compiler would not return to Python for longer."""
+    command = [sys.executable, cli.ROOT / "scripts/plan.py", "--model", folder, "--target", "cpu:1"]
+    environment = os.environ | {"PYTHONPATH": str(cli.ROOT)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while "on cpu:1" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        process.wait(timeout=20)
+        assert process.returncode == 130 and time.monotonic() - start < 5
+    started = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    assert not started.stdout
