@@ -1,8 +1,10 @@
 """What a job takes, foretold from shapes, against what XLA compiles."""
 
 import dataclasses
+import importlib.util
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -197,6 +199,7 @@ def test_a_memory_size_that_is_none_is_refused(folder, size):
         script.num_bytes(size)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_the_compiler_too(folder):
     """In a second or two, though the compiler would not return to Python for longer."""
     command = [sys.executable, cli.ROOT / "scripts/plan.py", "--model", folder, "--target", "cpu:1"]
@@ -206,10 +209,34 @@ def test_ctrl_c_ends_the_compiler_too(folder):
     ) as process:
         while "on cpu:1" not in process.stdout.readline():
             assert process.poll() is None
-        time.sleep(0.5)
+        children = ""
+        while not children:
+            children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            time.sleep(0.3)  # the parent must have got it into its hands
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
         process.wait(timeout=20)
         assert process.returncode == 130 and time.monotonic() - start < 5
-    started = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    assert not started.stdout
+    for child in children.split():
+        state = pathlib.Path(f"/proc/{child}/stat")
+        # Gone, or dead and not yet waited for by whoever inherits it.
+        assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_the_comparison_is_reported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(cli.ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("compare", cli.ROOT / "benchmarks/plan.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    fits, large = compare.FITS[0], compare.FITS[-1]
+    runs = {"FITS": (fits,), "ERRORS": (large,), "SCALING": (fits,), "versions": lambda: ["jax"]}
+    for name, value in runs.items():
+        monkeypatch.setattr(compare, name, value)
+    job = fits.job
+    planned = plan.memory(job, fits.sizes, "gpu:rtx4080").total
+    made = ahead.Compiled(planned, 0, 0, 1.0, {})
+    kept = compare.compiled(fits, tmp_path, cached_only=True)
+    assert kept == "not compiled yet"
+    text = "\n".join(compare.report([(fits, made), (large, kept)]))
+    assert "1 runs, largest error 0.0%" in text and "not compiled yet" in text
+    assert f"| {planned / 1e9:.2f} GB | {planned / 1e9:.2f} GB | +0.0% |" in text
