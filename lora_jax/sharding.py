@@ -182,9 +182,12 @@ def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
 
 def whole_head(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
     """The vocabulary projection, gathered over fsdp once: its user multiplies chunk by chunk."""
-    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+    axes, over = dealing.open_axes(), RULES["vocab"]
+    if axes.get("fsdp", 1) == 1:
         return head
-    return jax.lax.with_sharding_constraint(head, PartitionSpec(None, RULES["vocab"]))
+    return jax.lax.with_sharding_constraint(
+        head, PartitionSpec(None, over if over in axes else None)
+    )
 
 
 def deal_out(model: nnx.Module) -> None:

@@ -61,19 +61,36 @@ def run(
     if warning := devices.unused_accelerator():
         say("warning", warning)
     devices.keep_freed_memory()
+    training = settings.get("max_steps") != 0
+    rows = read_data(settings) if training else (None, None)  # before a model is downloaded
     base = hub.model_folder(settings["model"], settings.get("revision"))
     loaded = {"dtype": settings.get("dtype"), "quantisation": settings["quant"]}
     mesh = sharding.choose(settings.get("mesh"), checkpoint.loaded_bytes(base, **loaded))
+    if training and default_batch:
+        settings["batch_size"] = sharding.round_up(settings["batch_size"], mesh)
+    if training:
+        in_all = settings["batch_size"] * settings["grad_accum"] if resume else None
+        sharding.check_batch(settings["batch_size"], mesh, in_all)
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say("devices", f"{devices.describe()}, mesh {axes}")
     where = console.quoted(str(folder.path))
     distributed.when_lost(f"start all again with --resume --output-dir {where}")
     with jax.set_mesh(mesh):
-        job = Job(settings, folder, base, mesh, default_batch, resume)
+        job = Job(settings, folder, base, mesh, rows)
         if job.num_steps == 0:
             job.continue_prompts()
             return 0
         return job.fit(resume=resume)
+
+
+def read_data(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """(rows to train on, rows held out or None)."""
+    rows = data.load(settings["dataset"], columns=settings.get("columns"))
+    if settings.get("eval_dataset"):
+        return rows, data.load(settings["eval_dataset"], columns=settings.get("columns"))
+    if settings.get("eval_every"):
+        return data.holdout(rows, HELD_OUT, settings["seed"])
+    return rows, None
 
 
 def sequence_length(settings: dict[str, Any], context: int) -> int:
@@ -97,18 +114,12 @@ class Job:
         folder: run_folder.RunFolder,
         base: pathlib.Path,
         mesh: jax.sharding.Mesh,
-        default_batch: bool,
-        resume: bool,
+        rows: tuple[Any, Any],
     ):
         self.settings, self.folder, self.base, self.mesh = settings, folder, base, mesh
+        self.rows, self.held_out_rows = rows
         self.seconds: dict[str, float] = {}
         self.num_steps = settings.get("max_steps")
-        if self.num_steps != 0:
-            if default_batch:
-                settings["batch_size"] = sharding.round_up(settings["batch_size"], mesh)
-            rows = settings["batch_size"] * settings["grad_accum"] if resume else None
-            sharding.check_batch(settings["batch_size"], mesh, rows)
-            self._read_data()
         architecture = model_config.load(self.base)
         self.architecture = architecture
         self.context = architecture.max_position_embeddings
@@ -120,17 +131,6 @@ class Job:
             self._encode_data()
         self._check_prompts()
         self._load_model()
-
-    def _read_data(self) -> None:
-        settings = self.settings
-        self.rows = data.load(settings["dataset"], columns=settings.get("columns"))
-        self.held_out_rows = None
-        if settings.get("eval_dataset"):
-            self.held_out_rows = data.load(
-                settings["eval_dataset"], columns=settings.get("columns")
-            )
-        elif settings.get("eval_every"):
-            self.rows, self.held_out_rows = data.holdout(self.rows, HELD_OUT, settings["seed"])
 
     def _encode_data(self) -> None:
         settings, held_out = self.settings, self.held_out_rows

@@ -45,7 +45,7 @@ def test_help_is_in_groups_and_shows_every_default(monkeypatch):
     for group in ("model:", "data:", "adapter:", "training:", "run:", "generating, after training"):
         assert f"\n{group}" in text
     shown = " ".join(text.partition("options:")[2].split())
-    for default in ("runs/DATE-TIME", "all in data", "q_proj,v_proj"):
+    for default in ("runs/DATE-TIME", "the devices of this machine", "q_proj,v_proj"):
         assert f"(default: {default})" in shown
     # Every flag with a default in the table tells it.
     flags = re.findall(r"^  --([\w-]+)", text, re.MULTILINE)

@@ -168,38 +168,6 @@ def test_nothing_printed_is_wider_than_the_terminal(data, tmp_path, monkeypatch)
 # ------------------------------------------------------------------------- stop and go on
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, data, tmp_path):
-    folder = tmp_path / "run"
-    flags = list(map(str, ("train.py", *FLAGS, *data, "--output-dir", folder)))
-    code = (
-        "import os, sys; sys.path.insert(0, 'scripts')\n"
-        "import arguments, console, train\n"
-        "def killed(self, step, metrics):\n"
-        "    if step == 5: os.kill(os.getpid(), 9)\n"
-        "console.Progress.show = killed\n"
-        f"sys.argv = {flags}\n"
-        "arguments.run(train.main)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    rows = cli.metrics(folder)
-    assert rows[-1]["step"] == 5  # every line was in the file
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')
-    ended = cli.run("train", "--resume", "--output-dir", folder)
-    assert ended.code == 0, ended
-    assert re.search(r"resume +from step [24] of 6", ended.out)
-    assert comparable(folder) == comparable(whole[0])
-    # Nothing half written stays.
-    assert checkpoints(folder) == [4, 6]
-    samples, expected = (
-        json.loads((path / "run.json").read_text())["samples"] for path in (folder, whole[0])
-    )
-    assert samples == expected
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_and_goes_on(whole, data, tmp_path, monkeypatch, capfd, number):
     folder = tmp_path / "run"
@@ -347,19 +315,6 @@ def test_data_is_read_before_a_model_is_downloaded(data, tmp_path):
 
 
 # ------------------------------------------------------------------------- other ways to run
-
-
-def test_sharded_over_data_fsdp_and_tensor_the_losses_are_the_same(whole, data, tmp_path):
-    ended = cli.run(
-        "train", *FLAGS, *data, "--exact-match", 0, "--mesh", "data=2,fsdp=2,tensor=2",
-        "--output-dir", tmp_path / "run",
-    )  # fmt: skip
-    assert ended.code == 0 and "mesh data=2 fsdp=2 tensor=2" in ended.out
-    losses = [
-        [row.get("loss", row.get("eval_loss")) for row in cli.metrics(folder)]
-        for folder in (tmp_path / "run", whole[0])
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_without_steps_it_only_generates(tmp_path, monkeypatch):

@@ -64,10 +64,10 @@ def trained_on(name):
 def told(name):
     """[(kind, dtype, dimensions other than 1, how often)] of what devices tell each other."""
     return [
-        (opcode.removesuffix("-start"), dtype, tuple(n for n in dims if n != 1), times)
-        for (shape, opcode, _), times, _, _ in trained_on(name)[1]
-        if opcode.removesuffix("-start") in hlo.COLLECTIVES
-        for dtype, dims, _ in hlo.arrays(shape)
+        (kind, dtype, tuple(n for n in dims if n != 1), times)
+        for instruction, times, _, _ in trained_on(name)[1]
+        if (kind := instruction.opcode.removesuffix("-start")) in hlo.COLLECTIVES
+        for dtype, dims, _ in hlo.arrays(instruction.shape)
     ]
 
 
@@ -118,7 +118,6 @@ def test_no_weight_is_gathered_over_tensor(name):
         assert {dims for dims in of_floats if len(dims) > 1} == {(32, test_train.VOCAB // 2)}
 
 
-@functools.cache
 def generated_on(name, temperature):
     mesh = sharding.make_mesh(MESHES[name])
     sampling = config.Sampling(max_new_tokens=8, temperature=temperature, top_k=20, top_p=0.95)
@@ -132,8 +131,7 @@ def generated_on(name, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", ["8·1·1", "2·2·2"])
-def test_every_mesh_generates_the_same_tokens(name, temperature):
+def test_a_mesh_generates_the_same_tokens(temperature):
     expected = generated_on("1·1·1", temperature)
     assert len(np.unique(expected)) > 8
-    np.testing.assert_array_equal(generated_on(name, temperature), expected)
+    np.testing.assert_array_equal(generated_on("2·2·2", temperature), expected)
