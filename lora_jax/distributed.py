@@ -41,6 +41,10 @@ class Place:
     detected: bool = False  # told by the cluster, not by flags
 
 
+class Missing(errors.UserError):
+    """Not all processes have come. A job manager may start them again."""
+
+
 _group: "_Group | None" = None  # None: this process is alone
 
 
@@ -128,13 +132,13 @@ def _is_present(cluster: Any) -> bool:
 def start(place: Place | None, wait: float = WAIT) -> None:
     """Waits for all processes and joins them, before jax touches a device. None: alone.
 
-    Raises: UserError when process 0 or one of the others has not come in `wait` seconds.
+    Raises: Missing when process 0 or one of the others has not come in `wait` seconds.
     """
     global _group
     if place is None:
         return
     sockets = _gather(place, wait) if place.process_id == 0 else {0: _join(place, wait)}
-    group = _Group(place, sockets)
+    group = _group = _Group(place, sockets)
     import jax
 
     _end_when_aborted(group)
@@ -147,7 +151,6 @@ def start(place: Place | None, wait: float = WAIT) -> None:
         heartbeat_timeout_seconds=HEARTBEAT,
         shutdown_timeout_seconds=HEARTBEAT,
     )
-    _group = group
 
 
 def leads() -> bool:
@@ -158,6 +161,18 @@ def leads() -> bool:
 def told(value: Any) -> Any:
     """What process 0 calls this with, in every process; all must call it. JSON's types."""
     return value if _group is None else _group.told(value)
+
+
+def same(name: str, value: Any) -> None:
+    """Raises UserError where a process has another `value` than process 0; all must call it."""
+    theirs = told(value)
+    if theirs != json.loads(json.dumps(value)):
+        raise errors.UserError(
+            expected=f"the same {name} in all processes",
+            found=f"{value}, but process 0 has {theirs}",
+            where=f"process {_group.place.process_id}",
+            do="start all with the same command",
+        )
 
 
 def preempted(step: int) -> bool:
@@ -234,7 +249,7 @@ def _gather(place: Place, wait: float) -> dict[int, socket.socket]:
                 problem = f"no process {', '.join(missing)}"
                 for connection in found.values():
                     _refuse(connection, problem)
-                raise errors.UserError(
+                raise Missing(
                     expected=f"{place.num_processes} processes within {wait:g} s",
                     found=problem,
                     where=f"--coordinator {place.coordinator}",
@@ -281,7 +296,7 @@ def _join(place: Place, wait: float) -> socket.socket:
         if not left:
             break
         time.sleep(min(0.2, left))
-    raise errors.UserError(
+    raise Missing(
         expected=f"process 0 of {place.num_processes} at the coordinator's address, "
         f"and all others, within {wait:g} s",
         found=problem,
@@ -444,7 +459,7 @@ def _end_when_aborted(group: _Group) -> None:
     def aborted(_):
         time.sleep(_GRACE)  # the listening thread may know which process it was
         n = group.place.num_processes
-        text = f"\none of {n} processes was lost, or cut off; {group.advice}"
+        text = f"\none of {n} processes was lost, or jax failed as told above; {group.advice}"
         group._print_and_exit(RESTART, text)
 
     group.aborted = aborted  # or it would be freed

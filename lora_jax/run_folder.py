@@ -149,6 +149,14 @@ class Followed(RunFolder):
     """The folder as the processes besides the first see it: they read it, and write nothing."""
 
     def __init__(self, path: pathlib.Path):
+        """Raises: UserError where process 0's folder is not to be seen."""
+        if not (path / ".lock").exists():
+            raise errors.UserError(
+                expected="an output folder that all processes share",
+                found="not what process 0 has made",
+                where=str(path),
+                do="choose an --output-dir on a file system that all hosts have",
+            )
         self.path = path
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"

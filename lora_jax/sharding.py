@@ -59,12 +59,9 @@ def default(num_devices: int, base_bytes: int, device_bytes: int | None) -> dict
     base_bytes: of the frozen base; device_bytes: memory of one device (None: unknown). The base
     may take half of that; the rest is for what it computes.
     """
-    fits = (
-        fsdp
-        for fsdp in range(1, num_devices + 1)
-        if num_devices % fsdp == 0 and (not device_bytes or 2 * base_bytes <= fsdp * device_bytes)
-    )
-    fsdp = next(fits, num_devices)
+    powers = [2**n for n in range(num_devices.bit_length()) if num_devices % 2**n == 0]
+    fits = (fsdp for fsdp in powers if not device_bytes or 2 * base_bytes <= fsdp * device_bytes)
+    fsdp = next(fits, powers[-1])  # powers of two divide a model's dimensions
     return {"data": num_devices // fsdp, "fsdp": fsdp, "tensor": 1}
 
 

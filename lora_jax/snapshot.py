@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from lora_jax import errors, train
+from lora_jax import distributed, errors, train
 
 # The parts of a checkpoint.
 _STATE = "state"  # A, B, the moments and the step
@@ -26,7 +26,7 @@ class Snapshots:
 
     A checkpoint appears under its name only when it is whole. The step is also the position in the
     data and the seed of the dropout masks, which are functions of it. Each process reads all of a
-    checkpoint and judges it by what it read, so that all of them come to the same one.
+    checkpoint; process 0 decides which one is taken.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int, *, keep_best: bool = False):
@@ -48,6 +48,9 @@ class Snapshots:
         for step in self._manager.all_steps() if keep_best else ():
             with contextlib.suppress(Exception):  # damaged: told when it is restored
                 self._note(step, self._saved(step)["eval_loss"])
+        told = distributed.told([*self.losses.items()])
+        self.losses.clear()
+        self.losses.update((step, loss) for step, loss in told)
 
     def __enter__(self) -> "Snapshots":
         return self
@@ -103,7 +106,8 @@ class Snapshots:
     def _first(self, steps: Sequence[int], like: train.State) -> tuple[train.State, dict[int, str]]:
         """(the first state of `steps` that can be read, {step: what is wrong} of those before)."""
         tree, damaged = like._asdict(), {}
-        for step in steps:
+        for step in distributed.told(steps):
+            problem = None
             try:
                 digests = self._saved(step)["digests"]
                 read = self._read(step, tree)
@@ -111,8 +115,17 @@ class Snapshots:
                 raise
             except Exception as error:
                 text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                damaged[step] = textwrap.shorten(text, 200, placeholder=" …")
+                problem = textwrap.shorten(text, 200, placeholder=" …")
+            if found := distributed.told(problem):
+                damaged[step] = found
                 continue
+            if problem:
+                raise errors.UserError(
+                    expected="a checkpoint that this process reads as process 0 does",
+                    found=f"step {step}: {problem}",
+                    where=str(self._folder),
+                    do="look at the disk that the processes share, and start all again",
+                )
             state = jax.tree.map(_put, read, tree)
             found = _digests(state)
             wrong = [name for name in found if digests.get(name) != found[name]]

@@ -65,11 +65,7 @@ def loss(
     hidden = model.hidden_states(batch.input_ids, batch.attention_mask, remat=remat)
     head = model.frozen_head()
     if head is None:
-        logits, targets = model.logits(hidden)[:, :-1], batch.labels[:, 1:]
-        each = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.where(trained, targets, 0)
-        )
-        return jnp.where(trained, each, 0).sum(), trained.sum()
+        return cross_entropy.of_logits(model.logits(hidden), targets), trained.sum()
     return cross_entropy.cross_entropy(hidden, sharding.whole_head(head), targets), trained.sum()
 
 

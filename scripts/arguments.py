@@ -18,6 +18,9 @@ from lora_jax import config, distributed, errors
 PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file")
 
 
+PROCESSES = ("coordinator", "num_processes", "process_id")
+
+
 class Flags:
     """An argparse parser whose flags all default to None, so that a typed one can be told.
 
@@ -115,11 +118,12 @@ def join(typed: dict[str, Any]) -> dict[str, Any]:
 
     Process 0 alone prints from here on.
     """
-    names = ("coordinator", "num_processes", "process_id")
-    distributed.start(distributed.find(*(typed.get(name) for name in names)))
+    distributed.start(distributed.find(*(typed.get(name) for name in PROCESSES)))
     if not distributed.leads():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return {name: value for name, value in typed.items() if name not in names}
+    kept = {name: value for name, value in typed.items() if name not in PROCESSES}
+    distributed.same("flags", kept)
+    return kept
 
 
 def quantisation(typed: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +200,7 @@ def fail(error: errors.UserError, *, sure: bool = True) -> int:
             line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
         )
     ]
-    distributed.end(2, "\n".join(wrapped), sure=sure)
+    code = distributed.RESTART if isinstance(error, distributed.Missing) else 2
+    distributed.end(code, "\n".join(wrapped), sure=sure)
     print("\n".join(wrapped), file=sys.stderr)
-    return 2
+    return code

@@ -379,8 +379,13 @@ class Job:
         """A and B for the adapter: with --keep-best those of the best step, else the last ones."""
         if not snapshots.losses:
             return state.lora
-        state, damaged = snapshots.best(state)
+        try:
+            state, damaged = snapshots.best(state)
+        except errors.UserError as error:
+            say("best", f"the adapter is of the last step, for none is readable: {error.found}")
+            return state.lora
         _tell_damaged(damaged)
+        snapshots.drop(damaged)  # else they would be kept as the best ones
         step = int(state.step)
         record["best"] = {"step": step, "eval_loss": snapshots.losses[step]}
         say("best", f"step {step}, held-out loss {snapshots.losses[step]:.4f}: "
@@ -530,7 +535,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
         if not distributed.ask_to_stop() and number == signal.SIGINT:

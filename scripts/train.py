@@ -214,7 +214,8 @@ def main() -> int:
             found=[f"--{name.replace('_', '-')}" for name in planning],
             do="--plan with them and without --resume, or leave them out",
         )
-    typed = arguments.join(typed)
+    resume = arguments.join(typed | {"resume": resume})["resume"]
+    typed = {name: value for name, value in typed.items() if name not in arguments.PROCESSES}
     if resume and "output_dir" not in typed:
         raise errors.UserError(
             expected="the folder of the run to go on with",
@@ -228,10 +229,7 @@ def main() -> int:
         # Refused before anything heavy is loaded or written.
         config.build(config.LoRAConfig, settings)
         config.build(config.OptimConfig, settings)
-    # Told once process 0 has it: the others end with process 0 where it is refused the folder.
-    mine = distributed.leads()
-    with run_folder.RunFolder(path, resume=resume) if mine else run_folder.Followed(path) as folder:
-        distributed.told(None)
+    with opened(path, resume) as folder:
         if resume:
             settings = resumed(typed, folder)
         elif "model" not in typed and "dataset" not in typed and settings["max_steps"] != 0:
@@ -241,6 +239,19 @@ def main() -> int:
 
         default_batch = not resume and "batch_size" not in typed
         return job.run(settings, folder, resume=resume, default_batch=default_batch)
+
+
+def opened(path: pathlib.Path, resume: bool) -> run_folder.RunFolder:
+    """The output folder: process 0's, or as the others see it once process 0 has it.
+
+    They end with process 0 where it is refused the folder.
+    """
+    if not distributed.leads():
+        distributed.told(None)
+        return run_folder.Followed(path)
+    folder = run_folder.RunFolder(path, resume=resume)
+    distributed.told(None)
+    return folder
 
 
 def resumed(typed: dict[str, Any], folder: run_folder.RunFolder) -> dict[str, Any]:

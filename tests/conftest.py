@@ -1,6 +1,9 @@
-"""Eight fake CPU devices and strict arithmetic for every test."""
+"""Eight fake CPU devices, strict arithmetic and one compilation cache for every test."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +16,10 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers and what tests start inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 

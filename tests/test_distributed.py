@@ -55,17 +55,12 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start():
     """start(flags, processes=2, signals={process: (step, signal)}): runs to the end."""
-    compiled = tmp_path_factory.mktemp("compiled")
 
     def start(*flags, processes=2, signals=None, script="train"):
         xla = re.sub(r"(device_count)=\d+", rf"\1={4 // processes}", os.environ["XLA_FLAGS"])
-        environment = os.environ | {
-            "XLA_FLAGS": xla,
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        environment = os.environ | {"XLA_FLAGS": xla}
         environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # which importing jax sets
         together = ("--coordinator", f"localhost:{free_port()}", "--num-processes", processes)
         started = []

@@ -15,7 +15,6 @@ import hub_server
 import jax
 import pytest
 import safetensors.numpy
-from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax import train
 
@@ -28,25 +27,6 @@ FLAGS = (
     *("--rank", 2, "--dropout", 0.1, "--max-steps", STEPS, "--save-every", 2),
     *("--eval-every", 3, "--exact-match", 4),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The runs compile the same programs: all but the first reuse them, in any process."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

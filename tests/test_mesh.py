@@ -32,8 +32,8 @@ def make_batch(index, micro_batches):
     return train.Batch(*(a.reshape(micro_batches, -1, TOKENS) for a in (ids, labels, mask)))
 
 
-def load(mesh, dropout=0.0):
-    graphdef, *parts = train.split(test_train.make_model(mesh, "int4", dropout=dropout))
+def load(mesh, **how):
+    graphdef, *parts = train.split(test_train.make_model(mesh, "int4", **how))
     return graphdef, *sharding.place(parts, mesh)
 
 
@@ -77,6 +77,20 @@ def test_every_mesh_takes_the_same_steps(name):
     expected = trained_on("1·1·1")[0]
     assert abs(trained_on(name)[0] - expected).max() < 1e-4
     assert expected[-1] < expected[0]
+
+
+def test_an_adapter_on_the_head_takes_the_same_step():
+    """Its logits are dealt out over tensor, and are not computed chunk by chunk."""
+    found = []
+    for name in ("1·1·1", "2·2·2"):
+        mesh = sharding.make_mesh(MESHES[name])
+        with jax.set_mesh(mesh):
+            graphdef, trained, frozen = load(mesh, targets=("lm_head",))
+            state = sharding.place(train.start(trained, optim.make(test_train.ADAM, 1)), mesh)
+            batch = jax.device_put(make_batch(0, 1), sharding.batch(mesh))
+            _, metrics = test_train.make_step(graphdef)(state, frozen, batch)
+            found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 def test_one_device_tells_nobody_anything():

@@ -12,7 +12,7 @@ import forks
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_job import checkpoints, comparable, compiled_once  # noqa: F401 (a fixture)
+from test_job import checkpoints, comparable
 
 from lora_jax import evaluate, train
 

@@ -37,7 +37,7 @@ def test_the_default_cuts_the_base_only_as_far_as_it_must():
     assert axes(4, 8) == axes(10**12, None) == (8, 1, 1)
     assert axes(5, 8) == (4, 2, 1)
     assert axes(9, 8) == (2, 4, 1)
-    assert axes(9, 8, num_devices=6) == (2, 3, 1)
+    assert axes(9, 8, num_devices=6) == (3, 2, 1)
     assert axes(1000, 8) == (1, 8, 1)  # it does not fit at all, which the compiler will say
 
 

@@ -19,11 +19,13 @@ VOCAB, ROWS, TOKENS, MICRO_BATCHES = 96, 8, 16, 2
 ADAM = lora_config.OptimConfig(lr=0.01, warmup=0, schedule="constant", weight_decay=0.1)
 
 
-def make_model(mesh=None, quantisation="none", dropout=0.0, seed=0):
+TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
+
+
+def make_model(mesh=None, quantisation="none", dropout=0.0, seed=0, targets=TARGETS):
     """The tiny LLaMA with adapters whose B is not zero, so that A has a gradient."""
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     model = checkpoint.load(LLAMA, dtype="float32", quantisation=quantisation, mesh=mesh)
-    targets = ("q_proj", "o_proj", "up_proj", "down_proj")
     config = lora_config.LoRAConfig(rank=4, targets=targets, dropout=dropout)
     lora.inject(model, config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
@@ -70,8 +72,9 @@ def make_batch(index=0, micro_batches=MICRO_BATCHES):
         labels[row, :prompt] = data.IGNORED
         labels[row, end:] = data.IGNORED
         mask[row, end:] = 0
-    return train.Batch(*(jnp.asarray(x.reshape(micro_batches, -1, TOKENS))
-                         for x in (ids, labels, mask)))  # fmt: skip
+    with jax.ensure_compile_time_eval():  # it may be asked for first in a traced function
+        return train.Batch(*(jnp.asarray(x.reshape(micro_batches, -1, TOKENS))
+                             for x in (ids, labels, mask)))  # fmt: skip
 
 
 def one_micro_batch():

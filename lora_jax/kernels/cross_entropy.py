@@ -24,6 +24,23 @@ def cross_entropy(
     return _scan(hidden, head, targets, with_gradient=False)[0]
 
 
+def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, ""]:
+    """Σ −log softmax(logits)[target] over the targets that are not negative, differentiable."""
+    return _each(logits, targets)[0].sum()
+
+
+def _each(logits, targets):
+    """(−log p of each target, 0 where it is negative; log Σ exp; which logit is the target's)."""
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # Not a gather: of a vocabulary that is dealt out XLA's partitioner makes a sum anyway, and
+    # within a shard_map over some axes it cannot (jaxlib 0.10.2 aborts).
+    vocabulary = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    at_target = vocabulary == targets[..., None]
+    chosen = jnp.where(at_target, logits, 0).sum(axis=-1, keepdims=True)
+    each = jnp.where((targets >= 0)[..., None], normaliser - chosen, 0)
+    return each, normaliser, at_target
+
+
 def chunk_size(num_rows: int, length: int) -> int:
     """Tokens a row whose logits a device with so many rows of this length holds at a time."""
     return min(length, max(1, _CHUNK // num_rows))
@@ -43,17 +60,12 @@ def _scan(hidden, head, targets, with_gradient):
 
     def add(total, chunk):
         x, target = chunk
-        trained = (target >= 0)[..., None]
         logits = matmul.contract(x, head, -1, 0)
-        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        # Not a gather: of a vocabulary that is dealt out XLA's partitioner makes a sum anyway, and
-        # within a shard_map over some axes it cannot (jaxlib 0.10.2 aborts).
-        at_target = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
-        chosen = jnp.where(at_target, logits, 0).sum(axis=-1, keepdims=True)
-        each = jnp.where(trained, normaliser - chosen, 0)
+        each, normaliser, at_target = _each(logits, target)
         if not with_gradient:
             return total + each.sum(), None
-        d_logits = jnp.where(trained, jnp.exp(logits - normaliser) - at_target, 0).astype(x.dtype)
+        d_logits = jnp.exp(logits - normaliser) - at_target
+        d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(x.dtype)
         # head on the left: on the right XLA's CPU backend would turn it over first, all of it.
         d_logits = lax.optimization_barrier(d_logits.reshape(-1, logits.shape[-1]))
         d_x = matmul.contract(head, d_logits, 1, 1).T.reshape(x.shape)
