@@ -165,8 +165,10 @@ def told(value: Any) -> Any:
 
 def same(name: str, value: Any) -> None:
     """Raises UserError where a process has another `value` than process 0; all must call it."""
+    if _group is None:
+        return
     theirs = told(value)
-    if theirs != json.loads(json.dumps(value)):
+    if json.dumps(theirs) != json.dumps(value):  # as texts: NaN is not equal to itself
         raise errors.UserError(
             expected=f"the same {name} in all processes",
             found=f"{value}, but process 0 has {theirs}",
