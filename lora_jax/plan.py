@@ -48,7 +48,7 @@ class Memory(NamedTuple):
 
     def need(self, step: int | None = None) -> int:
         """The most that a run holds at a time; step: in a train step, where XLA told that."""
-        return max(step or self.total, self.generating)
+        return max(self.total if step is None else step, self.generating)
 
 
 class Operations(NamedTuple):
