@@ -87,7 +87,7 @@ class Compiled(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What JAX sees in this machine: platform, device kind, their number, bytes of each."""
+    """What JAX sees: platform, device kind, their number, bytes of each that it may use."""
 
     platform: str
     kind: str

@@ -10,7 +10,7 @@ row, w bytes of the compute dtype. Sizes are those of one device.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,15 @@ class Memory(NamedTuple):
     def total(self) -> int:
         """The most that a train step holds at a time."""
         return sum(self.resident.values()) + sum(self.kept.values()) + max(self.work.values())
+
+    @property
+    def generating(self) -> int:
+        """What is held while generating; 0 for a job that does not."""
+        return sum(self.resident.values()) + sum(self.generation.values()) if self.generation else 0
+
+    def need(self, step: int | None = None) -> int:
+        """The most that a run holds at a time; step: in a train step, where XLA told that."""
+        return max(self.total if step is None else step, self.generating)
 
 
 class Operations(NamedTuple):
@@ -469,30 +478,38 @@ def propose(
     """The largest batch, the longest rows, and the policy that recomputes least, of what fits."""
 
     def fits(changed: ahead.Job) -> bool:
-        return memory(changed, sizes, chip, there).total <= HEADROOM * limit
+        return memory(changed, sizes, chip, there).need() <= HEADROOM * limit
 
-    def largest(field: str, unit: int, most: int) -> ahead.Job | None:
+    def largest(with_size: Callable[[int], ahead.Job], unit: int, most: int) -> ahead.Job | None:
         low, high = 0, most // unit  # in units; low fits
         while low < high:
             middle = (low + high + 1) // 2
-            if fits(dataclasses.replace(job, **{field: middle * unit})):
+            if fits(with_size(middle * unit)):
                 low = middle
             else:
                 high = middle - 1
-        return dataclasses.replace(job, **{field: low * unit}) if low else None
+        return with_size(low * unit) if low else None
 
     unit = _shards(sizes)
     policies = (dataclasses.replace(job, remat=remat) for remat in reversed(config.REMAT))
     context = job.architecture.max_position_embeddings
     return Proposals(
-        largest("batch_size", unit, 4096 * unit),
-        largest("seq_len", min(128, context), context),
+        largest(lambda rows: dataclasses.replace(job, batch_size=rows), unit, 4096 * unit),
+        largest(lambda length: _of_length(job, length), min(128, context), context),
         next(filter(fits, policies), None),
     )
 
 
+def _of_length(job: ahead.Job, length: int) -> ahead.Job:
+    """The job with rows of `length` tokens; held-out prompts and answers stay as long as a row."""
+    generation = job.generation
+    if generation is not None and generation[1:] == (job.seq_len, 0):
+        generation = (generation[0], length, 0)
+    return dataclasses.replace(job, seq_len=length, generation=generation)
+
+
 def changes(
-    job: ahead.Job, sizes: Mapping[str, int], chip: str, limit: float
+    job: ahead.Job, sizes: Mapping[str, int], chip: str, limit: float, there: Resident
 ) -> Iterator[tuple[str, Memory]]:
     """(flags, memory) of ways to make a job fit that does not, from what costs least on."""
     ways: list[tuple[str, ahead.Job, Mapping[str, int]]] = []
@@ -504,11 +521,9 @@ def changes(
         ways.append((accumulated + " (and more --grad-accum)", smallest, sizes))
     for fmt in ("int8", "int4", "int4-g128"):
         ways.append((f"--quant {fmt}", dataclasses.replace(job, quant=fmt), sizes))
-        ways.append((f"--quant {fmt} --batch-size {_shards(sizes)} --remat full",
-                     dataclasses.replace(smallest, quant=fmt), sizes))  # fmt: skip
     length = job.seq_len // 2
     while length >= 128:
-        shorter = dataclasses.replace(smallest, seq_len=length)
+        shorter = _of_length(smallest, length)
         flags = f"--seq-len {length} --batch-size {_shards(sizes)} --remat full"
         ways.append((flags, shorter, sizes))
         length //= 2
@@ -516,17 +531,25 @@ def changes(
         if count > sizes["fsdp"]:
             spread = {"data": 1, "fsdp": count, "tensor": sizes["tensor"]}
             many = dataclasses.replace(job, batch_size=-(-job.batch_size // count) * count)
-            flags = f"--mesh fsdp={count} on {count * sizes['tensor']} such devices"
+            flags = "--mesh " + ",".join(f"{axis}={size}" for axis, size in spread.items())
+            if many != job:
+                flags += f" --batch-size {many.batch_size}"
+            flags += f" on {math.prod(spread.values())} such devices"
             ways.append((flags, many, spread))
     told = set()
     for flags, changed, mesh in ways:
         kind = flags.split()[0]
         if kind in told:
             continue
+        then = there
         try:
-            found = memory(changed, mesh, chip)
+            if (changed.quant, mesh) != (job.quant, sizes):
+                then = resident(changed, mesh, chip)
+            found = memory(changed, mesh, chip, then)
         except errors.UserError:  # a mesh that does not divide the model
             continue
-        if found.total <= HEADROOM * limit:
+        if changed.quant != job.quant and base_bytes(then) >= base_bytes(there):
+            continue
+        if found.need() <= HEADROOM * limit:
             told.add(kind)
             yield flags, found

@@ -58,6 +58,7 @@ COUNTS = {  # chips → the topology that libtpu or the CUDA plugin makes of the
 _CUBES = {1: "1x1x1", 2: "1x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4",
           128: "4x4x8", 256: "4x8x8"}  # of tpu:v5p, a torus in three dimensions  # fmt: skip
 _MOST_CPUS = 256
+GPU_SHARE = 0.75  # of its memory that JAX takes; XLA_PYTHON_CLIENT_MEM_FRACTION is another
 
 # Without these libtpu asks the network which TPU it is on, or lets one process in at a time. It
 # reads them when it is loaded, which is when `devices` first asks for a TPU.
@@ -131,6 +132,12 @@ class Target(NamedTuple):
         """Of one chip; None for a CPU."""
         return PEAKS.get(self.chip)
 
+    @property
+    def usable_bytes(self) -> int | None:
+        """Of one chip's HBM, what JAX uses unless told otherwise; None for a CPU."""
+        share = GPU_SHARE if self.platform == "gpu" else 1
+        return self.peaks and int(share * self.peaks.memory)
+
 
 def parse(name: str) -> Target:
     """Target("tpu:v5e", 4) from "tpu:v5e-4"; without a number, one chip.
@@ -160,7 +167,9 @@ def parse(name: str) -> Target:
 def of_kind(platform: str, kind: str, count: int) -> Target:
     """The devices that JAX sees, by their `device_kind`; a chip of PEAKS where it is one."""
     kinds = {_GPUS[chip]["name"]: chip for chip in _GPUS}
+    # By age of the driver, JAX has either name.
     kinds |= {"TPU v5 lite": "tpu:v5e", "TPU v5": "tpu:v5p", "TPU v6 lite": "tpu:v6e"}
+    kinds |= {"TPU v5e": "tpu:v5e", "TPU v5p": "tpu:v5p", "TPU v6e": "tpu:v6e"}
     return Target(kinds.get(kind, platform), count)
 
 

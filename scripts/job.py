@@ -425,12 +425,13 @@ class Job:
         }
 
     def _planned_bytes(self) -> int:
-        """Of a train step: all devices' where they share the memory of a CPU, else one's."""
+        """Of a train step: of all this process's devices on a CPU, which is what `peak_bytes`
+        measures there, else of one."""
         first = self.mesh.devices.flat[0]
         chip = targets.of_kind(first.platform, first.device_kind, self.mesh.size).chip
         sizes = dict(self.mesh.shape)
         planned = plan.memory(ahead.job_of(self.settings, self.architecture), sizes, chip).total
-        return planned * (self.mesh.size if first.platform == "cpu" else 1)
+        return planned * (len(self.mesh.local_devices) if first.platform == "cpu" else 1)
 
     def _make_evaluation(self) -> None:
         if self.held_out is None:

@@ -4,8 +4,8 @@ The same as train.py --plan: all flags are train.py's.
 """
 
 import dataclasses
+import inspect
 import json
-import pathlib
 import signal
 import sys
 from typing import Any
@@ -17,9 +17,7 @@ import train
 from lora_jax import config, errors, hub
 
 FLAGS = ("plan", "target", "hbm", "no_compile", "json")
-LIMIT = 900  # seconds for the compiler
-_ROWS = 64  # that are generated at a time, at most: generate.continuations
-_PREALLOCATED = 0.75  # of a GPU's memory, by JAX's default
+_PROCESSES = ("coordinator", "num_processes", "process_id")
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
@@ -42,6 +40,12 @@ def num_bytes(text: str) -> int:
 def run(typed: dict[str, Any]) -> int:
     """Prints the plan of the job that train.py would run with these flags."""
     asked = {name: typed.pop(name) for name in FLAGS if name in typed}
+    if pointless := [f"--{name.replace('_', '-')}" for name in _PROCESSES if name in typed]:
+        raise errors.UserError(
+            expected="flags that have an effect",
+            found=[f"{flag} with --plan" for flag in pointless],
+            do="leave them out, and name the devices of all processes with --target",
+        )
     settings = train.resolve(typed)
     limit = num_bytes(asked["hbm"]) if "hbm" in asked else None
     config.build(config.LoRAConfig, settings)  # refused before anything is downloaded
@@ -57,9 +61,7 @@ def run(typed: dict[str, Any]) -> int:
     architecture = model_config.load(base)
     if asked.get("target"):
         target = targets.parse(asked["target"])
-        peaks = target.peaks
-        memory = None if peaks is None else int(peaks.memory)
-        host = ahead.Host(target.platform, target.chip, target.count, memory)
+        host = ahead.Host(target.platform, target.chip, target.count, target.usable_bytes)
     else:
         host = ahead.host()
         target = targets.of_kind(host.platform, host.kind, host.count)
@@ -82,15 +84,12 @@ def run(typed: dict[str, Any]) -> int:
         job = dataclasses.replace(job, batch_size=rows)
     there = plan.resident(job, sizes, target.chip)
     memory = plan.memory(job, sizes, target.chip, there)
-    fits = None if limit is None else memory.total <= limit
     found: dict[str, Any] = {
         "model": settings["model"],
         "job": _settings(job),
         "target": asked.get("target") or f"{host.count} × {host.kind}",
         "mesh": sizes,
-        "memory": {**memory._asdict(), "total": memory.total},
-        "limit": limit,
-        "fits": fits,
+        "memory": {**memory._asdict(), "total": memory.total, "generating": memory.generating},
     }
     show = (lambda *_: None) if asked.get("json") else _print
     show(f"plan of {console.near(settings['model'])}: {_flags(job)}")
@@ -99,10 +98,18 @@ def run(typed: dict[str, Any]) -> int:
     if not asked.get("no_compile"):
         compiled = _compiled(job, asked.get("target"), sizes)
     found["xla"] = compiled if isinstance(compiled, str) else compiled._asdict()
-    _show_memory(show, memory, limit, compiled, target.platform)
+    need = memory.need(None if isinstance(compiled, str) else compiled.peak_bytes)
+    fits = None if limit is None else need <= limit
+    found |= {"need": need, "limit": limit, "fits": fits}
+    _show_memory(show, memory, compiled)
+    if limit is not None:
+        _show_verdict(show, need, limit, fits, memory, compiled)
+        if target.platform == "gpu" and asked.get("target") and "hbm" not in asked:
+            show(f"  JAX takes {targets.GPU_SHARE:.0%} of a GPU's memory, unless")
+            show("  XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: then plan with --hbm")
     found |= _show_operations(show, plan, job, sizes, there, target, compiled)
     if limit is not None:
-        found |= _show_proposals(show, plan, job, sizes, target.chip, limit, there, memory, asked)
+        found |= _show_proposals(show, plan, job, sizes, target.chip, limit, there, fits, asked)
     if asked.get("json"):
         print(json.dumps(found, indent=2))
     return 0
@@ -129,14 +136,19 @@ def _generation(settings: dict[str, Any], context: int) -> tuple[int, int, int] 
 
     Held-out prompts and answers are taken to be as long as a row.
     """
+    from lora_jax import generate
+
+    at_a_time = inspect.signature(generate.continuations).parameters["batch_size"].default
     prompts = settings.get("prompt") or []
     asked = []
     if prompts:
         longest = max(len(text.encode()) for text in prompts) + 1  # and BOS
         new = settings["max_new_tokens"]
-        asked.append((min(len(prompts), _ROWS), min(-(-longest // 16) * 16, context - new), new))
+        generate.check_length(1, config.Sampling(new), context)  # no prompt has fewer tokens
+        length = min(-(-longest // 16) * 16, context - new)
+        asked.append((min(len(prompts), at_a_time), length, new))
     if settings["exact_match"]:
-        asked.append((min(settings["exact_match"], _ROWS), settings["seq_len"], 0))
+        asked.append((min(settings["exact_match"], at_a_time), settings["seq_len"], 0))
     return max(asked, key=lambda each: each[0] * (each[1] + each[2]), default=None)
 
 
@@ -152,7 +164,7 @@ def _compiled(job, target: str | None, sizes: dict[str, int]):
     # The compiler's process ends with this one: subprocess.run sees to it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return ahead.compiled(job, target, sizes, limit=LIMIT)
+        return ahead.compiled(job, target, sizes)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -162,7 +174,7 @@ def _row(name: str, size: int | str, note: str = "") -> str:
     return f"  {name:<38}{shown:>10}  {note}".rstrip()
 
 
-def _show_memory(show, memory, limit: int | None, compiled, platform: str) -> None:
+def _show_memory(show, memory, compiled) -> None:
     show("memory of each device, as planned")
     for name, size in (memory.resident | memory.kept).items():
         show(_row(name, size))
@@ -180,22 +192,17 @@ def _show_memory(show, memory, limit: int | None, compiled, platform: str) -> No
         show(_row("peak", compiled.peak_bytes, f"(planned {error:+.1%})"))
         show(_row("arguments", compiled.argument_bytes))
         show(_row("temporaries, as they are laid out", compiled.temp_bytes))
-    if limit is not None:
-        _show_verdict(show, memory, limit, compiled, platform)
 
 
-def _show_verdict(show, memory, limit: int, compiled, platform: str) -> None:
-    peak = laid_out = memory.total
+def _show_verdict(show, need: int, limit: int, fits: bool, memory, compiled) -> None:
+    when = ", when generating" if need == memory.generating else ""
+    verdict = "fits" if fits else "does not fit"
+    show(f"\n{verdict}: {console.size(need)} of {console.size(limit)}{when}")
+    laid_out = 0
     if not isinstance(compiled, str):
-        peak = compiled.peak_bytes
-        laid_out = max(peak, compiled.argument_bytes + compiled.temp_bytes)
-    verdict = "fits" if peak <= limit else "does not fit"
-    show(f"\n{verdict}: {console.size(peak)} of {console.size(limit)}")
-    if peak <= limit < laid_out:
+        laid_out = compiled.argument_bytes + compiled.temp_bytes
+    if fits and limit < laid_out:
         show(f"  barely: with the gaps between arrays it takes {console.size(laid_out)}")
-    if platform == "gpu" and _PREALLOCATED * limit < peak <= limit:
-        show(f"  with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: JAX takes "
-             f"{_PREALLOCATED:.0%}\n  of a GPU's memory otherwise")  # fmt: skip
 
 
 def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[str, Any]:
@@ -241,7 +248,7 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
 
 
 def _show_proposals(
-    show, plan, job, sizes, chip: str, limit: int, there, memory, asked
+    show, plan, job, sizes, chip: str, limit: int, there, fits: bool, asked
 ) -> dict[str, Any]:
     """What would fit, and of the one to try whether XLA agrees."""
     found = plan.propose(job, sizes, chip, limit, there)
@@ -256,17 +263,19 @@ def _show_proposals(
     for field, name in names.items():
         proposal = getattr(found, field)
         told[field] = proposal and getattr(proposal, field)
-        size = proposal and plan.memory(proposal, sizes, chip, there).total
+        size = proposal and plan.memory(proposal, sizes, chip, there).need()
         value = "nothing" if proposal is None else str(told[field])
         note = "" if size is None else f"({console.size(size)})"
         show(_row(name, value, note))
     tried = found.batch_size or found.remat or found.seq_len
     answer: dict[str, Any] = {"proposals": told}
-    if tried is None or memory.total > plan.HEADROOM * limit:
+    if not fits:
         show("to make it fit:")
-        ways = [(flags, found.total) for flags, found in plan.changes(job, sizes, chip, limit)]
-        for flags, total in ways:
-            show(f"  {flags}  ({console.size(total)})")
+        ways = [
+            (flags, found.need()) for flags, found in plan.changes(job, sizes, chip, limit, there)
+        ]
+        for flags, need in ways:
+            show(f"  {flags}  ({console.size(need)})")
         if not ways:
             show("  nothing that was tried: a smaller model, or larger devices")
         answer["changes"] = dict(ways)
@@ -277,8 +286,9 @@ def _show_proposals(
             show(f"  XLA has no plan: {compiled}")
             answer["proposal_xla"] = compiled
         else:
-            agrees = "agrees: " if compiled.peak_bytes <= limit else "does not agree: "
-            show(f"  XLA {agrees}{console.size(compiled.peak_bytes)} of {console.size(limit)}")
+            need = plan.memory(tried, sizes, chip, there).need(compiled.peak_bytes)
+            agrees = "agrees: " if need <= limit else "does not agree: "
+            show(f"  XLA {agrees}{console.size(need)} of {console.size(limit)}")
             answer["proposal_xla"] = compiled._asdict()
     return answer
 
@@ -293,5 +303,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))
     arguments.run(main)

@@ -114,7 +114,9 @@ def test_run_json_tells_what_was_run_on_what(whole):
     assert {"load", "evaluate", "train"} <= run["seconds"].keys()
     assert all(value > 0 for value in run["seconds"].values())
     assert run["peak_bytes"] > run["memory"]["bytes_before"] > 2**24
-    assert 2**20 < run["memory"]["planned_bytes"] < run["peak_bytes"]
+    # XLA gives each of the eight devices 73.4 MB of this step, with the gaps between arrays.
+    planned = run["memory"]["planned_bytes"]
+    assert 0.5 < planned / (8 * 73.4e6) < 1 and planned < run["peak_bytes"]
     assert [len(run["samples"][when]) for when in ("before", "after")] == [2, 2]
 
 

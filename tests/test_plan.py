@@ -84,7 +84,7 @@ def test_what_is_kept_grows_as_less_is_computed_again():
         (LLAMA_7B, ONE, "gpu:h100", "none", 1, 23.626e9),
         (LLAMA_7B, ONE, "tpu:v5e", "full", 4, 8.737e9),
         (LLAMA_7B, ONE, "tpu:v6e", "none", 1, 22.938e9),
-        (LLAMA_7B, ONE | {"tensor": 4}, "tpu:v5e", "full", 4, 4.465e9),
+        (LLAMA_7B, ONE | {"tensor": 4}, "tpu:v5e", "full", 1, 2.11e9),
         (LLAMA_70B, ONE | {"fsdp": 8}, "gpu:h100", "full", 8, 12.248e9),
         (LLAMA_70B, ONE | {"fsdp": 16}, "tpu:v5e", "full", 16, 8.064e9),
     ],
@@ -121,10 +121,40 @@ def test_the_proposals_are_the_largest_that_fit():
 
 def test_what_does_not_fit_is_told_what_to_change():
     job = dataclasses.replace(LLAMA_70B, quant="none")
-    ways = dict(plan.changes(job, ONE, "gpu:h100", 80e9))
-    assert any(flags.startswith("--quant int4") for flags in ways)
-    assert any(flags.startswith("--mesh fsdp=") for flags in ways)
-    assert all(memory.total <= 80e9 for memory in ways.values())
+    there = plan.resident(job, ONE, "gpu:h100")
+    ways = dict(plan.changes(job, ONE, "gpu:h100", 80e9, there))
+    assert "--quant int4" in ways
+    assert any(flags.startswith("--mesh data=1,fsdp=") for flags in ways)
+    assert all(memory.need() <= 80e9 for memory in ways.values())
+
+
+def test_what_is_proposed_saves_and_its_mesh_can_be_given():
+    sizes = ONE | {"tensor": 4}
+    job = dataclasses.replace(LLAMA_7B, batch_size=9)
+    there = plan.resident(job, sizes, "gpu:h100")
+    limit = 2 * plan.memory(job, sizes, "gpu:h100", there).total
+    ways = dict(plan.changes(job, sizes, "gpu:h100", limit, there))
+    # int8 is larger than the job's int4: with room for either it is no way to save.
+    assert not any("int8" in flags for flags in ways)
+    (mesh,) = (flags for flags in ways if flags.startswith("--mesh"))
+    assert mesh == "--mesh data=1,fsdp=2,tensor=4 --batch-size 10 on 8 such devices"
+    assert sharding.parse(mesh.split()[1], 8) == {"data": 1, "fsdp": 2, "tensor": 4}
+
+
+def test_what_generating_takes_counts_where_it_is_more_than_a_step():
+    there = plan.resident(LLAMA_7B, ONE, "tpu:v5e")
+    few, many = (
+        plan.memory(dataclasses.replace(LLAMA_7B, generation=asked), ONE, "tpu:v5e", there)
+        for asked in ((1, 16, 16), (64, 512, 0))
+    )
+    assert few.need() == few.total > few.generating and few.need(2**40) == 2**40
+    cache = 64 * 512 * 32 * 2 * 4096 * 2  # tokens · layers · keys and values · width · bytes
+    assert many.need() == many.generating == sum(many.resident.values()) + cache > many.total
+    # Held-out prompts are as long as a row: shorter rows leave room for them.
+    scored = dataclasses.replace(LLAMA_7B, generation=(64, LLAMA_7B.seq_len, 0))
+    shorter = plan.propose(scored, ONE, "tpu:v5e", 16e9, there).seq_len
+    assert shorter.generation == (64, shorter.seq_len, 0) and shorter.seq_len < LLAMA_7B.seq_len
+    assert plan.memory(shorter, ONE, "tpu:v5e", there).need() <= plan.HEADROOM * 16e9
 
 
 def test_a_mesh_that_cannot_cut_the_model_is_refused():
@@ -177,6 +207,44 @@ def test_train_has_it_too_and_trains_nothing(folder, monkeypatch):
     assert "fits: " in ended.out and "tokens/s, at most" in ended.out and "KV cache" in ended.out
     assert max(map(len, ended.out.splitlines()[1:])) <= 80
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("peak, fits", [(3_999_999, True), (4_000_001, False)])
+def test_xla_has_the_last_word_on_whether_it_fits(folder, monkeypatch, peak, fits):
+    monkeypatch.setattr(ahead, "compiled", lambda *_: ahead.Compiled(peak, 0, 0, 1.0, {}))
+    flags = ("--model", folder, "--target", "cpu:1", "--hbm", "4MB", "--seq-len", 64)
+    found = json.loads(cli.run("plan", *flags, "--json").out)
+    assert (found["need"], found["fits"], "changes" in found) == (peak, fits, not fits)
+    told = cli.run("plan", *flags).out
+    assert ("\nfits: " in told, "\ndoes not fit: " in told) == (fits, not fits)
+    assert ("to make it fit" in told) != fits
+
+
+def test_whether_it_fits_includes_what_generating_takes(folder):
+    flags = ("--no-compile", "--model", folder, "--target", "cpu:1", "--seq-len", 64)
+    flags += ("--batch-size", 1, "--hbm", "1MB")
+    assert json.loads(cli.run("plan", *flags, "--json").out)["fits"]
+    flags += (*["--prompt", "a"] * 64, "--max-new-tokens", 400)
+    told = cli.run("plan", *flags).out
+    assert "does not fit: " in told and "of 1 MB, when generating" in told
+
+
+def test_prompts_that_train_would_refuse_are_refused(folder):
+    flags = ("--no-compile", "--model", folder, "--target", "cpu:1", "--prompt", "a")
+    assert "--max-new-tokens 511" in cli.refused("plan", *flags, "--max-new-tokens", 5000)
+
+
+def test_what_jax_takes_of_a_gpu_is_told_unless_its_memory_is_given(folder):
+    flags = ("--no-compile", "--model", folder, "--target", "gpu:rtx4080")
+    told = cli.run("plan", *flags).out
+    assert "of 12 GB\n" in told and "XLA_PYTHON_CLIENT_MEM_FRACTION" in told
+    told = cli.run("plan", *flags, "--hbm", "16GB").out
+    assert "of 16 GB\n" in told and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in told
+
+
+def test_flags_of_many_processes_are_refused_in_planning():
+    told = cli.refused("train", "--plan", "--num-processes", 2, "--process-id", 0)
+    assert "--num-processes with --plan" in told and "--process-id with --plan" in told
 
 
 def test_planning_flags_without_plan_are_refused():

@@ -67,8 +67,18 @@ def test_devices_of_this_machine_are_named_by_their_number():
 
 def test_a_chip_is_known_by_the_kind_that_jax_tells():
     assert targets.of_kind("gpu", "NVIDIA H100 80GB HBM3", 8) == ("gpu:h100", 8)
-    assert targets.of_kind("tpu", "TPU v5 lite", 4) == ("tpu:v5e", 4)
+    for kinds, chip in (
+        (("TPU v5 lite", "TPU v5e"), "tpu:v5e"),
+        (("TPU v5", "TPU v5p"), "tpu:v5p"),
+        (("TPU v6 lite", "TPU v6e"), "tpu:v6e"),
+    ):
+        assert [targets.of_kind("tpu", kind, 4) for kind in kinds] == 2 * [(chip, 4)]
     assert targets.of_kind("gpu", "NVIDIA T4", 1).peaks is None
+
+
+def test_of_a_gpu_three_quarters_are_used_and_of_a_tpu_all():
+    names = ("gpu:rtx4080", "tpu:v5e", "cpu:2")
+    assert [targets.parse(name).usable_bytes for name in names] == [12e9, 16e9, None]
 
 
 def test_every_chip_has_an_interconnect():
