@@ -214,8 +214,8 @@ def main() -> int:
             found=[f"--{name.replace('_', '-')}" for name in planning],
             do="--plan with them and without --resume, or leave them out",
         )
-    resume = arguments.join(typed | {"resume": resume})["resume"]
-    typed = {name: value for name, value in typed.items() if name not in arguments.PROCESSES}
+    typed = arguments.join(typed | {"resume": resume})
+    del typed["resume"]
     if resume and "output_dir" not in typed:
         raise errors.UserError(
             expected="the folder of the run to go on with",

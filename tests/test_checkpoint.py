@@ -111,8 +111,9 @@ def test_dtype_is_the_configs_or_what_was_asked_for(folder, stored, asked, expec
     np.testing.assert_array_equal(embedding, as_stored)
 
 
-@pytest.mark.parametrize("name", ["llama_bias", "llama_tied_hd16"])
-@pytest.mark.parametrize("fmt", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize(
+    "name, fmt", [("llama_bias", "int8"), ("llama_tied_hd16", "int4"), ("llama_bias", "nf4")]
+)
 def test_loading_quantised_is_quantising_what_was_loaded(name, fmt):
     """Linear layers are packed, lm_head, embeddings, norms and biases stay as they are."""
     model, dense = load(name, fmt), load(name)
