@@ -141,6 +141,8 @@ def start(place: Place | None, wait: float = WAIT) -> None:
     group = _group = _Group(place, sockets)
     import jax
 
+    # On CPUs, programs in flight at once may meet in different orders in their collectives.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     _end_when_aborted(group)
     jax.distributed.initialize(
         place.coordinator,
