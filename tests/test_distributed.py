@@ -141,7 +141,7 @@ def test_a_lost_process_and_sigterm_end_all_and_the_run_goes_on_to_the_same_end(
     told = f"process {victim} of 2 was lost; start all again with --resume --output-dir {folder}"
     # Without process 0 jax's coordination service has something to say as well.
     said = ended.err[1 - victim]
-    assert said.endswith(f"\n{told}\n") and (victim == 0 or said.count("\n") == 2), said
+    assert f"\n{told}\n" in said and (victim == 0 or said.count("\n") == 2), said
 
     signals = {random.randrange(2): (5, signal.SIGTERM)}
     try:
