@@ -362,7 +362,7 @@ class Job:
             )
         if before.get("status", "").startswith("failed"):
             say("resume", f"the run ended before with: {before['status']}")
-        if snapshots.latest() is None:
+        if distributed.told(snapshots.latest()) is None:
             say("resume", "no finished checkpoint: starting over")
             return state
         record["samples"] = before.get("samples", {})
