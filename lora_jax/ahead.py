@@ -129,7 +129,9 @@ def model_parts(job: Job, mesh: Mesh | AbstractMesh) -> tuple[nnx.GraphDef, Any,
         if job.quant != "none":
             _quantise(model, job.quant, mesh)
         sharding.deal_out(model)
-        lora.inject(model, job.lora, rngs=nnx.Rngs(0))
+        # PiSSA begins with values, of which there are none here.
+        adapters = dataclasses.replace(job.lora, init_lora_weights="default")
+        lora.inject(model, adapters, rngs=nnx.Rngs(0))
         graphdef, trained, frozen = train.split(model)
         made.append((graphdef, lora.num_params(model)))
         return trained, frozen

@@ -63,14 +63,13 @@ def derive(
         gate_up=(mlp.gate_proj, mlp.up_proj),
         down=(mlp.down_proj,),
     )
-    bases = [[getattr(linear, "base", linear) for linear in linears] for linears in siblings]
     if form == "dense":
         dtype = model.model.embed_tokens.embedding.dtype
         return [
-            llama.Forms(*(_dense(linears, index, dtype) for linears in bases))
+            llama.Forms(*(_dense(linears, index, dtype) for linears in siblings))
             for index in range(model.config.num_hidden_layers)
         ]
-    turned = [_k_minor(linears, num_rows) for linears in bases]
+    turned = [_k_minor(linears, num_rows) for linears in siblings]
 
     def forms(index):
         return llama.Forms(*(product and functools.partial(product, layer=index)
@@ -104,7 +103,7 @@ def _is_int4(linear: nnx.Linear | quant.QuantLinear) -> bool:
     )
 
 
-def _dense(linears: list, index: int, dtype) -> Callable[[jax.Array], jax.Array]:
+def _dense(linears: Sequence, index: int, dtype) -> Callable[[jax.Array], jax.Array]:
     """x → x · Wᵀ with the weights of one layer as one dense W [ΣN, K]."""
 
     def weight(linear):
@@ -123,7 +122,7 @@ def _dense(linears: list, index: int, dtype) -> Callable[[jax.Array], jax.Array]
     )
 
 
-def _k_minor(linears: list, num_rows: int) -> Callable[..., jax.Array] | None:
+def _k_minor(linears: Sequence, num_rows: int) -> Callable[..., jax.Array] | None:
     """(x, layer) → products with the stacked weights side by side, or None if they refuse."""
     from lora_jax.kernels import int4_mosaic_gpu  # see int4_matmul
 

@@ -1,177 +1,447 @@
-"""Low-rank adapters: y = base(x) + scaling · (x A) B, injected into a Flax NNX model by path."""
+"""Low-rank adapters in a Flax NNX model: y = layer(x) + scaling · (x A) B, put in by path."""
 
 import functools
 import math
-import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax import lax
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
+from lora_jax import adapter as host
 from lora_jax import config as lora_config
-from lora_jax import errors, quant, siblings
-from lora_jax.kernels import matmul
+from lora_jax import errors, formats, low_rank, quant, selection, siblings, sites
+from lora_jax.models import llama
+
+register = sites.register
 
 
 @nnx.register_variable_name("lora", overwrite=True)
 class LoRAParam(nnx.Param):
-    """A or B: what training updates, float32, in the collection `lora`."""
+    """What training updates, in the collection `lora`: A, B, a magnitude, a module saved whole."""
 
 
-class LoRAScaling(nnx.Variable):
-    """alpha / rank of each layer; 0 where a layer of a stack has no adapter. Never trained."""
+class LoRAConstant(nnx.Variable):
+    """What goes with A and B and is never trained: their scaling, a mask of B, …"""
 
 
 class DropoutKey(nnx.Variable):
     """Key data of a layer's dropout mask, or of its mask of each row; `reseed` renews it."""
 
 
-class LoRALinear(nnx.Module):
-    """y = base(x) + scaling · (dropout(x) A) B, for a dense or a quantised linear layer `base`.
+class LoRALayer(nnx.Module):
+    """y = layer(x) + scaling · (dropout(x) A) B: what a layer becomes an instance of as well.
 
-    lora_A [d_in, R] and lora_B [R, d_out], with a leading axis [L, …] in a stacked module. They
-    are float32; the products take x's dtype and accumulate in float32. `ranks` holds the rank of
-    every layer, 0 for none: A and B are zero beyond it, and so are their gradients.
-    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3.
+    It stays an instance of its own class, with all attributes and parameters at their places.
+    lora_A [K, R] and lora_B [R, N] (of an embedding lora_embedding_A and _B) have a leading axis
+    [L, …] in a stacked module; K and N: see layout.py. They are float32; the products take x's
+    dtype and accumulate in float32. lora_ranks holds the rank of every layer, 0 for none: A and B
+    are zero beyond it, and so are their gradients. With a lora_magnitude_vector [N] this is DoRA,
+    see low_rank.py. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3.
     """
 
-    def __init__(
-        self,
-        base: nnx.Linear | quant.QuantLinear,
-        lora_A: jax.Array,
-        lora_B: jax.Array,
-        scaling: jax.Array,
-        *,
-        ranks: tuple[int, ...],
-        dropout: float = 0.0,
-        dropout_key: jax.Array | None = None,
-    ):
-        self.base = base
-        self.lora_A = LoRAParam(lora_A)
-        self.lora_B = LoRAParam(lora_B)
-        self.scaling = LoRAScaling(scaling)
-        self.ranks = ranks
-        self.dropout = dropout
-        self.dropout_key = DropoutKey(dropout_key) if dropout else None
-        self.deterministic = True  # model.train() and model.eval() set this
+    # What only some adapters have.
+    lora_mask = lora_magnitude_vector = lora_square = lora_dropout_key = None
+    lora_initial_A = lora_initial_B = None
 
-    @property
-    def out_features(self) -> int:
-        """d_out."""
-        return self.base.out_features
+    def __call__(self, x: Num[Array, "..."], *args: Any, **kwargs: Any) -> Num[Array, "..."]:
+        own = super().__call__
 
-    def __call__(
-        self, x: Float[Array, "*B d_in"], product: Float[Array, "*B d_out"] | None = None
-    ) -> Float[Array, "*B d_out"]:
-        """product: x · W of the base layer, where it was computed already."""
-        y = self.base(x) if product is None else siblings.with_bias(self.base, product)
-        if self.dropout and not self.deterministic:
-            key = jax.random.wrap_key_data(self.dropout_key[...])
-            draw = functools.partial(jax.random.bernoulli, p=1 - self.dropout)
-            if key.ndim:
-                keep = jax.vmap(lambda own: draw(own, shape=x.shape[1:]))(key)
-            else:
-                keep = draw(key, shape=x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        scaled = self.lora_B[...] * self.scaling[...]
-        return y + matmul.matmul(matmul.matmul(x, self.lora_A[...]), scaled).astype(y.dtype)
+        def layer(x):
+            return own(x, *args, **kwargs)
+
+        return self._adapted(x, layer(x), layer)
+
+    def with_product(self, x: Float[Array, "..."], product: Float[Array, "..."]) -> jax.Array:
+        """The same, where x · W was computed already."""
+        return self._adapted(x, siblings.with_bias(self, product), super().__call__)
+
+    def _adapted(self, x, y, layer):
+        how, shape = sites.layout_of(self), sites.weight_shape(self)
+        A, B, scaling, *magnitude = _arrays(self)
+        dropped = _dropped(self, x)
+        extra = how.multiply(dropped, A, B * scaling, shape=shape).astype(y.dtype)
+        if not magnitude:
+            return y + extra
+        length = lax.stop_gradient(low_rank.norm(*self._square_and_crossed(A), A, B, scaling))
+        stretch = how.spread(low_rank.stretch(*magnitude, length, scaling), y.ndim, shape)
+        plain = y if dropped is x else layer(dropped)
+        if (bias := getattr(self, "bias", None)) is not None:
+            plain = plain - how.spread(bias[...].reshape(-1), y.ndim, shape).astype(y.dtype)
+        return (y + (stretch - 1) * plain + stretch * extra).astype(y.dtype)
+
+    def _square_and_crossed(self, A: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """‖W‖² of each column, and Aᵀ W."""
+        if isinstance(self, quant.QuantLinear):
+            return self.lora_square[...], self.product(A.T.astype(self.dtype or self.param_dtype))
+        weight = sites.layout_of(self).matrix(sites.weight_of(self)[...])
+        return low_rank.squares(weight), low_rank.crossed(A, weight)
 
 
-class Site(NamedTuple):
-    """A linear layer in the model: its path, and the dotted path of every layer it stacks."""
+class SavedLayer(nnx.Module):
+    """y = copy(x): what a module becomes an instance of as well, whose copy is trained whole.
 
-    path: tuple[str | int, ...]
-    module: nnx.Module
-    names: tuple[str, ...]  # one entry, unless stacked
-    stacked: bool
+    The copy is `modules_to_save`, its parameters in float32; it computes with them in the module's
+    own dtypes. The module's parameters stay as they were, for others that use them.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        graphdef, state = nnx.split(self.modules_to_save)
+        own = dict(nnx.to_flat_state(nnx.state(self)))
+        cast = [(path, variable.replace(variable[...].astype(own[path].dtype)))
+                for path, variable in nnx.to_flat_state(state)]  # fmt: skip
+        return nnx.merge(graphdef, nnx.from_flat_state(cast))(*args, **kwargs)
+
+    def with_product(self, x: Float[Array, "..."], product: Any) -> jax.Array:
+        """The same: the product is that of the module's own weight, which is of no use here."""
+        return self(x)
 
 
-def inject(model: nnx.Module, config: lora_config.LoRAConfig, *, rngs: nnx.Rngs) -> dict[str, int]:
-    """Puts a LoRALinear in the place of every targeted linear layer; {dotted path: rank}.
+# ---------------------------------------------------------------------------------- putting in
 
-    Works on nnx.Linear and QuantLinear anywhere in `model`, also stacked by nnx.vmap, where a
-    layer index is part of the path (`model.layers.3.self_attn.q_proj`). The model computes the
-    same as before until B is trained: A ~ U(−1/√d_in, 1/√d_in), B = 0, as in PEFT.
+
+def inject(
+    model: nnx.Module,
+    config: lora_config.LoRAConfig,
+    *,
+    rngs: nnx.Rngs,
+    principal: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+) -> dict[str, int]:
+    """Makes a LoRALayer of every targeted layer; {dotted path: rank}.
+
+    Works on nnx.Linear, LinearGeneral, Einsum, Conv and Embed, on quantised layers, and on what was
+    registered, anywhere in `model`, also stacked by nnx.vmap, where a layer index is part of the
+    path (`model.layers.3.self_attn.q_proj`). The model computes the same as before until it is
+    trained: A ~ U(−1/√K, 1/√K), B = 0, as in PEFT; with PiSSA the base gives up what A B begin
+    with. Parameters stay at their paths, so a checkpoint of the base still fits; load it before
+    `inject` where A, B or a magnitude begin with the weights (PiSSA, DoRA).
 
     Dropout acts after `model.train()`. Its masks depend on keys in the model. `train.make_step`
     renews them; in a loop of your own do so each step, or every step drops the same:
     `nnx.update(model, reseed(nnx.to_pure_dict(nnx.state(model, DropoutKey)), key))`.
 
-    Raises: UserError when a target matches nothing, with the names that exist.
+    principal: {dotted path: PiSSA's A and B}, where the base lacks them already.
+    Raises: UserError when a target matches nothing, with the names that exist; when the model has
+    adapters already; for PiSSA on a quantised layer without `principal`.
     """
-    sites = list(find(model))
-    ranks = _plan([name for site in sites for name in site.names], config)
-    for site in sites:
-        chosen = [ranks.get(name, 0) for name in site.names]
-        if any(chosen):
-            quant.replace(model, site.path, _adapted(site, chosen, config, rngs))
-    return ranks
-
-
-def find(model: nnx.Module) -> Iterator[Site]:
-    """Every linear layer of the model, wrapped ones included, in the order of their paths."""
-    wrapped = {}
-    for path, node in sorted(nnx.iter_graph(model), key=lambda item: _dotted(item[0])):
-        if isinstance(node, LoRALinear):
-            wrapped[(*path, "base")] = path, node
-    seen = set()
-    for path, node in sorted(nnx.iter_graph(model), key=lambda item: _dotted(item[0])):
-        if not isinstance(node, nnx.Linear | quant.QuantLinear) or id(node) in seen:
+    found = _fresh(model)
+    choices = selection.select(_candidates(found), config)
+    wholes = _wholes(model, found, config)
+    for site in found:
+        chosen = tuple(choices.get(name) for name in site.names)
+        if not any(chosen):
             continue
-        seen.add(id(node))
-        path, module = wrapped.get(path, (path, node))
-        weight = node.kernel if isinstance(node, nnx.Linear) else node.q
-        if weight.ndim == 2:
-            yield Site(path, module, (_dotted(path),), stacked=False)
+        if config.init_lora_weights == "default" or site.kind != "linear":
+            _adapt(site, chosen, config, rngs, *_initial(site, chosen, rngs))
         else:
-            depth, layers = _stack_depth(model, path, weight.shape[0]), weight.shape[0]
-            names = tuple(_dotted((*path[:depth], i, *path[depth:])) for i in range(layers))
-            yield Site(path, module, names, stacked=True)
+            A, B = _principal(site, chosen, config, principal)
+            _adapt(site, chosen, config, rngs, A, B)
+            # What the base lacks, so that `collect` can tell the change of the weight as it was.
+            site.module.lora_initial_A, site.module.lora_initial_B = map(LoRAConstant, (A, B))
+    for whole in wholes:
+        _save_whole(whole)
+    return {name: choice.rank for name, choice in choices.items()}
 
 
-def adapters(model: nnx.Module) -> dict[str, tuple[Site, int]]:
-    """{dotted path of every adapted layer: (its Site, its index in the stack)}."""
+def attach(
+    model: nnx.Module,
+    adapter: host.Adapter,
+    *,
+    untrained: bool = False,
+    where: str = "the adapter",
+) -> None:
+    """Puts `adapter` into `model`: from a model of any framework, on any base of these shapes.
+
+    untrained: it may be without effect, for it is to be trained.
+    Raises: UserError listing all that does not fit, see `Adapter.check`; for an adapter without
+    effect.
+    """
+    found, config = _fresh(model), adapter.config
+    choices = selection.select(_candidates(found), config, strict=False)
+    wholes = _wholes(model, found, config)
+    shapes = {name: host.Shape(site.kind, *site.sizes) for site in found for name in site.names}
+    saved = {name: shape for whole in wholes for name, shape in whole.shapes()}
+    adapter.check(choices, shapes, saved, where)
+    if not untrained:
+        adapter.check_effect(where)
+    for site in found:
+        chosen = tuple(choices.get(name) for name in site.names)
+        if any(chosen):
+            _adapt(site, chosen, config, nnx.Rngs(0), *_filled(site, chosen, adapter))
+    for whole in wholes:
+        _save_whole(whole, adapter.saved)
+    for site in found:
+        if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
+            weight = sites.weight_of(site.module)
+            turned = base if site.kind == "embedding" else base.T
+            weight.set_value(jnp.asarray(turned, weight.dtype))
+
+
+def _fresh(model: nnx.Module) -> list[sites.Site]:
+    """The model's sites. Raises: UserError where one has an adapter already."""
+    found = list(sites.find(model))
+    adapted = [site.names[0] for site in found if isinstance(site.module, LoRALayer)]
+    adapted += [sites.dotted(whole.path) for whole in _saved(model)]
+    if adapted:
+        raise errors.UserError(
+            expected="a model without adapters",
+            found=[f"{name} has one" for name in adapted],
+            do="load the base model again, or lora.merge(model) first",
+        )
+    return found
+
+
+def _candidates(found: list[sites.Site]) -> dict[str, selection.Candidate]:
+    return {name: selection.Candidate(site.kind, site.sizes[1])
+            for site in found for name in site.names}  # fmt: skip
+
+
+def _adapt(site, chosen, config, rngs, A, B, magnitude=None) -> None:
+    """Makes the site's layer a LoRALayer with these arrays.
+
+    magnitude: None with DoRA: such that the layer goes on to compute W + s · A B.
+    """
+    layer, lead = site.module, site.lead
+    if isinstance(layer, nnx.Conv) and (layer.feature_group_count > 1 or layer.mask is not None):
+        raise errors.UserError(
+            expected="a convolution without groups and without a mask",
+            found=f"feature_group_count {layer.feature_group_count}",
+            where=site.names[0],
+            do="leave it out of the targets",
+        )
+    has_switch = "deterministic" in vars(layer)
+    become(layer, LoRALayer)
+    for name, array in zip(_names_of_factors(layer), (A, B), strict=True):
+        setattr(layer, name, LoRAParam(array))
+    # [*lead, 1, 1], so that it meets B [*lead, R, N] stacked and unstacked alike
+    scalings = np.array([own.scaling if own else 0 for own in chosen], np.float32)
+    layer.lora_scaling = LoRAConstant(jnp.asarray(scalings.reshape(*lead, 1, 1)))
+    layer.lora_ranks = tuple(own.rank if own else 0 for own in chosen)
+    if any(own and own.kept for own in chosen):
+        layer.lora_mask = LoRAConstant(jnp.asarray(_mask(site, chosen)))
+    if config.use_dora:
+        if isinstance(layer, quant.QuantLinear):
+            layer.lora_square = LoRAConstant(_each(low_rank.squares, site))
+        length = _each(low_rank.lengths, site, *_arrays(layer))
+        if magnitude is not None:
+            adapted = jnp.reshape(scalings != 0, (*lead, 1))
+            length = jnp.where(adapted, magnitude, length)
+        layer.lora_magnitude_vector = LoRAParam(length)
+    layer.lora_dropout = config.dropout if site.kind != "embedding" else 0.0  # as in PEFT
+    if layer.lora_dropout:
+        keys = jax.random.split(rngs.params(), lead) if lead else rngs.params()
+        layer.lora_dropout_key = DropoutKey(jax.random.key_data(keys))
+    layer.lora_had_switch = has_switch
+    layer.deterministic = True  # model.train() and model.eval() set this
+
+
+def become(layer: nnx.Module, kind: type[nnx.Module]) -> None:
+    """Makes `layer` an instance of `kind` as well, whose __call__ goes first."""
+    object.__setattr__(layer, "__class__", _both(kind, type(layer)))
+
+
+@functools.cache
+def _both(kind: type[nnx.Module], cls: type[nnx.Module]) -> type[nnx.Module]:
+    return type(f"{kind.__name__}[{cls.__name__}]", (kind, cls), {"__module__": cls.__module__})
+
+
+def _restore(layer: nnx.Module) -> None:
+    """The reverse of `become`: the layer is of its own class again, without what was added."""
+    added = [name for name in vars(layer) if name.startswith("lora_") or name == "modules_to_save"]
+    added += [] if getattr(layer, "lora_had_switch", True) else ["deterministic"]
+    for name in added:
+        delattr(layer, name)
+    object.__setattr__(layer, "__class__", type(layer).__mro__[2])
+
+
+def _initial(site, chosen, rngs) -> tuple[jax.Array, jax.Array]:
+    """A and B of a new adapter; zero beyond the rank of each layer."""
+    widest = max(own.rank for own in chosen if own)
+    (k, n), lead = site.sizes, site.lead
+    ranks = np.array([own.rank if own else 0 for own in chosen]).reshape(lead)
+    used = np.arange(widest) < ranks[..., None]  # [*lead, R]
+    if site.kind == "embedding":
+        B = low_rank.initial_of_embedding(rngs.params(), lead, widest, n)
+        return jnp.zeros((*lead, k, widest)), jnp.where(used[..., None], B, 0)
+    A = low_rank.initial(rngs.params(), lead, k, widest)
+    return jnp.where(used[..., None, :], A, 0), jnp.zeros((*lead, widest, n))
+
+
+def _principal(site, chosen, config, given) -> tuple[jax.Array, jax.Array]:
+    """PiSSA's A and B; takes them off the site's weight, unless they were `given`."""
+    layer = site.module
+    if given is None and isinstance(layer, quant.QuantLinear):
+        raise errors.UserError(
+            expected="weights as they were before they were rounded, to take PiSSA's A and B from",
+            found=f"a layer in {layer.fmt}",
+            where=site.names[0],
+            do="inject before quantising, or checkpoint.load(…, split=…)",
+        )
+    (k, n), rank = site.sizes, max(own.rank for own in chosen if own)
+    A = np.zeros((len(chosen), k, rank), np.float32)
+    B = np.zeros((len(chosen), rank, n), np.float32)
+    for index, (name, own) in enumerate(zip(site.names, chosen, strict=True)):
+        if own is None:
+            continue
+        if given is not None:
+            A[index, :, : own.rank], B[index, : own.rank] = given[name]
+            continue
+        whole = site.layout.matrix(sites.weight_of(layer)[...])
+        weight = whole[np.unravel_index(index, site.lead)]
+        each = own.rank // len(own.kept or (None,))
+        for part, (start, stop) in enumerate(own.kept or ((0, n),)):
+            at = slice(part * each, (part + 1) * each)
+            how = each, own.scaling, config.init_lora_weights
+            A[index, :, at], B[index, at, start:stop] = low_rank.pissa(weight[:, start:stop], *how)
+    A, B = (jnp.asarray(part.reshape(*site.lead, *part.shape[1:])) for part in (A, B))
+    if given is None:
+        scalings = np.array([own.scaling if own else 0 for own in chosen], np.float32)
+        scalings = scalings.reshape(*site.lead, 1, 1)
+        weight = sites.weight_of(layer)
+        rest = _each(low_rank.merged, site, A, B, -scalings)
+        weight.set_value(site.layout.tensor(rest.astype(weight.dtype), weight.shape))
+    return A, B
+
+
+def _mask(site, chosen) -> np.ndarray:
+    """1 where a row of B and an output belong to the same part of the layer, else 0."""
+    widest, n = max(own.rank for own in chosen if own), site.sizes[1]
+    mask = np.zeros((len(chosen), widest, n), np.float32)
+    for layer, own in zip(mask, chosen, strict=True):
+        for part, (start, stop) in enumerate(own.kept if own else ()):
+            each = own.rank // len(own.kept)
+            layer[part * each : (part + 1) * each, start:stop] = 1
+    return mask.reshape(*site.lead, widest, n)
+
+
+def _filled(site, chosen, adapter: host.Adapter):
+    """A, B and magnitude (None without DoRA) of the site's layers, from the adapter."""
+    widest = max(own.rank for own in chosen if own)
+    (k, n), count = site.sizes, len(chosen)
+    A, B = np.zeros((count, k, widest), np.float32), np.zeros((count, widest, n), np.float32)
+    magnitude = np.ones((count, n), np.float32) if adapter.config.use_dora else None
+    for index, (name, own) in enumerate(zip(site.names, chosen, strict=True)):
+        if own:
+            source = adapter.factors[name]
+            A[index, :, : own.rank], B[index, : own.rank] = source.A, source.B
+            if magnitude is not None:
+                magnitude[index] = source.magnitude
+    return [None if part is None else jnp.asarray(part.reshape(*site.lead, *part.shape[1:]))
+            for part in (A, B, magnitude)]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- reading out
+
+
+def adapters(model: nnx.Module) -> dict[str, tuple[sites.Site, int]]:
+    """{dotted path of every adapted layer: (its Site, its index among the Site's names)}."""
     return {
         name: (site, index)
-        for site in find(model)
-        if isinstance(site.module, LoRALinear)
+        for site in sites.find(model)
+        if isinstance(site.module, LoRALayer)
         for index, name in enumerate(site.names)
-        if site.module.ranks[index]
+        if site.module.lora_ranks[index]
     }
 
 
+def factors(layer: LoRALayer) -> tuple[LoRAParam, LoRAParam]:
+    """A and B."""
+    A, B = (getattr(layer, name) for name in _names_of_factors(layer))
+    return A, B
+
+
 def num_params(model: nnx.Module) -> int:
-    """Trainable numbers: d_in · rank + rank · d_out over the adapted layers."""
-    return sum(
-        site.module.ranks[index] * (site.module.lora_A.shape[-2] + site.module.lora_B.shape[-1])
-        for site, index in adapters(model).values()
-    )
+    """Trainable numbers: K · R + R · N of each adapted layer, magnitudes, modules saved whole."""
+    total = 0
+    for site, index in adapters(model).values():
+        (k, n), layer = site.sizes, site.module
+        at = np.unravel_index(index, site.lead)
+        mask, rank = layer.lora_mask, layer.lora_ranks[index]
+        total += rank * k + (rank * n if mask is None else int(mask[...][at].sum()))
+        total += n if layer.lora_magnitude_vector is not None else 0
+    for whole in _saved(model):
+        total += sum(math.prod(shape) for _, shape in whole.shapes())
+    return total
+
+
+def collect(
+    model: nnx.Module, config: lora_config.LoRAConfig, *, base_model: str | None = None
+) -> host.Adapter:
+    """The model's adapters as arrays on the host, for a file or another model.
+
+    Its config may differ from `config`, but means the same: adapters that began with PiSSA, or are
+    on parts of a layer's output, become plain LoRA of the weights as they were.
+    """
+    found, ranks = {}, {}
+    for name, (site, index) in adapters(model).items():
+        layer, at = site.module, np.unravel_index(index, site.lead)
+        rank = layer.lora_ranks[index]
+        A, B, _, *magnitude = (np.asarray(array[at]) for array in _arrays(layer))
+        A, B = A[:, :rank], B[:rank]
+        if layer.lora_initial_A is not None:
+            A = np.concatenate([A, np.asarray(layer.lora_initial_A[...][at])[:, :rank]], axis=1)
+            B = np.concatenate([B, -np.asarray(layer.lora_initial_B[...][at])[:rank]])
+        window = getattr(site.layout, "window", ())
+        found[name] = host.Factors(A, B, *magnitude or [None], site.kind, window)
+        ranks[name] = len(B)
+    saved = {name: array for whole in _saved(model) for name, array in whole.files()}
+    for name, (site, _) in adapters(model).items():
+        if selection.saves_base(name, config):
+            base = np.asarray(sites.weight_of(site.module)[...])
+            saved[f"{name}.base_layer.weight"] = base if site.kind == "embedding" else base.T
+    return host.Adapter(selection.with_ranks(config, ranks), found, saved, base_model)
+
+
+def effects(model: nnx.Module) -> dict[str, float]:
+    """{dotted path: ‖ΔW‖ / ‖W‖} of every adapted layer, Frobenius norms."""
+    found = {}
+    for site in sites.find(model):
+        if isinstance(site.module, LoRALayer):
+            ratios = _each(low_rank.effect, site, *_arrays(site.module))
+            rated = zip(site.names, site.module.lora_ranks, ratios.reshape(-1), strict=True)
+            found |= {name: ratio.item() for name, rank, ratio in rated if rank}
+    return found
 
 
 def merge(model: nnx.Module) -> None:
-    """W ← W + scaling · A B in the place of every LoRALinear; a quantised W becomes dense.
+    """W ← W + scaling · A B in every LoRALayer, which is then a plain layer again.
+
+    A quantised W becomes dense. A module that was saved whole takes the values of its copy. Where
+    embeddings change, a LLaMA whose head is tied to them gets a head of its own first.
 
     Raises: UserError when the model has no adapter.
     """
-    sites = [site for site in find(model) if isinstance(site.module, LoRALinear)]
-    if not sites:
+    found = [site for site in sites.find(model) if isinstance(site.module, LoRALayer)]
+    wholes = _saved(model)
+    if not found and not wholes:
         raise errors.UserError(
             expected="a model with adapters to merge", found="none", do="lora.inject or peft.load"
         )
-    for site in sites:
-        adapter, base = site.module, site.module.base
-        if isinstance(base, quant.QuantLinear):
-            base = quant.dequantise_linear(base)
-        scaled = adapter.lora_B[...] * adapter.scaling[...]
-        delta = jnp.matmul(adapter.lora_A[...], scaled, precision="highest")
-        kernel = base.kernel[...]
-        base.kernel.set_value((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
-        quant.replace(model, site.path, base)
+    if isinstance(model, llama.LlamaForCausalLM):
+        embedding = model.model.embed_tokens
+        if isinstance(embedding, LoRALayer | SavedLayer) and model.config.tie_word_embeddings:
+            model.untie()
+    for site in found:
+        layer = site.module
+        merged = _each(low_rank.merged, site, *_arrays(layer))
+        if isinstance(layer, quant.QuantLinear):
+            quant.replace(model, site.path, quant.as_linear(layer, merged))
+        else:
+            weight = sites.weight_of(layer)
+            weight.set_value(site.layout.tensor(merged, weight.shape).astype(weight.dtype))
+            _restore(layer)
+    for whole in wholes:
+        copied = nnx.to_flat_state(nnx.state(whole.module.modules_to_save, LoRAParam))
+        _restore(whole.module)
+        own = dict(nnx.to_flat_state(nnx.state(whole.module)))
+        for path, variable in copied:
+            own[path] = own[path].replace(variable[...].astype(own[path].dtype))
+        nnx.update(whole.module, nnx.from_flat_state(own.items()))
 
 
 def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) -> Any:
@@ -184,130 +454,166 @@ def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) 
     def new(path, data):
         name = "/".join(str(getattr(part, "key", part)) for part in path)
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        keys = own if data.ndim == 1 else jax.random.split(own, data.shape[0])
+        lead = data.shape[:-1]
+        keys = jax.random.split(own, lead) if lead else own
         if rows is not None:
             of_rows = jax.vmap(jax.random.fold_in, (None, 0))
-            of_rows = of_rows if data.ndim == 1 else jax.vmap(of_rows, (0, None))
+            for _ in lead:
+                of_rows = jax.vmap(of_rows, (0, None))
             keys = of_rows(keys, rows)
         return jax.random.key_data(keys)
 
     return jax.tree_util.tree_map_with_path(new, state)
 
 
-def matches(path: str, targets: tuple[str, ...] | str) -> bool:
-    """Whether PEFT would take `path` for one of `targets`: see LoRAConfig."""
-    if targets == "all-linear":
-        return path.split(".")[-1] != "lm_head"
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith("." + target) for target in targets)
+def _names_of_factors(layer: nnx.Module) -> tuple[str, str]:
+    if isinstance(layer, nnx.Embed):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A", "lora_B"
 
 
-def scaling(path: str, rank: int, config: lora_config.LoRAConfig) -> float:
-    """alpha / rank of the layer at `path`, or alpha / √rank with rsLoRA."""
-    alpha = _pattern(path, config.alpha_pattern, config.alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+def _arrays(layer: LoRALayer) -> tuple[jax.Array, ...]:
+    """A, B (zero where it is masked), the scaling, and with DoRA the magnitude."""
+    A, B = (part[...] for part in factors(layer))
+    if layer.lora_mask is not None:
+        B = B * layer.lora_mask[...]
+    magnitude = layer.lora_magnitude_vector
+    return (A, B, layer.lora_scaling[...], *([] if magnitude is None else [magnitude[...]]))
 
 
-def _plan(paths: list[str], config: lora_config.LoRAConfig) -> dict[str, int]:
-    """{path: rank} of the layers that `config` targets among `paths`."""
+def _each(function: Callable, site: sites.Site, *arrays: jax.Array) -> jax.Array:
+    """function(W, *arrays) for every layer of the site: W [K, N] is dense, one at a time."""
+    layer, lead = site.module, site.lead
 
-    def chosen(path: str, targets) -> bool:
-        indices = [int(part) for part in path.split(".") if part.isdigit()]
-        in_layers = config.layers is None or any(i in config.layers for i in indices[:1])
-        return in_layers and matches(path, targets) and not matches(path, config.exclude)
+    @jax.jit
+    def each(weights, *arrays):
+        def one(own):
+            weight, *others = own
+            if isinstance(layer, quant.QuantLinear):
+                weight = formats.dequantise(weight, layer.fmt, layer.in_features)
+            return function(weight, *others)
 
-    def each(names):
-        return [names] if isinstance(names, str) else [(name,) for name in names]
+        if not lead:
+            return one((weights, *arrays))
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), (weights, *arrays))
+        whole = lax.map(one, flat)
+        return whole.reshape(*lead, *whole.shape[1:])
 
-    unmatched = [
-        f"target {_shown(target)} matches none"
-        for target in each(config.targets)
-        if not any(chosen(path, target) for path in paths)
-    ]
-    unmatched += [
-        f"exclude {_shown(name)} matches none"
-        for name in each(config.exclude)
-        if not any(matches(path, name) for path in paths)
-    ]
-    present = {int(part) for path in paths for part in path.split(".") if part.isdigit()}
-    unmatched += [f"layer {i} does not exist" for i in config.layers or () if i not in present]
-    unmatched += [
-        f"pattern {pattern!r} matches none"
-        for pattern in {**config.rank_pattern, **config.alpha_pattern}
-        if not any(_is_pattern_of(pattern, path) for path in paths)
-    ]
-    if unmatched:
+    if isinstance(layer, quant.QuantLinear):
+        return each(layer.packed, *arrays)
+    return each(site.layout.matrix(sites.weight_of(layer)[...]), *arrays)
+
+
+def _dropped(layer: LoRALayer, x: jax.Array) -> jax.Array:
+    """dropout(x); x itself where nothing is dropped."""
+    if not layer.lora_dropout or layer.deterministic:
+        return x
+    key, keep = jax.random.wrap_key_data(layer.lora_dropout_key[...]), 1 - layer.lora_dropout
+    draw = functools.partial(jax.random.bernoulli, p=keep)
+    if key.ndim:
+        kept = jax.vmap(lambda own: draw(own, shape=x.shape[1:]))(key)
+    else:
+        kept = draw(key, shape=x.shape)
+    return jnp.where(kept, x / keep, 0).astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------------- saved whole
+
+
+class _Whole(NamedTuple):
+    """A module that is trained and saved whole; a stack of them has its number at `depths`."""
+
+    path: tuple[str | int, ...]
+    module: nnx.Module
+    depths: tuple[int, ...]
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of each tensor in PEFT's file."""
+        for name, path, index, variable in self._tensors():
+            shape = jax.eval_shape(lambda v=variable, i=index: v[...][i]).shape
+            yield name, tuple(shape[axis] for axis in _turn(self.module, path, len(shape)))
+
+    def files(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, array) of each tensor in PEFT's file, in the module's own dtype."""
+        own = dict(nnx.to_flat_state(nnx.state(self.module)))
+        for name, path, index, variable in self._tensors():
+            array = np.asarray(variable[...][index].astype(own[path].dtype))
+            yield name, array.transpose(_turn(self.module, path, array.ndim))
+
+    def fill(self, given: Mapping[str, np.ndarray]) -> None:
+        """Gives the copy the values of a file."""
+        for name, path, index, variable in self._tensors():
+            turn = _turn(self.module, path, given[name].ndim)
+            array = given[name].astype(np.float32).transpose(np.argsort(turn))
+            variable.set_value(variable[...].at[index].set(array))
+
+    def _tensors(self) -> Iterator[tuple[str, tuple, tuple[int, ...], nnx.Variable]]:
+        """(name in the file, path in the module, index in the stack, variable)."""
+        copied = getattr(self.module, "modules_to_save", self.module)
+        for path, variable in nnx.iter_graph(copied):
+            if isinstance(variable, nnx.Param):
+                weight = path[-1] in ("kernel", "embedding", "scale")
+                leaf = sites.dotted((*path[:-1], "weight" if weight else path[-1]))
+                for index in np.ndindex(*variable.shape[: len(self.depths)]):
+                    name = sites.numbered(self.path, self.depths, index)
+                    yield f"{name}.{leaf}", path, index, variable
+
+
+def _turn(module: nnx.Module, path: tuple, ndim: int) -> tuple[int, ...]:
+    """The order of a parameter's axes in a file: torch has outputs first, then inputs."""
+    owner = functools.reduce(getattr, path[:-1], module)
+    if path[-1] == "kernel" and (ndim == 2 or isinstance(owner, nnx.Conv)):
+        return (ndim - 1, ndim - 2, *range(ndim - 2))
+    return tuple(range(ndim))
+
+
+def _wholes(model: nnx.Module, found: list[sites.Site], config) -> list[_Whole]:
+    """The modules that config.modules_to_save names, by the ends of their paths as in PEFT.
+
+    Raises: UserError for a name that matches nothing, and for quantised modules.
+    """
+    stacks = {site.path[: site.depths[0]]: site.depths[:1] for site in found if site.depths}
+    ends, taken, matched, problems = config.modules_to_save, [], set(), []
+    for path, node in sorted(nnx.iter_graph(model), key=lambda item: len(item[0])):
+        named = {end for end in ends if sites.dotted(path).endswith(end)}
+        inside = any(path[: len(outer.path)] == outer.path for outer in taken)
+        if not named or inside or not isinstance(node, nnx.Module):
+            continue
+        matched |= named
+        if any(isinstance(part, quant.QuantLinear) for _, part in nnx.iter_graph(node)):
+            problems.append(f"{sites.dotted(path)} is quantised")
+        depths = (d for prefix, d in stacks.items() if path[: len(prefix)] == prefix)
+        taken.append(_Whole(path, node, next(depths, ())))
+    problems += [f"{end} matches none" for end in ends if end not in matched]
+    if problems:
         raise errors.UserError(
-            expected="settings that name linear layers of the model",
-            found=unmatched,
-            where="names that exist: " + ", ".join(sorted({p.split(".")[-1] for p in paths})),
-            do='choose among these, or use "all-linear"',
+            expected="modules_to_save that are modules of the model, and not quantised",
+            found=problems,
+            do="choose among embeddings, head and norms, and adapt the others",
         )
-    return {
-        path: _pattern(path, config.rank_pattern, config.rank)
-        for path in paths
-        if chosen(path, config.targets)
-    }
+    return taken
 
 
-def _pattern(path: str, patterns: dict[str, Any], default: Any) -> Any:
-    return next((v for pattern, v in patterns.items() if _is_pattern_of(pattern, path)), default)
+def _save_whole(whole: _Whole, given: Mapping[str, np.ndarray] | None = None) -> None:
+    """Makes a SavedLayer of the module; its copy has the values `given`, or else the module's."""
+    copied = nnx.clone(whole.module)
+    for path, variable in list(nnx.iter_graph(copied)):
+        if isinstance(variable, nnx.Param):
+            owner = functools.reduce(getattr, path[:-1], copied)
+            setattr(owner, path[-1], LoRAParam(variable[...].astype(jnp.float32)))
+    become(whole.module, SavedLayer)
+    whole.module.modules_to_save = copied
+    if given is not None:
+        whole.fill(given)
 
 
-def _is_pattern_of(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
-
-
-def _shown(target: str | tuple[str]) -> str:
-    return repr(target if isinstance(target, str) else target[0])
-
-
-def _adapted(site: Site, ranks: list[int], config: lora_config.LoRAConfig, rngs: nnx.Rngs):
-    base = site.module
-    if isinstance(base, LoRALinear):
-        raise errors.UserError(
-            expected="a model without adapters",
-            found=f"{site.names[0]} has one",
-            do="load the base model again, or lora.merge(model) first",
-        )
-    widest = max(ranks)
-    lead = (len(ranks),) if site.stacked else ()
-    bound = 1 / math.sqrt(base.in_features)
-    lora_A = jax.random.uniform(
-        rngs.params(), (*lead, base.in_features, widest), minval=-bound, maxval=bound
-    )
-    own = np.arange(widest) < np.array(ranks)[:, None]  # [L, R]
-    scalings = [
-        scaling(name, rank, config) if rank else 0.0
-        for name, rank in zip(site.names, ranks, strict=True)
-    ]
-    key = None
-    if config.dropout:
-        key = jax.random.key_data(jax.random.split(rngs.params(), lead) if lead else rngs.params())
-    return LoRALinear(
-        base,
-        jnp.where(own[:, None] if lead else own, lora_A, 0),
-        jnp.zeros((*lead, widest, base.out_features)),
-        # [L, 1, 1], so that it meets B [L, R, d_out] stacked and unstacked alike
-        jnp.array(scalings, jnp.float32).reshape((*lead, 1, 1)),
-        ranks=tuple(ranks),
-        dropout=config.dropout,
-        dropout_key=key,
-    )
-
-
-def _stack_depth(model: nnx.Module, path: tuple[str | int, ...], layers: int) -> int:
-    """Length of the shortest prefix of `path` below which every array has `layers` entries."""
-    module: Any = model
-    for depth in range(len(path)):
-        leaves = jax.tree.leaves(nnx.state(module))
-        if all(leaf.ndim and leaf.shape[0] == layers for leaf in leaves):
-            return depth
-        part = path[depth]
-        module = getattr(module, part) if isinstance(part, str) else module[part]
-    return len(path)
-
-
-def _dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path))
+def _saved(model: nnx.Module) -> list[_Whole]:
+    """The modules of `model` that are saved whole."""
+    found = list(sites.find(model))
+    stacks = {site.path[: site.depths[0]]: site.depths[:1] for site in found if site.depths}
+    wholes = []
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, SavedLayer):
+            depths = (d for prefix, d in stacks.items() if path[: len(prefix)] == prefix)
+            wholes.append(_Whole(path, node, next(depths, ())))
+    return wholes

@@ -1,4 +1,4 @@
-"""AdamW for A and B, with the learning-rate schedules of Hugging Face."""
+"""AdamW for what LoRA trains, with the learning-rate schedules of Hugging Face."""
 
 from typing import Any
 
@@ -30,10 +30,10 @@ def schedule(config: lora_config.OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make(config: lora_config.OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW with one group for A and one for B.
+    """Clip by the global norm, then AdamW in the groups that `labels` gives.
 
-    B's learning rate is lora_plus_ratio × A's. In a mixed tree whatever is neither A nor B is
-    frozen: zero update and no moments.
+    The learning rate of B and of magnitudes is lora_plus_ratio × that of the rest, as in PEFT. In a
+    mixed tree whatever is not trained is frozen: zero update and no moments.
     """
     lr = schedule(config, num_steps)
 
@@ -53,8 +53,13 @@ def make(config: lora_config.OptimConfig, num_steps: int) -> optax.GradientTrans
 
 
 def labels(params: Any) -> Any:
-    """The group of every leaf, "A", "B" or "frozen", by the name it is stored under."""
-    groups = {"lora_A": "A", "lora_B": "B"}
+    """The group of every leaf, "A", "B" or "frozen", by the names it is stored under.
+
+    "B" are lora_B and magnitudes, "A" all else that is trained: lora_A, the factors of embeddings,
+    modules trained whole.
+    """
+    groups = {"lora_A": "A", "lora_embedding_A": "A", "lora_embedding_B": "A",
+              "modules_to_save": "A", "lora_B": "B", "lora_magnitude_vector": "B"}  # fmt: skip
 
     def label(path, _):
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lora_jax import ahead, config, errors, formats, lora, sharding, targets
+from lora_jax import ahead, config, errors, formats, selection, sharding, targets
 from lora_jax.kernels import attention, cross_entropy
 
 _DENSE = "embedding, head, norms, biases"
@@ -259,8 +259,8 @@ def _adapted(job: ahead.Job) -> set[str]:
     """Names of the linear layers with an adapter."""
     names = [f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"]
     names += [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down")]
-    chosen = (n for n in names if lora.matches(n, job.lora.targets)
-              and not lora.matches(n, job.lora.exclude))  # fmt: skip
+    chosen = (n for n in names if selection.matches(n, job.lora.targets)
+              and not selection.matches(n, job.lora.exclude))  # fmt: skip
     return {name.split(".")[-1] for name in chosen}
 
 
@@ -361,7 +361,7 @@ def _chunk(job: ahead.Job, sizes: Mapping[str, int]) -> int:
 
 def _loss(job: ahead.Job, dims: _Sizes, sizes: Mapping[str, int]) -> int:
     """Hidden states with their gradient, and a chunk of logits, its normalised, in float32."""
-    if lora.matches("lm_head", job.lora.targets):  # see train.loss: all of them at once
+    if selection.matches("lm_head", job.lora.targets):  # see train.loss: all of them at once
         return 3 * dims.bytes(dims.width) + 3 * 4 * dims.tokens * dims.vocab
     chunk = dims.rows * _chunk(job, sizes)
     head = dims.width * dims.vocab * dims.item if sizes["fsdp"] > 1 else 0

@@ -54,15 +54,11 @@ class QuantLinear(nnx.Module):
         arrays = (getattr(self, name) for name in Packed._fields)
         return Packed(*(None if array is None else array[...] for array in arrays))
 
-    def __call__(
-        self, x: Float[Array, "*B d_in"], product: Float[Array, "*B d_out"] | None = None
-    ) -> Float[Array, "*B d_out"]:
-        """product: x · dequantise(W), where it was computed already."""
-        if product is None:
-            product = self._product(x.astype(self.dtype or x.dtype))
-        return siblings.with_bias(self, product)
+    def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
+        return siblings.with_bias(self, self.product(x.astype(self.dtype or x.dtype)))
 
-    def _product(self, x):
+    def product(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
+        """x · dequantise(W)."""
         packed, layer = self.packed, None
         if packed.q.ndim == 3:
             layer = None if self.layer is None else self.layer[...]
@@ -119,6 +115,11 @@ def dequantise_linear(layer: QuantLinear) -> nnx.Linear:
         layer.packed,
         layer.q.ndim,
     )
+    return as_linear(layer, kernel)
+
+
+def as_linear(layer: QuantLinear, kernel: Float[Array, "*L d_in d_out"]) -> nnx.Linear:
+    """A dense layer in the place of `layer`, with that kernel in the dtype its weight had."""
     linear = nnx.eval_shape(
         lambda: nnx.Linear(
             layer.in_features,
@@ -130,7 +131,7 @@ def dequantise_linear(layer: QuantLinear) -> nnx.Linear:
             rngs=nnx.Rngs(0),
         )
     )
-    linear.kernel = nnx.Param(kernel)
+    linear.kernel = nnx.Param(kernel.astype(layer.param_dtype))
     linear.bias = layer.bias
     return linear
 

@@ -196,8 +196,7 @@ def deal_out(model: nnx.Module) -> None:
 
 def partition(path: Sequence) -> dealing.Partition:
     """How the product with the weight of the linear layer or embedding at `path` is dealt out."""
-    name = path[-2] if path[-1] == "base" else path[-1]
-    return dealing.Partition(BATCH, *_mesh_axes(name), gathered="fsdp")
+    return dealing.Partition(BATCH, *_mesh_axes(path[-1]), gathered="fsdp")
 
 
 def _mesh_axes(module: str) -> tuple[str, str]:
@@ -216,6 +215,7 @@ def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
         "bias": (axis_out,),
         "lora_A": (tensor_only[axis_in], None),
         "lora_B": (None, tensor_only[axis_out]),
+        "lora_magnitude_vector": (tensor_only[axis_out],),
     }.get(leaf, ())
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import ad_checkpoint
 from jaxtyping import Array, Float
 
@@ -19,14 +18,16 @@ def project(
     """[linear(x) for linear in linears].
 
     form: x → the products with all their frozen weights, side by side on the last axis, without
-    biases and adapters. Those stay the layers' own: each is called with its `product`.
+    biases and adapters. Those stay the layers' own: an adapted one is given its product.
     """
     if form is None:
         return [ad_checkpoint.checkpoint_name(linear(x), PRODUCT) for linear in linears]
     ends = [sum(linear.out_features for linear in linears[:i]) for i in range(1, len(linears))]
     products = jnp.split(form(x), ends, axis=-1)
     return [
-        with_bias(linear, product) if isinstance(linear, nnx.Linear) else linear(x, product)
+        linear.with_product(x, product)
+        if hasattr(linear, "with_product")
+        else with_bias(linear, product)
         for linear, product in zip(linears, products, strict=True)
     ]
 

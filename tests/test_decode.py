@@ -1,6 +1,7 @@
 """The forms of the weights that decoding derives: the same products, and when they are chosen."""
 
 import functools
+import math
 import pathlib
 import types
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import checkpoint, config, decode, devices, lora, quant, sharding
+from lora_jax import checkpoint, config, decode, devices, lora, quant, sharding, sites
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
 
@@ -54,9 +55,7 @@ def test_steps_with_the_dense_form_give_the_same_logits(fmt):
 
 def test_the_dense_form_takes_the_bytes_it_says():
     whole = model("int4")
-    weights = sum(
-        site.module.base.in_features * site.module.base.out_features for site in lora.find(whole)
-    )
+    weights = sum(math.prod(site.sizes) for site in sites.find(whole) if site.lead)
     layers = whole.config.num_hidden_layers
     assert decode.num_bytes(whole, "dense") == 4 * weights * layers
     assert decode.num_bytes(whole, "k_minor") == 0  # float32: no kernel takes it
@@ -124,8 +123,11 @@ def test_a_layer_takes_the_product_that_was_computed():
     for quantised in (False, True):
         linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
         linear.bias.set_value(jnp.arange(8.0))
-        base = quant.quantise_linear(linear, "int8") if quantised else linear
-        adapter = lora.LoRALinear(base, jnp.ones((32, 2)), jnp.ones((2, 8)), jnp.ones((1, 1)),
-                                  ranks=(2,))  # fmt: skip
-        product = base(x) - jnp.arange(8.0)[None]
-        np.testing.assert_allclose(adapter(x, product), adapter(x), atol=1e-5)
+        layer = quant.quantise_linear(linear, "int8") if quantised else linear
+        product = layer(x) - jnp.arange(8.0)[None]
+        model = nnx.Dict(layer=layer)
+        lora.inject(model, config.LoRAConfig(rank=2, targets=("layer",)), rngs=nnx.Rngs(0))
+        model.layer.lora_B.set_value(jnp.ones((2, 8)))
+        adapted = model.layer(x)
+        assert np.abs(adapted - product).max() > 1
+        np.testing.assert_allclose(model.layer.with_product(x, product), adapted, atol=1e-5)

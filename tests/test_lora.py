@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import checkpoint, errors, lora, quant, sharding
+from lora_jax import checkpoint, errors, lora, quant, selection, sharding, sites
 from lora_jax import config as lora_config
 
 LLAMA = pathlib.Path(__file__).parent / "golden" / "models" / "llama"
@@ -95,13 +95,18 @@ def trained(model, config, scale=0.1):
     """model with adapters whose B is not zero, within each layer's own rank."""
     lora.inject(model, config, rngs=nnx.Rngs(1))
     rng = np.random.default_rng(2)
-    for site in lora.find(model):
-        if isinstance(site.module, lora.LoRALinear):
+    for site in sites.find(model):
+        if isinstance(site.module, lora.LoRALayer):
             B = rng.normal(0, scale, site.module.lora_B.shape).astype(np.float32)
-            for index, rank in enumerate(site.module.ranks):
-                (B[index] if site.stacked else B)[rank:] = 0
+            for index, rank in enumerate(site.module.lora_ranks):
+                (B[index] if site.lead else B)[rank:] = 0
             site.module.lora_B.set_value(jnp.asarray(B))
     return model
+
+
+def base_of(layer):
+    """What the layer computes without its adapter."""
+    return functools.partial(type(layer).__mro__[2].__call__, layer)
 
 
 def run(model, x):
@@ -133,7 +138,7 @@ def test_fresh_adapters_change_nothing(fmt):
     np.testing.assert_allclose(run(model, x), before, atol=2e-5, rtol=0)
     site = nnx.Dict(first=net(fmt).first)
     lora.inject(site, config(("first",)), rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(site.first(x), site.first.base(x))
+    np.testing.assert_array_equal(site.first(x), base_of(site.first)(x))
 
 
 def test_fresh_adapters_change_nothing_in_a_llama(llama):
@@ -181,7 +186,7 @@ def test_merged_weights_compute_what_the_adapters_did(fmt):
     assert np.abs(adapted - base).max() > 0.3
     lora.merge(model)
     assert not lora.adapters(model)
-    assert all(isinstance(site.module, nnx.Linear) for site in lora.find(model))
+    assert all(isinstance(site.module, nnx.Linear) for site in sites.find(model))
     np.testing.assert_allclose(run(model, x), adapted, atol=2e-5, rtol=0)
 
 
@@ -214,7 +219,7 @@ def test_delta_is_scaling_times_x_a_b(rslora):
     x = inputs(5, 6)
     graphdef, state = nnx.split(model.stack.up)
     found = jax.vmap(lambda s: nnx.merge(graphdef, s)(x), out_axes=0)(state)
-    base = jax.vmap(lambda s: nnx.merge(graphdef, s).base(x))(state)
+    base = jax.vmap(lambda s: base_of(nnx.merge(graphdef, s))(x))(state)
     # `stack\.0` does not end the path, so it sets nothing.
     expected = [
         (alpha / (np.sqrt(rank) if rslora else rank))
@@ -239,7 +244,7 @@ def test_unequal_ranks_are_zero_outside_and_so_are_their_gradients():
         **{"stack.2.up": 5, "stack.2.down": 3},
     }
     assert lora.num_params(model) == 16 * sum(ranks.values())
-    assert model.stack.up.ranks == (3, 0, 5) and model.stack.down.ranks == (1, 0, 3)
+    assert model.stack.up.lora_ranks == (3, 0, 5) and model.stack.down.lora_ranks == (1, 0, 3)
     assert set(lora.adapters(model)) == set(ranks)
     graphdef, params, rest = nnx.split(model, lora.LoRAParam, ...)
     x = inputs(7, 5)
@@ -256,7 +261,7 @@ def test_unequal_ranks_are_zero_outside_and_so_are_their_gradients():
             part = tree["stack"][name]
             A, B = np.asarray(part["lora_A"][...]), np.asarray(part["lora_B"][...])
             assert A.shape[-1] == B.shape[1] == most
-            for layer, rank in enumerate(getattr(model.stack, name).ranks):
+            for layer, rank in enumerate(getattr(model.stack, name).lora_ranks):
                 assert not A[layer, :, rank:].any() and not B[layer, rank:].any()
                 assert rank == 0 or np.abs(A[layer, :, :rank]).min() > 0
                 assert rank == 0 or np.abs(B[layer, :rank]).min() > 0
@@ -294,7 +299,7 @@ def test_collection_lora_holds_the_adapters_and_nothing_else(llama):
     ],
 )
 def test_matches_is_pefts(path, targets, expected):
-    assert lora.matches(path, targets) is expected
+    assert selection.matches(path, targets) is expected
 
 
 @pytest.mark.parametrize(
@@ -327,9 +332,9 @@ def test_inject_takes_the_targeted_layers(settings, expected):
 
 
 def test_find_names_every_linear_layer():
-    assert sorted(n for site in lora.find(net()) for n in site.names) == sorted(NET_NAMES)
+    assert sorted(n for site in sites.find(net()) for n in site.names) == sorted(NET_NAMES)
     adapted = trained(net("int4"), config(("up",)))
-    assert sorted(n for site in lora.find(adapted) for n in site.names) == sorted(NET_NAMES)
+    assert sorted(n for site in sites.find(adapted) for n in site.names) == sorted(NET_NAMES)
 
 
 @pytest.mark.parametrize("targets", [("up", "q_porj", "w1"), r".*\.q_porj"])
@@ -346,8 +351,16 @@ def test_targets_that_match_nothing_are_an_error_that_lists_the_names(targets):
 def test_a_target_that_is_excluded_or_in_no_layer_is_an_error():
     with pytest.raises(errors.UserError, match="'up' matches none"):
         lora.inject(net(), config(("up", "down"), exclude=("up",)), rngs=nnx.Rngs(0))
-    with pytest.raises(errors.UserError, match="'first' matches none"):
-        lora.inject(net(), config(("up", "first"), layers=(0,)), rngs=nnx.Rngs(0))
+    with pytest.raises(errors.UserError, match="'lm_head' matches none"):
+        lora.inject(net(), config(("up", "lm_head"), layers=(0,), exclude=("lm_head",)),
+                    rngs=nnx.Rngs(0))  # fmt: skip
+
+
+def test_a_path_given_whole_is_taken_in_any_layer():
+    """As PEFT does."""
+    ranks = lora.inject(net(), config(("up", "first", "blocks.1.up"), layers=(0,)),
+                        rngs=nnx.Rngs(0))  # fmt: skip
+    assert set(ranks) == {"blocks.0.up", "stack.0.up", "first", "blocks.1.up"}
 
 
 def test_a_second_adapter_on_a_layer_is_an_error():
@@ -386,7 +399,7 @@ def masks():
     settings = config("all-linear", rank=WIDTH, alpha=WIDTH, dropout=RATE)
     lora.inject(model, settings, rngs=nnx.Rngs(1))
     for adapter in (model.one, model.two, model.stack):
-        adapter.base.kernel.set_value(jnp.zeros_like(adapter.base.kernel[...]))
+        adapter.kernel.set_value(jnp.zeros_like(adapter.kernel[...]))
         for part in (adapter.lora_A, adapter.lora_B):
             part.set_value(jnp.broadcast_to(jnp.eye(WIDTH), part.shape))
     model.train()

@@ -337,7 +337,7 @@ def test_on_a_mesh_arrays_lie_where_the_rules_say():
         "o_proj": ("tensor", "fsdp"),
     }.items():
         for leaf in ("q", "scale"):
-            array = layers["self_attn"][module]["base"][leaf]
+            array = layers["self_attn"][module][leaf]
             assert array.sharding.spec == jax.P(None, axis_in, axis_out)
             assert array.addressable_shards[0].data.size * 4 == array.size
     q_proj, o_proj = (state.lora["model"]["layers"]["self_attn"][n] for n in ("q_proj", "o_proj"))

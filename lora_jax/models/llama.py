@@ -7,6 +7,7 @@ whatever wraps a projection (LoRA, a quantised weight) is scanned with it. On a 
 by the ambient mesh (jax.set_mesh), it unrolls the scan where that is faster.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -74,15 +75,7 @@ class LlamaForCausalLM(nnx.Module):
         self.config = config
         self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(
-                config,
-                config.hidden_size,
-                config.vocab_size,
-                False,
-                dot_general=_float32_dot_general,
-                dtype=dtype,
-                rngs=rngs,
-            )
+            self.lm_head = _head(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -140,7 +133,15 @@ class LlamaForCausalLM(nnx.Module):
         """W_vocab, by which hidden states become logits; None where an adapter is part of it."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.embedding[...].T
-        return self.lm_head.kernel[...] if isinstance(self.lm_head, nnx.Linear) else None
+        return self.lm_head.kernel[...] if type(self.lm_head) is nnx.Linear else None
+
+    def untie(self) -> None:
+        """Gives it a vocabulary projection of its own, equal to the embedding it was tied to."""
+        embedding = self.model.embed_tokens.embedding[...]
+        head = nnx.eval_shape(lambda: _head(self.config, dtype=embedding.dtype, rngs=nnx.Rngs(0)))
+        head.kernel = nnx.Param(embedding.T)
+        self.lm_head = head
+        self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
 
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A cache with room for max_length tokens a row."""
@@ -291,6 +292,11 @@ class Embedding(nnx.Embed):
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return embedding.lookup(self.embedding[...], ids, partition=self.partition)
 
+    def lookup(self, table: Float[Array, "V _"], ids: Int[Array, "B T"]) -> Float[Array, "B T _"]:
+        """table[ids], of a small table that every device has whole."""
+        rows = dealing.Partition(self.partition.rows)
+        return embedding.lookup(table, ids, partition=rows)
+
 
 class RMSNorm(nnx.Module):
     """y = weight · x / √(mean(x²) + ε); normalised in float32, scaled in x's dtype.
@@ -334,6 +340,11 @@ def _linear(config, d_in, d_out, use_bias, *, dot_general=_dot_general, dtype, r
         dot_general=dot_general,
         rngs=rngs,
     )
+
+
+def _head(config, *, dtype, rngs):
+    sizes = config.hidden_size, config.vocab_size
+    return _linear(config, *sizes, False, dot_general=_float32_dot_general, dtype=dtype, rngs=rngs)
 
 
 def _positions(real: jax.Array, offset: jax.Array | int) -> jax.Array:

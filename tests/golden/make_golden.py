@@ -19,6 +19,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = pathlib.Path(__file__).parent
@@ -49,6 +50,72 @@ LLAMA3 = dict(
 )
 YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=32)
 QWEN2 = dict(model_type="qwen2", rms_norm_eps=1e-6)
+
+
+QV = ["q_proj", "v_proj"]
+ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+PLAIN = dict(lr=0.01, wd=0.0, clip=None, sched="constant", warmup=0)
+SHORT = dict(settings=PLAIN, masked=True, num_steps=6)
+LORAS = dict(
+    lora_qv=dict(
+        seed=101,
+        lora=dict(r=4, lora_alpha=8, target_modules=QV),
+        settings=PLAIN,
+        masked=False,
+    ),
+    lora_all_rslora=dict(
+        seed=102,
+        lora=dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR, use_rslora=True),
+        settings=dict(lr=0.005, wd=0.01, clip=1.0, sched="cosine", warmup=3),
+        masked=True,
+    ),
+    lora_plus=SHORT
+    | dict(
+        seed=106,
+        lora=dict(r=4, lora_alpha=8, target_modules=QV),
+        settings=PLAIN | dict(lora_plus_ratio=4),
+    ),
+    lora_dora=SHORT
+    | dict(
+        seed=107,
+        lora=dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR, use_dora=True),
+        base="llama_bias",
+    ),
+    # The head is tied to the embedding, but not to its adapter.
+    lora_dora_embedding=SHORT
+    | dict(
+        seed=108,
+        lora=dict(
+            r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"], use_dora=True,
+            exclude_modules=["layers.0.self_attn.q_proj"],
+        ),
+        base="llama_tied_hd16",
+    ),
+    lora_embedding=SHORT
+    | dict(
+        seed=109,
+        lora=dict(
+            r=4, lora_alpha=8, use_rslora=True, exclude_modules=["1.self_attn.v_proj"],
+            target_modules=["embed_tokens", "lm_head", "v_proj"],
+        ),
+    ),
+    lora_saved=SHORT
+    | dict(
+        seed=110,
+        lora=dict(
+            r=4, lora_alpha=8, target_modules=["q_proj"], layers_pattern=["layers"],
+            layers_to_transform=[1, 2],
+            modules_to_save=["lm_head", "input_layernorm", "embed_tokens"],
+        ),
+    ),
+    lora_pissa=SHORT
+    | dict(
+        seed=111,
+        lora=dict(
+            r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa"
+        ),
+    ),
+)  # fmt: skip
 
 
 class NearTie(Exception):
@@ -332,16 +399,15 @@ def make_stories():
     print("stories260K:", [len(ids) for ids in prompts], "tokens")
 
 
-def load_llama():
+def load_base(name="llama"):
     return AutoModelForCausalLM.from_pretrained(
-        MODELS / "llama", dtype=torch.float32, attn_implementation="eager"
+        MODELS / name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
 
-def save_adapter(model, folder):
+def save_adapter(model, folder, **how):
     shutil.rmtree(folder, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = "llama"
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, **how)
     (folder / "README.md").unlink(missing_ok=True)
     # PEFT writes its sets in the order of their hashes, which changes from run to run.
     path = folder / "adapter_config.json"
@@ -383,13 +449,13 @@ def trainable(model):
 def train(model, batches, settings, folder=None):
     """Losses, gradient norms before clipping and learning rates of each step."""
     params = trainable(model)
-    optimizer = torch.optim.AdamW(
-        params.values(),
-        lr=settings["lr"],
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=settings["wd"],
-    )
+    how = dict(lr=settings["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=settings["wd"])
+    if ratio := settings.get("lora_plus_ratio"):
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, loraplus_lr_ratio=ratio, **how
+        )
+    else:
+        optimizer = torch.optim.AdamW(params.values(), **how)
     num_steps = len(batches["input_ids"])
     if settings["sched"] == "cosine":
         schedule = transformers.get_cosine_schedule_with_warmup(
@@ -425,13 +491,14 @@ def adapter_logits(model, batches, prompt):
     return arrays
 
 
-def make_lora(name, seed, lora, settings, masked):
+def make_lora(name, seed, lora, settings, masked, base="llama", num_steps=12):
     folder = HERE / name
-    batches = random_batches(seed, num_steps=12, masked=masked)
+    batches = random_batches(seed, num_steps=num_steps, masked=masked)
     save_npz(folder / "batches.npz", batches)
     torch.manual_seed(seed)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
-    model = peft.get_peft_model(load_llama(), config).eval()
+    model = peft.get_peft_model(load_base(base), config).eval()
+    model.peft_config["default"].base_model_name_or_path = base
     save_adapter(model, folder / "init_adapter")
     exact = copy.deepcopy(model).double()
 
@@ -440,17 +507,21 @@ def make_lora(name, seed, lora, settings, masked):
     model.zero_grad()
     losses, norms, rates = train(model, batches, settings, folder)
     losses64, norms64, _ = train(exact, batches, settings)
-    save_adapter(model, folder / "final_adapter")
+    # What began as a part of the base is told as a change of the whole base.
+    changed_base = lora.get("init_lora_weights") == "pissa"
+    how = {"path_initial_model_for_weight_conversion": folder / "init_adapter"}
+    save_adapter(model, folder / "final_adapter", **how if changed_base else {})
     save_npz(folder / "eval_logits.npz", adapter_logits(model, batches, [1, 10, 20]))
     with torch.no_grad():
         after = float(model(**torch_batch(batches, 0)).loss)
         after64 = float(exact(**torch_batch(batches, 0)).loss)
     content = dict(
         run=name,
+        base=base,
         config=dict(
             lora=lora,
             **settings,
-            steps=12,
+            steps=num_steps,
             betas=[0.9, 0.999],
             eps=1e-8,
             bias_correction=True,
@@ -490,8 +561,9 @@ def make_lora_patterns(seed):
         rank_pattern={r"layers\.2\.self_attn\.q_proj": 6, "down_proj": 2},
         alpha_pattern={"v_proj": 3, r"2\.mlp\.down_proj": 5},
     )
-    model = peft.get_peft_model(load_llama(), config).eval()
-    base_logits = logits_of(load_llama(), batches["input_ids"][0], batches["attention_mask"][0])
+    model = peft.get_peft_model(load_base(), config).eval()
+    model.peft_config["default"].base_model_name_or_path = "llama"
+    base_logits = logits_of(load_base(), batches["input_ids"][0], batches["attention_mask"][0])
     with torch.no_grad():
         for name, param in trainable(model).items():
             if "lora_B" in name:
@@ -509,6 +581,47 @@ def make_lora_patterns(seed):
     spread = np.abs(arrays["logits"] - arrays["merged_logits"]).max()
     shapes = {name.split("layers.")[1]: tuple(p.shape) for name, p in trainable(model).items()}
     print(f"lora_patterns: effect {effect:.2f}, merged differs by {spread:.1e}, {shapes}")
+
+
+class Mixed(torch.nn.Module):
+    """Convolutions over two axes and over one, an embedding, a linear layer, all with biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = torch.nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 0))
+        self.text = torch.nn.Embedding(10, 6)
+        self.line = torch.nn.Conv1d(6, 5, 3, padding=1)
+        self.out = torch.nn.Linear(5, 4)
+
+    def forward(self, image, ids):
+        seen = torch.tanh(self.image(image)).mean(dim=2) + self.text(ids).transpose(1, 2)
+        return self.out(torch.tanh(self.line(seen)).transpose(1, 2))
+
+
+def make_lora_mixed(seed):
+    """Layers that no LLaMA has, with plain LoRA and with DoRA; B not zero."""
+    folder = HERE / "lora_mixed"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    torch.manual_seed(seed)
+    base = Mixed()
+    inputs = dict(image=torch.randn(2, 3, 8, 7), ids=torch.randint(0, 10, (2, 6)))
+    arrays = {name: array.numpy() for name, array in inputs.items()}
+    arrays |= {f"base.{name}": array.numpy() for name, array in base.state_dict().items()}
+    for name, use_dora in (("plain", False), ("dora", True)):
+        config = peft.LoraConfig(
+            r=2, lora_alpha=3, target_modules=["image", "text", "line", "out"], use_dora=use_dora
+        )
+        model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+        with torch.no_grad():
+            for parameter in trainable(model).values():
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+        save_adapter(model, folder / name)
+        with torch.no_grad():
+            arrays[name] = model(**inputs).numpy()
+            arrays[f"{name}_merged"] = model.merge_and_unload()(**inputs).numpy()
+        print(f"lora_mixed {name}: {np.abs(arrays[name] - arrays[f'{name}_merged']).max():.1e}")
+    save_npz(folder / "golden.npz", arrays)
 
 
 def make_nf4(source):
@@ -571,23 +684,13 @@ def main():
     # 100 greedy tokens of a real model come closer to a tie than that; its margins are stored.
     if not arguments.names or "stories260K" in arguments.names:
         make_stories()
-    if not arguments.names:
-        all_linears = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-        make_lora(
-            "lora_qv",
-            seed=101,
-            lora=dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
-            settings=dict(lr=0.01, wd=0.0, clip=None, sched="constant", warmup=0),
-            masked=False,
-        )
-        make_lora(
-            "lora_all_rslora",
-            seed=102,
-            lora=dict(r=4, lora_alpha=8, target_modules=all_linears, use_rslora=True),
-            settings=dict(lr=0.005, wd=0.01, clip=1.0, sched="cosine", warmup=3),
-            masked=True,
-        )
-        make_lora_patterns(seed=103)
+    for name, settings in LORAS.items():
+        if not arguments.names or name in arguments.names:
+            make_lora(name, **settings)
+    for name, make, seed in (("lora_patterns", make_lora_patterns, 103),
+                             ("lora_mixed", make_lora_mixed, 112)):  # fmt: skip
+        if not arguments.names or name in arguments.names:
+            make(seed)
     if not arguments.names or "nf4_dq" in arguments.names:
         make_nf4_dq(seed=105)
     if arguments.nf4_from:

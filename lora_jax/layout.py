@@ -1,0 +1,259 @@
+"""How a layer multiplies its input by its weight: any linear map, seen as x · W with W [K, N].
+
+A layer of LoRA's needs that view only: K numbers go in, N come out. What the axes of the real
+weight mean is said by an einsum ("BTD,DNH->BTNH": K = D, N = N·H), by `Embedding`, or by `Conv`.
+Leading axes of a weight that its layout does not know are those of stacked layers.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Num
+
+from lora_jax import errors
+from lora_jax.kernels import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class Einsum:
+    """y = einsum(x, W), such as "...D,DNH->...NH".
+
+    inputs are the axes of W that are summed with x's, outputs those that are new in y, both in
+    W's order; batch are the axes that x, W and y share, such as experts: each has a matrix of its
+    own. An ellipsis stands for any further axes of x.
+    """
+
+    x: str
+    w: str
+    y: str
+
+    @property
+    def inputs(self) -> str:
+        return "".join(axis for axis in self.w if axis in self.x and axis not in self.y)
+
+    @property
+    def outputs(self) -> str:
+        return "".join(axis for axis in self.w if axis in self.y and axis not in self.x)
+
+    @property
+    def batch(self) -> str:
+        return "".join(axis for axis in self.w if axis in self.x and axis in self.y)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of W."""
+        return len(self.w)
+
+    def lead(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of a weight's shape: the axes of stacked layers and those of the batch."""
+        sizes = dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
+        return (*shape[: len(shape) - self.ndim], *(sizes[axis] for axis in self.batch))
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(K, N) of a weight's shape."""
+        sizes = dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
+        k, n = (math.prod(sizes[axis] for axis in axes) for axes in (self.inputs, self.outputs))
+        return k, n
+
+    def matrix(self, weight: Num[Array, "..."]) -> Num[Array, "*lead K N"]:
+        """The weight as matrices."""
+        return self._turned(weight).reshape(*self.lead(weight.shape), *self.sizes(weight.shape))
+
+    def tensor(self, matrix: Num[Array, "*lead K N"], shape: Sequence[int]) -> Num[Array, "..."]:
+        """The weight of that shape that `matrix` came from."""
+        turned = jax.eval_shape(self._turned, jax.ShapeDtypeStruct(tuple(shape), matrix.dtype))
+        stacked = len(shape) - self.ndim
+        order = self.batch + self.inputs + self.outputs
+        back = [stacked + order.index(axis) for axis in self.w]
+        return matrix.reshape(turned.shape).transpose(*range(stacked), *back)
+
+    def _turned(self, weight):
+        stacked = weight.ndim - self.ndim
+        order = (stacked + self.w.index(a) for a in self.batch + self.inputs + self.outputs)
+        return weight.transpose(*range(stacked), *order)
+
+    def multiply(
+        self, x: Num[Array, "..."], *matrices: Num[Array, "*batch _ _"], shape: Sequence[int]
+    ) -> Num[Array, "..."]:
+        """x · matrix · matrix …, from the first's K to the last's N, in x's dtype.
+
+        shape: the weight's, to know how N is cut into the axes of y.
+        """
+        axes_x, axes_y = _expanded(self.x, x.ndim), _expanded(self.y, x.ndim, like=self.x)
+        free = [axis for axis in axes_x if axis not in self.w]
+        order = [*self.batch, *free, *self.inputs]
+        sizes = dict(zip(axes_x, x.shape, strict=True))
+        sizes |= dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
+        x = x.transpose(*(axes_x.index(axis) for axis in order))
+        x = x.reshape(*(sizes[axis] for axis in (*self.batch, *free)), -1)
+        for matrix in matrices:
+            x = _product(x, matrix, len(self.batch))
+        y = x.reshape(*(sizes[axis] for axis in (*self.batch, *free, *self.outputs)))
+        order = [*self.batch, *free, *self.outputs]
+        return y.transpose(*(order.index(axis) for axis in axes_y))
+
+    def spread(
+        self, values: Num[Array, "*batch N"], ndim: int, shape: Sequence[int]
+    ) -> Num[Array, "..."]:
+        """One number for each of the N, so that it meets a y of `ndim` axes."""
+        sizes = dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
+        own = self.batch + self.outputs
+        values = values.reshape([sizes[axis] for axis in own])
+        axes_y = _expanded(self.y, ndim)
+        values = values.transpose(*(own.index(axis) for axis in axes_y if axis in own))
+        missing = [i for i, axis in enumerate(axes_y) if axis not in own]
+        return jnp.expand_dims(values, missing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """y = W[ids], W [K, N]: x · W where ids stand for rows of zeros and a one.
+
+    take: (table, ids) → table[ids].
+    """
+
+    take: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
+        default=functools.partial(jnp.take, axis=0), compare=False
+    )
+    ndim = 2
+
+    def lead(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape[:-2])
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
+        return shape[-2], shape[-1]
+
+    def matrix(self, weight: Num[Array, "*lead K N"]) -> Num[Array, "*lead K N"]:
+        return weight
+
+    def tensor(self, matrix: Num[Array, "*lead K N"], shape: Sequence[int]):
+        return matrix
+
+    def multiply(
+        self, ids: Int[Array, "*B"], first: Num[Array, "K _"], *matrices: Num[Array, "_ _"], shape
+    ) -> Num[Array, "*B N"]:
+        x = self.take(first, ids)
+        for matrix in matrices:
+            x = matmul.matmul(x, matrix)
+        return x
+
+    def spread(self, values: Num[Array, " N"], ndim: int, shape: Sequence[int]):
+        return jnp.expand_dims(values, range(ndim - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """y = conv(x, W), W [*window, C, N]: K = window · C. Of factors of W the first one slides.
+
+    slide: (x, W) → y without a bias, with the layer's own strides and padding.
+    """
+
+    slide: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(compare=False)
+    window: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.window) + 2
+
+    def lead(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape[: len(shape) - self.ndim])
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
+        return math.prod(shape[len(shape) - self.ndim : -1]), shape[-1]
+
+    def matrix(self, weight: Num[Array, "..."]) -> Num[Array, "*lead K N"]:
+        return weight.reshape(*self.lead(weight.shape), *self.sizes(weight.shape))
+
+    def tensor(self, matrix: Num[Array, "*lead K N"], shape: Sequence[int]):
+        return matrix.reshape(*shape)
+
+    def multiply(
+        self, x: Num[Array, "..."], first: Num[Array, "K _"], *matrices: Num[Array, "_ _"], shape
+    ) -> Num[Array, "..."]:
+        x = self.slide(x, first.reshape(*self.window, -1, first.shape[-1]))
+        for matrix in matrices:
+            x = matmul.matmul(x, matrix)
+        return x
+
+    def spread(self, values: Num[Array, " N"], ndim: int, shape: Sequence[int]):
+        return jnp.expand_dims(values, range(ndim - 1))
+
+
+Layout = Einsum | Embedding | Conv
+LINEAR = Einsum("...i", "io", "...o")
+
+
+@functools.cache
+def parse(text: str) -> Einsum:
+    """The layout that an einsum of x and W describes.
+
+    Raises: UserError for an einsum that is no linear map with a matrix: an axis twice in an
+    operand, an axis of x or of W alone that is summed, an ellipsis in W.
+    """
+    match = re.fullmatch(r"([\w.]+),(\w+)->([\w.]+)", text.replace(" ", ""))
+    problems = [] if match else ["not of the form x,W->y, with no ellipsis in W"]
+    if match:
+        x, w, y = match.groups()
+        for name, axes in (("x", x), ("W", w), ("y", y)):
+            letters = axes.replace("...", "", 1)
+            twice = [axis for axis, n in collections.Counter(letters).items() if n > 1]
+            problems += [f"axis {axis} twice in {name}" for axis in twice]
+        problems += [f"axis {axis} of x is in neither W nor y" for axis in x if axis not in w + y]
+        problems += [f"axis {axis} of W is in neither x nor y" for axis in w if axis not in x + y]
+        problems += [f"axis {axis} of y is new" for axis in y if axis not in x + w]
+        if not problems and not (Einsum(x, w, y).inputs and Einsum(x, w, y).outputs):
+            problems.append("W has no axis that is summed, or none that is new")
+    if problems:
+        raise errors.UserError(
+            expected='an einsum of an input and a weight, such as "...D,DNH->...NH"',
+            found=problems,
+            where=repr(text),
+        )
+    return Einsum(x, w, y)
+
+
+def general(axis: Sequence[int], num_outputs: int, batch: Sequence[int] = ()) -> Einsum:
+    """The layout of a LinearGeneral or DenseGeneral: W [*batch, *axis, *outputs].
+
+    axis: x's axes that are summed, either all counted from the front or all from the back; batch:
+    the first axes of x, of which y keeps the order.
+    """
+    letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    shared = [next(letters) for _ in batch]
+    summed = {number: next(letters) for number in axis}
+    new = "".join(next(letters) for _ in range(num_outputs))
+    front, back = ([n for n in axis if (n < 0) == negative] for negative in (False, True))
+    first = shared + ["_"] * (max(front, default=len(shared) - 1) + 1 - len(shared))
+    last = ["_"] * -min(back, default=0)
+    for number, letter in summed.items():
+        (last if number < 0 else first)[number] = letter
+    first, last = ([next(letters) if a == "_" else a for a in axes] for axes in (first, last))
+    kept = ["".join(a for a in axes if a not in summed.values()) for axes in (first, last)]
+    w = "".join(shared) + "".join(summed[number] for number in axis) + new
+    return parse(f"{''.join(first)}...{''.join(last)},{w}->{kept[0]}...{kept[1]}{new}")
+
+
+def _product(x, matrix, batch):
+    if not batch:
+        return matmul.matmul(x, matrix)
+    middle = x.reshape(*x.shape[:batch], -1, x.shape[-1])
+    y = jnp.matmul(middle, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _expanded(axes: str, ndim: int, like: str | None = None) -> list[str]:
+    """The axes one by one; an ellipsis becomes as many numbered ones as there are for it.
+
+    like: the operand that has `ndim` axes, where it is another one.
+    """
+    if "..." not in axes:
+        return list(axes)
+    more = ndim - len((like or axes).replace("...", ""))
+    before, after = axes.split("...")
+    return [*before, *map(str, range(more)), *after]
