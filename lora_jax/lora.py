@@ -301,7 +301,7 @@ def _principal(site, chosen, config, given) -> tuple[jax.Array, jax.Array]:
     A, B = (jnp.asarray(part.reshape(*site.lead, *part.shape[1:])) for part in (A, B))
     if given is None:
         scalings = np.array([own.scaling if own else 0 for own in chosen], np.float32)
-        scalings = scalings.reshape(*site.lead, 1, 1)
+        scalings = jnp.asarray(scalings.reshape(*site.lead, 1, 1))
         weight = sites.weight_of(layer)
         rest = _each(low_rank.merged, site, A, B, -scalings)
         weight.set_value(site.layout.tensor(rest.astype(weight.dtype), weight.shape))

@@ -134,7 +134,7 @@ def pissa(
     else:
         U, S, Vt = jnp.linalg.svd(weight, full_matrices=False)
     root = jnp.sqrt(S[:rank] / scaling)
-    return U[:, :rank] * root, root[:, None] * Vt[:rank]
+    return U[:, :rank] * root[None], root[:, None] * Vt[:rank]
 
 
 def _few_singular(weight: jax.Array, rank: int, steps: int):

@@ -74,7 +74,12 @@ def matches(path: str, targets: Sequence[str] | str) -> bool:
         return path.split(".")[-1] != "lm_head"
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith("." + target) for target in targets)
+    layer = re.sub(r"(\.\d+)+$", "", path)  # of which a stack holds several
+    return any(
+        name == target or name.endswith("." + target)
+        for target in targets
+        for name in (path, layer)
+    )
 
 
 def saves(path: str, config: lora_config.LoRAConfig) -> bool:
