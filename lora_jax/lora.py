@@ -13,9 +13,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
+from lora_jax import adapted, errors, formats, low_rank, quant, selection, siblings, sites
 from lora_jax import adapter as host
 from lora_jax import config as lora_config
-from lora_jax import errors, formats, low_rank, quant, selection, siblings, sites
+from lora_jax import place as places
 from lora_jax.models import llama
 
 register = sites.register
@@ -62,18 +63,21 @@ class LoRALayer(nnx.Module):
         return self._adapted(x, siblings.with_bias(self, product), super().__call__)
 
     def _adapted(self, x, y, layer):
-        how, shape = sites.layout_of(self), sites.weight_shape(self)
-        A, B, scaling, *magnitude = _arrays(self)
-        dropped = _dropped(self, x)
-        extra = how.multiply(dropped, A, B * scaling, shape=shape).astype(y.dtype)
-        if not magnitude:
-            return y + extra
-        length = lax.stop_gradient(low_rank.norm(*self._square_and_crossed(A), A, B, scaling))
-        stretch = how.spread(low_rank.stretch(*magnitude, length, scaling), y.ndim, shape)
-        plain = y if dropped is x else layer(dropped)
-        if (bias := getattr(self, "bias", None)) is not None:
-            plain = plain - how.spread(bias[...].reshape(-1), y.ndim, shape).astype(y.dtype)
-        return (y + (stretch - 1) * plain + stretch * extra).astype(y.dtype)
+        dropped = x
+        if self.lora_dropout and not self.deterministic:
+            dropped = places.dropped(self.lora_dropout_key[...], self.lora_dropout, x)
+        own, bias = arrays(self), getattr(self, "bias", None)
+        return adapted.output(
+            sites.layout_of(self),
+            sites.weight_shape(self),
+            x,
+            y,
+            own,
+            dropped=dropped,
+            layer=layer,
+            norm=functools.partial(self._square_and_crossed, own[0]),
+            bias=None if bias is None else bias[...],
+        )
 
     def _square_and_crossed(self, A: jax.Array) -> tuple[jax.Array, jax.Array]:
         """‖W‖² of each column, and Aᵀ W."""
@@ -130,22 +134,22 @@ def inject(
     adapters already; for PiSSA on a quantised layer without `principal`.
     """
     found = _fresh(model)
-    choices = selection.select(_candidates(found), config)
     wholes = _wholes(model, found, config)
-    for site in found:
-        chosen = tuple(choices.get(name) for name in site.names)
-        if not any(chosen):
+    ranks = {}
+    for site, choices in zip(found, places.choose([s.place for s in found], config), strict=True):
+        if not any(choices):
             continue
-        if config.init_lora_weights == "default" or site.kind != "linear":
-            _adapt(site, chosen, config, rngs, *_initial(site, chosen, rngs))
+        ranks |= {name: own.rank for name, own in zip(site.names, choices, strict=True) if own}
+        if config.init_lora_weights == "default" or site.place.shape.kind != "linear":
+            _adapt(site, choices, config, rngs, *places.initial(site.place, choices, rngs.params()))
         else:
-            A, B = _principal(site, chosen, config, principal)
-            _adapt(site, chosen, config, rngs, A, B)
-            # What the base lacks, so that `collect` can tell the change of the weight as it was.
-            site.module.lora_initial_A, site.module.lora_initial_B = map(LoRAConstant, (A, B))
+            lacking = _principal(site, choices, config, principal)
+            _adapt(site, choices, config, rngs, *lacking)
+            # So that `collect` can tell the change of the weight as it was.
+            site.module.lora_initial_A, site.module.lora_initial_B = map(LoRAConstant, lacking)
     for whole in wholes:
         _save_whole(whole)
-    return {name: choice.rank for name, choice in choices.items()}
+    return ranks
 
 
 def attach(
@@ -162,23 +166,25 @@ def attach(
     effect.
     """
     found, config = _fresh(model), adapter.config
-    choices = selection.select(_candidates(found), config, strict=False)
     wholes = _wholes(model, found, config)
-    shapes = {name: host.Shape(site.kind, *site.sizes) for site in found for name in site.names}
+    chosen = places.choose([site.place for site in found], config, strict=False)
+    chosen_names = {n: own for site, choices in zip(found, chosen, strict=True)
+                    for n, own in zip(site.names, choices, strict=True) if own}  # fmt: skip
+    shapes = {name: site.place.shape for site in found for name in site.names}
     saved = {name: shape for whole in wholes for name, shape in whole.shapes()}
-    adapter.check(choices, shapes, saved, where)
+    adapter.check(chosen_names, shapes, saved, where)
     if not untrained:
         adapter.check_effect(where)
-    for site in found:
-        chosen = tuple(choices.get(name) for name in site.names)
-        if any(chosen):
-            _adapt(site, chosen, config, nnx.Rngs(0), *_filled(site, chosen, adapter))
+    for site, choices in zip(found, chosen, strict=True):
+        if any(choices):
+            filled = places.filled(site.place, choices, adapter.factors, config.use_dora)
+            _adapt(site, choices, config, nnx.Rngs(0), *filled)
     for whole in wholes:
         _save_whole(whole, adapter.saved)
     for site in found:
         if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
             weight = sites.weight_of(site.module)
-            turned = base if site.kind == "embedding" else base.T
+            turned = base if site.place.shape.kind == "embedding" else base.T
             weight.set_value(jnp.asarray(turned, weight.dtype))
 
 
@@ -196,17 +202,12 @@ def _fresh(model: nnx.Module) -> list[sites.Site]:
     return found
 
 
-def _candidates(found: list[sites.Site]) -> dict[str, selection.Candidate]:
-    return {name: selection.Candidate(site.kind, site.sizes[1])
-            for site in found for name in site.names}  # fmt: skip
-
-
-def _adapt(site, chosen, config, rngs, A, B, magnitude=None) -> None:
+def _adapt(site, choices, config, rngs, A, B, magnitude=None) -> None:
     """Makes the site's layer a LoRALayer with these arrays.
 
     magnitude: None with DoRA: such that the layer goes on to compute W + s · A B.
     """
-    layer, lead = site.module, site.lead
+    layer, lead = site.module, site.place.lead
     if isinstance(layer, nnx.Conv) and (layer.feature_group_count > 1 or layer.mask is not None):
         raise errors.UserError(
             expected="a convolution without groups and without a mask",
@@ -218,21 +219,20 @@ def _adapt(site, chosen, config, rngs, A, B, magnitude=None) -> None:
     become(layer, LoRALayer)
     for name, array in zip(_names_of_factors(layer), (A, B), strict=True):
         setattr(layer, name, LoRAParam(array))
-    # [*lead, 1, 1], so that it meets B [*lead, R, N] stacked and unstacked alike
-    scalings = np.array([own.scaling if own else 0 for own in chosen], np.float32)
-    layer.lora_scaling = LoRAConstant(jnp.asarray(scalings.reshape(*lead, 1, 1)))
-    layer.lora_ranks = tuple(own.rank if own else 0 for own in chosen)
-    if any(own and own.kept for own in chosen):
-        layer.lora_mask = LoRAConstant(jnp.asarray(_mask(site, chosen)))
+    scaling = places.scaling(site.place, choices)
+    layer.lora_scaling = LoRAConstant(scaling)
+    layer.lora_ranks = places.ranks(choices)
+    if (mask := places.mask(site.place, choices)) is not None:
+        layer.lora_mask = LoRAConstant(mask)
     if config.use_dora:
         if isinstance(layer, quant.QuantLinear):
             layer.lora_square = LoRAConstant(_each(low_rank.squares, site))
-        length = _each(low_rank.lengths, site, *_arrays(layer))
+        length = _each(low_rank.lengths, site, *arrays(layer))
         if magnitude is not None:
-            adapted = jnp.reshape(scalings != 0, (*lead, 1))
-            length = jnp.where(adapted, magnitude, length)
+            length = jnp.where(scaling[..., 0] == 0, length, magnitude)
         layer.lora_magnitude_vector = LoRAParam(length)
-    layer.lora_dropout = config.dropout if site.kind != "embedding" else 0.0  # as in PEFT
+    drops = site.place.shape.kind != "embedding"  # as in PEFT
+    layer.lora_dropout = config.dropout if drops else 0.0
     if layer.lora_dropout:
         keys = jax.random.split(rngs.params(), lead) if lead else rngs.params()
         layer.lora_dropout_key = DropoutKey(jax.random.key_data(keys))
@@ -259,80 +259,30 @@ def _restore(layer: nnx.Module) -> None:
     object.__setattr__(layer, "__class__", type(layer).__mro__[2])
 
 
-def _initial(site, chosen, rngs) -> tuple[jax.Array, jax.Array]:
-    """A and B of a new adapter; zero beyond the rank of each layer."""
-    widest = max(own.rank for own in chosen if own)
-    (k, n), lead = site.sizes, site.lead
-    ranks = np.array([own.rank if own else 0 for own in chosen]).reshape(lead)
-    used = np.arange(widest) < ranks[..., None]  # [*lead, R]
-    if site.kind == "embedding":
-        B = low_rank.initial_of_embedding(rngs.params(), lead, widest, n)
-        return jnp.zeros((*lead, k, widest)), jnp.where(used[..., None], B, 0)
-    A = low_rank.initial(rngs.params(), lead, k, widest)
-    return jnp.where(used[..., None, :], A, 0), jnp.zeros((*lead, widest, n))
-
-
-def _principal(site, chosen, config, given) -> tuple[jax.Array, jax.Array]:
+def _principal(site, choices, config, given) -> tuple[jax.Array, jax.Array]:
     """PiSSA's A and B; takes them off the site's weight, unless they were `given`."""
-    layer = site.module
-    if given is None and isinstance(layer, quant.QuantLinear):
+    place, layer = site.place, site.module
+    if given is not None:
+        factors = {name: host.Factors(*map(np.asarray, pair)) for name, pair in given.items()}
+        return places.filled(place, choices, factors, False)[:2]
+    if isinstance(layer, quant.QuantLinear):
         raise errors.UserError(
             expected="weights as they were before they were rounded, to take PiSSA's A and B from",
             found=f"a layer in {layer.fmt}",
             where=site.names[0],
             do="inject before quantising, or checkpoint.load(…, split=…)",
         )
-    (k, n), rank = site.sizes, max(own.rank for own in chosen if own)
-    A = np.zeros((len(chosen), k, rank), np.float32)
-    B = np.zeros((len(chosen), rank, n), np.float32)
-    for index, (name, own) in enumerate(zip(site.names, chosen, strict=True)):
-        if own is None:
-            continue
-        if given is not None:
-            A[index, :, : own.rank], B[index, : own.rank] = given[name]
-            continue
-        whole = site.layout.matrix(sites.weight_of(layer)[...])
-        weight = whole[np.unravel_index(index, site.lead)]
-        each = own.rank // len(own.kept or (None,))
-        for part, (start, stop) in enumerate(own.kept or ((0, n),)):
-            at = slice(part * each, (part + 1) * each)
-            how = each, own.scaling, config.init_lora_weights
-            A[index, :, at], B[index, at, start:stop] = low_rank.pissa(weight[:, start:stop], *how)
-    A, B = (jnp.asarray(part.reshape(*site.lead, *part.shape[1:])) for part in (A, B))
-    if given is None:
-        scalings = np.array([own.scaling if own else 0 for own in chosen], np.float32)
-        scalings = jnp.asarray(scalings.reshape(*site.lead, 1, 1))
-        weight = sites.weight_of(layer)
-        rest = _each(low_rank.merged, site, A, B, -scalings)
-        weight.set_value(site.layout.tensor(rest.astype(weight.dtype), weight.shape))
+    weight = sites.weight_of(layer)
+    matrix = place.how.matrix(weight[...])
+    A, B = places.principal(
+        place,
+        choices,
+        config.init_lora_weights,
+        lambda index: matrix[np.unravel_index(index, place.lead)],
+    )
+    rest = _each(low_rank.merged, site, A, B, -places.scaling(place, choices))
+    weight.set_value(place.how.tensor(rest, weight.shape))
     return A, B
-
-
-def _mask(site, chosen) -> np.ndarray:
-    """1 where a row of B and an output belong to the same part of the layer, else 0."""
-    widest, n = max(own.rank for own in chosen if own), site.sizes[1]
-    mask = np.zeros((len(chosen), widest, n), np.float32)
-    for layer, own in zip(mask, chosen, strict=True):
-        for part, (start, stop) in enumerate(own.kept if own else ()):
-            each = own.rank // len(own.kept)
-            layer[part * each : (part + 1) * each, start:stop] = 1
-    return mask.reshape(*site.lead, widest, n)
-
-
-def _filled(site, chosen, adapter: host.Adapter):
-    """A, B and magnitude (None without DoRA) of the site's layers, from the adapter."""
-    widest = max(own.rank for own in chosen if own)
-    (k, n), count = site.sizes, len(chosen)
-    A, B = np.zeros((count, k, widest), np.float32), np.zeros((count, widest, n), np.float32)
-    magnitude = np.ones((count, n), np.float32) if adapter.config.use_dora else None
-    for index, (name, own) in enumerate(zip(site.names, chosen, strict=True)):
-        if own:
-            source = adapter.factors[name]
-            A[index, :, : own.rank], B[index, : own.rank] = source.A, source.B
-            if magnitude is not None:
-                magnitude[index] = source.magnitude
-    return [None if part is None else jnp.asarray(part.reshape(*site.lead, *part.shape[1:]))
-            for part in (A, B, magnitude)]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- reading out
@@ -359,11 +309,11 @@ def num_params(model: nnx.Module) -> int:
     """Trainable numbers: K · R + R · N of each adapted layer, magnitudes, modules saved whole."""
     total = 0
     for site, index in adapters(model).values():
-        (k, n), layer = site.sizes, site.module
-        at = np.unravel_index(index, site.lead)
-        mask, rank = layer.lora_mask, layer.lora_ranks[index]
-        total += rank * k + (rank * n if mask is None else int(mask[...][at].sum()))
-        total += n if layer.lora_magnitude_vector is not None else 0
+        place, layer = site.place, site.module
+        at, rank = np.unravel_index(index, place.lead), layer.lora_ranks[index]
+        mask = layer.lora_mask
+        total += rank * place.k + (rank * place.n if mask is None else int(mask[...][at].sum()))
+        total += place.n if layer.lora_magnitude_vector is not None else 0
     for whole in _saved(model):
         total += sum(math.prod(shape) for _, shape in whole.shapes())
     return total
@@ -377,23 +327,22 @@ def collect(
     Its config may differ from `config`, but means the same: adapters that began with PiSSA, or are
     on parts of a layer's output, become plain LoRA of the weights as they were.
     """
-    found, ranks = {}, {}
+    found = {}
     for name, (site, index) in adapters(model).items():
-        layer, at = site.module, np.unravel_index(index, site.lead)
-        rank = layer.lora_ranks[index]
-        A, B, _, *magnitude = (np.asarray(array[at]) for array in _arrays(layer))
-        A, B = A[:, :rank], B[:rank]
+        layer = site.module
+        A, B, _, *magnitude = arrays(layer)
+        lacking = None
         if layer.lora_initial_A is not None:
-            A = np.concatenate([A, np.asarray(layer.lora_initial_A[...][at])[:, :rank]], axis=1)
-            B = np.concatenate([B, -np.asarray(layer.lora_initial_B[...][at])[:rank]])
-        window = getattr(site.layout, "window", ())
-        found[name] = host.Factors(A, B, *magnitude or [None], site.kind, window)
-        ranks[name] = len(B)
+            lacking = layer.lora_initial_A[...], layer.lora_initial_B[...]
+        own = layer.lora_ranks[index], A, B, *(magnitude or [None]), lacking
+        found[name] = places.collected(site.place, index, *own)
+    ranks = {name: own.B.shape[0] for name, own in found.items()}
     saved = {name: array for whole in _saved(model) for name, array in whole.files()}
     for name, (site, _) in adapters(model).items():
         if selection.saves_base(name, config):
             base = np.asarray(sites.weight_of(site.module)[...])
-            saved[f"{name}.base_layer.weight"] = base if site.kind == "embedding" else base.T
+            turned = base if site.place.shape.kind == "embedding" else base.T
+            saved[f"{name}.base_layer.weight"] = turned
     return host.Adapter(selection.with_ranks(config, ranks), found, saved, base_model)
 
 
@@ -402,7 +351,7 @@ def effects(model: nnx.Module) -> dict[str, float]:
     found = {}
     for site in sites.find(model):
         if isinstance(site.module, LoRALayer):
-            ratios = _each(low_rank.effect, site, *_arrays(site.module))
+            ratios = _each(low_rank.effect, site, *arrays(site.module))
             rated = zip(site.names, site.module.lora_ranks, ratios.reshape(-1), strict=True)
             found |= {name: ratio.item() for name, rank, ratio in rated if rank}
     return found
@@ -428,12 +377,12 @@ def merge(model: nnx.Module) -> None:
             model.untie()
     for site in found:
         layer = site.module
-        merged = _each(low_rank.merged, site, *_arrays(layer))
+        merged = _each(low_rank.merged, site, *arrays(layer))
         if isinstance(layer, quant.QuantLinear):
             quant.replace(model, site.path, quant.as_linear(layer, merged))
         else:
             weight = sites.weight_of(layer)
-            weight.set_value(site.layout.tensor(merged, weight.shape).astype(weight.dtype))
+            weight.set_value(site.place.how.tensor(merged, weight.shape).astype(weight.dtype))
             _restore(layer)
     for whole in wholes:
         copied = nnx.to_flat_state(nnx.state(whole.module.modules_to_save, LoRAParam))
@@ -472,7 +421,7 @@ def _names_of_factors(layer: nnx.Module) -> tuple[str, str]:
     return "lora_A", "lora_B"
 
 
-def _arrays(layer: LoRALayer) -> tuple[jax.Array, ...]:
+def arrays(layer: LoRALayer) -> tuple[jax.Array, ...]:
     """A, B (zero where it is masked), the scaling, and with DoRA the magnitude."""
     A, B = (part[...] for part in factors(layer))
     if layer.lora_mask is not None:
@@ -483,7 +432,7 @@ def _arrays(layer: LoRALayer) -> tuple[jax.Array, ...]:
 
 def _each(function: Callable, site: sites.Site, *arrays: jax.Array) -> jax.Array:
     """function(W, *arrays) for every layer of the site: W [K, N] is dense, one at a time."""
-    layer, lead = site.module, site.lead
+    layer, lead = site.module, site.place.lead
 
     @jax.jit
     def each(weights, *arrays):
@@ -501,20 +450,7 @@ def _each(function: Callable, site: sites.Site, *arrays: jax.Array) -> jax.Array
 
     if isinstance(layer, quant.QuantLinear):
         return each(layer.packed, *arrays)
-    return each(site.layout.matrix(sites.weight_of(layer)[...]), *arrays)
-
-
-def _dropped(layer: LoRALayer, x: jax.Array) -> jax.Array:
-    """dropout(x); x itself where nothing is dropped."""
-    if not layer.lora_dropout or layer.deterministic:
-        return x
-    key, keep = jax.random.wrap_key_data(layer.lora_dropout_key[...]), 1 - layer.lora_dropout
-    draw = functools.partial(jax.random.bernoulli, p=keep)
-    if key.ndim:
-        kept = jax.vmap(lambda own: draw(own, shape=x.shape[1:]))(key)
-    else:
-        kept = draw(key, shape=x.shape)
-    return jnp.where(kept, x / keep, 0).astype(x.dtype)
+    return each(site.place.how.matrix(sites.weight_of(layer)[...]), *arrays)
 
 
 # ---------------------------------------------------------------------------------- saved whole

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax import layout, quant
+from lora_jax import place as places
 from lora_jax.models import llama
 
 
@@ -21,24 +22,9 @@ class Site(NamedTuple):
     depths: tuple[int, ...] = ()  # where in the path the numbers of a stack stand
 
     @property
-    def layout(self) -> layout.Layout:
-        return layout_of(self.module)
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """The axes of the stack, () if there is none."""
-        return self.layout.lead(weight_shape(self.module))
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """(K, N): how many numbers go in, and how many come out."""
-        return self.layout.sizes(weight_shape(self.module))
-
-    @property
-    def kind(self) -> str:
-        """As in adapter.Factors."""
-        kinds = {layout.Embedding: "embedding", layout.Conv: "conv"}
-        return kinds.get(type(self.layout), "linear")
+    def place(self) -> places.Place:
+        how, shape = layout_of(self.module), weight_shape(self.module)
+        return places.Place(self.names, how.lead(shape), *how.sizes(shape), how)
 
 
 class _Kind(NamedTuple):

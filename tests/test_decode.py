@@ -1,7 +1,6 @@
 """The forms of the weights that decoding derives: the same products, and when they are chosen."""
 
 import functools
-import math
 import pathlib
 import types
 
@@ -55,7 +54,7 @@ def test_steps_with_the_dense_form_give_the_same_logits(fmt):
 
 def test_the_dense_form_takes_the_bytes_it_says():
     whole = model("int4")
-    weights = sum(math.prod(site.sizes) for site in sites.find(whole) if site.lead)
+    weights = sum(site.place.k * site.place.n for site in sites.find(whole) if site.place.lead)
     layers = whole.config.num_hidden_layers
     assert decode.num_bytes(whole, "dense") == 4 * weights * layers
     assert decode.num_bytes(whole, "k_minor") == 0  # float32: no kernel takes it

@@ -99,7 +99,7 @@ def trained(model, config, scale=0.1):
         if isinstance(site.module, lora.LoRALayer):
             B = rng.normal(0, scale, site.module.lora_B.shape).astype(np.float32)
             for index, rank in enumerate(site.module.lora_ranks):
-                (B[index] if site.lead else B)[rank:] = 0
+                (B[index] if site.place.lead else B)[rank:] = 0
             site.module.lora_B.set_value(jnp.asarray(B))
     return model
 
