@@ -7,6 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = [
+    "adapter",
     "checkpoint",
     "config",
     "data",
@@ -14,6 +15,7 @@ __all__ = [
     "evaluate",
     "generate",
     "hub",
+    "linen",
     "lora",
     "optim",
     "peft",

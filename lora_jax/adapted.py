@@ -1,6 +1,6 @@
 """What an adapted layer computes, in a model of any framework."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax import lax
@@ -16,8 +16,8 @@ def output(
     factors: Sequence[jax.Array],
     *,
     dropped: jax.Array,
-    layer: Callable[[jax.Array], jax.Array],
-    norm: Callable[[], tuple[jax.Array, jax.Array]],
+    weight: layout.Factor,
+    square: jax.Array | None,
     bias: jax.Array | None,
 ) -> jax.Array:
     """y + s · x' A B; with a magnitude m: y + (r − 1) · x' W + r · s · x' A B, r = m / ‖W + s A B‖.
@@ -26,18 +26,24 @@ def output(
       how, shape: how the layer multiplies, and the shape of its weight.
       x, y: its input and output.
       factors: A, B, the scaling s, and with DoRA the magnitude; of one layer of a stack.
-      dropped: x' = dropout(x), or x itself.
-      layer: x → y, which DoRA wants of x' too (PEFT drops inputs of the base there as well).
-      norm: ‖W‖² of each column, and Aᵀ W.
+      dropped: x' = dropout(x), or x itself. PEFT's DoRA takes the base's change of it, too.
+      weight, square: W as a matrix and None; or the product with a packed W, and its ‖W‖².
       bias: of the layer.
     """
     A, B, scaling, *magnitude = factors
     extra = how.multiply(dropped, A, B * scaling, shape=shape).astype(y.dtype)
     if not magnitude:
         return y + extra
-    length = lax.stop_gradient(low_rank.norm(*norm(), A, B, scaling))
+    if square is None:
+        square, crossed = low_rank.squares(weight), low_rank.crossed(A, weight)
+    else:
+        crossed = weight(A.T.astype(y.dtype))
+    length = lax.stop_gradient(low_rank.norm(square, crossed, A, B, scaling))
     stretch = how.spread(low_rank.stretch(*magnitude, length, scaling), y.ndim, shape)
-    plain = y if dropped is x else layer(dropped)
-    if bias is not None:
-        plain = plain - how.spread(bias.reshape(-1), y.ndim, shape).astype(y.dtype)
+    if dropped is not x:
+        plain = how.multiply(dropped, weight, shape=shape).astype(y.dtype)
+    elif bias is not None:
+        plain = y - how.spread(bias.reshape(-1), y.ndim, shape).astype(y.dtype)
+    else:
+        plain = y
     return (y + (stretch - 1) * plain + stretch * extra).astype(y.dtype)

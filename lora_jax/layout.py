@@ -19,6 +19,9 @@ from jaxtyping import Array, Int, Num
 from lora_jax import errors
 from lora_jax.kernels import matmul
 
+# A matrix [*batch, K, N], or a function that multiplies rows [..., K] by one.
+Factor = Num[Array, "*batch _ _"] | Callable[[jax.Array], jax.Array]
+
 
 @dataclasses.dataclass(frozen=True)
 class Einsum:
@@ -79,9 +82,9 @@ class Einsum:
         return weight.transpose(*range(stacked), *order)
 
     def multiply(
-        self, x: Num[Array, "..."], *matrices: Num[Array, "*batch _ _"], shape: Sequence[int]
+        self, x: Num[Array, "..."], *factors: Factor, shape: Sequence[int]
     ) -> Num[Array, "..."]:
-        """x · matrix · matrix …, from the first's K to the last's N, in x's dtype.
+        """x · factor · factor …, from the first's K to the last's N, in x's dtype.
 
         shape: the weight's, to know how N is cut into the axes of y.
         """
@@ -92,8 +95,8 @@ class Einsum:
         sizes |= dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
         x = x.transpose(*(axes_x.index(axis) for axis in order))
         x = x.reshape(*(sizes[axis] for axis in (*self.batch, *free)), -1)
-        for matrix in matrices:
-            x = _product(x, matrix, len(self.batch))
+        for factor in factors:
+            x = _product(x, factor, len(self.batch))
         y = x.reshape(*(sizes[axis] for axis in (*self.batch, *free, *self.outputs)))
         order = [*self.batch, *free, *self.outputs]
         return y.transpose(*(order.index(axis) for axis in axes_y))
@@ -136,11 +139,11 @@ class Embedding:
         return matrix
 
     def multiply(
-        self, ids: Int[Array, "*B"], first: Num[Array, "K _"], *matrices: Num[Array, "_ _"], shape
+        self, ids: Int[Array, "*B"], first: Num[Array, "K _"], *factors: Factor, shape
     ) -> Num[Array, "*B N"]:
         x = self.take(first, ids)
-        for matrix in matrices:
-            x = matmul.matmul(x, matrix)
+        for factor in factors:
+            x = _product(x, factor)
         return x
 
     def spread(self, values: Num[Array, " N"], ndim: int, shape: Sequence[int]):
@@ -174,11 +177,11 @@ class Conv:
         return matrix.reshape(*shape)
 
     def multiply(
-        self, x: Num[Array, "..."], first: Num[Array, "K _"], *matrices: Num[Array, "_ _"], shape
+        self, x: Num[Array, "..."], first: Num[Array, "K _"], *factors: Factor, shape
     ) -> Num[Array, "..."]:
         x = self.slide(x, first.reshape(*self.window, -1, first.shape[-1]))
-        for matrix in matrices:
-            x = matmul.matmul(x, matrix)
+        for factor in factors:
+            x = _product(x, factor)
         return x
 
     def spread(self, values: Num[Array, " N"], ndim: int, shape: Sequence[int]):
@@ -239,7 +242,9 @@ def general(axis: Sequence[int], num_outputs: int, batch: Sequence[int] = ()) ->
     return parse(f"{''.join(first)}...{''.join(last)},{w}->{kept[0]}...{kept[1]}{new}")
 
 
-def _product(x, matrix, batch):
+def _product(x, matrix, batch=0):
+    if callable(matrix):
+        return matrix(x)
     if not batch:
         return matmul.matmul(x, matrix)
     middle = x.reshape(*x.shape[:batch], -1, x.shape[-1])

@@ -51,40 +51,28 @@ class LoRALayer(nnx.Module):
     lora_initial_A = lora_initial_B = None
 
     def __call__(self, x: Num[Array, "..."], *args: Any, **kwargs: Any) -> Num[Array, "..."]:
-        own = super().__call__
-
-        def layer(x):
-            return own(x, *args, **kwargs)
-
-        return self._adapted(x, layer(x), layer)
+        return self._adapted(x, super().__call__(x, *args, **kwargs))
 
     def with_product(self, x: Float[Array, "..."], product: Float[Array, "..."]) -> jax.Array:
         """The same, where x · W was computed already."""
-        return self._adapted(x, siblings.with_bias(self, product), super().__call__)
+        return self._adapted(x, siblings.with_bias(self, product))
 
-    def _adapted(self, x, y, layer):
-        dropped = x
+    def _adapted(self, x, y):
+        dropped, bias = x, getattr(self, "bias", None)
         if self.lora_dropout and not self.deterministic:
             dropped = places.dropped(self.lora_dropout_key[...], self.lora_dropout, x)
-        own, bias = arrays(self), getattr(self, "bias", None)
+        how, packed = sites.layout_of(self), isinstance(self, quant.QuantLinear)
         return adapted.output(
-            sites.layout_of(self),
+            how,
             sites.weight_shape(self),
             x,
             y,
-            own,
+            arrays(self),
             dropped=dropped,
-            layer=layer,
-            norm=functools.partial(self._square_and_crossed, own[0]),
+            weight=self.product if packed else how.matrix(sites.weight_of(self)[...]),
+            square=self.lora_square[...] if self.lora_square is not None else None,
             bias=None if bias is None else bias[...],
         )
-
-    def _square_and_crossed(self, A: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """‖W‖² of each column, and Aᵀ W."""
-        if isinstance(self, quant.QuantLinear):
-            return self.lora_square[...], self.product(A.T.astype(self.dtype or self.param_dtype))
-        weight = sites.layout_of(self).matrix(sites.weight_of(self)[...])
-        return low_rank.squares(weight), low_rank.crossed(A, weight)
 
 
 class SavedLayer(nnx.Module):

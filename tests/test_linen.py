@@ -1,0 +1,321 @@
+"""Adapters in unedited Linen models, under scan, remat and vmap; files; quantised bases."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from lora_jax import config as lora_config
+from lora_jax import errors, linen, lora, optim, peft
+
+
+class Block(nn.Module):
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        heads = nn.DenseGeneral((2, 4), name="query")(nn.LayerNorm(name="norm")(x))
+        x = x + nn.DenseGeneral(self.width, axis=(-2, -1), name="out")(jnp.tanh(heads))
+        x = x + nn.Dense(self.width, name="up")(x)
+        return x + nn.Einsum((self.width, 8), "...d,df->...f", name="mix")(x), None
+
+
+class Net(nn.Module):
+    """Embedding, a scanned stack of rematerialised blocks, another stack by vmap, a head."""
+
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, ids, train=False):
+        assert isinstance(train, bool)
+        x = nn.Embed(11, 8, name="embed")(ids)
+        x = nn.Conv(8, (3,), padding="SAME", name="conv")(x)
+        scanned = nn.scan(
+            nn.remat(Block), variable_axes={"params": self.axis}, split_rngs={"params": True},
+            length=3,
+        )  # fmt: skip
+        x, _ = scanned(name="layers")(x, None)
+        several = nn.vmap(
+            nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
+            out_axes=0, axis_size=2,
+        )  # fmt: skip
+        x = x + several(8, name="experts")(x).sum(axis=0)
+        return nn.Dense(5, name="lm_head")(x)
+
+
+IDS = jnp.arange(12).reshape(2, 6) % 11
+TARGETS = ("embed", "conv", "query", "out", "up", "mix", "experts", "lm_head")
+NAMES = {"embed", "conv", "lm_head", "experts.0", "experts.1"} | {
+    f"layers.{i}.{name}" for i in range(3) for name in ("query", "out", "up", "mix")
+}
+
+
+@functools.cache
+def made(axis=0):
+    module = Net(axis=axis)
+    return module, jax.jit(module.init)(jax.random.key(0), IDS)["params"]
+
+
+def config(**settings):
+    return lora_config.LoRAConfig(**{"rank": 2, "targets": TARGETS, **settings})
+
+
+def moved(variables, scale=0.1, seed=3):
+    """The variables with what is trained changed, but for the padding of unequal ranks."""
+    rng = np.random.default_rng(seed)
+    change = jax.tree.map(
+        lambda p: p + scale * rng.normal(size=p.shape).astype(np.float32), variables["lora"]
+    )
+    return {**variables, "lora": change}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_unedited_model_is_adapted_merged_saved_and_loaded(axis, use_dora, tmp_path):
+    module, params = made(axis)
+    settings = config(use_dora=use_dora)
+    adapted = linen.adapt(module, settings, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype), train=False)
+    variables = adapted.init(jax.random.key(1), params)
+    assert variables["lora"]["layers"]["query"]["lora_A"].shape == (3, 8, 2)
+    base = module.apply({"params": params}, IDS)
+    run = jax.jit(adapted.apply)
+    np.testing.assert_allclose(run(variables, IDS), base, atol=2e-5)
+
+    variables = moved(variables)
+    expected = run(variables, IDS)
+    assert np.abs(expected - base).max() > 0.5
+    adapter = adapted.collect(variables, base_model="net")
+    assert set(adapter.factors) == NAMES
+    peft.write(tmp_path, adapter)
+    read = peft.read(tmp_path)
+    assert read.config == dataclasses.replace(settings, targets=tuple(sorted(TARGETS)))
+    again = linen.adapt(module, read.config, IDS).attach(params, read)
+    np.testing.assert_allclose(run(again, IDS), expected, atol=1e-5)
+    merged = adapted.merge(variables)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(
+        module.apply({"params": merged}, IDS), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_layer_of_a_stack_may_have_another_rank_or_none():
+    module, params = made()
+    settings = config(targets=("query", "up"), layers=(0, 2), rank_pattern={r"2\.query": 3})
+    adapted = linen.adapt(module, settings, IDS)
+    variables = adapted.init(jax.random.key(1), params)
+    assert variables["lora"]["layers"]["query"]["lora_A"].shape == (3, 8, 3)
+    factors = adapted.collect(variables).factors
+    assert {name: own.A.shape[1] for name, own in factors.items()} == {
+        "layers.0.query": 2, "layers.2.query": 3, "layers.0.up": 2, "layers.2.up": 2
+    }  # fmt: skip
+
+
+def test_training_changes_a_and_b_alone():
+    module, params = made()
+    adapted = linen.adapt(module, config(dropout=0.2), IDS)
+    variables = adapted.init(jax.random.key(1), params)
+    optimizer = optim.make(lora_config.OptimConfig(lr=1e-2, warmup=0), 20)
+    labels = set(jax.tree.leaves(optim.labels(variables)))
+    assert labels == {"A", "B", "frozen"}
+    targets = jax.nn.one_hot(IDS % 5, 5)
+
+    @jax.jit
+    def step(variables, state, key):
+        def loss(variables):
+            logits = adapted.apply(variables, IDS, rngs={"lora": key})
+            return optax.softmax_cross_entropy(logits, targets).mean()
+
+        value, gradient = jax.value_and_grad(loss)(variables)
+        updates, state = optimizer.update(gradient, state, variables)
+        return optax.apply_updates(variables, updates), state, value
+
+    state, start, losses = optimizer.init(variables), variables, []
+    for number in range(20):
+        variables, state, value = step(variables, state, jax.random.key(number))
+        losses.append(float(value))
+    assert losses[-1] < 0.7 * losses[0]
+    for before, after in zip(jax.tree.leaves(start["params"]), jax.tree.leaves(variables["params"]),
+                             strict=True):  # fmt: skip
+        np.testing.assert_array_equal(before, after)
+
+
+def test_dropout_differs_between_keys_and_layers_and_is_off_without_one():
+    module, params = made()
+    adapted = linen.adapt(module, config(dropout=0.5), IDS)
+    variables = moved(adapted.init(jax.random.key(1), params))
+    run = jax.jit(lambda rngs: adapted.apply(variables, IDS, rngs=rngs))
+    one, same, other = (run({"lora": jax.random.key(n)}) for n in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01
+    plain = linen.adapt(module, config(), IDS).apply(variables, IDS)
+    np.testing.assert_allclose(adapted.apply(variables, IDS), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "nf4-dq"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_quantised_base_computes_with_what_it_stands_for(fmt, use_dora):
+    module, params = made()
+    adapted = linen.adapt(module, config(use_dora=use_dora), IDS, quant=fmt, exclude=("lm_head",))
+    variables = moved(adapted.init(jax.random.key(1), params))
+    layers = variables["params"]["layers"]
+    assert "kernel" not in layers["query"] and layers["query"]["packed"]["q"].shape[0] == 3
+    assert "kernel" in variables["params"]["lm_head"] and "kernel" in variables["params"]["conv"]
+    y = jax.jit(adapted.apply)(variables, IDS)
+    dense = adapted.merge(variables)
+    np.testing.assert_allclose(module.apply({"params": dense}, IDS), y, rtol=1e-3, atol=1e-3)
+    alone = linen.adapt(module, None, IDS, quant=fmt)
+    rounded = alone.init(jax.random.key(0), params)
+    assert not rounded["lora"]
+    plain = module.apply({"params": alone.merge(rounded)}, IDS)
+    np.testing.assert_allclose(alone.apply(rounded, IDS), plain, atol=2e-4)
+
+
+def test_pissa_and_parts_are_those_of_nnx():
+    module, params = made()
+    settings = config(targets=("up",), init_lora_weights="pissa", parts={"up": (1, -1)})
+    adapted = linen.adapt(module, settings, IDS)
+    variables = adapted.init(jax.random.key(1), params)
+    np.testing.assert_allclose(adapted.apply(variables, IDS), module.apply({"params": params}, IDS),
+                               atol=1e-4)  # fmt: skip
+    kernel, before = (p["layers"]["up"]["kernel"] for p in (variables["params"], params))
+    np.testing.assert_array_equal(kernel[..., 4:], before[..., 4:])
+    assert np.abs(kernel[..., :4] - before[..., :4]).max() > 0.1
+    variables = moved(variables)
+    expected = adapted.apply(variables, IDS)
+    adapter = adapted.collect(variables)
+    assert adapter.config.rank == 4 and not adapter.config.parts
+    plain = linen.adapt(module, adapter.config, IDS)
+    np.testing.assert_allclose(plain.apply(plain.attach(params, adapter), IDS), expected, atol=1e-4)
+
+
+def test_modules_saved_whole_are_trained_beside(tmp_path):
+    module, params = made()
+    settings = config(targets=("query",), modules_to_save=("lm_head", "norm", "conv"))
+    adapted = linen.adapt(module, settings, IDS)
+    variables = moved(adapted.init(jax.random.key(1), params))
+    expected = adapted.apply(variables, IDS)
+    adapter = adapted.collect(variables)
+    shapes = {name: array.shape for name, array in adapter.saved.items()}
+    assert shapes["lm_head.weight"] == (5, 8) and shapes["conv.weight"] == (8, 8, 3)
+    assert shapes["layers.2.norm.weight"] == shapes["layers.0.norm.bias"] == (8,)
+    peft.write(tmp_path, adapter)
+    again = adapted.attach(params, peft.read(tmp_path))
+    np.testing.assert_allclose(adapted.apply(again, IDS), expected, atol=1e-5)
+    merged = adapted.merge(variables)
+    np.testing.assert_allclose(
+        module.apply({"params": merged}, IDS), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+class Twin(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="down")(
+            jnp.tanh(nn.DenseGeneral((2, 4), name="up")(x)).reshape(-1, 8)
+        )
+
+
+def test_an_adapter_moves_between_nnx_and_linen(tmp_path):
+    """The same file, the same change of the same weights."""
+    rng, x = (
+        np.random.default_rng(0),
+        jnp.asarray(np.random.default_rng(1).normal(size=(4, 6)), jnp.float32),
+    )
+    kernels = {"up": (6, 2, 4), "down": (8, 3)}
+    params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32),
+                     "bias": jnp.zeros(shape[1:])} for name, shape in kernels.items()}  # fmt: skip
+    module = Twin()
+    adapted = linen.adapt(module, config(targets=("up", "down"), use_dora=True), x)
+    variables = moved(adapted.init(jax.random.key(0), params))
+    peft.write(tmp_path, adapted.collect(variables))
+
+    model = nnx.Dict(up=nnx.LinearGeneral(6, (2, 4), rngs=nnx.Rngs(0)),
+                     down=nnx.Linear(8, 3, rngs=nnx.Rngs(0)))  # fmt: skip
+    for name in kernels:
+        getattr(model, name).kernel.set_value(params[name]["kernel"])
+    peft.load(model, tmp_path)
+    y = model.down(jnp.tanh(model.up(x)).reshape(-1, 8))
+    np.testing.assert_allclose(y, adapted.apply(variables, x), atol=1e-5)
+    back = lora.collect(model, peft.config(tmp_path))
+    for name, own in adapted.collect(variables).factors.items():
+        for ours, theirs in zip(own[:3], back.factors[name][:3], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+class Projection(nn.Module):
+    """In the manner of Gemma's: the einsum is an argument of the call, before x."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, eqn, x):
+        return jnp.einsum(eqn, x, self.param("w", nn.initializers.normal(), self.shape))
+
+
+linen.register(Projection, lambda layer, eqn, x: eqn, weight="w", input=1)
+
+
+class Projections(nn.Module):
+    twice: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        kv = Projection((2, 3, 6, 4), name="kv")
+        y = kv("bsd,ckdh->cbskh", x)
+        return (y, kv("bsd,ckdh->bsckh", x)) if self.twice else y
+
+
+def test_a_class_of_one_s_own_says_its_einsum():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
+    module = Projections()
+    params = module.init(jax.random.key(0), x)["params"]
+    settings = config(targets=("kv",), parts={"kv": (-1, 1)}, use_dora=True)  # v alone
+    adapted = linen.adapt(module, settings, x)
+    variables = moved(adapted.init(jax.random.key(1), params))
+    y, base = adapted.apply(variables, x), module.apply({"params": params}, x)
+    assert np.abs(y - base)[1].max() > 0.1
+    np.testing.assert_allclose(module.apply({"params": adapted.merge(variables)}, x), y, atol=1e-4)
+    with pytest.raises(errors.UserError, match=r"(?s)calls of a layer that agree.*kv"):
+        linen.find(Projections(twice=True), x)
+
+
+def test_lora_dense_is_a_layer_to_import():
+    class Mine(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = linen.LoRADense(6, rank=2, alpha=4, dropout=0.5, name="first")(x, train=train)
+            return linen.LoRADense(3, rank=2, name="second")(jnp.tanh(x))
+
+    x = jnp.ones((2, 4))
+    variables = Mine().init(jax.random.key(0), x, False)
+    assert set(variables) == {"params", "lora"}
+    variables = moved(variables)
+    y = Mine().apply(variables, x, False)
+    first = {**variables["lora"]["first"], **variables["params"]["first"]["base"]}
+    hidden = x @ first["kernel"] + 2 * x @ first["lora_A"] @ first["lora_B"]
+    second = {**variables["lora"]["second"], **variables["params"]["second"]["base"]}
+    expected = jnp.tanh(hidden) @ (second["kernel"] + 8 * second["lora_A"] @ second["lora_B"])
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    dropped = Mine().apply(variables, x, True, rngs={"dropout": jax.random.key(1)})
+    assert np.abs(dropped - y).max() > 0.01
+
+
+def test_what_does_not_fit_is_told_at_once():
+    module, params = made()
+    with pytest.raises(errors.UserError, match=r"(?s)'q_proj' matches none.*query"):
+        linen.adapt(module, config(targets=("q_proj",)), IDS)
+    with pytest.raises(errors.UserError, match="scale matches none"):
+        linen.adapt(module, config(modules_to_save=("scale",)), IDS)
+    adapted = linen.adapt(module, config(targets=("query", "up")), IDS)
+    adapter = linen.adapt(module, config(targets=("query", "mix")), IDS)
+    adapter = adapter.collect(moved(adapter.init(jax.random.key(0), params)))
+    with pytest.raises(errors.UserError) as raised:
+        adapted.attach(params, adapter)
+    assert "layers.1.up.lora_A is missing" in str(raised.value)
+    assert "layers.1.mix.lora_A has no target" in str(raised.value)
