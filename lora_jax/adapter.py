@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,3 +132,93 @@ def _stored(own: Factors) -> list[tuple[str, Any]]:
 def _some(shapes: Mapping[str, Any]) -> list[str]:
     """The paths of a model's layers, those that differ in a number once."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", path) for path in shapes))[:8]
+
+
+def combined(parts: Sequence[tuple[Adapter, float]], *, rank: int | None = None) -> Adapter:
+    """The adapter with ΔW = Σ weight · ΔW of the parts: exact, its rank the sum of theirs.
+
+    rank: at most so large, by the largest singular values of each ΔW.
+    Raises: UserError for DoRA, whose change is no sum, and for modules saved whole.
+    """
+    _refuse_unlike([adapter for adapter, _ in parts], dora=True)
+    found = {}
+    for path in dict.fromkeys(path for adapter, _ in parts for path in adapter.factors):
+        own = [(adapter.factors[path], weight * adapter.scaling(path))
+               for adapter, weight in parts if path in adapter.factors]  # fmt: skip
+        A = np.concatenate([factors.A for factors, _ in own], axis=1)
+        B = np.concatenate([scale * factors.B for factors, scale in own])
+        found[path] = own[0][0]._replace(A=A, B=B)
+        if rank is not None and rank < A.shape[1]:
+            found[path] = own[0][0]._replace(**dict(zip("AB", _nearest(A, B, rank), strict=True)))
+    return Adapter(_plain(found), found, base_model=parts[0][0].base_model)
+
+
+def aligned(adapters: Mapping[str, Adapter], *, rank: int = 1) -> dict[str, Adapter]:
+    """The same adapters with one config: on the same layers, of the same ranks, with scaling 1.
+
+    What each lacks is zero. Models adapted with them have arrays of the same shapes, so what is
+    compiled for one serves all. rank: at least so large, to leave room for others.
+    Raises: UserError where some are DoRA and some not, and for modules saved whole.
+    """
+    _refuse_unlike(list(adapters.values()), dora=False)
+    largest: dict[str, Factors] = {}
+    for adapter in adapters.values():
+        for path, own in adapter.factors.items():
+            if path not in largest or largest[path].A.shape[1] < own.A.shape[1]:
+                largest[path] = own
+    empty = {path: own._replace(
+        A=np.zeros((len(own.A), max(rank, own.A.shape[1])), np.float32),
+        B=np.zeros((max(rank, own.A.shape[1]), own.B.shape[1]), np.float32),
+    ) for path, own in largest.items()}  # fmt: skip
+    use_dora = next(iter(adapters.values())).config.use_dora
+    config = dataclasses.replace(_plain(empty), use_dora=use_dora)
+
+    def filled(adapter: Adapter) -> Adapter:
+        found = {}
+        for path, room in empty.items():
+            A, B, magnitude = room.A.copy(), room.B.copy(), room.magnitude
+            if path in adapter.factors:
+                own, own_rank = adapter.factors[path], adapter.factors[path].A.shape[1]
+                A[:, :own_rank], B[:own_rank] = own.A, adapter.scaling(path) * own.B
+                magnitude = own.magnitude
+            elif use_dora:
+                raise errors.UserError(
+                    expected="DoRA adapters on the same layers",
+                    found=f"one without a magnitude for {path}",
+                    do="load one at a time",
+                )
+            found[path] = room._replace(A=A, B=B, magnitude=magnitude)
+        return Adapter(config, found, base_model=adapter.base_model)
+
+    return {name: filled(adapter) for name, adapter in adapters.items()}
+
+
+def _plain(factors: Mapping[str, Factors]) -> lora_config.LoRAConfig:
+    """A config of plain LoRA, of exactly these layers with these ranks, with scaling 1."""
+    ranks = {path: own.A.shape[1] for path, own in factors.items()}
+    most = max(ranks.values(), default=1)
+    config = lora_config.LoRAConfig(rank=most, alpha=most, targets=tuple(factors) or ("none",))
+    return selection.with_ranks(config, ranks)
+
+
+def _nearest(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of that rank whose product is nearest to A B."""
+    (Q, R), (P, S) = np.linalg.qr(A), np.linalg.qr(B.T)
+    U, values, Vt = np.linalg.svd(R @ S.T)
+    root = np.sqrt(values[:rank])
+    return Q @ (U[:, :rank] * root), (root[:, None] * Vt[:rank]) @ P.T
+
+
+def _refuse_unlike(adapters: Sequence[Adapter], *, dora: bool) -> None:
+    problems = []
+    if any(adapter.saved for adapter in adapters):
+        problems.append("modules saved whole, or the base of an embedding")
+    kinds = {adapter.config.use_dora for adapter in adapters}
+    if len(kinds) > 1 or (dora and kinds == {True}):
+        problems.append("DoRA" + ("" if dora else " beside plain LoRA"))
+    if problems:
+        raise errors.UserError(
+            expected="adapters of A and B alone" + ("" if dora else ", or all with DoRA"),
+            found=problems,
+            do="merge such an adapter into a base of its own, with scripts/merge.py",
+        )

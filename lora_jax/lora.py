@@ -334,6 +334,48 @@ def collect(
     return host.Adapter(selection.with_ranks(config, ranks), found, saved, base_model)
 
 
+def filled(model: nnx.Module, adapter: host.Adapter) -> Any:
+    """What is trained in an adapted model, with the values of an adapter of the same shapes.
+
+    To go into the model by nnx.update, or into a function beside it. See adapter.aligned.
+    """
+    state = dict(nnx.to_flat_state(nnx.state(model, LoRAParam)))
+    found = [site for site in sites.find(model) if isinstance(site.module, LoRALayer)]
+    for site, choices in zip(
+        found, places.choose([site.place for site in found], adapter.config), strict=True
+    ):
+        own = places.filled(site.place, choices, adapter.factors, adapter.config.use_dora)
+        names = (*_names_of_factors(site.module), "lora_magnitude_vector")
+        for name, array in zip(names, own, strict=True):
+            if array is not None:
+                variable = state[(*site.path, name)]
+                where = variable[...].sharding
+                state[(*site.path, name)] = variable.replace(jax.device_put(array, where))
+    return nnx.from_flat_state(state.items())
+
+
+def idle(model: nnx.Module) -> Any:
+    """What is trained in an adapted model, with values that leave it as it was without adapters."""
+    state = dict(nnx.to_flat_state(nnx.state(model, LoRAParam)))
+    for site in sites.find(model):
+        if isinstance(site.module, LoRALayer):
+            A, B, scaling, *magnitude = arrays(site.module)
+            own = dict(zip(_names_of_factors(site.module), (0 * A, 0 * B), strict=True))
+            if magnitude:
+                length = _each(low_rank.lengths, site, 0 * A, 0 * B, scaling)
+                own["lora_magnitude_vector"] = length
+            for name, array in own.items():
+                state[(*site.path, name)] = state[(*site.path, name)].replace(array)
+    return nnx.from_flat_state(state.items())
+
+
+def strip(model: nnx.Module) -> None:
+    """Takes the adapters out of a model, which is then as it was before."""
+    for _, layer in list(nnx.iter_graph(model)):
+        if isinstance(layer, LoRALayer | SavedLayer):
+            _restore(layer)
+
+
 def effects(model: nnx.Module) -> dict[str, float]:
     """{dotted path: ‖ΔW‖ / ‖W‖} of every adapted layer, Frobenius norms."""
     found = {}
