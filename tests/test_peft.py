@@ -337,7 +337,6 @@ def test_tensors_that_do_not_fit_are_all_listed(adapter):
 @pytest.mark.parametrize(
     "change",
     [
-        {"peft_type": "IA3"},
         {"use_qalora": True},
         {"lora_bias": True},
         {"bias": "all"},
@@ -382,3 +381,137 @@ def test_a_broken_config_is_named(adapter, text, found):
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(errors.UserError, match=found):
         peft.config(adapter)
+
+
+# ------------------------------------------------------------------------- what others write
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx_lms_adapters_are_read(kind, tmp_path):
+    """lora_a [in, r] and lora_b [r, out] instead of A and B, a scale instead of alpha, m."""
+    folder = GOLDEN / ("lora_dora" if kind == "dora" else "lora_qv") / "final_adapter"
+    adapter = peft.read(folder)
+    tensors = {}
+    for path, own in adapter.factors.items():
+        tensors |= {f"{path}.lora_a": own.A, f"{path}.lora_b": own.B}
+        if own.magnitude is not None:
+            tensors[f"{path}.m"] = own.magnitude
+    safetensors.numpy.save_file(
+        {name: np.ascontiguousarray(array) for name, array in tensors.items()},
+        tmp_path / "adapters.safetensors",
+    )
+    own = {"rank": 4, "scale": 2.0, "dropout": 0.1, "keys": ["self_attn.q_proj"]}
+    raw = {"fine_tune_type": kind, "lora_parameters": own, "num_layers": 16, "model": "m/x"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    read = peft.read(tmp_path)
+    assert read.config.alpha == 8 and read.config.dropout == 0.1 and read.base_model == "m/x"
+    model = nnx.merge(*split_base(base_of(folder.parent.name)), copy=True)
+    peft.load(model, tmp_path)
+    check_logits(model, arrays(folder.parent / "eval_logits.npz"), "logits", 1e-4)
+
+
+@pytest.mark.parametrize(
+    "raw, tensor, found",
+    [
+        ({"fine_tune_type": "full"}, "a.lora_a", "fine_tune_type = 'full'"),
+        ({"lora_parameters": {"rank": 4}}, "a.lora_a", "no scale"),
+        ({"lora_parameters": {"rank": 4, "scale": 1}}, "a.weight", "a.weight"),
+    ],
+)
+def test_what_mlx_lm_trains_otherwise_is_refused(raw, tensor, found, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    array = {tensor: np.ones((4, 4), np.float32)}
+    safetensors.numpy.save_file(array, tmp_path / "adapters.safetensors")
+    with pytest.raises(errors.UserError, match=f"(?s){found}.*mlx_lm.fuse"):
+        peft.read(tmp_path)
+
+
+OLD = {  # as PEFT 0.3 wrote it
+    "base_model_name_or_path": "llama", "bias": "none", "enable_lora": None,
+    "fan_in_fan_out": False, "inference_mode": True, "lora_alpha": 8, "lora_dropout": 0.0,
+    "merge_weights": False, "modules_to_save": None, "peft_type": "LORA", "r": 4,
+    "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": True,
+}  # fmt: skip
+
+
+def test_configs_of_old_and_new_versions_are_read(adapter):
+    (adapter / "adapter_config.json").write_text(json.dumps(OLD))
+    check_logits(llama(adapter), arrays("lora_qv/eval_logits.npz"), "logits", 1e-4)
+    assert len(peft.settings(GOLDEN / FINISHED[0])) > 2 * len(OLD)  # all of 0.21's keys
+
+
+def test_targets_of_other_models_beside_the_right_ones_are_ignored(adapter):
+    """PEFT takes what matches, and so do the many adapters that list names of several models."""
+    edit_config(adapter, target_modules=["q_proj", "v_proj", "c_attn"], exclude_modules=["lm_head"],
+                rank_pattern={"c_proj": 2})  # fmt: skip
+    check_logits(llama(adapter), arrays("lora_qv/eval_logits.npz"), "logits", 1e-4)
+
+
+def test_an_adapter_of_another_model_is_told_by_its_layers(adapter):
+    path = adapter / "adapter_model.safetensors"
+    tensors = {
+        name.replace("model.layers", "transformer.h").replace("self_attn.q_proj", "attn.c_attn"): a
+        for name, a in safetensors.numpy.load_file(path).items()
+    }
+    safetensors.numpy.save_file(tensors, path)
+    edit_config(adapter, target_modules=["c_attn"], base_model_name_or_path="gpt2")
+    with pytest.raises(errors.UserError) as raised:
+        llama(adapter)
+    message = str(raised.value)
+    assert "model.layers.N.self_attn.q_proj" in message and "its own base: gpt2" in message
+    assert "transformer.h.0.attn.c_attn.lora_A has no layer in this model" in message
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "IA3", "ADALORA", "LOHA", "VERA"])
+def test_adapters_of_other_kinds_are_refused_by_name(adapter, kind):
+    edit_config(adapter, peft_type=kind, r=None, num_virtual_tokens=8)
+    with pytest.raises(errors.UserError, match=f"(?s)peft_type LORA.*peft_type = '{kind}'"):
+        llama(adapter)
+
+
+def test_an_adapter_without_effect_is_an_error():
+    with pytest.raises(errors.UserError, match="A or B is zero in each of its 6 layers"):
+        peft.load(nnx.merge(*split_base("llama"), copy=True), GOLDEN / "lora_qv" / "init_adapter")
+
+
+def test_each_layers_effect_is_told():
+    model = llama(GOLDEN / FINISHED[0])
+    effects = lora.effects(model)
+    assert set(effects) == set(peft.read(GOLDEN / FINISHED[0]).factors)
+    own = peft.read(GOLDEN / FINISHED[0]).factors["model.layers.1.self_attn.q_proj"]
+    weight = np.asarray(model.model.layers.self_attn.q_proj.kernel[1])
+    expected = np.linalg.norm(2 * own.A @ own.B) / np.linalg.norm(weight)
+    assert effects["model.layers.1.self_attn.q_proj"] == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------- PiSSA
+
+
+def test_pissa_trains_as_in_peft(tmp_path):
+    """From the same beginning to the same losses, and to the same change of the base as it was."""
+    golden = json.loads((GOLDEN / "lora_pissa" / "golden.json").read_text())
+    steps, lr = golden["config"]["steps"], golden["config"]["lr"]
+    model = llama()
+    config = lora_config.LoRAConfig(
+        rank=4, alpha=8, targets=("q_proj", "down_proj"), init_lora_weights="pissa"
+    )
+    lora.inject(model, config, rngs=nnx.Rngs(0))
+    graphdef, trained, frozen = train.split(model)
+    how = lora_config.OptimConfig(lr=lr, schedule="constant", warmup=0, clip=0)
+    optimizer = optim.make(how, steps)
+    step = train.make_step(graphdef, optimizer, optim.schedule(how, steps), seed=0, remat="none")
+    state, losses = train.start(jax.tree.map(jnp.copy, trained), optimizer), []
+    batches = functools.partial(batch_at, arrays("lora_pissa/batches.npz"))
+    for state, measured in train.steps(step, state, frozen, batches, steps):  # noqa: B007, B020
+        losses.append(measured["loss"])
+    np.testing.assert_allclose(losses, golden["loss_fp32"], atol=1e-4, rtol=0)
+
+    model = nnx.merge(graphdef, state.lora, frozen.dropout_keys, frozen.base)
+    peft.save(tmp_path, model, config, base_model="llama")
+    found, expected = (peft.read(f) for f in (tmp_path, GOLDEN / "lora_pissa" / "final_adapter"))
+    assert found.config == expected.config and found.factors.keys() == expected.factors.keys()
+    for path, theirs in expected.factors.items():
+        ours = found.factors[path]
+        change = theirs.A @ theirs.B
+        error = np.linalg.norm(ours.A @ ours.B - change) / np.linalg.norm(change)
+        assert error < 1e-2, (path, error)
