@@ -79,18 +79,29 @@ def test_every_mesh_takes_the_same_steps(name):
     assert expected[-1] < expected[0]
 
 
-def test_an_adapter_on_the_head_takes_the_same_step():
-    """Its logits are dealt out over tensor, and are not computed chunk by chunk."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": ("lm_head",)},  # its logits lie over tensor, and are computed all at once
+        {"targets": ("embed_tokens", "o_proj"), "use_dora": True},
+        {"targets": ("q_proj",), "modules_to_save": ("embed_tokens", "lm_head", "input_layernorm")},
+    ],
+    ids=["head", "embedding", "saved"],
+)
+def test_adapters_of_every_kind_take_the_same_step(settings):
     found = []
     for name in ("1·1·1", "2·2·2"):
         mesh = sharding.make_mesh(MESHES[name])
         with jax.set_mesh(mesh):
-            graphdef, trained, frozen = load(mesh, targets=("lm_head",))
-            state = sharding.place(train.start(trained, optim.make(test_train.ADAM, 1)), mesh)
-            batch = jax.device_put(make_batch(0, 1), sharding.batch(mesh))
-            _, metrics = test_train.make_step(graphdef)(state, frozen, batch)
-            found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    np.testing.assert_allclose(*found, rtol=1e-5)
+            graphdef, trained, frozen = load(mesh, **settings)
+            state = sharding.place(train.start(trained, optim.make(test_train.ADAM, 2)), mesh)
+            step, norms = test_train.make_step(graphdef), []
+            for index in range(2):  # after the first one all that is trained has a gradient
+                batch = jax.device_put(make_batch(index, 1), sharding.batch(mesh))
+                state, metrics = step(state, frozen, batch)
+                norms += [float(metrics["loss"]), float(metrics["grad_norm"])]
+            found.append(norms)
+    np.testing.assert_allclose(*found, rtol=2e-5)
 
 
 def test_one_device_tells_nobody_anything():

@@ -22,16 +22,17 @@ ADAM = lora_config.OptimConfig(lr=0.01, warmup=0, schedule="constant", weight_de
 TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
 
 
-def make_model(mesh=None, quantisation="none", dropout=0.0, seed=0, targets=TARGETS):
+def make_model(mesh=None, quantisation="none", seed=0, **settings):
     """The tiny LLaMA with adapters whose B is not zero, so that A has a gradient."""
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     model = checkpoint.load(LLAMA, dtype="float32", quantisation=quantisation, mesh=mesh)
-    config = lora_config.LoRAConfig(rank=4, targets=targets, dropout=dropout)
+    config = lora_config.LoRAConfig(**{"rank": 4, "targets": TARGETS, **settings})
     lora.inject(model, config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
-    for _, variable in nnx.to_flat_state(nnx.state(model, lora.LoRAParam)):
-        variable.set_value(jnp.asarray(rng.normal(0, 0.1, variable.shape), jnp.float32))
-    if dropout:
+    for path, variable in nnx.to_flat_state(nnx.state(model, lora.LoRAParam)):
+        new = jnp.asarray(rng.normal(0, 0.1, variable.shape), jnp.float32)
+        variable.set_value(new if path[-1] in ("lora_A", "lora_B") else variable[...] + new)
+    if config.dropout:
         model.train()
     return model
 
