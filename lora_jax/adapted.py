@@ -40,10 +40,11 @@ def output(
         crossed = weight(A.T.astype(y.dtype))
     length = lax.stop_gradient(low_rank.norm(square, crossed, A, B, scaling))
     stretch = how.spread(low_rank.stretch(*magnitude, length, scaling), y.ndim, shape)
+    if bias is not None:
+        bias = how.spread(bias.reshape(-1), y.ndim, shape).astype(y.dtype)
     if dropped is not x:
         plain = how.multiply(dropped, weight, shape=shape).astype(y.dtype)
-    elif bias is not None:
-        plain = y - how.spread(bias.reshape(-1), y.ndim, shape).astype(y.dtype)
-    else:
-        plain = y
-    return (y + (stretch - 1) * plain + stretch * extra).astype(y.dtype)
+        return (y + (stretch - 1) * plain + stretch * extra).astype(y.dtype)
+    whole = y + extra if bias is None else y - bias + extra
+    whole = (stretch * whole).astype(y.dtype)
+    return whole if bias is None else whole + bias

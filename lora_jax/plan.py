@@ -247,7 +247,8 @@ def kept_by_layer(job: ahead.Job, dims: _Sizes) -> int:
         return carry + dims.bytes(dims.q, 2 * dims.kv, dims.width) + gate_up
     # Each norm keeps what it normalised, before and after, in float32.
     norms = 4 * 4 * dims.tokens * dims.width
-    return norms + _attention(dims) + gate_up + _adapter_inputs(job, dims)
+    adapters = _adapter_inputs(job, dims) + _dora_outputs(job, dims)
+    return norms + _attention(dims) + gate_up + adapters
 
 
 def _attention(dims: _Sizes) -> int:
@@ -275,6 +276,15 @@ def _adapter_inputs(job: ahead.Job, dims: _Sizes) -> int:
         masks = dims.tokens * sum(width for _, width in used)  # a byte for each
         return masks + dims.bytes(*(width for _, width in used))
     return dims.bytes(*(width for _, width in set(used)))
+
+
+def _dora_outputs(job: ahead.Job, dims: _Sizes) -> int:
+    """What the gradients of magnitudes need: the output of each adapted layer."""
+    if not job.lora.use_dora:
+        return 0
+    outputs = {"q_proj": dims.q, "k_proj": dims.kv, "v_proj": dims.kv, "o_proj": dims.width,
+               "gate_proj": dims.ffn, "up_proj": dims.ffn, "down_proj": dims.width}  # fmt: skip
+    return dims.bytes(*(outputs[name] for name in _adapted(job)))
 
 
 def _layer_weights(base: Any, job: ahead.Job) -> dict[str, tuple[int, int]]:
@@ -345,7 +355,7 @@ def _work(
     if job.remat == "none":
         backward += 4 * dims.tokens * dims.width
     else:
-        backward += _attention(dims) + _adapter_inputs(job, dims)
+        backward += _attention(dims) + _adapter_inputs(job, dims) + _dora_outputs(job, dims)
     return {
         "a layer, forward": forward,
         "a layer, backward": backward,

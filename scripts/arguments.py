@@ -43,7 +43,7 @@ class Flags:
     def add(self, flag: str, help: str, **options: Any) -> None:
         """Adds a flag. Its default, if the table has one, ends the help text."""
         default = self.defaults.get(flag.lstrip("-").replace("-", "_"))
-        if default not in (None, ""):
+        if default not in (None, "", (), {}):
             shown = ",".join(default) if isinstance(default, tuple) else default
             help = f"{help} (default: {shown})"
         self._group.add_argument(flag, help=help, default=None, **options)

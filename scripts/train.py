@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import arguments
@@ -66,16 +67,32 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--rank", "size of A and B", type=int, metavar="R")
     flags.add("--alpha", "the adapter is scaled by alpha / rank", type=float)
     flags.add("--dropout", "on the adapter's input, in training", type=float, metavar="P")
-    flags.add("--targets", "names of linear layers, a regex, or all-linear")
-    flags.add("--use-rslora", "scale by alpha / √rank instead, for ranks of 64 and more",
+    flags.add("--targets", "names of linear layers, a regex, or all-linear; also embed_tokens (for "
+              "new words or a new language) and lm_head")  # fmt: skip
+    flags.add("--exclude", "names or a regex left out of the targets")
+    flags.add("--layers", "adapt these alone, e.g. 16-31 (late layers: style, at half the price)",
+              metavar="I,J-K")  # fmt: skip
+    flags.add("--rank-pattern", "another rank for layers whose path ends so; may be given again",
+              action="append", metavar="REGEX=R")  # fmt: skip
+    flags.add("--alpha-pattern", "another alpha, likewise", action="append", metavar="REGEX=A")
+    flags.add("--modules-to-save", "names of modules to train and save whole, such as lm_head, "
+              "embed_tokens (new tokens) or norm")  # fmt: skip
+    flags.add("--use-rslora", "scale by alpha / √rank instead: for ranks of 64 and more",
               action="store_const", const=True)  # fmt: skip
+    flags.add("--use-dora", "train lengths and directions of the weights apart: nearer to full "
+              "fine-tuning at ranks below 16, for a slower step", action="store_const",
+              const=True)  # fmt: skip
+    flags.add("--init-lora-weights", "default, pissa (begin with the weights' principal part: "
+              "learns sooner, and rounds less of them) or pissa_niter_16 (nearly that, sooner "
+              "done)", metavar="HOW")  # fmt: skip
+    flags.add("--lora-plus-ratio", "learning rate of B over that of A (LoRA+): 4 to 16 learns sooner "
+              "in wide models", type=float, metavar="X")  # fmt: skip
     flags.group("training")
     flags.add("--batch-size", "rows computed at a time, over all devices", type=int, metavar="B")
     flags.add("--grad-accum", "such batches per optimizer step", type=int, metavar="A")
     flags.add("--max-steps", "optimizer steps, instead of --epochs", type=int, metavar="N")
     flags.add("--epochs", "passes over the data", type=float, metavar="E")
     flags.add("--lr", "peak learning rate", type=float)
-    flags.add("--lora-plus-ratio", "learning rate of B over that of A", type=float, metavar="X")
     flags.add("--schedule", "after the warmup", choices=config.SCHEDULES)
     flags.add("--warmup", "steps if ≥ 1, else the share of all steps", type=float)
     flags.add("--weight-decay", "decoupled, as in AdamW", type=float, metavar="W")
@@ -111,8 +128,16 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--no-compile", "do not ask XLA", action="store_const", const=True)
     flags.add("--json", "print one JSON object", action="store_const", const=True)
     typed = arguments.quantisation(flags.typed(argv))
-    if "targets" in typed:
-        typed["targets"] = _targets(typed["targets"])
+    for name in ("targets", "exclude"):
+        if name in typed:
+            typed[name] = _names(name, typed[name])
+    if "modules_to_save" in typed:
+        typed["modules_to_save"] = tuple(typed["modules_to_save"].replace(" ", "").split(","))
+    if "layers" in typed:
+        typed["layers"] = _numbers(typed["layers"])
+    for name, number in (("rank_pattern", int), ("alpha_pattern", float)):
+        if name in typed:
+            typed[name] = _patterns(name, typed[name], number)
     for name in ("model", "dataset", "eval_dataset"):  # found again from any folder
         if name in typed and pathlib.Path(typed[name]).expanduser().exists():
             typed[name] = str(pathlib.Path(typed[name]).expanduser().absolute())
@@ -121,7 +146,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     return typed, typed.pop("resume", False)
 
 
-def _targets(text: str) -> tuple[str, ...] | str:
+def _names(flag: str, text: str) -> tuple[str, ...] | str:
     if text == "all-linear":
         return text
     if all(c.isalnum() or c in "_,. " for c in text):
@@ -132,9 +157,41 @@ def _targets(text: str) -> tuple[str, ...] | str:
         raise errors.UserError(
             expected="names such as q_proj,v_proj, a regular expression, or all-linear",
             found=f"{text}: {error}",
-            where="--targets",
+            where=f"--{flag.replace('_', '-')}",
         ) from None
     return text
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """(0, 2, 3, 4) from "0,2-4"."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise errors.UserError(
+                expected="layer numbers such as 0,2 or 16-31", found=repr(text), where="--layers"
+            )
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(dict.fromkeys(found))
+
+
+def _patterns(flag: str, texts: list[str], number: Callable[[str], float]) -> dict[str, float]:
+    """{"down_proj": 4} from ["down_proj=4"]."""
+    found = {}
+    for text in texts:
+        pattern, _, value = text.rpartition("=")
+        try:
+            re.compile(pattern)
+            found[pattern] = number(value)
+        except (ValueError, re.error):
+            pattern = ""
+        if not pattern:
+            raise errors.UserError(
+                expected="REGEX=NUMBER, such as down_proj=4",
+                found=repr(text),
+                where=f"--{flag.replace('_', '-')}",
+            )
+    return found
 
 
 def _pairs(text: str) -> dict[str, str]:
