@@ -85,8 +85,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--init-lora-weights", "default, pissa (begin with the weights' principal part: "
               "learns sooner, and rounds less of them) or pissa_niter_16 (nearly that, sooner "
               "done)", metavar="HOW")  # fmt: skip
-    flags.add("--lora-plus-ratio", "learning rate of B over that of A (LoRA+): 4 to 16 learns sooner "
-              "in wide models", type=float, metavar="X")  # fmt: skip
+    flags.add("--lora-plus-ratio", "learning rate of B over that of A (LoRA+): 4 to 16 learns "
+              "sooner in wide models", type=float, metavar="X")  # fmt: skip
     flags.group("training")
     flags.add("--batch-size", "rows computed at a time, over all devices", type=int, metavar="B")
     flags.add("--grad-accum", "such batches per optimizer step", type=int, metavar="A")
