@@ -9,9 +9,10 @@
 
   w = code(nibble) · scale · column_scale + group_bias
 
-code is the nibble in two's complement ("int4") or an index into the NormalFloat table ("nf4",
-Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E). K is padded to a multiple of
-G. What a format does not use is None. Stacked weights have a leading axis [L, …] in every array.
+code is the nibble in two's complement ("int4") or an index into a table: NormalFloat's ("nf4",
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E) or bitsandbytes' own 4-bit
+floats ("fp4"). K is padded to a multiple of G. What a format does not use is None. Stacked weights
+have a leading axis [L, …] in every array.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,12 @@ NF4_CODE = np.array(
     ],
     np.float32,
 )
-CODES = ("int4", "nf4")
+# A sign, two bits of exponent and one of mantissa, over 12; nibble 8 is a second zero.
+FP4_CODE = np.array(
+    [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32
+) / np.float32(12)
+TABLES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+CODES = ("int4", *TABLES)
 NESTED_BLOCK = 256
 
 
@@ -82,7 +88,7 @@ def dequantise(
     if codes == "int4":
         values = nibbles(packed.q).astype(jnp.float32)
     else:
-        values = jnp.asarray(NF4_CODE)[nibbles(packed.q) & 15]
+        values = jnp.asarray(TABLES[codes])[nibbles(packed.q) & 15]
     scale = scales(packed)
     weight = values.reshape(scale.shape[0], -1, columns) * scale[:, None]
     if packed.group_bias is not None:

@@ -51,6 +51,12 @@ YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_positio
 QWEN2 = dict(model_type="qwen2", rms_norm_eps=1e-6)
 
 
+NF4_KEYS = {
+    *("W", "packed", "absmax", "code", "blocksize", "dequant"),
+    *("nested_absmax", "nested_code", "nested_blocksize", "offset"),
+}
+
+
 class NearTie(Exception):
     """Two tokens compete for a place in a greedy generation: take another seed."""
 
@@ -513,10 +519,16 @@ def make_lora_patterns(seed):
 
 def make_nf4(source):
     """A few small matrices as bitsandbytes 0.50.2 quantised them; `source` holds many more."""
-    cases = ("bf16_nf4_", "zeros_block_nf4_", "ragged_nf4_")
-    kept = ("W", "packed", "absmax", "code", "blocksize", "dequant")
+    kinds = ("nf4", "nf4_dq", "fp4", "fp4_dq")
+    cases = [f"{name}_{kind}" for name in ("bf16", "zeros_block", "ragged") for kind in kinds]
+    kept = {}
     with np.load(source, allow_pickle=False) as arrays:
-        save_npz(HERE / "nf4.npz", {c + k: arrays[c + k] for c in cases for k in kept})
+        for case in [*cases, "gauss_bs128_nf4_dq"]:
+            names = (f"{case}_{key}" for key in NF4_KEYS)
+            kept |= {name: arrays[name] for name in names if name in arrays}
+            if case.startswith("gauss") or case.endswith("dq"):
+                del kept[f"{case}_W"]  # the same as without, or not to be quantised again
+    save_npz(HERE / "nf4.npz", kept)
 
 
 def make_nf4_dq(seed):
