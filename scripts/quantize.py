@@ -128,12 +128,12 @@ def measure(settings: dict[str, Any], chosen: tuple[str, ...]) -> Iterator[Modul
     """Yields every linear layer of the model; one of them is in memory at a time."""
     import tqdm
 
-    from lora_jax import checkpoint, demo, hub
+    from lora_jax import demo, hub, tensorfiles
 
     folder = hub.model_folder(settings.get("model") or str(demo.FOLDER), settings.get("revision"))
     stored = {
         match: tensor
-        for name, tensor in checkpoint.tensors(folder).items()
+        for name, tensor in tensorfiles.tensors(folder).items()
         if (match := NAME.fullmatch(name)) and len(tensor.shape) == 2
     }
     if not stored:
