@@ -141,6 +141,24 @@ def load(
     return model
 
 
+def contents(
+    folder: pathlib.Path, config: model_config.LlamaConfig
+) -> tuple[list[Stored], list[Stored]]:
+    """The tensors of a dense model: (of linear layers that --quant rounds, all others), by layer.
+
+    Raises: UserError as `load`.
+    """
+    stored = tensorfiles.tensors(folder)
+    slots = _slots(nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, rngs=nnx.Rngs(0))))
+    _check(stored, slots, config, folder)
+    linears, others = [], []
+    for name in sorted(slots, key=lambda name: slots[name].layer or 0):
+        path = slots[name].path
+        is_linear = path[-1] == "kernel" and path[-2] != "lm_head"
+        (linears if is_linear else others).append(stored[name])
+    return linears, others
+
+
 def skeleton(
     config: model_config.LlamaConfig,
     *,

@@ -546,6 +546,61 @@ def _packed_own(raw: dict[str, jax.Array], recipe: Recipe) -> packing.Packed:
     return packing.Packed(**raw)
 
 
+# The other way: what a dense weight [N, K] is stored as
+
+
+def kinds(fmt: str, rows: int, columns: int) -> dict[str, tensorfiles.Kind | None]:
+    """{what follows the module's name: the tensor}; None where its length depends on values."""
+    if fmt in model_quantisation.OWN:
+        shapes = Form(fmt).shapes(rows, columns, 1)._asdict()
+        return {name: tensorfiles.kind(s) for name, s in shapes.items() if s is not None}
+    form = formats.FORMATS[fmt]
+    size = rows * columns
+    count = -(-size // form.group)
+    found = {
+        "weight": tensorfiles.Kind("U8", (-(-size // 2), 1)),
+        "weight.absmax": tensorfiles.Kind("U8" if form.nested else "F32", (count,)),
+        "weight.quant_map": tensorfiles.Kind("F32", (16,)),
+    }
+    if form.nested:
+        blocks = -(-count // packing.NESTED_BLOCK)
+        found["weight.nested_absmax"] = tensorfiles.Kind("F32", (blocks,))
+        found["weight.nested_quant_map"] = tensorfiles.Kind("F32", (256,))
+    return {**found, STATE + form.codes: None}
+
+
+def store(fmt: str, weight: np.ndarray, *, search: bool = True) -> dict[str, np.ndarray]:
+    """The tensors of `kinds` for a dense weight [N, K].
+
+    NF4 and FP4 as bitsandbytes stores them, also where its blocks reach from one row into the next.
+    """
+    columns, rows = weight.shape
+    if fmt in model_quantisation.OWN:
+        packed = formats.quantise(jax.device_put(weight), fmt, search=search, transposed=True)
+        return {name: np.asarray(array) for name, array in packed._asdict().items()
+                if array is not None}  # fmt: skip
+    form = formats.FORMATS[fmt]
+    if rows % form.group:
+        flat = weight.reshape(-1)
+        weight = np.pad(flat, (0, -flat.size % form.group)).reshape(-1, form.group)
+    packed = formats.quantise(jax.device_put(weight), fmt, transposed=True)
+    words = np.ascontiguousarray(np.asarray(packed.q).T)
+    words = ((words & 0x0F0F0F0F) << 4) | ((words >> 4) & 0x0F0F0F0F)
+    state: dict[str, Any] = {"quant_type": form.codes, "blocksize": form.group}
+    state |= {"dtype": str(weight.dtype), "shape": [columns, rows]}
+    found = {
+        "weight": words.reshape(-1).view(np.uint8)[: -(-rows * columns // 2), None],
+        "weight.absmax": np.ascontiguousarray(np.asarray(packed.scale).T).reshape(-1),
+        "weight.quant_map": packing.TABLES[form.codes],
+    }
+    if form.nested:
+        found["weight.nested_absmax"] = np.asarray(packed.nested_scale)
+        found["weight.nested_quant_map"] = packing.dynamic_map()
+        state |= {"nested_blocksize": packing.NESTED_BLOCK, "nested_dtype": "float32"}
+        state["nested_offset"] = packed.nested_offset.item()
+    return found | {STATE + form.codes: np.frombuffer(json.dumps(state).encode(), np.uint8)}
+
+
 def _everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
     return tensorfiles.place(array.shape, mesh, (), lambda *_: array)
 

@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ DTYPES = {  # bytes each, by safetensors' names
     **dict.fromkeys(("I8", "U8", "BOOL"), 1),
 }
 FLOATS = ("BF16", "F16", "F32")
+_NUMPY = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32",
+          "int32": "I32", "int8": "I8", "uint8": "U8"}  # fmt: skip
 
 
 class Stored(NamedTuple):
@@ -144,3 +146,75 @@ def place(
         NamedSharding(mesh, spec),
         lambda index: part(*(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))),
     )
+
+
+class Kind(NamedTuple):
+    """A tensor's dtype, by safetensors' name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype]
+
+
+def kind(array: np.ndarray | jax.ShapeDtypeStruct) -> Kind:
+    """What an array is in a file."""
+    return Kind(_NUMPY[np.dtype(array.dtype).name], tuple(array.shape))
+
+
+class Writer:
+    """A safetensors file whose tensors are written as they come, in any order.
+
+    kinds: of all of them but those `late`, short texts whose length is not known before.
+    """
+
+    def __init__(self, path: pathlib.Path, kinds: Mapping[str, Kind], late: Collection[str]):
+        self._entries: dict[str, Any] = {}
+        self._late, self._end = set(late), 0
+        # The widest first: each then lies at a multiple of its dtype's size.
+        for name, each in sorted(kinds.items(), key=lambda item: (-DTYPES[item[1].dtype], item[0])):
+            self._add(name, each)
+        late_entries = {name: _entry(Kind("U8", (0,)), self._end) for name in late}
+        # Room for the header, which is written last, and filled up with blanks.
+        room = len(_header(self._entries | late_entries)) + 32 * len(late_entries)
+        self._room = room + -room % 8
+        self._left = kinds.keys() | late
+        self._file = path.open("wb")
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Raises: ValueError for another dtype or shape than the one that was told."""
+        if name in self._late:
+            self._add(name, kind(array))
+        entry = self._entries[name]
+        if entry != _entry(kind(array), entry["data_offsets"][0]):
+            raise ValueError(f"expected {name} as {entry}, found {kind(array)}")
+        self._file.seek(8 + self._room + entry["data_offsets"][0])
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._left = self._left - {name}
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        with self._file:
+            if error is None:
+                if self._left:
+                    raise ValueError(f"expected these tensors too: {sorted(self._left)}")
+                self._file.seek(0)
+                header = _header(self._entries).ljust(self._room)
+                self._file.write(len(header).to_bytes(8, "little") + header)
+
+    def _add(self, name: str, each: Kind) -> None:
+        self._entries[name] = _entry(each, self._end)
+        self._end += each.num_bytes
+
+
+def _entry(each: Kind, start: int) -> dict[str, Any]:
+    offsets = [start, start + each.num_bytes]
+    return {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": offsets}
+
+
+def _header(entries: Mapping[str, Any]) -> bytes:
+    return json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
