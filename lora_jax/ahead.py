@@ -17,26 +17,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import (
+    checkpoint,
     config,
     decode,
     devices,
     errors,
-    formats,
     generate,
     hlo,
     lora,
     optim,
-    quant,
     sharding,
     targets,
     train,
 )
 from lora_jax.models import config as model_config
-from lora_jax.models import llama
+from lora_jax.models import quantisation as model_quantisation
 
 _STEPS = 100  # of the schedule: the program is the same for any number
 
@@ -123,12 +121,9 @@ def model_parts(job: Job, mesh: Mesh | AbstractMesh) -> tuple[nnx.GraphDef, Any,
     made = []
 
     def build():
-        model = llama.LlamaForCausalLM(
-            job.architecture, dtype=jnp.dtype(job.dtype), rngs=nnx.Rngs(0)
+        model = checkpoint.skeleton(
+            job.architecture, dtype=jnp.dtype(job.dtype), quantisation=job.quant, mesh=mesh
         )
-        if job.quant != "none":
-            _quantise(model, job.quant, mesh)
-        sharding.deal_out(model)
         # PiSSA begins with values, of which there are none here.
         adapters = dataclasses.replace(job.lora, init_lora_weights="default")
         lora.inject(model, adapters, rngs=nnx.Rngs(0))
@@ -139,21 +134,6 @@ def model_parts(job: Job, mesh: Mesh | AbstractMesh) -> tuple[nnx.GraphDef, Any,
     trained, frozen = jax.eval_shape(build)
     graphdef, trainable = made[0]
     return graphdef, trained, frozen, trainable
-
-
-def _quantise(model: llama.LlamaForCausalLM, fmt: str, mesh: Mesh | AbstractMesh) -> None:
-    linears = [
-        (path, node)
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Linear) and path[-1] != "lm_head"
-    ]
-    for path, node in linears:
-        multiple = sharding.input_shards(path, mesh)
-        packed = lax.map(
-            lambda weight, multiple=multiple: formats.quantise(weight, fmt, multiple),
-            node.kernel[...],
-        )
-        quant.replace(model, path, quant.QuantLinear(packed, node, fmt=fmt))
 
 
 def train_step(job: Job, mesh: Mesh) -> Program:
@@ -304,13 +284,15 @@ def job_from(fields: dict[str, Any]) -> Job:
     """The Job whose dataclasses.asdict went through JSON."""
     architecture = fields["architecture"]
     rope = model_config.RopeConfig(**architecture["rope"])
+    stored = architecture["quantisation"]
+    stored = None if stored is None else model_quantisation.Quantisation(**stored)
     windows = tuple(architecture["sliding_windows"])
     given = fields["generation"]
     return Job(
         **fields
         | {
             "architecture": model_config.LlamaConfig(
-                **architecture | {"rope": rope, "sliding_windows": windows}
+                **architecture | {"rope": rope, "sliding_windows": windows, "quantisation": stored}
             ),
             "lora": config.LoRAConfig(**fields["lora"]),
             "optim": config.OptimConfig(**fields["optim"]),

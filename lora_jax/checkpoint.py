@@ -12,34 +12,20 @@ import json
 import math
 import pathlib
 import platform
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import safetensors
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from lora_jax import errors, formats, hub, quant, sharding
+from lora_jax import errors, formats, hub, quant, sharding, storage, tensorfiles
 from lora_jax.kernels import packed as packing
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
-
-_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes each
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies on disk, and its shape and dtype there."""
-
-    path: pathlib.Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype]
+from lora_jax.models import quantisation as model_quantisation
+from lora_jax.tensorfiles import Stored
 
 
 class _Slot(NamedTuple):
@@ -54,132 +40,190 @@ class _Source(NamedTuple):
     """One layer's tensor, for a place in a stacked array."""
 
     layer: int | None
-    stored: Stored
+    tensor: Stored | storage.Weight
+
+    def read(self, where: NamedSharding, transpose: bool) -> Any:
+        """As it lies on disk, on the devices that will hold its place in `where`."""
+        if isinstance(self.tensor, storage.Weight):
+            return self.tensor.read(where.mesh, where.spec[-2:])
+        return _read(self.tensor, where, transpose)
+
+    def cast(self, transpose: bool) -> Callable:
+        """(what was read, dtype) → its place in a dense array."""
+        if isinstance(self.tensor, storage.Weight):
+            return storage.Dequantise(self.tensor.recipe)
+        return _Cast(transpose)
+
+
+class _Packing(NamedTuple):
+    """How a stack of linear layers becomes packed: parts are (source, what was read → Packed)."""
+
+    form: storage.Form
+    parts: list[tuple[_Source, Callable]]
+
+
+class _Cast(NamedTuple):
+    """A tensor, turned over where a kernel is made of it, in a dtype. Hashable, as jit wants it."""
+
+    transpose: bool
+
+    def __call__(self, raw: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        return (raw.T if self.transpose else raw).astype(dtype)
+
+
+class _Quantise(NamedTuple):
+    """A kernel as it lies on disk → Packed. Hashable, as jit wants it."""
+
+    fmt: str
+    search: bool
+    multiple: int
+
+    def __call__(self, raw: jax.Array) -> packing.Packed:
+        how = {"search": self.search, "transposed": True}
+        return formats.quantise(raw, self.fmt, self.multiple, **how)
 
 
 def load(
     folder: pathlib.Path | str,
     *,
     dtype: str | None = None,
-    quantisation: str = "none",
+    quantisation: str | None = None,
     search: bool = True,
     mesh: Mesh | None = None,
 ) -> llama.LlamaForCausalLM:
     """The model in `folder`, its linear layers quantised (lm_head excepted), on `mesh`.
 
+    quantisation: None takes the linear layers as they are stored, dense or quantised; "none" makes
+    them dense. Of a quantised checkpoint those that cannot be packed as they are, or not all
+    layers alike, are dense, and so is lm_head: `dense_linears` tells which.
     search: see formats.quantise. mesh: None means one device.
     dtype: of everything not quantised; None takes config.json's, float16 read as bfloat16.
     Raises: UserError for a folder, file or tensor that is missing, damaged or of another shape,
-    all of them at once.
+    all of them at once; for another format than that of a quantised checkpoint.
     """
     folder = pathlib.Path(folder)
     config = model_config.load(folder)
+    quantisation = model_quantisation.choose(quantisation, config.quantisation, str(folder))
     dtype = jnp.dtype(dtype or config.dtype)
     mesh = mesh or sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
-    stored = tensors(folder)
+    stored = tensorfiles.tensors(folder)
     model = nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
     slots = _slots(model)
-    _check(stored, slots, config, folder)
-    _check_shards(model, quantisation, mesh)
+    weights = _check(stored, slots, config, folder)
     sources = collections.defaultdict(list)
     for name, slot in slots.items():
-        sources[slot.path].append(_Source(slot.layer, stored[name]))
+        sources[slot.path].append(_Source(slot.layer, weights.get(name) or stored[name]))
+    packs = {} if quantisation == "none" else {
+        path: pack
+        for path in sources
+        if path[-1] == "kernel" and path[-2] != "lm_head"
+        and (pack := _packing(path, sources[path], config, quantisation, search, mesh))
+    }  # fmt: skip
+    _check_shards(model, set(packs), mesh)
 
     def order(path):
         # The largest tensor first, while there is little beside it in memory. A bias last: a
         # quantised layer takes its linear layer's place, and then gets its bias.
-        return path[-1] == "bias", -math.prod(sources[path][0].stored.shape)
+        return path[-1] == "bias", -math.prod(slots_of[path].shape)
 
+    slots_of = {slot.path: slot for slot in slots.values()}
     for path in sorted(sources, key=order):
         parent = functools.reduce(getattr, path[:-1], model)
-        is_kernel = path[-1] == "kernel"
-        if quantisation != "none" and is_kernel and path[-2] != "lm_head":
-            layer = _load_quantised(parent, path, sources[path], quantisation, search, mesh)
+        if path in packs:
+            layer = _load_packed(parent, path, packs[path], mesh)
             setattr(functools.reduce(getattr, path[:-2], model), path[-2], layer)
         else:
             variable = getattr(parent, path[-1])
             where = sharding.of(path, len(variable.shape), mesh)
-            array = _load_dense(variable, sources[path], where, transpose=is_kernel)
+            array = _load_dense(variable, sources[path], where, transpose=path[-1] == "kernel")
             variable.set_value(array)
     sharding.deal_out(model)
     return model
 
 
-def loaded_bytes(folder: pathlib.Path | str, *, dtype: str | None, quantisation: str) -> int:
-    """Bytes of what `load` gives, from config.json alone."""
+def contents(
+    folder: pathlib.Path, config: model_config.LlamaConfig
+) -> tuple[list[Stored], list[Stored]]:
+    """The tensors of a dense model: (of linear layers that --quant rounds, all others), by layer.
+
+    Raises: UserError as `load`.
+    """
+    stored = tensorfiles.tensors(folder)
+    slots = _slots(nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, rngs=nnx.Rngs(0))))
+    _check(stored, slots, config, folder)
+    linears, others = [], []
+    for name in sorted(slots, key=lambda name: slots[name].layer or 0):
+        path = slots[name].path
+        is_linear = path[-1] == "kernel" and path[-2] != "lm_head"
+        (linears if is_linear else others).append(stored[name])
+    return linears, others
+
+
+def skeleton(
+    config: model_config.LlamaConfig,
+    *,
+    dtype: jax.typing.DTypeLike,
+    quantisation: str,
+    mesh: Mesh | AbstractMesh,
+) -> llama.LlamaForCausalLM:
+    """The model as `load` gives it, as far as config.json tells; to be called under eval_shape.
+
+    quantisation: as model_quantisation.choose gives it.
+    """
+    model = llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
+    linears = [
+        (path, node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Linear) and path[-1] != "lm_head"
+    ]
+    for path, linear in linears if quantisation != "none" else ():
+        layers, rows, columns = linear.kernel.shape
+        form: storage.Form | None = storage.Form(quantisation)
+        if config.quantisation is not None:
+            names = (".".join(_on_disk(path, layer)) for layer in range(layers))
+            form = storage.declared(config.quantisation, names, rows)
+        if form is not None:
+            multiple = sharding.input_shards(path, mesh)
+            if config.quantisation is not None:
+                form = form.fitted(rows, multiple)
+            packed = jax.tree.map(
+                lambda s: jnp.zeros((layers, *s.shape), s.dtype),  # noqa: B023
+                form.shapes(rows, columns, multiple),
+            )
+            quant.replace(model, path, quant.QuantLinear(packed, linear, fmt=form.fmt))
+    sharding.deal_out(model)
+    return model
+
+
+def loaded_bytes(folder: pathlib.Path | str, *, dtype: str | None, quantisation: str | None) -> int:
+    """Bytes of what `load` gives on one device, from config.json alone."""
     config = model_config.load(pathlib.Path(folder))
-    dtype = jnp.dtype(dtype or config.dtype)
+    fmt = model_quantisation.choose(quantisation, config.quantisation, str(folder))
+    one = sharding.mesh_of(dict.fromkeys(sharding.AXES, 1))
 
     def build():
-        model = llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
-        if quantisation != "none":
-            quant.quantise_model(model, quantisation)
+        model = skeleton(config, dtype=jnp.dtype(dtype or config.dtype), quantisation=fmt, mesh=one)
         return nnx.to_pure_dict(nnx.state(model))
 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(build)))
 
 
-def tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """{name: Stored} of every tensor in the folder's safetensors files, from their headers alone.
-
-    Raises: UserError for pickles without safetensors, missing shards, truncated files, pointers.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        hub.refuse_lfs_pointer(index)
-        files = sorted({folder / name for name in _weight_map(index).values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        if (folder / "model.safetensors") in files:
-            files = [folder / "model.safetensors"]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise errors.UserError(
-            expected="every shard that model.safetensors.index.json names",
-            found=[f"no {name}" for name in missing],
-            where=str(folder),
-            do="download the missing files",
-        )
-    if not files:
-        pickles = [p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern)]
-        raise errors.UserError(
-            expected="weights in *.safetensors",
-            found=f"only {', '.join(pickles)}, a pickle, which can run code and is not read"
-            if pickles
-            else "no weights",
-            where=str(folder),
-            do="take a revision with safetensors, or convert with transformers' save_pretrained",
-        )
-    stored, damaged = {}, []
-    for file in files:
-        hub.refuse_lfs_pointer(file)
-        try:
-            with safetensors.safe_open(file, "numpy") as reader:
-                for name in reader.keys():  # noqa: SIM118 (no dict: it has no __iter__)
-                    part = reader.get_slice(name)
-                    stored[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
-        except (safetensors.SafetensorError, OSError) as error:
-            damaged.append(f"{file.name}: {error}")
-    if damaged:
-        raise errors.UserError(
-            expected="whole safetensors files",
-            found=damaged,
-            where=str(folder),
-            do="download these files again; they are truncated or not safetensors",
-        )
-    return stored
+def num_params(config: model_config.LlamaConfig) -> int:
+    """Numbers in the model, however they are stored."""
+    model = nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise errors.UserError(
-            expected='JSON with a "weight_map"',
-            found=f"{type(error).__name__}: {error}",
-            where=str(index),
-            do="download the file again",
-        ) from None
+def dense_linears(model: llama.LlamaForCausalLM) -> tuple[list[str], int]:
+    """(paths of the linear layers that are dense, the number of all), lm_head excepted."""
+    layers = model.config.num_hidden_layers
+    dense, total = [], 0
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Linear | quant.QuantLinear) and path[-1] != "lm_head":
+            total += layers
+            if isinstance(node, nnx.Linear):
+                dense += [".".join(_on_disk(path, layer)) for layer in range(layers)]
+    return dense, total
 
 
 def fingerprint(folder: pathlib.Path | str) -> dict:
@@ -190,7 +234,7 @@ def fingerprint(folder: pathlib.Path | str) -> dict:
     change that lies between the pieces. A folder of 140 GB is some 3000 reads.
     """
     folder = pathlib.Path(folder)
-    stored = tensors(folder)
+    stored = tensorfiles.tensors(folder)
     return {
         "config": json.loads((folder / "config.json").read_text()),
         "tensors": _digest({name: [*s.shape, s.dtype] for name, s in stored.items()}),
@@ -232,28 +276,50 @@ def _slots(model: llama.LlamaForCausalLM) -> dict[str, _Slot]:
         if path[-1] == "kernel":
             shape = shape[::-1]
         for layer in range(variable.shape[0]) if stacked else [None]:
-            parts = (*path[:2], str(layer), *path[2:-1]) if stacked else path[:-1]
-            slots[".".join((*parts, leaf))] = _Slot(path, layer, shape)
+            slots[".".join((*_on_disk(path[:-1], layer), leaf))] = _Slot(path, layer, shape)
     return slots
 
 
-def _check(stored, slots, config, folder) -> None:
+def _on_disk(path: tuple[str, ...], layer: int | None) -> tuple[str, ...]:
+    """The path of one layer's module."""
+    return path if layer is None else (*path[:2], str(layer), *path[2:])
+
+
+def _check(stored, slots, config, folder) -> dict[str, storage.Weight]:
+    """{name of a kernel's tensor: what it is stored as instead} of a quantised checkpoint.
+
+    Raises: UserError for everything that is not as it should be.
+    """
+    found = storage.Found({}, set(), set(), [])
+    if config.quantisation is not None:
+        linears = {
+            name.removesuffix(".weight"): slot.shape[::-1]
+            for name, slot in slots.items()
+            if slot.path[-1] == "kernel"
+        }
+        biased = [name.removesuffix(".bias") for name in slots if name.endswith(".bias")]
+        found = storage.survey(config.quantisation, linears, biased, stored)
+    quantised = {f"{module}.weight" for module in found.modules}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    problems = [f"{name} is missing" for name in slots if name not in stored]
+    dense = {name: slot for name, slot in slots.items() if name not in quantised}
+    problems = found.problems + [f"{name} is missing" for name in dense if name not in stored]
     problems += [
         f"{name} is unexpected"
         for name in stored
-        if name not in slots and name not in tied and not name.endswith("rotary_emb.inv_freq")
+        if name not in found.claimed
+        and name not in slots
+        and name not in tied
+        and not name.endswith("rotary_emb.inv_freq")
     ]
     problems += [
         f"{name} has shape {list(stored[name].shape)}, expected {list(slot.shape)}"
-        for name, slot in slots.items()
+        for name, slot in dense.items()
         if name in stored and stored[name].shape != slot.shape
     ]
     problems += [
-        f"{name} has dtype {stored[name].dtype}, expected one of {', '.join(sorted(_DTYPES))}"
-        for name in slots
-        if name in stored and stored[name].dtype not in _DTYPES
+        f"{name} has dtype {stored[name].dtype}, expected one of {', '.join(tensorfiles.FLOATS)}"
+        for name in dense
+        if name in stored and stored[name].dtype not in tensorfiles.FLOATS
     ]
     if problems:
         raise errors.UserError(
@@ -262,17 +328,17 @@ def _check(stored, slots, config, folder) -> None:
             where=str(folder),
             do="check that config.json and the safetensors files belong together",
         )
+    return {f"{module}.weight": weight for module, weight in found.weights.items()}
 
 
-def _check_shards(model: llama.LlamaForCausalLM, quantisation: str, mesh: Mesh) -> None:
-    """Raises UserError for every axis that the mesh cannot cut evenly."""
+def _check_shards(model: llama.LlamaForCausalLM, packed: set, mesh: Mesh) -> None:
+    """Raises UserError for every axis that the mesh cannot cut evenly. packed: paths of kernels."""
     problems = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         spec = sharding.of(path, len(variable.shape), mesh).spec
-        padded = quantisation != "none" and path[-1] == "kernel" and path[-2] != "lm_head"
         for axis, (size, name) in enumerate(zip(variable.shape, spec, strict=False)):
-            is_input = padded and axis == len(variable.shape) - 2
-            if name and size % mesh.shape[name] and not is_input:
+            is_padded = path in packed and axis == len(variable.shape) - 2
+            if name and size % mesh.shape[name] and not is_padded:
                 problems.append(f"{'.'.join(path)}: {size} over {name}={mesh.shape[name]}")
     if problems:
         raise errors.UserError(
@@ -283,26 +349,46 @@ def _check_shards(model: llama.LlamaForCausalLM, quantisation: str, mesh: Mesh) 
         )
 
 
+def _packing(path, sources, config, quantisation, search, mesh) -> _Packing | None:
+    """How a stack of linear layers becomes packed; None: it is to be dense."""
+    multiple = sharding.input_shards(path[:-1], mesh)
+    if config.quantisation is None:
+        pack = _Quantise(quantisation, search, multiple)
+        return _Packing(storage.Form(quantisation), [(source, pack) for source in sources])
+    weights = [source.tensor for source in sources]
+    if not all(isinstance(weight, storage.Weight) for weight in weights):
+        return None
+    form = storage.join(weight.recipe.form for weight in weights)
+    if form is None:
+        return None
+    form = form.fitted(weights[0].recipe.rows, multiple)
+    parts = []
+    for source, weight in zip(sources, weights, strict=True):
+        recipe = weight.recipe._replace(form=form)
+        source = source._replace(tensor=weight._replace(recipe=recipe))
+        parts.append((source, storage.Unpack(recipe, multiple)))
+    return _Packing(form, parts)
+
+
 def _load_dense(variable, sources: list[_Source], where: NamedSharding, transpose: bool):
     if sources[0].layer is None:
-        return _dense(_read(sources[0].stored, where, transpose), variable.dtype, where, transpose)
+        raw = sources[0].read(where, transpose)
+        return _dense(raw, sources[0].cast(transpose), variable.dtype, where)
     whole = jnp.zeros(variable.shape, variable.dtype, device=where)
     for source in sources:
-        raw = _read(source.stored, where, transpose)
-        whole = jax.block_until_ready(_store_dense(whole, raw, source.layer, where, transpose))
+        raw = source.read(where, transpose)
+        cast = source.cast(transpose)
+        whole = jax.block_until_ready(_store_dense(whole, raw, source.layer, cast, where))
         del raw
         _return_freed_memory()
     return whole
 
 
-def _load_quantised(linear: nnx.Linear, path, sources, fmt, search, mesh) -> quant.QuantLinear:
+def _load_packed(linear: nnx.Linear, path, packing_: _Packing, mesh) -> quant.QuantLinear:
     """linear with its kernel packed layer by layer; its bias is loaded later, as any array."""
     layers, rows, columns = linear.kernel.shape
-    multiple = sharding.input_shards(path[:-1], mesh)
-    shapes = jax.eval_shape(
-        functools.partial(formats.quantise, fmt=fmt, multiple=multiple),
-        jax.ShapeDtypeStruct((rows, columns), linear.kernel.dtype),
-    )
+    form, parts = packing_
+    shapes = form.shapes(rows, columns, sharding.input_shards(path[:-1], mesh))
     where = packing.Packed(
         *(
             None if shape is None else sharding.of((*path[:-1], leaf), shape.ndim + 1, mesh)
@@ -313,15 +399,13 @@ def _load_quantised(linear: nnx.Linear, path, sources, fmt, search, mesh) -> qua
         lambda s, w: jnp.zeros((layers, *s.shape), s.dtype, device=w), shapes, where
     )
     raw_where = sharding.of(path, 3, mesh)
-    for source in sources:
-        raw = _read(source.stored, raw_where, True)
+    for source, pack in parts:
+        raw = source.read(raw_where, True)
         # Wait for each tensor: dispatch ahead of the quantiser would pile up float weights.
-        whole = jax.block_until_ready(
-            _store_quantised(whole, raw, source.layer, fmt, search, multiple, where)
-        )
+        whole = jax.block_until_ready(_store_packed(whole, raw, source.layer, pack, where))
         del raw
         _return_freed_memory()
-    return quant.QuantLinear(whole, linear, fmt=fmt)
+    return quant.QuantLinear(whole, linear, fmt=form.fmt)
 
 
 def _return_freed_memory() -> None:
@@ -335,44 +419,27 @@ def _return_freed_memory() -> None:
 
 
 def _read(stored: Stored, where: NamedSharding, transpose: bool) -> jax.Array:
-    """The tensor as it lies on disk, on the devices that will hold its place in `where`.
-
-    Of it only the parts are read that devices of this process hold, each once.
-    """
-    spec = where.spec[-len(stored.shape) :]
-    spec = spec[::-1] if transpose else spec
+    """The tensor as it lies on disk, on the devices that will hold its place in `where`."""
     # An axis that is padded in its packed form may not divide here: it is cut after the padding.
-    spec = PartitionSpec(
-        *(None if name and size % where.mesh.shape[name] else name
-          for size, name in zip(stored.shape, spec, strict=False))
-    )  # fmt: skip
-    # Opened anew for each tensor: a mapped file's pages count as memory until it is closed.
-    with safetensors.safe_open(stored.path, "numpy") as reader:
-        part = reader.get_slice(stored.name)
-        read = functools.cache(lambda *bounds: part[tuple(slice(*b) for b in bounds)])
-        return jax.make_array_from_callback(
-            stored.shape,
-            NamedSharding(where.mesh, spec),
-            lambda index: read(*((s.start, s.stop) for s in index)),
-        )
+    spec = where.spec[-len(stored.shape) :]
+    return tensorfiles.read(stored, where.mesh, spec[::-1] if transpose else spec)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _dense(raw, dtype, where, transpose):
-    array = (raw.T if transpose else raw).astype(dtype)
-    return jax.lax.with_sharding_constraint(array, where)
+def _dense(raw, cast, dtype, where):
+    return jax.lax.with_sharding_constraint(cast(raw, dtype), where)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _store_dense(whole, raw, layer, where, transpose):
-    array = (raw.T if transpose else raw).astype(whole.dtype)
+def _store_dense(whole, raw, layer, cast, where):
+    array = cast(raw, whole.dtype)
     whole = jax.lax.dynamic_update_index_in_dim(whole, array, layer, 0)
     return jax.lax.with_sharding_constraint(whole, where)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6), donate_argnums=0)
-def _store_quantised(whole, raw, layer, fmt, search, multiple, where):
-    packed = formats.quantise(raw, fmt, multiple, search=search, transposed=True)
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _store_packed(whole, raw, layer, pack, where):
+    packed = pack(raw)
     whole = jax.tree.map(
         lambda w, part: jax.lax.dynamic_update_index_in_dim(w, part, layer, 0), whole, packed
     )

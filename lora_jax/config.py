@@ -144,7 +144,7 @@ class Sampling:
 
 INITS = r"default|pissa(_niter_\d+)?"
 SCHEDULES = ("cosine", "linear", "constant")
-QUANTS = ("none", "int8", "int4", "int4-g64", "int4-g128", "nf4", "nf4-dq")
+QUANTS = ("none", "int8", "int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "fp4", "fp4-dq")
 REMAT = ("full", "dots", "none")  # what the backward pass recomputes: all, all but dots, nothing
 
 

@@ -129,9 +129,11 @@ def _k_minor(linears: Sequence, num_rows: int) -> Callable[..., jax.Array] | Non
     first = linears[0]
     if not all(_is_int4(linear) and linear.fmt == first.fmt for linear in linears):
         return None
-    packed = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts, axis=-1), *(linear.packed for linear in linears)
-    )
+    each = [linear.packed for linear in linears]
+    kinds = {tuple(a if a is None else a.shape[:-1] for a in packed) for packed in each}
+    if len(kinds) > 1 or first.packed.order is not None:
+        return None  # not in the same groups, or each wants x in an order of its own
+    packed = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *each)
     _, words, columns = packed.q.shape
     k, groups = 8 * words, packed.scale.shape[-2]
     shape = (num_rows, k, columns, k // groups)

@@ -1,10 +1,11 @@
-"""The formats of a quantised weight: quantise to int8, int4 or NF4, and dequantise again."""
+"""The formats of a quantised weight: quantise to int8, int4, NF4 or FP4, and dequantise again."""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Num, UInt8
 
@@ -32,11 +33,13 @@ FORMATS = {
     "int4-g128": Format("int4", 128),
     "nf4": Format("nf4", 64),
     "nf4-dq": Format("nf4", 64, nested=True),
+    "fp4": Format("fp4", 64),
+    "fp4-dq": Format("fp4", 64, nested=True),
 }
 
 
 def codes(fmt: str) -> str:
-    """What the format's codes stand for: "int8", or "int4" or "nf4", as the kernels call it."""
+    """What the format's codes stand for: "int8", or one of packing.CODES."""
     return _format(fmt).codes
 
 
@@ -61,8 +64,9 @@ def quantise(
     int8: absmax a column. int4: symmetric, signed scale (so that the largest |w| can sit on −8)
     chosen by search for the least squared error, then refitted and rounded to int8 × one float32 a
     column; without `search` the largest |w| sits on −8: sooner done, up to 5 % more error.
-    nf4, nf4-dq: bitsandbytes' codes and nested codes bit for bit where K is a multiple of 64 and
-    nothing is padded. K is padded with zeros to the group × `multiple` (the shards of its axis).
+    nf4, fp4 and their -dq: bitsandbytes' codes and nested codes bit for bit where K is a multiple
+    of 64 and nothing is padded. K is padded with zeros to the group × `multiple` (the shards of its
+    axis).
     transposed: `weight` is [N, K], as on disk; it is turned block by block, so never copied whole.
     """
     form = _format(fmt)
@@ -72,7 +76,8 @@ def quantise(
     quantiser = {
         "int8": _int8,
         "int4": functools.partial(_int4, group=form.group, search=search),
-        "nf4": functools.partial(_nf4, group=form.group),
+        "nf4": functools.partial(_table, table=packing.NF4_CODE, group=form.group),
+        "fp4": functools.partial(_table, table=packing.FP4_CODE, group=form.group),
     }[form.codes]
 
     def quantise_block(index, packed):
@@ -197,12 +202,16 @@ def _signed(grouped: jax.Array) -> jax.Array:
     return jnp.where(most > -least, most, least) / -_FAST
 
 
-def _nf4(weight: jax.Array, *, group: int) -> packing.Packed:
+def _table(weight: jax.Array, *, table: np.ndarray, group: int) -> packing.Packed:
+    """The nearest codes of a table, of two as near that of the lower value."""
     grouped = weight.reshape(-1, group, weight.shape[1])
     absmax = jnp.abs(grouped).max(axis=1)
     scaled = grouped * jnp.where(absmax == 0, 0, 1 / absmax)[:, None]
-    middles = (packing.NF4_CODE[1:] + packing.NF4_CODE[:-1]) / 2
+    order = np.argsort(table, kind="stable")
+    middles = (table[order[1:]] + table[order[:-1]]) / 2
     q = sum((scaled > middle).astype(jnp.int32) for middle in middles)
+    if (order != np.arange(len(table))).any():
+        q = jnp.asarray(order, jnp.int32)[q]
     return packing.Packed(_pack(q.reshape(weight.shape)), absmax)
 
 

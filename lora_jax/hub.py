@@ -21,6 +21,7 @@ _WANTED = [
     "added_tokens.json",
     "chat_template.jinja",
 ]
+_BESIDE_WEIGHTS = _WANTED[5:]
 _UNWANTED = ["*/*", "*.bin", "*.py"]
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _MODEL_FILES = (".safetensors", ".gguf", ".json", *_PICKLES)
@@ -69,6 +70,13 @@ def config_folder(name: str, revision: str | None = None) -> pathlib.Path:
         return pathlib.Path(
             huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
         ).parent
+
+
+def beside_weights(folder: pathlib.Path) -> list[pathlib.Path]:
+    """A model folder's files of the tokenizer and of generation; no code, no pickles."""
+    found = {path for pattern in _BESIDE_WEIGHTS for path in folder.glob(pattern)}
+    return sorted(path for path in found
+                  if path.is_file() and path.suffix not in (".py", *_PICKLES))  # fmt: skip
 
 
 def _local_folder(name: str) -> pathlib.Path | None:

@@ -451,7 +451,7 @@ def _names_of_factors(layer: nnx.Module) -> tuple[str, str]:
     return "lora_A", "lora_B"
 
 
-def arrays(layer: LoRALayer) -> tuple[jax.Array, ...]:
+def arrays(layer: LoRALayer) -> tuple[jax.Array | np.ndarray, ...]:
     """A, B (zero where it is masked), the scaling, and with DoRA the magnitude."""
     A, B = (part[...] for part in factors(layer))
     if layer.lora_mask is not None:

@@ -132,10 +132,10 @@ def collected(
     place: Place,
     index: int,
     rank: int,
-    A: jax.Array,
-    B: jax.Array,
-    magnitude: jax.Array | None = None,
-    lacking: tuple[jax.Array, jax.Array] | None = None,
+    A: jax.Array | np.ndarray,
+    B: jax.Array | np.ndarray,
+    magnitude: jax.Array | np.ndarray | None = None,
+    lacking: tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None = None,
 ) -> host.Factors:
     """What the arrays of a place hold for one of its layers.
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from lora_jax import ahead, config, errors, formats, selection, sharding, targets
 from lora_jax.kernels import attention, cross_entropy
+from lora_jax.kernels import packed as packing
 
 _DENSE = "embedding, head, norms, biases"
 
@@ -101,11 +101,6 @@ class _Sizes(NamedTuple):
         return int(self.rows * self.heads * self.pairs)
 
 
-def mesh_of(sizes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh without devices."""
-    return AbstractMesh(tuple(sizes[axis] for axis in sharding.AXES), sharding.AXES)
-
-
 class Resident(NamedTuple):
     """What is there from step to step, and what `memory` needs to know of the weights.
 
@@ -125,7 +120,7 @@ def resident(job: ahead.Job, sizes: Mapping[str, int], chip: str) -> Resident:
 
     Raises: UserError for a mesh that cannot cut the model.
     """
-    mesh = mesh_of(sizes)
+    mesh = sharding.mesh_of(sizes)
     _, trained, frozen, _ = ahead.model_parts(job, mesh)
     base = ahead.shapes(frozen.base, mesh)
     state = ahead.shapes(ahead.state(job, trained), mesh)
@@ -176,7 +171,7 @@ def memory(
     chip: "cpu", or as in targets.PEAKS. Raises: UserError for a mesh that does not divide the
     model or the batch.
     """
-    sharding.check_batch(job.batch_size, mesh_of(sizes))
+    sharding.check_batch(job.batch_size, sharding.mesh_of(sizes))
     there = there or resident(job, sizes, chip)
     platform = chip.split(":")[0]
     dims = _dims(job, sizes, platform)
@@ -208,7 +203,7 @@ def _part(path) -> str:
         return "linear layers"
     if names[-1] == "q":
         return "packed words"
-    if names[-1] in ("scale", "column_scale", "group_bias", "nested_scale", "nested_offset"):
+    if names[-1] in packing.Packed._fields:
         return "scales"
     return _DENSE
 
@@ -387,7 +382,7 @@ def _generation(
     c = job.architecture
     item = jnp.dtype(job.dtype).itemsize
     shape = (c.num_hidden_layers, rows, prompt + new, c.num_key_value_heads, c.head_dim)
-    own = sharding.cache(rows, c.num_key_value_heads, mesh_of(sizes)).shard_shape(shape)
+    own = sharding.cache(rows, c.num_key_value_heads, sharding.mesh_of(sizes)).shard_shape(shape)
     found = {"KV cache": 2 * math.prod(own) * item}
     entries = sum(entries for _, entries in there.weights.values()) * c.num_hidden_layers
     if sizes["fsdp"] * sizes["tensor"] == 1:  # see decode.choose
@@ -412,7 +407,7 @@ def operations(job: ahead.Job) -> Operations:
     # q kᵀ and p v; for their derivatives four more.
     products = 6 if job.remat == "none" else 8
     attended = 2 * rows * layers * heads * pairs * products
-    _, trained, _, _ = ahead.model_parts(job, mesh_of(dict.fromkeys(sharding.AXES, 1)))
+    _, trained, _, _ = ahead.model_parts(job, sharding.mesh_of(dict.fromkeys(sharding.AXES, 1)))
     adapters = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
         names = [str(getattr(part, "key", part)) for part in path]
@@ -529,7 +524,8 @@ def changes(
     if smallest != job:
         accumulated = f"--batch-size {_shards(sizes)} --remat full"
         ways.append((accumulated + " (and more --grad-accum)", smallest, sizes))
-    for fmt in ("int8", "int4", "int4-g128"):
+    stored = job.architecture.quantisation  # a quantised checkpoint has but its own format
+    for fmt in () if stored else ("int8", "int4", "int4-g128"):
         ways.append((f"--quant {fmt}", dataclasses.replace(job, quant=fmt), sizes))
     length = job.seq_len // 2
     while length >= 128:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,11 @@ def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) 
     used = (jax.devices() if among is None else among)[: math.prod(shape)]
     arranged = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_of(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices."""
+    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
 
 
 def batch(mesh: Mesh) -> NamedSharding:

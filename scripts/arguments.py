@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lora_jax import config, distributed, errors
+from lora_jax.models import config as model_config
+from lora_jax.models import quantisation as model_quantisation
 
 # Flags with a path on this machine.
 PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file")
@@ -84,7 +87,9 @@ def add_model(flags: Flags) -> None:
     flags.group("model")
     flags.add("--model", "folder or Hugging Face id; without it, the demo's", metavar="PATH|HUB_ID")
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
-    flags.add("--quant", "weights of the frozen linear layers", choices=config.QUANTS)
+    flags.add("--quant", f"weights of the frozen linear layers: {', '.join(config.QUANTS)} "
+              "(default: as the checkpoint has them)", choices=config.QUANTS,
+              metavar="FORMAT")  # fmt: skip
     flags.add("--quant-fast", "round int4 without the search: sooner loaded, 3 %% more error",
               action="store_const", const=True)  # fmt: skip
     flags.add("--use-4bit", "the same as --quant int4", action="store_const", const=True)
@@ -143,12 +148,32 @@ def quantisation(typed: dict[str, Any]) -> dict[str, Any]:
 
 def check_quant_fast(settings: dict[str, Any]) -> None:
     """Raises UserError where --quant-fast would have no effect."""
-    if settings.get("quant_fast") and not settings["quant"].startswith("int4"):
+    quant = settings.get("quant", "none")
+    if settings.get("quant_fast") and not quant.startswith("int4"):
         raise errors.UserError(
             expected="flags that have an effect",
-            found=f"--quant-fast with --quant {settings['quant']}",
+            found=f"--quant-fast with --quant {quant}",
             do="--quant int4, or leave it out",
         )
+
+
+def resolved_quant(
+    settings: dict[str, Any], architecture: model_config.LlamaConfig, folder: pathlib.Path
+) -> str:
+    """What --quant means for the model in `folder`: as its checkpoint has it, if it was not given.
+
+    Raises: UserError for what it cannot be, and where --quant-fast would have no effect.
+    """
+    stored = architecture.quantisation
+    quant = model_quantisation.choose(settings.get("quant"), stored, str(folder))
+    if stored is not None and settings.get("quant_fast"):
+        raise errors.UserError(
+            expected="flags that have an effect",
+            found=f"--quant-fast with a checkpoint that is quantised already ({stored.fmt})",
+            where=str(folder),
+            do="leave it out",
+        )
+    return quant
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -81,6 +81,18 @@ def evaluation(metrics: Mapping[str, Any], num_scored: int) -> None:
     say("evaluate", text)
 
 
+def dense_note(quant: str, model: Any) -> str:
+    """Which linear layers of a model loaded as `quant` are dense all the same; "" for none."""
+    from lora_jax import checkpoint
+
+    dense, total = ([], 0) if quant == "none" else checkpoint.dense_linears(model)
+    if not dense:
+        return ""
+    kinds = ", ".join(dict.fromkeys(path.split(".")[-1] for path in dense))
+    return (f"{len(dense)} of {total} linear layers are dense, as the checkpoint has them or "
+            f"since they cannot be packed as they are: {kinds}")  # fmt: skip
+
+
 class Progress:
     """A bar with loss, tokens/s and time left; about 20 plain lines when not on a terminal."""
 

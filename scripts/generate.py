@@ -11,7 +11,7 @@ import console
 
 from lora_jax import config, distributed, errors
 
-DEFAULTS = {"quant": "none", "seed": 0, **dataclasses.asdict(config.Sampling())}
+DEFAULTS = {"seed": 0, **dataclasses.asdict(config.Sampling())}
 DESCRIPTION = """\
 Continue prompts with a LLaMA, with or without a LoRA adapter.
 
@@ -95,6 +95,8 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
             do="name the base model with --model",
         )
     folder = hub.model_folder(name, revision)
+    architecture = model_config.load(folder)
+    settings["quant"] = arguments.resolved_quant(settings, architecture, folder)
     loaded = {"dtype": settings.get("dtype"), "quantisation": settings["quant"]}
     mesh = sharding.choose(settings.get("mesh"), checkpoint.loaded_bytes(folder, **loaded))
     reader = tokenizer.load(folder)
@@ -102,7 +104,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
     if settings.get("chat"):
         texts = [tokenizer.chat_prompt(reader, prompt) for prompt in prompts]
     encoded = tokenizer.encode(reader, texts)
-    context = model_config.load(folder).max_position_embeddings
+    context = architecture.max_position_embeddings
     for ids in encoded:
         generate.check_length(len(ids), sampling, context)
     with jax.set_mesh(mesh):
@@ -113,6 +115,8 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
             search=not settings.get("quant_fast"),
             mesh=mesh,
         )
+        if distributed.leads() and (note := console.dense_note(settings["quant"], model)):
+            print(note, file=sys.stderr)
         if adapter:
             peft.load(model, adapter)
         graphdef, *state = train.split(model)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import arguments
 import console
 import jax
 from console import say
@@ -38,6 +39,7 @@ from lora_jax import (
     sharding,
     snapshot,
     targets,
+    tensorfiles,
     tokenizer,
     train,
 )
@@ -64,6 +66,8 @@ def run(
     training = settings.get("max_steps") != 0
     rows = read_data(settings) if training else (None, None)  # before a model is downloaded
     base = hub.model_folder(settings["model"], settings.get("revision"))
+    architecture = model_config.load(base)
+    settings["quant"] = arguments.resolved_quant(settings, architecture, base)
     loaded = {"dtype": settings.get("dtype"), "quantisation": settings["quant"]}
     mesh = sharding.choose(settings.get("mesh"), checkpoint.loaded_bytes(base, **loaded))
     if training and default_batch:
@@ -76,7 +80,7 @@ def run(
     where = console.quoted(str(folder.path))
     distributed.when_lost(f"start all again with --resume --output-dir {where}")
     with jax.set_mesh(mesh):
-        job = Job(settings, folder, base, mesh, rows)
+        job = Job(settings, folder, base, architecture, mesh, rows)
         if job.num_steps == 0:
             job.continue_prompts()
             return 0
@@ -113,6 +117,7 @@ class Job:
         settings: dict[str, Any],
         folder: run_folder.RunFolder,
         base: pathlib.Path,
+        architecture: model_config.LlamaConfig,
         mesh: jax.sharding.Mesh,
         rows: tuple[Any, Any],
     ):
@@ -120,7 +125,6 @@ class Job:
         self.rows, self.held_out_rows = rows
         self.seconds: dict[str, float] = {}
         self.num_steps = settings.get("max_steps")
-        architecture = model_config.load(self.base)
         self.architecture = architecture
         self.context = architecture.max_position_embeddings
         settings["dtype"] = settings.get("dtype") or architecture.dtype
@@ -196,7 +200,7 @@ class Job:
     def _load_model(self) -> None:
         start, settings = time.time(), self.settings
         self.held = devices.held_bytes()
-        stored = checkpoint.tensors(self.base).values()
+        stored = tensorfiles.tensors(self.base).values()
         self.model = checkpoint.load(
             self.base,
             dtype=settings["dtype"],
@@ -207,7 +211,7 @@ class Job:
         lora.inject(self.model, self.lora_config, rngs=nnx.Rngs(settings["seed"]))
         self.graphdef, *state = train.split(self.model)
         self.trained, self.frozen = sharding.place(state, self.mesh)
-        total = sum(math.prod(tensor.shape) for tensor in stored)
+        total = checkpoint.num_params(self.architecture)
         trainable = lora.num_params(self.model)
         before = sum(tensor.num_bytes for tensor in stored)
         after = sum(array.nbytes for array in jax.tree.leaves(self.frozen.base))
@@ -216,6 +220,8 @@ class Job:
             f"{console.near(settings['model'])}")  # fmt: skip
         say("base", f"{console.size(before)} on disk, {console.size(after)} loaded "
             f"(quant {settings['quant']})")  # fmt: skip
+        if note := console.dense_note(settings["quant"], self.model):
+            say("base", note)
         self.seconds["load"] = time.time() - start
 
     def fit(self, *, resume: bool) -> int:

@@ -70,6 +70,7 @@ def run(typed: dict[str, Any]) -> int:
     limit = limit or host.memory
     context = architecture.max_position_embeddings
     settings["dtype"] = settings.get("dtype") or architecture.dtype
+    settings["quant"] = arguments.resolved_quant(settings, architecture, base)
     settings["seq_len"] = jobs.sequence_length(settings, context)
     job = ahead.job_of(settings, architecture, _generation(settings, context))
     one = dict.fromkeys(sharding.AXES, 1)
@@ -80,7 +81,7 @@ def run(typed: dict[str, Any]) -> int:
             host.count, plan.base_bytes(plan.resident(job, one, target.chip)), limit
         )
     if "batch_size" not in typed:
-        rows = sharding.round_up(job.batch_size, plan.mesh_of(sizes))
+        rows = sharding.round_up(job.batch_size, sharding.mesh_of(sizes))
         job = dataclasses.replace(job, batch_size=rows)
     there = plan.resident(job, sizes, target.chip)
     memory = plan.memory(job, sizes, target.chip, there)

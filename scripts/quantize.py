@@ -1,13 +1,16 @@
-"""Report what quantising a checkpoint's linear layers loses and saves."""
+"""Write a quantised copy of a checkpoint, or report what quantising it loses and saves."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +18,14 @@ import arguments
 import console
 
 from lora_jax import config, errors
+from lora_jax.models import config as model_config
 
 DEFAULTS = {"quant": ("int4",)}
 DESCRIPTION = """\
-Report what quantising a checkpoint's linear layers loses and saves, tensor by tensor.
+Write a quantised copy of a checkpoint, which later loads in seconds, or report what quantising it
+loses and saves; both tensor by tensor.
 
-  quantize.py --report
+  quantize.py --model huggyllama/llama-7b --quant int4 --output-dir llama-7b-int4
   quantize.py --model huggyllama/llama-7b --quant int4 --quant nf4-dq --report --json FILE
 """
 NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.weight")  # lm_head and embeddings stay dense
@@ -74,10 +79,13 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
     flags.add("--model", "folder or Hugging Face id; without it, the demo's", metavar="PATH|HUB_ID")
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
     flags.group("quantisation")
-    flags.add("--quant", "format; given again, one more to compare", choices=config.QUANTS[1:],
-              action="append")  # fmt: skip
+    flags.add("--quant", f"{', '.join(config.QUANTS[1:])}; given again, one more to compare",
+              choices=config.QUANTS[1:], action="append", metavar="FORMAT")  # fmt: skip
     flags.add("--fast", "int4 without the search for scales", action="store_const", const=True)
     flags.group("what to do")
+    flags.add("--output-dir", "write the model there, its linear layers quantised: int8 and int4 "
+              "in lora_jax's own layout, nf4 and fp4 in bitsandbytes'",
+              metavar="DIR")  # fmt: skip
     flags.add("--report", "print error and bits per weight of each kind of module",
               action="store_const", const=True)  # fmt: skip
     flags.add("--json", "write the report of each module, too", metavar="FILE")
@@ -87,12 +95,23 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
 def main() -> int:
     settings = parse()
     chosen = tuple(dict.fromkeys(settings["quant"]))
-    if not settings.get("report"):
+    into = pathlib.Path(settings["output_dir"]) if "output_dir" in settings else None
+    if not settings.get("report") and into is None:
         raise errors.UserError(
-            expected="--report, which is all that this script can do so far",
-            found="no --report",
-            do="add it; train.py and generate.py quantise while they load, with --quant",
+            expected="--report, --output-dir DIR or both",
+            found="neither",
+            do="add one; train.py and generate.py can also quantise while they load, with --quant",
         )
+    if into is not None and len(chosen) > 1:
+        raise errors.UserError(
+            expected="one format to write", found=", ".join(chosen), where="--output-dir",
+            do="give one --quant",
+        )  # fmt: skip
+    if "json" in settings and not settings.get("report"):
+        raise errors.UserError(
+            expected="flags that have an effect", found="--json without --report",
+            do="add --report",
+        )  # fmt: skip
     if settings.get("fast") and not any(fmt.startswith("int4") for fmt in chosen):
         raise errors.UserError(
             expected="flags that have an effect",
@@ -109,8 +128,53 @@ def main() -> int:
         raise errors.UserError(
             expected="a folder to write to", found="none", where=str(path.parent), do="make it"
         )
+    from lora_jax import demo, hub
 
-    modules = list(measure(settings, chosen))
+    if into is not None:  # before a model is downloaded
+        from lora_jax import quantised
+
+        quantised.refuse_occupied(into)
+    folder = hub.model_folder(settings.get("model") or str(demo.FOLDER), settings.get("revision"))
+    if into is not None:
+        write(folder, into, chosen[0], search=not settings.get("fast"))
+    if settings.get("report"):
+        show(folder, settings, chosen, path)
+    return 0
+
+
+def write(folder: pathlib.Path, into: pathlib.Path, fmt: str, *, search: bool) -> None:
+    """Writes the model in `folder`, quantised, to the new folder `into`."""
+    import tqdm
+
+    from lora_jax import quantised
+
+    copy = quantised.plan(folder, fmt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed
+    start = time.time()
+    bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}
+    names = quantised.write(folder, into, copy, search=search)
+    with contextlib.closing(names):
+        for _ in tqdm.tqdm(names, total=len(copy.parts), **bar):
+            pass
+    before = sum(part.stored.num_bytes for part in copy.parts)
+    after = sum(file.stat().st_size for file in into.glob("*.safetensors"))
+    console.say("wrote", f"{into}: {fmt}, {console.size(after)} of {console.size(before)}, in "
+                f"{time.time() - start:.1f} s")  # fmt: skip
+    if copy.num_crossing:
+        console.say("note", f"{copy.num_crossing} linear layers will be dense when loaded: their "
+                    "inputs are no multiple of 64, so that blocks reach across rows")  # fmt: skip
+    named = console.quoted(str(into))
+    print(f"\nto use it:\n  {console.command('train.py')} --model {named} …")
+
+
+def show(
+    folder: pathlib.Path,
+    settings: dict[str, Any],
+    chosen: tuple[str, ...],
+    path: pathlib.Path | None,
+) -> None:
+    """Prints the report; writes it to `path`, too."""
+    modules = list(measure(folder, chosen, search=not settings.get("fast")))
     for first in range(0, len(chosen), TABLE):
         print("\n".join(["", *table(modules, chosen[first : first + TABLE])]))
     print()
@@ -121,19 +185,24 @@ def main() -> int:
     if path:
         path.write_text(json.dumps(report(modules, settings, chosen), indent=1) + "\n")
         console.say("wrote", str(path))
-    return 0
 
 
-def measure(settings: dict[str, Any], chosen: tuple[str, ...]) -> Iterator[Module]:
+def measure(folder: pathlib.Path, chosen: tuple[str, ...], *, search: bool) -> Iterator[Module]:
     """Yields every linear layer of the model; one of them is in memory at a time."""
     import tqdm
 
-    from lora_jax import checkpoint, demo, hub
+    from lora_jax import tensorfiles
 
-    folder = hub.model_folder(settings.get("model") or str(demo.FOLDER), settings.get("revision"))
+    if (folder / "config.json").exists() and (stored_as := model_config.load(folder).quantisation):
+        raise errors.UserError(
+            expected="a model that is not quantised yet",
+            found=f"{stored_as.fmt} ({stored_as.method})",
+            where=str(folder),
+            do="name the model before it was quantised",
+        )
     stored = {
         match: tensor
-        for name, tensor in checkpoint.tensors(folder).items()
+        for name, tensor in tensorfiles.tensors(folder).items()
         if (match := NAME.fullmatch(name)) and len(tensor.shape) == 2
     }
     if not stored:
@@ -151,7 +220,7 @@ def measure(settings: dict[str, Any], chosen: tuple[str, ...]) -> Iterator[Modul
     console.say("model", f"{folder}: {console.count(num_weights)} weights in linear layers")
     shown = tqdm.tqdm(stored.items(), unit="tensor", leave=False, disable=not sys.stderr.isatty())
     for match, tensor in shown:
-        found = costs(tensor, chosen, search=not settings.get("fast"))
+        found = costs(tensor, chosen, search=search)
         if not all(math.isfinite(each.lost + each.total) for each in found.values()):
             raise errors.UserError(
                 expected="finite weights", found=f"NaN or infinity in {tensor.name}",
@@ -165,13 +234,10 @@ def measure(settings: dict[str, Any], chosen: tuple[str, ...]) -> Iterator[Modul
 def costs(tensor: Any, chosen: tuple[str, ...], *, search: bool) -> dict[str, Cost]:
     """{format: cost} of one tensor [out, in] of a checkpoint."""
     import jax
-    import safetensors
 
     from lora_jax import formats
 
-    # Opened anew for each tensor: a mapped file's pages count as memory until it is closed.
-    with safetensors.safe_open(tensor.path, "numpy") as reader:
-        weight = jax.device_put(reader.get_tensor(tensor.name))
+    weight = jax.device_put(tensor.value())
     found = {}
     for fmt in chosen:
         lost, total, packed = _squares()(weight, fmt=fmt, search=search)

@@ -16,7 +16,6 @@ from lora_jax import config, demo, distributed, errors, run_folder
 DEFAULTS = {
     **dataclasses.asdict(config.LoRAConfig()),
     **dataclasses.asdict(config.OptimConfig()),
-    "quant": "none",
     "batch_size": 4,
     "grad_accum": 4,
     "epochs": 1.0,

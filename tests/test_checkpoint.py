@@ -12,10 +12,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import checkpoint, errors, formats, quant, sharding, sites
+from lora_jax import checkpoint, errors, formats, quant, sharding, sites, tensorfiles
 
 MODELS = pathlib.Path(__file__).parent / "golden" / "models"
 
@@ -176,7 +177,7 @@ def test_a_mesh_holds_the_same_model():
 
 def test_of_a_tensor_only_the_parts_that_devices_hold_are_read_each_once(monkeypatch):
     (name, stored), *_ = (
-        item for item in checkpoint.tensors(MODELS / "llama").items() if "q_proj" in item[0]
+        item for item in tensorfiles.tensors(MODELS / "llama").items() if "q_proj" in item[0]
     )
     whole, asked = tensors_of("llama")[name], []
 
@@ -200,8 +201,8 @@ def test_of_a_tensor_only_the_parts_that_devices_hold_are_read_each_once(monkeyp
 
             return Slice()
 
-    opened = checkpoint.safetensors.safe_open
-    monkeypatch.setattr(checkpoint.safetensors, "safe_open", Reader)
+    opened = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", Reader)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     where = sharding.of(("layers", "self_attn", "q_proj", "kernel"), 3, mesh)
     array = checkpoint._read(stored, where, True)
@@ -397,7 +398,7 @@ def test_host_memory_stays_near_the_packed_model(tmp_path):
 def test_an_index_that_is_no_index_is_named(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(errors.UserError, match="weight_map"):
-        checkpoint.tensors(folder)
+        tensorfiles.tensors(folder)
 
 
 def test_dimensions_that_the_mesh_does_not_divide_are_all_listed():

@@ -71,6 +71,8 @@ def test_the_command_line_offers_every_format():
         ("int4-g128", 0.091, 0.099),
         ("nf4", 0.088, 0.094),
         ("nf4-dq", 0.088, 0.094),
+        ("fp4", 0.115, 0.125),
+        ("fp4-dq", 0.115, 0.125),
     ],
 )
 def test_relative_error_on_gaussian_weights(fmt, least, most):
@@ -99,7 +101,7 @@ def test_without_search_the_error_is_at_most_a_twentieth_more(fmt):
 
 @pytest.mark.parametrize(("fmt", "search"), MODES)
 def test_every_entry_is_within_its_bound(fmt, search):
-    """int8: half a step. int4, nf4: the widest gap between neighbours, times the group's scale."""
+    """int8: half a step. Others: half the widest gap of the codes, times the group's scale."""
     weight = gaussian()
     error = np.abs(round_trip(weight, fmt, search) - weight)
     if fmt == "int8":
@@ -109,7 +111,8 @@ def test_every_entry_is_within_its_bound(fmt, search):
         group = formats.FORMATS[fmt].group
         largest = np.abs(weight.reshape(-1, group, 96)).max(axis=1).repeat(group, axis=0)
         # int4 may clip an end of the group: 7/6.5 or 8/7 of a step and its scales' rounding.
-        most = 0.16 if formats.codes(fmt) == "nf4" else {32: 0.2, 64: 0.25, 128: 0.3}[group]
+        int4 = {32: 0.2, 64: 0.25, 128: 0.3}[group]
+        most = {"int4": int4, "nf4": 0.16, "fp4": 0.17}[formats.codes(fmt)]
         assert (error <= most * largest).all()
 
 
@@ -117,7 +120,7 @@ def test_every_entry_is_within_its_bound(fmt, search):
 def test_quantising_again_changes_nothing(fmt):
     """What the format can represent, it keeps (int4: but for the search's other choices)."""
     once = round_trip(gaussian(), fmt)
-    most = {"int4": 0.03, "nf4": 0.002, "int8": 1e-6}[formats.codes(fmt)]
+    most = {"int4": 0.03, "nf4": 0.002, "fp4": 0.002, "int8": 1e-6}[formats.codes(fmt)]
     assert relative_error(round_trip(once, fmt), once) < most
 
 
@@ -129,7 +132,7 @@ def test_zero_blocks_and_zero_columns_stay_zero(fmt, search):
     found = round_trip(weight, fmt, search)
     assert np.isfinite(found).all()
     assert not found[:128, 1].any() and not found[:, 2].any()
-    assert found[128:, 1].any() and relative_error(found, weight) < 0.11
+    assert found[128:, 1].any() and relative_error(found, weight) < 0.13
     assert not round_trip(np.zeros_like(weight), fmt, search).any()
 
 
@@ -147,7 +150,7 @@ def test_rows_are_padded_to_whole_groups(fmt, rows):
         zero = 7 if formats.codes(fmt) == "nf4" else 0
         assert (nibbles(packed.q)[rows:] == zero).all()
     found = round_trip(weight, fmt)
-    assert found.shape == weight.shape and relative_error(found, weight) < 0.11
+    assert found.shape == weight.shape and relative_error(found, weight) < 0.13
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -159,17 +162,19 @@ def test_rows_are_padded_to_groups_times_shards(fmt):
     # The padding weighs nothing, nor does it bear on the rest.
     plain = formats.quantise(weight, fmt)
     found, expected = (np.asarray(dequantise(p, fmt, 100)) for p in (packed, plain))
-    np.testing.assert_allclose(found, expected, rtol=0.02 if fmt == "nf4-dq" else 1e-6)
-    if fmt == "nf4-dq":
+    nested = formats.FORMATS[fmt].nested
+    np.testing.assert_allclose(found, expected, rtol=0.02 if nested else 1e-6)
+    if nested:
         np.testing.assert_array_equal(packed.nested_offset, plain.nested_offset)
 
 
 def test_formats_store_what_they_say():
     weight = jnp.asarray(gaussian())
-    shapes = {
-        fmt: [None if a is None else (a.shape, str(a.dtype)) for a in formats.quantise(weight, fmt)]
-        for fmt in FORMATS
-    }
+    shapes = {}
+    for fmt in FORMATS:
+        *arrays, order = formats.quantise(weight, fmt)
+        assert order is None
+        shapes[fmt] = [None if a is None else (a.shape, str(a.dtype)) for a in arrays]
     words, column_scale = ((32, 96), "uint32"), ((1, 96), "float32")
     assert shapes == {
         "int8": [((256, 96), "int8"), None, column_scale, None, None, None],
@@ -178,6 +183,8 @@ def test_formats_store_what_they_say():
         "int4-g128": [words, ((2, 96), "int8"), column_scale, None, None, None],
         "nf4": [words, ((4, 96), "float32"), None, None, None, None],
         "nf4-dq": [words, ((4, 96), "uint8"), None, None, ((2,), "float32"), ((1,), "float32")],
+        "fp4": [words, ((4, 96), "float32"), None, None, None, None],
+        "fp4-dq": [words, ((4, 96), "uint8"), None, None, ((2,), "float32"), ((1,), "float32")],
     }
 
 
@@ -245,21 +252,22 @@ def test_int4_uses_the_whole_range_of_codes(search):
     assert (np.asarray(packed.scale) < 0).any() and (np.asarray(packed.scale) > 0).any()
 
 
-@pytest.mark.parametrize("case", ["bf16_nf4", "zeros_block_nf4"])
-def test_nf4_equals_bitsandbytes_bit_for_bit(case):
+@pytest.mark.parametrize("case", ["bf16_nf4", "zeros_block_nf4", "bf16_fp4", "zeros_block_fp4"])
+def test_codes_and_scales_equal_bitsandbytes_bit_for_bit(case):
     """bitsandbytes packs [out, in] in flat order, the first of a pair in the high nibble."""
     with np.load(GOLDEN / "nf4.npz") as arrays:
         golden = {key.removeprefix(case + "_"): arrays[key] for key in arrays if case in key}
+    fmt = case[-3:]
     weight = golden["W"]  # [out, in]
     d_in = weight.shape[1]
     assert d_in % 64 == 0 and golden["blocksize"] == 64
-    np.testing.assert_array_equal(golden["code"], packing.NF4_CODE)
-    packed = formats.quantise(jnp.asarray(weight.T), "nf4")
+    np.testing.assert_array_equal(golden["code"], packing.TABLES[fmt])
+    packed = formats.quantise(jnp.asarray(weight.T), fmt)
     np.testing.assert_array_equal(nibbles(packed.q).T, unpacked(golden["packed"], weight.shape))
     absmax = np.asarray(packed.scale).T.ravel()
     np.testing.assert_array_equal(absmax, golden["absmax"])
     dtype = jnp.bfloat16 if "bf16" in case else jnp.float32
-    dense = formats.dequantise(packed, "nf4", d_in, dtype)
+    dense = formats.dequantise(packed, fmt, d_in, dtype)
     np.testing.assert_array_equal(dense.astype(jnp.float32).T, golden["dequant"])
 
 
@@ -322,5 +330,5 @@ def test_error_is_the_norm_of_what_is_lost(fmt):
 
 def test_unknown_format_is_an_error():
     for function in (lambda fmt: formats.quantise(jnp.ones((64, 8)), fmt), formats.codes):
-        with pytest.raises(ValueError, match="fp4"):
-            function("fp4")
+        with pytest.raises(ValueError, match="fp3"):
+            function("fp3")

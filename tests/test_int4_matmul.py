@@ -15,7 +15,7 @@ from lora_jax.kernels import int4_matmul, int8_matmul, matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
 
-FORMATS = ("int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "asymmetric", "int8")
+FORMATS = ("int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "fp4", "asymmetric", "int8")
 # (leading axes of x, K, N): odd and single rows, K that is no multiple of a group or of 8, odd N
 SHAPES = [((1,), 128, 16), ((2, 3), 100, 13), ((), 44, 1), ((33, 1), 300, 130)]
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
@@ -37,6 +37,10 @@ def packed_weight(fmt, rows, columns):
     return formats.quantise(jnp.asarray(normal(0, rows, columns)), fmt)
 
 
+def codes_of(fmt):
+    return "int4" if fmt == "asymmetric" else formats.codes(fmt)
+
+
 def unpack(q):
     """Packed words [K/8, N] → nibbles [K, N], bit by bit as the layout says."""
     q = np.asarray(q)
@@ -51,8 +55,8 @@ def reference(packed, fmt, rows):
     if fmt == "int8":
         return np.asarray(packed.q, np.float64) * np.asarray(packed.column_scale, np.float64)
     codes = unpack(packed.q)
-    if fmt.startswith("nf4"):
-        values = packing.NF4_CODE.astype(np.float64)[codes]
+    if codes_of(fmt) in packing.TABLES:
+        values = packing.TABLES[codes_of(fmt)].astype(np.float64)[codes]
     else:
         values = np.where(codes < 8, codes, codes - 16).astype(np.float64)
     scale = np.asarray(packed.scale, np.float64)
@@ -73,8 +77,8 @@ def reference(packed, fmt, rows):
 def multiply(fmt, **how):
     if fmt == "int8":
         return lambda x, packed: int8_matmul.int8_matmul(x, packed.q, packed.column_scale)
-    codes = "nf4" if fmt.startswith("nf4") else "int4"
-    return lambda x, packed: int4_matmul.int4_matmul(x, packed, codes=codes, **how)
+    how["codes"] = codes_of(fmt)
+    return lambda x, packed: int4_matmul.int4_matmul(x, packed, **how)
 
 
 def check(fmt, lead, rows, columns, dtype, **how):
@@ -188,20 +192,20 @@ def test_layers_in_a_scan_keep_no_dense_weight(fmt):
         if fmt == "int8":
             weight = formats.dequantise(packed, fmt, 64)
         else:
-            weight = packing.dequantise(packed, "nf4" if fmt.startswith("nf4") else "int4")[:64]
+            weight = packing.dequantise(packed, codes_of(fmt))[:64]
         return x @ weight + 0 * (weight**2).sum()  # the square's derivative needs the weight
 
     assert "f32[3,64,64]" in hlo(dense)  # what it would look like
 
 
-@pytest.mark.parametrize("fmt", ["int4", "nf4"])
+@pytest.mark.parametrize("fmt", ["int4", "nf4", "fp4"])
 def test_nibble_i_of_word_j_is_row_8j_plus_i(fmt):
     """One nibble set at a time: exactly one row of one column appears."""
-    table = np.arange(16) if fmt == "nf4" else None
+    table = packing.TABLES.get(fmt)
     words = np.zeros((8, 3), np.uint32)
-    scale = np.ones((2, 3), np.float32 if fmt == "nf4" else np.int8)
-    column_scale = None if fmt == "nf4" else jnp.ones((1, 3))
-    zero = 7 if table is not None else 0  # NF4's code 7 is 0
+    scale = np.ones((2, 3), np.int8 if table is None else np.float32)
+    column_scale = jnp.ones((1, 3)) if table is None else None
+    zero = 7 if fmt == "nf4" else 0  # the code of 0
     background = sum(zero << (4 * i) for i in range(8))
     unpack_words = jax.jit(functools.partial(packing.dequantise, codes=fmt))
     for row, column, code in [(0, 0, 1), (5, 1, 15), (8, 2, 8), (23, 0, 12), (63, 2, 7)]:
@@ -213,7 +217,7 @@ def test_nibble_i_of_word_j_is_row_8j_plus_i(fmt):
         weight = np.asarray(unpack_words(packed))
         expected = np.zeros((64, 3), np.float32)
         signed = code if code < 8 else code - 16
-        expected[row, column] = signed if fmt == "int4" else packing.NF4_CODE[code]
+        expected[row, column] = signed if table is None else table[code]
         np.testing.assert_array_equal(weight, expected)
 
 
@@ -230,7 +234,7 @@ def test_groups_share_a_scale_along_the_rows():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (dict(codes="fp4"), "fp4"),
+        (dict(codes="fp3"), "fp3"),
         (dict(implementation="cuda"), "cuda"),
         (dict(x=jnp.ones((3, 65))), "65"),
         (dict(packed=packed_weight("int4", 64, 24)._replace(scale=jnp.ones((3, 24)))), "3, 24"),

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lora_jax import errors, formats, quant
 
-FORMATS = tuple(formats.FORMATS)
+FORMATS = tuple(fmt for fmt in formats.FORMATS if fmt != "fp4-dq")  # nf4-dq with another table
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -66,6 +66,10 @@ def int4_matmul(
             f"expected x [..., ≤ {padded}], groups that divide {padded} and words of {ndim} axes, "
             f"found x {x.shape}, q {packed.q.shape}, scale {packed.scale.shape}"
         )
+    if packed.order is not None:
+        order = packed.order if layer is None else packed.order[layer]
+        x = x.at[..., order].get(unique_indices=True, mode="promise_in_bounds")
+        packed = packed._replace(order=None)
     rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])]).reshape(-1, padded)
     y = _matmul(rows, packed, layer, codes, partition, implementation)
     return y.reshape(*x.shape[:-1], y.shape[-1])

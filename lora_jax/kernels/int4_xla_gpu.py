@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from lora_jax.kernels import packed as packing
 
 # Of x. With more, the sums of int4 no longer fit into a GPU thread's registers, and XLA writes what
-# it looked up in the table of nf4 out to memory.
-MOST_ROWS = {"int4": 4, "nf4": 1}
+# it looked up in a table out to memory.
+MOST_ROWS = {"int4": 4, "nf4": 1, "fp4": 1}
 
 
 def matvec(x: Float[Array, "M K"], packed: packing.Packed, codes: str) -> Float[Array, "M N"]:
@@ -46,4 +46,4 @@ def _code(q: jax.Array, nibble: int, codes: str) -> jax.Array:
         # Shift the nibble to the top, then arithmetically down: that extends its sign.
         top = lax.bitcast_convert_type(q << (28 - 4 * nibble), jnp.int32)
         return (top >> 28).astype(jnp.float32)
-    return jnp.asarray(packing.NF4_CODE)[((q >> (4 * nibble)) & 15).astype(jnp.int32)]
+    return jnp.asarray(packing.TABLES[codes])[((q >> (4 * nibble)) & 15).astype(jnp.int32)]

@@ -6,12 +6,15 @@
   group_bias     [K/G, N]          added to every weight of the group: asymmetric quantisation
   nested_scale   float32 [blocks]  of uint8 scales ("double quantisation"), 256 scales a block in
   nested_offset  float32 [1]       the order of [N, K/G], as bitsandbytes stores them
+  order          int32 [K]         row k of the above multiplies feature order[k] of x: GPTQ's
+                                   act-order, whose groups gather rows from anywhere
 
   w = code(nibble) · scale · column_scale + group_bias
 
-code is the nibble in two's complement ("int4") or an index into the NormalFloat table ("nf4",
-Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E). K is padded to a multiple of
-G. What a format does not use is None. Stacked weights have a leading axis [L, …] in every array.
+code is the nibble in two's complement ("int4") or an index into a table: NormalFloat's ("nf4",
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E) or bitsandbytes' own 4-bit
+floats ("fp4"). K is padded to a multiple of G. What a format does not use is None. Stacked weights
+have a leading axis [L, …] in every array.
 """
 
 from typing import NamedTuple
@@ -31,7 +34,12 @@ NF4_CODE = np.array(
     ],
     np.float32,
 )
-CODES = ("int4", "nf4")
+# A sign, two bits of exponent and one of mantissa, over 12; nibble 8 is a second zero.
+FP4_CODE = np.array(
+    [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32
+) / np.float32(12)
+TABLES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+CODES = ("int4", *TABLES)
 NESTED_BLOCK = 256
 
 
@@ -44,6 +52,7 @@ class Packed(NamedTuple):
     group_bias: Float[Array, "*L groups N"] | None = None
     nested_scale: Float[Array, "*L blocks"] | None = None
     nested_offset: Float[Array, "*L 1"] | None = None
+    order: Int32[Array, "*L K"] | None = None
 
 
 def layer(packed: Packed, index: jax.typing.ArrayLike) -> Packed:
@@ -77,17 +86,24 @@ def nibbles(q: UInt32[Array, "words N"]) -> Int32[Array, "words 8 N"]:
 def dequantise(
     packed: Packed, codes: str = "int4", dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "K N"]:
-    """w = code(q) · scale · column_scale + group_bias in float32, rounded once to dtype."""
+    """w = code(q) · scale · column_scale + group_bias in float32, rounded once to dtype.
+
+    The rows are in the order of x's features.
+    """
     words, columns = packed.q.shape
     if codes == "int4":
         values = nibbles(packed.q).astype(jnp.float32)
     else:
-        values = jnp.asarray(NF4_CODE)[nibbles(packed.q) & 15]
+        values = jnp.asarray(TABLES[codes])[nibbles(packed.q) & 15]
     scale = scales(packed)
     weight = values.reshape(scale.shape[0], -1, columns) * scale[:, None]
     if packed.group_bias is not None:
         weight = weight + packed.group_bias.astype(jnp.float32)[:, None]
-    return weight.reshape(words * 8, columns).astype(dtype)
+    weight = weight.reshape(words * 8, columns).astype(dtype)
+    if packed.order is None:
+        return weight
+    rows = len(packed.order)  # the padding stays where it is
+    return weight.at[packed.order].set(weight[:rows], unique_indices=True)
 
 
 def dynamic_map() -> np.ndarray:

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.models import quantisation as model_quantisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class LlamaConfig:
 
     Hugging Face's field names. `qkv_bias`, `o_bias`, `qk_norm` and `sliding_windows` (one entry a
     layer, None = full attention) say what the model types differ in. `dtype` is the checkpoint's,
-    with float16 read as bfloat16 (same size, and no overflow in training).
+    with float16 read as bfloat16 (same size, and no overflow in training). `quantisation` says how
+    the checkpoint stores its linear layers (None: dense).
     """
 
     vocab_size: int
@@ -53,6 +55,7 @@ class LlamaConfig:
     rope: RopeConfig = RopeConfig()
     initializer_range: float = 0.02
     dtype: str = "float32"
+    quantisation: model_quantisation.Quantisation | None = None
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -84,6 +87,7 @@ _READ = {
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "layer_types"),
     *("use_sliding_window", "max_window_layers", "rope_parameters", "rope_scaling", "rope_theta"),
     *("initializer_range", "dtype", "torch_dtype", "hidden_act", "model_type"),
+    "quantization_config",
 }
 # Keys that do not change what the forward pass computes.
 _INERT = {
@@ -192,6 +196,9 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         rope=rope,
         initializer_range=raw.get("initializer_range", 0.02),
         dtype=_dtype(raw, where),
+        quantisation=model_quantisation.parse(stored, where)
+        if (stored := raw.get("quantization_config"))
+        else None,
     )
 
 

@@ -3,7 +3,7 @@
 Made with torch 2.13.0 (CPU), transformers 5.23.0, peft 0.21.2, numpy 2.4; nf4.npz holds values
 computed by bitsandbytes 0.50.2. The test suite itself needs none of these. Everything is seeded.
 
-    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2
+    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate
     python tests/golden/make_golden.py                        # everything but nf4.npz
     python tests/golden/make_golden.py llama mistral          # only these models
     python tests/golden/make_golden.py --nf4-from FILE.npz    # nf4.npz too
@@ -17,6 +17,7 @@ import shutil
 
 import numpy as np
 import peft
+import safetensors.torch
 import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
@@ -116,6 +117,10 @@ LORAS = dict(
         ),
     ),
 )  # fmt: skip
+NF4_KEYS = {
+    *("W", "packed", "absmax", "code", "blocksize", "dequant"),
+    *("nested_absmax", "nested_code", "nested_blocksize", "offset"),
+}
 
 
 class NearTie(Exception):
@@ -624,12 +629,85 @@ def make_lora_mixed(seed):
     save_npz(folder / "golden.npz", arrays)
 
 
+def make_bnb(name, double):
+    """stories260K as transformers saves it through bitsandbytes in NF4, and its logits."""
+    folder = MODELS / name
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        MODELS / "stories260K", dtype=torch.float32, quantization_config=config
+    )
+    model.save_pretrained(folder)
+    for file in ("NOTICE", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(MODELS / "stories260K" / file, folder)
+    with np.load(HERE / "qlora_nf4" / "batches.npz") as arrays:
+        ids = arrays["input_ids"][0, :2].astype(np.int32)
+    logits = logits_of(dequantised(name), ids, np.ones_like(ids))
+    positions = np.arange(3, ids.shape[1], 4)  # enough of them
+    arrays = {"input_ids": ids, "positions": positions, "logits": logits[:, positions]}
+    save_npz(HERE / f"{name}.npz", arrays)
+    print(f"{name}: {len(model.state_dict())} tensors, logits std {logits.std():.2f}")
+
+
+def dequantised(name):
+    """The model with dense weights, decoded by bitsandbytes' code in plain torch.
+
+    Its library for CPUs is wrong where blocks reach from one row into the next (down_proj here).
+    """
+    from bitsandbytes import functional
+
+    state = safetensors.torch.load_file(MODELS / name / "model.safetensors")
+    dense = {}
+    for key, weight in state.items():
+        if f"{key}.absmax" in state:
+            parts = {k.removeprefix(f"{key}."): v for k, v in state.items() if f"{key}." in k}
+            quantised = functional.QuantState.from_dict(parts, torch.device("cpu"))
+            absmax = quantised.absmax
+            if quantised.nested:
+                nested = quantised.state2
+                block = torch.arange(len(absmax)) // nested.blocksize
+                absmax = nested.code[absmax.long()] * nested.absmax[block] + quantised.offset
+            weight = torch.ops.bitsandbytes.dequantize_4bit.default._op_dk(
+                torch._C.DispatchKey.CompositeExplicitAutograd,
+                *(weight, absmax, quantised.blocksize, "nf4", quantised.shape, torch.float32),
+            )
+            dense[key] = weight
+        elif not any(key.startswith(f"{other}.") for other in state):
+            dense[key] = weight
+    config = AutoConfig.from_pretrained(MODELS / "stories260K")
+    return build(config, dense | {"lm_head.weight": dense["model.embed_tokens.weight"]})
+
+
+def make_qlora():
+    """PEFT's losses on the NF4 base: its weights are frozen, so dense ones of their values do."""
+    folder = HERE / "qlora_nf4"
+    with np.load(folder / "batches.npz") as arrays:
+        ids = arrays["input_ids"]
+    batches = {"input_ids": ids, "labels": ids, "attention_mask": np.ones_like(ids)}
+    settings = dict(lr=0.001, wd=0.0, clip=None, sched="constant", warmup=0)
+    base = dequantised("stories260K-bnb-nf4")
+    model = peft.PeftModel.from_pretrained(base, folder / "init_adapter", is_trainable=True)
+    losses, _, _ = train(model.eval(), batches, settings)
+    save_json(folder / "golden.json", dict(config=settings, losses=losses))
+    print(f"qlora_nf4: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+
+
 def make_nf4(source):
     """A few small matrices as bitsandbytes 0.50.2 quantised them; `source` holds many more."""
-    cases = ("bf16_nf4_", "zeros_block_nf4_", "ragged_nf4_")
-    kept = ("W", "packed", "absmax", "code", "blocksize", "dequant")
+    kinds = ("nf4", "nf4_dq", "fp4", "fp4_dq")
+    cases = [f"{name}_{kind}" for name in ("bf16", "zeros_block", "ragged") for kind in kinds]
+    kept = {}
     with np.load(source, allow_pickle=False) as arrays:
-        save_npz(HERE / "nf4.npz", {c + k: arrays[c + k] for c in cases for k in kept})
+        for case in [*cases, "gauss_bs128_nf4_dq"]:
+            names = (f"{case}_{key}" for key in NF4_KEYS)
+            kept |= {name: arrays[name] for name in names if name in arrays}
+            if case.startswith("gauss") or case.endswith("dq"):
+                del kept[f"{case}_W"]  # the same as without, or not to be quantised again
+    save_npz(HERE / "nf4.npz", kept)
 
 
 def make_nf4_dq(seed):
@@ -691,6 +769,28 @@ def main():
                              ("lora_mixed", make_lora_mixed, 112)):  # fmt: skip
         if not arguments.names or name in arguments.names:
             make(seed)
+    if not arguments.names:
+        all_linears = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+        make_lora(
+            "lora_qv",
+            seed=101,
+            lora=dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+            settings=dict(lr=0.01, wd=0.0, clip=None, sched="constant", warmup=0),
+            masked=False,
+        )
+        make_lora(
+            "lora_all_rslora",
+            seed=102,
+            lora=dict(r=4, lora_alpha=8, target_modules=all_linears, use_rslora=True),
+            settings=dict(lr=0.005, wd=0.01, clip=1.0, sched="cosine", warmup=3),
+            masked=True,
+        )
+        make_lora_patterns(seed=103)
+    for name, double in (("stories260K-bnb-nf4", False), ("stories260K-bnb-nf4-dq", True)):
+        if not arguments.names or name in arguments.names:
+            make_bnb(name, double)
+    if not arguments.names or "qlora_nf4" in arguments.names:
+        make_qlora()
     if not arguments.names or "nf4_dq" in arguments.names:
         make_nf4_dq(seed=105)
     if arguments.nf4_from:

@@ -1,0 +1,121 @@
+"""Writes small checkpoints in GPTQ's and AWQ's storage, from the definitions, with numpy alone.
+
+Codes and zero points are drawn, not found: what a checkpoint means is what is to be read.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import safetensors.numpy
+
+CONFIG = dict(
+    model_type="llama",
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    dtype="float16",
+)
+LINEARS = {  # {name in a layer: (K, N)}
+    **{f"self_attn.{name}_proj": (64, 64) for name in "qkvo"},
+    "mlp.gate_proj": (64, 128),
+    "mlp.up_proj": (64, 128),
+    "mlp.down_proj": (128, 64),
+}
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def draw(rows, columns, group, *, symmetric, act_order, rng):
+    """(codes [K, N], zeros [groups, N], scales [groups, N], group of each row [K])"""
+    groups = -(-rows // group)
+    codes = rng.integers(0, 16, (rows, columns)).astype(np.uint32)
+    zeros = rng.integers(1, 16, (groups, columns)).astype(np.uint32)
+    if symmetric:
+        zeros[:] = 8
+    scales = (rng.normal(0, 0.02, (groups, columns))).astype(np.float16)
+    index = np.arange(rows, dtype=np.int32) // group
+    return codes, zeros, scales, rng.permutation(index) if act_order else index
+
+
+def dense(codes, zeros, scales, index):
+    """w[k, n] = (code − zero of its group) · scale of its group, in float32"""
+    steps = codes.astype(np.int32) - zeros[index].astype(np.int32)
+    return steps.astype(np.float32) * scales[index].astype(np.float32)
+
+
+def along_rows(codes):
+    """int32 [K/8, N]: nibble i of word j is row 8j + i."""
+    words = np.zeros((len(codes) // 8, codes.shape[1]), np.uint32)
+    for row, values in enumerate(codes):
+        words[row // 8] |= values << np.uint32(4 * (row % 8))
+    return words.view(np.int32)
+
+
+def along_columns(codes, order=range(8)):
+    """int32 [K, N/8]: nibble i of word j is column 8j + order[i]."""
+    words = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
+    for word in range(words.shape[1]):
+        for nibble, column in enumerate(order):
+            words[:, word] |= codes[:, 8 * word + column] << np.uint32(4 * nibble)
+    return words.view(np.int32)
+
+
+def write(
+    folder: pathlib.Path,
+    method: str,
+    *,
+    group: int = 32,
+    symmetric: bool = False,
+    act_order: bool = False,
+    version: int = 1,
+    **settings,
+) -> dict[str, np.ndarray]:
+    """A checkpoint of `method` in `folder`; {module: its dense weight [K, N]}."""
+    rng = np.random.default_rng(0)
+    width = CONFIG["hidden_size"]
+    tensors = {
+        "model.embed_tokens.weight": rng.normal(0, 1, (CONFIG["vocab_size"], width)),
+        "model.norm.weight": np.ones(width),
+    }
+    weights = {}
+    for layer in range(CONFIG["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = np.ones(width)
+        for name, (rows, columns) in LINEARS.items():
+            size = rows if group == -1 else group
+            how = {"symmetric": symmetric, "act_order": act_order, "rng": rng}
+            codes, zeros, scales, index = drawn = draw(rows, columns, size, **how)
+            weights[prefix + name] = dense(*drawn)
+            if method == "gptq":
+                parts = {
+                    "qweight": along_rows(codes),
+                    "qzeros": along_columns(zeros - (version == 1)),
+                    "g_idx": index,
+                }
+            else:
+                parts = {
+                    "qweight": along_columns(codes, AWQ_ORDER),
+                    "qzeros": along_columns(zeros, AWQ_ORDER),
+                }
+            tensors |= {f"{prefix}{name}.{part}": array for part, array in parts.items()}
+            tensors[f"{prefix}{name}.scales"] = scales
+    tensors = {
+        name: array.astype(np.float16) if array.dtype == np.float64 else array
+        for name, array in tensors.items()
+    }
+    if method == "gptq":
+        told = {"desc_act": act_order, "sym": symmetric}
+        told |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
+    else:
+        told = {"version": "gemm", "zero_point": True}
+    told = {"quant_method": method, "bits": 4, "group_size": group, **told, **settings}
+    folder.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": told}))
+    return weights
