@@ -90,6 +90,7 @@ def load(
     quantisation: str | None = None,
     search: bool = True,
     mesh: Mesh | None = None,
+    residual: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> llama.LlamaForCausalLM:
     """The model in `folder`, its linear layers quantised (lm_head excepted), on `mesh`.
 
@@ -98,12 +99,21 @@ def load(
     layers alike, are dense, and so is lm_head: `dense_linears` tells which.
     search: see formats.quantise. mesh: None means one device.
     dtype: of everything not quantised; None takes config.json's, float16 read as bfloat16.
+    residual: (dotted path of a linear layer, W [N, K]) → what is rounded in W's place; see
+    lora.Principal.
     Raises: UserError for a folder, file or tensor that is missing, damaged or of another shape,
     all of them at once; for another format than that of a quantised checkpoint.
     """
     folder = pathlib.Path(folder)
     config = model_config.load(folder)
     quantisation = model_quantisation.choose(quantisation, config.quantisation, str(folder))
+    if residual is not None and config.quantisation is not None:
+        raise errors.UserError(
+            expected="weights as they were before they were rounded, to take PiSSA's A and B from",
+            found=f"a checkpoint in {config.quantisation.fmt}",
+            where=str(folder),
+            do="name the model before it was quantised, with --quant",
+        )
     dtype = jnp.dtype(dtype or config.dtype)
     mesh = mesh or sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     stored = tensorfiles.tensors(folder)
@@ -130,7 +140,7 @@ def load(
     for path in sorted(sources, key=order):
         parent = functools.reduce(getattr, path[:-1], model)
         if path in packs:
-            layer = _load_packed(parent, path, packs[path], mesh)
+            layer = _load_packed(parent, path, packs[path], mesh, residual)
             setattr(functools.reduce(getattr, path[:-2], model), path[-2], layer)
         else:
             variable = getattr(parent, path[-1])
@@ -384,7 +394,7 @@ def _load_dense(variable, sources: list[_Source], where: NamedSharding, transpos
     return whole
 
 
-def _load_packed(linear: nnx.Linear, path, packing_: _Packing, mesh) -> quant.QuantLinear:
+def _load_packed(linear, path, packing_: _Packing, mesh, residual) -> quant.QuantLinear:
     """linear with its kernel packed layer by layer; its bias is loaded later, as any array."""
     layers, rows, columns = linear.kernel.shape
     form, parts = packing_
@@ -401,6 +411,8 @@ def _load_packed(linear: nnx.Linear, path, packing_: _Packing, mesh) -> quant.Qu
     raw_where = sharding.of(path, 3, mesh)
     for source, pack in parts:
         raw = source.read(raw_where, True)
+        if residual is not None:
+            raw = residual(".".join(_on_disk(path[:-1], source.layer)), raw)
         # Wait for each tensor: dispatch ahead of the quantiser would pile up float weights.
         whole = jax.block_until_ready(_store_packed(whole, raw, source.layer, pack, where))
         del raw

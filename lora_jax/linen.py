@@ -192,7 +192,8 @@ class Adapted:
 
     def _variables(self, base, factors, lacking, given=None) -> dict[str, Params]:
         """The collections. base: flat, as yet dense; factors: {path: (A, B, magnitude or None)}."""
-        constants = {(*path, name): array for path, own in lacking.items()
+        # Copies: a training step may take over the memory of A and B.
+        constants = {(*path, name): jnp.array(array) for path, own in lacking.items()
                      for name, array in zip(_LACKING, own, strict=True)}  # fmt: skip
         for site in self.sites:
             if site.path in self.packs and (*site.path, site.weight) in base:
@@ -213,7 +214,7 @@ class Adapted:
         for path in self.saved:
             for key in [key for key in base if key[: len(path)] == path]:
                 copied = (*path, "modules_to_save", *key[len(path) :])
-                trained[copied] = base[key].astype(jnp.float32)
+                trained[copied] = jnp.array(base[key], jnp.float32)
         for tensor in self._tensors(base) if given else ():
             key = (*tensor.path, "modules_to_save", *tensor.end)
             array = given[tensor.name].astype(np.float32).transpose(np.argsort(tensor.turn))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from lora_jax import adapted, errors, formats, low_rank, quant, selection, siblings, sites
@@ -102,7 +103,7 @@ def inject(
     config: lora_config.LoRAConfig,
     *,
     rngs: nnx.Rngs,
-    principal: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+    principal: "Principal | None" = None,
 ) -> dict[str, int]:
     """Makes a LoRALayer of every targeted layer; {dotted path: rank}.
 
@@ -117,7 +118,7 @@ def inject(
     renews them; in a loop of your own do so each step, or every step drops the same:
     `nnx.update(model, reseed(nnx.to_pure_dict(nnx.state(model, DropoutKey)), key))`.
 
-    principal: {dotted path: PiSSA's A and B}, where the base lacks them already.
+    principal: PiSSA's A and B, which a base that was rounded as it was loaded lacks already.
     Raises: UserError when a target matches nothing, with the names that exist; when the model has
     adapters already; for PiSSA on a quantised layer without `principal`.
     """
@@ -133,11 +134,38 @@ def inject(
         else:
             lacking = _principal(site, choices, config, principal)
             _adapt(site, choices, config, rngs, *lacking)
-            # So that `collect` can tell the change of the weight as it was.
-            site.module.lora_initial_A, site.module.lora_initial_B = map(LoRAConstant, lacking)
+            # So that `collect` can tell the change of the weight as it was. Copies: a training step
+            # may take over the memory of A and B.
+            kept = (LoRAConstant(jnp.array(part)) for part in lacking)
+            site.module.lora_initial_A, site.module.lora_initial_B = kept
     for whole in wholes:
         _save_whole(whole)
     return ranks
+
+
+class Principal(dict[str, tuple[np.ndarray, np.ndarray]]):
+    """PiSSA's {dotted path: (A, B)} of a model whose weights are rounded as they are loaded.
+
+    principal = Principal(config)
+    model = checkpoint.load(folder, quantisation="int4", residual=principal.take)
+    inject(model, config, rngs=rngs, principal=principal)
+    """
+
+    def __init__(self, config: lora_config.LoRAConfig):
+        super().__init__()
+        self._config = config
+
+    def take(self, path: str, weight: Num[Array, "N K"]) -> Num[Array, "N K"]:
+        """The weight without A and B, float32, if the layer at `path` is to be adapted."""
+        if not selection.is_chosen(path, self._config):
+            return weight
+        own = selection.choice(path, len(weight), self._config)
+        how = own, self._config.init_lora_weights
+        A, B = self[path] = places.principal_of_one(_whole_array(weight).T, *how)
+        change = np.float32(own.scaling) * B.T @ A.T
+        where = weight.sharding
+        taken = jax.make_array_from_callback(change.shape, where, lambda part: change[part])
+        return weight.astype(jnp.float32) - taken
 
 
 def attach(
@@ -258,7 +286,7 @@ def _principal(site, choices, config, given) -> tuple[jax.Array, jax.Array]:
             expected="weights as they were before they were rounded, to take PiSSA's A and B from",
             found=f"a layer in {layer.fmt}",
             where=site.names[0],
-            do="inject before quantising, or checkpoint.load(…, split=…)",
+            do="inject before quantising, or see lora.Principal",
         )
     weight = sites.weight_of(layer)
     matrix = place.how.matrix(weight[...])
@@ -266,7 +294,7 @@ def _principal(site, choices, config, given) -> tuple[jax.Array, jax.Array]:
         place,
         choices,
         config.init_lora_weights,
-        lambda index: matrix[np.unravel_index(index, place.lead)],
+        lambda index: _whole_array(matrix[np.unravel_index(index, place.lead)]),
     )
     rest = _each(low_rank.merged, site, A, B, -places.scaling(place, choices))
     weight.set_value(place.how.tensor(rest, weight.shape))
@@ -566,11 +594,16 @@ def _save_whole(whole: _Whole, given: Mapping[str, np.ndarray] | None = None) ->
     for path, variable in list(nnx.iter_graph(copied)):
         if isinstance(variable, nnx.Param):
             owner = functools.reduce(getattr, path[:-1], copied)
-            setattr(owner, path[-1], LoRAParam(variable[...].astype(jnp.float32)))
+            setattr(owner, path[-1], LoRAParam(jnp.array(variable[...], jnp.float32)))
     become(whole.module, SavedLayer)
     whole.module.modules_to_save = copied
     if given is not None:
         whole.fill(given)
+
+
+def _whole_array(array: jax.Array) -> jax.Array:
+    """On one device of this process, from wherever its parts are."""
+    return jnp.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _saved(model: nnx.Module) -> list[_Whole]:

@@ -71,7 +71,7 @@ def mask(place: Place, choices: Choices) -> Float[Array, "*lead R N"] | None:
         return None
     each = np.zeros((len(choices), max(ranks(choices)), place.n), np.float32)
     for layer, own in zip(each, choices, strict=True):
-        for rows, columns in _parts(place, own) if own else ():
+        for rows, columns in _parts(place.n, own) if own else ():
             layer[rows, columns] = 1
     return place.stacked([*each])
 
@@ -103,12 +103,21 @@ def principal(
     for index, own in enumerate(choices):
         A, B = _zeros(place, choices)
         if own:
-            whole = weight(index)
-            for rows, columns in _parts(place, own):
-                how = rows.stop - rows.start, own.scaling, init
-                A[:, rows], B[rows, columns] = low_rank.pissa(whole[:, columns], *how)
+            A[:, : own.rank], B[: own.rank] = principal_of_one(weight(index), own, init)
         each.append((A, B))
     A, B = (place.stacked(arrays) for arrays in zip(*each, strict=True))
+    return A, B
+
+
+def principal_of_one(
+    weight: Float[Array, "K N"], own: selection.Choice, init: str
+) -> tuple[Float[np.ndarray, "K R"], Float[np.ndarray, "R N"]]:
+    """`principal` for a layer alone."""
+    k, n = weight.shape
+    A, B = np.zeros((k, own.rank), np.float32), np.zeros((own.rank, n), np.float32)
+    for rows, columns in _parts(n, own):
+        how = rows.stop - rows.start, own.scaling, init
+        A[:, rows], B[rows, columns] = low_rank.pissa(weight[:, columns], *how)
     return A, B
 
 
@@ -168,8 +177,8 @@ def _zeros(place: Place, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((place.k, widest), np.float32), np.zeros((widest, place.n), np.float32)
 
 
-def _parts(place: Place, own: selection.Choice) -> list[tuple[slice, slice]]:
+def _parts(n: int, own: selection.Choice) -> list[tuple[slice, slice]]:
     """The rows of B and the outputs of each part that is adapted."""
-    kept = own.kept or ((0, place.n),)
+    kept = own.kept or ((0, n),)
     each = own.rank // len(kept)
     return [(slice(i * each, (i + 1) * each), slice(*columns)) for i, columns in enumerate(kept)]

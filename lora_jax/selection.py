@@ -49,7 +49,7 @@ def select(
             where="names that exist: " + ", ".join(names),
             do=f'choose among these, or use "{ALL_LINEAR}"',
         )
-    return {path: _choice(path, candidates[path].width, config) for path in chosen}
+    return {path: choice(path, candidates[path].width, config) for path in chosen}
 
 
 ALL_LINEAR = "all-linear"
@@ -134,7 +134,8 @@ def _rank(path: str, config: lora_config.LoRAConfig) -> int:
     return _pattern(path, config.rank_pattern, config.rank)
 
 
-def _choice(path: str, width: int, config: lora_config.LoRAConfig) -> Choice:
+def choice(path: str, width: int, config: lora_config.LoRAConfig) -> Choice:
+    """How the layer at `path`, with so many outputs, is adapted if it is chosen."""
     rank = _rank(path, config)
     parts = _pattern(path, config.parts, None)
     if parts is None:

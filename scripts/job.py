@@ -201,14 +201,19 @@ class Job:
         start, settings = time.time(), self.settings
         self.held = devices.held_bytes()
         stored = tensorfiles.tensors(self.base).values()
+        principal = None
+        if settings["quant"] != "none" and self.lora_config.init_lora_weights != "default":
+            principal = lora.Principal(self.lora_config)
         self.model = checkpoint.load(
             self.base,
             dtype=settings["dtype"],
             quantisation=settings["quant"],
             search=not settings.get("quant_fast"),
             mesh=self.mesh,
+            residual=None if principal is None else principal.take,
         )
-        lora.inject(self.model, self.lora_config, rngs=nnx.Rngs(settings["seed"]))
+        rngs = nnx.Rngs(settings["seed"])
+        lora.inject(self.model, self.lora_config, rngs=rngs, principal=principal)
         self.graphdef, *state = train.split(self.model)
         self.trained, self.frozen = sharding.place(state, self.mesh)
         total = checkpoint.num_params(self.architecture)
