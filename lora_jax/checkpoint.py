@@ -153,19 +153,19 @@ def load(
 
 def contents(
     folder: pathlib.Path, config: model_config.LlamaConfig
-) -> tuple[list[Stored], list[Stored]]:
-    """The tensors of a dense model: (of linear layers that --quant rounds, all others), by layer.
+) -> tuple[dict[str, Stored | storage.Weight], dict[str, Stored | storage.Weight]]:
+    """{name: tensor} of a model's (linear layers that --quant rounds, all others), by layer.
 
-    Raises: UserError as `load`.
+    The names are those of a dense model. Raises: UserError as `load`.
     """
     stored = tensorfiles.tensors(folder)
     slots = _slots(nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, rngs=nnx.Rngs(0))))
-    _check(stored, slots, config, folder)
-    linears, others = [], []
+    weights = _check(stored, slots, config, folder)
+    linears, others = {}, {}
     for name in sorted(slots, key=lambda name: slots[name].layer or 0):
         path = slots[name].path
         is_linear = path[-1] == "kernel" and path[-2] != "lm_head"
-        (linears if is_linear else others).append(stored[name])
+        (linears if is_linear else others)[name] = weights.get(name) or stored[name]
     return linears, others
 
 

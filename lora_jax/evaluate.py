@@ -1,12 +1,16 @@
-"""Held-out loss and exact match."""
+"""Held-out loss, exact match, and how alike two models predict."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from lora_jax import data, generate, sharding, train
+from lora_jax.models import llama
 
 
 class Answer(NamedTuple):
@@ -60,3 +64,30 @@ def answers(
 def exact_match(found: Sequence[Answer]) -> float:
     """Share of the answers that equal what was expected, surrounding blanks aside."""
     return sum(a.text.strip() == a.expected.strip() for a in found) / len(found)
+
+
+def log_probabilities(
+    model: llama.LlamaForCausalLM, texts: Sequence[Sequence[int]]
+) -> list[Float[np.ndarray, "T V"]]:
+    """log p(next token) after each token of each text."""
+    length = max(map(len, texts))
+    ids = np.zeros((len(texts), length), np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = text
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, ids: jax.nn.log_softmax(nnx.merge(graphdef, state)(ids)))
+    found = np.asarray(run(state, ids))
+    return [row[: len(text)] for row, text in zip(found, texts, strict=True)]
+
+
+def agreement(
+    expected: Sequence[Float[np.ndarray, "_ V"]], found: Sequence[Float[np.ndarray, "_ V"]]
+) -> tuple[float, float]:
+    """(share of places with the same likeliest token, mean KL(expected ‖ found) in nats).
+
+    Both: log-probabilities of the same texts, as log_probabilities gives them.
+    """
+    p, q = np.concatenate(expected), np.concatenate(found)
+    same = (p.argmax(axis=-1) == q.argmax(axis=-1)).mean()
+    kl = (np.exp(p) * (p - q)).sum(axis=-1).mean()
+    return float(same), max(0.0, float(kl))  # but for rounding it is not negative

@@ -131,9 +131,9 @@ def main() -> int:
     from lora_jax import demo, hub
 
     if into is not None:  # before a model is downloaded
-        from lora_jax import quantised
+        from lora_jax import copying
 
-        quantised.refuse_occupied(into)
+        copying.refuse_occupied(into)
     folder = hub.model_folder(settings.get("model") or str(demo.FOLDER), settings.get("revision"))
     if into is not None:
         write(folder, into, chosen[0], search=not settings.get("fast"))
@@ -148,18 +148,17 @@ def write(folder: pathlib.Path, into: pathlib.Path, fmt: str, *, search: bool) -
 
     from lora_jax import quantised
 
-    copy = quantised.plan(folder, fmt)
+    copy = quantised.plan(folder, fmt, search=search)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed
     start = time.time()
     bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}
-    names = quantised.write(folder, into, copy, search=search)
+    names = quantised.write(folder, into, copy)
     with contextlib.closing(names):
         for _ in tqdm.tqdm(names, total=len(copy.parts), **bar):
             pass
-    before = sum(part.stored.num_bytes for part in copy.parts)
     after = sum(file.stat().st_size for file in into.glob("*.safetensors"))
-    console.say("wrote", f"{into}: {fmt}, {console.size(after)} of {console.size(before)}, in "
-                f"{time.time() - start:.1f} s")  # fmt: skip
+    sizes = f"{console.size(after)} of {console.size(copy.num_bytes)}"
+    console.say("wrote", f"{into}: {fmt}, {sizes}, in {time.time() - start:.1f} s")
     if copy.num_crossing:
         console.say("note", f"{copy.num_crossing} linear layers will be dense when loaded: their "
                     "inputs are no multiple of 64, so that blocks reach across rows")  # fmt: skip

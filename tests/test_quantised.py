@@ -19,7 +19,7 @@ import safetensors.numpy
 from cli import BASE, ROOT, metrics, refused, run, write_rows
 from flax import nnx
 
-from lora_jax import checkpoint, errors, formats, quantised, sharding, storage, tensorfiles
+from lora_jax import checkpoint, copying, errors, formats, quantised, sharding, storage, tensorfiles
 from lora_jax.models import quantisation as model_quantisation
 
 MODELS = ROOT / "tests" / "golden" / "models"
@@ -27,8 +27,8 @@ NF4 = MODELS / "stories260K-bnb-nf4"
 TINY = MODELS / "llama"
 
 
-def write(into, fmt, folder=TINY, **how):
-    return list(quantised.write(folder, into, quantised.plan(folder, fmt), **how))
+def write(into, fmt, folder=TINY, *, shard=copying.SHARD, **how):
+    return list(quantised.write(folder, into, quantised.plan(folder, fmt, **how), shard=shard))
 
 
 @pytest.mark.parametrize("fmt", formats.FORMATS)

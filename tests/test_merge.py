@@ -1,0 +1,201 @@
+"""Adapters folded into their base's folder: what other programs then load predicts the same."""
+
+import functools
+import gc
+import json
+import pathlib
+import weakref
+
+import cli
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from lora_jax import checkpoint, copying, demo, lora, merged, peft, sharding, tensorfiles
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+MODELS = GOLDEN / "models"
+ADAPTERS = {  # whose merged logits PEFT has told: its base
+    "lora_all_rslora": "llama",
+    "lora_dora": "llama_bias",
+    "lora_dora_embedding": "llama_tied_hd16",
+    "lora_embedding": "llama",
+    "lora_saved": "llama",
+    "lora_pissa": "llama",
+}
+
+
+def write(base, adapter, into, shard=copying.SHARD, **how):
+    plan = merged.plan(base, adapter, **how)
+    with copying.new_folder(into, 0) as written:
+        return list(merged.write(base, written, plan, shard=shard))
+
+
+def load(folder, **how):
+    one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+    return checkpoint.load(folder, dtype="float32", mesh=one, **how)
+
+
+def logits(model, golden):
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
+    found = run(state, *(jnp.asarray(golden[key]) for key in ("input_ids", "attention_mask")))
+    return np.where(golden["attention_mask"][..., None] == 1, found, 0)
+
+
+@functools.cache
+def golden_logits(name):
+    with np.load(GOLDEN / name / "eval_logits.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
+    base, golden = MODELS / ADAPTERS[name], golden_logits(name)
+    adapter = peft.read(GOLDEN / name / "final_adapter")
+    names = write(base, adapter, tmp_path / "merged", shard=30_000)
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    # PEFT changes the head that is tied to an embedding, too; here it is as it was.
+    tied = name == "lora_dora_embedding"
+    assert config["tie_word_embeddings"] is False and ("lm_head.weight" in names)
+    expected = golden["logits" if tied else "merged_logits"]
+    np.testing.assert_allclose(logits(load(tmp_path / "merged"), golden), expected, atol=1e-4)
+    files = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
+    index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
+    assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
+    dtypes = {stored.dtype for stored in tensorfiles.tensors(tmp_path / "merged").values()}
+    assert dtypes == {"F32"}
+
+
+@pytest.mark.parametrize("fmt", ["int4", "nf4-dq"])
+def test_onto_a_rounded_base_it_is_what_was_trained_there(fmt, tmp_path):
+    adapter = peft.read(GOLDEN / "lora_dora" / "final_adapter")
+    base, golden = MODELS / "llama_bias", golden_logits("lora_dora")
+    model = load(base, quantisation=fmt)
+    lora.attach(model, adapter)
+    write(base, adapter, tmp_path / "merged", quantisation=fmt)
+    found = logits(load(tmp_path / "merged"), golden)
+    np.testing.assert_allclose(found, logits(model, golden), atol=2e-4)
+    assert np.abs(found - golden["merged_logits"]).max() > 0.01  # it is not the original
+
+
+def test_a_checkpoint_of_bitsandbytes_is_dequantised_to_merge(tmp_path):
+    base = MODELS / "stories260K-bnb-nf4"
+    model = load(base)
+    config = lora.lora_config.LoRAConfig(rank=2)
+    lora.inject(model, config, rngs=nnx.Rngs(0))
+    for name in ("q_proj", "v_proj"):
+        B = getattr(model.model.layers.self_attn, name).lora_B
+        B.set_value(0.05 * jax.random.normal(jax.random.key(1), B.shape))
+    write(base, lora.collect(model, config), tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    ids = jnp.arange(3, 23)[None]
+    np.testing.assert_allclose(load(tmp_path / "merged")(ids), model(ids), atol=1e-4)
+
+
+def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
+    alive, value = [], tensorfiles.Stored.value
+
+    def watched(stored):
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) <= 1
+        array = value(stored)
+        alive.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(tensorfiles.Stored, "value", watched)
+    adapter = peft.read(GOLDEN / "lora_all_rslora" / "final_adapter")
+    names = write(MODELS / "llama", adapter, tmp_path / "merged")
+    assert len(alive) == len(names) > 20
+
+
+# ------------------------------------------------------------------------- the script
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder with an adapter of stories260K that has an effect."""
+    model = load(cli.BASE)
+    config = lora.lora_config.LoRAConfig(rank=2, targets=("q_proj", "down_proj"))
+    lora.inject(model, config, rngs=nnx.Rngs(0))
+    B = model.model.layers.mlp.down_proj.lora_B
+    B.set_value(0.2 * jax.random.normal(jax.random.key(1), B.shape))
+    peft.save(tmp_path / "adapter", model, config, base_model=str(cli.BASE))
+    return tmp_path / "adapter"
+
+
+def test_the_script_merges_compares_and_leaves_a_model_to_generate_with(adapter, tmp_path):
+    into = tmp_path / "merged"
+    ended = cli.run("merge", "--adapter", adapter, "--output-dir", into, "--prompt", "Tom has a")
+    assert ended.code == 0 and ended.err == "", ended
+    out = " ".join(ended.out.split())
+    assert "adapter 10 layers; changed most: model.layers." in out
+    assert "100.0% of" in out and "KL" in out and "(at most 0.01)" in out
+    names = {path.name for path in into.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json"} < names
+    flags = ("--prompt", "Once upon a time", "--max-new-tokens", 12)
+    plain = cli.run("generate", "--model", cli.BASE, *flags).out
+    with_adapter = cli.run("generate", "--adapter", adapter, *flags).out
+    assert cli.run("generate", "--model", into, *flags).out == with_adapter != plain
+
+
+def test_a_merge_that_predicts_otherwise_leaves_nothing(adapter, tmp_path, monkeypatch):
+    folded = merged._folded
+    monkeypatch.setattr(merged, "_folded", lambda name, source, own, scaling, base:
+                        folded(name, source, own, 2 * scaling, base))  # fmt: skip
+    message = cli.refused("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
+    assert "within 0.01 nats a token" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_ctrl_c_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merged, "_folded", interrupted)
+    ended = cli.run("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
+    assert ended.code == 130 and "Traceback" not in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
+    assert "no --adapter no --output-dir" in cli.refused("merge")
+    message = cli.refused("merge", "--adapter", adapter, "--output-dir", adapter)
+    assert "one that holds files" in message
+    flags = ("--adapter", adapter, "--output-dir", tmp_path / "merged")
+    message = cli.refused(
+        "merge", *flags, "--model", lora.__file__.rpartition("/")[0] + "/assets/demo"
+    )
+    assert "down_proj.lora_A has shape" in message
+    assert "--quant-fast with --quant none" in cli.refused("merge", *flags, "--quant-fast")
+
+
+def test_transformers_loads_what_was_merged(tmp_path):
+    """Live, where torch is there: the same logits as the model in JAX with its adapter."""
+    torch = pytest.importorskip("torch", reason="compares with torch: pip install torch")
+    transformers = pytest.importorskip("transformers")
+    for name in ("lora_dora_embedding", "lora_saved", "lora_dora"):
+        golden, into = golden_logits(name), tmp_path / name
+        adapter = peft.read(GOLDEN / name / "final_adapter")
+        write(MODELS / ADAPTERS[name], adapter, into, shard=30_000)
+        model = transformers.AutoModelForCausalLM.from_pretrained(into).eval()
+        ids, mask = (torch.tensor(golden[key], dtype=torch.long)
+                     for key in ("input_ids", "attention_mask"))  # fmt: skip
+        with torch.no_grad():
+            found = model(ids, attention_mask=mask).logits.numpy()
+        real = golden["attention_mask"] == 1
+        np.testing.assert_allclose(found[real], golden["logits"][real], atol=1e-4)
+
+
+def test_files_are_what_safetensors_reads(tmp_path):
+    adapter = peft.read(GOLDEN / "lora_all_rslora" / "final_adapter")
+    write(MODELS / "llama", adapter, tmp_path / "merged")
+    before, after = (safetensors.numpy.load_file(folder / "model.safetensors")
+                     for folder in (MODELS / "llama", tmp_path / "merged"))  # fmt: skip
+    assert before.keys() == after.keys()
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    changed = {f"{path}.weight" for path in adapter.factors}
+    assert same == before.keys() - changed and len(changed) == 21
