@@ -18,6 +18,7 @@ __all__ = [
     "optim",
     "peft",
     "quant",
+    "quantised",
     "sharding",
     "snapshot",
     "tokenizer",
