@@ -21,6 +21,7 @@ __all__ = [
     "optim",
     "peft",
     "quant",
+    "quantised",
     "sharding",
     "snapshot",
     "tokenizer",

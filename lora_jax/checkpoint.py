@@ -1,7 +1,7 @@
 """A Hugging Face folder of safetensors → a LLaMA on its devices, tensor by tensor.
 
-A tensor is read, sent to its device, and there transposed, cast or quantised into its place in
-the stacked array, before the next one is read: the float model never exists as a whole.
+A tensor is read, sent to its device, and there transposed, cast, quantised or unpacked into its
+place in the stacked array, before the next one is read: the float model never exists as a whole.
 """
 
 import collections
@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -123,24 +123,22 @@ def load(
     sources = collections.defaultdict(list)
     for name, slot in slots.items():
         sources[slot.path].append(_Source(slot.layer, weights.get(name) or stored[name]))
-    packs = {} if quantisation == "none" else {
-        path: pack
-        for path in sources
-        if path[-1] == "kernel" and path[-2] != "lm_head"
-        and (pack := _packing(path, sources[path], config, quantisation, search, mesh))
-    }  # fmt: skip
-    _check_shards(model, set(packs), mesh)
+    packed = {}
+    for path in filter(_is_linear, sources if quantisation != "none" else ()):
+        if pack := _packing(path, sources[path], config, quantisation, search, mesh):
+            packed[path] = pack
+    _check_shards(model, packed.keys(), mesh)
+    shapes = {slot.path: slot.shape for slot in slots.values()}
 
     def order(path):
         # The largest tensor first, while there is little beside it in memory. A bias last: a
         # quantised layer takes its linear layer's place, and then gets its bias.
-        return path[-1] == "bias", -math.prod(slots_of[path].shape)
+        return path[-1] == "bias", -math.prod(shapes[path])
 
-    slots_of = {slot.path: slot for slot in slots.values()}
     for path in sorted(sources, key=order):
         parent = functools.reduce(getattr, path[:-1], model)
-        if path in packs:
-            layer = _load_packed(parent, path, packs[path], mesh, residual)
+        if path in packed:
+            layer = _load_packed(parent, path, packed[path], mesh, residual)
             setattr(functools.reduce(getattr, path[:-2], model), path[-2], layer)
         else:
             variable = getattr(parent, path[-1])
@@ -163,8 +161,7 @@ def contents(
     weights = _check(stored, slots, config, folder)
     linears, others = {}, {}
     for name in sorted(slots, key=lambda name: slots[name].layer or 0):
-        path = slots[name].path
-        is_linear = path[-1] == "kernel" and path[-2] != "lm_head"
+        is_linear = _is_linear(slots[name].path)
         (linears if is_linear else others)[name] = weights.get(name) or stored[name]
     return linears, others
 
@@ -290,6 +287,11 @@ def _slots(model: llama.LlamaForCausalLM) -> dict[str, _Slot]:
     return slots
 
 
+def _is_linear(path: tuple[str, ...]) -> bool:
+    """Whether an array is a weight that may be quantised."""
+    return path[-1] == "kernel" and path[-2] != "lm_head"
+
+
 def _on_disk(path: tuple[str, ...], layer: int | None) -> tuple[str, ...]:
     """The path of one layer's module."""
     return path if layer is None else (*path[:2], str(layer), *path[2:])
@@ -332,17 +334,23 @@ def _check(stored, slots, config, folder) -> dict[str, storage.Weight]:
         if name in stored and stored[name].dtype not in tensorfiles.FLOATS
     ]
     if problems:
+        signs = any(name.endswith((".qweight", ".absmax", ".SCB")) for name in stored)
         raise errors.UserError(
             expected="the tensors that config.json describes",
             found=problems,
             where=str(folder),
-            do="check that config.json and the safetensors files belong together",
-        )
+            do="check that config.json and the safetensors files belong together"
+            + ("; it has no quantization_config, but they are quantised"
+               if signs and config.quantisation is None else ""),
+        )  # fmt: skip
     return {f"{module}.weight": weight for module, weight in found.weights.items()}
 
 
-def _check_shards(model: llama.LlamaForCausalLM, packed: set, mesh: Mesh) -> None:
-    """Raises UserError for every axis that the mesh cannot cut evenly. packed: paths of kernels."""
+def _check_shards(model: llama.LlamaForCausalLM, packed: Collection, mesh: Mesh) -> None:
+    """Raises UserError for every axis that the mesh cannot cut evenly.
+
+    packed: paths of the kernels that are padded first.
+    """
     problems = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         spec = sharding.of(path, len(variable.shape), mesh).spec
@@ -394,10 +402,10 @@ def _load_dense(variable, sources: list[_Source], where: NamedSharding, transpos
     return whole
 
 
-def _load_packed(linear, path, packing_: _Packing, mesh, residual) -> quant.QuantLinear:
+def _load_packed(linear, path, pack: _Packing, mesh: Mesh, residual) -> quant.QuantLinear:
     """linear with its kernel packed layer by layer; its bias is loaded later, as any array."""
     layers, rows, columns = linear.kernel.shape
-    form, parts = packing_
+    form, parts = pack
     shapes = form.shapes(rows, columns, sharding.input_shards(path[:-1], mesh))
     where = packing.Packed(
         *(
@@ -409,12 +417,12 @@ def _load_packed(linear, path, packing_: _Packing, mesh, residual) -> quant.Quan
         lambda s, w: jnp.zeros((layers, *s.shape), s.dtype, device=w), shapes, where
     )
     raw_where = sharding.of(path, 3, mesh)
-    for source, pack in parts:
+    for source, packed in parts:
         raw = source.read(raw_where, True)
         if residual is not None:
             raw = residual(".".join(_on_disk(path[:-1], source.layer)), raw)
         # Wait for each tensor: dispatch ahead of the quantiser would pile up float weights.
-        whole = jax.block_until_ready(_store_packed(whole, raw, source.layer, pack, where))
+        whole = jax.block_until_ready(_store_packed(whole, raw, source.layer, packed, where))
         del raw
         _return_freed_memory()
     return quant.QuantLinear(whole, linear, fmt=form.fmt)

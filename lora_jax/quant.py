@@ -21,6 +21,8 @@ class QuantWeight(stacked.Whole):
 class QuantLinear(nnx.Module):
     """y = x · dequantise(W) + b, with W frozen in one of formats.FORMATS.
 
+    fmt says what the codes mean; how many rows share a scale, the arrays themselves.
+
     Takes the place of `linear`, of which it keeps the bias, the dtype to compute in (None: x's),
     and what it needs to become dense again. Its arrays may carry a leading layer axis, as in a
     stacked module; it is then called with `layer` a scalar, and its packed arrays whole or sliced.

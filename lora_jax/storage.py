@@ -41,8 +41,11 @@ BNB_BLOCK = 64  # unless a quant_state says otherwise
 
 
 class Form(NamedTuple):
-    """What a packed weight consists of. group: the rows that share a scale, in float32 unless fmt
-    is nested; None: all is as formats.quantise makes it for fmt."""
+    """What a packed weight consists of.
+
+    group: the rows that share a scale, which is float32 unless fmt is nested; None: everything is
+    as formats.quantise makes it for fmt.
+    """
 
     fmt: str
     group: int | None = None
@@ -89,7 +92,7 @@ class Form(NamedTuple):
 class Recipe(NamedTuple):
     """How a weight [rows, columns] is stored: all that decides the program that unpacks it.
 
-    block: entries that share a scale on disk. form: what it becomes; None: it can but be dense.
+    block: entries that share a scale on disk. form: what it becomes; None: it can only be dense.
     """
 
     method: str
@@ -148,8 +151,11 @@ class Dequantise(NamedTuple):
 
 
 class Found(NamedTuple):
-    """weights: {module: Weight}. modules: all that are quantised, as they should or not; claimed:
-    names of the tensors that belong to them."""
+    """The quantised linear layers of a checkpoint.
+
+    weights: {module: Weight}, of those as they should be. modules: all of them. claimed: names of
+    the tensors that belong to them.
+    """
 
     weights: dict[str, Weight]
     modules: set[str]
@@ -255,6 +261,8 @@ def _survey_bitsandbytes(tensors, rows, columns, told) -> tuple[Weight | None, l
         return None, [f"{STATE}… is there {len(kinds)} times, expected once"]
     (kind,) = kinds
     name = STATE + kind
+    if tensors[name].dtype != "U8":
+        return None, [f"{name} has dtype {tensors[name].dtype}, expected U8"]
     try:
         state = json.loads(tensors[name].value().tobytes())
         problems = [f"{name}: {problem}" for problem in _wrong_state(state, kind, rows, columns)]

@@ -148,7 +148,7 @@ def quantisation(typed: dict[str, Any]) -> dict[str, Any]:
 
 def check_quant_fast(settings: dict[str, Any]) -> None:
     """Raises UserError where --quant-fast would have no effect."""
-    quant = settings.get("quant", "none")
+    quant = settings.get("quant", "none")  # or as the checkpoint: nothing is searched for, either
     if settings.get("quant_fast") and not quant.startswith("int4"):
         raise errors.UserError(
             expected="flags that have an effect",

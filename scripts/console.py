@@ -89,8 +89,8 @@ def dense_note(quant: str, model: Any) -> str:
     if not dense:
         return ""
     kinds = ", ".join(dict.fromkeys(path.split(".")[-1] for path in dense))
-    return (f"{len(dense)} of {total} linear layers are dense, as the checkpoint has them or "
-            f"since they cannot be packed as they are: {kinds}")  # fmt: skip
+    return (f"{len(dense)} of {total} linear layers are dense, left so by the checkpoint or in "
+            f"blocks that reach across rows: {kinds}")  # fmt: skip
 
 
 class Progress:

@@ -83,7 +83,7 @@ def test_onto_a_rounded_base_it_is_what_was_trained_there(fmt, tmp_path):
 
 
 def test_a_checkpoint_of_bitsandbytes_is_dequantised_to_merge(tmp_path):
-    base = MODELS / "stories260K-bnb-nf4"
+    base = GOLDEN / "quantised" / "stories260K-bnb-nf4"
     model = load(base)
     config = lora.lora_config.LoRAConfig(rank=2)
     lora.inject(model, config, rngs=nnx.Rngs(0))
@@ -166,9 +166,7 @@ def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", adapter)
     assert "one that holds files" in message
     flags = ("--adapter", adapter, "--output-dir", tmp_path / "merged")
-    message = cli.refused(
-        "merge", *flags, "--model", lora.__file__.rpartition("/")[0] + "/assets/demo"
-    )
+    message = cli.refused("merge", *flags, "--model", demo.FOLDER)
     assert "down_proj.lora_A has shape" in message
     assert "--quant-fast with --quant none" in cli.refused("merge", *flags, "--quant-fast")
 

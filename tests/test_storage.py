@@ -33,8 +33,8 @@ from lora_jax.models import quantisation as model_quantisation
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODELS = GOLDEN / "models"
-NF4, NF4_DQ = MODELS / "stories260K-bnb-nf4", MODELS / "stories260K-bnb-nf4-dq"
-STEPS = 8
+NF4, NF4_DQ = (GOLDEN / "quantised" / f"stories260K-bnb-{fmt}" for fmt in ("nf4", "nf4-dq"))
+STEPS = 5
 STATE = "weight.quant_state.bitsandbytes__"
 
 
@@ -170,22 +170,18 @@ def test_any_dtype_may_hold_the_bytes(tmp_path, held_as):
     np.testing.assert_array_equal(unpacked.astype(jnp.float32).T, golden["dequant"])
 
 
-@pytest.mark.parametrize(("folder", "quantisation"), [(NF4, "none"), (NF4_DQ, None)])
-def test_logits_are_those_of_bitsandbytes_weights(folder, quantisation):
-    with np.load(GOLDEN / f"{folder.name}.npz") as arrays:
+def test_logits_are_those_of_bitsandbytes_weights():
+    with np.load(NF4_DQ.with_name(f"{NF4_DQ.name}.npz")) as arrays:
         golden = dict(arrays)
-    model = load(folder, quantisation)
+    model = load(NF4_DQ)
     found = logits(model, golden["input_ids"])[:, golden["positions"]]
     np.testing.assert_allclose(found, golden["logits"], atol=2e-4)
-    left, total = checkpoint.dense_linears(model)
-    assert total == 35
-    if quantisation == "none":
-        assert len(left) == 35
-    else:  # blocks of 64 do not fit into its 172 inputs
-        assert left == [f"model.layers.{i}.mlp.down_proj" for i in range(5)]
-        assert model.model.layers.self_attn.q_proj.fmt == folder.name.partition("bnb-")[2]
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-        assert size == checkpoint.loaded_bytes(folder, dtype="float32", quantisation=None)
+    # Blocks of 64 do not fit into its 172 inputs.
+    expected = [f"model.layers.{i}.mlp.down_proj" for i in range(5)]
+    assert checkpoint.dense_linears(model) == (expected, 35)
+    assert model.model.layers.self_attn.q_proj.fmt == "nf4-dq"
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    assert size == checkpoint.loaded_bytes(NF4_DQ, dtype="float32", quantisation=None)
 
 
 def test_training_follows_pefts_losses_on_bitsandbytes_weights():
@@ -276,15 +272,15 @@ def test_the_derivative_with_rows_in_act_order(foreign):
 # On a mesh
 
 
-@pytest.mark.parametrize("name", ["stories260K-bnb-nf4-dq", "gptq-act-order", "awq"])
+@pytest.mark.parametrize("name", ["stories260K-bnb-nf4-dq", "gptq-act-order"])
 def test_a_mesh_holds_the_same_model(foreign, name):
     """Inputs cut in two, so padded to whole groups; each device reads its part."""
-    folder = MODELS / name if name.startswith("stories") else foreign(name)[0]
+    folder = NF4_DQ if name == NF4_DQ.name else foreign(name)[0]
     alone, dealt = load(folder), load(folder, mesh=(2, 2, 2))
     q = dealt.model.layers.self_attn.q_proj.q[...]
     assert q.sharding.spec == jax.P(None, "fsdp", "tensor")
     assert_same_weights(dealt, dense(alone))
-    if not name.startswith("stories"):
+    if folder != NF4_DQ:
         return
     ids = np.arange(32).reshape(4, 8) % 90
     with jax.set_mesh(mesh_of(2, 2, 2)):

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = pathlib.Path(__file__).parent
 MODELS = HERE / "models"
+QUANTISED = HERE / "quantised"
 NUM_NEW = 16
 MARGIN = 5e-3  # a greedy choice closer than this is not a fair test of float32
 VOCAB = 96
@@ -631,7 +632,7 @@ def make_lora_mixed(seed):
 
 def make_bnb(name, double):
     """stories260K as transformers saves it through bitsandbytes in NF4, and its logits."""
-    folder = MODELS / name
+    folder = QUANTISED / name
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -649,7 +650,7 @@ def make_bnb(name, double):
     logits = logits_of(dequantised(name), ids, np.ones_like(ids))
     positions = np.arange(3, ids.shape[1], 4)  # enough of them
     arrays = {"input_ids": ids, "positions": positions, "logits": logits[:, positions]}
-    save_npz(HERE / f"{name}.npz", arrays)
+    save_npz(QUANTISED / f"{name}.npz", arrays)
     print(f"{name}: {len(model.state_dict())} tensors, logits std {logits.std():.2f}")
 
 
@@ -660,7 +661,7 @@ def dequantised(name):
     """
     from bitsandbytes import functional
 
-    state = safetensors.torch.load_file(MODELS / name / "model.safetensors")
+    state = safetensors.torch.load_file(QUANTISED / name / "model.safetensors")
     dense = {}
     for key, weight in state.items():
         if f"{key}.absmax" in state:
