@@ -14,13 +14,24 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from lora_jax import adapted, errors, formats, low_rank, quant, selection, siblings, sites
+from lora_jax import (
+    adapted,
+    errors,
+    formats,
+    graft,
+    kinds,
+    low_rank,
+    quant,
+    selection,
+    siblings,
+    sites,
+)
 from lora_jax import adapter as host
 from lora_jax import config as lora_config
 from lora_jax import place as places
 from lora_jax.models import llama
 
-register = sites.register
+register = kinds.register
 
 
 @nnx.register_variable_name("lora", overwrite=True)
@@ -62,7 +73,7 @@ class LoRALayer(nnx.Module):
         dropped, bias = x, getattr(self, "bias", None)
         if self.lora_dropout and not self.deterministic:
             dropped = places.dropped(self.lora_dropout_key[...], self.lora_dropout, x)
-        how, packed = sites.layout_of(self), isinstance(self, quant.QuantLinear)
+        how, packed = kinds.layout_of(self), quant.packed_of(self)
         return adapted.output(
             how,
             sites.weight_shape(self),
@@ -70,7 +81,7 @@ class LoRALayer(nnx.Module):
             y,
             arrays(self),
             dropped=dropped,
-            weight=self.product if packed else how.matrix(sites.weight_of(self)[...]),
+            weight=packed.product if packed else how.matrix(kinds.weight_of(self)[...]),
             square=self.lora_square[...] if self.lora_square is not None else None,
             bias=None if bias is None else bias[...],
         )
@@ -199,7 +210,7 @@ def attach(
         _save_whole(whole, adapter.saved)
     for site in found:
         if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
-            weight = sites.weight_of(site.module)
+            weight = kinds.weight_of(site.module)
             turned = base if site.place.shape.kind == "embedding" else base.T
             weight.set_value(jnp.asarray(turned, weight.dtype))
 
@@ -232,7 +243,7 @@ def _adapt(site, choices, config, rngs, A, B, magnitude=None) -> None:
             do="leave it out of the targets",
         )
     has_switch = "deterministic" in vars(layer)
-    become(layer, LoRALayer)
+    graft.become(layer, LoRALayer)
     for name, array in zip(_names_of_factors(layer), (A, B), strict=True):
         setattr(layer, name, LoRAParam(array))
     scaling = places.scaling(site.place, choices)
@@ -241,7 +252,7 @@ def _adapt(site, choices, config, rngs, A, B, magnitude=None) -> None:
     if (mask := places.mask(site.place, choices)) is not None:
         layer.lora_mask = LoRAConstant(mask)
     if config.use_dora:
-        if isinstance(layer, quant.QuantLinear):
+        if quant.packed_of(layer):
             layer.lora_square = LoRAConstant(_each(low_rank.squares, site))
         length = _each(low_rank.lengths, site, *arrays(layer))
         if magnitude is not None:
@@ -256,23 +267,11 @@ def _adapt(site, choices, config, rngs, A, B, magnitude=None) -> None:
     layer.deterministic = True  # model.train() and model.eval() set this
 
 
-def become(layer: nnx.Module, kind: type[nnx.Module]) -> None:
-    """Makes `layer` an instance of `kind` as well, whose __call__ goes first."""
-    object.__setattr__(layer, "__class__", _both(kind, type(layer)))
-
-
-@functools.cache
-def _both(kind: type[nnx.Module], cls: type[nnx.Module]) -> type[nnx.Module]:
-    return type(f"{kind.__name__}[{cls.__name__}]", (kind, cls), {"__module__": cls.__module__})
-
-
 def _restore(layer: nnx.Module) -> None:
-    """The reverse of `become`: the layer is of its own class again, without what was added."""
+    """Makes the layer again what it was before it was adapted."""
     added = [name for name in vars(layer) if name.startswith("lora_") or name == "modules_to_save"]
     added += [] if getattr(layer, "lora_had_switch", True) else ["deterministic"]
-    for name in added:
-        delattr(layer, name)
-    object.__setattr__(layer, "__class__", type(layer).__mro__[2])
+    graft.leave(layer, *added)
 
 
 def _principal(site, choices, config, given) -> tuple[jax.Array, jax.Array]:
@@ -281,14 +280,14 @@ def _principal(site, choices, config, given) -> tuple[jax.Array, jax.Array]:
     if given is not None:
         factors = {name: host.Factors(*map(np.asarray, pair)) for name, pair in given.items()}
         return places.filled(place, choices, factors, False)[:2]
-    if isinstance(layer, quant.QuantLinear):
+    if packed := quant.packed_of(layer):
         raise errors.UserError(
             expected="weights as they were before they were rounded, to take PiSSA's A and B from",
-            found=f"a layer in {layer.fmt}",
+            found=f"a layer in {packed.fmt}",
             where=site.names[0],
             do="inject before quantising, or see lora.Principal",
         )
-    weight = sites.weight_of(layer)
+    weight = kinds.weight_of(layer)
     matrix = place.how.matrix(weight[...])
     A, B = places.principal(
         place,
@@ -356,7 +355,7 @@ def collect(
     saved = {name: array for whole in _saved(model) for name, array in whole.files()}
     for name, (site, _) in adapters(model).items():
         if selection.saves_base(name, config):
-            base = np.asarray(sites.weight_of(site.module)[...])
+            base = np.asarray(kinds.weight_of(site.module)[...])
             turned = base if site.place.shape.kind == "embedding" else base.T
             saved[f"{name}.base_layer.weight"] = turned
     return host.Adapter(selection.with_ranks(config, ranks), found, saved, base_model)
@@ -438,8 +437,12 @@ def merge(model: nnx.Module) -> None:
         merged = _each(low_rank.merged, site, *arrays(layer))
         if isinstance(layer, quant.QuantLinear):
             quant.replace(model, site.path, quant.as_linear(layer, merged))
+        elif isinstance(layer, quant.QuantLayer):
+            weight = site.place.how.tensor(merged, layer.quantised_shape)
+            _restore(layer)
+            quant.make_dense(layer, weight)
         else:
-            weight = sites.weight_of(layer)
+            weight = kinds.weight_of(layer)
             weight.set_value(site.place.how.tensor(merged, weight.shape).astype(weight.dtype))
             _restore(layer)
     for whole in wholes:
@@ -490,14 +493,14 @@ def arrays(layer: LoRALayer) -> tuple[jax.Array | np.ndarray, ...]:
 
 def _each(function: Callable, site: sites.Site, *arrays: jax.Array) -> jax.Array:
     """function(W, *arrays) for every layer of the site: W [K, N] is dense, one at a time."""
-    layer, lead = site.module, site.place.lead
+    layer, lead, quantised = site.module, site.place.lead, quant.packed_of(site.module)
 
     @jax.jit
     def each(weights, *arrays):
         def one(own):
             weight, *others = own
-            if isinstance(layer, quant.QuantLinear):
-                weight = formats.dequantise(weight, layer.fmt, layer.in_features)
+            if quantised:
+                weight = formats.dequantise(weight, quantised.fmt, quantised.in_features)
             return function(weight, *others)
 
         if not lead:
@@ -506,9 +509,9 @@ def _each(function: Callable, site: sites.Site, *arrays: jax.Array) -> jax.Array
         whole = lax.map(one, flat)
         return whole.reshape(*lead, *whole.shape[1:])
 
-    if isinstance(layer, quant.QuantLinear):
-        return each(layer.packed, *arrays)
-    return each(site.place.how.matrix(sites.weight_of(layer)[...]), *arrays)
+    if quantised:
+        return each(quantised.packed, *arrays)
+    return each(site.place.how.matrix(kinds.weight_of(layer)[...]), *arrays)
 
 
 # ---------------------------------------------------------------------------------- saved whole
@@ -574,7 +577,7 @@ def _wholes(model: nnx.Module, found: list[sites.Site], config) -> list[_Whole]:
         if not named or inside or not isinstance(node, nnx.Module):
             continue
         matched |= named
-        if any(isinstance(part, quant.QuantLinear) for _, part in nnx.iter_graph(node)):
+        if any(quant.packed_of(part) for _, part in nnx.iter_graph(node)):
             problems.append(f"{sites.dotted(path)} is quantised")
         depths = (d for prefix, d in stacks.items() if path[: len(prefix)] == prefix)
         taken.append(_Whole(path, node, next(depths, ())))
@@ -595,7 +598,7 @@ def _save_whole(whole: _Whole, given: Mapping[str, np.ndarray] | None = None) ->
         if isinstance(variable, nnx.Param):
             owner = functools.reduce(getattr, path[:-1], copied)
             setattr(owner, path[-1], LoRAParam(jnp.array(variable[...], jnp.float32)))
-    become(whole.module, SavedLayer)
+    graft.become(whole.module, SavedLayer)
     whole.module.modules_to_save = copied
     if given is not None:
         whole.fill(given)

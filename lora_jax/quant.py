@@ -7,7 +7,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax import errors, formats, siblings, stacked
+from lora_jax import errors, formats, graft, kinds, layout, siblings, stacked
 from lora_jax.kernels import int4_matmul, int8_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
@@ -74,6 +74,29 @@ class QuantLinear(nnx.Module):
         return int4_matmul.int4_matmul(x, packed, **how)
 
 
+class QuantLayer(nnx.Module):
+    """y = einsum(x, dequantise(W)) + b: what a layer that is no nnx.Linear becomes as well.
+
+    It keeps all but its weight. `quantised` is the matrix of it, see layout.py; `quantised_shape`
+    the weight's shape, with the axes of a stack first.
+    """
+
+    def __call__(self, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Float[Array, "..."]:
+        how, shape = kinds.layout_of(self), self.quantised_shape
+        dtype = getattr(self, "dtype", None) or x.dtype
+        y = how.multiply(x.astype(dtype), self.quantised.product, shape=shape)
+        if (bias := getattr(self, "bias", None)) is None:
+            return y
+        return y + how.spread(bias[...].reshape(-1).astype(y.dtype), y.ndim, shape)
+
+
+def packed_of(layer: nnx.Module) -> QuantLinear | None:
+    """What holds the layer's weight, if it is quantised."""
+    if isinstance(layer, QuantLayer):
+        return layer.quantised
+    return layer if isinstance(layer, QuantLinear) else None
+
+
 def quantise_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
     """The same layer with its kernel, [K, N] or stacked [L, K, N], quantised."""
     kernel = linear.kernel[...]
@@ -81,22 +104,54 @@ def quantise_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
     return QuantLinear(packed, linear, fmt=fmt)
 
 
-def quantise_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("lm_head",)) -> None:
-    """Puts a QuantLinear in the place of every nnx.Linear whose name is not in `exclude`.
+def quantise_layer(layer: nnx.Module, fmt: str) -> None:
+    """Makes a QuantLayer of a LinearGeneral, an Einsum or a layer of a registered kind."""
+    how, name = kinds.layout_of(layer), kinds.kind_of(type(layer)).weight
+    weight = getattr(layer, name)[...]
+    matrix = how.matrix(weight)
+    linear = nnx.eval_shape(
+        lambda: nnx.Linear(
+            *matrix.shape[-2:], use_bias=False, param_dtype=weight.dtype, rngs=nnx.Rngs(0)
+        )
+    )
+    linear.kernel = nnx.Param(matrix)
+    delattr(layer, name)
+    graft.become(layer, QuantLayer)
+    layer.quantised, layer.quantised_shape = quantise_linear(linear, fmt), weight.shape
 
-    Raises: UserError when there is none.
+
+def make_dense(layer: nnx.Module, weight: Float[Array, "..."]) -> None:
+    """The reverse of quantise_layer, with that weight."""
+    dtype = layer.quantised.param_dtype
+    graft.leave(layer, "quantised", "quantised_shape")
+    setattr(layer, kinds.kind_of(type(layer)).weight, nnx.Param(weight.astype(dtype)))
+
+
+def quantise_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("lm_head",)) -> None:
+    """Quantises every linear layer whose name is not in `exclude`: nnx.Linear, LinearGeneral, …
+
+    An nnx.Linear is replaced by a QuantLinear; others become a QuantLayer as well.
+    Raises: UserError when there is none, or one has an adapter already.
     """
-    linears = [
+    layers = [
         (path, node)
         for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Linear) and path and path[-1] not in exclude
-    ]
-    if not linears:
+        if (kind := kinds.kind_of(type(node))) and packed_of(node) is None
+        and isinstance(how := kind.layout(node), layout.Einsum) and not how.batch
+        and path and path[-1] not in exclude and "quantised" not in path
+    ]  # fmt: skip
+    adapted = [".".join(map(str, path)) for path, node in layers if hasattr(node, "lora_ranks")]
+    if not layers or adapted:
         raise errors.UserError(
-            expected="a model with an nnx.Linear to quantise", found="none", where=str(type(model))
+            expected="a model with linear layers to quantise, before they are adapted",
+            found=[f"{name} has an adapter" for name in adapted] or "none",
+            where=str(type(model)),
         )
-    for path, node in linears:
-        replace(model, path, quantise_linear(node, fmt))
+    for path, node in layers:
+        if isinstance(node, nnx.Linear):
+            replace(model, path, quantise_linear(node, fmt))
+        else:
+            quantise_layer(node, fmt)
 
 
 def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> None:
@@ -140,3 +195,6 @@ def as_linear(layer: QuantLinear, kernel: Float[Array, "*L d_in d_out"]) -> nnx.
 
 def _each_layer(function, weights, ndim: int):
     return function(weights) if ndim == 2 else lax.map(function, weights)
+
+
+kinds.KINDS[QuantLinear] = kinds.Kind("q", lambda _: layout.LINEAR)

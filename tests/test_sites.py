@@ -84,7 +84,7 @@ class Heads(nnx.Module):
         return jnp.einsum("btd,dnh->btnh", x, self.w[...]) + self.bias[...][None, None]
 
 
-sites.register(Heads, "btd,dnh->btnh", weight="w")
+lora.register(Heads, "btd,dnh->btnh", weight="w")
 
 
 class Layers(nnx.Module):
@@ -162,6 +162,33 @@ def test_every_kind_is_adapted_merged_saved_and_loaded(use_dora, tmp_path):
             change = np.linalg.norm(merged[...] - weight[...]) / np.linalg.norm(weight[...])
             if path[0] != "per_row":
                 assert change == pytest.approx(ratios[path[0]], rel=1e-3)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_every_kind_is_adapted_on_a_quantised_base(use_dora):
+    x, plain, model = rand(2, 4, 6), Layers(nnx.Rngs(0)), Layers(nnx.Rngs(0))
+    quant.quantise_model(model, "int4")
+    names = ("general", "back", "front", "einsum", "heads")
+    layers = [getattr(model, name) for name in names]
+    assert all(isinstance(layer, quant.QuantLayer) for layer in layers)
+    assert model.heads.bias is not None and not hasattr(model.heads, "w")
+    assert type(model.conv) is nnx.Conv and type(model.per_row) is nnx.LinearGeneral  # as they were
+    rounded = model(x)
+    assert 0.01 < np.abs(rounded - plain(x)).max() < 1
+
+    settings = adapted(model, use_dora=use_dora)
+    expected = model(x)
+    adapter = lora.collect(model, settings)
+    again = Layers(nnx.Rngs(0))
+    quant.quantise_model(again, "int4")
+    lora.attach(again, adapter)
+    np.testing.assert_allclose(again(x), expected, atol=1e-5)
+    lora.merge(model)
+    np.testing.assert_allclose(model(x), expected, atol=2e-3)
+    assert nnx.graphdef(model) == nnx.graphdef(plain)
+    adapted(model, targets=("back",))
+    with pytest.raises(errors.UserError, match="back has an adapter"):
+        quant.quantise_model(model, "int8")
 
 
 def test_the_layer_stays_what_it_was():
