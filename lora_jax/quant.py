@@ -90,7 +90,7 @@ class QuantLayer(nnx.Module):
         return y + how.spread(bias[...].reshape(-1).astype(y.dtype), y.ndim, shape)
 
 
-def packed_of(layer: nnx.Module) -> QuantLinear | None:
+def packed_of(layer: Any) -> QuantLinear | None:
     """What holds the layer's weight, if it is quantised."""
     if isinstance(layer, QuantLayer):
         return layer.quantised

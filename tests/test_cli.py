@@ -103,6 +103,13 @@ def test_targets_are_names_or_a_regex_or_all_linear(text, targets):
     assert settings("--targets", text)["targets"] == targets
 
 
+def test_layers_and_patterns_are_read():
+    found = settings("--layers", "0,3-5,4", "--rank-pattern", "a=b=2", "--rank-pattern", "c=3",
+                     "--modules-to-save", "lm_head, norm")  # fmt: skip
+    assert found["layers"] == (0, 3, 4, 5) and found["rank_pattern"] == {"a=b": 2, "c": 3}
+    assert found["modules_to_save"] == ("lm_head", "norm")
+
+
 def test_columns_are_pairs():
     assert settings("--columns", "prompt=question,completion=a=b")["columns"] == {
         "prompt": "question",
@@ -137,6 +144,11 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--lr nan", "--lr nan"),
         ("--lr -0.1", "--lr -0.1"),
         ("--lora-plus-ratio 0", "--lora-plus-ratio 0"),
+        ("--layers 3-1", "layer numbers such as 0,2 or 16-31 found: '3-1'"),
+        ("--rank-pattern down_proj", "REGEX=NUMBER, such as down_proj=4 found: 'down_proj'"),
+        ("--rank-pattern down_proj=0", "rank 0"),
+        ("--init-lora-weights olora", "init_lora_weights olora"),
+        ("--exclude (", "where: --exclude"),
         ("--warmup -1", "--warmup -1"),
         ("--weight-decay -1", "--weight-decay -1"),
         ("--clip -1", "--clip -1"),
