@@ -300,6 +300,27 @@ def test_when_one_asks_all_know_after_the_same_step(who):
     assert len(set(ended.out)) == 1 and (who or ended.out[0] == "7\n")
 
 
+def test_a_checkpoint_that_one_process_alone_cannot_read_ends_all(tmp_path):
+    ended = several(
+        "import os, pathlib\n"
+        "os.environ.pop('XLA_FLAGS'), setattr(distributed, '_GRACE', 0.2)\n"
+        "distributed.start(place)\n"
+        "import jax.numpy as jnp; from lora_jax import errors, sharding, snapshot, train\n"
+        "mesh = sharding.make_mesh({'data': 2, 'fsdp': 1, 'tensor': 1})\n"
+        "state = sharding.place(train.State({'lora_A': jnp.ones(4)}, {}, jnp.int32(3)), mesh)\n"
+        f"snapshots = snapshot.Snapshots(pathlib.Path({str(tmp_path)!r}), keep=1)\n"
+        "snapshots.save(state)\n"
+        "if number == 1: snapshots._saved = None\n"
+        "try: snapshots.restore(state)\n"
+        "except errors.UserError as error: distributed.end(2, str(error))\n"
+        "distributed.leave()\n",
+        processes=2,
+    )
+    assert ended.codes == [2, 2], ended.err
+    assert "a checkpoint that this process reads as process 0 does" in ended.err[0]
+    assert "step 3: TypeError" in ended.err[0]
+
+
 # ------------------------------------------------------------------------- launching
 
 
