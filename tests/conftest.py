@@ -1,6 +1,7 @@
 """Eight fake CPU devices, strict arithmetic and one compilation cache for every test."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -10,7 +11,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"  # the suite compiles much and computes little
+    # The suite compiles much and computes little: in half the time with these.
+    + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     # jaxlib 0.10.2: two fake devices may run independent collectives in different orders and wait
     # for each other for ever.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -24,3 +28,5 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers and what tests s
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# jax keeps very many objects, and to look through them all the time takes a tenth of it.
+gc.set_threshold(100_000, 50, 50)
