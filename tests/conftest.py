@@ -26,7 +26,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers and what tests s
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # jax keeps very many objects, and to look through them all the time takes a tenth of it.
 gc.set_threshold(100_000, 50, 50)
+
+
+@pytest.fixture(scope="session")
+def parent(tmp_path_factory):
+    """A process whose forks run the scripts."""
+    import forks
+
+    with forks.parent(tmp_path_factory.mktemp("parent")) as started:
+        yield started

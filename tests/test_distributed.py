@@ -6,13 +6,13 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 
 import cli
+import forks
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -26,65 +26,17 @@ FLAGS = (
     *("--model", cli.BASE, "--batch-size", 8, "--grad-accum", 2, "--remat", "none"),
     *("--rank", 2, "--dropout", 0.1, "--max-steps", STEPS, "--save-every", 2),
 )
-# argv[1:4]: a step, a signal that the process sends itself there, the script; then its flags.
-CODE = """
-import faulthandler, os, sys
-faulthandler.dump_traceback_later(90, exit=True)  # waiting for ever tells where
-sys.path.insert(0, "scripts")
-step, number, script = sys.argv[1:4]
-sys.argv[1:] = sys.argv[4:]
-import arguments, console
-show = console.Progress.show
-def shown(self, done, metrics):
-    show(self, done, metrics)
-    if done == int(step):
-        os.kill(os.getpid(), int(number))
-console.Progress.show = shown
-arguments.run(__import__(script).main)
-"""
-
-
-class Ended:
-    """Exit codes and what was printed, by process."""
-
-    def __init__(self, started):
-        said = [process.communicate(timeout=100) for process in started]
-        self.out, self.err = zip(*said, strict=True)
-        self.codes = [process.returncode for process in started]
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(parent):
     """start(flags, processes=2, signals={process: (step, signal)}): runs to the end."""
 
     def start(*flags, processes=2, signals=None, script="train"):
-        xla = re.sub(r"(device_count)=\d+", rf"\1={4 // processes}", os.environ["XLA_FLAGS"])
-        environment = os.environ | {"XLA_FLAGS": xla}
-        environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # which importing jax sets
-        together = ("--coordinator", f"localhost:{free_port()}", "--num-processes", processes)
-        started = []
-        for number in range(processes):
-            step, sent = (signals or {}).get(number, (0, 0))
-            own = (*together, "--process-id", number) if processes > 1 else ()
-            command = [sys.executable, "-c", CODE, step, int(sent), script, *flags, *own]
-            started.append(
-                subprocess.Popen(
-                    list(map(str, command)), cwd=cli.ROOT, env=environment, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )
-            )  # fmt: skip
-        try:
-            return Ended(started)
-        finally:
-            for process in started:
-                process.kill()
+        how = {"processes": processes, "devices": 4 // processes, "signals": signals}
+        return parent.together(script, *flags, **how)
 
     return start
-
-
-def free_port():
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +122,7 @@ def test_generating_in_two_processes(whole, start):
 
 def test_a_folder_that_process_0_is_refused_ends_both(whole, start, data):
     ended = start(*FLAGS, *data, "--output-dir", whole)
-    assert ended.codes == [2, 2] and ended.out == ("", "")
+    assert ended.codes == [2, 2] and ended.out == ["", ""]
     assert "a folder with files in it" in ended.err[0] and ended.err[0].count("error:") == 1
     assert ended.err[1] == ""
 
@@ -225,7 +177,7 @@ def test_only_a_cluster_with_many_processes_is_joined(monkeypatch, environment, 
 
 
 def test_processes_that_do_not_come_are_named():
-    address = f"localhost:{free_port()}"
+    address = f"localhost:{forks.free_port()}"
     with pytest.raises(errors.UserError, match="no process 1, 2"):
         distributed.start(distributed.Place(address, 3, 0), wait=0.2)
     with pytest.raises(errors.UserError, match="Connection refused"):
@@ -233,7 +185,7 @@ def test_processes_that_do_not_come_are_named():
 
 
 def test_a_process_that_is_there_twice_is_refused():
-    address, refused = f"localhost:{free_port()}", []
+    address, refused = f"localhost:{forks.free_port()}", []
 
     def join():
         with pytest.raises(errors.UserError) as error:
@@ -263,13 +215,15 @@ def several(code, processes=3):
         "import faulthandler, sys, time; from lora_jax import distributed\n"
         "faulthandler.dump_traceback_later(60, exit=True)\n"
         "number = int(sys.argv[1])\n"
-        f"place = distributed.Place('localhost:{free_port()}', {processes}, number)\n"
+        f"place = distributed.Place('localhost:{forks.free_port()}', {processes}, number)\n"
     )
-    return Ended([
+    started = [
         subprocess.Popen([sys.executable, "-c", beginning + code, str(number)], cwd=cli.ROOT,
                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for number in range(processes)
-    ])  # fmt: skip
+    ]  # fmt: skip
+    out, err = zip(*(process.communicate(timeout=100) for process in started), strict=True)
+    return forks.Ended([process.returncode for process in started], list(out), list(err))
 
 
 def test_one_process_s_error_ends_all_and_is_told_by_process_0():
@@ -281,7 +235,7 @@ def test_one_process_s_error_ends_all_and_is_told_by_process_0():
         "time.sleep(60)\n"
     )
     assert ended.codes == [2, 2, 2], ended.err
-    assert ended.err == ("process 1 of 3:\nno such model\n", "", "")
+    assert ended.err == ["process 1 of 3:\nno such model\n", "", ""]
     assert time.monotonic() - began < 20
 
 

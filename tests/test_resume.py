@@ -24,12 +24,6 @@ FLAGS = (*MODEL, "--batch-size", 8, "--grad-accum", 2, "--max-steps", STEPS,
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    with forks.parent(tmp_path_factory.mktemp("parent")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return cli.write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 40)
 
