@@ -4,13 +4,14 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
 
 from lora_jax import config, data, generate, hlo, optim, sharding, train
 
-STEPS, ROWS, MICRO_BATCHES, LAYERS = 20, 32, 4, 3
+STEPS, ROWS, MICRO_BATCHES, LAYERS = 10, 32, 4, 3
 TOKENS = 20  # which is no dimension of a weight, so that activations are known by it
 MESHES = {
     "1·1·1": {"data": 1, "fsdp": 1, "tensor": 1},
@@ -32,23 +33,31 @@ def make_batch(index, micro_batches):
     return train.Batch(*(a.reshape(micro_batches, -1, TOKENS) for a in (ids, labels, mask)))
 
 
-def load(mesh, **how):
-    graphdef, *parts = train.split(test_train.make_model(mesh, "int4", **how))
-    return graphdef, *sharding.place(parts, mesh)
+@functools.cache
+def load(name, targets=test_train.TARGETS):
+    mesh = sharding.make_mesh(MESHES[name])
+    with jax.set_mesh(mesh):
+        model = test_train.make_model(mesh, "int4", dropout=0.1, targets=targets)
+        graphdef, *parts = train.split(model)
+        return mesh, graphdef, *sharding.place(parts, mesh)
+
+
+def start(trained, mesh):
+    """A state that a step may take over."""
+    state = train.start(jax.tree.map(jnp.copy, trained), optim.make(test_train.ADAM, STEPS))
+    return sharding.place(state, mesh)
 
 
 @functools.cache
 def trained_on(name):
-    """(losses of 20 steps, the step's program, the shapes of its packed words) on a mesh.
+    """(losses of all steps, the step's program, the shapes of its packed words) on a mesh.
 
     One device takes the 32 rows at once, the others 8 at a time.
     """
-    mesh = sharding.make_mesh(MESHES[name])
+    mesh, graphdef, trained, frozen = load(name)
     micro_batches = 1 if name == "1·1·1" else MICRO_BATCHES
     with jax.set_mesh(mesh):
-        graphdef, trained, frozen = load(mesh, dropout=0.1)
-        state = train.start(trained, optim.make(test_train.ADAM, STEPS))
-        state = sharding.place(state, mesh)
+        state = start(trained, mesh)
 
         def batch_at(index):
             return jax.device_put(make_batch(index, micro_batches), sharding.batch(mesh))
@@ -83,12 +92,10 @@ def test_an_adapter_on_the_head_takes_the_same_step():
     """Its logits are dealt out over tensor, and are not computed chunk by chunk."""
     found = []
     for name in ("1·1·1", "2·2·2"):
-        mesh = sharding.make_mesh(MESHES[name])
+        mesh, graphdef, trained, frozen = load(name, ("lm_head",))
         with jax.set_mesh(mesh):
-            graphdef, trained, frozen = load(mesh, targets=("lm_head",))
-            state = sharding.place(train.start(trained, optim.make(test_train.ADAM, 1)), mesh)
             batch = jax.device_put(make_batch(0, 1), sharding.batch(mesh))
-            _, metrics = test_train.make_step(graphdef)(state, frozen, batch)
+            _, metrics = test_train.make_step(graphdef)(start(trained, mesh), frozen, batch)
             found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     np.testing.assert_allclose(*found, rtol=1e-5)
 
@@ -133,12 +140,11 @@ def test_no_weight_is_gathered_over_tensor(name):
 
 
 def generated_on(name, temperature):
-    mesh = sharding.make_mesh(MESHES[name])
+    mesh, graphdef, trained, frozen = load(name)
     sampling = config.Sampling(max_new_tokens=8, temperature=temperature, top_k=20, top_p=0.95)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, test_train.VOCAB, length).tolist() for length in range(2, 10)]
     with jax.set_mesh(mesh):
-        graphdef, trained, frozen = load(mesh)
         run = generate.make(graphdef, sampling, eos_ids=(2,))
         rows = jax.device_put(generate.pad_left(prompts), sharding.rows(len(prompts), mesh))
         return np.asarray(run(trained, frozen, *rows, jax.random.key(0)))
