@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -31,6 +32,16 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # jax keeps very many objects, and to look through them all the time takes a tenth of it.
 gc.set_threshold(100_000, 50, 50)
+
+# A module stays on one worker, for what its tests share. The longest are begun first, so that the
+# workers end together.
+LONGEST = ("distributed", "job", "resume", "mesh", "plan", "checkpoint", "train", "int4_matmul",
+           "generate", "lora", "formats", "quant", "peft", "models", "demo")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(pathlib.Path(item.path).name, len(order)))
 
 
 @pytest.fixture(scope="session")
