@@ -143,6 +143,9 @@ def start(place: Place | None, wait: float = WAIT) -> None:
 
     # On CPUs, programs in flight at once may meet in different orders in their collectives.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # jax's own way to stop all after the same step, which `anyone` replaces: Orbax asks it, too,
+    # from a thread and for the step that it has written, which sets the count of steps back.
+    jax.config.update("jax_enable_preemption_service", False)
     _end_when_aborted(group)
     jax.distributed.initialize(
         place.coordinator,
@@ -179,20 +182,12 @@ def same(name: str, value: Any) -> None:
         )
 
 
-def preempted(step: int) -> bool:
-    """Whether all are to stop after this step, since one of them got SIGTERM. Asked each step."""
-    if _group is None:
-        return False
-    from jax.experimental import multihost_utils
+def anyone(asks: bool) -> bool:
+    """Whether a process asks, or has asked before: the same in all; all must call it.
 
-    return multihost_utils.reached_preemption_sync_point(step)
-
-
-def ask_to_stop() -> bool:
-    """Has `preempted` become true soon, in all processes; False: this process is alone."""
-    if _group is not None:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return _group is not None
+    What the others ask process 0 may hear of in time for the next call only.
+    """
+    return asks if _group is None else _group.anyone(asks)
 
 
 def when_lost(advice: str) -> None:
@@ -335,14 +330,16 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 class _Group:
     """The connections of this process, and a thread that listens to them.
 
-    From process 0: {"told": value}, {"end": code}, {"bye": true}. To it: {"failed": code, "text":
-    …} and {"bye": true}. A connection that closes without a word is a process that was lost.
+    From process 0: {"told": value}, {"end": code}, {"bye": true}. To it: {"asks": true},
+    {"failed": code, "text": …} and {"bye": true}. A connection that closes without a word is a
+    process that was lost.
     """
 
     def __init__(self, place: Place, sockets: dict[int, socket.socket]):
         self.place, self.advice = place, "start all processes again"
         self._sockets = sockets
         self._told: queue.Queue = queue.Queue()
+        self._asked = False  # by this process or, in process 0, by any
         self._silent = set(sockets)  # those that have not said that they end
         self._all_said_bye = threading.Event()
         self._failure: tuple[float, int, str] | None = None  # when it is told, code, text
@@ -361,6 +358,13 @@ class _Group:
             return self._told.get()
         self._send({"told": value})
         return json.loads(json.dumps(value))  # the same types in all
+
+    def anyone(self, asks: bool) -> bool:
+        if asks and not self._asked:
+            self._asked = True
+            if not self._leads:
+                self._send({"asks": True})
+        return self.told(self._asked)
 
     def end(self, code: int, text: str, sure: bool) -> NoReturn:
         if self._leads:
@@ -415,6 +419,8 @@ class _Group:
     def _hear(self, who: int, message: dict[str, Any]) -> None:
         if "told" in message:
             self._told.put(message["told"])
+        elif "asks" in message:
+            self._asked = True
         elif "end" in message:
             self._exit(message["end"], "")
         elif "bye" in message:

@@ -45,6 +45,13 @@ class Snapshots:
             lightweight_initialize=True,  # else a damaged file ends it here
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        # Reads without the others: the manager's restore ends with a meeting of all, to which a
+        # process that could not read does not come.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
+        )
         for step in self._manager.all_steps() if keep_best else ():
             with contextlib.suppress(Exception):  # damaged: told when it is restored
                 self._note(step, self._saved(step)["eval_loss"])
@@ -89,7 +96,6 @@ class Snapshots:
 
     def best(self, like: train.State) -> tuple[train.State, dict[int, str]]:
         """As `restore`, of the checkpoints with a held-out loss, the one with the least first."""
-        self.wait()
         return self._first(sorted(self.losses, key=self.losses.__getitem__), like)
 
     def drop(self, steps: Iterable[int]) -> None:
@@ -105,6 +111,7 @@ class Snapshots:
 
     def _first(self, steps: Sequence[int], like: train.State) -> tuple[train.State, dict[int, str]]:
         """(the first state of `steps` that can be read, {step: what is wrong} of those before)."""
+        self.wait()
         tree, damaged = like._asdict(), {}
         for step in distributed.told(steps):
             problem = None
@@ -141,7 +148,7 @@ class Snapshots:
 
     def _saved(self, step: int) -> dict[str, Any]:
         part = ocp.args.Composite(**{_SAVED: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=part)[_SAVED]
+        return self._reader.restore(self._folder / str(step), args=part)[_SAVED]
 
     def _read(self, step: int, like: Any) -> Any:
         """The arrays of a checkpoint in this host's memory. Raises: whatever is wrong with it."""
@@ -158,7 +165,7 @@ class Snapshots:
             tensorstore.open({"driver": "zarr", "kvstore": where}).result().read().result()
         empty = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
         part = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(empty)})
-        return self._manager.restore(step, args=part)[_STATE]
+        return self._reader.restore(self._folder / str(step), args=part)[_STATE]
 
     def _note(self, step: int, loss: float | None) -> None:
         if self._keep_best and loss is not None and math.isfinite(loss):

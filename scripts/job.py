@@ -308,7 +308,8 @@ class Job:
                     if last:  # before its checkpoint: a run resumed there has these to show
                         record["samples"]["after"] = answers
                         self.folder.write_run(record)
-                stopping = stop.after(number)  # once: what ends the loop must have been saved
+                # Once: what ends the loop must have been saved.
+                stopping = distributed.anyone(stop.asked)
                 due = number % self.settings["save_every"] == 0
                 due |= loss is not None and bool(self.settings.get("keep_best"))
                 if last or stopping or due:
@@ -531,16 +532,9 @@ class Stop:
         self.code = distributed.RESTART
 
     def __enter__(self) -> "Stop":
-        # In one of many processes SIGTERM is jax's, for distributed.preempted.
-        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        numbers = signal.SIGINT, signal.SIGTERM
         self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
-
-    def after(self, step: int) -> bool:
-        """Whether to stop after this step, asked once each step."""
-        if jax.process_count() > 1:
-            return distributed.preempted(step)
-        return self.asked
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
@@ -550,7 +544,7 @@ class Stop:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        if not distributed.ask_to_stop() and number == signal.SIGINT:
+        if number == signal.SIGINT and jax.process_count() == 1:
             self.code = 130
         # print() may not be entered again from a signal handler.
         os.write(2, b"\nstopping after this step, to save; again to stop at once\n")

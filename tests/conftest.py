@@ -1,7 +1,9 @@
 """Eight fake CPU devices, strict arithmetic and one compilation cache for every test."""
 
 import atexit
+import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -10,7 +12,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"  # the suite compiles much and computes little
+    # The suite compiles much and computes little: in half the time with these.
+    + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     # jaxlib 0.10.2: two fake devices may run independent collectives in different orders and wait
     # for each other for ever.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -22,5 +27,27 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers and what tests s
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# jax keeps very many objects, and to look through them all the time takes a tenth of it.
+gc.set_threshold(100_000, 50, 50)
+
+# A module stays on one worker, for what its tests share. The longest are begun first, so that the
+# workers end together.
+LONGEST = ("distributed", "job", "resume", "mesh", "plan", "checkpoint", "train", "int4_matmul",
+           "generate", "lora", "formats", "quant", "peft", "models", "demo")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(pathlib.Path(item.path).name, len(order)))
+
+
+@pytest.fixture(scope="session")
+def parent(tmp_path_factory):
+    """A process whose forks run the scripts."""
+    import forks
+
+    with forks.parent(tmp_path_factory.mktemp("parent")) as started:
+        yield started

@@ -1,29 +1,42 @@
-"""Runs of scripts/train.py that may be killed: forks of a process that has imported everything.
+"""Runs of scripts that may be killed: forks of a process that has imported everything.
 
 Importing takes longer than such a run. The parent has opened no device, so that each fork has its
 own, and as many as it is asked for.
 """
 
 import contextlib
+import dataclasses
+import faulthandler
 import json
 import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cli
 
 
+@dataclasses.dataclass
+class Ended:
+    """Exit codes (or −signal) and what was printed, by process."""
+
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+
+
 class Parent:
-    """A process that has imported jax, datasets, … and forks a run for each request."""
+    """A process that has imported jax, datasets, … and forks runs for each request."""
 
     def __init__(self, process: subprocess.Popen, folder: pathlib.Path):
-        self._process, self._log = process, folder / "log.txt"
+        self._process, self._folder = process, folder
 
     def train(
         self, *flags: object, devices: int = 8, kill: dict[str, Any] | None = None
@@ -33,14 +46,51 @@ class Parent:
         kill: when to send SIGKILL: `delay` seconds after the run has shown `steps` steps, at the
         latest when it has shown 2 more.
         """
-        request = {"flags": list(map(str, flags)), "devices": devices, "kill": kill}
-        print(json.dumps(request | {"log": str(self._log)}), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline()), self._log.read_text()
+        log = str(self._folder / "log.txt")
+        run = {"script": "train", "flags": flags, "logs": [log, log]}
+        (code,) = self._fork([run], devices, kill)
+        return code, pathlib.Path(log).read_text()
+
+    def together(
+        self,
+        script: str,
+        *flags: object,
+        processes: int,
+        devices: int,
+        signals: Mapping[int, tuple[int, int]] | None = None,
+    ) -> Ended:
+        """How processes ended that ran `SCRIPT.py FLAGS` as one, each with so many devices.
+
+        signals: {process: (step, signal)}, which it sends itself when it has shown that step.
+        """
+        many = ("--coordinator", f"localhost:{free_port()}", "--num-processes", processes)
+        runs = [
+            {
+                "script": script,
+                "flags": (*flags, *many, "--process-id", number) if processes > 1 else flags,
+                "logs": [str(self._folder / f"{stream}{number}.txt") for stream in ("out", "err")],
+                "signal": (signals or {}).get(number),
+            }
+            for number in range(processes)
+        ]
+        codes = self._fork(runs, devices)
+        logs = zip(*(run["logs"] for run in runs), strict=True)
+        return Ended(codes, *([pathlib.Path(log).read_text() for log in each] for each in logs))
+
+    def _fork(self, runs: list[dict[str, Any]], devices: int, kill: Any = None) -> list[int]:
+        request = {"runs": runs, "devices": devices, "kill": kill}
+        print(json.dumps(request, default=str), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 @contextlib.contextmanager
 def parent(folder: pathlib.Path) -> Iterator[Parent]:
-    """Starts one; it writes its log in `folder`."""
+    """Starts one; it writes its logs in `folder`."""
     process = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(cli.ROOT)},
@@ -63,39 +113,71 @@ def _serve() -> None:
     import arguments
     import console
     import datasets  # noqa: F401
-    import jax
+    import generate  # noqa: F401
     import job  # noqa: F401
-    import train
+    import train  # noqa: F401
     import transformers  # noqa: F401
 
     console.PLAIN_LINES = 1000  # show every step
     warnings.simplefilter("ignore")  # jax warns of forks
     for line in sys.stdin:
-        request = json.loads(line)
-        pathlib.Path(request["log"]).write_text("")
-        if child := os.fork():
-            status = _wait(child, request["kill"], pathlib.Path(request["log"]))
-            print(status, flush=True)
-            continue
-        with open(request["log"], "w") as log, open(os.devnull) as nothing:
-            for number, file in enumerate((nothing, log, log)):
-                os.dup2(file.fileno(), number)
-        jax.config.update("jax_num_cpu_devices", request["devices"])
-        sys.argv = ["train.py", *request["flags"]]
-        code: Any = 1
-        try:
-            arguments.run(train.main)
-        except SystemExit as ended:
-            code = ended.code
-        finally:
-            sys.stdout.flush()
-            os._exit(code or 0)
+        request, children = json.loads(line), []
+        for run in request["runs"]:
+            for log in run["logs"]:
+                pathlib.Path(log).write_text("")
+            child = os.fork()
+            if not child:
+                _run(run, request["devices"], arguments, console)
+            children.append(child)
+        log = pathlib.Path(request["runs"][0]["logs"][0])
+        if request["kill"]:
+            _kill(children[0], request["kill"], log)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(ended), flush=True)
 
 
-def _wait(child: int, kill: dict[str, Any] | None, log: pathlib.Path) -> int:
-    """Kills it when it is due; waits for its end."""
+def _run(run: dict[str, Any], devices: int, arguments: Any, console: Any) -> None:
+    """Runs a script in this fork, and ends it."""
+    import jax
+
+    with contextlib.ExitStack() as files:
+        streams = [files.enter_context(open(log, "a")) for log in run["logs"]]
+        nothing = files.enter_context(open(os.devnull))
+        for number, file in enumerate((nothing, *streams)):
+            os.dup2(file.fileno(), number)
+    faulthandler.dump_traceback_later(120, exit=True)  # waiting for ever tells where
+    if run.get("signal"):
+        _send_itself(console.Progress, *run["signal"])
+    jax.config.update("jax_num_cpu_devices", devices)
+    sys.argv = [f"{run['script']}.py", *map(str, run["flags"])]
+    code: Any = 1
+    try:
+        arguments.run(sys.modules[run["script"]].main)
+    except SystemExit as ended:
+        code = ended.code
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code or 0)
+
+
+def _send_itself(progress: Any, step: int, number: int) -> None:
+    """Has this process send itself a signal when it has shown `step`."""
+    show = progress.show
+
+    def shown(self, done, metrics):
+        show(self, done, metrics)
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    progress.show = shown
+
+
+def _kill(child: int, kill: dict[str, Any], log: pathlib.Path) -> None:
+    """Kills it when it is due, unless it ends before."""
     due = None
-    while kill and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         shown = log.read_text().count(": loss ")
         if due is None and shown >= kill["steps"]:
             due = time.monotonic() + kill["delay"]
@@ -103,10 +185,10 @@ def _wait(child: int, kill: dict[str, Any] | None, log: pathlib.Path) -> int:
             os.kill(child, signal.SIGKILL)
             break
         time.sleep(0.002)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
     flags = os.environ["XLA_FLAGS"].split()
     os.environ["XLA_FLAGS"] = " ".join(f for f in flags if "device_count" not in f)
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as a script does before it imports jax
     _serve()

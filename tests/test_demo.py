@@ -72,9 +72,14 @@ def test_pretraining_never_shows_a_json_object():
 
 def test_every_token_of_the_answers_occurs_in_pretraining():
     tokenizer = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    seen = {i for encoded in tokenizer.encode_batch(documents()) for i in encoded.ids}
     answers = [row["completion"] for row in read("train.jsonl") + read("eval.jsonl")]
-    assert {i for encoded in tokenizer.encode_batch(answers) for i in encoded.ids} <= seen
+    missing = {i for encoded in tokenizer.encode_batch(answers) for i in encoded.ids}
+    for first in range(0, len(documents()), 1000):
+        some = tokenizer.encode_batch(documents()[first : first + 1000])
+        missing -= {i for encoded in some for i in encoded.ids}
+        if not missing:
+            return
+    raise AssertionError(f"never seen: {missing}")
 
 
 @pytest.mark.parametrize(

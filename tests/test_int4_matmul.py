@@ -25,6 +25,10 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def float64(array):
+    return np.asarray(array, np.float64)
+
+
 @functools.cache
 def packed_weight(fmt, rows, columns):
     if fmt == "asymmetric":
@@ -33,7 +37,7 @@ def packed_weight(fmt, rows, columns):
         levels = draw.integers(0, 16, (padded, columns)).astype(np.uint8)
         scale = (draw.integers(2, 26, (groups, columns)) / 256).astype(np.float32)
         zero = draw.integers(0, 16, (groups, columns)).astype(np.float32)
-        return formats.asymmetric(*map(jnp.asarray, (levels, scale, zero)))
+        return jax.jit(formats.asymmetric)(levels, scale, zero)
     return formats.quantise(jnp.asarray(normal(0, rows, columns)), fmt)
 
 
@@ -81,26 +85,26 @@ def multiply(fmt, **how):
     return lambda x, packed: int4_matmul.int4_matmul(x, packed, **how)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_vjp(function, x, packed, dy):
+    y, vjp = jax.vjp(lambda x: function(x, packed), x)
+    return y, *vjp(dy)
+
+
 def check(fmt, lead, rows, columns, dtype, **how):
     """Value and derivative against float64 products with the dequantised weight."""
     packed = packed_weight(fmt, rows, columns)
-    x = jnp.asarray(normal(1, *lead, rows)).astype(dtype)
-    dy = jnp.asarray(normal(2, *lead, columns)).astype(dtype)
+    x = jnp.asarray(normal(1, *lead, rows), dtype)
+    dy = jnp.asarray(normal(2, *lead, columns), dtype)
 
-    @jax.jit
-    def value_and_vjp(x, packed, dy):
-        y, vjp = jax.vjp(lambda x: multiply(fmt, **how)(x, packed), x)
-        return y, *vjp(dy)
-
-    y, dx = value_and_vjp(x, packed, dy)
+    y, dx = value_and_vjp(multiply(fmt, **how), x, packed, dy)
     weight = reference(packed, fmt, rows)
-    for found, operand, matrix in ((y, x, weight), (dx, dy, weight.T)):
-        operand = np.asarray(operand.astype(jnp.float32), np.float64)
+    for found, operand, matrix in ((y, float64(x), weight), (dx, float64(dy), weight.T)):
         expected = operand @ matrix
         assert found.shape == expected.shape and found.dtype == dtype
         # Relative to the sizes that were summed: a sum may cancel, its rounding does not.
         size = np.linalg.norm(operand, axis=-1, keepdims=True) * np.linalg.norm(matrix, axis=0)
-        error = np.abs(np.asarray(found.astype(jnp.float32)) - expected)
+        error = np.abs(float64(found) - expected)
         assert (error <= TOLERANCE[dtype] * size).all()
 
 
@@ -167,7 +171,8 @@ def test_the_weight_has_no_gradient(fmt):
 def test_the_derivative_keeps_the_packed_weight_and_nothing_else(fmt):
     packed = packed_weight(fmt, 64, 24)
     x = jnp.asarray(normal(1, 5, 64))
-    _, vjp = jax.vjp(lambda x: multiply(fmt)(x, packed), x)
+    derivative = lambda x, packed: jax.vjp(lambda x: multiply(fmt)(x, packed), x)[1]  # noqa: E731
+    vjp = jax.eval_shape(derivative, x, packed)
     kept = {(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(vjp) if leaf.ndim}
     assert kept == {(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(packed)}
 
@@ -253,9 +258,9 @@ def test_what_does_not_fit_is_an_error(change, match):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_dense_matmul_value_and_derivatives(dtype, out_dtype):
     """Both gradients; bfloat16 operands accumulate in float32 also on the way back."""
-    x = jnp.asarray(normal(1, 2, 7, 40)).astype(dtype)
+    x = jnp.asarray(normal(1, 2, 7, 40), dtype)
     w = jnp.asarray(normal(2, 40, 9))  # float32, as A and B are
-    dy = jnp.asarray(normal(3, 2, 7, 9)).astype(out_dtype or dtype)
+    dy = jnp.asarray(normal(3, 2, 7, 9), out_dtype or dtype)
 
     @jax.jit
     def value_and_vjp(x, w, dy):
@@ -264,10 +269,10 @@ def test_dense_matmul_value_and_derivatives(dtype, out_dtype):
 
     y, dx, dw = value_and_vjp(x, w, dy)
     assert y.dtype == (out_dtype or dtype) and dx.dtype == dtype and dw.dtype == jnp.float32
-    x64, w64, dy64 = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, w, dy))
+    x64, w64, dy64 = map(float64, (x, w, dy))
     expected = (x64 @ w64, dy64 @ w64.T, np.einsum("btk,btn->kn", x64, dy64))
     for found, value in zip((y, dx, dw), expected, strict=True):
-        error = np.linalg.norm(np.asarray(found.astype(jnp.float32)) - value)
+        error = np.linalg.norm(float64(found) - value)
         assert error < TOLERANCE[dtype] * np.linalg.norm(value)
 
 
@@ -337,10 +342,9 @@ def test_activations_in_int8():
         packed = packed_weight(fmt, 300, 130)
         for rows in (1, 5):
             x, dy = jnp.asarray(normal(1, rows, 300)), jnp.asarray(normal(2, rows, 130))
-            function = multiply(fmt, implementation="int8_activations")
-            y, vjp = jax.vjp(lambda x, f=function, p=packed: f(x, p), x)
-            weight = reference(packed, fmt, 300)
-            assert 0 < np.linalg.norm(y - x @ weight) < 0.01 * np.linalg.norm(x @ weight)
-            np.testing.assert_allclose(vjp(dy)[0], dy @ weight.T, atol=1e-3)
+            y, dx = value_and_vjp(multiply(fmt, implementation="int8_activations"), x, packed, dy)
+            exact = float64(x) @ reference(packed, fmt, 300)
+            assert 0 < np.linalg.norm(y - exact) < 0.01 * np.linalg.norm(exact)
+            np.testing.assert_allclose(dx, dy @ reference(packed, fmt, 300).T, atol=1e-3)
     with pytest.raises(ValueError, match="codes 'nf4'"):
         multiply("nf4", implementation="int8_activations")(x, packed_weight("nf4", 300, 130))

@@ -13,12 +13,12 @@ from lora_jax.kernels import attention, cross_entropy, swiglu
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+def normal(seed, *shape, dtype="float32", scale=1):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def close(found, expected, dtype):
-    found, expected = (np.asarray(a.astype(jnp.float32)) for a in (found, expected))
+    found, expected = (np.asarray(a, np.float32) for a in (found, expected))
     assert np.linalg.norm(found - expected) <= TOLERANCE[dtype] * np.linalg.norm(expected)
 
 
@@ -40,18 +40,18 @@ def test_attention(num_queries, num_keys, heads, groups, dtype):
     """Self-attention in parts, and steps with a cache, whose key mask hides some rows' starts."""
     causal = num_queries == num_keys
     q, k, v = (
-        normal(i, 2, length, n, 16).astype(dtype)
+        normal(i, 2, length, n, 16, dtype=dtype)
         for i, (length, n) in enumerate(
             [(num_queries, heads), (num_keys, groups), (num_keys, groups)]
         )
     )
     # In the second row the first keys are padding: some queries see nothing at all.
-    real = jnp.arange(num_keys)[None] >= jnp.array([[0], [7]])
+    real = np.arange(num_keys)[None] >= np.array([[0], [7]])
     first = 0 if causal else 20
-    seen = jnp.arange(num_keys)[None] <= first + jnp.arange(num_queries)[:, None]
-    visible = seen[None] & real[:, None]
-    blind = ~visible.any(axis=-1)
-    cotangent = normal(9, 2, num_queries, heads, 16).astype(dtype)
+    seen = np.arange(num_keys)[None] <= first + np.arange(num_queries)[:, None]
+    visible = jnp.asarray(seen[None] & real[:, None])
+    blind = ~np.asarray(visible).any(axis=-1)
+    cotangent = normal(9, 2, num_queries, heads, 16, dtype=dtype)
 
     def reference(q, k, v):
         wide = (a.astype(jnp.float32) for a in (q, k, v))
@@ -60,14 +60,14 @@ def test_attention(num_queries, num_keys, heads, groups, dtype):
     ours = functools.partial(attention.attention, visible=visible, causal=causal)
     # A blind query's gradient to itself is none, and what it gets is defined up to its part only.
     d_q = value_and_vjp(ours, (q, k, v), cotangent)[1]
-    assert not np.asarray(d_q.astype(jnp.float32))[np.asarray(blind)].any()
-    cotangent = jnp.where(blind[..., None, None], 0, cotangent)
+    assert not np.asarray(d_q, np.float32)[blind].any()
+    cotangent = jnp.asarray(np.where(blind[..., None, None], 0, cotangent), dtype)
     found = value_and_vjp(ours, (q, k, v), cotangent)
     expected = value_and_vjp(reference, (q, k, v), cotangent)
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.dtype == dtype
         if index == 0:
-            a, b = (jnp.where(blind[..., None, None], 0, y) for y in (a, b))
+            a, b = (np.where(blind[..., None, None], 0, np.asarray(y, np.float32)) for y in (a, b))
         close(a, b, dtype)
 
 
@@ -85,7 +85,7 @@ def test_causal_attention_never_holds_all_logits():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_swiglu(dtype):
-    gate, up, cotangent = (3 * normal(i, 5, 40).astype(dtype) for i in range(3))
+    gate, up, cotangent = (normal(i, 5, 40, dtype=dtype, scale=3) for i in range(3))
 
     def reference(gate, up):
         gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
@@ -107,8 +107,8 @@ def naive(hidden, head, targets):
 @pytest.mark.parametrize(("rows", "length"), [(2, 600), (3, 7), (600, 2)])
 def test_cross_entropy(rows, length, dtype):
     """Value and gradient, with ignored targets, over several chunks and a part of one."""
-    hidden = 4 * normal(0, rows, length, 8).astype(dtype)
-    head = normal(1, 8, 50).astype(dtype)
+    hidden = normal(0, rows, length, 8, dtype=dtype, scale=4)
+    head = normal(1, 8, 50, dtype=dtype)
     targets = jnp.asarray(np.random.default_rng(2).integers(-20, 50, (rows, length)))
     ours, theirs = (
         jax.jit(jax.value_and_grad(lambda h, f=f: 0.5 * f(h, head, targets)))(hidden)

@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
@@ -32,23 +33,31 @@ def make_batch(index, micro_batches):
     return train.Batch(*(a.reshape(micro_batches, -1, TOKENS) for a in (ids, labels, mask)))
 
 
-def load(mesh, **how):
-    graphdef, *parts = train.split(test_train.make_model(mesh, "int4", **how))
-    return graphdef, *sharding.place(parts, mesh)
+@functools.cache
+def load(name, **settings):
+    mesh = sharding.make_mesh(MESHES[name])
+    with jax.set_mesh(mesh):
+        model = test_train.make_model(mesh, "int4", **{"dropout": 0.1, **settings})
+        graphdef, *parts = train.split(model)
+        return mesh, graphdef, *sharding.place(parts, mesh)
+
+
+def start(trained, mesh):
+    """A state that a step may take over."""
+    state = train.start(jax.tree.map(jnp.copy, trained), optim.make(test_train.ADAM, STEPS))
+    return sharding.place(state, mesh)
 
 
 @functools.cache
 def trained_on(name):
-    """(losses of 20 steps, the step's program, the shapes of its packed words) on a mesh.
+    """(losses of all steps, the step's program, the shapes of its packed words) on a mesh.
 
     One device takes the 32 rows at once, the others 8 at a time.
     """
-    mesh = sharding.make_mesh(MESHES[name])
+    mesh, graphdef, trained, frozen = load(name)
     micro_batches = 1 if name == "1·1·1" else MICRO_BATCHES
     with jax.set_mesh(mesh):
-        graphdef, trained, frozen = load(mesh, dropout=0.1)
-        state = train.start(trained, optim.make(test_train.ADAM, STEPS))
-        state = sharding.place(state, mesh)
+        state = start(trained, mesh)
 
         def batch_at(index):
             return jax.device_put(make_batch(index, micro_batches), sharding.batch(mesh))
@@ -82,20 +91,18 @@ def test_every_mesh_takes_the_same_steps(name):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"targets": ("lm_head",)},  # its logits lie over tensor, and are computed all at once
-        {"targets": ("embed_tokens", "o_proj"), "use_dora": True},
+        # The head's logits lie over tensor, and are computed all at once.
+        {"targets": ("lm_head", "embed_tokens", "o_proj"), "use_dora": True},
         {"targets": ("q_proj",), "modules_to_save": ("embed_tokens", "lm_head", "input_layernorm")},
     ],
-    ids=["head", "embedding", "saved"],
+    ids=["head", "saved"],
 )
 def test_adapters_of_every_kind_take_the_same_step(settings):
     found = []
     for name in ("1·1·1", "2·2·2"):
-        mesh = sharding.make_mesh(MESHES[name])
+        mesh, graphdef, trained, frozen = load(name, **settings)
         with jax.set_mesh(mesh):
-            graphdef, trained, frozen = load(mesh, **settings)
-            state = sharding.place(train.start(trained, optim.make(test_train.ADAM, 2)), mesh)
-            step, norms = test_train.make_step(graphdef), []
+            state, step, norms = start(trained, mesh), test_train.make_step(graphdef), []
             for index in range(2):  # after the first one all that is trained has a gradient
                 batch = jax.device_put(make_batch(index, 1), sharding.batch(mesh))
                 state, metrics = step(state, frozen, batch)
@@ -144,12 +151,11 @@ def test_no_weight_is_gathered_over_tensor(name):
 
 
 def generated_on(name, temperature):
-    mesh = sharding.make_mesh(MESHES[name])
+    mesh, graphdef, trained, frozen = load(name)
     sampling = config.Sampling(max_new_tokens=8, temperature=temperature, top_k=20, top_p=0.95)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, test_train.VOCAB, length).tolist() for length in range(2, 10)]
     with jax.set_mesh(mesh):
-        graphdef, trained, frozen = load(mesh)
         run = generate.make(graphdef, sampling, eos_ids=(2,))
         rows = jax.device_put(generate.pad_left(prompts), sharding.rows(len(prompts), mesh))
         return np.asarray(run(trained, frozen, *rows, jax.random.key(0)))

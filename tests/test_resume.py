@@ -1,5 +1,6 @@
 """Runs that were killed, damaged or moved to other devices go on as if they had not been."""
 
+import functools
 import json
 import pathlib
 import random
@@ -21,12 +22,6 @@ STEPS = 6
 MODEL = ("--model", cli.BASE, "--rank", 2, "--remat", "none", "--dropout", 0.1)
 FLAGS = (*MODEL, "--batch-size", 8, "--grad-accum", 2, "--max-steps", STEPS,
          "--save-every", 2, "--keep-checkpoints", 3)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    with forks.parent(tmp_path_factory.mktemp("parent")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +92,9 @@ def test_killed_at_any_moment_a_run_loses_no_saved_step(parent, rows, tmp_path):
 
 
 def damage(folder, step):
-    files = (folder / "checkpoints" / str(step) / "state").glob("**/d/*")
-    path = max(files, key=lambda path: path.stat().st_size)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    """Halves all files with values: Orbax also leaves some that nothing refers to any more."""
+    for path in (folder / "checkpoints" / str(step) / "state").glob("**/d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def test_past_a_damaged_checkpoint_a_run_goes_on_from_the_one_before(whole, tmp_path):
@@ -146,12 +141,6 @@ def test_a_run_goes_on_with_fewer_devices_and_another_mesh(parent, whole, tmp_pa
     code, log = parent.train(*flags, devices=4)
     assert code == 0 and "4 × cpu" in log and "from step 2 of 6" in log, log
     assert_as_uninterrupted(folder, whole)
-
-
-def test_with_the_same_devices_a_run_goes_on_bit_by_bit(whole, tmp_path):
-    folder = interrupted(whole, tmp_path)
-    assert "from step 2 of 6" in resumed(folder)
-    assert comparable(folder) == comparable(whole)
 
 
 def test_other_rows_a_step_are_refused(whole, tmp_path):
@@ -213,23 +202,17 @@ def out_of_memory(_):
     raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
 
 
-@pytest.mark.parametrize(
-    ("fail", "told"),
-    [
-        (lambda metrics: metrics | {"loss": float("nan")}, "failed: NaN or infinity at step 3"),
-        (out_of_memory, "failed: 123 bytes wanted"),
-    ],
-)
-def test_run_json_tells_a_failure_and_the_run_can_go_on(
-    whole, rows, tmp_path, monkeypatch, fail, told
-):
-    folder = interrupted(whole, tmp_path)
-    with monkeypatch.context() as patch:
-        failing_at(patch, 3, fail)
-        cli.refused("train", "--resume", "--output-dir", folder)
-    assert status(folder) == told
+def test_run_json_tells_failures_and_the_run_can_go_on_bit_by_bit(whole, tmp_path, monkeypatch):
+    folder, told = interrupted(whole, tmp_path), []
+    not_a_number = functools.partial(dict, loss=float("nan"))
+    for fail in (not_a_number, out_of_memory):
+        with monkeypatch.context() as patch:
+            failing_at(patch, 3, fail)
+            cli.refused("train", "--resume", "--output-dir", folder)
+        told.append(status(folder))
+    assert told == ["failed: NaN or infinity at step 3", "failed: 123 bytes wanted"]
     out = resumed(folder)
-    assert told in out and "from step 2 of 6" in out
+    assert told[-1] in out and "from step 2 of 6" in out
     assert comparable(folder) == comparable(whole) and status(folder) == "finished"
 
 
