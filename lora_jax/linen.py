@@ -139,7 +139,7 @@ class Adapted:
         merged = self._merged(variables, rngs.pop("lora", None))
         own = ("params", "lora", "lora_constants")
         others = {name: part for name, part in variables.items() if name not in own}
-        with nn.intercept_methods(self._intercept):
+        with linen_sites.intercepted(self._intercept, self):
             return self.module.apply({"params": merged, **others}, *args, rngs=rngs, **kwargs)
 
     def collect(
