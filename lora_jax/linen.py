@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lora_jax import adapted as adapting
@@ -140,7 +139,7 @@ class Adapted:
         merged = self._merged(variables, rngs.pop("lora", None))
         own = ("params", "lora", "lora_constants")
         others = {name: part for name, part in variables.items() if name not in own}
-        with nn.intercept_methods(self._intercept):
+        with linen_sites.intercepted(self._intercept, self):
             return self.module.apply({"params": merged, **others}, *args, rngs=rngs, **kwargs)
 
     def collect(
@@ -172,9 +171,8 @@ class Adapted:
         trained = _flat(variables.get("lora", {}))
         for site in self.sites:
             if site.path in self.choices:
-                whole = _each(low_rank.merged, site, self._matrix(site, base),
-                              *self._arrays(site, trained))  # fmt: skip
-                self._store(site, base, whole)
+                own = self._matrix(site, base), *self._arrays(site, trained)
+                self._store(site, base, place.each(low_rank.merged, site.place.lead, *own))
             elif site.path in self.packs:
                 self._store(site, base, self._matrix(site, base))
         for path in self.saved:
@@ -204,12 +202,12 @@ class Adapted:
             trained[(*site.path, "lora_A")], trained[(*site.path, "lora_B")] = A, B
             if self.config.use_dora:
                 weight, scaling = self._matrix(site, base), self._scaling(site)
-                length = _each(low_rank.lengths, site, weight, A, B, scaling)
+                length = place.each(low_rank.lengths, site.place.lead, weight, A, B, scaling)
                 if magnitude is not None:
                     length = jnp.where(scaling[..., 0] == 0, length, magnitude)
                 trained[(*site.path, "lora_magnitude_vector")] = length
                 if site.path in self.packs:
-                    square = _each(low_rank.squares, site, weight)
+                    square = place.each(low_rank.squares, site.place.lead, weight)
                     constants[(*site.path, "lora_square")] = square
         for path in self.saved:
             for key in [key for key in base if key[: len(path)] == path]:
@@ -271,13 +269,8 @@ class Adapted:
             return site.place.how.matrix(site.out_of_params(weight))
         arrays = (base.get((*site.path, _PACKED, name)) for name in packing.Packed._fields)
         packed = packing.Packed(*(None if a is None else site.out_of_params(a) for a in arrays))
-
-        def dense(own):
-            return formats.dequantise(own, self.quant, site.place.k)
-
-        for _ in site.stack:
-            dense = functools.partial(lax.map, dense)
-        return dense(packed)
+        how = {"fmt": self.quant, "rows": site.place.k}
+        return place.each(formats.dequantise, site.stack, packed, **how)
 
     def _store(self, site: linen_sites.Site, base: Flat, matrix: jax.Array) -> None:
         """Puts the weight with those matrices in the place of the site's."""
@@ -289,12 +282,8 @@ class Adapted:
         base[weight] = site.in_params(site.place.how.tensor(matrix, shape).astype(dtype))
 
     def _pack(self, site: linen_sites.Site, base: Flat) -> None:
-        def pack(matrix):
-            return formats.quantise(matrix, self.quant)
-
-        for _ in site.stack:
-            pack = functools.partial(lax.map, pack)
-        packed = pack(self._matrix(site, base))
+        dense = self._matrix(site, base)
+        packed = place.each(formats.quantise, site.stack, dense, fmt=self.quant)
         del base[(*site.path, site.weight)]
         for name, array in packed._asdict().items():
             if array is not None:
@@ -316,7 +305,7 @@ class Adapted:
             self.config.init_lora_weights,
             lambda index: matrix[np.unravel_index(index, site.place.lead)],
         )
-        rest = _each(low_rank.merged, site, matrix, A, B, -self._scaling(site))
+        rest = place.each(low_rank.merged, site.place.lead, matrix, A, B, -self._scaling(site))
         self._store(site, base, rest)
         return A, B
 
@@ -393,16 +382,6 @@ _LACKING = ("lora_initial_A", "lora_initial_B")  # what PiSSA has taken off the 
 
 def _flat(tree: Params) -> Flat:
     return dict(traverse_util.flatten_dict(nn.meta.unbox(tree)))
-
-
-def _each(function: Callable, site: linen_sites.Site, *arrays: jax.Array) -> jax.Array:
-    """function(*arrays) for every layer of the site, one at a time."""
-    lead = site.place.lead
-    if not lead:
-        return function(*arrays)
-    flat = [array.reshape(-1, *array.shape[len(lead) :]) for array in arrays]
-    whole = lax.map(lambda own: function(*own), tuple(flat))
-    return whole.reshape(*lead, *whole.shape[1:])
 
 
 def _product(x: jax.Array, packed: packing.Packed, fmt: str) -> jax.Array:

@@ -1,7 +1,8 @@
 """The layers of a Flax Linen model that LoRA can adapt: found by watching a call of it."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,19 @@ def register(
 
     _KINDS[cls] = _Kind(described, weight, input)
     kind_of.cache_clear()
+
+
+_tracing_for = jax.make_user_context(default_value=None)
+
+
+@contextlib.contextmanager
+def intercepted(interceptor: Callable, own: Hashable) -> Iterator[None]:
+    """As flax.linen.intercept_methods, and inside of what nn.jit has traced before, too.
+
+    own: by this JAX tells the interceptor from others, and traces anew.
+    """
+    with _tracing_for(own), nn.intercept_methods(interceptor):
+        yield
 
 
 @functools.cache
@@ -163,9 +177,10 @@ def shapes(
             filled[index] = array
         args, kwargs = jax.tree.unflatten(tree, filled)
         rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-        with nn.intercept_methods(
-            interceptor or (lambda call, args, kwargs, _: call(*args, **kwargs))
-        ):
+        watching = (
+            intercepted(interceptor, interceptor) if interceptor else contextlib.nullcontext()
+        )
+        with watching:
             return module.init(rngs, *args, **kwargs)
 
     return jax.eval_shape(init, *(leaves[i] for i in dynamic))["params"]

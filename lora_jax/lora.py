@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
@@ -127,7 +126,7 @@ def inject(
 
     Dropout acts after `model.train()`. Its masks depend on keys in the model. `train.make_step`
     renews them; in a loop of your own do so each step, or every step drops the same:
-    `nnx.update(model, reseed(nnx.to_pure_dict(nnx.state(model, DropoutKey)), key))`.
+    `nnx.update(model, reseed(nnx.state(model, DropoutKey), key))`.
 
     principal: PiSSA's A and B, which a base that was rounded as it was loaded lacks already.
     Raises: UserError when a target matches nothing, with the names that exist; when the model has
@@ -287,17 +286,21 @@ def _principal(site, choices, config, given) -> tuple[jax.Array, jax.Array]:
             where=site.names[0],
             do="inject before quantising, or see lora.Principal",
         )
-    weight = kinds.weight_of(layer)
-    matrix = place.how.matrix(weight[...])
+    matrix = place.how.matrix(kinds.weight_of(layer)[...])
     A, B = places.principal(
         place,
         choices,
         config.init_lora_weights,
         lambda index: _whole_array(matrix[np.unravel_index(index, place.lead)]),
     )
-    rest = _each(low_rank.merged, site, A, B, -places.scaling(place, choices))
-    weight.set_value(place.how.tensor(rest, weight.shape))
+    _set_weight(site, _each(low_rank.merged, site, A, B, -places.scaling(place, choices)))
     return A, B
+
+
+def _set_weight(site: sites.Site, matrix: jax.Array) -> None:
+    """Gives the site's layer the weight with that matrix."""
+    weight = kinds.weight_of(site.module)
+    weight.set_value(site.place.how.tensor(matrix, weight.shape).astype(weight.dtype))
 
 
 # ---------------------------------------------------------------------------------- reading out
@@ -397,7 +400,22 @@ def idle(model: nnx.Module) -> Any:
 
 
 def strip(model: nnx.Module) -> None:
-    """Takes the adapters out of a model, which is then as it was before."""
+    """Takes the adapters out of a model, which is then as it was before.
+
+    Raises: UserError where a packed weight lacks what PiSSA began with.
+    """
+    for site in sites.find(model):
+        layer = site.module
+        if isinstance(layer, LoRALayer) and layer.lora_initial_A is not None:
+            if packed := quant.packed_of(layer):
+                raise errors.UserError(
+                    expected="weights that can take back what PiSSA began with",
+                    found=f"a layer in {packed.fmt}",
+                    where=site.names[0],
+                    do="load the base model again",
+                )
+            A, B = layer.lora_initial_A[...], layer.lora_initial_B[...]
+            _set_weight(site, _each(low_rank.merged, site, A, B, layer.lora_scaling[...]))
     for _, layer in list(nnx.iter_graph(model)):
         if isinstance(layer, LoRALayer | SavedLayer):
             _restore(layer)
@@ -442,8 +460,7 @@ def merge(model: nnx.Module) -> None:
             _restore(layer)
             quant.make_dense(layer, weight)
         else:
-            weight = kinds.weight_of(layer)
-            weight.set_value(site.place.how.tensor(merged, weight.shape).astype(weight.dtype))
+            _set_weight(site, merged)
             _restore(layer)
     for whole in wholes:
         copied = nnx.to_flat_state(nnx.state(whole.module.modules_to_save, LoRAParam))
@@ -455,14 +472,15 @@ def merge(model: nnx.Module) -> None:
 
 
 def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) -> Any:
-    """`state` (a pure dict of DropoutKeys, by path) with masks that `key` and the path decide.
+    """`state`, of the model's DropoutKeys or as a pure dict, with masks by `key` and the path.
 
     With `rows`, each row of the batch has a mask of its own, which its number decides as well: it
     is then the same however rows are dealt out over micro-batches and devices.
     """
 
     def new(path, data):
-        name = "/".join(str(getattr(part, "key", part)) for part in path)
+        own = (p for p in path if not isinstance(p, jax.tree_util.GetAttrKey))  # of a Variable
+        name = "/".join(str(getattr(part, "key", part)) for part in own)
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         lead = data.shape[:-1]
         keys = jax.random.split(own, lead) if lead else own
@@ -493,25 +511,16 @@ def arrays(layer: LoRALayer) -> tuple[jax.Array | np.ndarray, ...]:
 
 def _each(function: Callable, site: sites.Site, *arrays: jax.Array) -> jax.Array:
     """function(W, *arrays) for every layer of the site: W [K, N] is dense, one at a time."""
-    layer, lead, quantised = site.module, site.place.lead, quant.packed_of(site.module)
-
-    @jax.jit
-    def each(weights, *arrays):
-        def one(own):
-            weight, *others = own
-            if quantised:
-                weight = formats.dequantise(weight, quantised.fmt, quantised.in_features)
-            return function(weight, *others)
-
-        if not lead:
-            return one((weights, *arrays))
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), (weights, *arrays))
-        whole = lax.map(one, flat)
-        return whole.reshape(*lead, *whole.shape[1:])
-
+    lead, quantised = site.place.lead, quant.packed_of(site.module)
     if quantised:
-        return each(quantised.packed, *arrays)
-    return each(site.place.how.matrix(kinds.weight_of(layer)[...]), *arrays)
+        how = {"function": function, "fmt": quantised.fmt, "rows": quantised.in_features}
+        return places.each(_of_packed, lead, quantised.packed, *arrays, **how)
+    weight = kinds.weight_of(site.module)[...]
+    return places.each(function, lead, site.place.how.matrix(weight), *arrays)
+
+
+def _of_packed(packed, *arrays, function, fmt, rows):
+    return function(formats.dequantise(packed, fmt, rows), *arrays)
 
 
 # ---------------------------------------------------------------------------------- saved whole

@@ -33,7 +33,8 @@ def make(config: lora_config.OptimConfig, num_steps: int) -> optax.GradientTrans
     """Clip by the global norm, then AdamW in the groups that `labels` gives.
 
     The learning rate of B and of magnitudes is lora_plus_ratio × that of the rest, as in PEFT. In a
-    mixed tree whatever is not trained is frozen: zero update and no moments.
+    mixed tree whatever is not trained is frozen: zero update and no moments, and its gradient does
+    not count in the norm.
     """
     lr = schedule(config, num_steps)
 
@@ -46,10 +47,23 @@ def make(config: lora_config.OptimConfig, num_steps: int) -> optax.GradientTrans
             weight_decay=config.weight_decay,
         )
 
-    groups = {"A": adamw(1.0), "B": adamw(config.lora_plus_ratio), "frozen": optax.set_to_zero()}
+    groups = {"A": adamw(1.0), "B": adamw(config.lora_plus_ratio), "frozen": frozen()}
     # Clipping stands outside the partition: inside, each group would be clipped by its own norm.
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    return optax.chain(clip, optax.partition(groups, labels))
+    return optax.chain(optax.masked(clip, _trained), optax.partition(groups, labels))
+
+
+def frozen() -> optax.GradientTransformation:
+    """Zero updates, of integers too.
+
+    For packed weights jax.grad (with allow_int) gives a gradient that optax.set_to_zero keeps, and
+    that cannot be added to them.
+    """
+
+    def update(gradient, state, params):
+        return jax.tree.map(jnp.zeros_like, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def labels(params: Any) -> Any:
@@ -66,3 +80,7 @@ def labels(params: Any) -> Any:
         return next((groups[name] for name in reversed(names) if name in groups), "frozen")
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _trained(params: Any) -> Any:
+    return jax.tree.map(lambda label: label != "frozen", labels(params))

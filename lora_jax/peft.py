@@ -48,11 +48,11 @@ def load(
 
 
 def save(
-    folder: pathlib.Path,
+    folder: pathlib.Path | str,
     model: nnx.Module,
     config: lora_config.LoRAConfig,
     *,
-    base_model: str,
+    base_model: str | None = None,
     revision: str | None = None,
 ) -> None:
     """Writes the model's adapters so that PEFT, vLLM and `load` read them."""
@@ -62,8 +62,11 @@ def save(
 # ---------------------------------------------------------------------------------- writing
 
 
-def write(folder: pathlib.Path, adapter: host.Adapter, *, revision: str | None = None) -> None:
+def write(
+    folder: pathlib.Path | str, adapter: host.Adapter, *, revision: str | None = None
+) -> None:
     """Writes the folder; A, B and magnitudes in float32, the rest as it is."""
+    folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{_PREFIX}{name}": array for name, array in adapter.saved.items()}
     for path, own in adapter.factors.items():

@@ -1,11 +1,13 @@
 """Where an adapter goes in a model of any framework, and the arrays that it begins with there."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from lora_jax import adapter as host
@@ -36,6 +38,24 @@ class Place(NamedTuple):
     def stacked(self, each: Sequence[Num[np.ndarray, "..."]]) -> Num[Array, "..."]:
         """One array of the layers' own."""
         return jnp.asarray(np.reshape(np.stack(each), (*self.lead, *each[0].shape)))
+
+
+def each(function: Callable, lead: tuple[int, ...], /, *trees: Any, **settings: Any) -> Any:
+    """function(*trees, **settings) for every layer of a stack with those axes, one at a time.
+
+    Compiled once for all layers whose arrays have the same shapes, where `function` is the same.
+    """
+    return _each(function, len(lead), tuple(settings.items()), trees)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _each(function, num_axes, settings, trees):
+    def one(own):
+        return function(*own, **dict(settings))
+
+    for _ in range(num_axes):
+        one = functools.partial(lax.map, one)
+    return one(trees)
 
 
 def choose(

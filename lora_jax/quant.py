@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -56,8 +57,12 @@ class QuantLinear(nnx.Module):
         arrays = (getattr(self, name) for name in Packed._fields)
         return Packed(*(None if array is None else array[...] for array in arrays))
 
-    def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
-        return siblings.with_bias(self, self.product(x.astype(self.dtype or x.dtype)))
+    def __call__(
+        self, x: Float[Array, "*B d_in"], out_sharding: Any = None
+    ) -> Float[Array, "*B d_out"]:
+        """out_sharding: of y, on a mesh with explicit axes, as nnx.Linear has it."""
+        y = siblings.with_bias(self, self.product(x.astype(self.dtype or x.dtype)))
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def product(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
         """x · dequantise(W)."""

@@ -248,6 +248,30 @@ def test_an_adapter_moves_between_nnx_and_linen(tmp_path):
             np.testing.assert_array_equal(ours, theirs)
 
 
+class Jitted(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="out")(x)
+
+
+def test_a_module_that_jits_itself_is_traced_anew():
+    """Or flax would take what it has traced without adapters, or with others."""
+    module, x = Jitted(), jnp.ones((2, 4))
+    params = module.init(jax.random.key(0), x)["params"]
+    for dropout in (0.0, 0.9):
+        adapted = linen.adapt(module, config(targets=("out",), dropout=dropout), x)
+        variables = moved(adapted.init(jax.random.key(1), params))
+        y = adapted.apply(variables, x)
+        np.testing.assert_allclose(y, x @ adapted.merge(variables)["out"]["kernel"], atol=1e-5)
+        assert np.abs(y - module.apply({"params": params}, x)).max() > 0.01
+        dropped = adapted.apply(variables, x, rngs={"lora": jax.random.key(0)})
+        assert np.array_equal(dropped, y) == (dropout == 0)
+    other = linen.adapt(module, config(targets=("out",), dropout=0.1), x)
+    less = other.apply(variables, x, rngs={"lora": jax.random.key(0)})
+    assert not np.array_equal(less, dropped)
+
+
 class Projection(nn.Module):
     """In the manner of Gemma's: the einsum is an argument of the call, before x."""
 

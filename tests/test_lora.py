@@ -461,7 +461,10 @@ def test_reseeding_a_model_gives_it_new_masks():
     model.train()
     keys = nnx.to_pure_dict(nnx.state(model, lora.DropoutKey))
     before = jax.tree.leaves(keys)
-    nnx.update(model, lora.reseed(keys, jax.random.key(1)))
+    of_state = lora.reseed(nnx.state(model, lora.DropoutKey), jax.random.key(1))
+    nnx.update(model, of_state)
+    pure = lora.reseed(keys, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(of_state), pure)
     after = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, lora.DropoutKey)))
     assert len(before) == len(after) > 1
     assert not any(np.array_equal(a, b) for a, b in zip(before, after, strict=True))

@@ -167,3 +167,21 @@ def test_what_is_neither_a_nor_b_is_frozen_and_has_no_moments():
         not np.asarray(updates["embed"]).any() and not np.asarray(updates["norm"]["weight"]).any()
     )
     assert np.asarray(leaves(updates, "lora_A")[0]).all()
+
+
+def test_frozen_gradients_do_not_count_in_the_norm_and_integers_are_frozen_too():
+    """As over the variables of a model on a quantised base, with jax.grad's allow_int."""
+    tree = params()
+    mixed = {**tree, "embed": jnp.ones((100, 8)), "packed": jnp.arange(6, dtype=jnp.uint32)}
+    integers = np.zeros(6, jax.dtypes.float0)
+    gradient = {**tree, "embed": jnp.full((100, 8), 1e3), "packed": integers}
+    optimizer = make(clip=1.0, eps=1e6, lr=1e6)  # a large eps shows the clipping, as above
+    updates, _ = optimizer.update(gradient, optimizer.init(mixed), mixed)
+    alone = first_update(optimizer, tree, tree)
+    for update, expected in zip(jax.tree.leaves(updates["layers"]), jax.tree.leaves(alone),
+                                strict=True):  # fmt: skip
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+    after = optax.apply_updates(mixed, updates)
+    for name in ("embed", "packed"):
+        np.testing.assert_array_equal(after[name], mixed[name])
+        assert after[name].dtype == mixed[name].dtype

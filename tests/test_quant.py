@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from lora_jax import errors, formats, quant
 
@@ -92,3 +93,13 @@ def test_a_quantised_layer_computes_in_the_layers_dtype_and_comes_back_whole(fmt
 def test_quantising_a_model_without_linear_layers_is_an_error():
     with pytest.raises(errors.UserError, match="to quantise"):
         quant.quantise_model(nnx.Sequential(nnx.Embed(4, 4, rngs=nnx.Rngs(0))), "int8")
+
+
+def test_the_sharding_of_the_output_may_be_told_as_to_a_dense_layer():
+    linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    layer, x = quant.quantise_linear(linear, "int8"), jnp.ones((4, 32))
+    np.testing.assert_array_equal(layer(x, out_sharding=None), layer(x))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        y = layer(jax.device_put(x, P("x", None)), out_sharding=P(None, "x"))
+    assert y.sharding.spec == P(None, "x")

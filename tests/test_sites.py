@@ -237,6 +237,18 @@ def test_a_vmapped_stack_of_any_kind_has_a_name_for_each_layer(tmp_path):
     np.testing.assert_allclose(run(loaded), out, atol=2e-5)
 
 
+def test_layers_of_one_shape_are_merged_by_one_program(monkeypatch):
+    model = nnx.Dict({f"layer_{i}": nnx.Linear(40, 8, rngs=nnx.Rngs(i)) for i in range(3)})
+    quant.quantise_model(model, "int4")
+    adapted(model, targets="all-linear")
+    compiled, dequantise = [], formats.dequantise
+    monkeypatch.setattr(
+        formats, "dequantise", lambda *args, **how: compiled.append(how) or dequantise(*args, **how)
+    )
+    lora.merge(model)
+    assert len(compiled) == 1 and type(model.layer_2) is nnx.Linear
+
+
 def test_grouped_convolutions_are_refused_where_they_are_targeted():
     model = nnx.Dict(conv=nnx.Conv(4, 4, 3, feature_group_count=2, rngs=nnx.Rngs(0)),
                      out=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))  # fmt: skip
@@ -338,6 +350,10 @@ def test_pissa_moves_the_principal_part_into_a_and_b(init, use_dora, tmp_path):
     np.testing.assert_allclose(model.a.kernel[...], kernel - product, atol=1e-5)
     np.testing.assert_allclose(model.b(x), plain.b(x), atol=1e-5)
 
+    back = nnx.clone(model)
+    lora.strip(back)
+    np.testing.assert_allclose(back.a.kernel[...], kernel, atol=1e-5)
+
     for part in (model.a.lora_A, model.a.lora_B, model.b.lora_B):  # trained
         part.set_value(part[...] + 0.1)
     expected = model.b(x), model.a(rand(4, 20))
@@ -368,6 +384,11 @@ def test_pissa_of_rounded_weights_is_refused():
     with pytest.raises(errors.UserError, match=r"(?s)before they were rounded.*int4"):
         lora.inject(model, lora_config.LoRAConfig(targets=("a",), init_lora_weights="pissa"),
                     rngs=nnx.Rngs(0))  # fmt: skip
+    given = {"a": (rand(32, 8), rand(8, 8))}
+    lora.inject(model, lora_config.LoRAConfig(targets=("a",), init_lora_weights="pissa"),
+                rngs=nnx.Rngs(0), principal=given)  # fmt: skip
+    with pytest.raises(errors.UserError, match=r"(?s)take back.*int4"):
+        lora.strip(model)
 
 
 # ------------------------------------------------------------------------- DoRA
