@@ -479,8 +479,9 @@ def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) 
     """
 
     def new(path, data):
-        own = (p for p in path if not isinstance(p, jax.tree_util.GetAttrKey))  # of a Variable
-        name = "/".join(str(getattr(part, "key", part)) for part in own)
+        # A Variable's own step is left out, so that a state and a pure dict have the same masks.
+        parts = (part for part in path if not isinstance(part, jax.tree_util.GetAttrKey))
+        name = "/".join(str(getattr(part, "key", part)) for part in parts)
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         lead = data.shape[:-1]
         keys = jax.random.split(own, lead) if lead else own

@@ -19,6 +19,24 @@ class QuantWeight(stacked.Whole):
     """A packed array: part of the model's state, but never of its parameters."""
 
 
+class Rounded:
+    """What is there of a packed weight: its shape and dtype, and dense, by [...] or .value, itself.
+
+    Models read the sizes of their layers from their weights.
+    """
+
+    def __init__(self, packed: "QuantLinear", shape: tuple[int, ...], how: layout.Einsum):
+        self.shape, self.ndim, self.dtype = tuple(shape), len(shape), packed.param_dtype
+        self._packed, self._how = packed, how
+
+    @property
+    def value(self) -> jax.Array:
+        return self._how.tensor(dequantise_linear(self._packed).kernel[...], self.shape)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.value[index]
+
+
 class QuantLinear(nnx.Module):
     """y = x · dequantise(W) + b, with W frozen in one of formats.FORMATS.
 
@@ -57,6 +75,12 @@ class QuantLinear(nnx.Module):
         arrays = (getattr(self, name) for name in Packed._fields)
         return Packed(*(None if array is None else array[...] for array in arrays))
 
+    @property
+    def kernel(self) -> Rounded:
+        """The weight that it stands for."""
+        shape = (*self.q.shape[:-2], self.in_features, self.out_features)
+        return Rounded(self, shape, layout.LINEAR)
+
     def __call__(
         self, x: Float[Array, "*B d_in"], out_sharding: Any = None
     ) -> Float[Array, "*B d_out"]:
@@ -93,6 +117,11 @@ class QuantLayer(nnx.Module):
         if (bias := getattr(self, "bias", None)) is None:
             return y
         return y + how.spread(bias[...].reshape(-1).astype(y.dtype), y.ndim, shape)
+
+    def __getattr__(self, name: str) -> Rounded:
+        if name != kinds.kind_of(type(self)).weight or "quantised_shape" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return Rounded(self.quantised, self.quantised_shape, kinds.layout_of(self))
 
 
 def packed_of(layer: Any) -> QuantLinear | None:

@@ -95,6 +95,16 @@ def test_quantising_a_model_without_linear_layers_is_an_error():
         quant.quantise_model(nnx.Sequential(nnx.Embed(4, 4, rngs=nnx.Rngs(0))), "int8")
 
 
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_the_weight_stays_readable(stack):
+    kernel = jax.random.normal(jax.random.key(0), (*stack, 40, 8))
+    linear = nnx.Linear(40, 8, rngs=nnx.Rngs(0))
+    linear.kernel = nnx.Param(kernel)
+    layer = quant.quantise_linear(linear, "int8")
+    assert layer.kernel.shape == kernel.shape and layer.kernel.dtype == kernel.dtype
+    np.testing.assert_allclose(layer.kernel[...], kernel, atol=0.02)
+
+
 def test_the_sharding_of_the_output_may_be_told_as_to_a_dense_layer():
     linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
     layer, x = quant.quantise_linear(linear, "int8"), jnp.ones((4, 32))

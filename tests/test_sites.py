@@ -171,7 +171,16 @@ def test_every_kind_is_adapted_on_a_quantised_base(use_dora):
     names = ("general", "back", "front", "einsum", "heads")
     layers = [getattr(model, name) for name in names]
     assert all(isinstance(layer, quant.QuantLayer) for layer in layers)
-    assert model.heads.bias is not None and not hasattr(model.heads, "w")
+    assert model.heads.bias is not None and "w" not in vars(model.heads)
+    for layer, dense, name in ((model.heads, plain.heads, "w"), (model.back, plain.back, "kernel")):
+        weight, before = getattr(layer, name), getattr(dense, name)
+        assert (weight.shape, weight.dtype, weight.ndim) == (
+            before.shape,
+            before.dtype,
+            before.ndim,
+        )
+        np.testing.assert_allclose(weight[...], before[...], atol=0.5)
+        np.testing.assert_array_equal(weight.value, weight[...])
     assert type(model.conv) is nnx.Conv and type(model.per_row) is nnx.LinearGeneral  # as they were
     rounded = model(x)
     assert 0.01 < np.abs(rounded - plain(x)).max() < 1
