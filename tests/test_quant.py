@@ -106,8 +106,9 @@ def test_the_weight_stays_readable(stack):
 
 
 def test_the_sharding_of_the_output_may_be_told_as_to_a_dense_layer():
-    linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
-    layer, x = quant.quantise_linear(linear, "int8"), jnp.ones((4, 32))
+    # A size of its own: what was compiled under another mesh would give arrays of that one.
+    linear = nnx.Linear(34, 10, rngs=nnx.Rngs(0))
+    layer, x = quant.quantise_linear(linear, "int8"), jnp.ones((4, 34))
     np.testing.assert_array_equal(layer(x, out_sharding=None), layer(x))
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
