@@ -6,6 +6,7 @@ magnitude m [N] says: y = m / ‖W + s · A B‖ · x (W + s · A B), and the no
 gradient (§4.3).
 """
 
+import functools
 import math
 import re
 
@@ -119,6 +120,7 @@ def effect(
     return jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(weight), 1e-30)
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "init"))
 def pissa(
     weight: Float[Array, "K N"], rank: int, scaling: float, init: str
 ) -> tuple[Float[Array, "K R"], Float[Array, "R N"]]:
