@@ -120,7 +120,7 @@ def effect(
     return jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(weight), 1e-30)
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "init"))
+@functools.partial(jax.jit, static_argnames=("rank", "scaling", "init"))
 def pissa(
     weight: Float[Array, "K N"], rank: int, scaling: float, init: str
 ) -> tuple[Float[Array, "K R"], Float[Array, "R N"]]:
