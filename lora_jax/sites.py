@@ -36,7 +36,7 @@ def weight_shape(layer: nnx.Module) -> tuple[int, ...]:
 
 def find(model: nnx.Module) -> Iterator[Site]:
     """Every layer that can be adapted, adapted ones included, in the order of their paths."""
-    seen = set()
+    seen, shapes = set(), _Shapes(model)
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: dotted(item[0])):
         inside = "modules_to_save" in path or "quantised" in path  # of what is found itself
         if inside or id(node) in seen or kinds.kind_of(type(node)) is None:
@@ -44,7 +44,7 @@ def find(model: nnx.Module) -> Iterator[Site]:
         seen.add(id(node))
         shape, how = weight_shape(node), kinds.layout_of(node)
         stacked = shape[: len(shape) - how.ndim]
-        depths = _stack_depths(model, path, stacked)
+        depths = _stack_depths(shapes, path, stacked)
         names = (numbered(path, depths, index) for index in np.ndindex(*how.lead(shape)))
         yield Site(path, node, tuple(names), depths)
 
@@ -61,16 +61,27 @@ def dotted(path: tuple[str | int, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def _stack_depths(model: nnx.Module, path: tuple, stacked: tuple[int, ...]) -> tuple[int, ...]:
-    """For each axis, the length of the shortest part of `path` below which all arrays have it."""
-    depths, depth, module = [], 0, model
-    for axis, size in enumerate(stacked):
-        while depth < len(path):
-            leaves = jax.tree.leaves(nnx.state(module))
-            if all(leaf.ndim > axis and leaf.shape[axis] == size for leaf in leaves):
-                break
-            part = path[depth]
+class _Shapes(dict):
+    """The shapes of all arrays below each path of a model, read once."""
+
+    def __init__(self, model: nnx.Module):
+        self.model = model
+
+    def __missing__(self, path: tuple) -> list[tuple[int, ...]]:
+        module = self.model
+        for part in path:
             module = getattr(module, part) if isinstance(part, str) else module[part]
+        self[path] = [leaf.shape for leaf in jax.tree.leaves(nnx.state(module))]
+        return self[path]
+
+
+def _stack_depths(shapes: _Shapes, path: tuple, stacked: tuple[int, ...]) -> tuple[int, ...]:
+    """For each axis, the length of the shortest part of `path` below which all arrays have it."""
+    depths, depth = [], 0
+    for axis, size in enumerate(stacked):
+        while depth < len(path) and any(
+            shape[axis : axis + 1] != (size,) for shape in shapes[path[:depth]]
+        ):
             depth += 1
         depths.append(depth)
     return tuple(depths)

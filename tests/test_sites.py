@@ -99,6 +99,7 @@ class Layers(nnx.Module):
         self.heads = Heads(rngs)
         self.conv = nnx.Conv(6, 5, 3, padding="CAUSAL", kernel_dilation=2, rngs=rngs)
 
+    @nnx.jit
     def __call__(self, x):
         wide = self.general(x)
         outputs = (wide, self.back(wide), self.front(x), self.per_row(x), self.einsum(x),
