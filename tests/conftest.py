@@ -35,8 +35,9 @@ gc.set_threshold(100_000, 50, 50)
 
 # A module stays on one worker, for what its tests share. The longest are begun first, so that the
 # workers end together.
-LONGEST = ("distributed", "job", "resume", "mesh", "plan", "checkpoint", "train", "int4_matmul",
-           "generate", "lora", "formats", "quant", "peft", "models", "demo")  # fmt: skip
+LONGEST = ("mesh", "job", "resume", "distributed", "linen", "peft", "sites", "storage", "merge",
+           "adapter_jobs", "plan", "structure", "int4_matmul", "checkpoint", "generate", "train",
+           "lora", "formats", "quant", "models", "hub", "quantised")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

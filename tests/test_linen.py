@@ -75,8 +75,7 @@ def moved(variables, scale=0.1, seed=3):
     return {**variables, "lora": change}
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("axis, use_dora", [(0, False), (1, True)])
 def test_an_unedited_model_is_adapted_merged_saved_and_loaded(axis, use_dora, tmp_path):
     module, params = made(axis)
     settings = config(use_dora=use_dora)
@@ -157,8 +156,9 @@ def test_dropout_differs_between_keys_and_layers_and_is_off_without_one():
     np.testing.assert_allclose(adapted.apply(variables, IDS), plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("fmt", ["int8", "int4", "nf4-dq"])
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    "fmt, use_dora", [("int8", False), ("int4", True), ("nf4-dq", False), ("nf4-dq", True)]
+)
 def test_a_quantised_base_computes_with_what_it_stands_for(fmt, use_dora):
     module, params = made()
     adapted = linen.adapt(module, config(use_dora=use_dora), IDS, quant=fmt, exclude=("lm_head",))

@@ -404,8 +404,9 @@ def test_pissa_of_rounded_weights_is_refused():
 # ------------------------------------------------------------------------- DoRA
 
 
-@pytest.mark.parametrize("fmt", ["none", "int8", "int4", "nf4"])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "fmt, dropout", [("none", 0.0), ("none", 0.5), ("int8", 0.0), ("int4", 0.5), ("nf4", 0.5)]
+)
 def test_dora_is_its_equation_in_training_too(fmt, dropout):
     """y = x W + (m/‖W + sAB‖ − 1) · x' W + m/‖W + sAB‖ · s · x' A B, x' = dropout(x); the norm is a
     constant."""

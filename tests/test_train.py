@@ -25,7 +25,8 @@ TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
 def make_model(mesh=None, quantisation="none", seed=0, **settings):
     """The tiny LLaMA with adapters whose B is not zero, so that A has a gradient."""
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    model = checkpoint.load(LLAMA, dtype="float32", quantisation=quantisation, mesh=mesh)
+    how = {"quantisation": quantisation, "search": False, "mesh": mesh}
+    model = checkpoint.load(LLAMA, dtype="float32", **how)
     config = lora_config.LoRAConfig(**{"rank": 4, "targets": TARGETS, **settings})
     lora.inject(model, config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
