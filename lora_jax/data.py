@@ -1,4 +1,4 @@
-"""Files or hub data sets → rows of token ids with loss masks → batches. Imports no jax.
+"""Files or hub data sets → rows of token ids with loss masks. Imports no jax.
 
 A row is one of four kinds, the first whose fields are all present (see KINDS):
   messages                        a chat; the loss is on the assistant's turns
@@ -9,15 +9,13 @@ A .txt file is one stream of tokens, cut into blocks of seq_len.
 """
 
 import csv
-import functools
 import hashlib
 import io
 import json
-import math
 import pathlib
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -53,10 +51,13 @@ ALPACA_NO_INPUT = (
 )
 
 
-class Encoded(typing.NamedTuple):
-    """rows: (ids int32 [T], trained bool [T]) each, T ≤ seq_len; how many were cut or skipped."""
+Row = tuple[np.ndarray, np.ndarray]  # ids int32 [T], which of them are trained bool [T]
 
-    rows: list[tuple[np.ndarray, np.ndarray]]
+
+class Encoded(typing.NamedTuple):
+    """Rows of at most seq_len tokens; how many were cut or skipped."""
+
+    rows: list[Row]
     num_cut: int
     num_skipped: int
 
@@ -395,9 +396,6 @@ def prompts(
     ]
 
 
-Row = tuple[np.ndarray, np.ndarray]
-
-
 def _row(ids: Iterable, trained: Iterable) -> Row:
     return np.array(ids, np.int32), np.array(trained, bool)
 
@@ -542,79 +540,3 @@ def _present(row: dict) -> list[str]:
 
 def _origin(row: dict) -> str:
     return row.get(_ORIGIN, "a row built in memory")
-
-
-# ---------------------------------------------------------------------------------- batches
-
-
-def pad(rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:
-    """input_ids, labels, attention_mask of `rows`, int32 [B, length].
-
-    labels[t] is the token at t if it is trained, else -100 (the loss shifts); padding is on the
-    right, id 0, and attention_mask is 1 on the row's own tokens.
-    """
-    shape = (len(rows), length)
-    padded = {
-        "input_ids": np.zeros(shape, np.int32),
-        "labels": np.full(shape, IGNORED, np.int32),
-        "attention_mask": np.zeros(shape, np.int32),
-    }
-    for n, (ids, trained) in enumerate(rows):
-        padded["input_ids"][n, : len(ids)] = ids
-        padded["labels"][n, : len(ids)] = np.where(trained, ids, IGNORED)
-        padded["attention_mask"][n, : len(ids)] = 1
-    return padded
-
-
-class Batches:
-    """batches.batch(step): the same arrays for the same arguments, in any order of asking.
-
-    Rows come in epochs: each is a new seeded permutation of all rows, and batches run on across
-    the border, so that no row is dropped. T is one static length, the longest row rounded up to a
-    multiple of 16 and at most seq_len.
-
-    The order is numpy's: default_rng([seed, epoch]). grain's MapDataset would give the same kind of
-    order, but importing it takes seconds and imports jax.
-    """
-
-    def __init__(
-        self, encoded: Encoded, *, batch_size: int, grad_accum: int, seed: int, seq_len: int
-    ):
-        self.rows = encoded.rows
-        self.batch_size = batch_size
-        self.grad_accum = grad_accum
-        self.seed = seed
-        longest = max(len(ids) for ids, _ in encoded.rows)
-        self.length = min(seq_len, math.ceil(longest / 16) * 16)
-
-    def num_steps(self, epochs: float) -> int:
-        """Optimiser steps that show every row `epochs` times (the last one may show a few more)."""
-        return math.ceil(epochs * len(self.rows) / (self.batch_size * self.grad_accum))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """[A, B, T] of each array of a batch."""
-        return self.grad_accum, self.batch_size, self.length
-
-    def batch(self, step: int, columns: slice = slice(None)) -> dict[str, np.ndarray]:
-        """What `pad` gives, for optimiser step `step` = 0, 1, …: int32 [A, B, T].
-
-        columns: which of the B rows of each micro-batch to make; the arrays are of these alone.
-        """
-        wanted = range(self.batch_size)[columns]
-        padded = pad(self._rows_of(step, wanted), self.length)
-        shape = (self.grad_accum, len(wanted), self.length)
-        return {name: array.reshape(shape) for name, array in padded.items()}
-
-    def _rows_of(self, step: int, wanted: range) -> list[Row]:
-        num_rows, first = len(self.rows), step * self.grad_accum
-        return [
-            self.rows[_permutation(num_rows, self.seed, n // num_rows)[n % num_rows]]
-            for micro_batch in range(first, first + self.grad_accum)
-            for n in (micro_batch * self.batch_size + row for row in wanted)
-        ]
-
-
-@functools.lru_cache(maxsize=8)
-def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)

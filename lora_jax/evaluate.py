@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from lora_jax import data, generate, sharding, train
+from lora_jax import batches, generate, sharding, train
 from lora_jax.models import llama
 
 
@@ -25,19 +25,17 @@ def mean_loss(
     eval_loss: Callable,
     trained: Any,
     frozen: train.Frozen,
-    encoded: data.Encoded,
+    lines: Sequence[batches.Line],
     batch_size: int,
     mesh: Mesh,
 ) -> float:
     """Mean of −log p over all trained tokens of the set: one sum, divided once."""
     where = sharding.rows(batch_size, mesh)
-    rows = encoded.rows
-    length = -(-max(len(ids) for ids, _ in rows) // 16) * 16
-    empty = (np.zeros(0, np.int32), np.zeros(0, bool))
+    length = batches.longest(lines)
     total, count = 0.0, 0
-    for first in range(0, len(rows), batch_size):
-        chunk = rows[first : first + batch_size]
-        padded = data.pad([*chunk, *[empty] * (batch_size - len(chunk))], length)
+    for first in range(0, len(lines), batch_size):
+        chunk = lines[first : first + batch_size]
+        padded = batches.pad([*chunk, *[()] * (batch_size - len(chunk))], length)
         batch = sharding.put(train.Batch(**padded), where)
         value, tokens = eval_loss(trained, frozen, batch)
         total, count = total + value.item(), count + tokens.item()

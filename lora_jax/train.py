@@ -16,9 +16,10 @@ from lora_jax.kernels import cross_entropy
 
 
 class Batch(NamedTuple):
-    """One optimizer step's rows, in micro-batches: A micro-batches of B rows of T tokens.
+    """One optimizer step's rows, in micro-batches: A micro-batches of B lines of T tokens.
 
-    labels are input_ids where a token is trained, else −100; attention_mask is 1 on real tokens.
+    labels are input_ids where a token is trained, else −100; attention_mask is 0 on padding, and
+    numbers the rows of a line from 1.
     """
 
     input_ids: Int[Array, "A B T"]
@@ -123,7 +124,7 @@ def make_step(
             "loss": value / count,
             "grad_norm": grad_norm,
             "lr": schedule(state.step),
-            "num_tokens": batch.attention_mask.sum(),
+            "num_tokens": (batch.attention_mask != 0).sum(),
         }
         return State(trained, opt_state, state.step + 1), metrics
 

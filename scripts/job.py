@@ -21,6 +21,7 @@ from flax import nnx
 import lora_jax
 from lora_jax import (
     ahead,
+    batches,
     checkpoint,
     config,
     data,
@@ -139,11 +140,13 @@ class Job:
     def _encode_data(self) -> None:
         settings, held_out = self.settings, self.held_out_rows
         seq_len = settings["seq_len"] = sequence_length(settings, self.context)
+        packing = settings.get("packing")
+        lines = functools.partial(batches.pack, length=seq_len) if packing else batches.alone
         encoded = self._encode("data", settings["dataset"], self.rows, seq_len)
         self.held_out = self.scored = None
         if held_out is not None:
             source = settings.get("eval_dataset") or "held out of it"
-            self.held_out = self._encode("held out", source, held_out, seq_len)
+            self.held_out = lines(self._encode("held out", source, held_out, seq_len).rows)
             if settings["exact_match"]:
                 scored = held_out.select(range(min(settings["exact_match"], len(held_out))))
                 self.scored = data.prompts(scored, self.tokenizer)
@@ -157,13 +160,16 @@ class Job:
                         where=f"--exact-match, {source}",
                         do="shorten these rows, or leave --exact-match out",
                     )
-        self.batches = data.Batches(
-            encoded,
+        self.batches = batches.Batches(
+            lines(encoded.rows),
             batch_size=settings["batch_size"],
             grad_accum=settings["grad_accum"],
             seed=settings["seed"],
             seq_len=seq_len,
         )
+        if packing:
+            say("packed", f"{len(self.batches.lines)} lines of {self.batches.length} tokens, "
+                f"{self.batches.filled:.1%} filled")  # fmt: skip
         self.num_steps = self.num_steps or self.batches.num_steps(settings["epochs"])
         if settings["warmup"] >= max(1, self.num_steps):
             raise errors.UserError(

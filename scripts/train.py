@@ -62,6 +62,9 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--columns", "names in the file, e.g. prompt=question,completion=answer")
     flags.add("--seq-len", "cut rows after so many tokens (default: 1024, or the model's context "
               "if that is shorter)", type=int, metavar="T")  # fmt: skip
+    flags.add("--packing", "several rows on a line of T tokens, which do not see each other: "
+              "hardly any padding is computed; --batch-size counts lines",
+              action="store_const", const=True)  # fmt: skip
     flags.group("adapter")
     flags.add("--rank", "size of A and B", type=int, metavar="R")
     flags.add("--alpha", "the adapter is scaled by alpha / rank", type=float)

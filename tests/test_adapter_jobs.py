@@ -12,7 +12,19 @@ from lora_jax import peft
 
 FLAGS = (
     *("--model", cli.BASE, "--quant", "int4", "--batch-size", 8, "--grad-accum", 1),
-    *("--max-steps", 4, "--save-every", 2, "--lr", 0.01, "--rank", 2),
+    *(
+        "--max-steps",
+        4,
+        "--save-every",
+        2,
+        "--lr",
+        0.01,
+        "--rank",
+        2,
+        "--seq-len",
+        112,
+        "--packing",
+    ),
 )
 KIND = (
     *("--targets", "q_proj,down_proj,embed_tokens", "--exclude", "4.self_attn.q_proj"),
@@ -28,6 +40,7 @@ def whole(tmp_path_factory):
     rows = cli.write_rows(folder / "train.jsonl", 40)
     ended = cli.run("train", *FLAGS, *KIND, "--dataset", rows, "--output-dir", folder / "run")
     assert ended.code == 0 and ended.err == "", ended
+    assert "8 lines of 112 tokens, 9" in ended.out, ended.out  # filled to nine tenths and more
     return folder / "run"
 
 

@@ -377,11 +377,6 @@ def test_prompts_for_exact_match(tok):
 # ---------------------------------------------------------------------------------- splits, order
 
 
-def numbered(count):
-    rows = [(np.full(2 + i % 5, i, np.int32), np.arange(2 + i % 5) > 0) for i in range(count)]
-    return data.Encoded(rows, 0, 0)
-
-
 def test_holdout_is_a_seeded_partition():
     whole = dataset(*({"text": f"row {i}"} for i in range(100)))
     train, evaluation = data.holdout(whole, 0.02, seed=3)
@@ -409,82 +404,3 @@ def test_fingerprint_follows_the_content():
     assert data.fingerprint(dataset(*rows)) == same
     assert data.fingerprint(dataset(*rows[::-1])) != same
     assert data.fingerprint(dataset(rows[0], {"text": "c"})) != same
-
-
-def test_batches_have_labels_and_masks():
-    encoded = numbered(20)
-    batches = data.Batches(encoded, batch_size=3, grad_accum=2, seed=0, seq_len=512)
-    batch = batches.batch(0)
-    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == dict.fromkeys(
-        ("input_ids", "labels", "attention_mask"), ((2, 3, 16), np.dtype(np.int32))
-    )
-    flat = (batch[name].reshape(6, 16) for name in ("input_ids", "labels", "attention_mask"))
-    for ids, labels, mask in zip(*flat, strict=True):
-        row, length = ids[0], mask.sum()
-        assert length == 2 + row % 5
-        assert mask.tolist() == [1] * length + [0] * (16 - length)
-        assert ids.tolist() == [row] * length + [0] * (16 - length)
-        assert labels.tolist() == [-100] + [row] * (length - 1) + [-100] * (16 - length)
-
-
-def test_the_static_length():
-    def length(longest, seq_len):
-        rows = [(np.ones(longest, np.int32), np.ones(longest, bool))]
-        encoded = data.Encoded(rows, 0, 0)
-        return data.Batches(encoded, batch_size=1, grad_accum=1, seed=0, seq_len=seq_len).length
-
-    assert [length(1, 512), length(16, 512), length(17, 512)] == [16, 16, 32]
-    assert length(100, 100) == 100
-
-
-def order(batches, steps):
-    return [i for step in steps for i in batches.batch(step)["input_ids"][..., 0].ravel().tolist()]
-
-
-def test_every_epoch_is_another_permutation_of_all_rows():
-    batches = data.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
-    shown = order(batches, range(batches.num_steps(4)))
-    assert batches.num_steps(4) == 10
-    epochs = [tuple(shown[i : i + 10]) for i in range(0, 40, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len(set(epochs)) == 4
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_what_each_process_makes_is_its_rows_of_the_same_batch(processes):
-    batches = data.Batches(numbered(10), batch_size=8, grad_accum=3, seed=5, seq_len=64)
-    share = 8 // processes
-    for step in (0, 3):
-        whole = batches.batch(step)
-        parts = [batches.batch(step, slice(first, first + share)) for first in range(0, 8, share)]
-        for name, array in whole.items():
-            assert array.shape == batches.shape and parts[0][name].shape == (3, share, 16)
-            joined = np.concatenate([part[name] for part in parts], axis=1)
-            np.testing.assert_array_equal(joined, array)
-
-
-def test_num_steps_rounds_up():
-    batches = data.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
-    assert [batches.num_steps(epochs) for epochs in (1, 2, 0.5, 0.1)] == [3, 5, 2, 1]
-    # More rows in a batch than in the data: rows repeat, none is lost.
-    large = data.Batches(numbered(3), batch_size=8, grad_accum=1, seed=5, seq_len=64)
-    assert sorted(order(large, [0])[:6]) == [0, 0, 1, 1, 2, 2]
-
-
-def test_a_step_is_the_same_after_a_restart_and_in_any_order():
-    def fresh(seed):
-        return data.Batches(numbered(10), batch_size=3, grad_accum=1, seed=seed, seq_len=64)
-
-    straight = [fresh(1).batch(step) for step in range(8)]
-    resumed = fresh(1)
-    for step in (7, 3, 5):
-        for name, array in resumed.batch(step).items():
-            np.testing.assert_array_equal(array, straight[step][name])
-    assert order(fresh(1), range(4)) != order(fresh(2), range(4))
-
-
-def test_the_order_is_pinned():
-    # A change of this order would silently change every resumed run.
-    batches = data.Batches(numbered(10), batch_size=10, grad_accum=1, seed=0, seq_len=64)
-    assert order(batches, [0]) == np.random.default_rng([0, 0]).permutation(10).tolist()
-    assert order(batches, [1]) == np.random.default_rng([0, 1]).permutation(10).tolist()

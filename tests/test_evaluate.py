@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 
-from lora_jax import data, evaluate, generate, sharding, tokenizer, train
+from lora_jax import batches, data, evaluate, generate, sharding, tokenizer, train
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,9 @@ shapes: list[tuple[int, ...]] = []
 def test_mean_loss_is_one_mean_over_all_trained_tokens(batch_size):
     shapes.clear()
     encoded = rows(4, 9, 17, 3, 6)
-    found = evaluate.mean_loss(sum_of_labels, None, FROZEN, encoded, batch_size, MESH)
+    found = evaluate.mean_loss(
+        sum_of_labels, None, FROZEN, batches.alone(encoded.rows), batch_size, MESH
+    )
     tokens = [id_ for ids, trained in encoded.rows for id_ in ids[trained]]
     assert found == pytest.approx(np.mean(tokens))  # and not the mean of the batches' means
     assert set(shapes) == {(batch_size, 32)}  # one shape: one compilation

@@ -84,7 +84,11 @@ class LlamaForCausalLM(nnx.Module):
         *,
         remat: str = "none",
     ) -> Float[Array, "B T V"]:
-        """Logits in float32. attention_mask [B, T]: nonzero where a token is real (any padding)."""
+        """Logits in float32. attention_mask [B, T]: 0 on padding, on any side, 1 on real tokens.
+
+        Several rows packed into one have 1, 2, 3, … on their tokens: each sees its own alone, and
+        its positions begin at 0.
+        """
         return self.logits(self.hidden_states(input_ids, attention_mask, remat=remat))
 
     def hidden_states(
@@ -95,10 +99,13 @@ class LlamaForCausalLM(nnx.Module):
         remat: str = "none",
     ) -> Float[Array, "B T D"]:
         """The last layer's normalised output, from which `logits` follow."""
-        real = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
         slots = jnp.arange(input_ids.shape[1])
-        mask = None if attention_mask is None else real[:, None, :]
-        positions = _positions(real, 0)
+        if attention_mask is None:
+            mask, positions = None, jnp.broadcast_to(slots, input_ids.shape)
+        else:
+            rows = attention_mask.astype(jnp.int32)
+            mask = (rows[:, :, None] == rows[:, None, :]) & (rows != 0)[:, None, :]
+            positions = _positions(rows != 0, -_before(rows))
         hidden, _ = self.model(input_ids, positions, slots, mask, None, remat=remat)
         return hidden
 
@@ -181,7 +188,8 @@ class LlamaModel(nnx.Module):
     def __call__(self, input_ids, positions, slots, mask, cache, *, remat="none", forms=None):
         """(normalised hidden [B, T, D], cache). slots [T]: where among the S keys a query stands.
 
-        mask [B, 1, S]: which keys are real (None: all); causality and windows are added here.
+        mask [B, #T, S]: which keys a query may see (None: all); causality and windows are added
+        here.
         """
         c = self.config
         hidden = self.embed_tokens(input_ids)
@@ -350,6 +358,14 @@ def _head(config, *, dtype, rngs):
 def _positions(real: jax.Array, offset: jax.Array | int) -> jax.Array:
     """Index of each real token in its row; padding on the left gets 0."""
     return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0) + offset
+
+
+def _before(rows: jax.Array) -> jax.Array:
+    """How many real tokens stand before the first of a token's own packed row. rows [B, T]: 1, 2, …
+    on the tokens of each, 0 on padding."""
+    highest = lax.cummax(rows, axis=1)
+    begins = highest > jnp.pad(highest, ((0, 0), (1, 0)))[:, :-1]
+    return lax.cummax(jnp.where(begins, jnp.cumsum(rows != 0, axis=1) - 1, 0), axis=1)
 
 
 def _windows(config: model_config.LlamaConfig) -> jax.Array | None:

@@ -1,0 +1,145 @@
+"""Rows of token ids → batches, one row to a line or several packed side by side. No jax here."""
+
+import bisect
+import collections
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_jax import data
+
+Line = Sequence[data.Row]  # rows side by side, which do not see each other
+
+
+def alone(rows: Sequence[data.Row]) -> list[Line]:
+    """Each row on a line of its own."""
+    return [(row,) for row in rows]
+
+
+def pack(rows: Sequence[data.Row], length: int) -> list[Line]:
+    """Lines of whole rows, at most `length` tokens each: the longest row first, each where it
+    leaves least room.
+
+    Source: best fit decreasing, Johnson 1973, https://dspace.mit.edu/handle/1721.1/57819: at most
+    11/9 of the fewest lines there could be, and one.
+    """
+    lines: list[list[data.Row]] = []
+    with_room = collections.defaultdict(list)  # tokens left: lines
+    rooms: list[int] = []  # the keys of with_room that have lines, ascending
+    for row in sorted(rows, key=lambda row: -len(row[0])):
+        size = len(row[0])
+        at = bisect.bisect_left(rooms, size)
+        if at < len(rooms):
+            room = rooms[at]
+            line = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[at]
+        else:
+            room, line = length, len(lines)
+            lines.append([])
+        lines[line].append(row)
+        left = room - size
+        if left and not with_room[left]:
+            bisect.insort(rooms, left)
+        with_room[left].append(line)
+    return lines
+
+
+def longest(lines: Sequence[Line]) -> int:
+    """Tokens of the longest line, rounded up to a multiple of 16."""
+    return math.ceil(max(map(_size, lines)) / 16) * 16
+
+
+def _size(line: Line) -> int:
+    return sum(len(ids) for ids, _ in line)
+
+
+def pad(lines: Sequence[Line], length: int) -> dict[str, np.ndarray]:
+    """input_ids, labels, attention_mask of `lines`, int32 [B, length].
+
+    labels[t] is the token at t if it is trained, else −100 (the loss shifts); a row's first token
+    follows nothing and is not. attention_mask is n on the n-th row's tokens, counted from 1, and 0
+    on padding, which is on the right.
+    """
+    shape = (len(lines), length)
+    padded = {
+        "input_ids": np.zeros(shape, np.int32),
+        "labels": np.full(shape, data.IGNORED, np.int32),
+        "attention_mask": np.zeros(shape, np.int32),
+    }
+    for n, line in enumerate(lines):
+        start = 0
+        for number, (ids, trained) in enumerate(line, start=1):
+            own = slice(start, start + len(ids))
+            padded["input_ids"][n, own] = ids
+            padded["labels"][n, own] = np.where(trained, ids, data.IGNORED)
+            padded["labels"][n, start : start + 1] = data.IGNORED
+            padded["attention_mask"][n, own] = number
+            start = own.stop
+    return padded
+
+
+class Batches:
+    """batches.batch(step): the same arrays for the same arguments, in any order of asking.
+
+    Lines come in epochs: each is a new seeded permutation of all lines, and batches run on across
+    the border, so that no row is dropped. T is one static length, the longest line rounded up to a
+    multiple of 16 and at most seq_len.
+
+    The order is numpy's: default_rng([seed, epoch]). grain's MapDataset would give the same kind of
+    order, but importing it takes seconds and imports jax.
+    """
+
+    def __init__(
+        self,
+        lines: Sequence[Line],
+        *,
+        batch_size: int,
+        grad_accum: int,
+        seed: int,
+        seq_len: int,
+    ):
+        self.lines = lines
+        self.batch_size = batch_size
+        self.grad_accum = grad_accum
+        self.seed = seed
+        self.length = min(seq_len, longest(lines))
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimiser steps that show every row `epochs` times (the last one may show a few more)."""
+        return math.ceil(epochs * len(self.lines) / (self.batch_size * self.grad_accum))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[A, B, T] of each array of a batch."""
+        return self.grad_accum, self.batch_size, self.length
+
+    @property
+    def filled(self) -> float:
+        """The share of what is computed that are tokens of rows, not padding."""
+        return sum(map(_size, self.lines)) / (len(self.lines) * self.length)
+
+    def batch(self, step: int, columns: slice = slice(None)) -> dict[str, np.ndarray]:
+        """What `pad` gives, for optimiser step `step` = 0, 1, …: int32 [A, B, T].
+
+        columns: which of the B lines of each micro-batch to make; the arrays are of these alone.
+        """
+        wanted = range(self.batch_size)[columns]
+        padded = pad(self._lines_of(step, wanted), self.length)
+        shape = (self.grad_accum, len(wanted), self.length)
+        return {name: array.reshape(shape) for name, array in padded.items()}
+
+    def _lines_of(self, step: int, wanted: range) -> list[Line]:
+        num_lines, first = len(self.lines), step * self.grad_accum
+        return [
+            self.lines[_permutation(num_lines, self.seed, n // num_lines)[n % num_lines]]
+            for micro_batch in range(first, first + self.grad_accum)
+            for n in (micro_batch * self.batch_size + line for line in wanted)
+        ]
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(num_lines: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_lines)

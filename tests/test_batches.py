@@ -1,0 +1,169 @@
+"""Batches: which rows a step shows, and rows packed side by side that do not see each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_models
+import test_train
+from flax import nnx
+
+from lora_jax import batches, train
+
+
+def numbered(count):
+    rows = [(np.full(2 + i % 5, i, np.int32), np.arange(2 + i % 5) > 0) for i in range(count)]
+    return batches.alone(rows)
+
+
+def test_batches_have_labels_and_masks():
+    made = batches.Batches(numbered(20), batch_size=3, grad_accum=2, seed=0, seq_len=512)
+    batch = made.batch(0)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == dict.fromkeys(
+        ("input_ids", "labels", "attention_mask"), ((2, 3, 16), np.dtype(np.int32))
+    )
+    flat = (batch[name].reshape(6, 16) for name in ("input_ids", "labels", "attention_mask"))
+    for ids, labels, mask in zip(*flat, strict=True):
+        row, length = ids[0], mask.sum()
+        assert length == 2 + row % 5
+        assert mask.tolist() == [1] * length + [0] * (16 - length)
+        assert ids.tolist() == [row] * length + [0] * (16 - length)
+        assert labels.tolist() == [-100] + [row] * (length - 1) + [-100] * (16 - length)
+
+
+def test_the_static_length():
+    def length(longest, seq_len):
+        lines = batches.alone([(np.ones(longest, np.int32), np.ones(longest, bool))])
+        return batches.Batches(lines, batch_size=1, grad_accum=1, seed=0, seq_len=seq_len).length
+
+    assert [length(1, 512), length(16, 512), length(17, 512)] == [16, 16, 32]
+    assert length(100, 100) == 100
+
+
+def order(made, steps):
+    return [i for step in steps for i in made.batch(step)["input_ids"][..., 0].ravel().tolist()]
+
+
+def test_every_epoch_is_another_permutation_of_all_rows():
+    made = batches.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
+    shown = order(made, range(made.num_steps(4)))
+    assert made.num_steps(4) == 10
+    epochs = [tuple(shown[i : i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_what_each_process_makes_is_its_rows_of_the_same_batch(processes):
+    made = batches.Batches(numbered(10), batch_size=8, grad_accum=3, seed=5, seq_len=64)
+    share = 8 // processes
+    for step in (0, 3):
+        whole = made.batch(step)
+        parts = [made.batch(step, slice(first, first + share)) for first in range(0, 8, share)]
+        for name, array in whole.items():
+            assert array.shape == made.shape and parts[0][name].shape == (3, share, 16)
+            joined = np.concatenate([part[name] for part in parts], axis=1)
+            np.testing.assert_array_equal(joined, array)
+
+
+def test_num_steps_rounds_up():
+    made = batches.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
+    assert [made.num_steps(epochs) for epochs in (1, 2, 0.5, 0.1)] == [3, 5, 2, 1]
+    # More rows in a batch than in the data: rows repeat, none is lost.
+    large = batches.Batches(numbered(3), batch_size=8, grad_accum=1, seed=5, seq_len=64)
+    assert sorted(order(large, [0])[:6]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_step_is_the_same_after_a_restart_and_in_any_order():
+    def fresh(seed):
+        return batches.Batches(numbered(10), batch_size=3, grad_accum=1, seed=seed, seq_len=64)
+
+    straight = [fresh(1).batch(step) for step in range(8)]
+    resumed = fresh(1)
+    for step in (7, 3, 5):
+        for name, array in resumed.batch(step).items():
+            np.testing.assert_array_equal(array, straight[step][name])
+    assert order(fresh(1), range(4)) != order(fresh(2), range(4))
+
+
+def test_the_order_is_pinned():
+    # A change of this order would silently change every resumed run.
+    made = batches.Batches(numbered(10), batch_size=10, grad_accum=1, seed=0, seq_len=64)
+    assert order(made, [0]) == np.random.default_rng([0, 0]).permutation(10).tolist()
+    assert order(made, [1]) == np.random.default_rng([0, 1]).permutation(10).tolist()
+
+
+# ------------------------------------------------------------------------- packing
+
+
+def of_lengths(*lengths):
+    return [(np.full(n, i, np.int32), np.ones(n, bool)) for i, n in enumerate(lengths)]
+
+
+def test_lines_hold_every_row_once_and_whole():
+    rng = np.random.default_rng(0)
+    rows = of_lengths(*np.minimum(rng.geometric(0.01, 2000), 256), 256, 1)
+    lines = batches.pack(rows, 256)
+    assert sorted(int(ids[0]) for line in lines for ids, _ in line) == list(range(len(rows)))
+    assert all(ids is rows[ids[0]][0] for line in lines for ids, _ in line)
+    assert max(sum(len(ids) for ids, _ in line) for line in lines) == 256
+    fewest = -(-sum(len(ids) for ids, _ in rows) // 256)
+    assert fewest <= len(lines) <= 1.02 * fewest
+    assert batches.pack(rows, 256) == lines  # a resumed run has the same
+
+
+def test_a_row_goes_where_it_leaves_least_room():
+    lines = batches.pack(of_lengths(3, 6, 7, 4, 1), 10)
+    assert [[int(ids[0]) for ids, _ in line] for line in lines] == [[2, 0], [1, 3], [4]]
+
+
+def test_packed_rows_are_numbered_and_begin_untrained():
+    made = batches.Batches(
+        batches.pack(of_lengths(5, 4, 3), 12), batch_size=1, grad_accum=1, seed=0, seq_len=12
+    )
+    batch = {name: array[0, 0].tolist() for name, array in made.batch(0).items()}
+    assert batch["input_ids"] == [0] * 5 + [1] * 4 + [2] * 3
+    assert batch["attention_mask"] == [1] * 5 + [2] * 4 + [3] * 3
+    assert batch["labels"] == [-100, 0, 0, 0, 0, -100, 1, 1, 1, -100, 2, 2]
+    assert made.filled == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_window", "llama_tied_hd16"])
+def test_packed_rows_have_the_logits_of_hugging_face(name):
+    """Each as if alone, with padding behind the last, and one with padding within."""
+    prompts = test_models.prompts(name)
+    ids = np.concatenate([*(ids for ids, _ in prompts), np.zeros(3, np.int32)])
+    mask = np.concatenate(
+        [*(np.full(len(ids), n) for n, (ids, _) in enumerate(prompts, 1)), np.zeros(3, np.int32)]
+    )
+    if name != "qwen2_window":  # whose windows count what stands between
+        ids, mask = (np.insert(array, 4, [fill, fill]) for array, fill in ((ids, 9), (mask, 0)))
+    found = test_models.logits_of(name, ids[None], mask[None])[0]
+    for number, (_, expected) in enumerate(prompts, 1):
+        own = found[mask == number]
+        np.testing.assert_allclose(own, expected, atol=test_models.TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_packed_line_has_the_loss_and_gradient_of_its_rows(remat):
+    rng = np.random.default_rng(1)
+    rows = [(rng.integers(3, test_train.VOCAB, n).astype(np.int32), rng.random(n) < 0.7)
+            for n in (9, 17, 30, 4)]  # fmt: skip
+    graphdef, trained, frozen = train.split(test_train.make_model(quantisation="int4"))
+
+    def sums(trained, lines, length):
+        batch = train.Batch(**jax.tree.map(jnp.asarray, batches.pad(lines, length)))
+        model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+        return train.loss(model, batch, remat=remat)
+
+    of = jax.value_and_grad(sums, has_aux=True)
+    (packed, count), gradient = of(trained, [rows], 64)
+    (alone, same), expected = of(trained, batches.alone(rows), 32)
+    assert count == same > 20
+    np.testing.assert_allclose(packed, alone, rtol=1e-6)
+    for found, wanted in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    for row in rows:  # the sum of each
+        (own, _), _ = of(trained, [[row]], 32)
+        alone -= own
+    assert abs(alone) < 1e-4
