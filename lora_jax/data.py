@@ -55,9 +55,14 @@ Row = tuple[np.ndarray, np.ndarray]  # ids int32 [T], which of them are trained 
 
 
 class Encoded(typing.NamedTuple):
-    """Rows of at most seq_len tokens; how many were cut or skipped."""
+    """Rows of at most seq_len tokens, what they had before, and where each is from.
+
+    num_cut, num_skipped: how many rows were cut, and how many had nothing to train on.
+    """
 
     rows: list[Row]
+    lengths: list[int]
+    origins: list[str]
     num_cut: int
     num_skipped: int
 
@@ -354,10 +359,11 @@ def encode(
     """
     if _STREAM in dataset.column_names:
         rows = _blocks("".join(dataset[_STREAM]), tokenizer, seq_len)
+        origins = [f"block {number}" for number in range(1, len(rows) + 1)]
     else:
         rows = _encode_rows(dataset, tokenizer, eos)
-    kept = [(ids[:seq_len], trained[:seq_len]) for ids, trained in rows]
-    kept = [(ids, trained) for ids, trained in kept if trained[1:].any()]
+        origins = [_origin(row) for row in dataset]
+    kept = [n for n, (_, trained) in enumerate(rows) if trained[1:seq_len].any()]
     if not kept:
         raise errors.UserError(
             expected="at least one row with a token to train on",
@@ -366,7 +372,9 @@ def encode(
             do="raise --seq-len if the prompts fill it, or check the completions",
         )
     return Encoded(
-        rows=kept,
+        rows=[tuple(array[:seq_len] for array in rows[n]) for n in kept],
+        lengths=[len(rows[n][0]) for n in kept],
+        origins=[origins[n] for n in kept],
         num_cut=sum(len(ids) > seq_len for ids, _ in rows),
         num_skipped=len(rows) - len(kept),
     )

@@ -72,6 +72,24 @@ def config_folder(name: str, revision: str | None = None) -> pathlib.Path:
         ).parent
 
 
+def tokenizer_folder(name: str, revision: str | None = None) -> pathlib.Path:
+    """As `model_folder`, but of a hub id no weights are downloaded."""
+    if local := _local_folder(name):
+        return local
+
+    import huggingface_hub
+
+    with readable_errors(name, revision, kind="model"):
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["config.json", *_BESIDE_WEIGHTS],
+                ignore_patterns=_UNWANTED,
+            )
+        )
+
+
 def beside_weights(folder: pathlib.Path) -> list[pathlib.Path]:
     """A model folder's files of the tokenizer and of generation; no code, no pickles."""
     found = {path for pattern in _BESIDE_WEIGHTS for path in folder.glob(pattern)}

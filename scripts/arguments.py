@@ -20,6 +20,7 @@ from lora_jax.models import quantisation as model_quantisation
 # Flags with a path on this machine.
 PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file")
 
+SEQ_LEN = 1024  # unless the model's context is shorter
 
 PROCESSES = ("coordinator", "num_processes", "process_id")
 
@@ -100,6 +101,22 @@ def add_model(flags: Flags) -> None:
               "the base does not fit on one, data otherwise)")  # fmt: skip
 
 
+def add_data(flags: Flags) -> None:
+    """--dataset, --eval-dataset, --columns, --seq-len, --packing."""
+    flags.group("data")
+    flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; rows with text, "
+              "prompt/completion, instruction/output or chat messages",
+              metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--eval-dataset", "held-out data (default, with --eval-every: 2 %% of --dataset)",
+              metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--columns", "names in the file, e.g. prompt=question,completion=answer")
+    flags.add("--seq-len", f"cut rows after so many tokens (default: {SEQ_LEN}, or the model's "
+              "context if that is shorter)", type=int, metavar="T")  # fmt: skip
+    flags.add("--packing", "several rows on a line of T tokens, which do not see each other: "
+              "hardly any padding is computed; --batch-size counts lines",
+              action="store_const", const=True)  # fmt: skip
+
+
 def add_sampling(flags: Flags) -> None:
     """--max-new-tokens, --temperature, --top-k, --top-p, --min-p."""
     flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
@@ -116,6 +133,30 @@ def add_processes(flags: Flags) -> None:
               metavar="HOST:PORT")  # fmt: skip
     flags.add("--num-processes", "how many are started", type=int, metavar="N")
     flags.add("--process-id", "which of them this is, from 0", type=int, metavar="I")
+
+
+def sequence_length(settings: dict[str, Any], context: int) -> int:
+    """--seq-len, or its default. Raises: UserError for more than the model's context."""
+    seq_len = settings.get("seq_len") or min(SEQ_LEN, context)
+    if seq_len > context:
+        raise errors.UserError(
+            expected=f"rows within the model's context of {context} tokens",
+            found=f"--seq-len {seq_len}",
+            do=f"--seq-len {context}",
+        )
+    return seq_len
+
+
+def columns(text: str) -> dict[str, str]:
+    """{"prompt": "question"} from "prompt=question"."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise errors.UserError(
+            expected="FIELD=COLUMN pairs, e.g. prompt=question,completion=answer",
+            found=repr(text),
+            where="--columns",
+        )
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def join(typed: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,6 @@ from lora_jax import (
 from lora_jax.models import config as model_config
 
 HELD_OUT = 0.02  # share of the rows, when --eval-every has no --eval-dataset
-SEQ_LEN = 1024  # unless the model's context is shorter
 
 
 def run(
@@ -98,18 +97,6 @@ def read_data(settings: dict[str, Any]) -> tuple[Any, Any]:
     return rows, None
 
 
-def sequence_length(settings: dict[str, Any], context: int) -> int:
-    """--seq-len, or its default. Raises: UserError for more than the model's context."""
-    seq_len = settings.get("seq_len") or min(SEQ_LEN, context)
-    if seq_len > context:
-        raise errors.UserError(
-            expected=f"rows within the model's context of {context} tokens",
-            found=f"--seq-len {seq_len}",
-            do=f"--seq-len {context}",
-        )
-    return seq_len
-
-
 class Job:
     """A model with its adapter, its data, and what is done with them."""
 
@@ -139,7 +126,7 @@ class Job:
 
     def _encode_data(self) -> None:
         settings, held_out = self.settings, self.held_out_rows
-        seq_len = settings["seq_len"] = sequence_length(settings, self.context)
+        seq_len = settings["seq_len"] = arguments.sequence_length(settings, self.context)
         packing = settings.get("packing")
         lines = functools.partial(batches.pack, length=seq_len) if packing else batches.alone
         encoded = self._encode("data", settings["dataset"], self.rows, seq_len)

@@ -53,7 +53,6 @@ def run(typed: dict[str, Any]) -> int:
     base = hub.config_folder(settings["model"], settings.get("revision"))
 
     import jax
-    import job as jobs
 
     from lora_jax import ahead, plan, sharding, targets
     from lora_jax.models import config as model_config
@@ -71,7 +70,7 @@ def run(typed: dict[str, Any]) -> int:
     context = architecture.max_position_embeddings
     settings["dtype"] = settings.get("dtype") or architecture.dtype
     settings["quant"] = arguments.resolved_quant(settings, architecture, base)
-    settings["seq_len"] = jobs.sequence_length(settings, context)
+    settings["seq_len"] = arguments.sequence_length(settings, context)
     job = ahead.job_of(settings, architecture, _generation(settings, context))
     one = dict.fromkeys(sharding.AXES, 1)
     if settings.get("mesh"):

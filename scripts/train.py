@@ -53,18 +53,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     """(flags that were typed, whether to resume)."""
     flags = arguments.Flags(DESCRIPTION, DEFAULTS)
     arguments.add_model(flags)
-    flags.group("data")
-    flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; rows with text, "
-              "prompt/completion, instruction/output or chat messages",
-              metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--eval-dataset", "held-out data (default, with --eval-every: 2 %% of --dataset)",
-              metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--columns", "names in the file, e.g. prompt=question,completion=answer")
-    flags.add("--seq-len", "cut rows after so many tokens (default: 1024, or the model's context "
-              "if that is shorter)", type=int, metavar="T")  # fmt: skip
-    flags.add("--packing", "several rows on a line of T tokens, which do not see each other: "
-              "hardly any padding is computed; --batch-size counts lines",
-              action="store_const", const=True)  # fmt: skip
+    arguments.add_data(flags)
     flags.group("adapter")
     flags.add("--rank", "size of A and B", type=int, metavar="R")
     flags.add("--alpha", "the adapter is scaled by alpha / rank", type=float)
@@ -144,7 +133,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
         if name in typed and pathlib.Path(typed[name]).expanduser().exists():
             typed[name] = str(pathlib.Path(typed[name]).expanduser().absolute())
     if "columns" in typed:
-        typed["columns"] = _pairs(typed["columns"])
+        typed["columns"] = arguments.columns(typed["columns"])
     return typed, typed.pop("resume", False)
 
 
@@ -194,17 +183,6 @@ def _patterns(flag: str, texts: list[str], number: Callable[[str], float]) -> di
                 where=f"--{flag.replace('_', '-')}",
             )
     return found
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(ours and theirs for ours, _, theirs in pairs):
-        raise errors.UserError(
-            expected="FIELD=COLUMN pairs, e.g. prompt=question,completion=answer",
-            found=repr(text),
-            where="--columns",
-        )
-    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def resolve(typed: dict[str, Any]) -> dict[str, Any]:

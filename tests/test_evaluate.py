@@ -19,7 +19,7 @@ def rows(*lengths):
     made = [
         (np.arange(1, n + 1, dtype=np.int32), np.array([i > 1 for i in range(n)])) for n in lengths
     ]
-    return data.Encoded(made, 0, 0)
+    return made
 
 
 def sum_of_labels(trained, frozen, batch):
@@ -40,11 +40,11 @@ shapes: list[tuple[int, ...]] = []
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
 def test_mean_loss_is_one_mean_over_all_trained_tokens(batch_size):
     shapes.clear()
-    encoded = rows(4, 9, 17, 3, 6)
+    held_out = rows(4, 9, 17, 3, 6)
     found = evaluate.mean_loss(
-        sum_of_labels, None, FROZEN, batches.alone(encoded.rows), batch_size, MESH
+        sum_of_labels, None, FROZEN, batches.alone(held_out), batch_size, MESH
     )
-    tokens = [id_ for ids, trained in encoded.rows for id_ in ids[trained]]
+    tokens = [id_ for ids, trained in held_out for id_ in ids[trained]]
     assert found == pytest.approx(np.mean(tokens))  # and not the mean of the batches' means
     assert set(shapes) == {(batch_size, 32)}  # one shape: one compilation
 

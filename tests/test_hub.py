@@ -80,6 +80,15 @@ def test_to_plan_takes_config_json_alone(model, tmp_path):
         assert "no such repository" in message
 
 
+def test_to_look_at_data_takes_no_weights(model, tmp_path):
+    with hub_server.serve({ID: model}) as server:
+        folder, _ = download(server, tmp_path, ID, function="tokenizer_folder")
+        asked = server.requested("GET")
+    assert {"config.json", "tokenizer_config.json"} <= set(asked)
+    assert not any(name.endswith((".safetensors", ".bin", ".py")) for name in asked)
+    assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
+
+
 def test_a_commit_can_be_asked_for(model, tmp_path):
     with hub_server.serve({ID: model}) as server:
         folder, _ = download(server, tmp_path, ID, revision=hub_server.COMMIT)

@@ -68,10 +68,10 @@ def test_readme_commands_have_flags_that_exist():
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         parsers = {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["parse"]
-                   for name in ("train", "generate")}  # fmt: skip
+                   for name in ("train", "generate", "inspect_data")}  # fmt: skip
     finally:
         sys.path.pop(0)
-    commands = re.findall(r"scripts/(train|generate)\.py ([^`\n|]*)", README)
+    commands = re.findall(r"scripts/(train|generate|inspect_data)\.py ([^`\n|]*)", README)
     assert commands
     for name, rest in commands:
         if "--help" not in rest:

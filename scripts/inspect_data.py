@@ -1,0 +1,141 @@
+"""Show rows as the model sees them: what is trained, what was cut, how lines are packed."""
+
+import itertools
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import arguments
+import console
+
+from lora_jax import demo, errors
+
+DEFAULTS = {"rows": 3}
+LONGEST = 3  # rows named
+DESCRIPTION = """\
+Show rows as the model sees them: what is trained, what was cut, what is packed.
+
+  inspect_data.py --model huggyllama/llama-7b --dataset my.jsonl
+  inspect_data.py --dataset my.jsonl --columns prompt=question,completion=answer
+  inspect_data.py --dataset my.jsonl --packing --rows 1 --tokens
+"""
+TRAINED, PLAIN = "\033[32;1m", "\033[0m"  # on a terminal
+OPEN, CLOSE = "⟦", "⟧"  # elsewhere
+
+
+def parse(argv: list[str] | None = None) -> dict[str, Any]:
+    """Every setting: what was typed, else the defaults."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS)
+    flags.group("model")
+    flags.add("--model", "whose tokenizer it is: folder or Hugging Face id, of which no weights "
+              "are downloaded; without it, the demo's", metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
+    arguments.add_data(flags)
+    flags.group("what to show")
+    flags.add("--rows", "so many rows, or lines with --packing; 0: the summary alone", type=int,
+              metavar="N")  # fmt: skip
+    flags.add("--first", "beginning with this one, from 1", type=int, metavar="N")
+    flags.add("--tokens", "one token to a line: position, id, row, trained or not, text",
+              action="store_const", const=True)  # fmt: skip
+    settings = DEFAULTS | flags.typed(argv)
+    wrong = [f"--{name} {settings[name]}" for name, least in (("rows", 0), ("first", 1))
+             if settings.get(name, least) < least]  # fmt: skip
+    if wrong:
+        raise errors.UserError(expected="numbers in their range", found=wrong)
+    if "dataset" not in settings:
+        settings |= {"dataset": str(demo.TRAIN)}
+    return settings
+
+
+def main() -> None:
+    settings = parse()
+    from lora_jax import batches, data, hub, tokenizer
+    from lora_jax.models import config as model_config
+
+    pairs = arguments.columns(settings["columns"]) if "columns" in settings else None
+    sources = {"data": settings["dataset"], "held out": settings.get("eval_dataset")}
+    loaded = {
+        label: data.load(source, columns=pairs) for label, source in sources.items() if source
+    }
+    folder = hub.tokenizer_folder(
+        settings.get("model") or str(demo.FOLDER), settings.get("revision")
+    )
+    context = model_config.load(folder).max_position_embeddings
+    seq_len = arguments.sequence_length(settings, context)
+    reader = tokenizer.load(folder)
+    eos = tokenizer.eos_ids(reader, folder)[0]
+    for label, rows in loaded.items():
+        encoded = data.encode(rows, reader, seq_len, eos)
+        packing = settings.get("packing")
+        lines = batches.pack(encoded.rows, seq_len) if packing else batches.alone(encoded.rows)
+        summarise(label, console.near(sources[label]), encoded, lines, seq_len, packing)
+        named = zip(encoded.rows, encoded.origins, strict=True)
+        origins = {id(ids): origin for (ids, _), origin in named}
+        first = settings.get("first", 1)
+        if settings["rows"] and first > len(lines):
+            raise errors.UserError(
+                expected=f"one of the {len(lines)} {'lines' if packing else 'rows'}",
+                found=f"--first {first}",
+                where=sources[label],
+            )
+        for number, line in enumerate(lines[first - 1 : first - 1 + settings["rows"]], first):
+            print(f"\nline {number} of {len(lines)}" if packing else "", flush=True)
+            show(line, [origins[id(ids)] for ids, _ in line], reader, settings.get("tokens"))
+        print()
+
+
+def summarise(label: str, source: str, encoded, lines, seq_len: int, packing: bool | None) -> None:
+    """What is in the data, in a few lines."""
+    from lora_jax import batches
+
+    sizes = [len(ids) for ids, _ in encoded.rows]
+    trained = sum(int(trained[1:].sum()) for _, trained in encoded.rows)
+    console.say(label, f"{len(sizes)} rows, {sum(sizes)} tokens: {source}")
+    console.say("cut", f"{encoded.num_cut} at {seq_len} tokens; {encoded.num_skipped} "
+                "skipped, with nothing to train in what is left")  # fmt: skip
+    console.say("trained", f"{trained} tokens, {trained / sum(sizes):.1%}")
+    cuts = statistics.quantiles(sizes, n=20, method="inclusive") if len(sizes) > 1 else sizes * 19
+    console.say("length", f"median {statistics.median(sizes):g} tokens, 95 % have at most "
+                f"{cuts[18]:g}, the longest {max(sizes)}")  # fmt: skip
+    longest = sorted(zip(encoded.lengths, encoded.origins, strict=True), reverse=True)[:LONGEST]
+    console.say("longest", ", ".join(f"{where} ({size})" for size, where in longest))
+    length = min(seq_len, batches.longest(lines))
+    share = sum(sizes) / (len(lines) * length)
+    what = "packed on lines" if packing else "padded to lines"
+    console.say("lines", f"{len(lines)} {what} of {length} tokens, {share:.1%} filled")
+
+
+def show(line, origins: list[str], reader, tokens: bool | None) -> None:
+    """A line's rows: where each is from, and its text, what is trained in colour or in brackets."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    begin, end = (TRAINED, PLAIN) if colour else (OPEN, CLOSE)
+    for number, ((ids, trained), origin) in enumerate(zip(line, origins, strict=True), 1):
+        predicted = trained.copy()
+        predicted[:1] = False  # it follows nothing
+        print(f"── {origin}: {len(ids)} tokens, {int(predicted.sum())} trained")
+        if tokens:
+            pieces = reader.convert_ids_to_tokens(ids.tolist())
+            for position, (id_, piece) in enumerate(zip(ids.tolist(), pieces, strict=True)):
+                mark = "trained" if predicted[position] else ""
+                print(f"{position:6} {id_:7} {number:4} {mark:8} {piece!r}")
+        else:
+            found = spans(ids.tolist(), predicted.tolist(), reader)
+            print("".join(begin + text + end if on else text for text, on in found))
+
+
+def spans(ids: list[int], trained: list[bool], reader) -> Iterator[tuple[str, bool]]:
+    """(text, whether trained) of the parts of a row."""
+    borders = [0, *(n for n in range(1, len(ids)) if trained[n] != trained[n - 1]), len(ids)]
+    before = ""
+    for start, end in itertools.pairwise(borders):
+        upto = reader.decode(ids[:end])
+        # As it continues what stands before; alone it would lose the blank at its beginning.
+        text = upto[len(before) :] if upto.startswith(before) else reader.decode(ids[start:end])
+        before = upto
+        yield text, trained[start]
+
+
+if __name__ == "__main__":
+    arguments.run(main)

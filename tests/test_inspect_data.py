@@ -1,0 +1,74 @@
+"""scripts/inspect_data.py: rows as the model sees them."""
+
+import io
+import json
+
+import cli
+import pytest
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return cli.write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 12)
+
+
+def inspect(*flags):
+    ended = cli.run("inspect_data", *flags)
+    assert ended.code == 0 and ended.err == "", ended
+    return ended.out
+
+
+def test_what_is_trained_stands_in_brackets(rows):
+    out = inspect("--dataset", rows, "--rows", 2, "--first", 3)
+    assert "12 rows" in out and "0 at 256 tokens; 0 skipped" in " ".join(out.split())
+    first, second = out.split("── ")[1:]
+    assert first.startswith("train.jsonl:3: ")
+    assert first.splitlines()[1] == "<bos>Tom has 2 cats.⟦ He likes cat 2.<eos>⟧"
+    assert second.splitlines()[1] == "<bos>Tom has 3 cats.⟦ He likes cat 3.<eos>⟧"
+
+
+def test_on_a_terminal_it_is_in_colour(rows, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "<bos>Tom has 0 cats.\033[32;1m He likes cat 0.<eos>\033[0m" in inspect(
+        "--dataset", rows
+    )
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in inspect("--dataset", rows)
+
+
+def test_packed_lines_show_their_rows_and_tokens(rows):
+    out = inspect("--dataset", rows, "--packing", "--rows", 1, "--tokens", "--seq-len", 64)
+    assert "packed on lines of 48 tokens" in out and "\nline 1 of " in out
+    blocks = out.split("── ")[1:]
+    assert len(blocks) > 1
+    for number, block in enumerate(blocks, 1):
+        head, *tokens = block.strip().splitlines()
+        assert f" {len(tokens)} tokens, " in head
+        positions, _, numbers, *_ = zip(*(line.split() for line in tokens), strict=False)
+        assert [int(p) for p in positions] == list(range(len(tokens)))
+        assert set(numbers) == {str(number)}
+        assert int(head.split(", ")[1].split()[0]) == sum(" trained " in line for line in tokens)
+        assert tokens[0].endswith("'<bos>'") and tokens[-1].endswith("'<eos>'")
+
+
+def test_what_is_cut_skipped_and_longest_is_told(tmp_path):
+    made = [("a", "b"), ("Tom has cats. " * 40, "x"), ("c", "Tom has cats. " * 30)]
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in made]
+    path.write_text("\n".join(lines))
+    out = " ".join(inspect("--dataset", path, "--seq-len", 32, "--rows", 0).split())
+    assert "2 rows, " in out and "2 at 32 tokens; 1 skipped" in out
+    assert "longest train.jsonl:3 (" in out and "the longest 32" in out
+    path.write_text(lines[1])
+    assert "a token to train on" in cli.refused("inspect_data", "--dataset", path, "--seq-len", 32)
+
+
+def test_wrong_numbers_are_refused(rows):
+    told = cli.refused("inspect_data", "--dataset", rows, "--first", 13)
+    assert "one of the 12 rows" in told and "--first 13" in told
+    assert "--rows -1" in cli.refused("inspect_data", "--dataset", rows, "--rows", "-1")
