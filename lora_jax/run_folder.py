@@ -128,21 +128,28 @@ class RunFolder:
         with self._metrics.open("a") as file:
             file.write(json.dumps(whole) + "\n")
 
+    def metrics(self, step: int) -> list[dict[str, Any]]:
+        """What metrics.jsonl tells of the steps up to `step`, without a line cut off by a kill."""
+        return [json.loads(line) for line in self._told(step)]
+
     def cut_back(self, step: int) -> None:
         """Drops what metrics.jsonl tells of steps after `step`, and a line cut off by a kill."""
         if not self._metrics.exists():
             return
+        new = self._metrics.with_suffix(".new")
+        new.write_text("".join(line + "\n" for line in self._told(step)))
+        os.replace(new, self._metrics)
+
+    def _told(self, step: int) -> list[str]:
         kept = []
-        for line in self._metrics.read_text().splitlines():
+        for line in self._metrics.read_text().splitlines() if self._metrics.exists() else ():
             try:
                 if json.loads(line)["step"] > step:
                     break
             except ValueError:
                 break
-            kept.append(line + "\n")
-        new = self._metrics.with_suffix(".new")
-        new.write_text("".join(kept))
-        os.replace(new, self._metrics)
+            kept.append(line)
+        return kept
 
 
 class Followed(RunFolder):
@@ -161,6 +168,7 @@ class Followed(RunFolder):
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self._run = path / "run.json"
+        self._metrics = path / "metrics.jsonl"
 
     def __exit__(self, *_) -> None:
         pass

@@ -1,8 +1,12 @@
 """The training step, and the loop that yields after each one."""
 
+import collections
 import functools
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax import data, devices, lora, sharding
 from lora_jax.kernels import cross_entropy
+
+_LOADERS, _AHEAD = 2, 3  # threads that make batches, and how many batches are made ahead
 
 
 class Batch(NamedTuple):
@@ -152,13 +158,23 @@ def steps(
 ) -> Iterator[tuple[State, dict[str, float]]]:
     """Yields (state, metrics) after each step until num_steps are done, from where `state` stands.
 
-    `state` is valid until the next iteration. The next batch is made while the device computes.
+    `state` is valid until the next iteration. Threads make the next batches while the device
+    computes; metrics' `waited` is the seconds for which it had none.
     """
     done = int(state.step)
-    batch = batch_at(done) if done < num_steps else None
-    while done < num_steps:
-        state, metrics = step(state, frozen, batch)
-        done += 1
-        if done < num_steps:
-            batch = batch_at(done)
-        yield state, {"step": done, **{name: value.item() for name, value in metrics.items()}}
+    numbers = iter(range(done, num_steps))
+    with futures.ThreadPoolExecutor(_LOADERS, thread_name_prefix="loader") as loaders:
+        load = functools.partial(loaders.submit, batch_at)
+        coming = collections.deque(map(load, itertools.islice(numbers, _AHEAD)))
+        try:
+            while coming:
+                begun = time.monotonic()
+                batch = coming.popleft().result()
+                waited = time.monotonic() - begun
+                coming.extend(map(load, itertools.islice(numbers, 1)))
+                state, metrics = step(state, frozen, batch)
+                done += 1
+                values = {name: value.item() for name, value in metrics.items()}
+                yield state, {"step": done, **values, "waited": waited}
+        finally:
+            loaders.shutdown(cancel_futures=True)

@@ -159,6 +159,20 @@ def columns(text: str) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
+def seconds(text: str) -> float:
+    """5400.0 from "1h30m", "90m" or "5400"."""
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.replace(" ", ""))
+    found = parts and sum(
+        int(number or 0) * unit
+        for number, unit in zip(parts.groups(), (86400, 3600, 60, 1), strict=True)
+    )
+    if not found:
+        raise errors.UserError(
+            expected="a time such as 8h, 1h30m or 45m", found=repr(text), where="--max-time"
+        )
+    return float(found)
+
+
 def join(typed: dict[str, Any]) -> dict[str, Any]:
     """`typed` without the flags of add_processes, once all processes are there.
 

@@ -94,10 +94,13 @@ def dense_note(quant: str, model: Any) -> str:
 
 
 class Progress:
-    """A bar with loss, tokens/s and time left; about 20 plain lines when not on a terminal."""
+    """A bar with loss, tokens/s and time left; when not on a terminal, a plain line every so many
+    steps, by default about 20 in all."""
 
-    def __init__(self, first: int, num_steps: int):
+    def __init__(self, first: int, num_steps: int, every: int | None):
         import tqdm
+
+        self._every = every or max(1, num_steps // PLAIN_LINES)
 
         self._num_steps = num_steps
         self._since: tuple[int, float] | None = None  # the first step shown: it held the compiling
@@ -117,8 +120,7 @@ class Progress:
         shown = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
-        every = max(1, self._num_steps // PLAIN_LINES)
-        if self._plain and (step % every == 0 or step in (1, self._num_steps)):
+        if self._plain and (step % self._every == 0 or step in (1, self._num_steps)):
             if self._since:
                 a_step = (time.time() - self._since[1]) / (step - self._since[0])
                 left = datetime.timedelta(seconds=round(a_step * (self._num_steps - step)))

@@ -1,5 +1,6 @@
 """What train.py does once its flags are read: load, evaluate, train, save, show."""
 
+import collections
 import contextlib
 import functools
 import importlib.metadata
@@ -7,6 +8,7 @@ import math
 import os
 import pathlib
 import signal
+import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +113,7 @@ class Job:
     ):
         self.settings, self.folder, self.base, self.mesh = settings, folder, base, mesh
         self.rows, self.held_out_rows = rows
+        self.begun = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.num_steps = settings.get("max_steps")
         self.architecture = architecture
@@ -242,6 +245,10 @@ class Job:
                 state = self._resume(state, snapshots, record)
             first = int(state.step)
             self.folder.cut_back(first or -1)
+            self.patience = Patience(settings.get("patience"))
+            for told in self.folder.metrics(first):
+                if "eval_loss" in told:
+                    self.patience.note(told["eval_loss"])
             record["status"] = "running"
             self.folder.write_run(record)
             self._make_evaluation()
@@ -262,13 +269,14 @@ class Job:
                 snapshots.wait()
                 self.trained, done = self._chosen(state, snapshots, record), int(state.step)
                 self._save_adapter()
+                finished = done == self.num_steps or self.patience.spent
                 record |= {
-                    "status": "finished" if done == self.num_steps else f"stopped at step {done}",
+                    "status": "finished" if finished else f"stopped at step {done}",
                     "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
                     "peak_bytes": max(devices.peak_bytes(), record.get("peak_bytes", 0)),
                 }
                 self.folder.write_run(record)
-        if done < self.num_steps:
+        if not finished:
             self._tell_stopped(done)
             return stop.code
         self._show(record["samples"])
@@ -286,28 +294,38 @@ class Job:
         """The state after the last step, or after the one at which `stop` was asked."""
         every = self.settings.get("eval_every") or self.num_steps
         start = clock = time.time()
-        steps = train.steps(step, state, self.frozen, self._batch, self.num_steps)
-        with console.Progress(int(state.step), self.num_steps) as progress:
+        until = 0 if self.patience.spent else self.num_steps  # resumed, it may have been already
+        steps = train.steps(step, state, self.frozen, self._batch, until)
+        log_every, spikes = self.settings.get("log_every"), Spikes()
+        with console.Progress(int(state.step), self.num_steps, log_every) as progress:
             for state, metrics in steps:
                 now, number = time.time(), metrics["step"]
                 metrics["tokens_per_second"] = round(metrics.pop("num_tokens") / (now - clock), 1)
+                metrics["data_wait"] = round(metrics.pop("waited") / (now - clock), 4)
                 self.folder.log(metrics)
                 if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                     raise self._not_finite(number, snapshots.latest())
                 progress.show(number, metrics)
+                if told := spikes.note(metrics["loss"]):
+                    say("spike", f"step {number}: {told}")
                 last, loss = number == self.num_steps, None
                 if last or number % every == 0:
                     loss, answers = self._evaluate(number, state.lora, score=last)
+                    if self.patience.spent and not last:
+                        say("patience", f"no better held-out loss in {self.patience.limit} "
+                            "evaluations: ending here")  # fmt: skip
+                    last = last or self.patience.spent
                     if last:  # before its checkpoint: a run resumed there has these to show
                         record["samples"]["after"] = answers
                         self.folder.write_run(record)
                 # Once: what ends the loop must have been saved.
-                stopping = distributed.anyone(stop.asked)
+                late = time.monotonic() - self.begun > (self.settings.get("max_time") or math.inf)
+                stopping = distributed.anyone(stop.asked or late)
                 due = number % self.settings["save_every"] == 0
                 due |= loss is not None and bool(self.settings.get("keep_best"))
                 if last or stopping or due:
                     snapshots.save(state, loss)
-                if stopping:
+                if stopping or last:
                     break
                 clock = time.time()
         self.seconds["train"] = self.seconds.get("train", 0) + time.time() - start
@@ -457,7 +475,8 @@ class Job:
         model = trained, self.frozen
         loss = evaluate.mean_loss(self.eval_loss, *model, self.held_out, rows, self.mesh)
         metrics = {"step": number, "eval_loss": loss}
-        if score and self.scored:
+        self.patience.note(loss)
+        if (score or self.patience.spent) and self.scored:
             how = {"key": jax.random.key(0), "mesh": self.mesh}
             answers = evaluate.answers(self.answer, *model, self.scored, self.tokenizer, **how)
             metrics["exact_match"] = evaluate.exact_match(answers)
@@ -506,6 +525,40 @@ class Job:
         print(f"\nto generate with it:\n  {console.command('generate.py')} {same} \\\n"
               f"    --adapter {console.quoted(str(self.folder.adapter))} \\\n"
               f"    --prompt {console.quoted(example[0] if example else '…')}")  # fmt: skip
+
+
+class Patience:
+    """spent: for `limit` evaluations the loss has not been less than before; None: never."""
+
+    def __init__(self, limit: int | None):
+        self.limit, self.since, self.least = limit, 0, math.inf
+
+    def note(self, loss: float | None) -> None:
+        """An evaluation's loss; None where it was not finite."""
+        better = loss is not None and loss < self.least
+        self.since = 0 if better else self.since + 1
+        self.least = loss if better else self.least
+
+    @property
+    def spent(self) -> bool:
+        return self.limit is not None and self.since >= self.limit
+
+
+class Spikes:
+    """Tells losses that stand out of those before."""
+
+    def __init__(self):
+        self._before: collections.deque[float] = collections.deque(maxlen=50)
+
+    def note(self, loss: float) -> str:
+        """What to tell of a step's loss, if anything."""
+        told = ""
+        if len(self._before) >= 20:
+            mean, spread = statistics.mean(self._before), statistics.stdev(self._before)
+            if loss > mean + max(6 * spread, 0.5 * mean):
+                told = f"loss {loss:.3g}, after {mean:.3g} on average; look at its rows, or at --lr"
+        self._before.append(loss)
+        return told
 
 
 def _tell_damaged(damaged: dict[int, str]) -> None:

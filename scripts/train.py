@@ -37,6 +37,8 @@ NUMBERS = {  # flags with a number, by what it must at least be
         "eval_every",
         "keep_checkpoints",
         "max_new_tokens",
+        "patience",
+        "log_every",
     ),
     2: ("seq_len",),
 }
@@ -105,6 +107,13 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--keep-best", "checkpoint at every evaluation too, keep the one with the least "
               "held-out loss, and make the adapter of it",
               action="store_const", const=True)  # fmt: skip
+    flags.add("--patience", "end when the held-out loss has not been less than before in N "
+              "evaluations; keeps the best as --keep-best does", type=int, metavar="N")  # fmt: skip
+    flags.add("--max-time", "stop and save after so long, e.g. 8h or 90m, with exit code 75",
+              metavar="TIME")  # fmt: skip
+    flags.add("--log-every", "a line of progress every N steps where there is no terminal "
+              "(default: 20 lines in all; metrics.jsonl has every step)", type=int,
+              metavar="N")  # fmt: skip
     flags.group("generating, after training or with --max-steps 0")
     flags.add("--prompt", "continue this text; may be given again", action="append")
     flags.add("--chat", "put --prompt into the chat template", action="store_const", const=True)
@@ -132,6 +141,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     for name in ("model", "dataset", "eval_dataset"):  # found again from any folder
         if name in typed and pathlib.Path(typed[name]).expanduser().exists():
             typed[name] = str(pathlib.Path(typed[name]).expanduser().absolute())
+    if "max_time" in typed:
+        typed["max_time"] = arguments.seconds(typed["max_time"])
     if "columns" in typed:
         typed["columns"] = arguments.columns(typed["columns"])
     return typed, typed.pop("resume", False)
@@ -215,6 +226,8 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
              and not settings.get("eval_dataset") and not settings.get("eval_every")),
             ("--keep-best without --eval-dataset or --eval-every", settings.get("keep_best")
              and not settings.get("eval_dataset") and not settings.get("eval_every")),
+            ("--patience without --eval-dataset or --eval-every", settings.get("patience")
+             and not settings.get("eval_dataset") and not settings.get("eval_every")),
             ("--temperature without a --prompt", "temperature" in typed and not prompt),
             ("--max-new-tokens without a --prompt", "max_new_tokens" in typed and not prompt),
             ("--revision of a model that is not given", "revision" in typed
@@ -224,6 +237,8 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
     ]  # fmt: skip
     if pointless:
         raise errors.UserError(expected="flags that have an effect", found=pointless)
+    if settings.get("patience"):
+        settings["keep_best"] = True
     return settings
 
 
@@ -298,7 +313,8 @@ def resumed(typed: dict[str, Any], folder: run_folder.RunFolder) -> dict[str, An
     number of its batches as long as its rows stay the same.
     """
     settings = DEFAULTS | folder.read_run()["settings"]  # it may be of a version with fewer
-    anew = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature", "mesh")
+    anew = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature", "mesh", "max_time",
+            "log_every")  # fmt: skip
     split = ("batch_size", "grad_accum")
     rows, typed_rows = (math.prod(s[name] for name in split) for s in (settings, settings | typed))
     if rows == typed_rows:

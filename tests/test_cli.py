@@ -273,3 +273,11 @@ def test_local_paths_are_found_again_from_another_folder(tmp_path, monkeypatch):
     typed, _ = train_script.parse(["--dataset", "rows.jsonl", "--model", "owner/name"])
     assert typed["dataset"] == str(tmp_path / "rows.jsonl")
     assert typed["model"] == "owner/name"
+
+
+def test_times_have_units():
+    assert arguments.seconds("1h30m") == arguments.seconds("90m") == arguments.seconds("5400")
+    assert arguments.seconds("2d") == 172800 and arguments.seconds("45s") == 45
+    for text in ("", "0", "h", "1.5h", "30m1h", "-1"):
+        with pytest.raises(errors.UserError, match="--max-time"):
+            arguments.seconds(text)

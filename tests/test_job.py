@@ -72,6 +72,7 @@ def comparable(folder):
     rows = cli.metrics(folder)
     for row in rows:
         row.pop("tokens_per_second", None)
+        row.pop("data_wait", None)
     return rows, (folder / "adapter/adapter_model.safetensors").read_bytes()
 
 
@@ -113,7 +114,7 @@ def test_metrics_are_one_json_object_a_line(whole):
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     for row in steps:
-        assert row.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second"}
+        assert row.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second", "data_wait"}
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["tokens_per_second"] > 0
     evaluations = [row for row in rows if "eval_loss" in row]
     assert rows[0] is evaluations[0] and rows[-1] is evaluations[-1]
@@ -425,3 +426,12 @@ def test_the_default_batch_grows_to_one_row_a_device(plain, tmp_path):
     assert ended.code == 0, ended.err
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["batch_size"] == 8 == jax.device_count()
+
+
+def test_losses_that_stand_out_are_told():
+    import job
+
+    spikes = job.Spikes()
+    told = [spikes.note(2 + 0.1 * (step % 3) + 3 * (step == 40)) for step in range(60)]
+    assert [step for step, text in enumerate(told) if text] == [40]
+    assert told[40].startswith("loss 5.1, after 2.1 on average")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import random
 import re
@@ -247,6 +248,31 @@ def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
     assert "best step 6, held-out loss 0.5000" in resumed(folder)
     assert checkpoints(folder) == [6]
     assert_the_adapter_is(folder, seen[6])
+
+
+def test_without_patience_left_a_run_ends_and_keeps_the_best(rows, tmp_path, monkeypatch):
+    folder, losses = tmp_path / "run", iter([9, 3, 1, math.nan, 2])
+    monkeypatch.setattr(evaluate, "mean_loss", lambda *_: float(next(losses)))
+    flags = ("--output-dir", folder, "--eval-every", 1, "--exact-match", 1)
+    ended = cli.run("train", *FLAGS, "--dataset", rows, *flags, "--patience", 2)
+    assert ended.code == 0 and "no better held-out loss in 2 evaluations" in ended.out, ended
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "finished" and run["best"] == {"step": 2, "eval_loss": 1}
+    scored = [row["step"] for row in cli.metrics(folder) if "exact_match" in row]
+    assert scored == [0, 4] and len(run["samples"]["after"]) == 1
+    before = comparable(folder)
+    assert "from step 4 of 6" in resumed(folder)  # it has ended, and does not go on
+    assert comparable(folder) == before and checkpoints(folder) == [2, 3, 4]
+
+
+def test_a_run_stops_when_its_time_is_over_and_goes_on(whole, rows, tmp_path):
+    folder = tmp_path / "run"
+    flags = (*FLAGS, "--dataset", rows, "--output-dir", folder, "--max-time", "1s")
+    ended = cli.run("train", *flags, "--log-every", 1)
+    assert ended.code == 75 and "stopped after step 1 of 6; to go on:" in ended.out, ended
+    assert status(folder) == "stopped at step 1" and "step 1 of 6: loss" in ended.out
+    assert "from step 1 of 6" in resumed(folder, "--max-time", "1h")
+    assert comparable(folder) == comparable(whole)
 
 
 def assert_the_adapter_is(folder, expected):

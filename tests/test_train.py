@@ -150,12 +150,31 @@ def test_loss_is_over_the_labels_that_are_not_ignored():
 def test_metrics(three_steps):
     batch = make_batch(0)
     metrics = three_steps[0][1]
-    assert metrics.keys() == {"step", "loss", "grad_norm", "lr", "num_tokens"}
+    assert metrics.keys() == {"step", "loss", "grad_norm", "lr", "num_tokens", "waited"}
     assert metrics["num_tokens"] == int(batch.attention_mask.sum())
     assert metrics["step"] == 1 and metrics["lr"] == pytest.approx(0.01)
     assert metrics["grad_norm"] > 0
     assert all(isinstance(value, int | float) for value in metrics.values())
     assert [m["step"] for _, m in three_steps] == [1, 2, 3]
+
+
+def test_batches_come_in_order_and_their_errors_pass_through():
+    seen = []
+
+    def batch_at(number):
+        if number == 4:
+            raise ValueError("row 17")
+        return number
+
+    def step(state, frozen, batch):
+        seen.append(batch)
+        return state, {}
+
+    state = train.State(None, None, jnp.asarray(1))
+    with pytest.raises(ValueError, match="row 17"):
+        for _ in train.steps(step, state, train.Frozen(None, None), batch_at, 9):
+            pass
+    assert seen == [1, 2, 3]
 
 
 def test_training_lowers_the_loss():
@@ -219,7 +238,8 @@ def test_runs_repeat_and_resume_bit_for_bit(dropout):
     step = compiled(dropout=dropout)
 
     def run(state, num_steps=4):
-        return [(saved(s), m) for s, m in train.steps(step, state, frozen, make_batch, num_steps)]
+        done = train.steps(step, state, frozen, make_batch, num_steps)
+        return [(saved(state), metrics) for state, metrics in done if metrics.pop("waited") >= 0]
 
     first, again = run(begin(dropout=dropout)), run(begin(dropout=dropout))
     assert [m for _, m in first] == [m for _, m in again]
