@@ -18,6 +18,11 @@ def alone(rows: Sequence[data.Row]) -> list[Line]:
     return [(row,) for row in rows]
 
 
+def pairs(rows: Sequence[data.Row]) -> list[Line]:
+    """Two rows on each line: what was chosen, and what was rejected."""
+    return list(zip(rows[::2], rows[1::2], strict=True))
+
+
 def pack(rows: Sequence[data.Row], length: int) -> list[Line]:
     """Lines of whole rows, at most `length` tokens each: the longest row first, each where it
     leaves least room.

@@ -5,6 +5,7 @@ A row is one of four kinds, the first whose fields are all present (see KINDS):
   prompt, completion              joined as they stand; the loss is on completion + EOS
   instruction, [input,] output    Alpaca's template; the loss is on output + EOS
   text                            the loss is on everything, EOS included
+Preferences (see encode_pairs) have prompt, chosen and rejected: texts, or lists of messages.
 A .txt file is one stream of tokens, cut into blocks of seq_len.
 """
 
@@ -15,7 +16,7 @@ import json
 import pathlib
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,7 +34,9 @@ KINDS = (
     ("instruction", "output"),
     ("text",),
 )
-_FIELDS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
+PREFERENCE = ("prompt", "chosen", "rejected")
+_FIELDS = ("messages", "prompt", "completion", "instruction", "input", "output", "text",
+           "chosen", "rejected")  # fmt: skip
 # Where a row comes from ("train.jsonl:17"), for messages; no part of the content.
 _ORIGIN = "_origin"
 # A line of a .txt file.
@@ -292,7 +295,7 @@ def _rename(
             where=source,
             do="correct --columns",
         )
-    kinds = [kind for kind in KINDS if set(kind) & set(columns)]
+    kinds = [kind for kind in (*KINDS, PREFERENCE) if set(kind) & set(columns)]
     keep = {"input", *(field for kind in kinds for field in kind)} - set(columns)
     drop = set(_FIELDS) - keep - set(columns.values())
     drop |= set(columns) - set(columns.values())  # a column whose name a renamed one takes over
@@ -363,20 +366,64 @@ def encode(
     else:
         rows = _encode_rows(dataset, tokenizer, eos)
         origins = [_origin(row) for row in dataset]
-    kept = [n for n, (_, trained) in enumerate(rows) if trained[1:seq_len].any()]
-    if not kept:
+    return _cut(rows, origins, seq_len, together=1)
+
+
+def encode_pairs(
+    dataset: "datasets.Dataset",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    seq_len: int,
+    eos: int,
+) -> Encoded:
+    """As `encode`, of prompts with a chosen and a rejected answer: two rows each, in this order.
+
+    The three are texts, or lists of messages that are joined. A pair of which one row has nothing
+    to train is skipped, and counts as one.
+
+    Raises:
+      errors.UserError: a row lacks fields, a chat cannot be masked, or no pair remains.
+    """
+    rows, origins, found, where = [], [], [], []
+    for row in dataset:
+        parts = [row.get(field) for field in PREFERENCE]
+        if all(isinstance(part, str) for part in parts):
+            pair = [{"prompt": parts[0], "completion": answer} for answer in parts[1:]]
+        elif all(isinstance(part, list) for part in parts):
+            pair = [{"messages": parts[0] + answer} for answer in parts[1:]]
+        else:
+            found.append(", ".join(_present(row)) or "(nothing)")
+            where.append(_origin(row))
+            continue
+        rows += [made | {_ORIGIN: _origin(row)} for made in pair]
+        origins += [_origin(row)] * 2
+    if found:
+        raise errors.UserError(
+            expected=f"in each row {', '.join(PREFERENCE)}, all texts or all lists of messages",
+            found=[f"the fields {fields}" for fields in found],
+            where=where,
+            do="correct these rows, or map their fields, e.g. --columns chosen=better",
+        )
+    return _cut(_encode_rows(rows, tokenizer, eos), origins, seq_len, together=2)
+
+
+def _cut(rows: Sequence[Row], origins: list[str], seq_len: int, *, together: int) -> Encoded:
+    """Rows cut at seq_len, without groups of so many of which one has nothing left to train."""
+    groups = [range(n, n + together) for n in range(0, len(rows), together)]
+    whole = [group for group in groups if all(rows[n][1][1:seq_len].any() for n in group)]
+    if not whole:
         raise errors.UserError(
             expected="at least one row with a token to train on",
             found=f"none in {len(rows)} rows of at most {seq_len} tokens",
-            where=_origin(dataset[0]),
+            where=origins[0] if origins else None,
             do="raise --seq-len if the prompts fill it, or check the completions",
         )
+    kept = [n for group in whole for n in group]
     return Encoded(
         rows=[tuple(array[:seq_len] for array in rows[n]) for n in kept],
         lengths=[len(rows[n][0]) for n in kept],
         origins=[origins[n] for n in kept],
         num_cut=sum(len(ids) > seq_len for ids, _ in rows),
-        num_skipped=len(rows) - len(kept),
+        num_skipped=len(groups) - len(whole),
     )
 
 
@@ -417,7 +464,9 @@ def _blocks(
 
 
 def _encode_rows(
-    dataset: "datasets.Dataset", tokenizer: "transformers.PreTrainedTokenizerBase", eos: int
+    dataset: "datasets.Dataset | list[dict]",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    eos: int,
 ) -> list[Row]:
     kinds = _kinds(dataset)
     rows: list[Row | None] = [None] * len(dataset)
@@ -517,7 +566,7 @@ def _pair(row: dict, kind: tuple[str, ...]) -> tuple[str, str]:
     return template.format_map(row), row["output"]
 
 
-def _kinds(dataset: "datasets.Dataset") -> list[tuple[str, ...]]:
+def _kinds(dataset: "datasets.Dataset | list[dict]") -> list[tuple[str, ...]]:
     """The kind of each row; one error for all rows that have none or hold no text."""
     kinds, found, where = [], [], []
     for row in dataset:
@@ -536,7 +585,9 @@ def _kinds(dataset: "datasets.Dataset") -> list[tuple[str, ...]]:
             expected="in each row the texts of " + ", or ".join(" + ".join(k) for k in KINDS),
             found=found,
             where=where,
-            do="correct these rows, or map their fields, e.g. --columns "
+            do="train on preferences with --dpo"
+            if all("chosen, rejected" in fields for fields in found)
+            else "correct these rows, or map their fields, e.g. --columns "
             "prompt=question,completion=answer",
         )
     return kinds

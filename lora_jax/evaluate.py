@@ -1,5 +1,6 @@
 """Held-out loss, exact match, and how alike two models predict."""
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,25 +22,26 @@ class Answer(NamedTuple):
     text: str
 
 
-def mean_loss(
+def means(
     eval_loss: Callable,
     trained: Any,
     frozen: train.Frozen,
     lines: Sequence[batches.Line],
     batch_size: int,
     mesh: Mesh,
-) -> float:
-    """Mean of −log p over all trained tokens of the set: one sum, divided once."""
+) -> dict[str, float]:
+    """What `eval_loss` sums, over all of the set, divided once by all that it counts."""
     where = sharding.rows(batch_size, mesh)
     length = batches.longest(lines)
-    total, count = 0.0, 0
+    total, count = collections.Counter(), 0
     for first in range(0, len(lines), batch_size):
         chunk = lines[first : first + batch_size]
         padded = batches.pad([*chunk, *[()] * (batch_size - len(chunk))], length)
         batch = sharding.put(train.Batch(**padded), where)
-        value, tokens = eval_loss(trained, frozen, batch)
-        total, count = total + value.item(), count + tokens.item()
-    return total / count
+        values, counted = eval_loss(trained, frozen, batch)
+        total.update({name: value.item() for name, value in values.items()})
+        count += counted.item()
+    return {name: value / count for name, value in total.items()}
 
 
 def answers(

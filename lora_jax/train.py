@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lora_jax import data, devices, lora, sharding
+from lora_jax import data, devices, dpo, lora, sharding
 from lora_jax.kernels import cross_entropy
 
 _LOADERS, _AHEAD = 2, 3  # threads that make batches, and how many batches are made ahead
@@ -42,10 +42,14 @@ class State(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """What training leaves alone: the base model, and the shapes of the dropout keys."""
+    """What training leaves alone: the base model, and the shapes of the dropout keys.
+
+    reference: for preferences, A and B as they were before training, when they had no effect.
+    """
 
     base: Any
     dropout_keys: Any
+    reference: Any = None
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Frozen]:
@@ -60,6 +64,16 @@ def start(trained: Any, optimizer: optax.GradientTransformation) -> State:
     return State(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
 
 
+def losses(model: nnx.Module, batch: Batch, *, remat: str = "none") -> Float[Array, "B T"]:
+    """−log p(next token) after each token of one micro-batch whose next one is trained, else 0."""
+    targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=data.IGNORED)
+    hidden = model.hidden_states(batch.input_ids, batch.attention_mask, remat=remat)
+    head = model.frozen_head()
+    if head is None:
+        return cross_entropy.of_logits(model.logits(hidden), targets)
+    return cross_entropy.cross_entropy(hidden, sharding.whole_head(head), targets)
+
+
 def loss(
     model: nnx.Module, batch: Batch, *, remat: str = "none"
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -67,13 +81,27 @@ def loss(
 
     A sum and a count, so that a mean is taken once, over all tokens of all micro-batches.
     """
-    trained = batch.labels[:, 1:] != data.IGNORED
-    targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=data.IGNORED)
-    hidden = model.hidden_states(batch.input_ids, batch.attention_mask, remat=remat)
-    head = model.frozen_head()
-    if head is None:
-        return cross_entropy.of_logits(model.logits(hidden), targets), trained.sum()
-    return cross_entropy.cross_entropy(hidden, sharding.whole_head(head), targets), trained.sum()
+    count = (batch.labels[:, 1:] != data.IGNORED).sum()
+    return losses(model, batch, remat=remat).sum(), count
+
+
+def _objective(graphdef: nnx.GraphDef, beta: float | None) -> Callable:
+    """(model, frozen, micro-batch, remat) → (Σ loss, count of what it is a mean of, sums to tell).
+
+    beta: of DPO, of which each line is a pair; None for the tokens' loss.
+    """
+
+    def tokens(model, frozen, batch, remat):
+        return *loss(model, batch, remat=remat), {}
+
+    def pairs(model, frozen, batch, remat):
+        reference = nnx.merge(graphdef, frozen.reference, frozen.dropout_keys, frozen.base)
+        reference.eval()
+        before = jax.lax.stop_gradient(losses(reference, batch))
+        now = losses(model, batch, remat=remat)
+        return dpo.loss(now, before, batch.attention_mask, beta)
+
+    return tokens if beta is None else pairs
 
 
 def make_step(
@@ -83,31 +111,36 @@ def make_step(
     *,
     seed: int,
     remat: str,
+    beta: float | None = None,
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step (state, frozen, batch) → (state, metrics); it takes over state's memory.
 
-    The gradient is that of the mean over all trained tokens of the batch. On a mesh it is summed
+    The gradient is that of the mean over all trained tokens of the batch; with beta, that of the
+    mean of `dpo.loss` over all pairs, for which `frozen` has the reference. On a mesh it is summed
     over the axis "data" once, after all micro-batches. When it is not finite the state stays as it
-    was, but for the step count. Metrics: loss, grad_norm, lr, num_tokens.
+    was, but for the step count. Metrics: loss, grad_norm, lr, num_tokens, and what dpo.loss tells.
     """
+    objective = _objective(graphdef, beta)
 
     def sums(trained, frozen, key, micro_batch, rows):
         keys = lora.reseed(frozen.dropout_keys, key, rows)
         model = nnx.merge(graphdef, trained, keys, frozen.base)
         model.train()
-        return loss(model, micro_batch, remat=remat)
+        value, count, told = objective(model, frozen, micro_batch, remat)
+        return value, (count, told)
 
     def accumulated(trained, frozen, key, batch, rows):
-        """Sums over the micro-batches: of the loss, of trained tokens, and of the gradient."""
+        """Sums over the micro-batches: ((loss, (count, told)), gradient)."""
+        of = jax.value_and_grad(sums, has_aux=True)
 
         def accumulate(total, xs):
-            micro_batch, own_rows = xs
-            (value, count), gradient = jax.value_and_grad(sums, has_aux=True)(
-                trained, frozen, key, micro_batch, own_rows
-            )
-            return jax.tree.map(jnp.add, total, (value, count, gradient)), None
+            return jax.tree.map(jnp.add, total, of(trained, frozen, key, *xs)), None
 
-        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, trained))
+        told = {} if beta is None else dict.fromkeys(dpo.TOLD, jnp.zeros(()))
+        zero = (
+            (jnp.zeros(()), (jnp.zeros((), jnp.int32), told)),
+            jax.tree.map(jnp.zeros_like, trained),
+        )
         return jax.lax.scan(accumulate, zero, (batch, rows))[0]
 
     def step(state: State, frozen: Frozen, batch: Batch):
@@ -115,7 +148,7 @@ def make_step(
         shape = batch.input_ids.shape[:2]
         rows = jnp.arange(math.prod(shape)).reshape(shape)
         add_up = sharding.sum_over_data(accumulated, num_whole=3)
-        value, count, gradient = add_up(state.lora, frozen, key, batch, rows)
+        (value, (count, told)), gradient = add_up(state.lora, frozen, key, batch, rows)
         mean = jax.tree.map(lambda g: g / count, gradient)
         grad_norm = optax.tree.norm(mean)
         updates, opt_state = optimizer.update(mean, state.opt_state, state.lora)
@@ -131,20 +164,26 @@ def make_step(
             "grad_norm": grad_norm,
             "lr": schedule(state.step),
             "num_tokens": (batch.attention_mask != 0).sum(),
+            **{name: total / count for name, total in told.items()},
         }
         return State(trained, opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, compiler_options=devices.compiler_options())
 
 
-def make_eval_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Frozen, Batch], tuple]:
-    """The jitted (lora, frozen, micro-batch) → (Σ loss, count), without dropout."""
+def make_eval_loss(graphdef: nnx.GraphDef, beta: float | None = None) -> Callable:
+    """The jitted (lora, frozen, micro-batch) → (sums {"eval_loss": …}, count), without dropout.
+
+    beta: see make_step; what dpo.loss tells has "eval_" before its names.
+    """
+    objective = _objective(graphdef, beta)
 
     @functools.partial(jax.jit, compiler_options=devices.compiler_options())
     def eval_loss(trained, frozen, micro_batch):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
         model.eval()
-        return loss(model, micro_batch)
+        value, count, told = objective(model, frozen, micro_batch, "none")
+        return {f"eval_{name}": total for name, total in {"loss": value, **told}.items()}, count
 
     return eval_loss
 

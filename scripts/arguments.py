@@ -102,11 +102,13 @@ def add_model(flags: Flags) -> None:
 
 
 def add_data(flags: Flags) -> None:
-    """--dataset, --eval-dataset, --columns, --seq-len, --packing."""
+    """--dataset, --dpo, --eval-dataset, --columns, --seq-len, --packing."""
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; rows with text, "
               "prompt/completion, instruction/output or chat messages",
               metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--dpo", "train on preferences (DPO): rows with prompt, chosen and rejected, texts "
+              "or lists of messages", action="store_const", const=True)  # fmt: skip
     flags.add("--eval-dataset", "held-out data (default, with --eval-every: 2 %% of --dataset)",
               metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--columns", "names in the file, e.g. prompt=question,completion=answer")

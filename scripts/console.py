@@ -73,8 +73,10 @@ def size(num_bytes: int) -> str:
 
 
 def evaluation(metrics: Mapping[str, Any], num_scored: int) -> None:
-    """One line with the held-out loss, and the exact match where there is one."""
+    """One line with the held-out loss, and the share of answers or pairs that are right."""
     text = f"step {metrics['step']}: held-out loss {metrics['eval_loss']:.4f}"
+    if "eval_reward_accuracy" in metrics:
+        text += f", {metrics['eval_reward_accuracy']:.1%} of pairs preferred as chosen"
     if "exact_match" in metrics:
         right = round(metrics["exact_match"] * num_scored)
         text += f", exact match {metrics['exact_match']:.1%} ({right} of {num_scored})"

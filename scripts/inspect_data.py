@@ -34,7 +34,7 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
     arguments.add_data(flags)
     flags.group("what to show")
-    flags.add("--rows", "so many rows, or lines with --packing; 0: the summary alone", type=int,
+    flags.add("--rows", "so many lines: rows, packed rows or pairs; 0: the summary alone", type=int,
               metavar="N")  # fmt: skip
     flags.add("--first", "beginning with this one, from 1", type=int, metavar="N")
     flags.add("--tokens", "one token to a line: position, id, row, trained or not, text",
@@ -44,6 +44,8 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
              if settings.get(name, least) < least]  # fmt: skip
     if wrong:
         raise errors.UserError(expected="numbers in their range", found=wrong)
+    if settings.get("packing") and settings.get("dpo"):
+        raise errors.UserError(expected="--packing or --dpo", found="both")
     if "dataset" not in settings:
         settings |= {"dataset": str(demo.TRAIN)}
     return settings
@@ -67,26 +69,31 @@ def main() -> None:
     reader = tokenizer.load(folder)
     eos = tokenizer.eos_ids(reader, folder)[0]
     for label, rows in loaded.items():
-        encoded = data.encode(rows, reader, seq_len, eos)
-        packing = settings.get("packing")
-        lines = batches.pack(encoded.rows, seq_len) if packing else batches.alone(encoded.rows)
-        summarise(label, console.near(sources[label]), encoded, lines, seq_len, packing)
+        encode = data.encode_pairs if settings.get("dpo") else data.encode
+        encoded = encode(rows, reader, seq_len, eos)
+        if settings.get("packing"):
+            what, lines = "packed on", batches.pack(encoded.rows, seq_len)
+        elif settings.get("dpo"):
+            what, lines = "paired on", batches.pairs(encoded.rows)
+        else:
+            what, lines = "padded to", batches.alone(encoded.rows)
+        summarise(label, console.near(sources[label]), encoded, lines, seq_len, what)
         named = zip(encoded.rows, encoded.origins, strict=True)
         origins = {id(ids): origin for (ids, _), origin in named}
         first = settings.get("first", 1)
         if settings["rows"] and first > len(lines):
             raise errors.UserError(
-                expected=f"one of the {len(lines)} {'lines' if packing else 'rows'}",
+                expected=f"one of the {len(lines)} lines",
                 found=f"--first {first}",
                 where=sources[label],
             )
         for number, line in enumerate(lines[first - 1 : first - 1 + settings["rows"]], first):
-            print(f"\nline {number} of {len(lines)}" if packing else "", flush=True)
+            print(f"\nline {number} of {len(lines)}", flush=True)
             show(line, [origins[id(ids)] for ids, _ in line], reader, settings.get("tokens"))
         print()
 
 
-def summarise(label: str, source: str, encoded, lines, seq_len: int, packing: bool | None) -> None:
+def summarise(label: str, source: str, encoded, lines, seq_len: int, what: str) -> None:
     """What is in the data, in a few lines."""
     from lora_jax import batches
 
@@ -101,10 +108,9 @@ def summarise(label: str, source: str, encoded, lines, seq_len: int, packing: bo
                 f"{cuts[18]:g}, the longest {max(sizes)}")  # fmt: skip
     longest = sorted(zip(encoded.lengths, encoded.origins, strict=True), reverse=True)[:LONGEST]
     console.say("longest", ", ".join(f"{where} ({size})" for size, where in longest))
-    length = min(seq_len, batches.longest(lines))
+    length = min(seq_len * (2 if what == "paired on" else 1), batches.longest(lines))
     share = sum(sizes) / (len(lines) * length)
-    what = "packed on lines" if packing else "padded to lines"
-    console.say("lines", f"{len(lines)} {what} of {length} tokens, {share:.1%} filled")
+    console.say("lines", f"{len(lines)} {what} lines of {length} tokens, {share:.1%} filled")
 
 
 def show(line, origins: list[str], reader, tokens: bool | None) -> None:

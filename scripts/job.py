@@ -17,6 +17,7 @@ from typing import Any
 import arguments
 import console
 import jax
+import jax.numpy as jnp
 from console import say
 from flax import nnx
 
@@ -99,6 +100,11 @@ def read_data(settings: dict[str, Any]) -> tuple[Any, Any]:
     return rows, None
 
 
+def line_length(settings: dict[str, Any]) -> int:
+    """Tokens of the longest line that a batch can have: of a row, or with --dpo of a pair."""
+    return settings["seq_len"] * (2 if settings.get("dpo") else 1)
+
+
 class Job:
     """A model with its adapter, its data, and what is done with them."""
 
@@ -114,6 +120,7 @@ class Job:
         self.settings, self.folder, self.base, self.mesh = settings, folder, base, mesh
         self.rows, self.held_out_rows = rows
         self.begun = time.monotonic()
+        self.beta = settings["beta"] if settings.get("dpo") else None
         self.seconds: dict[str, float] = {}
         self.num_steps = settings.get("max_steps")
         self.architecture = architecture
@@ -130,8 +137,11 @@ class Job:
     def _encode_data(self) -> None:
         settings, held_out = self.settings, self.held_out_rows
         seq_len = settings["seq_len"] = arguments.sequence_length(settings, self.context)
-        packing = settings.get("packing")
-        lines = functools.partial(batches.pack, length=seq_len) if packing else batches.alone
+        packing, lines = settings.get("packing"), batches.alone
+        if packing:
+            lines = functools.partial(batches.pack, length=seq_len)
+        elif self.beta is not None:
+            lines = batches.pairs
         encoded = self._encode("data", settings["dataset"], self.rows, seq_len)
         self.held_out = self.scored = None
         if held_out is not None:
@@ -155,7 +165,7 @@ class Job:
             batch_size=settings["batch_size"],
             grad_accum=settings["grad_accum"],
             seed=settings["seed"],
-            seq_len=seq_len,
+            seq_len=line_length(settings),
         )
         if packing:
             say("packed", f"{len(self.batches.lines)} lines of {self.batches.length} tokens, "
@@ -173,7 +183,8 @@ class Job:
         }
 
     def _encode(self, label: str, source: str, rows, seq_len: int) -> data.Encoded:
-        encoded = data.encode(rows, self.tokenizer, seq_len, self.eos_ids[0])
+        encode = data.encode if self.beta is None else data.encode_pairs
+        encoded = encode(rows, self.tokenizer, seq_len, self.eos_ids[0])
         say(
             label,
             f"{len(encoded.rows)} rows, {sum(len(ids) for ids, _ in encoded.rows)} tokens, "
@@ -212,6 +223,8 @@ class Job:
         lora.inject(self.model, self.lora_config, rngs=rngs, principal=principal)
         self.graphdef, *state = train.split(self.model)
         self.trained, self.frozen = sharding.place(state, self.mesh)
+        if self.beta is not None:  # a step takes over the memory of what it trains
+            self.frozen = self.frozen._replace(reference=jax.tree.map(jnp.copy, self.trained))
         total = checkpoint.num_params(self.architecture)
         trainable = lora.num_params(self.model)
         before = sum(tensor.num_bytes for tensor in stored)
@@ -262,7 +275,7 @@ class Job:
                     self._tell_stopped(0)
                     return 130
                 self.folder.write_run(record)
-            how = {"seed": settings["seed"], "remat": settings["remat"]}
+            how = {"seed": settings["seed"], "remat": settings["remat"], "beta": self.beta}
             step = train.make_step(self.graphdef, optimizer, schedule, **how)
             with Stop() as stop:
                 state = self._train(step, state, snapshots, record, stop)
@@ -453,13 +466,14 @@ class Job:
         first = self.mesh.devices.flat[0]
         chip = targets.of_kind(first.platform, first.device_kind, self.mesh.size).chip
         sizes = dict(self.mesh.shape)
-        planned = plan.memory(ahead.job_of(self.settings, self.architecture), sizes, chip).total
+        asked = self.settings | {"seq_len": line_length(self.settings)}
+        planned = plan.memory(ahead.job_of(asked, self.architecture), sizes, chip).total
         return planned * (len(self.mesh.local_devices) if first.platform == "cpu" else 1)
 
     def _make_evaluation(self) -> None:
         if self.held_out is None:
             return
-        self.eval_loss = train.make_eval_loss(self.graphdef)
+        self.eval_loss = train.make_eval_loss(self.graphdef, self.beta)
         if self.scored:
             sampling = config.Sampling(max_new_tokens=self.longest_answer)
             self.answer = self._generation(sampling)
@@ -473,8 +487,8 @@ class Job:
         start, answers = time.time(), []
         rows = self.settings["batch_size"]
         model = trained, self.frozen
-        loss = evaluate.mean_loss(self.eval_loss, *model, self.held_out, rows, self.mesh)
-        metrics = {"step": number, "eval_loss": loss}
+        means = evaluate.means(self.eval_loss, *model, self.held_out, rows, self.mesh)
+        metrics, loss = {"step": number, **means}, means["eval_loss"]
         self.patience.note(loss)
         if (score or self.patience.spent) and self.scored:
             how = {"key": jax.random.key(0), "mesh": self.mesh}

@@ -57,6 +57,13 @@ def run(typed: dict[str, Any]) -> int:
     from lora_jax import ahead, plan, sharding, targets
     from lora_jax.models import config as model_config
 
+    if settings.get("dpo"):
+        raise errors.UserError(
+            expected="a job that trains on texts",
+            found="--dpo, whose forward pass of the reference is not planned",
+            do="plan with twice the --seq-len and without --dpo; the reference adds no memory but "
+            "a second A and B, and a third to the step's time",
+        )
     architecture = model_config.load(base)
     if asked.get("target"):
         target = targets.parse(asked["target"])

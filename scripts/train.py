@@ -16,6 +16,7 @@ from lora_jax import config, demo, distributed, errors, run_folder
 DEFAULTS = {
     **dataclasses.asdict(config.LoRAConfig()),
     **dataclasses.asdict(config.OptimConfig()),
+    "beta": 0.1,
     "batch_size": 4,
     "grad_accum": 4,
     "epochs": 1.0,
@@ -29,7 +30,7 @@ DEFAULTS = {
 }
 NUMBERS = {  # flags with a number, by what it must at least be
     0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature"),
-    1e-6: ("epochs", "alpha", "lora_plus_ratio"),
+    1e-6: ("epochs", "alpha", "lora_plus_ratio", "beta"),
     1: (
         "batch_size",
         "grad_accum",
@@ -92,6 +93,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--clip", "largest norm of the gradient; 0: none", type=float, metavar="NORM")
     flags.add("--remat", "what the backward pass computes again, to save memory",
               choices=config.REMAT)  # fmt: skip
+    flags.add("--beta", "with --dpo: how near to the base it stays, 0.01 to 0.5", type=float)
     flags.add("--seed", "of data order, initial A and dropout", type=int)
     flags.group("run")
     flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", metavar="DIR")
@@ -212,6 +214,12 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
     settings |= typed
     settings.setdefault("model", str(demo.FOLDER))
     if "dataset" not in settings:
+        if settings.get("dpo"):
+            raise errors.UserError(
+                expected="preferences to train on",
+                found="--dpo without --dataset",
+                do="give a --dataset with prompt, chosen and rejected",
+            )
         settings["dataset"] = str(demo.TRAIN)
         settings.setdefault("eval_dataset", str(demo.EVAL))
     _check_numbers(settings)
@@ -226,6 +234,10 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
              and not settings.get("eval_dataset") and not settings.get("eval_every")),
             ("--keep-best without --eval-dataset or --eval-every", settings.get("keep_best")
              and not settings.get("eval_dataset") and not settings.get("eval_every")),
+            ("--beta without --dpo", "beta" in typed and not settings.get("dpo")),
+            ("--packing with --dpo, whose pairs take a line each", settings.get("packing")
+             and settings.get("dpo")),
+            ("--exact-match with --dpo", settings["exact_match"] and settings.get("dpo")),
             ("--patience without --eval-dataset or --eval-every", settings.get("patience")
              and not settings.get("eval_dataset") and not settings.get("eval_every")),
             ("--temperature without a --prompt", "temperature" in typed and not prompt),

@@ -29,7 +29,8 @@ def sum_of_labels(trained, frozen, batch):
     rows = batch.input_ids.sharding.shard_shape(batch.input_ids.shape)[0]
     assert rows == len(batch.input_ids) / (4 if len(batch.input_ids) % 4 == 0 else 1)
     kept = batch.labels[:, 1:] != data.IGNORED
-    return jnp.where(kept, batch.labels[:, 1:], 0).sum() * 1.0, jnp.asarray(kept.sum())
+    total = jnp.where(kept, batch.labels[:, 1:], 0).sum() * 1.0
+    return {"eval_loss": total}, jnp.asarray(kept.sum())
 
 
 FROZEN = train.Frozen(None, None)
@@ -41,11 +42,11 @@ shapes: list[tuple[int, ...]] = []
 def test_mean_loss_is_one_mean_over_all_trained_tokens(batch_size):
     shapes.clear()
     held_out = rows(4, 9, 17, 3, 6)
-    found = evaluate.mean_loss(
-        sum_of_labels, None, FROZEN, batches.alone(held_out), batch_size, MESH
-    )
+    found = evaluate.means(sum_of_labels, None, FROZEN, batches.alone(held_out), batch_size, MESH)
     tokens = [id_ for ids, trained in held_out for id_ in ids[trained]]
-    assert found == pytest.approx(np.mean(tokens))  # and not the mean of the batches' means
+    assert found == {
+        "eval_loss": pytest.approx(np.mean(tokens))
+    }  # and not the mean of the batches' means
     assert set(shapes) == {(batch_size, 32)}  # one shape: one compilation
 
 

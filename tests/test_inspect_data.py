@@ -70,5 +70,5 @@ def test_what_is_cut_skipped_and_longest_is_told(tmp_path):
 
 def test_wrong_numbers_are_refused(rows):
     told = cli.refused("inspect_data", "--dataset", rows, "--first", 13)
-    assert "one of the 12 rows" in told and "--first 13" in told
+    assert "one of the 12 lines" in told and "--first 13" in told
     assert "--rows -1" in cli.refused("inspect_data", "--dataset", rows, "--rows", "-1")

@@ -231,7 +231,7 @@ def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
             yield state, metrics
 
     monkeypatch.setattr(train, "steps", watched)
-    monkeypatch.setattr(evaluate, "mean_loss", lambda *_: float(next(losses)))
+    monkeypatch.setattr(evaluate, "means", lambda *_: {"eval_loss": float(next(losses))})
     ended = cli.run(
         "train", *FLAGS, "--dataset", rows, "--output-dir", folder, "--eval-every", 2,
         "--save-every", 100, "--keep-checkpoints", 1, "--keep-best",
@@ -252,7 +252,7 @@ def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
 
 def test_without_patience_left_a_run_ends_and_keeps_the_best(rows, tmp_path, monkeypatch):
     folder, losses = tmp_path / "run", iter([9, 3, 1, math.nan, 2])
-    monkeypatch.setattr(evaluate, "mean_loss", lambda *_: float(next(losses)))
+    monkeypatch.setattr(evaluate, "means", lambda *_: {"eval_loss": float(next(losses))})
     flags = ("--output-dir", folder, "--eval-every", 1, "--exact-match", 1)
     ended = cli.run("train", *FLAGS, "--dataset", rows, *flags, "--patience", 2)
     assert ended.code == 0 and "no better held-out loss in 2 evaluations" in ended.out, ended

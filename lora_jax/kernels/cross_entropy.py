@@ -13,8 +13,8 @@ _CHUNK = 512  # tokens, about, whose logits a device holds at a time
 @jax.custom_vjp
 def cross_entropy(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"]
-) -> Float[Array, ""]:
-    """Σ −log softmax(hidden · head)[target] over the targets that are not negative, float32.
+) -> Float[Array, "B T"]:
+    """−log softmax(hidden · head)[target], 0 where the target is negative, float32.
 
     Differentiable in hidden alone, whose gradient the forward pass computes chunk by chunk, so
     that the logits are neither kept nor computed again. It is rounded to hidden's dtype.
@@ -24,9 +24,9 @@ def cross_entropy(
     return _scan(hidden, head, targets, with_gradient=False)[0]
 
 
-def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, ""]:
-    """Σ −log softmax(logits)[target] over the targets that are not negative, differentiable."""
-    return _each(logits, targets)[0].sum()
+def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """−log softmax(logits)[target], 0 where the target is negative, differentiable."""
+    return _each(logits, targets)[0][..., 0]
 
 
 def _each(logits, targets):
@@ -47,8 +47,8 @@ def chunk_size(num_rows: int, length: int) -> int:
 
 
 def _scan(hidden, head, targets, with_gradient):
-    """(loss, gradient of hidden or None), in chunks of the sequence: rows may lie anywhere."""
-    rows, length, width = hidden.shape
+    """(losses, gradient of their sum or None), in chunks of the sequence: rows may lie anywhere."""
+    rows, length, _ = hidden.shape
     devices = partition.num_devices()
     size = chunk_size(rows if rows % devices else rows // devices, length)
     padding = -length % size
@@ -58,23 +58,24 @@ def _scan(hidden, head, targets, with_gradient):
     def chunks(a):
         return a.reshape(rows, -1, size, *a.shape[2:]).swapaxes(0, 1)
 
-    def add(total, chunk):
+    def whole(a):
+        return a.swapaxes(0, 1).reshape(rows, -1, *a.shape[3:])[:, :length]
+
+    def take(_, chunk):
         x, target = chunk
         logits = matmul.contract(x, head, -1, 0)
         each, normaliser, at_target = _each(logits, target)
         if not with_gradient:
-            return total + each.sum(), None
+            return None, (each[..., 0], None)
         d_logits = jnp.exp(logits - normaliser) - at_target
         d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(x.dtype)
         # head on the left: on the right XLA's CPU backend would turn it over first, all of it.
         d_logits = lax.optimization_barrier(d_logits.reshape(-1, logits.shape[-1]))
         d_x = matmul.contract(head, d_logits, 1, 1).T.reshape(x.shape)
-        return total + each.sum(), d_x.astype(x.dtype)
+        return None, (each[..., 0], d_x.astype(x.dtype))
 
-    total, gradient = lax.scan(add, jnp.zeros(()), (chunks(hidden), chunks(targets)))
-    if with_gradient:
-        gradient = gradient.swapaxes(0, 1).reshape(rows, -1, width)[:, :length]
-    return total, gradient
+    _, found = lax.scan(take, None, (chunks(hidden), chunks(targets)))
+    return jax.tree.map(whole, found)
 
 
 def _forward(hidden, head, targets):
@@ -83,8 +84,9 @@ def _forward(hidden, head, targets):
     return _scan(hidden.value, head.value, targets.value, with_gradient=True)
 
 
-def _backward(gradient, d_total):
-    return (gradient.astype(jnp.float32) * d_total).astype(gradient.dtype), None, None
+def _backward(gradient, d_each):
+    wide = gradient.astype(jnp.float32) * d_each[..., None]
+    return wide.astype(gradient.dtype), None, None
 
 
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

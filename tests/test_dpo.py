@@ -1,0 +1,169 @@
+"""Preferences: their loss, their rows, and a run of train.py on them."""
+
+import json
+import shutil
+
+import cli
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train
+import tiny_tokenizer
+from flax import nnx
+from test_job import comparable
+
+from lora_jax import batches, data, errors, tokenizer, train
+
+BETA = 0.3
+
+
+def pairs(seed, *lengths):
+    """Lines of two rows of such lengths, trained from their fourth token on."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(3, test_train.VOCAB, n).astype(np.int32) for n in lengths]
+    return batches.pairs([(ids, np.arange(len(ids)) > 2) for ids in rows])
+
+
+def test_the_step_is_that_of_the_equation():
+    """Of rows that stand alone, by a model and one without the adapter, in two micro-batches."""
+    graphdef, trained, frozen = train.split(test_train.make_model(quantisation="int4"))
+    before = jax.tree.map_with_path(
+        lambda path, a: jnp.zeros_like(a) if path[-1].key == "lora_B" else a, trained
+    )
+    frozen = frozen._replace(reference=before)
+    lines = pairs(0, 9, 12, 7, 5, 14, 6, 10, 11)
+
+    def log_p(weights, row):
+        ids, taken = jnp.asarray(row[0])[None], jnp.asarray(row[1][1:])
+        model = nnx.merge(graphdef, weights, frozen.dropout_keys, frozen.base)
+        each = jax.nn.log_softmax(model(ids))[0, jnp.arange(ids.shape[1] - 1), ids[0, 1:]]
+        return jnp.where(taken, each, 0).sum()
+
+    def margins(weights):
+        rewards = [
+            [BETA * (log_p(weights, row) - log_p(before, row)) for row in line] for line in lines
+        ]
+        return jnp.stack([chosen - rejected for chosen, rejected in rewards])
+
+    @jax.jit
+    def equation(weights):
+        return -jnp.log(jax.nn.sigmoid(margins(weights))).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(equation))(trained)
+    rewards = np.asarray(jax.jit(margins)(trained))
+    assert 0 < (rewards > 0).sum() < len(rewards)
+
+    arrays = {name: a.reshape(2, 2, 32) for name, a in batches.pad(lines, 32).items()}
+    batch = jax.tree.map(jnp.asarray, train.Batch(**arrays))
+    step = test_train.make_step(graphdef, beta=BETA)
+    state = train.start(jax.tree.map(jnp.copy, trained), test_train.optim.make(test_train.ADAM, 9))
+    _, metrics = step(state, frozen, batch)
+    norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    np.testing.assert_allclose(metrics["reward_accuracy"], (rewards > 0).mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["reward_margin"], rewards.mean(), rtol=1e-4)
+
+    filled = train.Batch(**batches.pad([*lines, (), ()], 32))  # as the last batch of a set may be
+    sums, count = train.make_eval_loss(graphdef, BETA)(trained, frozen, filled)
+    assert count == len(lines)
+    np.testing.assert_allclose(sums["eval_loss"] / count, value, rtol=1e-5)
+    np.testing.assert_allclose(sums["eval_reward_margin"], rewards.sum(), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- rows
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return tokenizer.load(tiny_tokenizer.save(tmp_path_factory.mktemp("tokenizer")))
+
+
+def encode(tok, *rows, seq_len=64):
+    return data.encode_pairs(datasets.Dataset.from_list(list(rows)), tok, seq_len, 2)
+
+
+def test_both_answers_follow_the_prompt(tok):
+    row = {"prompt": "ab?", "chosen": " cd", "rejected": " ab ab"}
+    encoded = encode(tok, row, row)
+    assert len(encoded.rows) == 4 and encoded.origins == ["a row built in memory"] * 4
+    for (ids, trained), answer in zip(encoded.rows[:2], (" cd", " ab ab"), strict=True):
+        alone = {"prompt": "ab?", "completion": answer}
+        ((same, mask),) = data.encode(datasets.Dataset.from_list([alone]), tok, 64, 2).rows
+        assert ids.tolist() == same.tolist() and trained.tolist() == mask.tolist()
+
+
+def test_messages_are_joined(tok):
+    tok.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}" \
+        "{% if add_generation_prompt %}[assistant]{% endif %}"  # fmt: skip
+    row = {
+        "prompt": [{"role": "user", "content": "ab"}],
+        "chosen": [{"role": "assistant", "content": "cd"}],
+        "rejected": [{"role": "assistant", "content": "ab"}],
+    }
+    encoded = encode(tok, row)
+    texts = [tok.decode(ids[trained]) for ids, trained in encoded.rows]
+    assert texts == ["cd</s>", "ab</s>"]
+
+
+def test_a_pair_is_skipped_whole(tok):
+    short = {"prompt": "ab", "chosen": "cd", "rejected": "ab"}
+    long = {"prompt": "ab cd " * 20, "chosen": "x", "rejected": "y"}
+    encoded = encode(tok, long, short, seq_len=16)
+    assert (len(encoded.rows), encoded.num_skipped, encoded.num_cut) == (2, 1, 2)
+    with pytest.raises(errors.UserError, match="a token to train on"):
+        encode(tok, long, seq_len=16)
+
+
+def test_rows_that_are_no_preferences_are_refused(tok):
+    mixed = {"prompt": "a", "chosen": "b"}
+    with pytest.raises(errors.UserError, match=r"(?s)prompt, chosen, rejected.*prompt, chosen"):
+        encode(tok, mixed, mixed)
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(errors.UserError, match="--dpo"):
+        data.encode(datasets.Dataset.from_list([row]), tok, 64, 2)
+
+
+# ------------------------------------------------------------------------- runs
+
+
+def test_a_run_prefers_what_was_chosen(tmp_path):
+    rows = tmp_path / "train.jsonl"
+    rows.write_text("".join(
+        json.dumps({"question": f"Tom has {n} cats.", "good": " He likes them.",
+                    "bad": f" He has {n} dogs."}) + "\n" for n in range(24)))  # fmt: skip
+    folder = tmp_path / "run"
+    ended = cli.run(
+        "train", "--model", cli.BASE, "--quant", "int4", "--dataset", rows, "--dpo", "--columns",
+        "prompt=question,chosen=good,rejected=bad", "--max-steps", 4, "--batch-size", 8,
+        "--grad-accum", 2, "--lr", 0.02, "--eval-every", 2, "--save-every", 2,
+        "--output-dir", folder,
+    )  # fmt: skip
+    assert ended.code == 0 and ended.err == "", ended
+    metrics = cli.metrics(folder)
+    steps, evaluations = ([row for row in metrics if name in row] for name in ("loss", "eval_loss"))
+    assert steps[0]["loss"] == pytest.approx(np.log(2)) and steps[0]["reward_margin"] == 0
+    assert steps[-1]["loss"] < 0.3 and steps[-1]["reward_accuracy"] == 1
+    assert evaluations[0]["eval_loss"] == pytest.approx(np.log(2))
+    assert evaluations[-1]["eval_loss"] < 0.3 and evaluations[-1]["eval_reward_accuracy"] == 1
+    assert "100.0% of pairs preferred as chosen" in " ".join(ended.out.split())
+
+    again = shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(again / "checkpoints/4")
+    resumed = cli.run("train", "--resume", "--output-dir", again)
+    assert resumed.code == 0 and "from step 2 of 4" in resumed.out, resumed
+    assert comparable(again) == comparable(folder)
+
+
+def test_flags_that_make_no_sense_with_it_are_refused(tmp_path):
+    rows = cli.write_rows(tmp_path / "train.jsonl", 4)
+    flags = ("--model", cli.BASE, "--dataset", rows)
+    assert "--beta without --dpo" in cli.refused("train", *flags, "--beta", 0.2)
+    told = cli.refused("train", *flags, "--dpo", "--packing")
+    assert "--packing with --dpo" in told
+    assert "prompt, chosen, rejected" in cli.refused("train", *flags, "--dpo", "--output-dir",
+                                                      tmp_path / "run")  # fmt: skip
+    assert "--dpo without --dataset" in cli.refused("train", "--dpo")
+    assert "--dpo" in cli.refused("plan", *flags, "--dpo")
