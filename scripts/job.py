@@ -1,6 +1,5 @@
 """What train.py does once its flags are read: load, evaluate, train, save, show."""
 
-import collections
 import contextlib
 import functools
 import importlib.metadata
@@ -8,7 +7,6 @@ import math
 import os
 import pathlib
 import signal
-import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import arguments
 import console
 import jax
 import jax.numpy as jnp
+import watch
 from console import say
 from flax import nnx
 
@@ -253,12 +252,18 @@ class Job:
             record["status"] = "running"
             self.folder.write_run(record)
         snapshots = snapshot.Snapshots(self.folder.checkpoints, keep, keep_best=best)
-        with self._failure_told(record), snapshots:
+        with contextlib.ExitStack() as ending:
+            ending.enter_context(self._failure_told(record))
+            ending.enter_context(snapshots)
             if resume:
                 state = self._resume(state, snapshots, record)
             first = int(state.step)
             self.folder.cut_back(first or -1)
-            self.patience = Patience(settings.get("patience"))
+            self.dashboard = None
+            if settings.get("report_to") and distributed.leads():
+                how = settings["report_to"], self.folder.path, settings, first
+                self.dashboard = ending.enter_context(contextlib.closing(watch.Report(*how)))
+            self.patience = watch.Patience(settings.get("patience"))
             for told in self.folder.metrics(first):
                 if "eval_loss" in told:
                     self.patience.note(told["eval_loss"])
@@ -309,13 +314,14 @@ class Job:
         start = clock = time.time()
         until = 0 if self.patience.spent else self.num_steps  # resumed, it may have been already
         steps = train.steps(step, state, self.frozen, self._batch, until)
-        log_every, spikes = self.settings.get("log_every"), Spikes()
+        log_every, spikes = self.settings.get("log_every"), watch.Spikes()
+        profile = watch.Profile(self.settings.get("profile"), int(state.step))
         with console.Progress(int(state.step), self.num_steps, log_every) as progress:
             for state, metrics in steps:
                 now, number = time.time(), metrics["step"]
                 metrics["tokens_per_second"] = round(metrics.pop("num_tokens") / (now - clock), 1)
                 metrics["data_wait"] = round(metrics.pop("waited") / (now - clock), 4)
-                self.folder.log(metrics)
+                self._log(metrics)
                 if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                     raise self._not_finite(number, snapshots.latest())
                 progress.show(number, metrics)
@@ -334,6 +340,8 @@ class Job:
                 # Once: what ends the loop must have been saved.
                 late = time.monotonic() - self.begun > (self.settings.get("max_time") or math.inf)
                 stopping = distributed.anyone(stop.asked or late)
+                if told := profile.done(number, last or stopping):
+                    say("profile", told)
                 due = number % self.settings["save_every"] == 0
                 due |= loss is not None and bool(self.settings.get("keep_best"))
                 if last or stopping or due:
@@ -343,6 +351,11 @@ class Job:
                 clock = time.time()
         self.seconds["train"] = self.seconds.get("train", 0) + time.time() - start
         return state
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        self.folder.log(metrics)
+        if self.dashboard:
+            self.dashboard.log(metrics)
 
     def continue_prompts(self) -> None:
         """Prints what the model makes of each --prompt."""
@@ -494,7 +507,7 @@ class Job:
             how = {"key": jax.random.key(0), "mesh": self.mesh}
             answers = evaluate.answers(self.answer, *model, self.scored, self.tokenizer, **how)
             metrics["exact_match"] = evaluate.exact_match(answers)
-        self.folder.log(metrics)
+        self._log(metrics)
         console.evaluation(metrics, len(answers))
         self.seconds["evaluate"] = self.seconds.get("evaluate", 0) + time.time() - start
         return loss, [answer._asdict() for answer in answers[:2]]
@@ -539,40 +552,6 @@ class Job:
         print(f"\nto generate with it:\n  {console.command('generate.py')} {same} \\\n"
               f"    --adapter {console.quoted(str(self.folder.adapter))} \\\n"
               f"    --prompt {console.quoted(example[0] if example else '…')}")  # fmt: skip
-
-
-class Patience:
-    """spent: for `limit` evaluations the loss has not been less than before; None: never."""
-
-    def __init__(self, limit: int | None):
-        self.limit, self.since, self.least = limit, 0, math.inf
-
-    def note(self, loss: float | None) -> None:
-        """An evaluation's loss; None where it was not finite."""
-        better = loss is not None and loss < self.least
-        self.since = 0 if better else self.since + 1
-        self.least = loss if better else self.least
-
-    @property
-    def spent(self) -> bool:
-        return self.limit is not None and self.since >= self.limit
-
-
-class Spikes:
-    """Tells losses that stand out of those before."""
-
-    def __init__(self):
-        self._before: collections.deque[float] = collections.deque(maxlen=50)
-
-    def note(self, loss: float) -> str:
-        """What to tell of a step's loss, if anything."""
-        told = ""
-        if len(self._before) >= 20:
-            mean, spread = statistics.mean(self._before), statistics.stdev(self._before)
-            if loss > mean + max(6 * spread, 0.5 * mean):
-                told = f"loss {loss:.3g}, after {mean:.3g} on average; look at its rows, or at --lr"
-        self._before.append(loss)
-        return told
 
 
 def _tell_damaged(damaged: dict[int, str]) -> None:

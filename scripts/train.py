@@ -10,6 +10,7 @@ from typing import Any
 
 import arguments
 import console
+import watch
 
 from lora_jax import config, demo, distributed, errors, run_folder
 
@@ -116,6 +117,9 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--log-every", "a line of progress every N steps where there is no terminal "
               "(default: 20 lines in all; metrics.jsonl has every step)", type=int,
               metavar="N")  # fmt: skip
+    flags.add("--report-to", "a dashboard to report the numbers to as well",
+              choices=("tensorboard", "wandb"))  # fmt: skip
+    flags.add("--profile", "have jax.profiler trace three steps into this folder", metavar="DIR")
     flags.group("generating, after training or with --max-steps 0")
     flags.add("--prompt", "continue this text; may be given again", action="append")
     flags.add("--chat", "put --prompt into the chat template", action="store_const", const=True)
@@ -293,6 +297,8 @@ def main() -> int:
         # Refused before anything heavy is loaded or written.
         config.build(config.LoRAConfig, settings)
         config.build(config.OptimConfig, settings)
+    if "report_to" in typed:
+        watch.check_report_to(typed["report_to"])
     with opened(path, resume) as folder:
         if resume:
             settings = resumed(typed, folder)
@@ -326,7 +332,7 @@ def resumed(typed: dict[str, Any], folder: run_folder.RunFolder) -> dict[str, An
     """
     settings = DEFAULTS | folder.read_run()["settings"]  # it may be of a version with fewer
     anew = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature", "mesh", "max_time",
-            "log_every")  # fmt: skip
+            "log_every", "report_to", "profile")  # fmt: skip
     split = ("batch_size", "grad_accum")
     rows, typed_rows = (math.prod(s[name] for name in split) for s in (settings, settings | typed))
     if rows == typed_rows:

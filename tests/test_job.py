@@ -426,12 +426,3 @@ def test_the_default_batch_grows_to_one_row_a_device(plain, tmp_path):
     assert ended.code == 0, ended.err
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["batch_size"] == 8 == jax.device_count()
-
-
-def test_losses_that_stand_out_are_told():
-    import job
-
-    spikes = job.Spikes()
-    told = [spikes.note(2 + 0.1 * (step % 3) + 3 * (step == 40)) for step in range(60)]
-    assert [step for step, text in enumerate(told) if text] == [40]
-    assert told[40].startswith("loss 5.1, after 2.1 on average")

@@ -1,0 +1,113 @@
+"""What looks on while a run trains: losses that stand out, lost patience, profiles, dashboards."""
+
+import collections
+import hashlib
+import importlib.util
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax import errors
+
+REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # to which, by which package
+
+
+class Patience:
+    """spent: for `limit` evaluations the loss has not been less than before; None: never."""
+
+    def __init__(self, limit: int | None):
+        self.limit, self.since, self.least = limit, 0, math.inf
+
+    def note(self, loss: float | None) -> None:
+        """An evaluation's loss; None where it was not finite."""
+        better = loss is not None and loss < self.least
+        self.since = 0 if better else self.since + 1
+        self.least = loss if better else self.least
+
+    @property
+    def spent(self) -> bool:
+        return self.limit is not None and self.since >= self.limit
+
+
+class Spikes:
+    """Tells losses that stand out of those before."""
+
+    def __init__(self):
+        self._before: collections.deque[float] = collections.deque(maxlen=50)
+
+    def note(self, loss: float) -> str:
+        """What to tell of a step's loss, if anything."""
+        told = ""
+        if len(self._before) >= 20:
+            mean, spread = statistics.mean(self._before), statistics.stdev(self._before)
+            if loss > mean + max(6 * spread, 0.5 * mean):
+                told = f"loss {loss:.3g}, after {mean:.3g} on average; look at its rows, or at --lr"
+        self._before.append(loss)
+        return told
+
+
+class Profile:
+    """Has jax.profiler trace a few steps into a folder: the third one of a run and the next two."""
+
+    def __init__(self, folder: str | None, first: int):
+        self._folder, self._first = folder, first + 2  # the first ones compile
+
+    def done(self, step: int, last: bool) -> str:
+        """To be told of every step that is done; what to tell when the trace is written."""
+        import jax
+
+        if self._folder is None or step < self._first:
+            return ""
+        if step == self._first and not last:
+            jax.profiler.start_trace(self._folder)
+        elif self._first < step and (last or step == self._first + 3):
+            jax.profiler.stop_trace()
+            told, self._folder = f"steps {self._first + 1} to {step}: {self._folder}", None
+            return told
+        return ""
+
+
+def check_report_to(to: str) -> None:
+    """Raises: UserError where the package that reports there is missing."""
+    package = REPORTS[to]
+    if importlib.util.find_spec(package) is None:
+        raise errors.UserError(
+            expected=f"the package {package}, for --report-to {to}",
+            found="it is not installed",
+            do=f"pip install {package}",
+        )
+
+
+class Report:
+    """A dashboard to which all numbers of metrics.jsonl go as well."""
+
+    def __init__(self, to: str, folder: pathlib.Path, settings: Mapping[str, Any], first: int):
+        """first: the step from which a run goes on; of later ones nothing must remain."""
+        if to == "tensorboard":
+            import tensorboardX
+
+            self._writer = tensorboardX.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first + 1 if first else None
+            )
+            self.close = self._writer.close
+        else:
+            import wandb
+
+            # The same run when it goes on.
+            own = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+            self._run = wandb.init(
+                project="lora_jax", name=folder.name, id=own, resume="allow", dir=str(folder),
+                config=dict(settings),
+            )  # fmt: skip
+            self.close = self._run.finish
+        self._to = to
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in metrics.items() if name != "step"}
+        if self._to == "tensorboard":
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, metrics["step"])
+        else:
+            self._run.log(numbers, step=metrics["step"])
