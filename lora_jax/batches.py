@@ -107,6 +107,7 @@ class Batches:
         seq_len: int,
     ):
         self.lines = lines
+        self._sizes = [_size(line) for line in lines]
         self.batch_size = batch_size
         self.grad_accum = grad_accum
         self.seed = seed
@@ -114,35 +115,88 @@ class Batches:
 
     def num_steps(self, epochs: float) -> int:
         """Optimiser steps that show every row `epochs` times (the last one may show a few more)."""
-        return math.ceil(epochs * len(self.lines) / (self.batch_size * self.grad_accum))
+        return math.ceil(epochs * len(self.lines) / self._step_size)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """[A, B, T] of each array of a batch."""
-        return self.grad_accum, self.batch_size, self.length
+    def shape(self, step: int) -> tuple[int, int, int]:
+        """[A, B, T] of each array of a step's batch."""
+        return self.grad_accum, self.batch_size, self._length_of(step)
 
     @property
     def filled(self) -> float:
         """The share of what is computed that are tokens of rows, not padding."""
-        return sum(map(_size, self.lines)) / (len(self.lines) * self.length)
+        return sum(self._sizes) / (len(self.lines) * self.length)
 
     def batch(self, step: int, columns: slice = slice(None)) -> dict[str, np.ndarray]:
         """What `pad` gives, for optimiser step `step` = 0, 1, …: int32 [A, B, T].
 
         columns: which of the B lines of each micro-batch to make; the arrays are of these alone.
         """
-        wanted = range(self.batch_size)[columns]
-        padded = pad(self._lines_of(step, wanted), self.length)
-        shape = (self.grad_accum, len(wanted), self.length)
-        return {name: array.reshape(shape) for name, array in padded.items()}
+        numbers = np.reshape(self._numbers(step), (self.grad_accum, self.batch_size))[:, columns]
+        length = self._length_of(step)
+        padded = pad([self.lines[n] for n in numbers.ravel()], length)
+        return {name: array.reshape(*numbers.shape, length) for name, array in padded.items()}
 
-    def _lines_of(self, step: int, wanted: range) -> list[Line]:
-        num_lines, first = len(self.lines), step * self.grad_accum
-        return [
-            self.lines[_permutation(num_lines, self.seed, n // num_lines)[n % num_lines]]
-            for micro_batch in range(first, first + self.grad_accum)
-            for n in (micro_batch * self.batch_size + line for line in wanted)
-        ]
+    @property
+    def _step_size(self) -> int:
+        return self.batch_size * self.grad_accum
+
+    def _numbers(self, step: int) -> list[int]:
+        """Which lines a step shows."""
+        return self._shown(step * self._step_size, (step + 1) * self._step_size)
+
+    def _shown(self, start: int, end: int) -> list[int]:
+        """Which lines come where, counted over all epochs."""
+        size = len(self.lines)
+        return [int(_permutation(size, self.seed, n // size)[n % size]) for n in range(start, end)]
+
+    def _length_of(self, step: int) -> int:
+        return self.length
+
+
+class ByLength(Batches):
+    """Batches of lines that are about as long: each step has one of at most `NUM_LENGTHS` lengths.
+
+    What `WINDOW` steps show together is sorted by length and dealt out to them, in a seeded order.
+    """
+
+    WINDOW, NUM_LENGTHS = 32, 8
+
+    def __init__(self, batches: Batches, num_steps: int):
+        """The batches of a run of so many steps: it shows the lines that they would show."""
+        vars(self).update(vars(batches))
+        self._num_steps = num_steps
+        sizes = range(1, self.NUM_LENGTHS + 1)
+        self.lengths = sorted(
+            {min(self.length, math.ceil(self.length * n / len(sizes) / 16) * 16) for n in sizes}
+        )
+        self._window = functools.lru_cache(maxsize=4)(self._deal)
+
+    @property
+    def used(self) -> list[int]:
+        """Those of the lengths that occur."""
+        return sorted({self._length_of(step) for step in range(self._num_steps)})
+
+    @property
+    def filled(self) -> float:
+        shapes = (self.shape(step) for step in range(self._num_steps))
+        numbers = (n for step in range(self._num_steps) for n in self._numbers(step))
+        return sum(map(self._sizes.__getitem__, numbers)) / sum(map(math.prod, shapes))
+
+    def _numbers(self, step: int) -> list[int]:
+        return self._window(step // self.WINDOW)[step % self.WINDOW]
+
+    def _deal(self, window: int) -> list[list[int]]:
+        """The lines of each step of a window."""
+        first = window * self.WINDOW
+        steps = min(self.WINDOW, self._num_steps - first)
+        shown = self._shown(first * self._step_size, (first + steps) * self._step_size)
+        shown.sort(key=self._sizes.__getitem__)
+        order = np.random.default_rng([self.seed, window, 1]).permutation(steps)
+        return [shown[n * self._step_size : (n + 1) * self._step_size] for n in order]
+
+    def _length_of(self, step: int) -> int:
+        needed = max(map(self._sizes.__getitem__, self._numbers(step)))
+        return self.lengths[bisect.bisect_left(self.lengths, needed)]
 
 
 @functools.lru_cache(maxsize=8)

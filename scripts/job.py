@@ -170,6 +170,11 @@ class Job:
             say("packed", f"{len(self.batches.lines)} lines of {self.batches.length} tokens, "
                 f"{self.batches.filled:.1%} filled")  # fmt: skip
         self.num_steps = self.num_steps or self.batches.num_steps(settings["epochs"])
+        if settings.get("group_by_length"):
+            self.batches = batches.ByLength(self.batches, self.num_steps)
+            lengths = ", ".join(map(str, self.batches.used))
+            say("grouped", f"lines of {lengths} tokens, each length compiled once, "
+                f"{self.batches.filled:.1%} filled")  # fmt: skip
         if settings["warmup"] >= max(1, self.num_steps):
             raise errors.UserError(
                 expected=f"a warmup shorter than the run of {self.num_steps} steps",
@@ -379,7 +384,7 @@ class Job:
         return generate.make(self.graphdef, sampling, self.eos_ids, form=form)
 
     def _batch(self, index: int) -> train.Batch:
-        where, shape = sharding.batch(self.mesh), self.batches.shape
+        where, shape = sharding.batch(self.mesh), self.batches.shape(index)
         # Only the rows of this process's devices are made.
         rows = functools.cache(lambda *bounds: self.batches.batch(index, slice(*bounds)))
 

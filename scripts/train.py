@@ -94,6 +94,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--clip", "largest norm of the gradient; 0: none", type=float, metavar="NORM")
     flags.add("--remat", "what the backward pass computes again, to save memory",
               choices=config.REMAT)  # fmt: skip
+    flags.add("--group-by-length", "give each step rows that are about as long, in at most 8 "
+              "lengths, each compiled once", action="store_const", const=True)  # fmt: skip
     flags.add("--beta", "with --dpo: how near to the base it stays, 0.01 to 0.5", type=float)
     flags.add("--seed", "of data order, initial A and dropout", type=int)
     flags.group("run")
@@ -241,6 +243,8 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
             ("--beta without --dpo", "beta" in typed and not settings.get("dpo")),
             ("--packing with --dpo, whose pairs take a line each", settings.get("packing")
              and settings.get("dpo")),
+            ("--group-by-length with --packing, whose lines are full",
+             settings.get("group_by_length") and settings.get("packing")),
             ("--exact-match with --dpo", settings["exact_match"] and settings.get("dpo")),
             ("--patience without --eval-dataset or --eval-every", settings.get("patience")
              and not settings.get("eval_dataset") and not settings.get("eval_every")),

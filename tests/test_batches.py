@@ -61,7 +61,7 @@ def test_what_each_process_makes_is_its_rows_of_the_same_batch(processes):
         whole = made.batch(step)
         parts = [made.batch(step, slice(first, first + share)) for first in range(0, 8, share)]
         for name, array in whole.items():
-            assert array.shape == made.shape and parts[0][name].shape == (3, share, 16)
+            assert array.shape == made.shape(step) and parts[0][name].shape == (3, share, 16)
             joined = np.concatenate([part[name] for part in parts], axis=1)
             np.testing.assert_array_equal(joined, array)
 
@@ -91,6 +91,49 @@ def test_the_order_is_pinned():
     made = batches.Batches(numbered(10), batch_size=10, grad_accum=1, seed=0, seq_len=64)
     assert order(made, [0]) == np.random.default_rng([0, 0]).permutation(10).tolist()
     assert order(made, [1]) == np.random.default_rng([0, 1]).permutation(10).tolist()
+
+
+# ------------------------------------------------------------------------- by length
+
+
+def uneven(count, seed=0):
+    """Rows of 4 to 250 tokens, most of them short; a row's tokens are its number."""
+    lengths = np.minimum(np.random.default_rng(seed).geometric(0.02, count) + 3, 250)
+    return batches.alone([(np.full(n, i, np.int32), np.ones(n, bool))
+                          for i, n in enumerate(lengths)])  # fmt: skip
+
+
+def test_by_length_a_run_shows_the_same_rows_in_few_shapes():
+    plain = batches.Batches(uneven(300), batch_size=4, grad_accum=2, seed=3, seq_len=256)
+    steps = plain.num_steps(2)
+    made = batches.ByLength(plain, steps)
+    shown = {name: [b.batch(step)["input_ids"] for step in range(steps)]
+             for name, b in (("plain", plain), ("grouped", made))}  # fmt: skip
+    rows = {name: sorted(np.concatenate([ids[..., 0].ravel() for ids in each]).tolist())
+            for name, each in shown.items()}  # fmt: skip
+    assert rows["grouped"] == rows["plain"]  # also in the last window, which is shorter
+    lengths = {ids.shape[-1] for ids in shown["grouped"]}
+    assert 4 <= len(lengths) <= 8 and sorted(lengths) == made.used
+    assert [ids.shape for ids in shown["grouped"]] == [made.shape(step) for step in range(steps)]
+    assert made.filled > 0.75 > 2 * plain.filled
+    real = sum((b["attention_mask"] != 0).sum() for b in map(made.batch, range(steps)))
+    assert made.filled == real / sum(ids.size for ids in shown["grouped"])
+    sizes = [ids.shape[-1] for ids in shown["grouped"][: made.WINDOW]]
+    assert sizes != sorted(sizes)  # the steps' order is not that of their lengths
+
+
+def test_by_length_a_step_is_the_same_after_a_restart_and_split_otherwise():
+    def fresh(batch_size, grad_accum):
+        how = {"batch_size": batch_size, "grad_accum": grad_accum, "seed": 1, "seq_len": 256}
+        return batches.ByLength(batches.Batches(uneven(100), **how), 40)
+
+    made, other = fresh(4, 2), fresh(8, 1)
+    for step in (39, 0, 33):
+        again = fresh(4, 2).batch(step)
+        for name, array in made.batch(step).items():
+            np.testing.assert_array_equal(array, again[name])
+            np.testing.assert_array_equal(array.reshape(1, 8, -1), other.batch(step)[name])
+            np.testing.assert_array_equal(array[:, 1:3], made.batch(step, slice(1, 3))[name])
 
 
 # ------------------------------------------------------------------------- packing
