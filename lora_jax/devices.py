@@ -18,6 +18,8 @@ import jax
 
 from lora_jax import errors
 
+_COMPILED_BYTES = 4 << 30  # of programs that are kept; those used longest ago are dropped
+
 
 def describe() -> str:
     """Such as "8 × NVIDIA H100 80GB HBM3 (gpu)", with "in 2 processes" where they are many."""
@@ -143,6 +145,24 @@ def _free_host_bytes() -> Iterator[int]:
             for name in ("max", "current")
         )
         yield limit - used
+
+
+def keep_compiled() -> None:
+    """Has JAX find again what it has compiled for an accelerator, in ~/.cache/lora_jax/xla.
+
+    Not for a CPU, whose programs may not run on another one that shares the folder. JAX's own
+    settings come first: JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=0.
+    """
+    if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir:
+        return
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = folder / "lora_jax/xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
 def keep_freed_memory() -> None:

@@ -81,6 +81,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
     if distributed.leads() and (warning := devices.unused_accelerator()):
         print(f"warning: {warning}", file=sys.stderr)
     devices.keep_freed_memory()
+    devices.keep_compiled()
     adapter = hub.model_folder(settings["adapter"]) if "adapter" in settings else None
     name, revision = settings.get("model"), settings.get("revision")
     if not name:

@@ -65,6 +65,7 @@ def run(
     if warning := devices.unused_accelerator():
         say("warning", warning)
     devices.keep_freed_memory()
+    devices.keep_compiled()
     training = settings.get("max_steps") != 0
     rows = read_data(settings) if training else (None, None)  # before a model is downloaded
     base = hub.model_folder(settings["model"], settings.get("revision"))

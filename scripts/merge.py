@@ -119,6 +119,7 @@ def predicted(folder: pathlib.Path, encoded: list[list[int]], adapter=None, **ho
     from lora_jax import checkpoint, devices, evaluate, lora, sharding
 
     devices.keep_freed_memory()
+    devices.keep_compiled()
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     with jax.set_mesh(mesh):
         model = checkpoint.load(folder, mesh=mesh, **how)

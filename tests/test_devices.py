@@ -1,7 +1,9 @@
 """What is said about accelerators that are not used, too small or held by another process."""
 
 import collections
+import os
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,32 @@ def test_an_accelerator_that_jax_does_not_see_is_told(monkeypatch, gpu, tpu, tol
     assert devices.unused_accelerator() is None  # JAX_PLATFORMS=cpu asks for it
     monkeypatch.delenv("JAX_PLATFORMS")
     assert all(part in devices.unused_accelerator() for part in ("only the CPU", *told))
+
+
+def test_what_is_compiled_for_an_accelerator_is_found_again(tmp_path):
+    code = (
+        "import jax, lora_jax.devices as devices\n"
+        "devices.keep_compiled()\n"
+        "assert jax.config.jax_compilation_cache_dir is None  # a CPU\n"
+        "jax.default_backend = lambda: 'gpu'\n"
+        "devices.keep_compiled()\n"
+        "hits = []\n"
+        "jax.monitoring.register_event_listener(lambda name, **_: hits.append('hits' in name))\n"
+        "jax.jit(lambda x: x * 2)(1.0)\n"
+        "print(any(hits))"
+    )
+    environment = {name: value for name, value in os.environ.items()
+                   if name != "JAX_COMPILATION_CACHE_DIR"}  # fmt: skip
+    environment |= {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    for found in ("False", "True"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == found, done
+    assert any((tmp_path / "lora_jax/xla").iterdir())
 
 
 def test_nothing_is_said_without_one_or_when_jax_uses_it(monkeypatch):
