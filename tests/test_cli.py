@@ -21,7 +21,7 @@ def settings(*flags):
     return train_script.resolve(train_script.parse([*TRAIN, *map(str, flags)])[0])
 
 
-@pytest.mark.parametrize("script", ["train", "generate", "plan", "inspect_data"])
+@pytest.mark.parametrize("script", ["train", "generate", "plan", "inspect_data", "report"])
 def test_help_imports_nothing_heavy(script):
     code = (
         "import runpy, sys\n"

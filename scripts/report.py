@@ -1,0 +1,732 @@
+"""A run as one page, report.html, from what the run has left in its folder."""
+
+import html
+import itertools
+import json
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import arguments
+import console
+
+from lora_jax import errors
+
+DESCRIPTION = """\
+Write the report.html of a run, also of one that was killed or still runs.
+
+  report.py runs/…
+"""
+POINTS = 400  # of a curve; of more steps, each point is of several
+DOTS = 150  # of the held-out loss; and places along a curve that tell their values
+TEXT = 4000  # characters of a text that are shown
+Metrics = Sequence[Mapping[str, Any]]
+
+
+class Markup(str):
+    """HTML. Any other text is escaped where it comes into a `tag`."""
+
+
+def tag(name: str, *inside: Any, **attributes: Any) -> Markup:
+    """An element; `class_` and `stroke_width` stand for `class` and `stroke-width`."""
+    named = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Markup(f"<{name}{named}>{joined(inside)}</{name}>")
+
+
+def joined(parts: Iterable[Any]) -> Markup:
+    return Markup(
+        "".join(part if isinstance(part, Markup) else html.escape(str(part)) for part in parts)
+    )
+
+
+# ------------------------------------------------------------------------- numbers
+
+
+def finite(value: Any) -> float | None:
+    """`value`, if it is a number; metrics.jsonl has null for NaN and infinity."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def short(value: float, digits: int = 3) -> str:
+    """Such as 0.0121, 11.4k or 5e-4."""
+    size = abs(value)
+    if size == math.inf:
+        return "∞"
+    if value and not 1e-3 <= size < 1e15:
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        return f"{float(mantissa):g}e{int(power)}"
+    for unit, power in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if size >= power:
+            return f"{value / power:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def shorts(values: Sequence[float]) -> list[str]:
+    """Ticks with as many digits as it takes to tell them apart."""
+    for digits in range(3, 17):
+        texts = [short(value, digits) for value in values]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
+
+
+def four(loss: float) -> str:
+    """A loss as the run prints it."""
+    return f"{loss:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Such as 43.2 s, 12 min 5 s or 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Point(NamedTuple):
+    """One or several steps that follow each other."""
+
+    first: int
+    last: int
+    mean: float | None  # of the finite values; None where there is none
+    low: float
+    high: float
+    broken: bool  # a value is not finite
+
+    @property
+    def step(self) -> float:
+        return (self.first + self.last) / 2
+
+    @property
+    def steps(self) -> str:
+        alone = self.first == self.last
+        return f"step {self.first}" if alone else f"steps {self.first} to {self.last}"
+
+
+def series(metrics: Metrics, name: str, most: int) -> list[Point]:
+    """The values called `name`, as at most `most` points of equally many steps."""
+    values = [(row["step"], finite(row[name])) for row in metrics if name in row]
+    size = -(-len(values) // most) or 1
+    points = []
+    for start in range(0, len(values), size):
+        part = values[start : start + size]
+        good = [value for _, value in part if value is not None]
+        mean = math.fsum(good) / len(good) if good else None
+        least, greatest = min(good, default=0), max(good, default=0)
+        points.append(Point(part[0][0], part[-1][0], mean, least, greatest, len(good) < len(part)))
+    return points
+
+
+# ------------------------------------------------------------------------- curves
+
+
+class Axis(NamedTuple):
+    low: float
+    high: float
+    ticks: list[float]
+
+    def percent(self, value: float) -> float:
+        """Where it lies, from the low end."""
+        return round((value - self.low) / (self.high - self.low) * 100, 2)
+
+    def down(self, value: float) -> float:
+        """Where it lies in per cent, from the high end."""
+        return round(100 - self.percent(value), 2)
+
+
+def axis(low: float, high: float, *, most: int = 6, whole: bool = False) -> Axis:
+    """Ticks at 1, 2 or 5 times a power of ten; their ends are the axis', unless `whole`."""
+    if high <= low:
+        high = low + (abs(low) or 1)
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10, 20) if power * m >= raw * (1 - 1e-9))
+    if whole:  # of steps
+        step = max(1, step)
+        return Axis(low, high, [step * k for k in range(math.floor(high / step + 1e-9) + 1)])
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return Axis(first * step, last * step, [step * k for k in range(first, last + 1)])
+
+
+def chart(metrics: Metrics, name: str, title: str, what: str, held_out: str = "") -> Markup:
+    """A plot of the metric `name` over the steps, and of the metric `held_out`; "" without values.
+
+    Labels and dots lie at percentages, and the lines in a box that is stretched: so the plot takes
+    any width, and its text stays as large as it is.
+    """
+    points, dots = series(metrics, name, POINTS), series(metrics, held_out, DOTS)
+    known = [point for point in points + dots if point.mean is not None]
+    if not known:
+        return Markup()
+    x = axis(0, max(1, *(point.last for point in points + dots)), whole=True)
+    low, high = min(point.low for point in known), max(point.high for point in known)
+    y = axis(0 if 0 <= low < 0.7 * high or low == high > 0 else low, high)
+    lines = [
+        tag("path", d=path, class_=class_)
+        for path, class_ in (
+            (_band(points, x, y), "band"),
+            (_line(points, x, y), "line"),
+            (_line(dots, x, y) if len(dots) > 2 else "", "line held"),
+        )
+        if path
+    ]
+    stretched = tag("svg", *lines, viewBox="0 0 1000 1000", preserveAspectRatio="none",
+                    width="100%", height="100%")  # fmt: skip
+    drawing = tag(
+        "svg", *_grid(x, y), stretched, *_alone(points, x, y), *_broken(points, x),
+        *_told(series(metrics, name, DOTS), what, x), *_dots(dots, x, y),
+        role="img", aria_label=f"{title}. {_summary(points, what)}",
+    )  # fmt: skip
+    legend = [tag("span", "training", class_="key")] if dots else []
+    legend += [tag("span", "held out", class_="key held")] if dots else []
+    if any(point.broken for point in points):
+        legend.append(tag("span", "not finite", class_="key broken"))
+    caption = tag("figcaption", tag("h3", title), *legend)
+    return tag("figure", caption, tag("div", drawing, class_="plot"), class_=f"chart {name}")
+
+
+def _summary(points: list[Point], what: str) -> str:
+    known = [point for point in points if point.mean is not None]
+    if not known:
+        return ""
+    first, last = known[0], known[-1]
+    return f"{what} {short(first.mean)} at {first.steps}, {short(last.mean)} at {last.steps}"
+
+
+def _grid(x: Axis, y: Axis) -> Iterable[Markup]:
+    for value, text in zip(y.ticks, shorts(y.ticks), strict=True):
+        at = f"{y.down(value)}%"
+        yield tag("line", x1=0, x2="100%", y1=at, y2=at, class_="grid")
+        yield tag("text", text, x=0, y=at, dx=-8, dy="0.32em", text_anchor="end")
+    for value, text in zip(x.ticks, shorts(x.ticks), strict=True):
+        at = f"{x.percent(value)}%"
+        yield tag("line", x1=at, x2=at, y1="100%", y2="100%", class_="tick")
+        yield tag("text", text, x=at, y="100%", dy="1.7em", text_anchor="middle")
+    yield tag("text", "step", x="100%", y="100%", dy="3.1em", text_anchor="end")
+
+
+def _place(step: float, value: float, x: Axis, y: Axis) -> str:
+    return f"{10 * x.percent(step):.5g} {10 * y.down(value):.5g}"
+
+
+def _runs(points: list[Point]) -> Iterable[list[Point]]:
+    """The parts of a curve between points without a value."""
+    run: list[Point] = []
+    for point in points:
+        if point.mean is not None:
+            run.append(point)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _line(points: list[Point], x: Axis, y: Axis) -> str:
+    parts = ["L".join(_place(p.step, p.mean, x, y) for p in run) for run in _runs(points)]
+    return "".join(f"M{part}" for part in parts)
+
+
+def _band(points: list[Point], x: Axis, y: Axis) -> str:
+    shapes = []
+    for run in _runs(points):
+        if any(p.high > p.low for p in run):
+            edge = [_place(p.step, p.high, x, y) for p in run]
+            edge += [_place(p.step, p.low, x, y) for p in reversed(run)]
+            shapes.append(f"M{'L'.join(edge)}Z")
+    return "".join(shapes)
+
+
+def _alone(points: list[Point], x: Axis, y: Axis) -> Iterable[Markup]:
+    """A point with none beside it makes no line."""
+    for run in _runs(points):
+        if len(run) == 1:
+            at = {"cx": f"{x.percent(run[0].step)}%", "cy": f"{y.down(run[0].mean)}%"}
+            yield tag("circle", **at, r=3, class_="alone")
+
+
+def _broken(points: list[Point], x: Axis) -> Iterable[Markup]:
+    for point in points:
+        if point.broken:
+            at = f"{x.percent(point.step)}%"
+            yield tag("line", x1=at, x2=at, y1=0, y2="100%", class_="broken")
+
+
+def _told(points: list[Point], what: str, x: Axis) -> Iterable[Markup]:
+    """Columns over the whole plot that tell their values under the pointer."""
+    places = [x.percent(point.step) for point in points]
+    edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(places)), 100.0]
+    for point, (left, right) in zip(points, itertools.pairwise(edges), strict=False):
+        value = "not finite" if point.mean is None else short(point.mean)
+        text = tag("title", f"{point.steps}: {what} {value}")
+        width = f"{right - left:.2f}%"
+        yield tag("rect", text, x=f"{left:.2f}%", width=width, height="100%", class_="told")
+
+
+def _dots(points: list[Point], x: Axis, y: Axis) -> Iterable[Markup]:
+    radius = 4 if len(points) <= 40 else 3
+    for point in points:
+        if point.mean is not None:
+            text = tag("title", f"{point.steps}: held-out loss {four(point.mean)}")
+            at = {"cx": f"{x.percent(point.step)}%", "cy": f"{y.down(point.mean)}%"}
+            yield tag("circle", text, **at, r=radius, class_="held")
+
+
+# ------------------------------------------------------------------------- parts of the page
+
+
+def render(record: Mapping[str, Any], metrics: Metrics) -> str:
+    """The page. record: what run.json holds; metrics: the rows of metrics.jsonl."""
+    metrics = [row for row in metrics if isinstance(row.get("step"), int)]
+    name = title(record)
+    parts = [
+        header(record, metrics, name),
+        section("Training", curves(metrics)),
+        tag(
+            "div",
+            section("Held-out scores", scores(record, metrics)),
+            section("Memory", memory(record)),
+            section("Time", times(record)),
+            class_="some",
+        ),
+        section("Samples", samples(record.get("samples", {}))),
+        section("Settings", listed(record.get("settings", {}), "many")),
+        tag(
+            "div",
+            section("Base and data", listed(origin(record))),
+            section("Device and versions", listed(surroundings(record))),
+            class_="two",
+        ),
+    ]
+    return PAGE.format(title=html.escape(f"{name}: report"), style=STYLE, body=joined(parts))
+
+
+def section(heading: str, inside: Markup) -> Markup:
+    return tag("section", tag("h2", heading), inside) if inside else Markup()
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """The base's name: a hub id, or the last part of a path."""
+    name = str(record.get("base", {}).get("id", "run"))
+    path = pathlib.Path(name)
+    return (path.name or name) if path.is_absolute() or len(path.parts) > 2 else name
+
+
+def header(record: Mapping[str, Any], metrics: Metrics, name: str) -> Markup:
+    settings, status = record.get("settings", {}), str(record.get("status", "unknown"))
+    status, _, why = status.partition(": ")
+    kind, steps = status.split(" ")[0], record.get("num_steps")
+    sign = {"finished": "✓", "failed": "✗", "stopped": "■", "running": "▸"}.get(kind, "?")
+    about = [
+        f"{steps:,} {'step' if steps == 1 else 'steps'}" if steps else "",
+        f"rank {settings['rank']}" if "rank" in settings else "",
+        text_of(settings["targets"]) if settings.get("targets") else "",
+        f"base in {settings['quant']}" if settings.get("quant", "none") != "none" else "",
+        str(settings.get("dtype") or ""),
+    ]
+    numbers = [
+        tag("div", tag("dt", label), tag("dd", value), tag("dd", note, class_="note"))
+        for label, value, note in figures(record, metrics)
+    ]
+    return tag(
+        "header", tag("h1", name),
+        tag("p", tag("span", f"{sign} {status}", class_=f"status {kind}"),
+            " · ".join(filter(None, about)), class_="about"),
+        tag("p", cut(why), class_="bad") if why else "",
+        tag("dl", *numbers, class_="figures") if numbers else "",
+    )  # fmt: skip
+
+
+def figures(record: Mapping[str, Any], metrics: Metrics) -> Iterable[tuple[str, str, str]]:
+    """(label, value, note) of what is looked at first."""
+    for name, label, shown in (
+        ("eval_loss", "Held-out loss", four),
+        ("exact_match", "Exact match", "{:.1%}".format),
+        ("loss", "Training loss", four),
+    ):
+        known = [row for row in metrics if finite(row.get(name)) is not None]
+        if known:
+            first, last = known[0], known[-1]
+            note = f"step {last['step']}"
+            if last["step"] > first["step"]:
+                note = f"from {shown(first[name])} at step {first['step']}"
+            yield label, shown(last[name]), note
+    speeds = [finite(row.get("tokens_per_second")) for row in metrics[1:]]
+    if speeds := [speed for speed in speeds if speed is not None]:
+        yield "Throughput", f"{short(statistics.median(speeds))}/s", "tokens, median"
+    if finite(record.get("peak_bytes")):
+        yield "Peak memory", console.size(record["peak_bytes"]), measured_on(record)
+    if seconds := seconds_of(record):
+        yield "Time", duration(sum(seconds.values())), ", ".join(seconds)
+
+
+def measured_on(record: Mapping[str, Any]) -> str:
+    return "of this process" if "cpu" in str(record.get("device")) else "of one device"
+
+
+def curves(metrics: Metrics) -> Markup:
+    large = chart(metrics, "loss", "Loss", "loss", "eval_loss")
+    small = [
+        chart(metrics, "lr", "Learning rate", "learning rate"),
+        chart(metrics, "grad_norm", "Gradient norm", "gradient norm"),
+        chart(metrics, "tokens_per_second", "Tokens per second", "tokens/s"),
+    ]
+    if not large and not any(small):
+        return tag("p", "No step has been logged.", class_="note")
+    logged = series(metrics, "loss", POINTS)
+    size = max((point.last - point.first + 1 for point in logged), default=1)
+    note = f"Each point is the mean of {size} steps, in a band from the least to the greatest."
+    return joined([large, tag("div", *small, class_="three"),
+                   tag("p", note, class_="note below") if size > 1 else ""])  # fmt: skip
+
+
+def scores(record: Mapping[str, Any], metrics: Metrics) -> Markup:
+    """The held-out scores of the first and the last evaluation, and of the best step if kept."""
+    rows = [row for row in metrics if "eval_loss" in row]
+    if not rows:
+        flags = (tag("code", flag) for flag in ("--eval-dataset", "--eval-every"))
+        return tag("p", "Nothing held out was scored; ", next(flags), " or ", next(flags),
+                   " asks for it.", class_="note")  # fmt: skip
+    columns = [("before", rows[0])] if rows[0]["step"] == 0 else []
+    if rows[-1]["step"] or not columns:
+        done = rows[-1]["step"] == record.get("num_steps")
+        columns.append(("after" if done else "so far", rows[-1]))
+    if best := record.get("best"):
+        columns.append(("best", best))
+    lines = [
+        ("Loss", "eval_loss", four),
+        ("Perplexity", "eval_loss", lambda loss: short(perplexity(loss))),
+        ("Exact match", "exact_match", "{:.1%}".format),
+    ]
+    body = [
+        tag("tr", tag("th", label, scope="row"), *(_score(row, name, shown) for _, row in columns))
+        for label, name, shown in lines
+        if any(name in row for _, row in columns)
+    ]
+    top = [
+        tag("th", label, tag("small", f"step {row['step']:,}"), scope="col")
+        for label, row in columns
+    ]
+    table = tag("table", tag("thead", tag("tr", tag("td"), *top)), tag("tbody", *body))
+    note = tag("p", "The adapter is of the best step.", class_="note below") if best else ""
+    return joined([table, note])
+
+
+def _score(row: Mapping[str, Any], name: str, shown) -> Markup:
+    value = finite(row.get(name))
+    if value is None:
+        return tag("td", "not finite" if name in row else "–")
+    return tag("td", shown(value))
+
+
+def samples(answers: Mapping[str, Any]) -> Markup:
+    """The same held-out prompts answered before and after training."""
+    before, after = answers.get("before") or [], answers.get("after") or []
+    shown = []
+    for index in range(max(len(before), len(after))):
+        old, new = (part[index] if index < len(part) else None for part in (before, after))
+        one = new or old
+        cells = [answer(label, part) for label, part in (("before", old), ("after", new)) if part]
+        if not any(part and right(part) for part in (old, new)):
+            cells.append(tag("div", tag("h4", "expected"), verbatim(one["expected"])))
+        shown.append(tag("article", tag("h3", "Prompt"), verbatim(one["prompt"], "prompt"),
+                         tag("div", *cells, class_="answers")))  # fmt: skip
+    return joined(shown)
+
+
+def answer(label: str, found: Mapping[str, str]) -> Markup:
+    verdict = ("good", "✓ as expected") if right(found) else ("bad", "✗ not as expected")
+    heading = tag("h4", label, " ", tag("span", verdict[1], class_=verdict[0]))
+    return tag("div", heading, verbatim(found["text"]))
+
+
+def right(found: Mapping[str, str]) -> bool:
+    return found["text"].strip() == found["expected"].strip()
+
+
+def verbatim(text: str, class_: str | None = None) -> Markup:
+    # HTML leaves out a newline that a <pre> begins with: this one.
+    return tag("pre", Markup("\n"), cut(text.rstrip("\n")) or "(nothing)", dir="auto",
+               class_=class_)  # fmt: skip
+
+
+def cut(text: str) -> str:
+    """`text`, without its middle if it is long."""
+    if len(text) <= TEXT:
+        return text
+    half = TEXT // 2
+    return f"{text[:half]}\n… {len(text) - TEXT} characters left out …\n{text[-half:]}"
+
+
+def memory(record: Mapping[str, Any]) -> Markup:
+    """What was planned beside what was measured."""
+    told = record.get("memory", {})
+    rows = [
+        ("Before loading", finite(told.get("bytes_before"))),
+        ("Step, planned", finite(told.get("planned_bytes"))),
+        ("Peak, measured", finite(record.get("peak_bytes"))),
+    ]
+    return bars([(label, value, console.size(round(value))) for label, value in rows if value])
+
+
+def seconds_of(record: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: finite(value) for name, value in record.get("seconds", {}).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def times(record: Mapping[str, Any]) -> Markup:
+    seconds = seconds_of(record)
+    return bars([(name, value, duration(value)) for name, value in seconds.items()])
+
+
+def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:
+    if not rows:
+        return Markup()
+    most = max(value for _, value, _ in rows) or 1
+    lines = [
+        tag("tr", tag("th", label, scope="row"), tag("td", text),
+            tag("td", tag("svg", tag("rect", width=f"{100 * value / most:.2f}%", height="100%")),
+                class_="bar", aria_hidden="true"))
+        for label, value, text in rows
+    ]  # fmt: skip
+    return tag("table", tag("tbody", *lines), class_="bars")
+
+
+def origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    base = record.get("base", {})
+    told = {"base": base.get("id"), "base, commit": base.get("commit"),
+            "base, size": console.size(base["bytes"]) if finite(base.get("bytes")) else None,
+            "base, checksum": base.get("checksum")}  # fmt: skip
+    told |= {f"data, {name}": mark for name, mark in record.get("data", {}).items()}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def surroundings(record: Mapping[str, Any]) -> dict[str, Any]:
+    mesh = console.pairs(record.get("mesh", {}))
+    told = {"device": record.get("device"), "mesh": mesh, **record.get("versions", {})}
+    return {name: value for name, value in told.items() if value}
+
+
+def listed(values: Mapping[str, Any], class_: str = "") -> Markup:
+    if not values:
+        return Markup()
+    rows = [
+        tag("div", tag("dt", name.replace("_", "-")), tag("dd", cut(text_of(value))))
+        for name, value in values.items()
+    ]
+    return tag("dl", *rows, class_=f"listed {class_}".strip())
+
+
+def text_of(value: Any) -> str:
+    """A setting as it would be typed; – for what is not set."""
+    if value is None or value in ([], {}, ""):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={each}" for key, each in value.items())
+    return str(value)
+
+
+# ------------------------------------------------------------------------- the look
+
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+STYLE = """\
+:root {
+  color-scheme: light dark;
+  --page: #fbfbfa; --card: #ffffff; --text: #1b1b1a; --soft: #5c5b57; --rule: #e3e2dd;
+  --train: #2563c9; --held: #b4500b; --good: #1a7440; --bad: #b3261e; --warn: #8a5a00;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #131416; --card: #1b1c1f; --text: #ececea; --soft: #a5a6aa; --rule: #34363b;
+    --train: #7cb0ff; --held: #ffa45c; --good: #6fd08c; --bad: #ff8a80; --warn: #f0c060;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.5 var(--sans); }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+h1, h2, h3, h4, p, dl, dd, figure, pre { margin: 0; }
+h1 { font-size: 1.75rem; font-weight: 650; line-height: 1.2; letter-spacing: -0.015em; }
+h2 { font-size: 1.1rem; font-weight: 650; margin-bottom: 0.85rem; }
+h3 { font-size: 0.9rem; font-weight: 600; }
+h4, .note, small, dt { font-size: 0.8rem; font-weight: 400; color: var(--soft); }
+h1, p, dd { overflow-wrap: anywhere; }
+section { margin-top: 2.75rem; break-inside: avoid; min-width: 0; }
+.about { margin-top: 0.6rem; color: var(--soft); }
+.status { margin-right: 0.75rem; font-weight: 600; color: var(--warn); }
+.status.finished, .good { color: var(--good); }
+.status.failed, .bad { color: var(--bad); }
+.status.running { color: var(--train); }
+.figures, article, .chart { background: var(--card); border: 1px solid var(--rule);
+  border-radius: 8px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr));
+  gap: 1.25rem; margin-top: 1.5rem; padding: 1.1rem 1.25rem; }
+.figures dd:not(.note) { font-size: 1.3rem; font-weight: 600; line-height: 1.4;
+  letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
+.two, .three, .some, .answers { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); }
+.two, .some { row-gap: 0; }
+.below { margin-top: 0.6rem; }
+.chart { padding: 0.9rem 1.1rem 0.8rem; }
+.chart.loss { margin-bottom: 1rem; }
+figcaption { display: flex; flex-wrap: wrap; align-items: center; gap: 0.25rem 1.1rem; }
+.key { font-size: 0.8rem; color: var(--soft); }
+.key::before { content: ""; display: inline-block; vertical-align: 0.22em; width: 1.1rem;
+  margin-right: 0.4rem; border-top: 2px solid var(--train); }
+.key.held::before { width: 9px; height: 9px; border: 0; border-radius: 50%;
+  background: var(--held); vertical-align: 0; }
+.key.broken::before { border-top: 2px dotted var(--bad); }
+.plot { padding: 0.9rem 0.9rem 3rem 3rem; }
+.plot > svg { display: block; width: 100%; height: 9rem; overflow: visible; }
+.loss .plot > svg { height: 18rem; }
+svg text { font: 12px var(--sans); fill: var(--soft); font-variant-numeric: tabular-nums; }
+.grid { stroke: var(--rule); }
+.tick { stroke: var(--soft); }
+.line { fill: none; stroke: var(--train); stroke-width: 1.75; stroke-linejoin: round;
+  stroke-linecap: round; vector-effect: non-scaling-stroke; }
+.line.held { stroke: var(--held); stroke-width: 1; }
+.band { fill: var(--train); opacity: 0.22; }
+.alone { fill: var(--train); }
+circle.held { fill: var(--held); stroke: var(--card); stroke-width: 1.5; }
+line.broken { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 2 3; }
+.told { fill: transparent; }
+.told:hover { fill: var(--text); opacity: 0.07; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.4rem 0.75rem 0.4rem 0; border-bottom: 1px solid var(--rule);
+  text-align: right; font-weight: 400; }
+th[scope="row"] { text-align: left; color: var(--soft); }
+thead th { font-weight: 600; vertical-align: bottom; }
+th small { display: block; }
+td:last-child, th:last-child { padding-right: 0; }
+section > table { width: 100%; }
+.bars th, .bars td { white-space: nowrap; }
+.bars .bar { width: 40%; }
+.bar svg { display: block; width: 100%; height: 0.6rem; }
+.bar rect { fill: var(--train); rx: 2px; }
+article { padding: 1rem 1.1rem; }
+article + article { margin-top: 1rem; }
+article h3 { font-size: 0.8rem; font-weight: 400; color: var(--soft); }
+pre { font: 13px/1.5 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere;
+  max-height: 24rem; overflow-y: auto; }
+code { font-family: var(--mono); white-space: nowrap; }
+.answers { margin-top: 0.9rem; }
+.answers h4 { margin-bottom: 0.3rem; }
+.answers pre { padding: 0.65rem 0.8rem; background: var(--page); border: 1px solid var(--rule);
+  border-radius: 6px; }
+.listed > div { display: grid; grid-template-columns: minmax(8rem, 1fr) 2.2fr; gap: 1rem;
+  padding: 0.3rem 0; border-bottom: 1px solid var(--rule); break-inside: avoid; }
+.listed dt { line-height: 1.6; }
+.listed dd { font: 13px/1.5 var(--mono); min-width: 0; }
+@media (min-width: 46rem) {
+  .two { grid-template-columns: repeat(2, minmax(0, 1fr)); column-gap: 3rem; }
+  .three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .some { grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); column-gap: 3rem; }
+  .answers { grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
+  .many { columns: 2; column-gap: 3rem; }
+}
+@media (max-width: 30rem) {
+  main { padding: 1.5rem 1rem 3rem; }
+  .figures { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .chart { padding-inline: 0.8rem; }
+  .plot { padding-left: 2.6rem; }
+  .loss .plot > svg { height: 13rem; }
+}
+"""
+
+
+# ------------------------------------------------------------------------- files
+
+
+def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(run.json, the rows of metrics.jsonl, none where there is no file).
+
+    Raises: UserError for a folder without a run.
+    """
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        record, found = None, getattr(error, "strerror", None) or str(error)
+    if not isinstance(record, dict):
+        raise errors.UserError(
+            expected="the folder of a run, with its run.json",
+            found="no JSON object" if record is not None else found,
+            where=str(folder / "run.json"),
+            do="name a folder that train.py has written, such as runs/…",
+        )
+    path, rows = folder / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # a line cut off by a kill
+    return record, [row for row in rows if isinstance(row, dict)]
+
+
+def write(folder: pathlib.Path) -> pathlib.Path:
+    """Writes report.html into the folder of a run, in one step. Raises: OSError, UserError."""
+    path = folder / "report.html"
+    new = path.with_suffix(".new")
+    new.write_text(render(*read(folder)), encoding="utf-8", errors="replace")
+    os.replace(new, path)
+    return path
+
+
+def parse(argv: list[str] | None = None) -> dict[str, Any]:
+    flags = arguments.Flags(DESCRIPTION, {})
+    flags.add("run_folder", "what train.py was given as --output-dir", metavar="RUN_FOLDER")
+    return flags.typed(argv)
+
+
+def main() -> int:
+    folder = pathlib.Path(parse()["run_folder"])
+    try:
+        console.say("report", str(write(folder)))
+    except OSError as error:
+        raise errors.UserError(
+            expected="a folder that can be written", found=error.strerror or str(error),
+            where=str(folder), do="change its permissions, or free some space",
+        ) from None  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    arguments.run(main)
