@@ -16,6 +16,7 @@ import arguments
 import console
 import jax
 import jax.numpy as jnp
+import report
 import watch
 from console import say
 from flax import nnx
@@ -300,10 +301,12 @@ class Job:
                     "peak_bytes": max(devices.peak_bytes(), record.get("peak_bytes", 0)),
                 }
                 self.folder.write_run(record)
+        told = self._report()
         if not finished:
+            say("report", told)
             self._tell_stopped(done)
             return stop.code
-        self._show(record["samples"])
+        self._show(record["samples"], told)
         self.continue_prompts()
         return 0
 
@@ -459,6 +462,7 @@ class Job:
                 record["status"] = f"failed: {textwrap.shorten(text, 200, placeholder=' …')}"
                 with contextlib.suppress(OSError):  # such as a full disk: that is the error to tell
                     self.folder.write_run(record)
+                    self._report()
             raise
 
     def _record(self) -> dict[str, Any]:
@@ -531,6 +535,15 @@ class Job:
             revision=self.settings.get("revision"),
         )
 
+    def _report(self) -> str:
+        """Writes report.html; what to say of it. The adapter is worth a run without one."""
+        if not distributed.leads():
+            return ""
+        try:
+            return str(report.write(self.folder.path))
+        except errors.UserError as error:
+            return f"not written: {error.found}; scripts/report.py makes it later"
+
     def _not_finite(self, number: int, good: int | None) -> errors.UserError:
         return errors.UserError(
             expected="a finite loss and gradient",
@@ -545,10 +558,11 @@ class Job:
         print(f"\nstopped after step {done} of {self.num_steps}; to go on:\n"
               f"  {console.command('train.py')} --resume --output-dir {where}")  # fmt: skip
 
-    def _show(self, samples: dict[str, list[dict[str, str]]]) -> None:
+    def _show(self, samples: dict[str, list[dict[str, str]]], reported: str) -> None:
         console.side_by_side(samples.get("before", []), samples.get("after", []))
         say("adapter", str(self.folder.adapter))
         say("run", f"{self.folder.path}/run.json, metrics.jsonl, checkpoints/")
+        say("report", reported)
         example = self.settings.get("prompt") or [
             answer["prompt"] for answer in samples.get("after", [])
         ]

@@ -702,11 +702,22 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
-    """Writes report.html into the folder of a run, in one step. Raises: OSError, UserError."""
-    path = folder / "report.html"
+    """Writes report.html into the folder of a run, in one step.
+
+    Raises: UserError for a folder without a run, or one that cannot be written.
+    """
+    path, page = folder / "report.html", render(*read(folder))
     new = path.with_suffix(".new")
-    new.write_text(render(*read(folder)), encoding="utf-8", errors="replace")
-    os.replace(new, path)
+    try:
+        new.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(new, path)
+    except OSError as error:
+        raise errors.UserError(
+            expected="a run's folder that can be written",
+            found=error.strerror or str(error),
+            where=str(path),
+            do="change its permissions, or free some space",
+        ) from None
     return path
 
 
@@ -717,14 +728,7 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def main() -> int:
-    folder = pathlib.Path(parse()["run_folder"])
-    try:
-        console.say("report", str(write(folder)))
-    except OSError as error:
-        raise errors.UserError(
-            expected="a folder that can be written", found=error.strerror or str(error),
-            where=str(folder), do="change its permissions, or free some space",
-        ) from None  # fmt: skip
+    console.say("report", str(write(pathlib.Path(parse()["run_folder"]))))
     return 0
 
 

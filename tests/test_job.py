@@ -99,7 +99,7 @@ def at_step(monkeypatch, number, act):
 def test_the_files_of_a_run(whole):
     folder, _ = whole
     names = {path.name for path in folder.iterdir()} - {".lock"}
-    assert names == {"adapter", "checkpoints", "metrics.jsonl", "run.json"}
+    assert names == {"adapter", "checkpoints", "metrics.jsonl", "run.json", "report.html"}
     assert checkpoints(folder) == [4, 6]
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder.parent / cli.BASE.name)
@@ -150,6 +150,7 @@ def test_what_a_run_prints(whole):
     assert "step 1 of 6: loss" in ended.out and "step 6 of 6: loss" in ended.out
     assert "\r" not in ended.out  # no bar where there is no terminal
     assert re.search(r"^adapter +run/adapter$", ended.out, re.MULTILINE)
+    assert re.search(r"^report +run/report.html$", ended.out, re.MULTILINE)
     assert "scripts/generate.py" in ended.out and "--adapter run/adapter" in ended.out
 
 
@@ -202,6 +203,7 @@ def assert_stopped(folder, ended, code, capfd):
     assert checkpoints(folder)[-1] == 3
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped at step 3"
     assert (folder / "adapter/adapter_model.safetensors").exists()
+    assert "■ stopped at step 3" in (folder / "report.html").read_text()
 
 
 def test_a_second_ctrl_c_ends_at_once(plain, tmp_path, monkeypatch):
@@ -219,11 +221,13 @@ def test_a_second_ctrl_c_ends_at_once(plain, tmp_path, monkeypatch):
     assert cli.metrics(tmp_path / "run")[-1]["step"] == 3
 
 
-def test_a_finished_run_is_shown_again(whole, tmp_path):
+def test_a_finished_run_is_shown_again_whatever_comes_of_its_report(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "run")
+    (folder / "report.new").mkdir()
     ended = cli.run("train", "--resume", "--output-dir", folder, "--prompt", "Once upon a time",
                     "--max-new-tokens", 8)  # fmt: skip
     assert ended.code == 0 and "from step 6 of 6" in ended.out
+    assert "report    not written: Is a directory" in ended.out
     assert "Tom has 40 cats.\nbefore" in ended.out
     # --prompt after training: the leading space of the continuation is kept
     assert re.search(r"^Once upon a time[ ,]", ended.out, re.MULTILINE)
@@ -279,6 +283,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(plain, tmp_path, monkeypatch, wh
     assert last["step"] == 3 and last[where] is None
     assert "NaN or infinity at step 3" in message and "the checkpoint of step 2 is good" in message
     assert checkpoints(folder) == [2] and not (folder / "adapter").exists()
+    assert "NaN or infinity at step 3" in (folder / "report.html").read_text()
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_message(plain, tmp_path, monkeypatch):

@@ -263,7 +263,7 @@ def test_a_folder_without_a_run_is_told(tmp_path, run, found):
 def test_a_page_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RECORD))
     (tmp_path / "report.new").mkdir()
-    assert "a folder that can be written" in cli.refused("report", tmp_path)
+    assert "a run's folder that can be written" in cli.refused("report", tmp_path)
 
 
 # ------------------------------------------------------------------------- how it looks
