@@ -299,7 +299,7 @@ def render(record: Mapping[str, Any], metrics: Metrics) -> str:
             "div",
             section("Held-out scores", scores(record, metrics)),
             section("Memory", memory(record)),
-            section("Time", times(record)),
+            section("Time", times(record, metrics)),
             class_="some",
         ),
         section("Samples", samples(record.get("samples", {}))),
@@ -328,10 +328,10 @@ def title(record: Mapping[str, Any]) -> str:
 def header(record: Mapping[str, Any], metrics: Metrics, name: str) -> Markup:
     settings, status = record.get("settings", {}), str(record.get("status", "unknown"))
     status, _, why = status.partition(": ")
-    kind, steps = status.split(" ")[0], record.get("num_steps")
+    kind = status.split(" ")[0]
     sign = {"finished": "✓", "failed": "✗", "stopped": "■", "running": "▸"}.get(kind, "?")
     about = [
-        f"{steps:,} {'step' if steps == 1 else 'steps'}" if steps else "",
+        length(record.get("num_steps"), metrics),
         f"rank {settings['rank']}" if "rank" in settings else "",
         text_of(settings["targets"]) if settings.get("targets") else "",
         f"base in {settings['quant']}" if settings.get("quant", "none") != "none" else "",
@@ -348,6 +348,15 @@ def header(record: Mapping[str, Any], metrics: Metrics, name: str) -> Markup:
         tag("p", cut(why), class_="bad") if why else "",
         tag("dl", *numbers, class_="figures") if numbers else "",
     )  # fmt: skip
+
+
+def length(planned: int | None, metrics: Metrics) -> str:
+    """Such as 200 steps, or 120 of 200 steps."""
+    if not planned:
+        return ""
+    done = max((row["step"] for row in metrics), default=0)
+    whole = f"{planned:,} {'step' if planned == 1 else 'steps'}"
+    return whole if done >= planned else f"{done:,} of {whole}"
 
 
 def figures(record: Mapping[str, Any], metrics: Metrics) -> Iterable[tuple[str, str, str]]:
@@ -402,8 +411,8 @@ def scores(record: Mapping[str, Any], metrics: Metrics) -> Markup:
                    " asks for it.", class_="note")  # fmt: skip
     columns = [("before", rows[0])] if rows[0]["step"] == 0 else []
     if rows[-1]["step"] or not columns:
-        done = rows[-1]["step"] == record.get("num_steps")
-        columns.append(("after" if done else "so far", rows[-1]))
+        finished = record.get("status") == "finished"
+        columns.append(("after" if finished else "so far", rows[-1]))
     if best := record.get("best"):
         columns.append(("best", best))
     lines = [
@@ -487,9 +496,13 @@ def seconds_of(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def times(record: Mapping[str, Any]) -> Markup:
-    seconds = seconds_of(record)
-    return bars([(name, value, duration(value)) for name, value in seconds.items()])
+def times(record: Mapping[str, Any], metrics: Metrics) -> Markup:
+    shown = bars([(name, value, duration(value)) for name, value in seconds_of(record).items()])
+    waits = [finite(row.get("data_wait")) for row in metrics]
+    if waits := [wait for wait in waits if wait is not None]:
+        text = f"A step waited for data for {statistics.mean(waits):.1%} of its time."
+        shown = joined([shown, tag("p", text, class_="note below")])
+    return shown
 
 
 def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:

@@ -35,7 +35,7 @@ RECORD = {
 
 def step(number, loss=1.0):
     return {"step": number, "loss": loss, "lr": 1e-4 / number, "grad_norm": 0.5,
-            "tokens_per_second": 3000.0 + number}  # fmt: skip
+            "tokens_per_second": 3000.0 + number, "data_wait": 0.01}  # fmt: skip
 
 
 METRICS = [
@@ -95,7 +95,8 @@ def page(record=RECORD, metrics=METRICS):
         "before step 0 after step 60 Loss 1.0906 0.0121 Perplexity 2.98 1.01 "
         "Exact match 0.0% 97.5%",
         "Step, planned 9.87 GB Peak, measured 10.2 GB",
-        "load 4.1 s evaluate 2 min 8 s train 2 h 13 min",
+        "load 4.1 s evaluate 2 min 8 s train 2 h 13 min A step waited for data for 1.0% of its "
+        "time.",
         "Prompt Tom has 41 cats. before ✗ not as expected He <b>sat</b>. "
         "after ✓ as expected He likes cat 1.",
         "rank 2 targets q_proj, v_proj quant int4 lr 0.0002 use-dora no layers – "
@@ -138,7 +139,8 @@ def test_axis_labels_tell_their_ticks_apart():
     [
         ({"status": "stopped at step 30"}, "■ stopped at step 30"),
         ({"status": "failed: no space: left"}, "✗ failed 60 steps"),
-        ({"num_steps": 100}, "before step 0 so far step 60"),
+        ({"num_steps": 100}, "✓ finished 60 of 100 steps"),
+        ({"status": "stopped at step 60"}, "before step 0 so far step 60"),
         ({"best": {"step": 30, "eval_loss": 0.01}}, "The adapter is of the best step."),
         ({"base": {"id": "/far/away/base-1"}}, "base-1 ✓"),
         ({"samples": {"before": [ANSWER]}}, "He <b>sat</b>. expected He likes cat 1."),
