@@ -413,7 +413,8 @@ def scores(record: Mapping[str, Any], metrics: Metrics) -> Markup:
     if rows[-1]["step"] or not columns:
         finished = record.get("status") == "finished"
         columns.append(("after" if finished else "so far", rows[-1]))
-    if best := record.get("best"):
+    best = record.get("best")
+    if best and best["step"] != rows[-1]["step"]:
         columns.append(("best", best))
     lines = [
         ("Loss", "eval_loss", four),
@@ -430,8 +431,8 @@ def scores(record: Mapping[str, Any], metrics: Metrics) -> Markup:
         for label, row in columns
     ]
     table = tag("table", tag("thead", tag("tr", tag("td"), *top)), tag("tbody", *body))
-    note = tag("p", "The adapter is of the best step.", class_="note below") if best else ""
-    return joined([table, note])
+    text = f"The adapter is of step {best['step']:,}, the best." if best else ""
+    return joined([table, tag("p", text, class_="note below") if text else ""])
 
 
 def _score(row: Mapping[str, Any], name: str, shown) -> Markup:
