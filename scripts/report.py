@@ -187,7 +187,7 @@ def chart(metrics: Metrics, name: str, title: str, what: str, held_out: str = ""
                     width="100%", height="100%")  # fmt: skip
     drawing = tag(
         "svg", *_grid(x, y), stretched, *_alone(points, x, y), *_broken(points, x),
-        *_told(series(metrics, name, DOTS), what, x), *_dots(dots, x, y),
+        *_told(series(metrics, name, DOTS), what, x), *_dots(dots, f"held-out {what}", x, y),
         role="img", aria_label=f"{title}. {_summary(points, what)}",
     )  # fmt: skip
     legend = [tag("span", "training", class_="key")] if dots else []
@@ -276,11 +276,11 @@ def _told(points: list[Point], what: str, x: Axis) -> Iterable[Markup]:
         yield tag("rect", text, x=f"{left:.2f}%", width=width, height="100%", class_="told")
 
 
-def _dots(points: list[Point], x: Axis, y: Axis) -> Iterable[Markup]:
+def _dots(points: list[Point], what: str, x: Axis, y: Axis) -> Iterable[Markup]:
     radius = 4 if len(points) <= 40 else 3
     for point in points:
         if point.mean is not None:
-            text = tag("title", f"{point.steps}: held-out loss {four(point.mean)}")
+            text = tag("title", f"{point.steps}: {what} {short(point.mean)}")
             at = {"cx": f"{x.percent(point.step)}%", "cy": f"{y.down(point.mean)}%"}
             yield tag("circle", text, **at, r=radius, class_="held")
 
@@ -363,6 +363,7 @@ def figures(record: Mapping[str, Any], metrics: Metrics) -> Iterable[tuple[str, 
     """(label, value, note) of what is looked at first."""
     for name, label, shown in (
         ("eval_loss", "Held-out loss", four),
+        ("eval_reward_accuracy", "Pairs in order", "{:.1%}".format),
         ("exact_match", "Exact match", "{:.1%}".format),
         ("loss", "Training loss", four),
     ):
@@ -388,17 +389,22 @@ def measured_on(record: Mapping[str, Any]) -> str:
 
 def curves(metrics: Metrics) -> Markup:
     large = chart(metrics, "loss", "Loss", "loss", "eval_loss")
+    pairs = [
+        chart(metrics, "reward_accuracy", "Pairs in order", "share", "eval_reward_accuracy"),
+        chart(metrics, "reward_margin", "Reward margin", "margin", "eval_reward_margin"),
+    ]
     small = [
         chart(metrics, "lr", "Learning rate", "learning rate"),
         chart(metrics, "grad_norm", "Gradient norm", "gradient norm"),
         chart(metrics, "tokens_per_second", "Tokens per second", "tokens/s"),
     ]
-    if not large and not any(small):
+    if not large and not any(pairs + small):
         return tag("p", "No step has been logged.", class_="note")
     logged = series(metrics, "loss", POINTS)
     size = max((point.last - point.first + 1 for point in logged), default=1)
     note = f"Each point is the mean of {size} steps, in a band from the least to the greatest."
-    return joined([large, tag("div", *small, class_="three"),
+    return joined([large, tag("div", *pairs, class_="pair") if any(pairs) else "",
+                   tag("div", *small, class_="three"),
                    tag("p", note, class_="note below") if size > 1 else ""])  # fmt: skip
 
 
@@ -418,9 +424,12 @@ def scores(record: Mapping[str, Any], metrics: Metrics) -> Markup:
         columns.append(("best", best))
     lines = [
         ("Loss", "eval_loss", four),
-        ("Perplexity", "eval_loss", lambda loss: short(perplexity(loss))),
+        ("Pairs in order", "eval_reward_accuracy", "{:.1%}".format),
+        ("Reward margin", "eval_reward_margin", short),
         ("Exact match", "exact_match", "{:.1%}".format),
     ]
+    if not record.get("settings", {}).get("dpo"):  # whose loss is not of tokens
+        lines.insert(1, ("Perplexity", "eval_loss", lambda loss: short(perplexity(loss))))
     body = [
         tag("tr", tag("th", label, scope="row"), *(_score(row, name, shown) for _, row in columns))
         for label, name, shown in lines
@@ -617,11 +626,12 @@ section { margin-top: 2.75rem; break-inside: avoid; min-width: 0; }
   gap: 1.25rem; margin-top: 1.5rem; padding: 1.1rem 1.25rem; }
 .figures dd:not(.note) { font-size: 1.3rem; font-weight: 600; line-height: 1.4;
   letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
-.two, .three, .some, .answers { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); }
+.two, .three, .pair, .some, .answers { display: grid; gap: 1rem;
+  grid-template-columns: minmax(0, 1fr); }
 .two, .some { row-gap: 0; }
 .below { margin-top: 0.6rem; }
 .chart { padding: 0.9rem 1.1rem 0.8rem; }
-.chart.loss { margin-bottom: 1rem; }
+.chart.loss, .pair { margin-bottom: 1rem; }
 figcaption { display: flex; flex-wrap: wrap; align-items: center; gap: 0.25rem 1.1rem; }
 .key { font-size: 0.8rem; color: var(--soft); }
 .key::before { content: ""; display: inline-block; vertical-align: 0.22em; width: 1.1rem;
@@ -632,6 +642,7 @@ figcaption { display: flex; flex-wrap: wrap; align-items: center; gap: 0.25rem 1
 .plot { padding: 0.9rem 0.9rem 3rem 3rem; }
 .plot > svg { display: block; width: 100%; height: 9rem; overflow: visible; }
 .loss .plot > svg { height: 18rem; }
+svg svg { overflow: visible; }
 svg text { font: 12px var(--sans); fill: var(--soft); font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--rule); }
 .tick { stroke: var(--soft); }
@@ -672,6 +683,7 @@ code { font-family: var(--mono); white-space: nowrap; }
 .listed dd { font: 13px/1.5 var(--mono); min-width: 0; }
 @media (min-width: 46rem) {
   .two { grid-template-columns: repeat(2, minmax(0, 1fr)); column-gap: 3rem; }
+  .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .some { grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); column-gap: 3rem; }
   .answers { grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }

@@ -103,7 +103,7 @@ def page(record=RECORD, metrics=METRICS):
         "rank-pattern q_proj=4",
         "base owner/model base, size 3.6 MB base, checksum 65f3de6f data, train 18967b34",
         "device 8 × NVIDIA H100 80GB HBM3 (gpu) mesh data 2, fsdp 4, tensor 1 lora-jax 0.1.0",
-        "step 30: held-out loss 0.5000",
+        "step 30: held-out loss 0.5",
     ],
 )
 def test_it_tells(told):
@@ -150,6 +150,18 @@ def test_axis_labels_tell_their_ticks_apart():
 )
 def test_it_tells_of_other_runs(change, told):
     assert told in page(RECORD | change).text
+
+
+def test_it_tells_how_preferences_were_learnt():
+    pairs = {"reward_accuracy": 0.75, "reward_margin": -0.5}
+    held_out = {"eval_loss": 0.6, "eval_reward_accuracy": 0.5, "eval_reward_margin": 0.25}
+    metrics = [{"step": 0, **held_out}, step(1) | pairs, {"step": 1, **held_out}]
+    found = page(RECORD | {"settings": {"dpo": True}}, metrics)
+    assert "Loss 0.6000 0.6000 Pairs in order 50.0% 50.0% Reward margin 0.25 0.25" in found.text
+    assert "Perplexity" not in found.text and "step 1: margin -0.5" in found.text
+    figures = [with_["class"] for with_ in found.all("figure")]
+    assert figures[:3] == ["chart loss", "chart reward_accuracy", "chart reward_margin"]
+    assert "step 1: held-out share 0.5" in found.text
 
 
 # ------------------------------------------------------------------------- what must not break it
