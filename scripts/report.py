@@ -1,17 +1,18 @@
 """A run as one page, report.html, from what the run has left in its folder."""
 
 import html
-import itertools
 import json
 import math
 import os
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import arguments
 import console
+import curves
+from curves import Markup, joined, tag
 
 from lora_jax import errors
 
@@ -20,62 +21,10 @@ Write the report.html of a run, also of one that was killed or still runs.
 
   report.py runs/…
 """
-POINTS = 400  # of a curve; of more steps, each point is of several
-DOTS = 150  # of the held-out loss; and places along a curve that tell their values
 TEXT = 4000  # characters of a text that are shown
-Metrics = Sequence[Mapping[str, Any]]
-
-
-class Markup(str):
-    """HTML. Any other text is escaped where it comes into a `tag`."""
-
-
-def tag(name: str, *inside: Any, **attributes: Any) -> Markup:
-    """An element; `class_` and `stroke_width` stand for `class` and `stroke-width`."""
-    named = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    return Markup(f"<{name}{named}>{joined(inside)}</{name}>")
-
-
-def joined(parts: Iterable[Any]) -> Markup:
-    return Markup(
-        "".join(part if isinstance(part, Markup) else html.escape(str(part)) for part in parts)
-    )
 
 
 # ------------------------------------------------------------------------- numbers
-
-
-def finite(value: Any) -> float | None:
-    """`value`, if it is a number; metrics.jsonl has null for NaN and infinity."""
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
-def short(value: float, digits: int = 3) -> str:
-    """Such as 0.0121, 11.4k or 5e-4."""
-    size = abs(value)
-    if size == math.inf:
-        return "∞"
-    if value and not 1e-3 <= size < 1e15:
-        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-        return f"{float(mantissa):g}e{int(power)}"
-    for unit, power in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if size >= power:
-            return f"{value / power:.{digits}g}{unit}"
-    return f"{value:.{digits}g}"
-
-
-def shorts(values: Sequence[float]) -> list[str]:
-    """Ticks with as many digits as it takes to tell them apart."""
-    for digits in range(3, 17):
-        texts = [short(value, digits) for value in values]
-        if len(set(texts)) == len(texts):
-            break
-    return texts
 
 
 def four(loss: float) -> str:
@@ -96,205 +45,16 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-class Point(NamedTuple):
-    """One or several steps that follow each other."""
-
-    first: int
-    last: int
-    mean: float | None  # of the finite values; None where there is none
-    low: float
-    high: float
-    broken: bool  # a value is not finite
-
-    @property
-    def step(self) -> float:
-        return (self.first + self.last) / 2
-
-    @property
-    def steps(self) -> str:
-        alone = self.first == self.last
-        return f"step {self.first}" if alone else f"steps {self.first} to {self.last}"
-
-
-def series(metrics: Metrics, name: str, most: int) -> list[Point]:
-    """The values called `name`, as at most `most` points of equally many steps."""
-    values = [(row["step"], finite(row[name])) for row in metrics if name in row]
-    size = -(-len(values) // most) or 1
-    points = []
-    for start in range(0, len(values), size):
-        part = values[start : start + size]
-        good = [value for _, value in part if value is not None]
-        mean = math.fsum(good) / len(good) if good else None
-        least, greatest = min(good, default=0), max(good, default=0)
-        points.append(Point(part[0][0], part[-1][0], mean, least, greatest, len(good) < len(part)))
-    return points
-
-
-# ------------------------------------------------------------------------- curves
-
-
-class Axis(NamedTuple):
-    low: float
-    high: float
-    ticks: list[float]
-
-    def percent(self, value: float) -> float:
-        """Where it lies, from the low end."""
-        return round((value - self.low) / (self.high - self.low) * 100, 2)
-
-    def down(self, value: float) -> float:
-        """Where it lies in per cent, from the high end."""
-        return round(100 - self.percent(value), 2)
-
-
-def axis(low: float, high: float, *, most: int = 6, whole: bool = False) -> Axis:
-    """Ticks at 1, 2 or 5 times a power of ten; their ends are the axis', unless `whole`."""
-    if high <= low:
-        high = low + (abs(low) or 1)
-    raw = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10, 20) if power * m >= raw * (1 - 1e-9))
-    if whole:  # of steps
-        step = max(1, step)
-        return Axis(low, high, [step * k for k in range(math.floor(high / step + 1e-9) + 1)])
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Axis(first * step, last * step, [step * k for k in range(first, last + 1)])
-
-
-def chart(metrics: Metrics, name: str, title: str, what: str, held_out: str = "") -> Markup:
-    """A plot of the metric `name` over the steps, and of the metric `held_out`; "" without values.
-
-    Labels and dots lie at percentages, and the lines in a box that is stretched: so the plot takes
-    any width, and its text stays as large as it is.
-    """
-    points, dots = series(metrics, name, POINTS), series(metrics, held_out, DOTS)
-    known = [point for point in points + dots if point.mean is not None]
-    if not known:
-        return Markup()
-    x = axis(0, max(1, *(point.last for point in points + dots)), whole=True)
-    low, high = min(point.low for point in known), max(point.high for point in known)
-    y = axis(0 if 0 <= low < 0.7 * high or low == high > 0 else low, high)
-    lines = [
-        tag("path", d=path, class_=class_)
-        for path, class_ in (
-            (_band(points, x, y), "band"),
-            (_line(points, x, y), "line"),
-            (_line(dots, x, y) if len(dots) > 2 else "", "line held"),
-        )
-        if path
-    ]
-    stretched = tag("svg", *lines, viewBox="0 0 1000 1000", preserveAspectRatio="none",
-                    width="100%", height="100%")  # fmt: skip
-    drawing = tag(
-        "svg", *_grid(x, y), stretched, *_alone(points, x, y), *_broken(points, x),
-        *_told(series(metrics, name, DOTS), what, x), *_dots(dots, f"held-out {what}", x, y),
-        role="img", aria_label=f"{title}. {_summary(points, what)}",
-    )  # fmt: skip
-    legend = [tag("span", "training", class_="key")] if dots else []
-    legend += [tag("span", "held out", class_="key held")] if dots else []
-    if any(point.broken for point in points):
-        legend.append(tag("span", "not finite", class_="key broken"))
-    caption = tag("figcaption", tag("h3", title), *legend)
-    return tag("figure", caption, tag("div", drawing, class_="plot"), class_=f"chart {name}")
-
-
-def _summary(points: list[Point], what: str) -> str:
-    known = [point for point in points if point.mean is not None]
-    if not known:
-        return ""
-    first, last = known[0], known[-1]
-    return f"{what} {short(first.mean)} at {first.steps}, {short(last.mean)} at {last.steps}"
-
-
-def _grid(x: Axis, y: Axis) -> Iterable[Markup]:
-    for value, text in zip(y.ticks, shorts(y.ticks), strict=True):
-        at = f"{y.down(value)}%"
-        yield tag("line", x1=0, x2="100%", y1=at, y2=at, class_="grid")
-        yield tag("text", text, x=0, y=at, dx=-8, dy="0.32em", text_anchor="end")
-    for value, text in zip(x.ticks, shorts(x.ticks), strict=True):
-        at = f"{x.percent(value)}%"
-        yield tag("line", x1=at, x2=at, y1="100%", y2="100%", class_="tick")
-        yield tag("text", text, x=at, y="100%", dy="1.7em", text_anchor="middle")
-    yield tag("text", "step", x="100%", y="100%", dy="3.1em", text_anchor="end")
-
-
-def _place(step: float, value: float, x: Axis, y: Axis) -> str:
-    return f"{10 * x.percent(step):.5g} {10 * y.down(value):.5g}"
-
-
-def _runs(points: list[Point]) -> Iterable[list[Point]]:
-    """The parts of a curve between points without a value."""
-    run: list[Point] = []
-    for point in points:
-        if point.mean is not None:
-            run.append(point)
-        elif run:
-            yield run
-            run = []
-    if run:
-        yield run
-
-
-def _line(points: list[Point], x: Axis, y: Axis) -> str:
-    parts = ["L".join(_place(p.step, p.mean, x, y) for p in run) for run in _runs(points)]
-    return "".join(f"M{part}" for part in parts)
-
-
-def _band(points: list[Point], x: Axis, y: Axis) -> str:
-    shapes = []
-    for run in _runs(points):
-        if any(p.high > p.low for p in run):
-            edge = [_place(p.step, p.high, x, y) for p in run]
-            edge += [_place(p.step, p.low, x, y) for p in reversed(run)]
-            shapes.append(f"M{'L'.join(edge)}Z")
-    return "".join(shapes)
-
-
-def _alone(points: list[Point], x: Axis, y: Axis) -> Iterable[Markup]:
-    """A point with none beside it makes no line."""
-    for run in _runs(points):
-        if len(run) == 1:
-            at = {"cx": f"{x.percent(run[0].step)}%", "cy": f"{y.down(run[0].mean)}%"}
-            yield tag("circle", **at, r=3, class_="alone")
-
-
-def _broken(points: list[Point], x: Axis) -> Iterable[Markup]:
-    for point in points:
-        if point.broken:
-            at = f"{x.percent(point.step)}%"
-            yield tag("line", x1=at, x2=at, y1=0, y2="100%", class_="broken")
-
-
-def _told(points: list[Point], what: str, x: Axis) -> Iterable[Markup]:
-    """Columns over the whole plot that tell their values under the pointer."""
-    places = [x.percent(point.step) for point in points]
-    edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(places)), 100.0]
-    for point, (left, right) in zip(points, itertools.pairwise(edges), strict=False):
-        value = "not finite" if point.mean is None else short(point.mean)
-        text = tag("title", f"{point.steps}: {what} {value}")
-        width = f"{right - left:.2f}%"
-        yield tag("rect", text, x=f"{left:.2f}%", width=width, height="100%", class_="told")
-
-
-def _dots(points: list[Point], what: str, x: Axis, y: Axis) -> Iterable[Markup]:
-    radius = 4 if len(points) <= 40 else 3
-    for point in points:
-        if point.mean is not None:
-            text = tag("title", f"{point.steps}: {what} {short(point.mean)}")
-            at = {"cx": f"{x.percent(point.step)}%", "cy": f"{y.down(point.mean)}%"}
-            yield tag("circle", text, **at, r=radius, class_="held")
-
-
 # ------------------------------------------------------------------------- parts of the page
 
 
-def render(record: Mapping[str, Any], metrics: Metrics) -> str:
+def render(record: Mapping[str, Any], metrics: curves.Metrics) -> str:
     """The page. record: what run.json holds; metrics: the rows of metrics.jsonl."""
     metrics = [row for row in metrics if isinstance(row.get("step"), int)]
     name = title(record)
     parts = [
         header(record, metrics, name),
-        section("Training", curves(metrics)),
+        section("Training", training(metrics)),
         tag(
             "div",
             section("Held-out scores", scores(record, metrics)),
@@ -325,7 +85,7 @@ def title(record: Mapping[str, Any]) -> str:
     return (path.name or name) if path.is_absolute() or len(path.parts) > 2 else name
 
 
-def header(record: Mapping[str, Any], metrics: Metrics, name: str) -> Markup:
+def header(record: Mapping[str, Any], metrics: curves.Metrics, name: str) -> Markup:
     settings, status = record.get("settings", {}), str(record.get("status", "unknown"))
     status, _, why = status.partition(": ")
     kind = status.split(" ")[0]
@@ -350,7 +110,7 @@ def header(record: Mapping[str, Any], metrics: Metrics, name: str) -> Markup:
     )  # fmt: skip
 
 
-def length(planned: int | None, metrics: Metrics) -> str:
+def length(planned: int | None, metrics: curves.Metrics) -> str:
     """Such as 200 steps, or 120 of 200 steps."""
     if not planned:
         return ""
@@ -359,7 +119,7 @@ def length(planned: int | None, metrics: Metrics) -> str:
     return whole if done >= planned else f"{done:,} of {whole}"
 
 
-def figures(record: Mapping[str, Any], metrics: Metrics) -> Iterable[tuple[str, str, str]]:
+def figures(record: Mapping[str, Any], metrics: curves.Metrics) -> Iterable[tuple[str, str, str]]:
     """(label, value, note) of what is looked at first."""
     for name, label, shown in (
         ("eval_loss", "Held-out loss", four),
@@ -367,17 +127,17 @@ def figures(record: Mapping[str, Any], metrics: Metrics) -> Iterable[tuple[str, 
         ("exact_match", "Exact match", "{:.1%}".format),
         ("loss", "Training loss", four),
     ):
-        known = [row for row in metrics if finite(row.get(name)) is not None]
+        known = [row for row in metrics if curves.finite(row.get(name)) is not None]
         if known:
             first, last = known[0], known[-1]
             note = f"step {last['step']}"
             if last["step"] > first["step"]:
                 note = f"from {shown(first[name])} at step {first['step']}"
             yield label, shown(last[name]), note
-    speeds = [finite(row.get("tokens_per_second")) for row in metrics[1:]]
+    speeds = [curves.finite(row.get("tokens_per_second")) for row in metrics[1:]]
     if speeds := [speed for speed in speeds if speed is not None]:
-        yield "Throughput", f"{short(statistics.median(speeds))}/s", "tokens, median"
-    if finite(record.get("peak_bytes")):
+        yield "Throughput", f"{curves.short(statistics.median(speeds))}/s", "tokens, median"
+    if curves.finite(record.get("peak_bytes")):
         yield "Peak memory", console.size(record["peak_bytes"]), measured_on(record)
     if seconds := seconds_of(record):
         yield "Time", duration(sum(seconds.values())), ", ".join(seconds)
@@ -387,20 +147,20 @@ def measured_on(record: Mapping[str, Any]) -> str:
     return "of this process" if "cpu" in str(record.get("device")) else "of one device"
 
 
-def curves(metrics: Metrics) -> Markup:
-    large = chart(metrics, "loss", "Loss", "loss", "eval_loss")
+def training(metrics: curves.Metrics) -> Markup:
+    large = curves.chart(metrics, "loss", "Loss", "loss", "eval_loss")
     pairs = [
-        chart(metrics, "reward_accuracy", "Pairs in order", "share", "eval_reward_accuracy"),
-        chart(metrics, "reward_margin", "Reward margin", "margin", "eval_reward_margin"),
+        curves.chart(metrics, "reward_accuracy", "Pairs in order", "share", "eval_reward_accuracy"),
+        curves.chart(metrics, "reward_margin", "Reward margin", "margin", "eval_reward_margin"),
     ]
     small = [
-        chart(metrics, "lr", "Learning rate", "learning rate"),
-        chart(metrics, "grad_norm", "Gradient norm", "gradient norm"),
-        chart(metrics, "tokens_per_second", "Tokens per second", "tokens/s"),
+        curves.chart(metrics, "lr", "Learning rate", "learning rate"),
+        curves.chart(metrics, "grad_norm", "Gradient norm", "gradient norm"),
+        curves.chart(metrics, "tokens_per_second", "Tokens per second", "tokens/s"),
     ]
     if not large and not any(pairs + small):
         return tag("p", "No step has been logged.", class_="note")
-    logged = series(metrics, "loss", POINTS)
+    logged = curves.series(metrics, "loss", curves.POINTS)
     size = max((point.last - point.first + 1 for point in logged), default=1)
     note = f"Each point is the mean of {size} steps, in a band from the least to the greatest."
     return joined([large, tag("div", *pairs, class_="pair") if any(pairs) else "",
@@ -408,7 +168,7 @@ def curves(metrics: Metrics) -> Markup:
                    tag("p", note, class_="note below") if size > 1 else ""])  # fmt: skip
 
 
-def scores(record: Mapping[str, Any], metrics: Metrics) -> Markup:
+def scores(record: Mapping[str, Any], metrics: curves.Metrics) -> Markup:
     """The held-out scores of the first and the last evaluation, and of the best step if kept."""
     rows = [row for row in metrics if "eval_loss" in row]
     if not rows:
@@ -425,11 +185,11 @@ def scores(record: Mapping[str, Any], metrics: Metrics) -> Markup:
     lines = [
         ("Loss", "eval_loss", four),
         ("Pairs in order", "eval_reward_accuracy", "{:.1%}".format),
-        ("Reward margin", "eval_reward_margin", short),
+        ("Reward margin", "eval_reward_margin", curves.short),
         ("Exact match", "exact_match", "{:.1%}".format),
     ]
     if not record.get("settings", {}).get("dpo"):  # whose loss is not of tokens
-        lines.insert(1, ("Perplexity", "eval_loss", lambda loss: short(perplexity(loss))))
+        lines.insert(1, ("Perplexity", "eval_loss", lambda loss: curves.short(perplexity(loss))))
     body = [
         tag("tr", tag("th", label, scope="row"), *(_score(row, name, shown) for _, row in columns))
         for label, name, shown in lines
@@ -445,7 +205,7 @@ def scores(record: Mapping[str, Any], metrics: Metrics) -> Markup:
 
 
 def _score(row: Mapping[str, Any], name: str, shown) -> Markup:
-    value = finite(row.get(name))
+    value = curves.finite(row.get(name))
     if value is None:
         return tag("td", "not finite" if name in row else "–")
     return tag("td", shown(value))
@@ -494,21 +254,21 @@ def memory(record: Mapping[str, Any]) -> Markup:
     """What was planned beside what was measured."""
     told = record.get("memory", {})
     rows = [
-        ("Before loading", finite(told.get("bytes_before"))),
-        ("Step, planned", finite(told.get("planned_bytes"))),
-        ("Peak, measured", finite(record.get("peak_bytes"))),
+        ("Before loading", curves.finite(told.get("bytes_before"))),
+        ("Step, planned", curves.finite(told.get("planned_bytes"))),
+        ("Peak, measured", curves.finite(record.get("peak_bytes"))),
     ]
     return bars([(label, value, console.size(round(value))) for label, value in rows if value])
 
 
 def seconds_of(record: Mapping[str, Any]) -> dict[str, float]:
-    found = {name: finite(value) for name, value in record.get("seconds", {}).items()}
+    found = {name: curves.finite(value) for name, value in record.get("seconds", {}).items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def times(record: Mapping[str, Any], metrics: Metrics) -> Markup:
+def times(record: Mapping[str, Any], metrics: curves.Metrics) -> Markup:
     shown = bars([(name, value, duration(value)) for name, value in seconds_of(record).items()])
-    waits = [finite(row.get("data_wait")) for row in metrics]
+    waits = [curves.finite(row.get("data_wait")) for row in metrics]
     if waits := [wait for wait in waits if wait is not None]:
         text = f"A step waited for data for {statistics.mean(waits):.1%} of its time."
         shown = joined([shown, tag("p", text, class_="note below")])
@@ -531,7 +291,7 @@ def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:
 def origin(record: Mapping[str, Any]) -> dict[str, Any]:
     base = record.get("base", {})
     told = {"base": base.get("id"), "base, commit": base.get("commit"),
-            "base, size": console.size(base["bytes"]) if finite(base.get("bytes")) else None,
+            "base, size": console.size(base["bytes"]) if curves.finite(base.get("bytes")) else None,
             "base, checksum": base.get("checksum")}  # fmt: skip
     told |= {f"data, {name}": mark for name, mark in record.get("data", {}).items()}
     return {name: value for name, value in told.items() if value is not None}

@@ -11,6 +11,7 @@ import subprocess
 import cli
 import pytest
 
+import curves  # isort: skip
 import report  # isort: skip (scripts/, which cli puts on the path)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -123,15 +124,15 @@ def test_a_curve_has_axes_and_the_held_out_points_lie_on_the_loss():
 
 
 def test_axis_labels_tell_their_ticks_apart():
-    assert report.shorts(report.axis(0, 0.9).ticks) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
-    assert report.shorts(report.axis(0, 2e-4).ticks) == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]
-    assert report.shorts(report.axis(0, 100_000, whole=True).ticks)[-2:] == ["80k", "100k"]
-    assert report.axis(0, 3, whole=True).ticks == [0, 1, 2, 3]
-    near = report.axis(1.23456, 1.23462)
-    assert len(set(report.shorts(near.ticks))) == len(near.ticks) > 2
+    assert curves.shorts(curves.axis(0, 0.9).ticks) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert curves.shorts(curves.axis(0, 2e-4).ticks) == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]
+    assert curves.shorts(curves.axis(0, 100_000, whole=True).ticks)[-2:] == ["80k", "100k"]
+    assert curves.axis(0, 3, whole=True).ticks == [0, 1, 2, 3]
+    near = curves.axis(1.23456, 1.23462)
+    assert len(set(curves.shorts(near.ticks))) == len(near.ticks) > 2
     assert near.low < 1.234561 and near.high > 1.234619
     for value in (0.0, 1e-300, 1e300, -2.0):
-        assert report.axis(value, value).high > value
+        assert curves.axis(value, value).high > value
 
 
 @pytest.mark.parametrize(
@@ -236,14 +237,14 @@ def test_a_long_run_makes_a_small_page():
     assert len(text.encode()) < 300_000
     found = Page(text)
     assert "mean of 250 steps" in found.text and "996000 characters left out" in found.text
-    assert len(found.all("circle", "held")) <= report.DOTS and found.all("path", "band")
+    assert len(found.all("circle", "held")) <= curves.DOTS and found.all("path", "band")
 
 
 def test_thinning_keeps_the_mean_and_the_extremes():
     rows = [{"step": number, "loss": float(number == 57)} for number in range(1, 101)]
-    points = report.series(rows, "loss", 10)
+    points = curves.series(rows, "loss", 10)
     assert [(point.first, point.last) for point in points][:2] == [(1, 10), (11, 20)]
-    assert points[5] == report.Point(51, 60, 0.1, 0.0, 1.0, False) and len(points) == 10
+    assert points[5] == curves.Point(51, 60, 0.1, 0.0, 1.0, False) and len(points) == 10
 
 
 # ------------------------------------------------------------------------- files
