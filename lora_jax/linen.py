@@ -48,22 +48,25 @@ def adapt(
 
     args, kwargs: of a call of the module, arrays or their shapes; nothing is computed.
     config: None for a quantised base alone. exclude: names of layers that are not quantised.
-    Raises: UserError when a target matches nothing, with the names that exist.
+    Raises: UserError when a target matches nothing, with the names that exist, or something that
+    cannot be adapted; for a layer that is to be quantised, and whose weight is not found.
     """
-    sites = linen_sites.find(module, *args, **kwargs)
+    sites, others, params = linen_sites.survey(module, *args, **kwargs)
     chosen: dict[Path, place.Choices] = {}
     saved: tuple[Path, ...] = ()
     if config is not None:
-        found = place.choose([site.place for site in sites], config)
+        found = place.choose([site.place for site in sites], config, others)
         chosen = {site.path: own for site, own in zip(sites, found, strict=True) if any(own)}
-        params = linen_sites.shapes(module, args, kwargs)
         saved = linen_sites.whole(params, config.modules_to_save)
-    grouped = [site.place.names[0] for site in sites if site.grouped and site.path in chosen]
-    if grouped:
+    astray = [
+        f"{path} {other.problem}" for path, other in others.items()
+        if quant != "none" and other.kind == "linear" and not selection.matches(path, exclude)
+    ]  # fmt: skip
+    if astray:
         raise errors.UserError(
-            expected="convolutions without groups",
-            found=[f"{name} has feature_group_count > 1" for name in grouped],
-            do="leave them out of the targets",
+            expected=f"layers that can be quantised to {quant}",
+            found=astray,
+            do="leave them dense with `exclude`",
         )
     packs = {
         site.path for site in sites

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Num
 
-from lora_jax import errors, layout, place
+from lora_jax import errors, layout, place, selection
 
 Path = tuple[str, ...]
 Params = Mapping[str, Any]  # nested, as a Linen model's collections are
@@ -113,7 +113,6 @@ class Site(NamedTuple):
     axis: int
     depth: int | None  # where in the path the number of a layer stands
     stack: tuple[int, ...]  # sizes
-    grouped: bool = False  # a convolution that cannot be adapted
 
     def in_params(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
         """An array that is stacked on its first axes as it lies in params."""
@@ -124,21 +123,44 @@ class Site(NamedTuple):
         return jnp.moveaxis(array, self.axis, 0) if self.axis else array
 
 
+class Found(NamedTuple):
+    """A model's layers, what else has parameters in it, by dotted path, and the shapes of all.
+
+    Among the others: a layer whose weight is not where its kind has it (nn.share_scope).
+    """
+
+    sites: tuple[Site, ...]
+    others: dict[str, selection.Candidate]
+    params: Params
+
+
 def find(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
     """Every layer of `module` that can be adapted, as it is called by `module(*args, **kwargs)`.
 
     args: arrays, or their shapes; nothing is computed.
     Raises: UserError for a layer whose calls differ in what its weight's axes are for.
     """
+    return survey(module, *args, **kwargs).sites
+
+
+def survey(module: nn.Module, *args: Any, **kwargs: Any) -> Found:
+    """The same, and what else there is in `module`."""
     calls: dict[Path, list[tuple[nn.Module, layout.Layout, str, tuple[int, ...]]]] = {}
+    classes: dict[Path, str] = {}
+    astray: dict[Path, str] = {}
 
     def record(call, args, kwargs, context):
         y, layer = call(*args, **kwargs), context.module
-        kind = kind_of(type(layer))
-        if context.method_name == "__call__" and kind and layer.has_variable("params", kind.weight):
+        if context.method_name != "__call__" or layer.scope is None:
+            return y
+        kind, cls = kind_of(type(layer)), type(layer).__name__
+        classes.setdefault(layer.path, cls)
+        if kind and layer.has_variable("params", kind.weight):
             weight = nn.meta.unbox(layer.get_variable("params", kind.weight))
             seen = layer, kind.layout(layer, *args, **kwargs), kind.weight, weight.shape
             calls.setdefault(layer.path, []).append(seen)
+        elif kind:
+            astray[layer.path] = f"holds a {cls} without the parameter {kind.weight!r} of its kind"
         return y
 
     params = shapes(module, args, kwargs, record)
@@ -158,10 +180,15 @@ def find(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
         inner = how.lead(shape)
         names = tuple(numbered(path, depth, index[: len(lead)], index[len(lead) :])
                       for index in np.ndindex(*lead, *inner))  # fmt: skip
-        grouped = getattr(layer, "feature_group_count", 1) > 1
-        where = place.Place(names, (*lead, *inner), *how.sizes(shape), how)
-        sites.append(Site(path, where, name, shape, axis, depth, lead, grouped))
-    return tuple(sites)
+        problem = place.problem(layer, how)
+        where = place.Place(names, (*lead, *inner), *how.sizes(shape), how, problem)
+        sites.append(Site(path, where, name, shape, axis, depth, lead))
+    owners = {path[:-1] for path in traverse_util.flatten_dict(nn.meta.unbox(params))} - {()}
+    others = {".".join(path): place.unknown(classes.get(path, "unknown"))
+              for path in owners - calls.keys()}  # fmt: skip
+    others |= {".".join(path): selection.Candidate("linear", 0, problem)
+               for path, problem in astray.items()}  # fmt: skip
+    return Found(tuple(sites), others, params)
 
 
 def shapes(

@@ -129,15 +129,18 @@ def inject(
     `nnx.update(model, reseed(nnx.state(model, DropoutKey), key))`.
 
     principal: PiSSA's A and B, which a base that was rounded as it was loaded lacks already.
-    Raises: UserError when a target matches nothing, with the names that exist; when the model has
-    adapters already; for PiSSA on a quantised layer without `principal`.
+    Raises: UserError when a target matches nothing, with the names that exist, or something that
+    cannot be adapted; when the model has adapters already; for PiSSA on a quantised layer without
+    `principal`. The model is then as it was.
     """
     found = _fresh(model)
     wholes = _wholes(model, found, config)
     ranks = {}
-    for site, choices in zip(found, places.choose([s.place for s in found], config), strict=True):
-        if not any(choices):
-            continue
+    chosen = places.choose([site.place for site in found], config, sites.others(model))
+    begun = [(site, choices) for site, choices in zip(found, chosen, strict=True) if any(choices)]
+    if config.init_lora_weights != "default":
+        _check_principal(begun, principal)
+    for site, choices in begun:
         ranks |= {name: own.rank for name, own in zip(site.names, choices, strict=True) if own}
         if config.init_lora_weights == "default" or site.place.shape.kind != "linear":
             _adapt(site, choices, config, rngs, *places.initial(site.place, choices, rngs.params()))
@@ -189,16 +192,10 @@ def attach(
 
     untrained: it may be without effect, for it is to be trained.
     Raises: UserError listing all that does not fit, see `Adapter.check`; for an adapter without
-    effect.
+    effect. The model is then as it was.
     """
     found, config = _fresh(model), adapter.config
-    wholes = _wholes(model, found, config)
-    chosen = places.choose([site.place for site in found], config, strict=False)
-    chosen_names = {n: own for site, choices in zip(found, chosen, strict=True)
-                    for n, own in zip(site.names, choices, strict=True) if own}  # fmt: skip
-    shapes = {name: site.place.shape for site in found for name in site.names}
-    saved = {name: shape for whole in wholes for name, shape in whole.shapes()}
-    adapter.check(chosen_names, shapes, saved, where)
+    chosen, wholes = _fitting(model, found, adapter, where)
     if not untrained:
         adapter.check_effect(where)
     for site, choices in zip(found, chosen, strict=True):
@@ -212,6 +209,25 @@ def attach(
             weight = kinds.weight_of(site.module)
             turned = base if site.place.shape.kind == "embedding" else base.T
             weight.set_value(jnp.asarray(turned, weight.dtype))
+
+
+def check(model: nnx.Module, adapter: host.Adapter, *, where: str = "the adapter") -> None:
+    """Raises: UserError listing all of `adapter` that does not fit `model`, adapted or not."""
+    _fitting(model, list(sites.find(model)), adapter, where)
+
+
+def _fitting(
+    model: nnx.Module, found: list[sites.Site], adapter: host.Adapter, where: str
+) -> tuple[list[places.Choices], list["_Whole"]]:
+    """How each site is adapted, and what is saved whole. Raises: UserError as `check`."""
+    wholes = _wholes(model, found, adapter.config)
+    chosen = places.choose([site.place for site in found], adapter.config, strict=False)
+    choices = {name: own for site, each in zip(found, chosen, strict=True)
+               for name, own in zip(site.names, each, strict=True) if own}  # fmt: skip
+    shapes = {name: site.place.shape for site in found for name in site.names}
+    saved = {name: shape for whole in wholes for name, shape in whole.shapes()}
+    adapter.check(choices, shapes, saved, where)
+    return chosen, wholes
 
 
 def _fresh(model: nnx.Module) -> list[sites.Site]:
@@ -234,13 +250,6 @@ def _adapt(site, choices, config, rngs, A, B, magnitude=None) -> None:
     magnitude: None with DoRA: such that the layer goes on to compute W + s · A B.
     """
     layer, lead = site.module, site.place.lead
-    if isinstance(layer, nnx.Conv) and (layer.feature_group_count > 1 or layer.mask is not None):
-        raise errors.UserError(
-            expected="a convolution without groups and without a mask",
-            found=f"feature_group_count {layer.feature_group_count}",
-            where=site.names[0],
-            do="leave it out of the targets",
-        )
     has_switch = "deterministic" in vars(layer)
     graft.become(layer, LoRALayer)
     for name, array in zip(_names_of_factors(layer), (A, B), strict=True):
@@ -273,19 +282,33 @@ def _restore(layer: nnx.Module) -> None:
     graft.leave(layer, *added)
 
 
+def _check_principal(begun, given: Mapping[str, Any] | None) -> None:
+    """Raises: UserError for layers whose A and B by PiSSA are neither in `given` nor to be had."""
+    problems = []
+    for site, choices in begun:
+        packed = quant.packed_of(site.module)
+        if site.place.shape.kind != "linear":
+            continue
+        if given is None and packed:
+            problems.append(f"{site.names[0]} is in {packed.fmt}")
+        elif given is not None:
+            lacking = (name for name, own in zip(site.names, choices, strict=True)
+                       if own and name not in given)  # fmt: skip
+            problems += [f"{name} is not in `principal`" for name in lacking]
+    if problems:
+        raise errors.UserError(
+            expected="weights as they were before they were rounded, to take PiSSA's A and B from",
+            found=problems,
+            do="inject before quantising, or see lora.Principal",
+        )
+
+
 def _principal(site, choices, config, given) -> tuple[jax.Array, jax.Array]:
     """PiSSA's A and B; takes them off the site's weight, unless they were `given`."""
     place, layer = site.place, site.module
     if given is not None:
         factors = {name: host.Factors(*map(np.asarray, pair)) for name, pair in given.items()}
         return places.filled(place, choices, factors, False)[:2]
-    if packed := quant.packed_of(layer):
-        raise errors.UserError(
-            expected="weights as they were before they were rounded, to take PiSSA's A and B from",
-            found=f"a layer in {packed.fmt}",
-            where=site.names[0],
-            do="inject before quantising, or see lora.Principal",
-        )
     matrix = place.how.matrix(kinds.weight_of(layer)[...])
     A, B = places.principal(
         place,

@@ -21,7 +21,8 @@ class Place(NamedTuple):
     """A layer, or a stack of layers that share their arrays on leading axes.
 
     names: the dotted path of each layer; lead: the axes of the stack, () if there is none; k, n:
-    how many numbers go into a layer, and come out; how: it multiplies.
+    how many numbers go into a layer, and come out; how: it multiplies; problem: why it cannot be
+    adapted, see selection.Candidate.
     """
 
     names: tuple[str, ...]
@@ -29,6 +30,7 @@ class Place(NamedTuple):
     k: int
     n: int
     how: layout.Layout
+    problem: str = ""
 
     @property
     def shape(self) -> host.Shape:
@@ -59,17 +61,22 @@ def _each(function, num_axes, settings, trees):
 
 
 def choose(
-    places: Sequence[Place], config: lora_config.LoRAConfig, *, strict: bool = True
+    places: Sequence[Place],
+    config: lora_config.LoRAConfig,
+    others: Mapping[str, selection.Candidate] | None = None,
+    *,
+    strict: bool = True,
 ) -> list[list[selection.Choice | None]]:
     """For each place how each of its layers is adapted, None where it is not.
 
+    others: what else there is in the model, by path, which cannot be adapted.
     Raises: UserError, see selection.select.
     """
     candidates = {
-        name: selection.Candidate(place.shape.kind, place.n)
+        name: selection.Candidate(place.shape.kind, place.n, place.problem)
         for place in places
         for name in place.names
-    }
+    } | dict(others or {})
     choices = selection.select(candidates, config, strict=strict)
     return [[choices.get(name) for name in place.names] for place in places]
 
@@ -190,6 +197,20 @@ def dropped(
     else:
         kept = jax.random.bernoulli(key, keep, x.shape)
     return jnp.where(kept, x / keep, 0).astype(x.dtype)
+
+
+def problem(layer: Any, how: layout.Layout) -> str:
+    """Why a layer of Flax's that multiplies so cannot be adapted; "" where it can."""
+    if not isinstance(how, layout.Conv):
+        return ""
+    if layer.feature_group_count > 1:
+        return f"has feature_group_count {layer.feature_group_count}"
+    return "" if layer.mask is None else "has a mask"
+
+
+def unknown(cls: str) -> selection.Candidate:
+    """A module with parameters that is no layer of a known kind."""
+    return selection.Candidate("", 0, f"is of class {cls}, which is of no known kind")
 
 
 def _zeros(place: Place, choices: Choices) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax import config as lora_config
@@ -24,10 +24,15 @@ class Choice(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A layer that could be adapted: its kind (see adapter.Factors) and number of outputs."""
+    """A layer that could be adapted: its kind (see adapter.Factors) and number of outputs.
+
+    problem: why it cannot be adapted after all, said of its path; a module of no known kind has one
+    and the kind "".
+    """
 
     kind: str
     width: int
+    problem: str = ""
 
 
 def select(
@@ -36,18 +41,26 @@ def select(
     """{path: how to adapt it} of the layers that `config` targets among the candidates, by path.
 
     strict: a setting that matches nothing is an error. Other programs write such settings.
-    Raises: UserError that lists all that matches nothing, with the names that exist.
+    Raises: UserError that lists all that matches nothing, with the names that exist, and all that
+    is targeted and cannot be adapted.
     """
     taken = [p for p, c in candidates.items() if c.kind == "linear" or config.targets != ALL_LINEAR]
     chosen = [path for path in taken if is_chosen(path, config)]
     unmatched = list(_unmatched(taken, config)) if strict else []
-    if unmatched:
-        names = sorted({path.split(".")[-1] for path in candidates})
+    refused = [f"{path} {candidates[path].problem}" for path in chosen if candidates[path].problem]
+    if strict and config.targets != ALL_LINEAR:
+        refused += [f"{path} is no layer itself" for path in _around(candidates, chosen, config)]
+    if unmatched or refused:
+        names = {p.split(".")[-1] for p, own in candidates.items() if not own.problem}
+        do = f'choose among these, or use "{ALL_LINEAR}"'
+        more = "; exclude what cannot be adapted, or register its class with the einsum it computes"
+        # Of many layers those once that differ in their number.
+        alike = dict.fromkeys(re.sub(r"\.\d+\b", ".N", line) for line in refused)
         raise errors.UserError(
-            expected="settings that name layers of the model",
-            found=unmatched,
-            where="names that exist: " + ", ".join(names),
-            do=f'choose among these, or use "{ALL_LINEAR}"',
+            expected="settings that name layers of the model, which can be adapted",
+            found=[*unmatched, *(refused if len(alike) == len(refused) else alike)],
+            where="names that exist: " + ", ".join(sorted(names)),
+            do=do + (more if refused else ""),
         )
     return {path: choice(path, candidates[path].width, config) for path in chosen}
 
@@ -170,6 +183,18 @@ def _unmatched(paths: list[str], config: lora_config.LoRAConfig):
     for pattern in {**config.rank_pattern, **config.alpha_pattern, **config.parts}:
         if not any(_is_pattern_of(pattern, path) for path in paths):
             yield f"pattern {pattern!r} matches none"
+
+
+def _around(candidates: Iterable[str], chosen: Iterable[str], config: lora_config.LoRAConfig):
+    """The modules that are targeted, but are no layers, and hold none that is chosen."""
+    idle = _outer(candidates) - _outer(chosen) - set(candidates)
+    return (path for path in sorted(idle) if is_chosen(path, config))
+
+
+def _outer(paths: Iterable[str]) -> set[str]:
+    """The paths around these."""
+    split = [path.split(".") for path in paths]
+    return {".".join(parts[:n]) for parts in split for n in range(1, len(parts))}
 
 
 def _layer(path: str, layers_pattern: Sequence[str] | str | None) -> int | None:

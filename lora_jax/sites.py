@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lora_jax import kinds, quant
+from lora_jax import kinds, quant, selection
 from lora_jax import place as places
 
 
@@ -22,7 +22,8 @@ class Site(NamedTuple):
     @property
     def place(self) -> places.Place:
         how, shape = kinds.layout_of(self.module), weight_shape(self.module)
-        return places.Place(self.names, how.lead(shape), *how.sizes(shape), how)
+        problem = places.problem(self.module, how)
+        return places.Place(self.names, how.lead(shape), *how.sizes(shape), how, problem)
 
 
 def weight_shape(layer: nnx.Module) -> tuple[int, ...]:
@@ -47,6 +48,19 @@ def find(model: nnx.Module) -> Iterator[Site]:
         depths = _stack_depths(shapes, path, stacked)
         names = (numbered(path, depths, index) for index in np.ndindex(*how.lead(shape)))
         yield Site(path, node, tuple(names), depths)
+
+
+def others(model: nnx.Module) -> dict[str, selection.Candidate]:
+    """The modules with parameters of their own that are of no known kind, by dotted path."""
+    nodes = list(nnx.iter_graph(model))
+    classes = {path: type(node) for path, node in nodes if not isinstance(node, nnx.Variable)}
+    known = {path for path, cls in classes.items() if kinds.kind_of(cls)}
+    owners = {path[:-1] for path, node in nodes if isinstance(node, nnx.Param)}
+    return {
+        dotted(path): places.unknown(classes[path].__name__)
+        for path in owners
+        if path and not any(path[:n] in known for n in range(len(path) + 1))
+    }
 
 
 def numbered(path: tuple, depths: tuple[int, ...], index: tuple[int, ...]) -> str:

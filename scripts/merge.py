@@ -86,7 +86,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: dict[str,
     encoded = tokenizer.encode(tokenizer.load(folder), settings.get("prompt") or list(PROMPTS))
     how = {"quantisation": settings.get("quant"), "search": not settings.get("quant_fast")}
     start = time.time()
-    expected = predicted(folder, encoded, adapter, **how)
+    expected = predicted(folder, encoded, adapter, settings["adapter"], **how)
     plan = merged.plan(folder, adapter, **how)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed
     num_bytes = sum(part.num_bytes for part in plan.parts)
@@ -112,8 +112,13 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: dict[str,
     print(f"\nto use it:\n  {console.command('generate.py')} --model {console.quoted(str(into))} …")
 
 
-def predicted(folder: pathlib.Path, encoded: list[list[int]], adapter=None, **how: Any) -> list:
-    """Log-probabilities [T, V] of each text, by the model in `folder`, with the adapter if any."""
+def predicted(
+    folder: pathlib.Path, encoded: list[list[int]], adapter=None, name: str = "", **how: Any
+) -> list:
+    """Log-probabilities [T, V] of each text, by the model in `folder`, with the adapter if any.
+
+    name: of the adapter.
+    """
     import jax
 
     from lora_jax import checkpoint, devices, evaluate, lora, sharding
@@ -124,7 +129,7 @@ def predicted(folder: pathlib.Path, encoded: list[list[int]], adapter=None, **ho
     with jax.set_mesh(mesh):
         model = checkpoint.load(folder, mesh=mesh, **how)
         if adapter is not None:
-            lora.attach(model, adapter)
+            lora.attach(model, adapter, where=name)
             changes = sorted(lora.effects(model).items(), key=lambda item: -item[1])
             told = ", ".join(f"{name} {ratio:.1%}" for name, ratio in changes[:SHOWN])
             console.say("adapter", f"{len(changes)} layers; changed most: {told}")

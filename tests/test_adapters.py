@@ -105,6 +105,27 @@ def test_an_adapter_that_is_larger_makes_room():
     np.testing.assert_allclose(model(X), with_wide, atol=1e-4)
 
 
+def test_an_adapter_that_does_not_fit_leaves_all_as_it_was():
+    """Whether it has other layers, which take other arrays, or the same of other sizes."""
+    model = net()
+    shelf = adapters.Adapters(model)
+    small, with_small = made(1)
+    shelf.load("small", small)
+    shelf.activate("small")
+    own = small.factors["out"]
+    for factors in (
+        {**small.factors, "elsewhere": own},
+        {**small.factors, "out": own._replace(A=own.A[:8])},
+    ):
+        config = lora_config.LoRAConfig(rank=2, targets=("layers", "out", "elsewhere"))
+        with pytest.raises(errors.UserError, match=r"(?s)has (no layer|shape).*bad"):
+            shelf.load("bad", host.Adapter(config, factors))
+        assert shelf.names == ["small"] and shelf.active == "small"
+        np.testing.assert_allclose(model(X), with_small, atol=1e-4)
+    shelf.activate(None)
+    np.testing.assert_allclose(model(X), net()(X), atol=1e-5)
+
+
 def test_a_weighted_sum_is_that_of_the_changes():
     (one, _), (two, _) = made(1), made(2, rank=3, alpha=5, targets=("out",))
     model, plain = net(), net()

@@ -309,6 +309,54 @@ def test_a_class_of_one_s_own_says_its_einsum():
         linen.find(Projections(twice=True), x)
 
 
+class Shared(nn.Module):
+    """In the manner of Gemma's feed-forward: its layer's weight lies among its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = Misplaced(name="inner")
+        nn.share_scope(self, layer)
+        return layer(x)
+
+
+class Misplaced(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("other", nn.initializers.normal(), (4, 4))
+
+
+linen.register(Misplaced, "...i,io->...o", weight="w")
+
+
+class Awkward(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="a")(nn.RMSNorm(name="norm")(x))
+        x = nn.Conv(4, (3,), feature_group_count=2, name="groups")(x)
+        x = nn.Conv(4, (3,), mask=jnp.ones((3, 4, 4)), name="mask")(x)
+        return Shared(name="shared")(x)
+
+
+def test_what_cannot_be_adapted_is_never_skipped_silently():
+    module, x = Awkward(), jnp.ones((1, 5, 4))
+    linen.adapt(module, config(targets=("a",)), x)
+    linen.adapt(module, config(targets="all-linear", exclude=("shared",)), x)
+    misplaced = "shared holds a Misplaced without the parameter 'w' of its kind"
+    for targets, found in (
+        (("a", "groups"), "groups has feature_group_count 2"),
+        (("a", "mask"), "mask has a mask"),
+        ("a|norm", "norm is of class RMSNorm, which is of no known kind"),
+        (("a", "shared"), misplaced),
+        ("all-linear", misplaced),
+    ):
+        with pytest.raises(errors.UserError) as raised:
+            linen.adapt(module, config(targets=targets), x)
+        assert raised.value.found == found
+    with pytest.raises(errors.UserError, match=misplaced):
+        linen.adapt(module, None, x, quant="int8")
+    linen.adapt(module, None, x, quant="int8", exclude=("shared",))
+
+
 def test_lora_dense_is_a_layer_to_import():
     class Mine(nn.Module):
         @nn.compact

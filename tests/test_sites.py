@@ -1,6 +1,7 @@
 """Which layers are adapted, whatever their axes: delta, merge and files of each kind."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -259,13 +260,75 @@ def test_layers_of_one_shape_are_merged_by_one_program(monkeypatch):
     assert len(compiled) == 1 and type(model.layer_2) is nnx.Linear
 
 
-def test_grouped_convolutions_are_refused_where_they_are_targeted():
-    model = nnx.Dict(conv=nnx.Conv(4, 4, 3, feature_group_count=2, rngs=nnx.Rngs(0)),
-                     out=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))  # fmt: skip
-    lora.inject(model, lora_config.LoRAConfig(targets=("out",)), rngs=nnx.Rngs(0))
-    lora.merge(model)
-    with pytest.raises(errors.UserError, match=r"(?s)feature_group_count 2.*conv"):
-        lora.inject(model, lora_config.LoRAConfig(targets=("conv",)), rngs=nnx.Rngs(0))
+class Gate(nnx.Module):
+    """Of no kind that is registered."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jnp.ones((4, 4)))
+        self.norm = nnx.RMSNorm(4, rngs=rngs)
+        self.up = nnx.Linear(4, 4, rngs=rngs)
+
+
+def awkward():
+    rngs = nnx.Rngs(0)
+    conv = functools.partial(nnx.Conv, 4, 4, 3, rngs=rngs)
+    return nnx.Dict(
+        a=nnx.Linear(4, 4, rngs=rngs),
+        b=nnx.Dict(gate=Gate(rngs), attn=nnx.Dict(q=nnx.Linear(4, 4, rngs=rngs))),
+        groups=conv(feature_group_count=2),
+        mask=conv(mask=jnp.ones((3, 4, 4))),
+        packed=quant.quantise_linear(nnx.Linear(4, 4, rngs=rngs), "int8"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (dict(targets=("a", "groups")), ["groups has feature_group_count 2"]),
+        (dict(targets=("a", "mask")), ["mask has a mask"]),
+        (dict(targets=("a", "gate")), ["b.gate is of class Gate, which is of no known kind"]),
+        (dict(targets="a|.*norm"), ["b.gate.norm is of class RMSNorm, which is of no known kind"]),
+        (dict(targets="a|.*attn"), ["b.attn is no layer itself"]),
+        (
+            dict(targets=("a", "attn", "gate", "mask")),
+            ["'attn' matches none", "mask has", "b.gate is", "b.attn is no layer itself"],
+        ),
+        (dict(targets=("a", "packed"), init_lora_weights="pissa"), ["packed is in int8"]),
+        (dict(targets=("a",), modules_to_save=("b.attn", "packed")), ["packed is quantised"]),
+        (dict(targets=("a",), parts={"a": (1, -2)}), ["parts (1, -2)"]),
+    ],
+)
+def test_a_refusal_lists_all_and_leaves_the_model_as_it_was(settings, found):
+    model = awkward()
+    graphdef, state = nnx.split(model)
+    before = jax.tree.map(np.asarray, state)
+    with pytest.raises(errors.UserError) as raised:
+        lora.inject(model, lora_config.LoRAConfig(**settings), rngs=nnx.Rngs(0))
+    lines = raised.value.found.splitlines()
+    assert len(lines) == len(found)
+    assert all(text in line for text, line in zip(found, lines, strict=True))
+    assert nnx.split(model)[0] == graphdef
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+
+
+def test_what_cannot_be_adapted_may_lie_beside_or_around_what_is_or_be_excluded():
+    for settings, paths in (
+        (dict(targets=("a",)), {"a"}),
+        (dict(targets="all-linear"), {"a", "b.gate.up", "b.attn.q", "packed"}),
+        (dict(targets="b.*", exclude=("gate", "norm")), {"b.gate.up", "b.attn.q"}),
+    ):
+        config = lora_config.LoRAConfig(**settings)
+        assert set(lora.inject(awkward(), config, rngs=nnx.Rngs(0))) == paths
+
+
+def test_grouped_convolutions_take_no_adapter_from_a_file():
+    model = awkward()
+    lora.inject(model, lora_config.LoRAConfig(targets=("a",)), rngs=nnx.Rngs(0))
+    trained = lora.collect(model, lora_config.LoRAConfig(targets=("a", "groups")))
+    other = awkward()
+    with pytest.raises(errors.UserError, match="groups has feature_group_count 2"):
+        lora.attach(other, trained, untrained=True)
+    assert not lora.adapters(other)
 
 
 # ------------------------------------------------------------------------- PEFT's own
