@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_jax import errors
@@ -62,14 +62,25 @@ class LoRAConfig:
             problems.append("no targets")
         if not re.fullmatch(INITS, self.init_lora_weights):
             problems.append(f"init_lora_weights {self.init_lora_weights}")
+        problems += self._no_expressions()
         if problems:
             raise errors.UserError(
-                expected="rank ≥ 1, 0 ≤ dropout < 1, at least one target, and init_lora_weights "
-                "default, pissa or pissa_niter_N",
+                expected="rank ≥ 1, 0 ≤ dropout < 1, at least one target, init_lora_weights "
+                "default, pissa or pissa_niter_N, and regular expressions where one is read",
                 found=problems,
                 where="the LoRA settings",
                 do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",
             )
+
+    def _no_expressions(self) -> Iterator[str]:
+        """What is read as a regular expression, and is none."""
+        whole = (text for text in (self.targets, self.exclude) if isinstance(text, str))
+        patterns = {**self.rank_pattern, **self.alpha_pattern, **self.parts}
+        for text in (*whole, *patterns, *self.modules_to_save):
+            try:
+                re.compile(text)
+            except re.error as error:
+                yield f"{text!r}: {error}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,14 @@ def adapter(
     Raises: UserError for what is no LoRA or DoRA of linear layers and embeddings.
     """
     kind, own = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters") or {}
+    own = own if isinstance(own, dict) else {}
     parts: dict[str, dict[str, np.ndarray]] = {}
     problems = [] if kind in ("lora", "dora") else [f"fine_tune_type = {kind!r}"]
-    problems += [f"no {key} in lora_parameters" for key in ("rank", "scale") if key not in own]
+    problems += [
+        f"no {key} in lora_parameters" for key in ("rank", "scale") if own.get(key) is None
+    ]
+    problems += [f"{key} = {own[key]!r}" for key in ("rank", "scale", "dropout")
+                 if not isinstance(own.get(key) or 0, int | float)]  # fmt: skip
     for name, array in arrays.items():
         match = _NAME.fullmatch(name)
         if match is None or array.ndim > 2:

@@ -28,6 +28,20 @@ _INERT = {
     *("fan_in_fan_out", "qalora_group_size", "megatron_core", "ensure_weight_tying"),
     *("loftq_config", "runtime_config"),
 }
+_NUMBER = (int, float)
+_TYPES = {  # of settings that are read: their own, and of what they hold
+    "r": (int, ()),
+    "lora_alpha": (_NUMBER, ()),
+    "lora_dropout": (_NUMBER, ()),
+    "target_modules": ((str, list), str),
+    "exclude_modules": ((str, list), str),
+    "modules_to_save": (list, str),
+    "layers_to_transform": ((int, list), int),
+    "layers_pattern": ((str, list), str),
+    "rank_pattern": (dict, int),
+    "alpha_pattern": (dict, _NUMBER),
+    "base_model_name_or_path": (str, ()),
+}
 _EMPTY = (None, False, 0, "", [], {})
 _INITS = (True, False, "gaussian", "loftq", "orthogonal", "eva")  # these leave the base as it is
 
@@ -201,9 +215,9 @@ def _factors(parts: Mapping[str, np.ndarray]) -> host.Factors:
 
 
 def settings(folder: pathlib.Path | str) -> dict[str, Any]:
-    """The parsed adapter_config.json. Raises: UserError when there is none."""
+    """The parsed adapter_config.json. Raises: UserError when there is none, or no JSON object."""
     path = pathlib.Path(folder) / "adapter_config.json"
-    if not path.exists():
+    if not path.is_file():
         raise errors.UserError(
             expected="an adapter folder with adapter_config.json and adapter_model.safetensors",
             found="no adapter_config.json",
@@ -212,11 +226,14 @@ def settings(folder: pathlib.Path | str) -> dict[str, Any]:
         )
     hub.refuse_lfs_pointer(path)
     try:
-        return json.loads(path.read_text())
+        raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(f"a {type(raw).__name__}")
     except ValueError as error:
         raise errors.UserError(
-            expected="JSON", found=str(error), where=str(path), do="copy the file again"
+            expected="a JSON object", found=str(error), where=str(path), do="copy the file again"
         ) from None
+    return raw
 
 
 def config(folder: pathlib.Path | str) -> lora_config.LoRAConfig:
@@ -249,13 +266,42 @@ def config(folder: pathlib.Path | str) -> lora_config.LoRAConfig:
         for key, value in raw.items()
         if key not in _READ | _INERT and not any(value is e or value == e for e in _EMPTY)
     ]
-    if problems:
+    where = str(pathlib.Path(folder) / "adapter_config.json")
+    malformed = _malformed(raw)
+    if problems or malformed:
         raise errors.UserError(
             expected="a LoRA adapter with settings that lora_jax implements",
-            found=problems,
-            where=str(pathlib.Path(folder) / "adapter_config.json"),
-            do="use PEFT to merge this adapter into its base, and load the merged model",
+            found=[*malformed, *problems],
+            where=where,
+            do="copy the file again, or correct it"
+            if malformed
+            else "use PEFT to merge this adapter into its base, and load the merged model",
         )
+    try:
+        return _config(raw)
+    except errors.UserError as error:
+        raise errors.UserError(
+            expected="settings of LoRA in their range",
+            found=error.found,
+            where=where,
+            do="copy the file again, or correct it",
+        ) from None
+
+
+def _malformed(raw: Mapping[str, Any]) -> list[str]:
+    """The settings of other types than PEFT writes."""
+    found = []
+    for key, (own, of_each) in _TYPES.items():
+        value = raw.get(key)
+        held = value.values() if isinstance(value, dict) else value
+        parts = held if isinstance(value, list | dict) else ()
+        right = isinstance(value, own) and all(isinstance(part, of_each) for part in parts)
+        if value is not None and not right:
+            found.append(f"{key} = {value!r}")
+    return found
+
+
+def _config(raw: Mapping[str, Any]) -> lora_config.LoRAConfig:
     layers = raw.get("layers_to_transform")
     return lora_config.LoRAConfig(
         rank=raw["r"],
@@ -276,7 +322,7 @@ def config(folder: pathlib.Path | str) -> lora_config.LoRAConfig:
 def _arrays(folder: pathlib.Path, file: str) -> dict[str, np.ndarray]:
     """{name: array} of a safetensors file. Raises: UserError when it is missing or damaged."""
     path = folder / file
-    if not path.exists():
+    if not path.is_file():
         pickled = (folder / "adapter_model.bin").exists()
         raise errors.UserError(
             expected=file,

@@ -376,7 +376,39 @@ def test_settings_that_do_not_matter_are_ignored(adapter):
     assert peft.config(adapter) == before
 
 
-@pytest.mark.parametrize("text, found", [("{", "JSON"), ('{"peft_type": "LORA"}', "no r\n")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": "8"}, {"r": 4.0}, {"lora_alpha": "16"}, {"target_modules": 5}, {"exclude_modules": 5},
+        {"target_modules": ["q_proj", 5]}, {"rank_pattern": ["q_proj"]}, {"modules_to_save": "x"},
+        {"rank_pattern": {"q_proj": "4"}}, {"layers_to_transform": "1"},
+        {"base_model_name_or_path": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_another_type_are_named(adapter, change):
+    edit_config(adapter, **change)
+    ((key, value),) = change.items()
+    with pytest.raises(errors.UserError) as raised:
+        peft.read(adapter)
+    assert raised.value.found == f"{key} = {value!r}"
+    assert str(adapter / "adapter_config.json") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_dropout": 2}, {"r": -1}, {"target_modules": "((("}, {"alpha_pattern": {"(((": 3}}],
+    ids=str,
+)
+def test_settings_out_of_their_range_are_told_with_their_file(adapter, change):
+    edit_config(adapter, **change)
+    with pytest.raises(errors.UserError, match=r"(?s)(dropout 2|rank -1|'\(\(\(').*adapter_config"):
+        peft.read(adapter)
+
+
+@pytest.mark.parametrize(
+    "text, found", [("{", "JSON"), ("[1]", "a list"), ('{"peft_type": "LORA"}', "no r\n")]
+)
 def test_a_broken_config_is_named(adapter, text, found):
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(errors.UserError, match=found):
@@ -415,6 +447,8 @@ def test_mlx_lms_adapters_are_read(kind, tmp_path):
     [
         ({"fine_tune_type": "full"}, "a.lora_a", "fine_tune_type = 'full'"),
         ({"lora_parameters": {"rank": 4}}, "a.lora_a", "no scale"),
+        ({"lora_parameters": [4]}, "a.lora_a", "no rank"),
+        ({"lora_parameters": {"rank": "4", "scale": 1}}, "a.lora_a", "rank = '4'"),
         ({"lora_parameters": {"rank": 4, "scale": 1}}, "a.weight", "a.weight"),
     ],
 )
