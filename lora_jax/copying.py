@@ -53,8 +53,8 @@ def new_folder(into: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
         free = shutil.disk_usage(into.parent).free
         if free < num_bytes:
             raise errors.UserError(
-                expected=f"{num_bytes >> 20} MiB free",
-                found=f"{free >> 20} MiB",
+                expected=f"at least {-(-num_bytes >> 20)} MiB free",
+                found=f"{free >> 20} MiB free",
                 where=str(into.parent),
                 do="free some space, or choose an --output-dir on another disk",
             )

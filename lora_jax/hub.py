@@ -9,40 +9,51 @@ from collections.abc import Iterator
 from lora_jax import errors
 
 # Root-level files only: what the loaders read. Never a pickle (*.bin, *.pth), never code (*.py).
-_WANTED = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "config.json",
+_BESIDE_WEIGHTS = [
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
 ]
-_BESIDE_WEIGHTS = _WANTED[5:]
+_ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"]
+_WANTED = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    *_ADAPTER,
+    *_BESIDE_WEIGHTS,
+]
 _UNWANTED = ["*/*", "*.bin", "*.py"]
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _MODEL_FILES = (".safetensors", ".gguf", ".json", *_PICKLES)
 
 
-def model_folder(name: str, revision: str | None = None) -> pathlib.Path:
-    """The folder with the files of model (or adapter) `name`, downloaded first when it is a hub id.
+def model_folder(
+    name: str, revision: str | None = None, *, named_by: pathlib.Path | None = None
+) -> pathlib.Path:
+    """The folder with the files of model `name`, downloaded first when it is a hub id.
 
     Args:
       name: an existing local folder, or a Hugging Face id such as `huggyllama/llama-7b`.
       revision: branch, tag or commit on the hub; None means main.
+      named_by: the adapter whose base it is, if the name is from there.
 
     Raises:
       errors.UserError: no such folder, no such repository, gated, unreachable, only pickles, …
     """
-    if local := _local_folder(name):
-        return local
+    return _local_folder(name, "model", named_by) or _downloaded(name, revision, "model")
 
+
+def adapter_folder(name: str, revision: str | None = None) -> pathlib.Path:
+    """The same for an adapter."""
+    return _local_folder(name, "adapter") or _downloaded(name, revision, "adapter")
+
+
+def _downloaded(name: str, revision: str | None, kind: str) -> pathlib.Path:
     import huggingface_hub
 
-    with readable_errors(name, revision, kind="model"):
+    with readable_errors(name, revision, kind=kind):
         folder = pathlib.Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
@@ -97,17 +108,29 @@ def beside_weights(folder: pathlib.Path) -> list[pathlib.Path]:
                   if path.is_file() and path.suffix not in (".py", *_PICKLES))  # fmt: skip
 
 
-def _local_folder(name: str) -> pathlib.Path | None:
+_LOCAL = {  # what a folder holds, how to find it, and an id like it
+    "model": ("config.json and *.safetensors", "that holds the model's files",
+              "huggyllama/llama-7b"),
+    "adapter": ("adapter_config.json and adapter_model.safetensors",
+                "that a training run wrote as OUTPUT_DIR/adapter", "owner/name"),
+}  # fmt: skip
+
+
+def _local_folder(
+    name: str, kind: str = "model", named_by: pathlib.Path | None = None
+) -> pathlib.Path | None:
     """The existing folder `name`; None if it can be a hub id. Raises: UserError if neither."""
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file() or looks_like_path(name) or folder.suffix in _MODEL_FILES:
+        holds, which, such_as = _LOCAL[kind]
+        do = f"give the folder {which}, or an id such as {such_as}"
         raise errors.UserError(
-            expected="a folder with config.json and *.safetensors, or a Hugging Face id",
+            expected=f"a folder with {holds}, or a Hugging Face id",
             found="a file" if folder.is_file() else "no such folder",
-            where=name,
-            do="give the folder that holds the model's files, or an id such as huggyllama/llama-7b",
+            where=name if named_by is None else f"{name}, the base that {named_by} names",
+            do=do if named_by is None else f"with --model {do}",
         )
     return None
 
@@ -146,7 +169,7 @@ def looks_like_path(name: str) -> bool:
 def readable_errors(name: str, revision: str | None, kind: str) -> Iterator[None]:
     """Turns what the hub's client raises for the repository `name` into errors.UserError.
 
-    kind: "model" or "dataset".
+    kind: "model", "adapter" or "dataset".
     """
     try:
         yield

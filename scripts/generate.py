@@ -82,7 +82,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
         print(f"warning: {warning}", file=sys.stderr)
     devices.keep_freed_memory()
     devices.keep_compiled()
-    adapter = hub.model_folder(settings["adapter"]) if "adapter" in settings else None
+    adapter = hub.adapter_folder(settings["adapter"]) if "adapter" in settings else None
     name, revision = settings.get("model"), settings.get("revision")
     if not name:
         named = peft.settings(adapter) if adapter else {"base_model_name_or_path": demo.FOLDER}
@@ -95,7 +95,8 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
             where=str(adapter),
             do="name the base model with --model",
         )
-    folder = hub.model_folder(name, revision)
+    named_by = None if settings.get("model") else adapter
+    folder = hub.model_folder(name, revision, named_by=named_by)
     architecture = model_config.load(folder)
     settings["quant"] = arguments.resolved_quant(settings, architecture, folder)
     loaded = {"dtype": settings.get("dtype"), "quantisation": settings["quant"]}

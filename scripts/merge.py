@@ -56,12 +56,14 @@ def main() -> int:
                if flag not in settings]  # fmt: skip
     if missing:
         raise errors.UserError(expected="--adapter and --output-dir", found=missing)
+    if not settings["max_kl"] >= 0:
+        raise errors.UserError(expected="--max-kl of 0 or more", found=f"{settings['max_kl']:g}")
     arguments.check_quant_fast(settings)
     into = pathlib.Path(settings["output_dir"])
     from lora_jax import copying, hub, peft
 
     copying.refuse_occupied(into)  # before a model is downloaded
-    source = hub.model_folder(settings["adapter"])
+    source = hub.adapter_folder(settings["adapter"])
     adapter = peft.read(source)
     name = settings.get("model") or adapter.base_model
     if not name:
@@ -72,7 +74,8 @@ def main() -> int:
     revision = settings.get("revision") or (
         None if "model" in settings else peft.settings(source).get("revision")
     )
-    folder = hub.model_folder(name, revision)
+    named_by = None if "model" in settings else source
+    folder = hub.model_folder(name, revision, named_by=named_by)
     merge(folder, adapter, into, settings)
     return 0
 

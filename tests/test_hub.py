@@ -71,6 +71,20 @@ def test_an_id_downloads_safetensors_and_tokenizer_and_no_pickle(model, tmp_path
     assert offline == folder
 
 
+def test_an_adapter_s_id_downloads_pefts_files_or_mlx_lms(tmp_path):
+    for file in ("adapter_model.safetensors", "adapters.safetensors"):
+        source = tmp_path / f"of_{file}"
+        source.mkdir()
+        for name in ("adapter_config.json", file, "adapter_model.bin", "README.md"):
+            (source / name).write_text(name)
+        with hub_server.serve({"owner/adapter": source}) as server:
+            home = tmp_path / f"home_{file}"
+            folder, _ = download(server, home, "owner/adapter", function="adapter_folder")
+            assert {path.name for path in folder.iterdir()} == {"adapter_config.json", file}
+            _, message = download(server, home, "owner/none", function="adapter_folder")
+            assert "the adapter owner/none" in message
+
+
 def test_to_plan_takes_config_json_alone(model, tmp_path):
     with hub_server.serve({ID: model}) as server:
         folder, _ = download(server, tmp_path, ID, function="config_folder")
@@ -160,6 +174,10 @@ def test_a_path_that_is_missing_never_goes_to_the_hub(model, monkeypatch):
             hub.model_folder(name)
     with pytest.raises(errors.UserError, match="a file"):
         hub.model_folder("llama-7b/config.json")
+    with pytest.raises(errors.UserError, match=r"(?s)with adapter_config.*OUTPUT_DIR/adapter"):
+        hub.adapter_folder("runs/x/adapter")
+    with pytest.raises(errors.UserError, match=r"(?s)/gone, the base that mine names.*--model"):
+        hub.model_folder("/gone", named_by=pathlib.Path("mine"))
 
 
 def test_lfs_pointers_are_refused(model, tmp_path):

@@ -1,5 +1,6 @@
 """Adapters folded into their base's folder: what other programs then load predicts the same."""
 
+import collections
 import functools
 import json
 import pathlib
@@ -13,7 +14,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import checkpoint, copying, demo, lora, merged, peft, sharding, tensorfiles
+from lora_jax import checkpoint, copying, demo, errors, lora, merged, peft, sharding, tensorfiles
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODELS = GOLDEN / "models"
@@ -166,7 +167,18 @@ def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
     flags = ("--adapter", adapter, "--output-dir", tmp_path / "merged")
     message = cli.refused("merge", *flags, "--model", demo.FOLDER)
     assert "down_proj.lora_A has shape" in message
+    assert f"where: {adapter}" in message
     assert "--quant-fast with --quant none" in cli.refused("merge", *flags, "--quant-fast")
+    assert "found: -1" in cli.refused("merge", *flags, "--max-kl", -1)
+
+
+def test_a_disk_without_room_is_told_in_whole_mebibytes(monkeypatch, tmp_path):
+    usage = collections.namedtuple("Usage", "total used free")(2**40, 2**40, 100)
+    monkeypatch.setattr(copying.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(errors.UserError, match=r"(?s)at least 1 MiB free.*0 MiB free"):
+        with copying.new_folder(tmp_path / "into", 101):
+            pass
+    assert not any(tmp_path.iterdir())
 
 
 def test_transformers_loads_what_was_merged(tmp_path):
