@@ -138,8 +138,10 @@ def combined(parts: Sequence[tuple[Adapter, float]], *, rank: int | None = None)
     """The adapter with ΔW = Σ weight · ΔW of the parts: exact, its rank the sum of theirs.
 
     rank: at most so large, by the largest singular values of each ΔW.
-    Raises: UserError for DoRA, whose change is no sum, and for modules saved whole.
+    Raises: UserError for DoRA, whose change is no sum, for modules saved whole, and for no parts.
     """
+    if not parts:
+        raise errors.UserError(expected="adapters to combine", found="none")
     _refuse_unlike([adapter for adapter, _ in parts], dora=True)
     found = {}
     for path in dict.fromkeys(path for adapter, _ in parts for path in adapter.factors):

@@ -63,6 +63,8 @@ class Adapters:
 
     def state(self, name: str | None) -> Any:
         """A and B of that adapter, as nnx.state(model, lora.LoRAParam): for functions of both."""
+        if name is None and not self._states:
+            return nnx.state(self.model, lora.LoRAParam)
         return self._states[None if name is None else self._known(name)]
 
     def adapter(self, name: str) -> host.Adapter:

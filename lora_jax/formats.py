@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Num, UInt8
 
+from lora_jax import errors
 from lora_jax.kernels import packed as packing
 
 _COLUMNS = 512  # quantised at a time, so that temporaries stay small beside the weight
@@ -156,7 +157,11 @@ def squares(
 
 def _format(fmt: str) -> Format:
     if fmt not in FORMATS:
-        raise ValueError(f"expected a format among {tuple(FORMATS)}, found {fmt!r}")
+        raise errors.UserError(
+            expected=f"a format among {', '.join(FORMATS)}",
+            found=repr(fmt),
+            do="choose one of them",
+        )
     return FORMATS[fmt]
 
 

@@ -29,7 +29,11 @@ def register(
       cls: its `__call__(x)` returns einsum(x, W), plus a bias if it has an attribute `bias`.
       einsum: such as "...D,DNH->...NH", or a function from the layer to that.
       weight: the attribute that holds W.
+
+    Raises: UserError for an einsum that is no product of x with a matrix.
     """
+    if isinstance(einsum, str):
+        layout.parse(einsum)
 
     def described(layer):
         return layout.parse(einsum if isinstance(einsum, str) else einsum(layer))

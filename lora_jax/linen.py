@@ -51,6 +51,8 @@ def adapt(
     Raises: UserError when a target matches nothing, with the names that exist, or something that
     cannot be adapted; for a layer that is to be quantised, and whose weight is not found.
     """
+    if quant != "none":
+        formats.codes(quant)  # refuses an unknown one
     sites, others, params = linen_sites.survey(module, *args, **kwargs)
     chosen: dict[Path, place.Choices] = {}
     saved: tuple[Path, ...] = ()
@@ -99,8 +101,12 @@ class Adapted:
 
         The model computes the same as before (but for rounding): B = 0. With PiSSA params give up
         what A and B begin with, before they are rounded.
+        Raises: UserError for params that are not of this model.
         """
-        base, factors, lacking = _flat(params), {}, {}
+        base, factors, lacking = self._base(params), {}, {}
+        if self.config is not None and self.config.init_lora_weights != "default":
+            linear = (site for site in self._adapted() if site.place.shape.kind == "linear")
+            place.check_principal((site.place, self.choices[site.path]) for site in linear)
         for site in self._adapted():
             choices = self.choices[site.path]
             if self.config.init_lora_weights == "default" or site.place.shape.kind != "linear":
@@ -114,9 +120,10 @@ class Adapted:
     def attach(self, params: Params, adapter: host.Adapter) -> dict[str, Params]:
         """Variables with that adapter's A and B, from a model of any framework.
 
-        Raises: UserError listing all that does not fit, see Adapter.check.
+        Raises: UserError listing all that does not fit, see Adapter.check; for params that are not
+        of this model.
         """
-        base = _flat(params)
+        base = self._base(params)
         names = {name: own for site in self._adapted()
                  for name, own in zip(site.place.names, self.choices[site.path], strict=True)
                  if own}  # fmt: skip
@@ -148,8 +155,11 @@ class Adapted:
     def collect(
         self, variables: Mapping[str, Params], *, base_model: str | None = None
     ) -> host.Adapter:
-        """The adapters as arrays on the host: for a file, see peft.write, or any other model."""
-        trained, found = _flat(variables["lora"]), {}
+        """The adapters as arrays on the host: for a file, see peft.write, or any other model.
+
+        Raises: UserError for variables without "lora".
+        """
+        trained, found = self._trained(variables), {}
         constants = _flat(variables.get("lora_constants", {}))
         for site in self._adapted():
             A, B, _, *magnitude = self._arrays(site, trained)
@@ -169,9 +179,12 @@ class Adapted:
         return host.Adapter(selection.with_ranks(self.config, ranks), found, saved, base_model)
 
     def merge(self, variables: Mapping[str, Params]) -> Params:
-        """params with W + scaling · A B in the place of W, all of them dense."""
+        """params with W + scaling · A B in the place of W, all of them dense.
+
+        Raises: UserError for variables without "lora", where there are adapters.
+        """
         base = _flat(variables["params"])
-        trained = _flat(variables.get("lora", {}))
+        trained = self._trained(variables) if self.choices or self.saved else {}
         for site in self.sites:
             if site.path in self.choices:
                 own = self._matrix(site, base), *self._arrays(site, trained)
@@ -187,6 +200,36 @@ class Adapted:
         return traverse_util.unflatten_dict(base)
 
     # ------------------------------------------------------------------------------ variables
+
+    def _base(self, params: Params) -> Flat:
+        """`params`, flat. Raises: UserError where they are not of this model."""
+        base, problems = _flat(params), []
+        for site in self.sites:
+            name = ".".join((*site.path, site.weight))
+            stacked = jax.ShapeDtypeStruct((*site.stack, *site.shape), jnp.float32)
+            expected = jax.eval_shape(site.in_params, stacked).shape
+            weight = base.get((*site.path, site.weight))
+            if weight is None and (*site.path, _PACKED, "q") not in base:
+                problems.append(f"{name} is missing")
+            elif weight is not None and weight.shape != expected:
+                problems.append(f"{name} has shape {weight.shape}, expected {expected}")
+        if problems:
+            raise errors.UserError(
+                expected=f"params of the {type(self.module).__name__} that was adapted",
+                found=problems,
+                do='give the collection itself, such as module.init(…)["params"]',
+            )
+        return base
+
+    def _trained(self, variables: Mapping[str, Params]) -> Flat:
+        """What is in "lora", flat. Raises: UserError where it is not there."""
+        if self.config is None or "lora" not in variables:
+            raise errors.UserError(
+                expected='variables with adapters, in "lora"',
+                found="a base alone" if self.config is None else ", ".join(variables),
+                do="linen.adapt with a LoRAConfig, then init or attach",
+            )
+        return _flat(variables["lora"])
 
     def _adapted(self) -> Iterator[linen_sites.Site]:
         return (site for site in self.sites if site.path in self.choices)

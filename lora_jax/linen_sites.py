@@ -43,7 +43,11 @@ def register(
       einsum: such as "...D,DNH->...NH", or (layer, *arguments of __call__) → that.
       weight: the name of the parameter W.
       input: which argument of __call__ is x.
+
+    Raises: UserError for an einsum that is no product of x with a matrix.
     """
+    if isinstance(einsum, str):
+        layout.parse(einsum)
 
     def described(layer, *args, **kwargs):
         return layout.parse(einsum if isinstance(einsum, str) else einsum(layer, *args, **kwargs))
@@ -157,8 +161,16 @@ def survey(module: nn.Module, *args: Any, **kwargs: Any) -> Found:
         classes.setdefault(layer.path, cls)
         if kind and layer.has_variable("params", kind.weight):
             weight = nn.meta.unbox(layer.get_variable("params", kind.weight))
-            seen = layer, kind.layout(layer, *args, **kwargs), kind.weight, weight.shape
-            calls.setdefault(layer.path, []).append(seen)
+            try:
+                how = kind.layout(layer, *args, **kwargs)
+                misfit = place.misfit(how, weight.shape)
+            except errors.UserError as error:  # of an einsum that is no product with a matrix
+                misfit = f"has an einsum that is {error.found}"
+            if misfit:
+                astray[layer.path] = misfit
+            else:
+                seen = layer, how, kind.weight, weight.shape
+                calls.setdefault(layer.path, []).append(seen)
         elif kind:
             astray[layer.path] = f"holds a {cls} without the parameter {kind.weight!r} of its kind"
         return y

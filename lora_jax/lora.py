@@ -19,6 +19,7 @@ from lora_jax import (
     formats,
     graft,
     kinds,
+    layout,
     low_rank,
     quant,
     selection,
@@ -173,6 +174,8 @@ class Principal(dict[str, tuple[np.ndarray, np.ndarray]]):
         if not selection.is_chosen(path, self._config):
             return weight
         own = selection.choice(path, len(weight), self._config)
+        alone = places.Place((path,), (), weight.shape[1], len(weight), layout.LINEAR)
+        places.check_principal([(alone, [own])])
         how = own, self._config.init_lora_weights
         A, B = self[path] = places.principal_of_one(_whole_array(weight).T, *how)
         change = np.float32(own.scaling) * B.T @ A.T
@@ -284,11 +287,12 @@ def _restore(layer: nnx.Module) -> None:
 
 def _check_principal(begun, given: Mapping[str, Any] | None) -> None:
     """Raises: UserError for layers whose A and B by PiSSA are neither in `given` nor to be had."""
+    linear = [(site, choices) for site, choices in begun if site.place.shape.kind == "linear"]
+    if given is None:
+        places.check_principal((site.place, choices) for site, choices in linear)
     problems = []
-    for site, choices in begun:
+    for site, choices in linear:
         packed = quant.packed_of(site.module)
-        if site.place.shape.kind != "linear":
-            continue
         if given is None and packed:
             problems.append(f"{site.names[0]} is in {packed.fmt}")
         elif given is not None:
@@ -367,7 +371,11 @@ def collect(
 
     Its config may differ from `config`, but means the same: adapters that began with PiSSA, or are
     on parts of a layer's output, become plain LoRA of the weights as they were.
+
+    Raises: UserError when the model has no adapter.
     """
+    wholes = _saved(model)
+    _check_adapted(model, wholes)
     found = {}
     for name, (site, index) in adapters(model).items():
         layer = site.module
@@ -378,7 +386,7 @@ def collect(
         own = layer.lora_ranks[index], A, B, *(magnitude or [None]), lacking
         found[name] = places.collected(site.place, index, *own)
     ranks = {name: own.B.shape[0] for name, own in found.items()}
-    saved = {name: array for whole in _saved(model) for name, array in whole.files()}
+    saved = {name: array for whole in wholes for name, array in whole.files()}
     for name, (site, _) in adapters(model).items():
         if selection.saves_base(name, config):
             base = np.asarray(kinds.weight_of(site.module)[...])
@@ -465,10 +473,7 @@ def merge(model: nnx.Module) -> None:
     """
     found = [site for site in sites.find(model) if isinstance(site.module, LoRALayer)]
     wholes = _saved(model)
-    if not found and not wholes:
-        raise errors.UserError(
-            expected="a model with adapters to merge", found="none", do="lora.inject or peft.load"
-        )
+    _check_adapted(model, wholes)
     if isinstance(model, llama.LlamaForCausalLM):
         embedding = model.model.embed_tokens
         if isinstance(embedding, LoRALayer | SavedLayer) and model.config.tie_word_embeddings:
@@ -516,6 +521,14 @@ def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) 
         return jax.random.key_data(keys)
 
     return jax.tree_util.tree_map_with_path(new, state)
+
+
+def _check_adapted(model: nnx.Module, wholes: list["_Whole"]) -> None:
+    """Raises: UserError when the model has no adapter."""
+    if not wholes and not adapters(model):
+        raise errors.UserError(
+            expected="a model with adapters", found="none", do="lora.inject or peft.load"
+        )
 
 
 def _names_of_factors(layer: nnx.Module) -> tuple[str, str]:

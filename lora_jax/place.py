@@ -1,7 +1,7 @@
 """Where an adapter goes in a model of any framework, and the arrays that it begins with there."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from lora_jax import adapter as host
 from lora_jax import config as lora_config
-from lora_jax import layout, low_rank, selection
+from lora_jax import errors, layout, low_rank, selection
 
 Choices = Sequence[selection.Choice | None]  # one for each layer of a place
 
@@ -116,6 +116,23 @@ def initial(
     return jnp.where(used[..., None, :], A, 0), jnp.zeros((*lead, widest, place.n))
 
 
+def check_principal(places: Iterable[tuple[Place, Choices]]) -> None:
+    """Raises: UserError for ranks that PiSSA cannot take from weights so small."""
+    problems = []
+    for place, choices in places:
+        for name, own in zip(place.names, choices, strict=True):
+            for rows, columns in _parts(place.n, own) if own else ():
+                most = min(place.k, len(range(place.n)[columns]))
+                if rows.stop - rows.start > most:
+                    problems.append(f"{name} with rank {rows.stop - rows.start} of {most} at most")
+    if problems:
+        raise errors.UserError(
+            expected="ranks that the weights have, whose principal part PiSSA takes",
+            found=problems,
+            do="choose a smaller rank, for these in rank_pattern, or init_lora_weights default",
+        )
+
+
 def principal(
     place: Place,
     choices: Choices,
@@ -206,6 +223,13 @@ def problem(layer: Any, how: layout.Layout) -> str:
     if layer.feature_group_count > 1:
         return f"has feature_group_count {layer.feature_group_count}"
     return "" if layer.mask is None else "has a mask"
+
+
+def misfit(how: layout.Layout, shape: Sequence[int]) -> str:
+    """Why a weight of that shape cannot be one that a layer multiplies by so; "" if it can."""
+    if len(shape) >= how.ndim:
+        return ""
+    return f"has a weight of {len(shape)} axes, where {how.ndim} are multiplied"
 
 
 def unknown(cls: str) -> selection.Candidate:

@@ -171,8 +171,8 @@ def quantise_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("
         (path, node)
         for path, node in nnx.iter_graph(model)
         if (kind := kinds.kind_of(type(node))) and packed_of(node) is None
-        and isinstance(how := kind.layout(node), layout.Einsum) and not how.batch
         and path and path[-1] not in exclude and "quantised" not in path
+        and isinstance(how := kind.layout(node), layout.Einsum) and not how.batch
     ]  # fmt: skip
     adapted = [".".join(map(str, path)) for path, node in layers if hasattr(node, "lora_ranks")]
     if not layers or adapted:

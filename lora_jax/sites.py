@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lora_jax import kinds, quant, selection
+from lora_jax import errors, kinds, quant, selection
 from lora_jax import place as places
 
 
@@ -40,7 +40,7 @@ def find(model: nnx.Module) -> Iterator[Site]:
     seen, shapes = set(), _Shapes(model)
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: dotted(item[0])):
         inside = "modules_to_save" in path or "quantised" in path  # of what is found itself
-        if inside or id(node) in seen or kinds.kind_of(type(node)) is None:
+        if inside or id(node) in seen or kinds.kind_of(type(node)) is None or _misfit(node):
             continue
         seen.add(id(node))
         shape, how = weight_shape(node), kinds.layout_of(node)
@@ -51,16 +51,31 @@ def find(model: nnx.Module) -> Iterator[Site]:
 
 
 def others(model: nnx.Module) -> dict[str, selection.Candidate]:
-    """The modules with parameters of their own that are of no known kind, by dotted path."""
+    """Layers that are not as their kind says, and modules of none with parameters of their own."""
     nodes = list(nnx.iter_graph(model))
-    classes = {path: type(node) for path, node in nodes if not isinstance(node, nnx.Variable)}
-    known = {path for path, cls in classes.items() if kinds.kind_of(cls)}
+    modules = {path: node for path, node in nodes if not isinstance(node, nnx.Variable)}
+    known = {path for path, node in modules.items() if kinds.kind_of(type(node))}
     owners = {path[:-1] for path, node in nodes if isinstance(node, nnx.Param)}
     return {
-        dotted(path): places.unknown(classes[path].__name__)
+        dotted(path): places.unknown(type(modules[path]).__name__)
         for path in owners
         if path and not any(path[:n] in known for n in range(len(path) + 1))
+    } | {
+        dotted(path): selection.Candidate("linear", 0, misfit)
+        for path in known
+        if (misfit := _misfit(modules[path]))
     }
+
+
+def _misfit(layer: nnx.Module) -> str:
+    """In what a layer is not as its kind says; "" where it is."""
+    name = kinds.kind_of(type(layer)).weight
+    if not isinstance(layer, quant.QuantLayer) and not hasattr(layer, name):
+        return f"has no {name!r}, where {type(layer).__name__} was registered to have its weight"
+    try:
+        return places.misfit(kinds.layout_of(layer), weight_shape(layer))
+    except errors.UserError as error:  # of an einsum that is no product with a matrix
+        return f"has an einsum that is {error.found}"
 
 
 def numbered(path: tuple, depths: tuple[int, ...], index: tuple[int, ...]) -> str:

@@ -109,6 +109,10 @@ def test_an_adapter_that_does_not_fit_leaves_all_as_it_was():
     """Whether it has other layers, which take other arrays, or the same of other sizes."""
     model = net()
     shelf = adapters.Adapters(model)
+    shelf.activate(None)
+    assert not jax.tree.leaves(shelf.state(None))
+    with pytest.raises(errors.UserError, match="adapters to combine"):
+        shelf.combine("none", {})
     small, with_small = made(1)
     shelf.load("small", small)
     shelf.activate("small")

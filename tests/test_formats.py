@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax import config, formats
+from lora_jax import config, errors, formats
 from lora_jax.kernels import packed as packing
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -330,5 +330,5 @@ def test_error_is_the_norm_of_what_is_lost(fmt):
 
 def test_unknown_format_is_an_error():
     for function in (lambda fmt: formats.quantise(jnp.ones((64, 8)), fmt), formats.codes):
-        with pytest.raises(ValueError, match="fp3"):
+        with pytest.raises(errors.UserError, match="fp3"):
             function("fp3")

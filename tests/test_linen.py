@@ -390,4 +390,22 @@ def test_what_does_not_fit_is_told_at_once():
     with pytest.raises(errors.UserError) as raised:
         adapted.attach(params, adapter)
     assert "layers.1.up.lora_A is missing" in str(raised.value)
+    lacking = {**params, "embed": {}, "lm_head": {"kernel": jnp.ones((8, 6))}}
+    for attempt in (lambda p: adapted.init(jax.random.key(0), p),
+                    lambda p: adapted.attach(p, adapter)):  # fmt: skip
+        with pytest.raises(errors.UserError) as misfit:
+            attempt(lacking)
+        assert misfit.value.found.split("\n            ") == [
+            "embed.embedding is missing", "lm_head.kernel has shape (8, 6), expected (8, 5)",
+        ]  # fmt: skip
+    base = linen.adapt(module, None, IDS, quant="int8")
+    for attempt in (
+        lambda: adapted.collect({"params": params}),
+        lambda: adapted.merge({"params": params}),
+        lambda: base.collect(base.init(jax.random.key(0), params)),
+    ):
+        with pytest.raises(errors.UserError, match="variables with adapters"):
+            attempt()
+    with pytest.raises(errors.UserError, match="a format among int8"):
+        linen.adapt(module, None, IDS, quant="int5")
     assert "layers.1.mix.lora_A has no target" in str(raised.value)

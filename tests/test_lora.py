@@ -471,5 +471,5 @@ def test_reseeding_a_model_gives_it_new_masks():
 
 
 def test_merging_without_adapters_is_an_error():
-    with pytest.raises(errors.UserError, match="adapters to merge"):
+    with pytest.raises(errors.UserError, match="a model with adapters"):
         lora.merge(net())

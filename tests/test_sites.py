@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 from lora_jax import config as lora_config
-from lora_jax import errors, formats, layout, lora, peft, place, quant, sites
+from lora_jax import errors, formats, layout, linen, lora, peft, place, quant, sites
 from lora_jax.kernels import int4_matmul
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "lora_mixed"
@@ -293,7 +294,10 @@ def awkward():
             dict(targets=("a", "attn", "gate", "mask")),
             ["'attn' matches none", "mask has", "b.gate is", "b.attn is no layer itself"],
         ),
-        (dict(targets=("a", "packed"), init_lora_weights="pissa"), ["packed is in int8"]),
+        (
+            dict(rank=2, targets=("a", "packed"), init_lora_weights="pissa"),
+            ["packed is in int8"],
+        ),
         (dict(targets=("a",), modules_to_save=("b.attn", "packed")), ["packed is quantised"]),
         (dict(targets=("a",), parts={"a": (1, -2)}), ["parts (1, -2)"]),
     ],
@@ -319,6 +323,46 @@ def test_what_cannot_be_adapted_may_lie_beside_or_around_what_is_or_be_excluded(
     ):
         config = lora_config.LoRAConfig(**settings)
         assert set(lora.inject(awkward(), config, rngs=nnx.Rngs(0))) == paths
+
+
+class Unnamed(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones((4, 4)))
+
+
+class Flat(Unnamed):
+    pass
+
+
+lora.register(Unnamed, "...i,io->...o")  # its weight is no `kernel`
+lora.register(Flat, "...D,DNH->...NH", weight="w")
+
+
+def test_layers_that_are_not_as_registered_are_refused_only_where_they_are_targeted():
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        a=nnx.Linear(4, 4, rngs=rngs), unnamed=Unnamed(), flat=Flat(),
+        odd=nnx.Einsum("...ab,...bc->...ac", (2, 4, 4), rngs=rngs),
+    )  # fmt: skip
+    with pytest.raises(errors.UserError) as raised:
+        lora.inject(model, lora_config.LoRAConfig(targets="all-linear"), rngs=rngs)
+    assert sorted(raised.value.found.split("\n            ")) == [
+        "flat has a weight of 2 axes, where 3 are multiplied",
+        "odd has an einsum that is not of the form x,W->y, with no ellipsis in W",
+        "unnamed has no 'kernel', where Unnamed was registered to have its weight",
+    ]
+    lora.inject(model, lora_config.LoRAConfig(targets=("a",)), rngs=rngs)
+    assert set(lora.adapters(model)) == {"a"}
+    for register, cls in ((lora.register, Gate), (linen.register, nn.Module)):
+        with pytest.raises(errors.UserError, match="not of the form"):
+            register(cls, "ab")
+
+
+def test_without_adapters_there_is_nothing_to_collect_or_merge():
+    config = lora_config.LoRAConfig(targets=("a",))
+    for attempt in (lora.merge, lambda model: lora.collect(model, config)):
+        with pytest.raises(errors.UserError, match="a model with adapters"):
+            attempt(awkward())
 
 
 def test_grouped_convolutions_take_no_adapter_from_a_file():
@@ -449,6 +493,27 @@ def test_pissa_of_parts_takes_each_part_s_own(tmp_path):
     rest = np.linalg.svd(model.qkv.kernel[:, :4], compute_uv=False)
     whole = np.linalg.svd(plain.qkv.kernel[:, :4], compute_uv=False)
     np.testing.assert_allclose(rest, [*whole[2:], 0, 0], atol=1e-5)
+
+
+def test_pissa_takes_no_more_ranks_than_a_weight_has():
+    model = nnx.Dict(a=nnx.Linear(8, 32, rngs=nnx.Rngs(0)), b=nnx.Linear(32, 6, rngs=nnx.Rngs(0)))
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    config = lora_config.LoRAConfig(
+        rank=8, targets=("a", "b"), init_lora_weights="pissa", parts={"b": (1, -2)},
+    )  # fmt: skip
+    found = "b with rank 8 of 2 at most"
+    with pytest.raises(errors.UserError, match=found):
+        lora.inject(model, config, rngs=nnx.Rngs(0))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    with pytest.raises(errors.UserError, match=found):
+        lora.Principal(config).take("b", jnp.ones((6, 32)))
+    dense, x = nn.Dense(6), jnp.ones((1, 32))
+    alone = nn.Sequential([dense])
+    params = alone.init(jax.random.key(0), x)["params"]
+    config = dataclasses.replace(config, targets="all-linear", parts={})
+    adapted = linen.adapt(alone, config, x)
+    with pytest.raises(errors.UserError, match="layers_0 with rank 8 of 6 at most"):
+        adapted.init(jax.random.key(0), params)
 
 
 def test_pissa_of_rounded_weights_is_refused():
