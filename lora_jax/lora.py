@@ -1,10 +1,9 @@
 """Low-rank adapters in a Flax NNX model: y = layer(x) + scaling · (x A) B, put in by path."""
 
-import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from lora_jax import (
     layout,
     low_rank,
     quant,
+    saved,
     selection,
     siblings,
     sites,
@@ -30,21 +30,10 @@ from lora_jax import adapter as host
 from lora_jax import config as lora_config
 from lora_jax import place as places
 from lora_jax.models import llama
+from lora_jax.saved import SavedLayer
+from lora_jax.variables import DropoutKey, LoRAConstant, LoRAParam
 
 register = kinds.register
-
-
-@nnx.register_variable_name("lora", overwrite=True)
-class LoRAParam(nnx.Param):
-    """What training updates, in the collection `lora`: A, B, a magnitude, a module saved whole."""
-
-
-class LoRAConstant(nnx.Variable):
-    """What goes with A and B and is never trained: their scaling, a mask of B, …"""
-
-
-class DropoutKey(nnx.Variable):
-    """Key data of a layer's dropout mask, or of its mask of each row; `reseed` renews it."""
 
 
 class LoRALayer(nnx.Module):
@@ -87,25 +76,6 @@ class LoRALayer(nnx.Module):
         )
 
 
-class SavedLayer(nnx.Module):
-    """y = copy(x): what a module becomes an instance of as well, whose copy is trained whole.
-
-    The copy is `modules_to_save`, its parameters in float32; it computes with them in the module's
-    own dtypes. The module's parameters stay as they were, for others that use them.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        graphdef, state = nnx.split(self.modules_to_save)
-        own = dict(nnx.to_flat_state(nnx.state(self)))
-        cast = [(path, variable.replace(variable[...].astype(own[path].dtype)))
-                for path, variable in nnx.to_flat_state(state)]  # fmt: skip
-        return nnx.merge(graphdef, nnx.from_flat_state(cast))(*args, **kwargs)
-
-    def with_product(self, x: Float[Array, "..."], product: Any) -> jax.Array:
-        """The same: the product is that of the module's own weight, which is of no use here."""
-        return self(x)
-
-
 # ---------------------------------------------------------------------------------- putting in
 
 
@@ -135,7 +105,7 @@ def inject(
     `principal`. The model is then as it was.
     """
     found = _fresh(model)
-    wholes = _wholes(model, found, config)
+    wholes = saved.choose(model, found, config.modules_to_save)
     ranks = {}
     chosen = places.choose([site.place for site in found], config, sites.others(model))
     begun = [(site, choices) for site, choices in zip(found, chosen, strict=True) if any(choices)]
@@ -153,7 +123,7 @@ def inject(
             kept = (LoRAConstant(jnp.array(part)) for part in lacking)
             site.module.lora_initial_A, site.module.lora_initial_B = kept
     for whole in wholes:
-        _save_whole(whole)
+        whole.begin()
     return ranks
 
 
@@ -206,7 +176,7 @@ def attach(
             filled = places.filled(site.place, choices, adapter.factors, config.use_dora)
             _adapt(site, choices, config, nnx.Rngs(0), *filled)
     for whole in wholes:
-        _save_whole(whole, adapter.saved)
+        whole.begin(adapter.saved)
     for site in found:
         if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
             weight = kinds.weight_of(site.module)
@@ -221,15 +191,15 @@ def check(model: nnx.Module, adapter: host.Adapter, *, where: str = "the adapter
 
 def _fitting(
     model: nnx.Module, found: list[sites.Site], adapter: host.Adapter, where: str
-) -> tuple[list[places.Choices], list["_Whole"]]:
+) -> tuple[list[places.Choices], list[saved.Saved]]:
     """How each site is adapted, and what is saved whole. Raises: UserError as `check`."""
-    wholes = _wholes(model, found, adapter.config)
+    wholes = saved.choose(model, found, adapter.config.modules_to_save)
     chosen = places.choose([site.place for site in found], adapter.config, strict=False)
     choices = {name: own for site, each in zip(found, chosen, strict=True)
                for name, own in zip(site.names, each, strict=True) if own}  # fmt: skip
     shapes = {name: site.place.shape for site in found for name in site.names}
-    saved = {name: shape for whole in wholes for name, shape in whole.shapes()}
-    adapter.check(choices, shapes, saved, where)
+    of_saved = {name: shape for whole in wholes for name, shape in whole.shapes()}
+    adapter.check(choices, shapes, of_saved, where)
     return chosen, wholes
 
 
@@ -237,7 +207,7 @@ def _fresh(model: nnx.Module) -> list[sites.Site]:
     """The model's sites. Raises: UserError where one has an adapter already."""
     found = list(sites.find(model))
     adapted = [site.names[0] for site in found if isinstance(site.module, LoRALayer)]
-    adapted += [sites.dotted(whole.path) for whole in _saved(model)]
+    adapted += [sites.dotted(whole.path) for whole in saved.find(model)]
     if adapted:
         raise errors.UserError(
             expected="a model without adapters",
@@ -280,8 +250,8 @@ def _adapt(site, choices, config, rngs, A, B, magnitude=None) -> None:
 
 def _restore(layer: nnx.Module) -> None:
     """Makes the layer again what it was before it was adapted."""
-    added = [name for name in vars(layer) if name.startswith("lora_") or name == "modules_to_save"]
-    added += [] if getattr(layer, "lora_had_switch", True) else ["deterministic"]
+    added = [name for name in vars(layer) if name.startswith("lora_")]
+    added += [] if layer.lora_had_switch else ["deterministic"]
     graft.leave(layer, *added)
 
 
@@ -359,7 +329,7 @@ def num_params(model: nnx.Module) -> int:
         mask = layer.lora_mask
         total += rank * place.k + (rank * place.n if mask is None else int(mask[...][at].sum()))
         total += place.n if layer.lora_magnitude_vector is not None else 0
-    for whole in _saved(model):
+    for whole in saved.find(model):
         total += sum(math.prod(shape) for _, shape in whole.shapes())
     return total
 
@@ -374,7 +344,7 @@ def collect(
 
     Raises: UserError when the model has no adapter.
     """
-    wholes = _saved(model)
+    wholes = saved.find(model)
     _check_adapted(model, wholes)
     found = {}
     for name, (site, index) in adapters(model).items():
@@ -386,13 +356,13 @@ def collect(
         own = layer.lora_ranks[index], A, B, *(magnitude or [None]), lacking
         found[name] = places.collected(site.place, index, *own)
     ranks = {name: own.B.shape[0] for name, own in found.items()}
-    saved = {name: array for whole in wholes for name, array in whole.files()}
+    whole = {name: array for one in wholes for name, array in one.files()}
     for name, (site, _) in adapters(model).items():
         if selection.saves_base(name, config):
             base = np.asarray(kinds.weight_of(site.module)[...])
             turned = base if site.place.shape.kind == "embedding" else base.T
-            saved[f"{name}.base_layer.weight"] = turned
-    return host.Adapter(selection.with_ranks(config, ranks), found, saved, base_model)
+            whole[f"{name}.base_layer.weight"] = turned
+    return host.Adapter(selection.with_ranks(config, ranks), found, whole, base_model)
 
 
 def filled(model: nnx.Module, adapter: host.Adapter) -> Any:
@@ -447,8 +417,10 @@ def strip(model: nnx.Module) -> None:
                 )
             A, B = layer.lora_initial_A[...], layer.lora_initial_B[...]
             _set_weight(site, _each(low_rank.merged, site, A, B, layer.lora_scaling[...]))
+    for whole in saved.find(model):
+        whole.end()
     for _, layer in list(nnx.iter_graph(model)):
-        if isinstance(layer, LoRALayer | SavedLayer):
+        if isinstance(layer, LoRALayer):
             _restore(layer)
 
 
@@ -472,7 +444,7 @@ def merge(model: nnx.Module) -> None:
     Raises: UserError when the model has no adapter.
     """
     found = [site for site in sites.find(model) if isinstance(site.module, LoRALayer)]
-    wholes = _saved(model)
+    wholes = saved.find(model)
     _check_adapted(model, wholes)
     if isinstance(model, llama.LlamaForCausalLM):
         embedding = model.model.embed_tokens
@@ -491,12 +463,7 @@ def merge(model: nnx.Module) -> None:
             _set_weight(site, merged)
             _restore(layer)
     for whole in wholes:
-        copied = nnx.to_flat_state(nnx.state(whole.module.modules_to_save, LoRAParam))
-        _restore(whole.module)
-        own = dict(nnx.to_flat_state(nnx.state(whole.module)))
-        for path, variable in copied:
-            own[path] = own[path].replace(variable[...].astype(own[path].dtype))
-        nnx.update(whole.module, nnx.from_flat_state(own.items()))
+        whole.merge()
 
 
 def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) -> Any:
@@ -523,7 +490,7 @@ def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) 
     return jax.tree_util.tree_map_with_path(new, state)
 
 
-def _check_adapted(model: nnx.Module, wholes: list["_Whole"]) -> None:
+def _check_adapted(model: nnx.Module, wholes: list[saved.Saved]) -> None:
     """Raises: UserError when the model has no adapter."""
     if not wholes and not adapters(model):
         raise errors.UserError(
@@ -560,108 +527,6 @@ def _of_packed(packed, *arrays, function, fmt, rows):
     return function(formats.dequantise(packed, fmt, rows), *arrays)
 
 
-# ---------------------------------------------------------------------------------- saved whole
-
-
-class _Whole(NamedTuple):
-    """A module that is trained and saved whole; a stack of them has its number at `depths`."""
-
-    path: tuple[str | int, ...]
-    module: nnx.Module
-    depths: tuple[int, ...]
-
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(name, shape) of each tensor in PEFT's file."""
-        for name, path, index, variable in self._tensors():
-            shape = jax.eval_shape(lambda v=variable, i=index: v[...][i]).shape
-            yield name, tuple(shape[axis] for axis in _turn(self.module, path, len(shape)))
-
-    def files(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, array) of each tensor in PEFT's file, in the module's own dtype."""
-        own = dict(nnx.to_flat_state(nnx.state(self.module)))
-        for name, path, index, variable in self._tensors():
-            array = np.asarray(variable[...][index].astype(own[path].dtype))
-            yield name, array.transpose(_turn(self.module, path, array.ndim))
-
-    def fill(self, given: Mapping[str, np.ndarray]) -> None:
-        """Gives the copy the values of a file."""
-        for name, path, index, variable in self._tensors():
-            turn = _turn(self.module, path, given[name].ndim)
-            array = given[name].astype(np.float32).transpose(np.argsort(turn))
-            variable.set_value(variable[...].at[index].set(array))
-
-    def _tensors(self) -> Iterator[tuple[str, tuple, tuple[int, ...], nnx.Variable]]:
-        """(name in the file, path in the module, index in the stack, variable)."""
-        copied = getattr(self.module, "modules_to_save", self.module)
-        for path, variable in nnx.iter_graph(copied):
-            if isinstance(variable, nnx.Param):
-                weight = path[-1] in ("kernel", "embedding", "scale")
-                leaf = sites.dotted((*path[:-1], "weight" if weight else path[-1]))
-                for index in np.ndindex(*variable.shape[: len(self.depths)]):
-                    name = sites.numbered(self.path, self.depths, index)
-                    yield f"{name}.{leaf}", path, index, variable
-
-
-def _turn(module: nnx.Module, path: tuple, ndim: int) -> tuple[int, ...]:
-    """The order of a parameter's axes in a file: torch has outputs first, then inputs."""
-    owner = functools.reduce(getattr, path[:-1], module)
-    if path[-1] == "kernel" and (ndim == 2 or isinstance(owner, nnx.Conv)):
-        return (ndim - 1, ndim - 2, *range(ndim - 2))
-    return tuple(range(ndim))
-
-
-def _wholes(model: nnx.Module, found: list[sites.Site], config) -> list[_Whole]:
-    """The modules that config.modules_to_save names, by the ends of their paths as in PEFT.
-
-    Raises: UserError for a name that matches nothing, and for quantised modules.
-    """
-    stacks = {site.path[: site.depths[0]]: site.depths[:1] for site in found if site.depths}
-    ends, taken, matched, problems = config.modules_to_save, [], set(), []
-    for path, node in sorted(nnx.iter_graph(model), key=lambda item: len(item[0])):
-        named = {end for end in ends if sites.dotted(path).endswith(end)}
-        inside = any(path[: len(outer.path)] == outer.path for outer in taken)
-        if not named or inside or not isinstance(node, nnx.Module):
-            continue
-        matched |= named
-        if any(quant.packed_of(part) for _, part in nnx.iter_graph(node)):
-            problems.append(f"{sites.dotted(path)} is quantised")
-        depths = (d for prefix, d in stacks.items() if path[: len(prefix)] == prefix)
-        taken.append(_Whole(path, node, next(depths, ())))
-    problems += [f"{end} matches none" for end in ends if end not in matched]
-    if problems:
-        raise errors.UserError(
-            expected="modules_to_save that are modules of the model, and not quantised",
-            found=problems,
-            do="choose among embeddings, head and norms, and adapt the others",
-        )
-    return taken
-
-
-def _save_whole(whole: _Whole, given: Mapping[str, np.ndarray] | None = None) -> None:
-    """Makes a SavedLayer of the module; its copy has the values `given`, or else the module's."""
-    copied = nnx.clone(whole.module)
-    for path, variable in list(nnx.iter_graph(copied)):
-        if isinstance(variable, nnx.Param):
-            owner = functools.reduce(getattr, path[:-1], copied)
-            setattr(owner, path[-1], LoRAParam(jnp.array(variable[...], jnp.float32)))
-    graft.become(whole.module, SavedLayer)
-    whole.module.modules_to_save = copied
-    if given is not None:
-        whole.fill(given)
-
-
 def _whole_array(array: jax.Array) -> jax.Array:
     """On one device of this process, from wherever its parts are."""
     return jnp.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _saved(model: nnx.Module) -> list[_Whole]:
-    """The modules of `model` that are saved whole."""
-    found = list(sites.find(model))
-    stacks = {site.path[: site.depths[0]]: site.depths[:1] for site in found if site.depths}
-    wholes = []
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, SavedLayer):
-            depths = (d for prefix, d in stacks.items() if path[: len(prefix)] == prefix)
-            wholes.append(_Whole(path, node, next(depths, ())))
-    return wholes
