@@ -12,6 +12,7 @@ do those; outside they are the collection `lora`.
 import dataclasses
 import functools
 import inspect
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,12 +43,14 @@ def adapt(
     *args: Any,
     quant: str = "none",
     exclude: tuple[str, ...] = ("lm_head",),
+    strict: bool = True,
     **kwargs: Any,
 ) -> "Adapted":
     """`module` with adapters where `config` has them, on a base in the format `quant`.
 
     args, kwargs: of a call of the module, arrays or their shapes; nothing is computed.
     config: None for a quantised base alone. exclude: names of layers that are not quantised.
+    strict: settings that match nothing are an error; the files of other programs have such.
     Raises: UserError when a target matches nothing, with the names that exist, or something that
     cannot be adapted; for a layer that is to be quantised, and whose weight is not found.
     """
@@ -57,7 +60,7 @@ def adapt(
     chosen: dict[Path, place.Choices] = {}
     saved: tuple[Path, ...] = ()
     if config is not None:
-        found = place.choose([site.place for site in sites], config, others)
+        found = place.choose([site.place for site in sites], config, others, strict=strict)
         chosen = {site.path: own for site, own in zip(sites, found, strict=True) if any(own)}
         saved = linen_sites.whole(params, config.modules_to_save)
     astray = [
@@ -76,6 +79,12 @@ def adapt(
         and not site.place.how.batch and not selection.matches(".".join(site.path), exclude)
         and site.path not in saved
     }  # fmt: skip
+    if quant != "none" and not packs:
+        raise errors.UserError(
+            expected=f"linear layers to quantise to {quant}",
+            found="none that is not excluded",
+            where=", ".join(".".join(site.path) for site in sites) or type(module).__name__,
+        )
     return Adapted(module, config, quant, sites, chosen, frozenset(packs), saved)
 
 
@@ -120,8 +129,9 @@ class Adapted:
     def attach(self, params: Params, adapter: host.Adapter) -> dict[str, Params]:
         """Variables with that adapter's A and B, from a model of any framework.
 
-        Raises: UserError listing all that does not fit, see Adapter.check; for params that are not
-        of this model.
+        Raises: UserError listing all that does not fit, see Adapter.check; for an adapter without
+        effect, or with settings by which this config would compute something else; for params that
+        are not of this model.
         """
         base = self._base(params)
         names = {name: own for site in self._adapted()
@@ -131,10 +141,25 @@ class Adapted:
         saved = {tensor.name: tensor.shape for tensor in self._tensors(base)}
         adapter.check(names, shapes, saved, "the adapter")
         adapter.check_effect("the adapter")
-        factors = {}
+        factors, problems = {}, []
+        if adapter.config.use_dora != (self.config is not None and self.config.use_dora):
+            problems.append(f"use_dora = {adapter.config.use_dora}")
+        for name, own in names.items():
+            if not math.isclose(given := adapter.scaling(name), own.scaling, rel_tol=1e-6):
+                problems.append(f"{name} is scaled by {given:g}, here by {own.scaling:g}")
         for site in self._adapted():
-            own = self.choices[site.path], adapter.factors, self.config.use_dora
-            factors[site.path] = place.filled(site.place, *own)
+            choices = self.choices[site.path]
+            filled = place.filled(site.place, choices, adapter.factors, adapter.config.use_dora)
+            factors[site.path], mask = filled, place.mask(site.place, choices)
+            if mask is not None and (filled[1] * (1 - mask)).any():
+                problems.append(f"{site.place.names[0]} has B beyond the parts that are adapted")
+        if problems:
+            raise errors.UserError(
+                expected="an adapter with the settings that the model was adapted with",
+                found=problems,
+                where="the adapter",
+                do="linen.adapt(module, adapter.config, …)",
+            )
         return self._variables(base, factors, {}, adapter.saved)
 
     def apply(
@@ -191,12 +216,8 @@ class Adapted:
                 self._store(site, base, place.each(low_rank.merged, site.place.lead, *own))
             elif site.path in self.packs:
                 self._store(site, base, self._matrix(site, base))
-        for path in self.saved:
-            for key in [
-                key for key in trained if key[: len(path) + 1] == (*path, "modules_to_save")
-            ]:
-                of_base = (*path, *key[len(path) + 1 :])
-                base[of_base] = trained[key].astype(base[of_base].dtype)
+        for of_base, copied in self._copies(trained):
+            base[of_base] = trained[copied].astype(base[of_base].dtype)
         return traverse_util.unflatten_dict(base)
 
     # ------------------------------------------------------------------------------ variables

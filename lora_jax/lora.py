@@ -390,10 +390,15 @@ def idle(model: nnx.Module) -> Any:
     state = dict(nnx.to_flat_state(nnx.state(model, LoRAParam)))
     for site in sites.find(model):
         if isinstance(site.module, LoRALayer):
-            A, B, scaling, *magnitude = arrays(site.module)
-            own = dict(zip(_names_of_factors(site.module), (0 * A, 0 * B), strict=True))
+            layer = site.module
+            A, B, scaling, *magnitude = arrays(layer)
+            if layer.lora_initial_A is None:
+                A, B = 0 * A, 0 * B
+            else:  # what PiSSA has taken off the weight
+                A, B = layer.lora_initial_A[...], layer.lora_initial_B[...]
+            own = dict(zip(_names_of_factors(layer), (A, B), strict=True))
             if magnitude:
-                length = _each(low_rank.lengths, site, 0 * A, 0 * B, scaling)
+                length = _each(low_rank.lengths, site, A, B, scaling)
                 own["lora_magnitude_vector"] = length
             for name, array in own.items():
                 state[(*site.path, name)] = state[(*site.path, name)].replace(array)
@@ -403,20 +408,21 @@ def idle(model: nnx.Module) -> Any:
 def strip(model: nnx.Module) -> None:
     """Takes the adapters out of a model, which is then as it was before.
 
-    Raises: UserError where a packed weight lacks what PiSSA began with.
+    Raises: UserError where a packed weight lacks what PiSSA began with; the model stays adapted.
     """
-    for site in sites.find(model):
+    lacking = [site for site in sites.find(model) if isinstance(site.module, LoRALayer)
+               and site.module.lora_initial_A is not None]  # fmt: skip
+    packed = [(site, layer) for site in lacking if (layer := quant.packed_of(site.module))]
+    if packed:
+        raise errors.UserError(
+            expected="weights that can take back what PiSSA began with",
+            found=[f"{site.names[0]} is in {layer.fmt}" for site, layer in packed],
+            do="load the base model again",
+        )
+    for site in lacking:
         layer = site.module
-        if isinstance(layer, LoRALayer) and layer.lora_initial_A is not None:
-            if packed := quant.packed_of(layer):
-                raise errors.UserError(
-                    expected="weights that can take back what PiSSA began with",
-                    found=f"a layer in {packed.fmt}",
-                    where=site.names[0],
-                    do="load the base model again",
-                )
-            A, B = layer.lora_initial_A[...], layer.lora_initial_B[...]
-            _set_weight(site, _each(low_rank.merged, site, A, B, layer.lora_scaling[...]))
+        A, B = layer.lora_initial_A[...], layer.lora_initial_B[...]
+        _set_weight(site, _each(low_rank.merged, site, A, B, layer.lora_scaling[...]))
     for whole in saved.find(model):
         whole.end()
     for _, layer in list(nnx.iter_graph(model)):

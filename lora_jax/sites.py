@@ -37,12 +37,11 @@ def weight_shape(layer: nnx.Module) -> tuple[int, ...]:
 
 def find(model: nnx.Module) -> Iterator[Site]:
     """Every layer that can be adapted, adapted ones included, in the order of their paths."""
-    seen, shapes = set(), _Shapes(model)
+    shapes = _Shapes(model)
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: dotted(item[0])):
         inside = "modules_to_save" in path or "quantised" in path  # of what is found itself
-        if inside or id(node) in seen or kinds.kind_of(type(node)) is None or _misfit(node):
+        if inside or kinds.kind_of(type(node)) is None or _misfit(node):
             continue
-        seen.add(id(node))
         shape, how = weight_shape(node), kinds.layout_of(node)
         stacked = shape[: len(shape) - how.ndim]
         depths = _stack_depths(shapes, path, stacked)

@@ -378,6 +378,37 @@ def test_lora_dense_is_a_layer_to_import():
     assert np.abs(dropped - y).max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("of_file", "here", "found"),
+    [
+        (dict(alpha=5), {}, "layers_0 is scaled by 2.5, here by 8"),
+        (dict(use_dora=True), {}, "use_dora = True"),
+        ({}, dict(use_dora=True), "use_dora = False"),
+        (dict(rank=4, alpha=32), dict(parts={"layers_0": (1, -1, 1)}),
+         "layers_0 has B beyond the parts that are adapted"),
+    ],
+)  # fmt: skip
+def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
+    """Its arrays fit, but would compute something else here."""
+    module, x = nn.Sequential([nn.Dense(6)]), jnp.ones((2, 4))
+    params = module.init(jax.random.key(0), x)["params"]
+    other = linen.adapt(module, config(targets=("layers_0",), **of_file), x)
+    adapter = other.collect(moved(other.init(jax.random.key(1), params)))
+    adapted = linen.adapt(module, config(targets=("layers_0",), **here), x)
+    with pytest.raises(errors.UserError) as raised:
+        adapted.attach(params, adapter)
+    assert raised.value.found == found
+    theirs = dataclasses.replace(adapter.config, targets=("layers_0", "c_attn"))
+    with pytest.raises(errors.UserError, match="'c_attn' matches none"):
+        linen.adapt(module, theirs, x)
+    again = linen.adapt(module, theirs, x, strict=False)
+    np.testing.assert_allclose(
+        again.apply(again.attach(params, adapter), x),
+        x @ other.merge(other.attach(params, adapter))["layers_0"]["kernel"],
+        atol=1e-5,
+    )
+
+
 def test_what_does_not_fit_is_told_at_once():
     module, params = made()
     with pytest.raises(errors.UserError, match=r"(?s)'q_proj' matches none.*query"):
@@ -398,6 +429,8 @@ def test_what_does_not_fit_is_told_at_once():
         assert misfit.value.found.split("\n            ") == [
             "embed.embedding is missing", "lm_head.kernel has shape (8, 6), expected (8, 5)",
         ]  # fmt: skip
+    with pytest.raises(errors.UserError, match="linear layers to quantise to int8"):
+        linen.adapt(nn.Embed(3, 4), None, IDS, quant="int8")
     base = linen.adapt(module, None, IDS, quant="int8")
     for attempt in (
         lambda: adapted.collect({"params": params}),

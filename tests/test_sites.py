@@ -470,6 +470,10 @@ def test_pissa_moves_the_principal_part_into_a_and_b(init, use_dora, tmp_path):
     back = nnx.clone(model)
     lora.strip(back)
     np.testing.assert_allclose(back.a.kernel[...], kernel, atol=1e-5)
+    idle = nnx.clone(model)
+    idle.a.lora_B.set_value(idle.a.lora_B[...] + 0.1)
+    nnx.update(idle, lora.idle(idle))
+    np.testing.assert_allclose(idle.a(rand(4, 20)), plain.a(rand(4, 20)), atol=1e-5)
 
     for part in (model.a.lora_A, model.a.lora_B, model.b.lora_B):  # trained
         part.set_value(part[...] + 0.1)
@@ -518,6 +522,7 @@ def test_pissa_takes_no_more_ranks_than_a_weight_has():
 
 def test_pissa_of_rounded_weights_is_refused():
     model = nnx.Dict(a=nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
+    dense = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
     quant.quantise_model(model, "int4")
     with pytest.raises(errors.UserError, match=r"(?s)before they were rounded.*int4"):
         lora.inject(model, lora_config.LoRAConfig(targets=("a",), init_lora_weights="pissa"),
@@ -525,8 +530,13 @@ def test_pissa_of_rounded_weights_is_refused():
     given = {"a": (rand(32, 8), rand(8, 8))}
     lora.inject(model, lora_config.LoRAConfig(targets=("a",), init_lora_weights="pissa"),
                 rngs=nnx.Rngs(0), principal=given)  # fmt: skip
-    with pytest.raises(errors.UserError, match=r"(?s)take back.*int4"):
+    lora.inject(dense_model := nnx.Dict(_0=dense), lora_config.LoRAConfig(
+        targets=("_0",), init_lora_weights="pissa"), rngs=nnx.Rngs(0))  # fmt: skip
+    model._0 = dense_model._0  # found before the packed one
+    before = np.asarray(dense.kernel[...])
+    with pytest.raises(errors.UserError, match=r"(?s)take back.*a is in int4"):
         lora.strip(model)
+    np.testing.assert_array_equal(dense.kernel[...], before)
 
 
 # ------------------------------------------------------------------------- DoRA
