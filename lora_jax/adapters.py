@@ -31,8 +31,8 @@ class Adapters:
     def load(self, name: str, source: host.Adapter | pathlib.Path | str) -> None:
         """Loads an adapter, or the one in a folder, under a name that is free.
 
-        Raises: UserError for a name that is taken, and as peft.read, lora.check and
-        adapter.aligned. What is loaded and active is then as it was.
+        Raises: UserError for a name that is taken, a folder's adapter without effect, and as
+        peft.read, lora.check and adapter.aligned. What is loaded and active is then as it was.
         """
         if name in self._loaded:
             raise errors.UserError(
@@ -43,6 +43,8 @@ class Adapters:
         own = isinstance(source, host.Adapter)
         adapter = source if own else peft.read(source)
         lora.check(self.model, adapter, where=name if own else str(source))
+        if not own:
+            adapter.check_effect(str(source))
         self._build({**self._loaded, name: adapter})
 
     def combine(self, name: str, weights: Mapping[str, float], *, rank: int | None = None) -> None:

@@ -73,10 +73,11 @@ def plan(
     fmt = model_quantisation.choose(quantisation, config.quantisation, str(folder))
     rounded = fmt if config.quantisation is None and fmt != "none" else None
     linears, others = checkpoint.contents(folder, config)
-    default = {"float32": "F32", "bfloat16": "BF16"}[config.dtype]
+    default = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
     parts = []
     for name, tensor in (linears | others).items():
-        dtype = tensor.dtype if isinstance(tensor, Stored) else default
+        dense = isinstance(tensor, Stored)
+        dtype = tensor.dtype if dense else default[model_config.stored_dtype(raw)]
         source = _Source(tensor, dtype, rounded if name in linears else None, search)
         parts.append(_part(name, source, adapter))
     if config.tie_word_embeddings and _changes_embedding(adapter):

@@ -88,12 +88,11 @@ def _declaration(fmt: str, raw: dict[str, Any]) -> dict[str, Any]:
     if fmt in model_quantisation.OWN:
         version = model_quantisation.VERSION
         return {"quant_method": "lora_jax", "format": fmt, "version": version}
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_compute_dtype": model_config.stored_dtype(raw),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": fmt.removesuffix("-dq"),
         "bnb_4bit_use_double_quant": fmt.endswith("-dq"),

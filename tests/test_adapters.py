@@ -105,7 +105,7 @@ def test_an_adapter_that_is_larger_makes_room():
     np.testing.assert_allclose(model(X), with_wide, atol=1e-4)
 
 
-def test_an_adapter_that_does_not_fit_leaves_all_as_it_was():
+def test_an_adapter_that_does_not_fit_leaves_all_as_it_was(tmp_path):
     """Whether it has other layers, which take other arrays, or the same of other sizes."""
     model = net()
     shelf = adapters.Adapters(model)
@@ -126,6 +126,10 @@ def test_an_adapter_that_does_not_fit_leaves_all_as_it_was():
             shelf.load("bad", host.Adapter(config, factors))
         assert shelf.names == ["small"] and shelf.active == "small"
         np.testing.assert_allclose(model(X), with_small, atol=1e-4)
+    idle = {path: own._replace(B=0 * own.B) for path, own in small.factors.items()}
+    peft.write(tmp_path, host.Adapter(small.config, idle))
+    with pytest.raises(errors.UserError, match="an adapter that has an effect"):
+        shelf.load("idle", tmp_path)
     shelf.activate(None)
     np.testing.assert_allclose(model(X), net()(X), atol=1e-5)
 

@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import pathlib
+import shutil
 import weakref
 
 import cli
@@ -14,6 +15,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from lora_jax import adapter as host
 from lora_jax import checkpoint, copying, demo, errors, lora, merged, peft, sharding, tensorfiles
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -94,6 +96,20 @@ def test_a_checkpoint_of_bitsandbytes_is_dequantised_to_merge(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     ids = jnp.arange(3, 23)[None]
     np.testing.assert_allclose(load(tmp_path / "merged")(ids), model(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize(("told", "stored"), [("float16", "F16"), ("torch.bfloat16", "BF16")])
+def test_what_was_quantised_gets_the_dtype_of_config_json(told, stored, tmp_path):
+    """Though float16 is computed with as bfloat16, it holds what that would round."""
+    base = shutil.copytree(GOLDEN / "quantised" / "stories260K-bnb-nf4", tmp_path / "base")
+    raw = json.loads((base / "config.json").read_text())
+    raw.pop("dtype", None)
+    (base / "config.json").write_text(json.dumps(raw | {"torch_dtype": told}))
+    adapter = host.Adapter(lora.lora_config.LoRAConfig(), {})
+    kinds = {name: kind for part in merged.plan(base, adapter).parts
+             for name, kind in part.kinds.items()}  # fmt: skip
+    assert kinds["model.layers.0.mlp.up_proj.weight"].dtype == stored
+    assert kinds["model.norm.weight"].dtype == "F32"
 
 
 def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):

@@ -245,8 +245,13 @@ def _sliding_windows(raw: dict[str, Any], model_type: str) -> tuple[int | None, 
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
+def stored_dtype(raw: dict[str, Any]) -> str:
+    """The dtype that a config.json names, such as "float16"."""
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
 def _dtype(raw: dict[str, Any], where: str) -> str:
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    name = stored_dtype(raw)
     dtypes = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
     if name not in dtypes:
         raise errors.UserError(
