@@ -35,24 +35,23 @@ def test_the_step_is_that_of_the_equation():
     frozen = frozen._replace(reference=before)
     lines = pairs(0, 9, 12, 7, 5, 14, 6, 10, 11)
 
-    def log_p(weights, row):
-        ids, taken = jnp.asarray(row[0])[None], jnp.asarray(row[1][1:])
+    rows = [row for line in lines for row in line]
+    alone = train.Batch(**jax.tree.map(jnp.asarray, batches.pad(batches.alone(rows), 16)))
+
+    def log_p(weights):
+        """Of each row on a line of its own."""
         model = nnx.merge(graphdef, weights, frozen.dropout_keys, frozen.base)
-        each = jax.nn.log_softmax(model(ids))[0, jnp.arange(ids.shape[1] - 1), ids[0, 1:]]
-        return jnp.where(taken, each, 0).sum()
+        each = jax.nn.log_softmax(model(alone.input_ids, alone.attention_mask))[:, :-1]
+        each = jnp.take_along_axis(each, alone.input_ids[:, 1:, None], axis=2)[..., 0]
+        return jnp.where(alone.labels[:, 1:] != data.IGNORED, each, 0).sum(axis=1)
 
-    def margins(weights):
-        rewards = [
-            [BETA * (log_p(weights, row) - log_p(before, row)) for row in line] for line in lines
-        ]
-        return jnp.stack([chosen - rejected for chosen, rejected in rewards])
-
-    @jax.jit
     def equation(weights):
-        return -jnp.log(jax.nn.sigmoid(margins(weights))).mean()
+        rewards = BETA * (log_p(weights) - log_p(before))
+        margins = rewards[::2] - rewards[1::2]
+        return -jnp.log(jax.nn.sigmoid(margins)).mean(), margins
 
-    value, gradient = jax.jit(jax.value_and_grad(equation))(trained)
-    rewards = np.asarray(jax.jit(margins)(trained))
+    both = jax.jit(jax.value_and_grad(equation, has_aux=True))
+    (value, rewards), gradient = both(trained)
     assert 0 < (rewards > 0).sum() < len(rewards)
 
     arrays = {name: a.reshape(2, 2, 32) for name, a in batches.pad(lines, 32).items()}
