@@ -97,7 +97,8 @@ def _objective(graphdef: nnx.GraphDef, beta: float | None) -> Callable:
     def pairs(model, frozen, batch, remat):
         reference = nnx.merge(graphdef, frozen.reference, frozen.dropout_keys, frozen.base)
         reference.eval()
-        before = jax.lax.stop_gradient(losses(reference, batch))
+        # In the same form as below, so that both are rounded alike: the first step's loss is log 2.
+        before = jax.lax.stop_gradient(losses(reference, batch, remat=remat))
         now = losses(model, batch, remat=remat)
         return dpo.loss(now, before, batch.attention_mask, beta)
 

@@ -138,7 +138,7 @@ def test_a_run_prefers_what_was_chosen(tmp_path):
         "train", "--model", cli.BASE, "--quant", "int4", "--dataset", rows, "--dpo", "--columns",
         "prompt=question,chosen=good,rejected=bad", "--max-steps", 4, "--batch-size", 8,
         "--grad-accum", 2, "--lr", 0.02, "--eval-every", 2, "--save-every", 2,
-        "--group-by-length", "--output-dir", folder,
+        "--dtype", "bfloat16", "--group-by-length", "--output-dir", folder,
     )  # fmt: skip
     assert "lines of 48 tokens, each length compiled once" in " ".join(ended.out.split())
     assert ended.code == 0 and ended.err == "", ended
