@@ -13,6 +13,13 @@ from lora_jax import data
 Line = Sequence[data.Row]  # rows side by side, which do not see each other
 
 
+def arrange(rows: Sequence[data.Row], seq_len: int, *, packing: bool, in_pairs: bool) -> list[Line]:
+    """Lines of `rows`: packed, in pairs of a chosen and a rejected one, or each alone."""
+    if packing:
+        return pack(rows, seq_len)
+    return pairs(rows) if in_pairs else alone(rows)
+
+
 def alone(rows: Sequence[data.Row]) -> list[Line]:
     """Each row on a line of its own."""
     return [(row,) for row in rows]
@@ -55,6 +62,11 @@ def pack(rows: Sequence[data.Row], length: int) -> list[Line]:
 def longest(lines: Sequence[Line]) -> int:
     """Tokens of the longest line, rounded up to a multiple of 16."""
     return math.ceil(max(map(_size, lines)) / 16) * 16
+
+
+def filled(lines: Sequence[Line], length: int) -> float:
+    """The share of lines of `length` tokens that are tokens of rows, not padding."""
+    return sum(map(_size, lines)) / (len(lines) * length)
 
 
 def _size(line: Line) -> int:
@@ -124,7 +136,7 @@ class Batches:
     @property
     def filled(self) -> float:
         """The share of what is computed that are tokens of rows, not padding."""
-        return sum(self._sizes) / (len(self.lines) * self.length)
+        return filled(self.lines, self.length)
 
     def batch(self, step: int, columns: slice = slice(None)) -> dict[str, np.ndarray]:
         """What `pad` gives, for optimiser step `step` = 0, 1, …: int32 [A, B, T].

@@ -149,6 +149,11 @@ def sequence_length(settings: dict[str, Any], context: int) -> int:
     return seq_len
 
 
+def line_length(settings: dict[str, Any]) -> int:
+    """Tokens of the longest line that a batch can have: of a row, or with --dpo of a pair."""
+    return settings["seq_len"] * (2 if settings.get("dpo") else 1)
+
+
 def columns(text: str) -> dict[str, str]:
     """{"prompt": "question"} from "prompt=question"."""
     pairs = [part.partition("=") for part in text.split(",")]

@@ -65,19 +65,19 @@ def main() -> None:
         settings.get("model") or str(demo.FOLDER), settings.get("revision")
     )
     context = model_config.load(folder).max_position_embeddings
-    seq_len = arguments.sequence_length(settings, context)
+    seq_len = settings["seq_len"] = arguments.sequence_length(settings, context)
     reader = tokenizer.load(folder)
     eos = tokenizer.eos_ids(reader, folder)[0]
     for label, rows in loaded.items():
         encode = data.encode_pairs if settings.get("dpo") else data.encode
         encoded = encode(rows, reader, seq_len, eos)
-        if settings.get("packing"):
-            what, lines = "packed on", batches.pack(encoded.rows, seq_len)
-        elif settings.get("dpo"):
-            what, lines = "paired on", batches.pairs(encoded.rows)
-        else:
-            what, lines = "padded to", batches.alone(encoded.rows)
-        summarise(label, console.near(sources[label]), encoded, lines, seq_len, what)
+        how = {"packing": bool(settings.get("packing")), "in_pairs": bool(settings.get("dpo"))}
+        lines = batches.arrange(encoded.rows, seq_len, **how)
+        summarise(label, console.near(sources[label]), encoded, seq_len)
+        length = min(arguments.line_length(settings), batches.longest(lines))
+        what = "packed on" if how["packing"] else "paired on" if how["in_pairs"] else "padded to"
+        console.say("lines", f"{len(lines)} {what} lines of {length} tokens, "
+                    f"{batches.filled(lines, length):.1%} filled")  # fmt: skip
         named = zip(encoded.rows, encoded.origins, strict=True)
         origins = {id(ids): origin for (ids, _), origin in named}
         first = settings.get("first", 1)
@@ -93,10 +93,8 @@ def main() -> None:
         print()
 
 
-def summarise(label: str, source: str, encoded, lines, seq_len: int, what: str) -> None:
+def summarise(label: str, source: str, encoded, seq_len: int) -> None:
     """What is in the data, in a few lines."""
-    from lora_jax import batches
-
     sizes = [len(ids) for ids, _ in encoded.rows]
     trained = sum(int(trained[1:].sum()) for _, trained in encoded.rows)
     console.say(label, f"{len(sizes)} rows, {sum(sizes)} tokens: {source}")
@@ -108,9 +106,6 @@ def summarise(label: str, source: str, encoded, lines, seq_len: int, what: str) 
                 f"{cuts[18]:g}, the longest {max(sizes)}")  # fmt: skip
     longest = sorted(zip(encoded.lengths, encoded.origins, strict=True), reverse=True)[:LONGEST]
     console.say("longest", ", ".join(f"{where} ({size})" for size, where in longest))
-    length = min(seq_len * (2 if what == "paired on" else 1), batches.longest(lines))
-    share = sum(sizes) / (len(lines) * length)
-    console.say("lines", f"{len(lines)} {what} lines of {length} tokens, {share:.1%} filled")
 
 
 def show(line, origins: list[str], reader, tokens: bool | None) -> None:

@@ -101,11 +101,6 @@ def read_data(settings: dict[str, Any]) -> tuple[Any, Any]:
     return rows, None
 
 
-def line_length(settings: dict[str, Any]) -> int:
-    """Tokens of the longest line that a batch can have: of a row, or with --dpo of a pair."""
-    return settings["seq_len"] * (2 if settings.get("dpo") else 1)
-
-
 class Job:
     """A model with its adapter, its data, and what is done with them."""
 
@@ -138,11 +133,9 @@ class Job:
     def _encode_data(self) -> None:
         settings, held_out = self.settings, self.held_out_rows
         seq_len = settings["seq_len"] = arguments.sequence_length(settings, self.context)
-        packing, lines = settings.get("packing"), batches.alone
-        if packing:
-            lines = functools.partial(batches.pack, length=seq_len)
-        elif self.beta is not None:
-            lines = batches.pairs
+        packing = bool(settings.get("packing"))
+        how = {"packing": packing, "in_pairs": self.beta is not None}
+        lines = functools.partial(batches.arrange, seq_len=seq_len, **how)
         encoded = self._encode("data", settings["dataset"], self.rows, seq_len)
         self.held_out = self.scored = None
         if held_out is not None:
@@ -166,7 +159,7 @@ class Job:
             batch_size=settings["batch_size"],
             grad_accum=settings["grad_accum"],
             seed=settings["seed"],
-            seq_len=line_length(settings),
+            seq_len=arguments.line_length(settings),
         )
         if packing:
             say("packed", f"{len(self.batches.lines)} lines of {self.batches.length} tokens, "
@@ -269,7 +262,7 @@ class Job:
             self.dashboard = None
             if settings.get("report_to") and distributed.leads():
                 how = settings["report_to"], self.folder.path, settings, first
-                self.dashboard = ending.enter_context(contextlib.closing(watch.Report(*how)))
+                self.dashboard = ending.enter_context(contextlib.closing(watch.Dashboard(*how)))
             self.patience = watch.Patience(settings.get("patience"))
             for told in self.folder.metrics(first):
                 if "eval_loss" in told:
@@ -489,7 +482,7 @@ class Job:
         first = self.mesh.devices.flat[0]
         chip = targets.of_kind(first.platform, first.device_kind, self.mesh.size).chip
         sizes = dict(self.mesh.shape)
-        asked = self.settings | {"seq_len": line_length(self.settings)}
+        asked = self.settings | {"seq_len": arguments.line_length(self.settings)}
         planned = plan.memory(ahead.job_of(asked, self.architecture), sizes, chip).total
         return planned * (len(self.mesh.local_devices) if first.platform == "cpu" else 1)
 

@@ -80,7 +80,7 @@ def check_report_to(to: str) -> None:
         )
 
 
-class Report:
+class Dashboard:
     """A dashboard to which all numbers of metrics.jsonl go as well."""
 
     def __init__(self, to: str, folder: pathlib.Path, settings: Mapping[str, Any], first: int):

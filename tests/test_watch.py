@@ -66,9 +66,9 @@ def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
 
 def test_tensorboard_shows_every_number(tmp_path):
     pytest.importorskip("tensorboardX")
-    report = watch.Report("tensorboard", tmp_path, {}, 0)
-    report.log({"step": 1, "loss": 2.5, "grad_norm": 1.0})
-    report.close()
+    dashboard = watch.Dashboard("tensorboard", tmp_path, {}, 0)
+    dashboard.log({"step": 1, "loss": 2.5, "grad_norm": 1.0})
+    dashboard.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in file.read_bytes() and b"grad_norm" in file.read_bytes()
 
