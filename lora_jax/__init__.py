@@ -24,6 +24,7 @@ __all__ = [
     "quantised",
     "sharding",
     "snapshot",
+    "sources",
     "tokenizer",
     "train",
 ]

@@ -53,13 +53,13 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
 
 def main() -> None:
     settings = parse()
-    from lora_jax import batches, data, hub, tokenizer
+    from lora_jax import batches, data, hub, sources, tokenizer
     from lora_jax.models import config as model_config
 
     pairs = arguments.columns(settings["columns"]) if "columns" in settings else None
-    sources = {"data": settings["dataset"], "held out": settings.get("eval_dataset")}
+    files = {"data": settings["dataset"], "held out": settings.get("eval_dataset")}
     loaded = {
-        label: data.load(source, columns=pairs) for label, source in sources.items() if source
+        label: sources.load(source, columns=pairs) for label, source in files.items() if source
     }
     folder = hub.tokenizer_folder(
         settings.get("model") or str(demo.FOLDER), settings.get("revision")
@@ -73,7 +73,7 @@ def main() -> None:
         encoded = encode(rows, reader, seq_len, eos)
         how = {"packing": bool(settings.get("packing")), "in_pairs": bool(settings.get("dpo"))}
         lines = batches.arrange(encoded.rows, seq_len, **how)
-        summarise(label, console.near(sources[label]), encoded, seq_len)
+        summarise(label, console.near(files[label]), encoded, seq_len)
         length = min(arguments.line_length(settings), batches.longest(lines))
         what = "packed on" if how["packing"] else "paired on" if how["in_pairs"] else "padded to"
         console.say("lines", f"{len(lines)} {what} lines of {length} tokens, "
@@ -85,7 +85,7 @@ def main() -> None:
             raise errors.UserError(
                 expected=f"one of the {len(lines)} lines",
                 found=f"--first {first}",
-                where=sources[label],
+                where=files[label],
             )
         for number, line in enumerate(lines[first - 1 : first - 1 + settings["rows"]], first):
             print(f"\nline {number} of {len(lines)}", flush=True)

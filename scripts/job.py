@@ -42,6 +42,7 @@ from lora_jax import (
     run_folder,
     sharding,
     snapshot,
+    sources,
     targets,
     tensorfiles,
     tokenizer,
@@ -93,11 +94,11 @@ def run(
 
 def read_data(settings: dict[str, Any]) -> tuple[Any, Any]:
     """(rows to train on, rows held out or None)."""
-    rows = data.load(settings["dataset"], columns=settings.get("columns"))
+    rows = sources.load(settings["dataset"], columns=settings.get("columns"))
     if settings.get("eval_dataset"):
-        return rows, data.load(settings["eval_dataset"], columns=settings.get("columns"))
+        return rows, sources.load(settings["eval_dataset"], columns=settings.get("columns"))
     if settings.get("eval_every"):
-        return data.holdout(rows, HELD_OUT, settings["seed"])
+        return sources.holdout(rows, HELD_OUT, settings["seed"])
     return rows, None
 
 
@@ -177,7 +178,7 @@ class Job:
                 do="fewer steps of warmup, or a share below 1",
             )
         self.fingerprints = {
-            name: data.fingerprint(rows) if rows is not None else None
+            name: sources.fingerprint(rows) if rows is not None else None
             for name, rows in (("train", self.rows), ("held out", held_out))
         }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 
-from lora_jax import data, errors, tokenizer
+from lora_jax import data, errors, sources, tokenizer
 
 BOS, EOS = tiny_tokenizer.BOS, tiny_tokenizer.EOS
 CHATML = (
@@ -67,12 +67,12 @@ def test_every_format_gives_the_same_rows(tmp_path):
         write(tmp_path / "x.csv", "prompt,completion", '"a, b",1', '"say ""c""\nd",2'),
     ]
     dataset(*rows).to_parquet(tmp_path / "x.parquet")
-    loaded = [data.load(file) for file in [*files, str(tmp_path / "x.parquet")]]
+    loaded = [sources.load(file) for file in [*files, str(tmp_path / "x.parquet")]]
     for one in loaded:
-        assert data.fields_of(one) == ["prompt", "completion"]
+        assert sources.fields_of(one) == ["prompt", "completion"]
         assert [{k: row[k] for k in rows[0]} for row in one] == rows
     # The origin is no part of the content: equal rows have equal fingerprints.
-    assert len({data.fingerprint(one) for one in loaded}) == 1
+    assert len({sources.fingerprint(one) for one in loaded}) == 1
 
 
 def test_malformed_lines_are_all_named(tmp_path):
@@ -80,7 +80,7 @@ def test_malformed_lines_are_all_named(tmp_path):
         tmp_path / "x.jsonl", '{"text": "a"}', '{"text": ', "[1]", "", '{"text": "b"}', "x"
     )
     with pytest.raises(errors.UserError) as caught:
-        data.load(path)
+        sources.load(path)
     for number in (2, 3, 6):
         assert f"x.jsonl:{number}" in str(caught.value)
     assert "x.jsonl:1" not in str(caught.value)
@@ -88,7 +88,7 @@ def test_malformed_lines_are_all_named(tmp_path):
 
     path = write(tmp_path / "many.jsonl", *["broken"] * 30)
     with pytest.raises(errors.UserError) as caught:
-        data.load(path)
+        sources.load(path)
     assert "many.jsonl:20" in str(caught.value)
     assert "many.jsonl:21" not in str(caught.value)
     assert "10 more" in str(caught.value)
@@ -115,21 +115,21 @@ def test_malformed_lines_are_all_named(tmp_path):
 def test_bad_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(errors.UserError, match=message):
-        data.load(str(tmp_path / name))
+        sources.load(str(tmp_path / name))
 
 
 def test_missing_files(tmp_path):
     for name in ("missing.jsonl", str(tmp_path / "missing"), "./missing", str(tmp_path)):
         with pytest.raises(errors.UserError, match=r"no such file|a folder"):
-            data.load(name)
+            sources.load(name)
 
 
 def test_reading_leaves_no_files(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    one = data.load(write(tmp_path / "x.jsonl", *['{"text": "a"}'] * 9))
-    data.holdout(one, 0.5, 0)
+    one = sources.load(write(tmp_path / "x.jsonl", *['{"text": "a"}'] * 9))
+    sources.holdout(one, 0.5, 0)
     assert list(cache.iterdir()) == []
     assert one.cache_files == []
 
@@ -139,19 +139,19 @@ def test_columns_are_renamed(tmp_path):
         tmp_path / "x.jsonl",
         json.dumps({"question": "q", "answer": "a", "text": "t", "completion": "old", "id": 1}),
     )
-    mapped = data.load(path, columns={"prompt": "question", "completion": "answer"})
+    mapped = sources.load(path, columns={"prompt": "question", "completion": "answer"})
     # The mapped kind wins: text is dropped, the old completion is replaced, id stays.
-    assert sorted(data.fields_of(mapped)) == ["completion", "id", "prompt"]
+    assert sorted(sources.fields_of(mapped)) == ["completion", "id", "prompt"]
     assert (mapped[0]["prompt"], mapped[0]["completion"]) == ("q", "a")
 
-    swapped = data.load(path, columns={"prompt": "completion", "completion": "question"})
+    swapped = sources.load(path, columns={"prompt": "completion", "completion": "question"})
     assert (swapped[0]["prompt"], swapped[0]["completion"]) == ("old", "q")
 
 
 def test_unknown_columns_list_what_there_is(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"question": "q", "answer": "a"}')
     with pytest.raises(errors.UserError) as caught:
-        data.load(path, columns={"prompt": "Question", "reply": "answer"})
+        sources.load(path, columns={"prompt": "Question", "reply": "answer"})
     for words in ("question, answer", "no column Question", "no field reply", "--columns"):
         assert words in str(caught.value)
 
@@ -163,9 +163,9 @@ def test_hub_datasets(tmp_path):
     write(repo / "train.jsonl", '{"question": "a", "answer": "b"}')
     write(repo / "test.jsonl", '{"question": "c", "answer": "d"}')
     script = (
-        "from lora_jax import data, errors\n"
+        "from lora_jax import errors, sources\n"
         "def tell(*args, **options):\n"
-        "    try: print(data.load(*args, **options)[0])\n"
+        "    try: print(sources.load(*args, **options)[0])\n"
         "    except errors.UserError as error: print(str(error))\n"
         "tell('o/d@test', columns={'prompt': 'question', 'completion': 'answer'})\n"
         "tell('o/d@dev')\n"
@@ -292,7 +292,7 @@ def test_chats_that_cannot_be_masked_are_named(tmp_path, template, message):
     tok = chat_tokenizer(tmp_path, template)
     path = write(tmp_path / "x.jsonl", json.dumps({"messages": CHAT}))
     with pytest.raises(errors.UserError) as caught:
-        data.encode(data.load(path), tok, 256, EOS)
+        data.encode(sources.load(path), tok, 256, EOS)
     assert message in str(caught.value)
     if template:
         assert "x.jsonl:1" in str(caught.value)
@@ -313,13 +313,13 @@ def test_missing_fields_are_named_with_file_and_row(tok, tmp_path):
         '{"completion": "b", "id": 1}',
     )
     with pytest.raises(errors.UserError) as caught:
-        data.encode(data.load(path), tok, 64, EOS)
+        data.encode(sources.load(path), tok, 64, EOS)
     for words in ("x.jsonl:2", "x.jsonl:3", "fields prompt", "completion, id", "--columns"):
         assert words in str(caught.value)
     assert "x.jsonl:1" not in str(caught.value)
 
     # Also after a split, the lines are the file's.
-    train, evaluation = data.holdout(data.load(path), 0.34, 0)
+    train, evaluation = sources.holdout(sources.load(path), 0.34, 0)
     with pytest.raises(errors.UserError, match=r"x\.jsonl:[23]"):
         data.encode(train, tok, 64, EOS)
     assert len(evaluation) == 1
@@ -328,7 +328,7 @@ def test_missing_fields_are_named_with_file_and_row(tok, tmp_path):
 def test_a_field_that_is_no_text(tok, tmp_path):
     path = write(tmp_path / "x.jsonl", '{"prompt": "a", "completion": 5}')
     with pytest.raises(errors.UserError, match=r"completion is a int[\s\S]*x\.jsonl:1"):
-        data.encode(data.load(path), tok, 64, EOS)
+        data.encode(sources.load(path), tok, 64, EOS)
 
 
 def test_cuts_and_skips_are_counted(tok):
@@ -348,14 +348,14 @@ def test_txt_is_one_stream_in_blocks(tok, tmp_path):
     text = "ab cd\n\n  ef\r\ngh " * 5
     path = tmp_path / "x.txt"
     path.write_bytes(text.encode())
-    encoded = data.encode(data.load(str(path)), tok, 16, EOS)
+    encoded = data.encode(sources.load(str(path)), tok, 16, EOS)
     stream = tok(text).input_ids
     assert np.concatenate([ids for ids, _ in encoded.rows]).tolist() == stream
     assert [len(ids) for ids, _ in encoded.rows[:-1]] == [16] * (len(stream) // 16)
     assert all(trained.all() for _, trained in encoded.rows)
     assert (encoded.num_cut, encoded.num_skipped) == (0, 0)
     # A single last token predicts nothing.
-    tail = data.encode(data.load(str(path)), tok, len(stream) - 1, EOS)
+    tail = data.encode(sources.load(str(path)), tok, len(stream) - 1, EOS)
     assert [len(ids) for ids, _ in tail.rows] == [len(stream) - 1]
 
 
@@ -379,19 +379,20 @@ def test_prompts_for_exact_match(tok):
 
 def test_holdout_is_a_seeded_partition():
     whole = dataset(*({"text": f"row {i}"} for i in range(100)))
-    train, evaluation = data.holdout(whole, 0.02, seed=3)
+    train, evaluation = sources.holdout(whole, 0.02, seed=3)
     assert (len(train), len(evaluation)) == (98, 2)
     assert sorted([*train["text"], *evaluation["text"]]) == sorted(whole["text"])
-    assert data.holdout(whole, 0.02, seed=3)[1]["text"] == evaluation["text"]
-    assert data.holdout(whole, 0.02, seed=4)[1]["text"] != evaluation["text"]
-    assert len(data.holdout(dataset({"text": "a"}, {"text": "b"}), 0.02, 0)[1]) == 1
+    assert sources.holdout(whole, 0.02, seed=3)[1]["text"] == evaluation["text"]
+    assert sources.holdout(whole, 0.02, seed=4)[1]["text"] != evaluation["text"]
+    assert len(sources.holdout(dataset({"text": "a"}, {"text": "b"}), 0.02, 0)[1]) == 1
     with pytest.raises(errors.UserError, match="two rows"):
-        data.holdout(dataset({"text": "a"}), 0.02, 0)
+        sources.holdout(dataset({"text": "a"}), 0.02, 0)
 
 
 def test_holdout_of_a_txt_file_is_its_end(tok, tmp_path):
     lines = [f"line {i}" for i in range(50)]
-    train, evaluation = data.holdout(data.load(write(tmp_path / "x.txt", *lines)), 0.1, seed=0)
+    whole = sources.load(write(tmp_path / "x.txt", *lines))
+    train, evaluation = sources.holdout(whole, 0.1, seed=0)
     ((ids, _),) = data.encode(evaluation, tok, 4096, EOS).rows
     assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[45:])
     ((ids, _),) = data.encode(train, tok, 4096, EOS).rows
@@ -400,7 +401,7 @@ def test_holdout_of_a_txt_file_is_its_end(tok, tmp_path):
 
 def test_fingerprint_follows_the_content():
     rows = [{"text": "a"}, {"text": "b"}]
-    same = data.fingerprint(dataset(*rows))
-    assert data.fingerprint(dataset(*rows)) == same
-    assert data.fingerprint(dataset(*rows[::-1])) != same
-    assert data.fingerprint(dataset(rows[0], {"text": "c"})) != same
+    same = sources.fingerprint(dataset(*rows))
+    assert sources.fingerprint(dataset(*rows)) == same
+    assert sources.fingerprint(dataset(*rows[::-1])) != same
+    assert sources.fingerprint(dataset(rows[0], {"text": "c"})) != same
