@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax import data
+from lora_jax import data, mixture
 
 Line = Sequence[data.Row]  # rows side by side, which do not see each other
 
@@ -98,45 +98,48 @@ def pad(lines: Sequence[Line], length: int) -> dict[str, np.ndarray]:
     return padded
 
 
+class Shuffled:
+    """shuffled[n]: the n-th line of endless epochs, each a new seeded permutation of all lines.
+
+    The order is numpy's: default_rng([seed, epoch, number]). grain's MapDataset would give the same
+    kind of order, but importing it takes seconds and imports jax.
+    """
+
+    def __init__(self, lines: Sequence[Line], seed: int, number: int = 0):
+        """number: of this source among those of a mixture."""
+        self._lines = lines
+        self._order = functools.lru_cache(maxsize=4)(
+            lambda epoch: np.random.default_rng([seed, epoch, number]).permutation(len(lines))
+        )
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, n: int) -> Line:
+        epoch, at = divmod(n, len(self._lines))
+        return self._lines[self._order(epoch)[at]]
+
+
 class Batches:
     """batches.batch(step): the same arrays for the same arguments, in any order of asking.
 
-    Lines come in epochs: each is a new seeded permutation of all lines, and batches run on across
-    the border, so that no row is dropped. T is one static length, the longest line rounded up to a
-    multiple of 16 and at most seq_len.
-
-    The order is numpy's: default_rng([seed, epoch]). grain's MapDataset would give the same kind of
-    order, but importing it takes seconds and imports jax.
+    Step after step shows the lines as they come, across the borders of epochs, so that no row is
+    dropped. T is one static length.
     """
 
-    def __init__(
-        self,
-        lines: Sequence[Line],
-        *,
-        batch_size: int,
-        grad_accum: int,
-        seed: int,
-        seq_len: int,
-    ):
+    def __init__(self, lines: mixture.Source, *, batch_size: int, grad_accum: int, length: int):
         self.lines = lines
-        self._sizes = [_size(line) for line in lines]
         self.batch_size = batch_size
         self.grad_accum = grad_accum
-        self.seed = seed
-        self.length = min(seq_len, longest(lines))
+        self.length = length
 
     def num_steps(self, epochs: float) -> int:
         """Optimiser steps that show every row `epochs` times (the last one may show a few more)."""
-        return math.ceil(epochs * len(self.lines) / self._step_size)
+        return math.ceil(epochs * len(self.lines) / self.step_size)
 
     def shape(self, step: int) -> tuple[int, int, int]:
         """[A, B, T] of each array of a step's batch."""
         return self.grad_accum, self.batch_size, self._length_of(step)
-
-    @property
-    def filled(self) -> float:
-        """The share of what is computed that are tokens of rows, not padding."""
-        return filled(self.lines, self.length)
 
     def batch(self, step: int, columns: slice = slice(None)) -> dict[str, np.ndarray]:
         """What `pad` gives, for optimiser step `step` = 0, 1, …: int32 [A, B, T].
@@ -145,21 +148,17 @@ class Batches:
         """
         numbers = np.reshape(self._numbers(step), (self.grad_accum, self.batch_size))[:, columns]
         length = self._length_of(step)
-        padded = pad([self.lines[n] for n in numbers.ravel()], length)
+        padded = pad([self.lines[int(n)] for n in numbers.ravel()], length)
         return {name: array.reshape(*numbers.shape, length) for name, array in padded.items()}
 
     @property
-    def _step_size(self) -> int:
+    def step_size(self) -> int:
+        """Lines of a step."""
         return self.batch_size * self.grad_accum
 
-    def _numbers(self, step: int) -> list[int]:
-        """Which lines a step shows."""
-        return self._shown(step * self._step_size, (step + 1) * self._step_size)
-
-    def _shown(self, start: int, end: int) -> list[int]:
-        """Which lines come where, counted over all epochs."""
-        size = len(self.lines)
-        return [int(_permutation(size, self.seed, n // size)[n % size]) for n in range(start, end)]
+    def _numbers(self, step: int) -> Sequence[int]:
+        """Which lines a step shows, counted over all epochs."""
+        return range(step * self.step_size, (step + 1) * self.step_size)
 
     def _length_of(self, step: int) -> int:
         return self.length
@@ -173,10 +172,10 @@ class ByLength(Batches):
 
     WINDOW, NUM_LENGTHS = 32, 8
 
-    def __init__(self, batches: Batches, num_steps: int):
+    def __init__(self, batches: Batches, num_steps: int, seed: int):
         """The batches of a run of so many steps: it shows the lines that they would show."""
         vars(self).update(vars(batches))
-        self._num_steps = num_steps
+        self._num_steps, self._seed = num_steps, seed
         sizes = range(1, self.NUM_LENGTHS + 1)
         self.lengths = sorted(
             {min(self.length, math.ceil(self.length * n / len(sizes) / 16) * 16) for n in sizes}
@@ -190,27 +189,27 @@ class ByLength(Batches):
 
     @property
     def filled(self) -> float:
+        """The share of what is computed that are tokens of rows, not padding."""
         shapes = (self.shape(step) for step in range(self._num_steps))
         numbers = (n for step in range(self._num_steps) for n in self._numbers(step))
-        return sum(map(self._sizes.__getitem__, numbers)) / sum(map(math.prod, shapes))
+        return sum(map(self._size_of, numbers)) / sum(map(math.prod, shapes))
 
-    def _numbers(self, step: int) -> list[int]:
+    def _numbers(self, step: int) -> Sequence[int]:
         return self._window(step // self.WINDOW)[step % self.WINDOW]
 
     def _deal(self, window: int) -> list[list[int]]:
         """The lines of each step of a window."""
         first = window * self.WINDOW
         steps = min(self.WINDOW, self._num_steps - first)
-        shown = self._shown(first * self._step_size, (first + steps) * self._step_size)
-        shown.sort(key=self._sizes.__getitem__)
-        order = np.random.default_rng([self.seed, window, 1]).permutation(steps)
-        return [shown[n * self._step_size : (n + 1) * self._step_size] for n in order]
+        shown = sorted(
+            range(first * self.step_size, (first + steps) * self.step_size), key=self._size_of
+        )
+        order = np.random.default_rng([self._seed, window, 1]).permutation(steps)
+        return [shown[n * self.step_size : (n + 1) * self.step_size] for n in order]
 
     def _length_of(self, step: int) -> int:
-        needed = max(map(self._sizes.__getitem__, self._numbers(step)))
+        needed = max(map(self._size_of, self._numbers(step)))
         return self.lengths[bisect.bisect_left(self.lengths, needed)]
 
-
-@functools.lru_cache(maxsize=8)
-def _permutation(num_lines: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_lines)
+    def _size_of(self, number: int) -> int:
+        return _size(self.lines[number])

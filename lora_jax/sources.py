@@ -6,10 +6,11 @@ A row is one of four kinds, the first whose fields are all present (see KINDS), 
 import csv
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -65,6 +66,36 @@ def load(
             expected="at least one row", found="an empty file", where=source, do="check the file"
         )
     return _rename(dataset, columns, source) if columns else dataset
+
+
+def load_all(
+    sources: Sequence[str], columns: Mapping[str, str] | None = None
+) -> "list[datasets.Dataset]":
+    """As `load`, of each. Of several, each is renamed by those of `columns` that it has."""
+    if len(sources) == 1 or not columns:
+        return [load(source, columns=columns) for source in sources]
+    loaded = [load(source) for source in sources]
+    nowhere = [
+        f"no column {theirs}"
+        for theirs in columns.values()
+        if not any(theirs in dataset.column_names for dataset in loaded)
+    ]
+    if nowhere:
+        known = dict.fromkeys(itertools.chain(*map(fields_of, loaded)))
+        raise errors.UserError(
+            expected=f"columns among {', '.join(known)}",
+            found=nowhere,
+            where=list(sources),
+            do="correct --columns",
+        )
+    own = [
+        {ours: theirs for ours, theirs in columns.items() if theirs in dataset.column_names}
+        for dataset in loaded
+    ]
+    return [
+        _rename(dataset, mapped, source) if mapped else dataset
+        for source, dataset, mapped in zip(sources, loaded, own, strict=True)
+    ]
 
 
 def _local(path: pathlib.Path) -> "datasets.Dataset":
@@ -295,10 +326,10 @@ def holdout(
     )
 
 
-def fingerprint(dataset: "datasets.Dataset") -> str:
+def fingerprint(*datasets: "datasets.Dataset") -> str:
     """16 hexadecimal digits that change with any field of any row or with the rows' order."""
     digest = hashlib.sha256()
-    for row in dataset:
+    for row in itertools.chain(*datasets):
         row.pop(ORIGIN, None)
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()[:16]

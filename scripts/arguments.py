@@ -1,7 +1,9 @@
 """Flags that scripts share, and how a script ends."""
 
 import argparse
+import fractions
 import io
+import math
 import os
 import pathlib
 import re
@@ -21,6 +23,7 @@ from lora_jax.models import quantisation as model_quantisation
 PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file")
 
 SEQ_LEN = 1024  # unless the model's context is shorter
+MOST_WEIGHT = 100_000  # of all data sets together: after so many lines their order begins anew
 
 PROCESSES = ("coordinator", "num_processes", "process_id")
 
@@ -63,9 +66,10 @@ class Flags:
 def _refuse_urls(typed: dict[str, Any]) -> None:
     """Raises UserError for gs://…, s3://…, hf://… where a local path is meant."""
     urls = {
-        f"--{name.replace('_', '-')}": typed[name]
+        f"--{name.replace('_', '-')}": value
         for name in PATHS
-        if re.match(r"\w[\w+.-]*://", str(typed.get(name, "")))
+        for value in _values(typed.get(name, ""))
+        if re.match(r"\w[\w+.-]*://", value)
     }
     if urls:
         raise errors.UserError(
@@ -74,6 +78,10 @@ def _refuse_urls(typed: dict[str, Any]) -> None:
             do="copy the files to a local disk (gcloud storage cp -r gs://bucket/folder . ), or "
             "mount the bucket with gcsfuse and give the path there",
         )
+
+
+def _values(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,16 +110,19 @@ def add_model(flags: Flags) -> None:
 
 
 def add_data(flags: Flags) -> None:
-    """--dataset, --dpo, --eval-dataset, --columns, --seq-len, --packing."""
+    """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing."""
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; rows with text, "
-              "prompt/completion, instruction/output or chat messages",
-              metavar="PATH|HUB_ID")  # fmt: skip
+              "prompt/completion, instruction/output or chat messages; several are mixed, by "
+              "default each row once an epoch", nargs="+", metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--weights", "of several data sets: their shares of the lines, such as 3,1; an epoch "
+              "still has as many lines as they have together", metavar="W,W")  # fmt: skip
     flags.add("--dpo", "train on preferences (DPO): rows with prompt, chosen and rejected, texts "
               "or lists of messages", action="store_const", const=True)  # fmt: skip
     flags.add("--eval-dataset", "held-out data (default, with --eval-every: 2 %% of --dataset)",
               metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--columns", "names in the file, e.g. prompt=question,completion=answer")
+    flags.add("--columns", "names in the file (of several: where it has them), e.g. "
+              "prompt=question,completion=answer")  # fmt: skip
     flags.add("--seq-len", f"cut rows after so many tokens (default: {SEQ_LEN}, or the model's "
               "context if that is shorter)", type=int, metavar="T")  # fmt: skip
     flags.add("--packing", "several rows on a line of T tokens, which do not see each other: "
@@ -164,6 +175,35 @@ def columns(text: str) -> dict[str, str]:
             where="--columns",
         )
     return {ours: theirs for ours, _, theirs in pairs}
+
+
+def weights(text: str) -> tuple[int, ...]:
+    """(3, 1) from "3,1" or "0.75,0.25": the smallest whole numbers."""
+    try:
+        parts = [fractions.Fraction(part.strip()) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        parts = [fractions.Fraction(0)]
+    whole = [int(part * math.lcm(*(p.denominator for p in parts))) for part in parts]
+    smallest = tuple(part // (math.gcd(*whole) or 1) for part in whole)
+    if min(smallest) <= 0 or sum(smallest) > MOST_WEIGHT:
+        raise errors.UserError(
+            expected="a positive number for each data set, such as 3,1 or 0.75,0.25, in whole "
+            f"numbers no more than {MOST_WEIGHT} together",
+            found=repr(text),
+            where="--weights",
+            do="round them, or leave out what has no weight",
+        )
+    return smallest
+
+
+def check_data(settings: dict[str, Any]) -> None:
+    """Raises UserError where the flags of add_data do not go together."""
+    given, named = len(settings.get("weights", ())), len(settings["dataset"])
+    if (given and given != named) or given == 1:
+        raise errors.UserError(
+            expected="a weight for each of several data sets",
+            found=f"{given} in --weights, {named} in --dataset",
+        )
 
 
 def seconds(text: str) -> float:

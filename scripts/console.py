@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax import distributed
@@ -70,6 +70,15 @@ def size(num_bytes: int) -> str:
         if num_bytes >= power:
             return f"{num_bytes / power:.3g} {unit}"
     return f"{num_bytes} B"
+
+
+def mixture(names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], shown: int) -> str:
+    """What `shown` lines of several sources are, and how often each of a source's comes."""
+    parts = zip(map(near, names), shares, sizes, strict=True)
+    return f"{shown} lines: " + "; ".join(
+        f"{share:.1%} of {name}, seen {shown * share / size:.2g} times"
+        for name, share, size in parts
+    )
 
 
 def evaluation(metrics: Mapping[str, Any], num_scored: int) -> None:

@@ -47,20 +47,23 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
     if settings.get("packing") and settings.get("dpo"):
         raise errors.UserError(expected="--packing or --dpo", found="both")
     if "dataset" not in settings:
-        settings |= {"dataset": str(demo.TRAIN)}
+        settings |= {"dataset": [str(demo.TRAIN)]}
+    if "weights" in settings:
+        settings["weights"] = arguments.weights(settings["weights"])
+    arguments.check_data(settings)
     return settings
 
 
 def main() -> None:
     settings = parse()
-    from lora_jax import batches, data, hub, sources, tokenizer
+    from lora_jax import batches, data, hub, mixture, sources, tokenizer
     from lora_jax.models import config as model_config
 
     pairs = arguments.columns(settings["columns"]) if "columns" in settings else None
-    files = {"data": settings["dataset"], "held out": settings.get("eval_dataset")}
-    loaded = {
-        label: sources.load(source, columns=pairs) for label, source in files.items() if source
-    }
+    files = [("data", source) for source in settings["dataset"]]
+    if "eval_dataset" in settings:
+        files.append(("held out", settings["eval_dataset"]))
+    loaded = sources.load_all([source for _, source in files], pairs)
     folder = hub.tokenizer_folder(
         settings.get("model") or str(demo.FOLDER), settings.get("revision")
     )
@@ -68,16 +71,18 @@ def main() -> None:
     seq_len = settings["seq_len"] = arguments.sequence_length(settings, context)
     reader = tokenizer.load(folder)
     eos = tokenizer.eos_ids(reader, folder)[0]
-    for label, rows in loaded.items():
+    sizes = []
+    for (label, source), rows in zip(files, loaded, strict=True):
         encode = data.encode_pairs if settings.get("dpo") else data.encode
         encoded = encode(rows, reader, seq_len, eos)
         how = {"packing": bool(settings.get("packing")), "in_pairs": bool(settings.get("dpo"))}
         lines = batches.arrange(encoded.rows, seq_len, **how)
-        summarise(label, console.near(files[label]), encoded, seq_len)
+        summarise(label, console.near(source), encoded, seq_len)
         length = min(arguments.line_length(settings), batches.longest(lines))
         what = "packed on" if how["packing"] else "paired on" if how["in_pairs"] else "padded to"
         console.say("lines", f"{len(lines)} {what} lines of {length} tokens, "
                     f"{batches.filled(lines, length):.1%} filled")  # fmt: skip
+        sizes.append(len(lines))
         named = zip(encoded.rows, encoded.origins, strict=True)
         origins = {id(ids): origin for (ids, _), origin in named}
         first = settings.get("first", 1)
@@ -85,12 +90,17 @@ def main() -> None:
             raise errors.UserError(
                 expected=f"one of the {len(lines)} lines",
                 found=f"--first {first}",
-                where=files[label],
+                where=source,
             )
         for number, line in enumerate(lines[first - 1 : first - 1 + settings["rows"]], first):
             print(f"\nline {number} of {len(lines)}", flush=True)
             show(line, [origins[id(ids)] for ids, _ in line], reader, settings.get("tokens"))
         print()
+    if "weights" in settings:
+        shares = mixture.shares(settings["weights"])
+        sizes = sizes[: len(shares)]  # without what is held out
+        epoch = console.mixture(settings["dataset"], shares, sizes, sum(sizes))
+        console.say("mixture", f"in an epoch {epoch}")
 
 
 def summarise(label: str, source: str, encoded, seq_len: int) -> None:

@@ -16,6 +16,7 @@ import arguments
 import console
 import jax
 import jax.numpy as jnp
+import job_data
 import report
 import watch
 from console import say
@@ -24,10 +25,8 @@ from flax import nnx
 import lora_jax
 from lora_jax import (
     ahead,
-    batches,
     checkpoint,
     config,
-    data,
     decode,
     devices,
     distributed,
@@ -42,15 +41,12 @@ from lora_jax import (
     run_folder,
     sharding,
     snapshot,
-    sources,
     targets,
     tensorfiles,
     tokenizer,
     train,
 )
 from lora_jax.models import config as model_config
-
-HELD_OUT = 0.02  # share of the rows, when --eval-every has no --eval-dataset
 
 
 def run(
@@ -69,7 +65,7 @@ def run(
     devices.keep_freed_memory()
     devices.keep_compiled()
     training = settings.get("max_steps") != 0
-    rows = read_data(settings) if training else (None, None)  # before a model is downloaded
+    rows = job_data.read(settings) if training else None  # before a model is downloaded
     base = hub.model_folder(settings["model"], settings.get("revision"))
     architecture = model_config.load(base)
     settings["quant"] = arguments.resolved_quant(settings, architecture, base)
@@ -92,16 +88,6 @@ def run(
         return job.fit(resume=resume)
 
 
-def read_data(settings: dict[str, Any]) -> tuple[Any, Any]:
-    """(rows to train on, rows held out or None)."""
-    rows = sources.load(settings["dataset"], columns=settings.get("columns"))
-    if settings.get("eval_dataset"):
-        return rows, sources.load(settings["eval_dataset"], columns=settings.get("columns"))
-    if settings.get("eval_every"):
-        return sources.holdout(rows, HELD_OUT, settings["seed"])
-    return rows, None
-
-
 class Job:
     """A model with its adapter, its data, and what is done with them."""
 
@@ -112,86 +98,24 @@ class Job:
         base: pathlib.Path,
         architecture: model_config.LlamaConfig,
         mesh: jax.sharding.Mesh,
-        rows: tuple[Any, Any],
+        rows: job_data.Rows | None,
     ):
         self.settings, self.folder, self.base, self.mesh = settings, folder, base, mesh
-        self.rows, self.held_out_rows = rows
         self.begun = time.monotonic()
         self.beta = settings["beta"] if settings.get("dpo") else None
         self.seconds: dict[str, float] = {}
-        self.num_steps = settings.get("max_steps")
+        self.num_steps = 0
         self.architecture = architecture
         self.context = architecture.max_position_embeddings
         settings["dtype"] = settings.get("dtype") or architecture.dtype
         self.tokenizer = tokenizer.load(self.base)
         self.eos_ids = tokenizer.eos_ids(self.tokenizer, self.base)
         self.lora_config = config.build(config.LoRAConfig, settings)
-        if self.num_steps != 0:
-            self._encode_data()
+        if rows is not None:
+            self.data = job_data.Data(settings, rows, self.tokenizer, self.eos_ids[0], self.context)
+            self.num_steps = self.data.num_steps
         self._check_prompts()
         self._load_model()
-
-    def _encode_data(self) -> None:
-        settings, held_out = self.settings, self.held_out_rows
-        seq_len = settings["seq_len"] = arguments.sequence_length(settings, self.context)
-        packing = bool(settings.get("packing"))
-        how = {"packing": packing, "in_pairs": self.beta is not None}
-        lines = functools.partial(batches.arrange, seq_len=seq_len, **how)
-        encoded = self._encode("data", settings["dataset"], self.rows, seq_len)
-        self.held_out = self.scored = None
-        if held_out is not None:
-            source = settings.get("eval_dataset") or "held out of it"
-            self.held_out = lines(self._encode("held out", source, held_out, seq_len).rows)
-            if settings["exact_match"]:
-                scored = held_out.select(range(min(settings["exact_match"], len(held_out))))
-                self.scored = data.prompts(scored, self.tokenizer)
-                answers = tokenizer.encode(self.tokenizer, [text for _, text in self.scored])
-                self.longest_answer = max(map(len, answers)) + 1  # and EOS
-                longest = max(len(ids) for ids, _ in self.scored) + self.longest_answer
-                if longest > self.context:
-                    raise errors.UserError(
-                        expected=f"answers within the model's context of {self.context} tokens",
-                        found=f"{longest} tokens in the longest prompt and the longest answer",
-                        where=f"--exact-match, {source}",
-                        do="shorten these rows, or leave --exact-match out",
-                    )
-        self.batches = batches.Batches(
-            lines(encoded.rows),
-            batch_size=settings["batch_size"],
-            grad_accum=settings["grad_accum"],
-            seed=settings["seed"],
-            seq_len=arguments.line_length(settings),
-        )
-        if packing:
-            say("packed", f"{len(self.batches.lines)} lines of {self.batches.length} tokens, "
-                f"{self.batches.filled:.1%} filled")  # fmt: skip
-        self.num_steps = self.num_steps or self.batches.num_steps(settings["epochs"])
-        if settings.get("group_by_length"):
-            self.batches = batches.ByLength(self.batches, self.num_steps)
-            lengths = ", ".join(map(str, self.batches.used))
-            say("grouped", f"lines of {lengths} tokens, each length compiled once, "
-                f"{self.batches.filled:.1%} filled")  # fmt: skip
-        if settings["warmup"] >= max(1, self.num_steps):
-            raise errors.UserError(
-                expected=f"a warmup shorter than the run of {self.num_steps} steps",
-                found=f"--warmup {settings['warmup']:g}",
-                do="fewer steps of warmup, or a share below 1",
-            )
-        self.fingerprints = {
-            name: sources.fingerprint(rows) if rows is not None else None
-            for name, rows in (("train", self.rows), ("held out", held_out))
-        }
-
-    def _encode(self, label: str, source: str, rows, seq_len: int) -> data.Encoded:
-        encode = data.encode if self.beta is None else data.encode_pairs
-        encoded = encode(rows, self.tokenizer, seq_len, self.eos_ids[0])
-        say(
-            label,
-            f"{len(encoded.rows)} rows, {sum(len(ids) for ids, _ in encoded.rows)} tokens, "
-            f"{encoded.num_cut} cut at {seq_len}, {encoded.num_skipped} skipped: "
-            f"{console.near(source)}",
-        )
-        return encoded
 
     def _check_prompts(self) -> None:
         self.sampling = config.Sampling(
@@ -382,9 +306,9 @@ class Job:
         return generate.make(self.graphdef, sampling, self.eos_ids, form=form)
 
     def _batch(self, index: int) -> train.Batch:
-        where, shape = sharding.batch(self.mesh), self.batches.shape(index)
+        where, shape = sharding.batch(self.mesh), self.data.batches.shape(index)
         # Only the rows of this process's devices are made.
-        rows = functools.cache(lambda *bounds: self.batches.batch(index, slice(*bounds)))
+        rows = functools.cache(lambda *bounds: self.data.batches.batch(index, slice(*bounds)))
 
         def array(name):
             return jax.make_array_from_callback(
@@ -473,7 +397,7 @@ class Job:
             "mesh": dict(self.mesh.shape),
             "memory": {"planned_bytes": self._planned_bytes(), "bytes_before": self.held},
             "base": {"id": self.settings["model"], **checkpoint.fingerprint(self.base)},
-            "data": self.fingerprints,
+            "data": self.data.fingerprints,
             "samples": {},
         }
 
@@ -488,28 +412,28 @@ class Job:
         return planned * (len(self.mesh.local_devices) if first.platform == "cpu" else 1)
 
     def _make_evaluation(self) -> None:
-        if self.held_out is None:
+        if self.data.held_out is None:
             return
         self.eval_loss = train.make_eval_loss(self.graphdef, self.beta)
-        if self.scored:
-            sampling = config.Sampling(max_new_tokens=self.longest_answer)
+        if self.data.scored:
+            sampling = config.Sampling(max_new_tokens=self.data.longest_answer)
             self.answer = self._generation(sampling)
 
     def _evaluate(
         self, number: int, trained: Any, *, score: bool
     ) -> tuple[float | None, list[dict[str, str]]]:
         """Logs the held-out loss, and with `score` the exact match; (loss, two answers to show)."""
-        if self.held_out is None:
+        if self.data.held_out is None:
             return None, []
         start, answers = time.time(), []
         rows = self.settings["batch_size"]
         model = trained, self.frozen
-        means = evaluate.means(self.eval_loss, *model, self.held_out, rows, self.mesh)
+        means = evaluate.means(self.eval_loss, *model, self.data.held_out, rows, self.mesh)
         metrics, loss = {"step": number, **means}, means["eval_loss"]
         self.patience.note(loss)
-        if (score or self.patience.spent) and self.scored:
+        if (score or self.patience.spent) and self.data.scored:
             how = {"key": jax.random.key(0), "mesh": self.mesh}
-            answers = evaluate.answers(self.answer, *model, self.scored, self.tokenizer, **how)
+            answers = evaluate.answers(self.answer, *model, self.data.scored, self.tokenizer, **how)
             metrics["exact_match"] = evaluate.exact_match(answers)
         self._log(metrics)
         console.evaluation(metrics, len(answers))

@@ -146,14 +146,24 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     for name, number in (("rank_pattern", int), ("alpha_pattern", float)):
         if name in typed:
             typed[name] = _patterns(name, typed[name], number)
-    for name in ("model", "dataset", "eval_dataset"):  # found again from any folder
-        if name in typed and pathlib.Path(typed[name]).expanduser().exists():
-            typed[name] = str(pathlib.Path(typed[name]).expanduser().absolute())
+    for name in ("model", "eval_dataset"):
+        if name in typed:
+            typed[name] = _found_anywhere(typed[name])
+    if "dataset" in typed:
+        typed["dataset"] = [_found_anywhere(source) for source in typed["dataset"]]
+    if "weights" in typed:
+        typed["weights"] = arguments.weights(typed["weights"])
     if "max_time" in typed:
         typed["max_time"] = arguments.seconds(typed["max_time"])
     if "columns" in typed:
         typed["columns"] = arguments.columns(typed["columns"])
     return typed, typed.pop("resume", False)
+
+
+def _found_anywhere(text: str) -> str:
+    """A path so that it is found from any folder; a hub id as it is."""
+    path = pathlib.Path(text).expanduser()
+    return str(path.absolute()) if path.exists() else text
 
 
 def _names(flag: str, text: str) -> tuple[str, ...] | str:
@@ -226,10 +236,11 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
                 found="--dpo without --dataset",
                 do="give a --dataset with prompt, chosen and rejected",
             )
-        settings["dataset"] = str(demo.TRAIN)
+        settings["dataset"] = [str(demo.TRAIN)]
         settings.setdefault("eval_dataset", str(demo.EVAL))
     _check_numbers(settings)
     arguments.check_quant_fast(settings)
+    arguments.check_data(settings)
     prompt = settings.get("prompt")
     pointless = [
         text

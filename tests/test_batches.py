@@ -16,8 +16,14 @@ def numbered(count):
     return batches.alone(rows)
 
 
+def of(lines, *, seed, seq_len, **how):
+    """Batches of shuffled lines."""
+    length = min(seq_len, batches.longest(lines))
+    return batches.Batches(batches.Shuffled(lines, seed), length=length, **how)
+
+
 def test_batches_have_labels_and_masks():
-    made = batches.Batches(numbered(20), batch_size=3, grad_accum=2, seed=0, seq_len=512)
+    made = of(numbered(20), batch_size=3, grad_accum=2, seed=0, seq_len=512)
     batch = made.batch(0)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == dict.fromkeys(
         ("input_ids", "labels", "attention_mask"), ((2, 3, 16), np.dtype(np.int32))
@@ -34,7 +40,7 @@ def test_batches_have_labels_and_masks():
 def test_the_static_length():
     def length(longest, seq_len):
         lines = batches.alone([(np.ones(longest, np.int32), np.ones(longest, bool))])
-        return batches.Batches(lines, batch_size=1, grad_accum=1, seed=0, seq_len=seq_len).length
+        return of(lines, batch_size=1, grad_accum=1, seed=0, seq_len=seq_len).length
 
     assert [length(1, 512), length(16, 512), length(17, 512)] == [16, 16, 32]
     assert length(100, 100) == 100
@@ -45,7 +51,7 @@ def order(made, steps):
 
 
 def test_every_epoch_is_another_permutation_of_all_rows():
-    made = batches.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
+    made = of(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
     shown = order(made, range(made.num_steps(4)))
     assert made.num_steps(4) == 10
     epochs = [tuple(shown[i : i + 10]) for i in range(0, 40, 10)]
@@ -55,7 +61,7 @@ def test_every_epoch_is_another_permutation_of_all_rows():
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_what_each_process_makes_is_its_rows_of_the_same_batch(processes):
-    made = batches.Batches(numbered(10), batch_size=8, grad_accum=3, seed=5, seq_len=64)
+    made = of(numbered(10), batch_size=8, grad_accum=3, seed=5, seq_len=64)
     share = 8 // processes
     for step in (0, 3):
         whole = made.batch(step)
@@ -67,16 +73,16 @@ def test_what_each_process_makes_is_its_rows_of_the_same_batch(processes):
 
 
 def test_num_steps_rounds_up():
-    made = batches.Batches(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
+    made = of(numbered(10), batch_size=2, grad_accum=2, seed=5, seq_len=64)
     assert [made.num_steps(epochs) for epochs in (1, 2, 0.5, 0.1)] == [3, 5, 2, 1]
     # More rows in a batch than in the data: rows repeat, none is lost.
-    large = batches.Batches(numbered(3), batch_size=8, grad_accum=1, seed=5, seq_len=64)
+    large = of(numbered(3), batch_size=8, grad_accum=1, seed=5, seq_len=64)
     assert sorted(order(large, [0])[:6]) == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_step_is_the_same_after_a_restart_and_in_any_order():
     def fresh(seed):
-        return batches.Batches(numbered(10), batch_size=3, grad_accum=1, seed=seed, seq_len=64)
+        return of(numbered(10), batch_size=3, grad_accum=1, seed=seed, seq_len=64)
 
     straight = [fresh(1).batch(step) for step in range(8)]
     resumed = fresh(1)
@@ -88,7 +94,7 @@ def test_a_step_is_the_same_after_a_restart_and_in_any_order():
 
 def test_the_order_is_pinned():
     # A change of this order would silently change every resumed run.
-    made = batches.Batches(numbered(10), batch_size=10, grad_accum=1, seed=0, seq_len=64)
+    made = of(numbered(10), batch_size=10, grad_accum=1, seed=0, seq_len=64)
     assert order(made, [0]) == np.random.default_rng([0, 0]).permutation(10).tolist()
     assert order(made, [1]) == np.random.default_rng([0, 1]).permutation(10).tolist()
 
@@ -104,9 +110,9 @@ def uneven(count, seed=0):
 
 
 def test_by_length_a_run_shows_the_same_rows_in_few_shapes():
-    plain = batches.Batches(uneven(300), batch_size=4, grad_accum=2, seed=3, seq_len=256)
+    plain = of(uneven(300), batch_size=4, grad_accum=2, seed=3, seq_len=256)
     steps = plain.num_steps(2)
-    made = batches.ByLength(plain, steps)
+    made = batches.ByLength(plain, steps, 3)
     shown = {name: [b.batch(step)["input_ids"] for step in range(steps)]
              for name, b in (("plain", plain), ("grouped", made))}  # fmt: skip
     rows = {name: sorted(np.concatenate([ids[..., 0].ravel() for ids in each]).tolist())
@@ -115,7 +121,7 @@ def test_by_length_a_run_shows_the_same_rows_in_few_shapes():
     lengths = {ids.shape[-1] for ids in shown["grouped"]}
     assert 4 <= len(lengths) <= 8 and sorted(lengths) == made.used
     assert [ids.shape for ids in shown["grouped"]] == [made.shape(step) for step in range(steps)]
-    assert made.filled > 0.75 > 2 * plain.filled
+    assert made.filled > 0.75 > 2 * batches.filled(uneven(300), 256)
     real = sum((b["attention_mask"] != 0).sum() for b in map(made.batch, range(steps)))
     assert made.filled == real / sum(ids.size for ids in shown["grouped"])
     sizes = [ids.shape[-1] for ids in shown["grouped"][: made.WINDOW]]
@@ -125,7 +131,7 @@ def test_by_length_a_run_shows_the_same_rows_in_few_shapes():
 def test_by_length_a_step_is_the_same_after_a_restart_and_split_otherwise():
     def fresh(batch_size, grad_accum):
         how = {"batch_size": batch_size, "grad_accum": grad_accum, "seed": 1, "seq_len": 256}
-        return batches.ByLength(batches.Batches(uneven(100), **how), 40)
+        return batches.ByLength(of(uneven(100), **how), 40, 1)
 
     made, other = fresh(4, 2), fresh(8, 1)
     for step in (39, 0, 33):
@@ -161,14 +167,11 @@ def test_a_row_goes_where_it_leaves_least_room():
 
 
 def test_packed_rows_are_numbered_and_begin_untrained():
-    made = batches.Batches(
-        batches.pack(of_lengths(5, 4, 3), 12), batch_size=1, grad_accum=1, seed=0, seq_len=12
-    )
+    made = of(batches.pack(of_lengths(5, 4, 3), 12), batch_size=1, grad_accum=1, seed=0, seq_len=12)
     batch = {name: array[0, 0].tolist() for name, array in made.batch(0).items()}
     assert batch["input_ids"] == [0] * 5 + [1] * 4 + [2] * 3
     assert batch["attention_mask"] == [1] * 5 + [2] * 4 + [3] * 3
     assert batch["labels"] == [-100, 0, 0, 0, 0, -100, 1, 1, 1, -100, 2, 2]
-    assert made.filled == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_window", "llama_tied_hd16"])

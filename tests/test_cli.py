@@ -58,7 +58,7 @@ def test_help_is_in_groups_and_shows_every_default(monkeypatch):
 
 
 def test_a_default_is_overridden_by_what_is_typed_alone():
-    assert settings() == {**train_script.DEFAULTS, "model": "m", "dataset": "d.jsonl"}
+    assert settings() == {**train_script.DEFAULTS, "model": "m", "dataset": ["d.jsonl"]}
     found = settings("--rank", 4, "--lr", "1e-3", "--seq-len", 32, "--quant", "nf4")
     assert (found["rank"], found["lr"], found["seq_len"], found["quant"]) == (4, 1e-3, 32, "nf4")
 
@@ -168,6 +168,12 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--targets (", "--targets"),
         ("--targets ,", "no targets"),
         ("--columns prompt", "FIELD=COLUMN"),
+        ("--weights 1", "1 in --weights, 1 in --dataset"),
+        ("--dataset a b c --weights 1,2", "2 in --weights, 3 in --dataset"),
+        ("--dataset a b --weights 1,0", "'1,0' where: --weights to do: round them, or leave out"),
+        ("--dataset a b --weights 1/3,x", "3,1 or 0.75,0.25"),
+        ("--dataset a b --weights 0.333333,0.666667", "no more than 100000 together"),
+        ("--dataset a gs://bucket/b", "--dataset gs://bucket/b to do: copy"),
         ("--max-steps 3 --epochs 2", "--max-steps and --epochs"),
         ("--use-4bit --quant nf4", "int4, nf4"),
         ("--quant-fast", "--quant-fast with --quant none"),
@@ -270,9 +276,14 @@ def test_ctrl_c_with_nothing_to_save_ends_at_once():
 def test_local_paths_are_found_again_from_another_folder(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    typed, _ = train_script.parse(["--dataset", "rows.jsonl", "--model", "owner/name"])
-    assert typed["dataset"] == str(tmp_path / "rows.jsonl")
+    typed, _ = train_script.parse(["--dataset", "rows.jsonl", "o/d", "--model", "owner/name"])
+    assert typed["dataset"] == [str(tmp_path / "rows.jsonl"), "o/d"]
     assert typed["model"] == "owner/name"
+
+
+def test_weights_become_the_smallest_whole_numbers():
+    found = map(arguments.weights, ("3,1", "0.75, 0.25", "6,2", "1e2,100", "1/3,2/3"))
+    assert [*found] == [(3, 1), (3, 1), (3, 1), (1, 1), (1, 2)]
 
 
 def test_times_have_units():

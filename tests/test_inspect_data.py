@@ -68,6 +68,14 @@ def test_what_is_cut_skipped_and_longest_is_told(tmp_path):
     assert "a token to train on" in cli.refused("inspect_data", "--dataset", path, "--seq-len", 32)
 
 
+def test_the_parts_of_a_mixture_are_shown_and_how_often_they_come(rows, tmp_path):
+    other = cli.write_rows(tmp_path / "other.jsonl", 4)
+    out = inspect("--dataset", rows, other, "--weights", "1,1", "--first", 4, "--rows", 1)
+    assert out.count("\nline 4 of ") == 2 and "── other.jsonl:4: " in out
+    told = f"16 lines: 50.0% of {rows}, seen 0.67 times; 50.0% of {other}, seen 2 times"
+    assert told in " ".join(out.split())
+
+
 def test_wrong_numbers_are_refused(rows):
     told = cli.refused("inspect_data", "--dataset", rows, "--first", 13)
     assert "one of the 12 lines" in told and "--first 13" in told

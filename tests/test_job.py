@@ -256,7 +256,8 @@ def test_resume_on_other_data_or_another_base_is_refused(whole, data, tmp_path, 
         run["settings"]["model"] = run["base"]["id"] = str(base)
     else:
         name = {"train": "dataset", "held out": "eval_dataset"}[changed]
-        run["settings"][name] = str(cli.write_rows(tmp_path / "other.jsonl", 40, first=1))
+        other = str(cli.write_rows(tmp_path / "other.jsonl", 40, first=1))
+        run["settings"][name] = [other] if changed == "train" else other
     (folder / "run.json").write_text(json.dumps(run))
     message = cli.refused("train", "--resume", "--output-dir", folder)
     told = {"base": "another config of the base", "train": "another train of the data",

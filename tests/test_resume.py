@@ -27,14 +27,17 @@ FLAGS = (*MODEL, "--batch-size", 8, "--grad-accum", 2, "--max-steps", STEPS,
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return cli.write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 40)
+    """Flags for a mixture of two data sets."""
+    folder = tmp_path_factory.mktemp("data")
+    many, few = (cli.write_rows(folder / f"{count}.jsonl", count, count) for count in (40, 10))
+    return ("--dataset", many, few, "--weights", "3,1")
 
 
 @pytest.fixture(scope="module")
 def whole(rows, tmp_path_factory):
     """The folder of a run of six steps on eight devices that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    ended = cli.run("train", *FLAGS, "--dataset", rows, "--output-dir", folder)
+    ended = cli.run("train", *FLAGS, *rows, "--output-dir", folder)
     assert ended.code == 0 and checkpoints(folder) == [2, 4, 6], ended
     return folder
 
@@ -70,7 +73,7 @@ def status(folder):
 
 def test_killed_at_any_moment_a_run_loses_no_saved_step(parent, rows, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    flags = (*MODEL, "--dataset", rows, "--batch-size", 2, "--grad-accum", 1,
+    flags = (*MODEL, *rows, "--batch-size", 2, "--grad-accum", 1,
              "--max-steps", MANY, "--save-every")  # fmt: skip
     code, log = parent.train(*flags, 100, "--output-dir", whole, devices=1)
     assert code == 0, log
@@ -233,7 +236,7 @@ def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "steps", watched)
     monkeypatch.setattr(evaluate, "means", lambda *_: {"eval_loss": float(next(losses))})
     ended = cli.run(
-        "train", *FLAGS, "--dataset", rows, "--output-dir", folder, "--eval-every", 2,
+        "train", *FLAGS, *rows, "--output-dir", folder, "--eval-every", 2,
         "--save-every", 100, "--keep-checkpoints", 1, "--keep-best",
     )  # fmt: skip
     assert ended.code == 0, ended
@@ -254,7 +257,7 @@ def test_without_patience_left_a_run_ends_and_keeps_the_best(rows, tmp_path, mon
     folder, losses = tmp_path / "run", iter([9, 3, 1, math.nan, 2])
     monkeypatch.setattr(evaluate, "means", lambda *_: {"eval_loss": float(next(losses))})
     flags = ("--output-dir", folder, "--eval-every", 1, "--exact-match", 1)
-    ended = cli.run("train", *FLAGS, "--dataset", rows, *flags, "--patience", 2)
+    ended = cli.run("train", *FLAGS, *rows, *flags, "--patience", 2)
     assert ended.code == 0 and "no better held-out loss in 2 evaluations" in ended.out, ended
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished" and run["best"] == {"step": 2, "eval_loss": 1}
@@ -267,7 +270,7 @@ def test_without_patience_left_a_run_ends_and_keeps_the_best(rows, tmp_path, mon
 
 def test_a_run_stops_when_its_time_is_over_and_goes_on(whole, rows, tmp_path):
     folder = tmp_path / "run"
-    flags = (*FLAGS, "--dataset", rows, "--output-dir", folder, "--max-time", "1s")
+    flags = (*FLAGS, *rows, "--output-dir", folder, "--max-time", "1s")
     ended = cli.run("train", *flags, "--log-every", 1)
     assert ended.code == 75 and "stopped after step 1 of 6; to go on:" in ended.out, ended
     assert status(folder) == "stopped at step 1" and "step 1 of 6: loss" in ended.out
