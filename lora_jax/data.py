@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lora_jax import errors, sources
+from lora_jax import errors, reading, sources
 from lora_jax import tokenizer as tokenizing
 
 if typing.TYPE_CHECKING:
@@ -56,21 +56,24 @@ def encode(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     seq_len: int,
     eos: int,
+    *,
+    may_be_empty: bool = False,
 ) -> Encoded:
     """Token ids and loss masks of all rows, cut at seq_len, in the dataset's order.
 
     A row without a trained token after its first position (nothing to predict) is skipped.
+    may_be_empty: it is no error if no row remains, as in a part of the data.
 
     Raises:
       errors.UserError: a row lacks fields, a chat cannot be masked, or no row remains.
     """
-    if sources.STREAM in dataset.column_names:
-        rows = _blocks("".join(dataset[sources.STREAM]), tokenizer, seq_len)
+    if reading.STREAM in dataset.column_names:
+        rows = _blocks("".join(dataset[reading.STREAM]), tokenizer, seq_len)
         origins = [f"block {number}" for number in range(1, len(rows) + 1)]
     else:
         rows = _encode_rows(dataset, tokenizer, eos)
         origins = [_origin(row) for row in dataset]
-    return _cut(rows, origins, seq_len, together=1)
+    return _cut(rows, origins, seq_len, together=1, may_be_empty=may_be_empty)
 
 
 def encode_pairs(
@@ -78,6 +81,8 @@ def encode_pairs(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     seq_len: int,
     eos: int,
+    *,
+    may_be_empty: bool = False,
 ) -> Encoded:
     """As `encode`, of prompts with a chosen and a rejected answer: two rows each, in this order.
 
@@ -108,14 +113,17 @@ def encode_pairs(
             where=where,
             do="correct these rows, or map their fields, e.g. --columns chosen=better",
         )
-    return _cut(_encode_rows(rows, tokenizer, eos), origins, seq_len, together=2)
+    made = _encode_rows(rows, tokenizer, eos)
+    return _cut(made, origins, seq_len, together=2, may_be_empty=may_be_empty)
 
 
-def _cut(rows: Sequence[Row], origins: list[str], seq_len: int, *, together: int) -> Encoded:
+def _cut(
+    rows: Sequence[Row], origins: list[str], seq_len: int, *, together: int, may_be_empty: bool
+) -> Encoded:
     """Rows cut at seq_len, without groups of so many of which one has nothing left to train."""
     groups = [range(n, n + together) for n in range(0, len(rows), together)]
     whole = [group for group in groups if all(rows[n][1][1:seq_len].any() for n in group)]
-    if not whole:
+    if not whole and not may_be_empty:
         raise errors.UserError(
             expected="at least one row with a token to train on",
             found=f"none in {len(rows)} rows of at most {seq_len} tokens",

@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: run.json, metrics.jsonl, adapter/, checkpoints/."""
+"""What a run leaves in its output folder: run.json, metrics.jsonl, adapter/, checkpoints/, …"""
 
 import datetime
 import fcntl
@@ -28,6 +28,7 @@ class RunFolder:
         self.path = path
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
+        self.streams = path / "streams"
         self._metrics = path / "metrics.jsonl"
         self._run = path / "run.json"
         if path.is_dir() and not resume and any(p.name not in _TRACES for p in path.iterdir()):
@@ -167,6 +168,7 @@ class Followed(RunFolder):
         self.path = path
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
+        self.streams = path / "streams"
         self._run = path / "run.json"
         self._metrics = path / "metrics.jsonl"
 

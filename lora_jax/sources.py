@@ -3,18 +3,17 @@
 A row is one of four kinds, the first whose fields are all present (see KINDS), or a preference.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import json
 import pathlib
+import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lora_jax import errors, hub
+from lora_jax import errors, hub, reading
 
 if typing.TYPE_CHECKING:
     import datasets
@@ -25,13 +24,12 @@ KINDS = (
     ("instruction", "output"),
     ("text",),
 )
+HEAD = 1000  # rows of a stream that are looked at before it is read
 PREFERENCE = ("prompt", "chosen", "rejected")
 _FIELDS = ("messages", "prompt", "completion", "instruction", "input", "output", "text",
            "chosen", "rejected")  # fmt: skip
 # Where a row comes from ("train.jsonl:17"), for messages; no part of the content.
 ORIGIN = "_origin"
-# A line of a .txt file.
-STREAM = "_stream"
 
 
 def load(
@@ -49,35 +47,33 @@ def load(
     Raises:
       errors.UserError: missing, empty or malformed (all bad lines named), unknown column, …
     """
-    path = pathlib.Path(source).expanduser()
-    if path.is_file():
-        dataset = _local(path)
-    elif path.suffix in _READERS or hub.looks_like_path(source) or path.is_dir():
-        raise errors.UserError(
-            expected=f"a data file ({', '.join(_READERS)}) or a hub id",
-            found="a folder" if path.is_dir() else "no such file",
-            where=str(path),
-            do="check the path",
-        )
-    else:
+    path = _local(source)
+    if path is None:
         dataset = _from_hub(source)
+        dataset = dataset.add_column(ORIGIN, _origins(source, range(1, len(dataset) + 1)))
+    else:
+        dataset = _table(list(reading.rows(path)), source)
     if len(dataset) == 0:
-        raise errors.UserError(
-            expected="at least one row", found="an empty file", where=source, do="check the file"
-        )
+        raise _empty(source)
     return _rename(dataset, columns, source) if columns else dataset
 
 
 def load_all(
-    sources: Sequence[str], columns: Mapping[str, str] | None = None
+    sources: Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    counts: Sequence[int | None] = (),
 ) -> "list[datasets.Dataset]":
-    """As `load`, of each. Of several, each is renamed by those of `columns` that it has."""
-    if len(sources) == 1 or not columns:
-        return [load(source, columns=columns) for source in sources]
-    loaded = [load(source) for source in sources]
+    """As `load`, of each; of several, each is renamed by those of `columns` that it has.
+
+    counts: how many rows of each are read, its first ones; None: all.
+    """
+    loaded = [
+        load(source) if count is None else _head(source, count)
+        for source, count in zip(sources, counts or [None] * len(sources), strict=True)
+    ]
     nowhere = [
         f"no column {theirs}"
-        for theirs in columns.values()
+        for theirs in (columns or {}).values()
         if not any(theirs in dataset.column_names for dataset in loaded)
     ]
     if nowhere:
@@ -88,161 +84,89 @@ def load_all(
             where=list(sources),
             do="correct --columns",
         )
-    own = [
-        {ours: theirs for ours, theirs in columns.items() if theirs in dataset.column_names}
-        for dataset in loaded
-    ]
-    return [
-        _rename(dataset, mapped, source) if mapped else dataset
-        for source, dataset, mapped in zip(sources, loaded, own, strict=True)
-    ]
+    pairs = zip(loaded, sources, strict=True)
+    return [_rename_known(dataset, columns, source) for dataset, source in pairs]
 
 
-def _local(path: pathlib.Path) -> "datasets.Dataset":
-    """Reads in memory, without the cache of `datasets`: two runs at once cannot collide."""
+def _head(source: str, count: int) -> "datasets.Dataset":
+    found = [*itertools.islice(stream(source), count)]
+    if not found:
+        raise _empty(source)
+    return _table(found, source)
+
+
+def stream(source: str, start: reading.Position = reading.START) -> Iterator[reading.Found]:
+    """The rows of a file or of a hub data set from `start` on, as they are asked for."""
+    path = _local(source)
+    if path is None:
+        return _stream_from_hub(source, start)
+    if reading.is_array(path):
+        raise errors.UserError(
+            expected="a file that can be read row by row",
+            found="a JSON array, which can be read whole only",
+            where=source,
+            do="make it a .jsonl file, e.g. jq -c '.[]' in.json > out.jsonl",
+        )
+    return reading.rows(path, start)
+
+
+def table(
+    found: Sequence[reading.Found], columns: Mapping[str, str] | None, source: str
+) -> "datasets.Dataset":
+    """Some rows that `stream` gave, renamed by those of `columns` that they have."""
+    return _rename_known(_table(found, source), columns, source)
+
+
+def _local(source: str) -> pathlib.Path | None:
+    """The path of a file, or None for what is of the hub. Raises: UserError without the file."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in reading.FORMATS or hub.looks_like_path(source) or path.is_dir():
+        raise errors.UserError(
+            expected=f"a data file ({', '.join(reading.FORMATS)}) or a hub id",
+            found="a folder" if path.is_dir() else "no such file",
+            where=str(path),
+            do="check the path",
+        )
+    return None
+
+
+def _empty(source: str) -> errors.UserError:
+    return errors.UserError(
+        expected="at least one row", found="an empty file", where=source, do="check the file"
+    )
+
+
+def _origins(source: str, numbers: Iterable[int]) -> list[str]:
+    name = pathlib.Path(source).name if _local(source) else source
+    return [f"{name}:{number}" for number in numbers]
+
+
+def _table(found: Sequence[reading.Found], source: str) -> "datasets.Dataset":
+    """All rows in one table, in memory, without the cache of `datasets`: two runs at once cannot
+    collide. A row has the fields of all, null where it has none."""
     import datasets
     import pyarrow
 
-    if path.suffix not in _READERS:
-        raise errors.UserError(
-            expected=f"a data file ending in {', '.join(_READERS)}",
-            found=path.suffix or "no suffix",
-            where=str(path),
-            do="convert the file, or rename it if only its name is wrong",
-        )
-    hub.refuse_lfs_pointer(path)
-    rows = _READERS[path.suffix](path)
-    names = dict.fromkeys(name for _, row in rows for name in row)
-    table = {name: [row.get(name) for _, row in rows] for name in names}
+    if bad := [each for each in found if isinstance(each.row, str)]:
+        reading.refuse(pathlib.Path(source), bad)
+    names = dict.fromkeys(name for _, row, _ in found for name in row)
+    columns = {name: [row.get(name) for _, row, _ in found] for name in names}
+    origins = _origins(source, (number for number, _, _ in found))
     try:
-        return datasets.Dataset.from_dict(
-            {**table, ORIGIN: [f"{path.name}:{number}" for number, _ in rows]}
-        )
+        return datasets.Dataset.from_dict({**columns, ORIGIN: origins})
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise errors.UserError(
             expected="values of one type in each column",
             found=str(error).splitlines()[0],
-            where=str(path),
+            where=source,
             do="make the types equal, e.g. write numbers as strings in every row",
         ) from error
 
 
-Rows = list[tuple[int, dict]]  # (line or row number, counted from 1; fields)
-
-
-def _read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise errors.UserError(
-            expected="UTF-8",
-            found=f"byte 0x{error.object[error.start]:02x}",
-            where=f"{path}:{line}",
-            do="convert it, e.g. iconv -f latin1 -t utf-8",
-        ) from error
-
-
-def _read_jsonl(path: pathlib.Path) -> Rows:
-    rows, found, where = [], [], []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"a {type(row).__name__} instead of an object")
-            rows.append((number, row))
-        except ValueError as error:
-            found.append(f"line {number}: {error}")
-            where.append(f"{path}:{number}")
-    if found:
-        raise errors.UserError(
-            expected='one JSON object in each line, such as {"prompt": "…", "completion": "…"}',
-            found=found,
-            where=where,
-            do="correct these lines",
-        )
-    return rows
-
-
-def _read_json(path: pathlib.Path) -> Rows:
-    text = _read_text(path)
-    if not text.lstrip().startswith("["):
-        return _read_jsonl(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise errors.UserError(
-            expected="a JSON array of objects",
-            found=error.msg,
-            where=f"{path}:{error.lineno}",
-            do="correct the file",
-        ) from error
-    bad = [n for n, row in enumerate(rows, start=1) if not isinstance(row, dict)]
-    if bad:
-        raise errors.UserError(
-            expected="a JSON array of objects",
-            found=[f"a {type(rows[n - 1]).__name__}" for n in bad],
-            where=[f"{path}, element {n}" for n in bad],
-            do="correct these elements",
-        )
-    return list(enumerate(rows, start=1))
-
-
-def _read_csv(path: pathlib.Path) -> Rows:
-    # All values stay text: a column of numbers is as good a completion as any other.
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows, bad = [], []
-    try:
-        header = next(reader, [])
-        for fields in reader:
-            if len(fields) == len(header):
-                rows.append((reader.line_num, dict(zip(header, fields, strict=True))))
-            elif fields:
-                bad.append((reader.line_num, f"{len(fields)} fields, {len(header)} in the header"))
-    except csv.Error as error:
-        bad.append((reader.line_num, str(error)))
-    if bad:
-        raise errors.UserError(
-            expected="a header and comma-separated rows with as many fields",
-            found=[f"line {number}: {problem}" for number, problem in bad],
-            where=[f"{path}:{number}" for number, _ in bad],
-            do="correct these lines (a field with commas, quotes or newlines needs quotes)",
-        )
-    return rows
-
-
-def _read_parquet(path: pathlib.Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise errors.UserError(
-            expected="a parquet file",
-            found=str(error).splitlines()[0],
-            where=str(path),
-            do="check that the file is complete",
-        ) from error
-
-
-def _read_txt(path: pathlib.Path) -> Rows:
-    lines = io.StringIO(_read_text(path), newline="")  # ends at \n and \r only, and keeps them
-    return [(number, {STREAM: line}) for number, line in enumerate(lines, start=1)]
-
-
-_READERS: dict[str, Callable[[pathlib.Path], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-}
-
-
-def _from_hub(source: str) -> "datasets.Dataset":
+def _from_hub(source: str, **how: bool) -> typing.Any:
+    """What `datasets` makes of a hub id. how: streaming."""
     import datasets
     import huggingface_hub
 
@@ -253,7 +177,7 @@ def _from_hub(source: str) -> "datasets.Dataset":
     huggingface_hub.logging.set_verbosity_error()  # else each retry of six is told, twice
     with hub.readable_errors(name, None, kind="dataset"):
         try:
-            dataset = datasets.load_dataset(name, config or None, split=split)
+            return datasets.load_dataset(name, config or None, split=split, **how)
         except datasets.exceptions.DatasetNotFoundError:
             # `datasets` drops the reason; the hub's client raises gated or missing.
             huggingface_hub.auth_check(name, repo_type="dataset")
@@ -267,8 +191,27 @@ def _from_hub(source: str) -> "datasets.Dataset":
                 where=source,
                 do="choose a config and one of its splits, as in owner/name:config@split",
             ) from error
-    origin = [f"{source}:{n}" for n in range(1, len(dataset) + 1)]
-    return dataset.add_column(ORIGIN, origin)
+
+
+def _stream_from_hub(source: str, start: reading.Position) -> Iterator[reading.Found]:
+    rows, (state, before) = _from_hub(source, streaming=True), start
+    if before:
+        rows.load_state_dict(state)
+    with hub.readable_errors(_repository(source), None, kind="dataset"):
+        for number, row in enumerate(rows, start=before + 1):
+            yield reading.Found(number, row, (rows.state_dict(), number))
+
+
+def _repository(source: str) -> str:
+    return re.split("[:@]", source)[0]
+
+
+def _rename_known(
+    dataset: "datasets.Dataset", columns: Mapping[str, str] | None, source: str
+) -> "datasets.Dataset":
+    names = dataset.column_names
+    own = {ours: theirs for ours, theirs in (columns or {}).items() if theirs in names}
+    return _rename(dataset, own, source) if own else dataset
 
 
 def _rename(
@@ -298,7 +241,7 @@ def _rename(
 
 def fields_of(dataset: "datasets.Dataset") -> list[str]:
     """The names of the columns that came from the file."""
-    return [name for name in dataset.column_names if name not in (ORIGIN, STREAM)]
+    return [name for name in dataset.column_names if name not in (ORIGIN, reading.STREAM)]
 
 
 def holdout(
@@ -315,7 +258,7 @@ def holdout(
             found=f"{len(dataset)} rows, of which {num_eval} would be held out",
             do="give more data, or an evaluation set of its own",
         )
-    if STREAM in dataset.column_names:
+    if reading.STREAM in dataset.column_names:
         order = np.arange(len(dataset))
     else:
         order = np.random.default_rng(seed).permutation(len(dataset))
@@ -324,6 +267,17 @@ def holdout(
         dataset.select(train, keep_in_memory=True),
         dataset.select(evaluation, keep_in_memory=True),
     )
+
+
+def version(source: str) -> str:
+    """What changes with a stream that need not be read for it: a file's size, the hub's commit."""
+    if path := _local(source):
+        return f"{path.stat().st_size} bytes"
+    import huggingface_hub
+
+    name = _repository(source)
+    with hub.readable_errors(name, None, kind="dataset"):
+        return f"commit {huggingface_hub.HfApi().dataset_info(name).sha}"
 
 
 def fingerprint(*datasets: "datasets.Dataset") -> str:

@@ -110,7 +110,7 @@ def add_model(flags: Flags) -> None:
 
 
 def add_data(flags: Flags) -> None:
-    """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing."""
+    """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing, --streaming."""
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; rows with text, "
               "prompt/completion, instruction/output or chat messages; several are mixed, by "
@@ -127,6 +127,9 @@ def add_data(flags: Flags) -> None:
               "context if that is shorter)", type=int, metavar="T")  # fmt: skip
     flags.add("--packing", "several rows on a line of T tokens, which do not see each other: "
               "hardly any padding is computed; --batch-size counts lines",
+              action="store_const", const=True)  # fmt: skip
+    flags.add("--streaming", "read as it is needed what is too large to be read before: in its own "
+              "order, shuffled among a few thousand rows; with --max-steps",
               action="store_const", const=True)  # fmt: skip
 
 
@@ -203,6 +206,12 @@ def check_data(settings: dict[str, Any]) -> None:
         raise errors.UserError(
             expected="a weight for each of several data sets",
             found=f"{given} in --weights, {named} in --dataset",
+        )
+    if settings.get("streaming") and named > 1 and not given:
+        raise errors.UserError(
+            expected="a weight for each of several streams, whose sizes are not known",
+            found="--streaming of several data sets without --weights",
+            do="--weights " + ",".join("1" * named),
         )
 
 

@@ -72,13 +72,15 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-def mixture(names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], shown: int) -> str:
+def mixture(
+    names: Sequence[str], shares: Sequence[float], sizes: Sequence[int] | None, shown: int
+) -> str:
     """What `shown` lines of several sources are, and how often each of a source's comes."""
-    parts = zip(map(near, names), shares, sizes, strict=True)
-    return f"{shown} lines: " + "; ".join(
-        f"{share:.1%} of {name}, seen {shown * share / size:.2g} times"
-        for name, share, size in parts
-    )
+    parts = [f"{share:.1%} of {near(name)}" for name, share in zip(names, shares, strict=True)]
+    if sizes is not None:
+        seen = [shown * share / size for share, size in zip(shares, sizes, strict=True)]
+        parts = [f"{part}, seen {n:.2g} times" for part, n in zip(parts, seen, strict=True)]
+    return f"{shown} lines: " + "; ".join(parts)
 
 
 def evaluation(metrics: Mapping[str, Any], num_scored: int) -> None:

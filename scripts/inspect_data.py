@@ -63,7 +63,9 @@ def main() -> None:
     files = [("data", source) for source in settings["dataset"]]
     if "eval_dataset" in settings:
         files.append(("held out", settings["eval_dataset"]))
-    loaded = sources.load_all([source for _, source in files], pairs)
+    streaming = bool(settings.get("streaming"))
+    counts = [sources.HEAD if streaming and label == "data" else None for label, _ in files]
+    loaded = sources.load_all([source for _, source in files], pairs, counts)
     folder = hub.tokenizer_folder(
         settings.get("model") or str(demo.FOLDER), settings.get("revision")
     )
@@ -77,8 +79,11 @@ def main() -> None:
         encoded = encode(rows, reader, seq_len, eos)
         how = {"packing": bool(settings.get("packing")), "in_pairs": bool(settings.get("dpo"))}
         lines = batches.arrange(encoded.rows, seq_len, **how)
-        summarise(label, console.near(source), encoded, seq_len)
-        length = min(arguments.line_length(settings), batches.longest(lines))
+        which = "its first rows, " if streaming and label == "data" else ""
+        summarise(label, which + console.near(source), encoded, seq_len)
+        length = arguments.line_length(settings)
+        if not which:
+            length = min(length, batches.longest(lines))
         what = "packed on" if how["packing"] else "paired on" if how["in_pairs"] else "padded to"
         console.say("lines", f"{len(lines)} {what} lines of {length} tokens, "
                     f"{batches.filled(lines, length):.1%} filled")  # fmt: skip
@@ -99,8 +104,9 @@ def main() -> None:
     if "weights" in settings:
         shares = mixture.shares(settings["weights"])
         sizes = sizes[: len(shares)]  # without what is held out
-        epoch = console.mixture(settings["dataset"], shares, sizes, sum(sizes))
-        console.say("mixture", f"in an epoch {epoch}")
+        shown = 100 if streaming else sum(sizes)
+        parts = console.mixture(settings["dataset"], shares, None if streaming else sizes, shown)
+        console.say("mixture", f"in {parts}")
 
 
 def summarise(label: str, source: str, encoded, seq_len: int) -> None:

@@ -182,6 +182,7 @@ class Job:
             ending.enter_context(snapshots)
             if resume:
                 state = self._resume(state, snapshots, record)
+            self.data.keep(self.folder.streams, write=distributed.leads())
             first = int(state.step)
             self.folder.cut_back(first or -1)
             self.dashboard = None

@@ -2,19 +2,22 @@
 
 import functools
 import itertools
+import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import arguments
 import console
 from console import say
 
-from lora_jax import batches, data, errors, mixture, sources, tokenizer
+from lora_jax import batches, data, errors, mixture, sources, stream, tokenizer
 
 if TYPE_CHECKING:
     import datasets
     import transformers
 
 HELD_OUT = 0.02  # share of the rows, when --eval-every has no --eval-dataset
+AT_HAND = 8  # steps whose lines of a stream stay in memory: more than are made ahead
 
 
 class Rows(NamedTuple):
@@ -25,15 +28,18 @@ class Rows(NamedTuple):
 
 
 def read(settings: dict[str, Any]) -> Rows:
-    """The rows to train on, and those held out, if any."""
-    held_out = [settings["eval_dataset"]] if settings.get("eval_dataset") else []
-    names = settings["dataset"]
-    loaded = sources.load_all([*names, *held_out], settings.get("columns"))
-    train, held_out = loaded[: len(names)], loaded[len(names) :]
-    if settings.get("eval_every") and not held_out:
-        split = [sources.holdout(rows, HELD_OUT, settings["seed"]) for rows in train]
-        train, held_out = map(list, zip(*split, strict=True))
-    return Rows(train, held_out)
+    """The rows to train on, or of streams the first ones, and those held out, if any."""
+    names, own = settings["dataset"], settings.get("eval_dataset")
+    counts = [sources.HEAD if settings.get("streaming") else None] * len(names)
+    if own:
+        names, counts = [*names, own], [*counts, None]
+    train = sources.load_all(names, settings.get("columns"), counts)
+    if own:
+        return Rows(train[:-1], train[-1:])
+    if not settings.get("eval_every"):
+        return Rows(train, [])
+    split = [sources.holdout(rows, HELD_OUT, settings["seed"]) for rows in train]
+    return Rows(*map(list, zip(*split, strict=True)))
 
 
 class Data:
@@ -57,8 +63,10 @@ class Data:
             packing=bool(settings.get("packing")),
             in_pairs=self._in_pairs,
         )
+        self._streaming = bool(settings.get("streaming"))
+        label = "stream" if self._streaming else "data"
         encoded = [
-            self._encode("data", source, part).rows
+            self._encode(label, source, part).rows
             for source, part in zip(settings["dataset"], rows.train, strict=True)
         ]
         self.held_out: list[batches.Line] | None = None
@@ -66,15 +74,39 @@ class Data:
         self.longest_answer = 0  # tokens
         if rows.held_out:
             self._hold_out(rows.held_out)
-        self.num_steps = settings.get("max_steps")
-        self.batches = self._deal_out(encoded)
+        self._streams: list[stream.Stream] = []
+        self.batches = self._stream_out(encoded) if self._streaming else self._deal_out(encoded)
+        self.num_steps: int = settings.get("max_steps") or self.batches.num_steps(
+            settings["epochs"]
+        )
+        self._say_mixture()
+        if settings.get("group_by_length"):
+            self.batches = batches.ByLength(self.batches, self.num_steps, settings["seed"])
+            lengths = ", ".join(map(str, self.batches.used))
+            say("grouped", f"lines of {lengths} tokens, each length compiled once, "
+                f"{self.batches.filled:.1%} filled")  # fmt: skip
+        if settings["warmup"] >= max(1, self.num_steps):
+            raise errors.UserError(
+                expected=f"a warmup shorter than the run of {self.num_steps} steps",
+                found=f"--warmup {settings['warmup']:g}",
+                do="fewer steps of warmup, or a share below 1",
+            )
+        told = sources.fingerprint(*rows.train)
+        if self._streaming:
+            versions = map(sources.version, settings["dataset"])
+            told = ", ".join([f"{told} of the first rows", *versions])
         self.fingerprints = {
-            "train": sources.fingerprint(*rows.train),
+            "train": told,
             "held out": sources.fingerprint(*rows.held_out) if rows.held_out else None,
         }
 
+    def keep(self, folder: pathlib.Path, *, write: bool) -> None:
+        """Has what a run must know of its streams, to go on without reading all again, in files."""
+        for number, each in enumerate(self._streams):
+            each.keep(folder / f"{number}.jsonl", write=write)
+
     def _deal_out(self, encoded: list[list[data.Row]]) -> batches.Batches:
-        """Batches of the rows of each source; says how they come, and sets `num_steps`."""
+        """Batches of the rows of each source, shuffled."""
         settings, weights = self._settings, self._settings.get("weights")
         if weights is None:  # as one source: each row once an epoch
             encoded = [list(itertools.chain(*encoded))]
@@ -85,30 +117,51 @@ class Data:
             say("packed", f"{len(lines)} lines of {length} tokens, "
                 f"{batches.filled(lines, length):.1%} filled")  # fmt: skip
         seed = settings["seed"]
-        shuffled = [batches.Shuffled(part, seed, number) for number, part in enumerate(parts)]
-        made = batches.Batches(
-            shuffled[0] if weights is None else mixture.Mixture(shuffled, weights),
+        return self._batches(
+            [batches.Shuffled(part, seed, number) for number, part in enumerate(parts)], length
+        )
+
+    def _stream_out(self, encoded: list[list[data.Row]]) -> batches.Batches:
+        """Batches of streams, of which `encoded` are the first rows."""
+        settings, length = self._settings, arguments.line_length(self._settings)
+        lines = [line for rows in encoded for line in self._arrange(rows)]
+        say("streaming", f"lines of {length} tokens, {batches.filled(lines, length):.1%} filled by "
+            f"these; in blocks of {stream.BLOCK} rows, which are shuffled")  # fmt: skip
+        encode = data.encode_pairs if self._in_pairs else data.encode
+
+        def arrange(rows: "datasets.Dataset") -> list[batches.Line]:
+            made = encode(rows, self._reader, self._seq_len, self._eos, may_be_empty=True)
+            return self._arrange(made.rows)
+
+        self._streams = [
+            stream.Stream(
+                source,
+                arrange,
+                columns=settings.get("columns"),
+                seed=settings["seed"],
+                number=number,
+                window=AT_HAND * settings["batch_size"] * settings["grad_accum"],
+            )
+            for number, source in enumerate(settings["dataset"])
+        ]
+        return self._batches(self._streams, length)
+
+    def _batches(self, parts: Sequence[mixture.Source], length: int) -> batches.Batches:
+        settings, weights = self._settings, self._settings.get("weights")
+        return batches.Batches(
+            parts[0] if weights is None else mixture.Mixture(parts, weights),
             batch_size=settings["batch_size"],
             grad_accum=settings["grad_accum"],
             length=length,
         )
-        self.num_steps = self.num_steps or made.num_steps(settings["epochs"])
-        if weights is not None:
-            sizes, shown = [*map(len, parts)], self.num_steps * made.step_size
-            shares = mixture.shares(weights)
-            say("mixture", console.mixture(settings["dataset"], shares, sizes, shown))
-        if settings.get("group_by_length"):
-            made = batches.ByLength(made, self.num_steps, seed)
-            lengths = ", ".join(map(str, made.used))
-            say("grouped", f"lines of {lengths} tokens, each length compiled once, "
-                f"{made.filled:.1%} filled")  # fmt: skip
-        if settings["warmup"] >= max(1, self.num_steps):
-            raise errors.UserError(
-                expected=f"a warmup shorter than the run of {self.num_steps} steps",
-                found=f"--warmup {settings['warmup']:g}",
-                do="fewer steps of warmup, or a share below 1",
-            )
-        return made
+
+    def _say_mixture(self) -> None:
+        mixed = self.batches.lines
+        if isinstance(mixed, mixture.Mixture):
+            sizes = None if self._streaming else [*map(len, mixed.sources)]
+            shown = self.num_steps * self.batches.step_size
+            shares = mixture.shares(mixed.weights)
+            say("mixture", console.mixture(self._settings["dataset"], shares, sizes, shown))
 
     def _hold_out(self, parts: "list[datasets.Dataset]") -> None:
         settings, own = self._settings, self._settings.get("eval_dataset")
@@ -135,9 +188,10 @@ class Data:
     def _encode(self, label: str, source: str, rows: "datasets.Dataset") -> data.Encoded:
         encode = data.encode_pairs if self._in_pairs else data.encode
         encoded = encode(rows, self._reader, self._seq_len, self._eos)
+        first = "of its first rows " if label == "stream" else ""
         say(
             label,
-            f"{len(encoded.rows)} rows, {sum(len(ids) for ids, _ in encoded.rows)} tokens, "
+            f"{first}{len(encoded.rows)} rows, {sum(len(ids) for ids, _ in encoded.rows)} tokens, "
             f"{encoded.num_cut} cut at {self._seq_len}, {encoded.num_skipped} skipped: "
             f"{console.near(source)}",
         )

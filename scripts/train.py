@@ -239,6 +239,8 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
         settings["dataset"] = [str(demo.TRAIN)]
         settings.setdefault("eval_dataset", str(demo.EVAL))
     _check_numbers(settings)
+    if settings.get("streaming"):
+        _check_streaming(settings, typed)
     arguments.check_quant_fast(settings)
     arguments.check_data(settings)
     prompt = settings.get("prompt")
@@ -271,6 +273,24 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
     if settings.get("patience"):
         settings["keep_best"] = True
     return settings
+
+
+def _check_streaming(settings: dict[str, Any], typed: dict[str, Any]) -> None:
+    """Raises UserError for what cannot be said of a stream, whose end is not known."""
+    wrong = {
+        "--max-steps N, instead of --epochs": settings.get("max_steps") is None,
+        "no --group-by-length, but --packing": settings.get("group_by_length"),
+        "an --eval-dataset of its own": settings.get("eval_every")
+        and not settings.get("eval_dataset"),
+    }
+    if found := [do for do, is_so in wrong.items() if is_so]:
+        asked = [f"--{name.replace('_', '-')}" for name in
+                 ("epochs", "group_by_length", "eval_every") if name in typed]  # fmt: skip
+        raise errors.UserError(
+            expected="what goes with data whose end is not known",
+            found=" ".join(["--streaming", *asked]),
+            do=", and ".join(found),
+        )
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:

@@ -162,17 +162,25 @@ def test_hub_datasets(tmp_path):
     repo.mkdir()
     write(repo / "train.jsonl", '{"question": "a", "answer": "b"}')
     write(repo / "test.jsonl", '{"question": "c", "answer": "d"}')
+    many = tmp_path / "many"
+    many.mkdir()
+    write(many / "train.jsonl", *(json.dumps({"text": f"row {n}"}) for n in range(6)))
     script = (
+        "import json\n"
         "from lora_jax import errors, sources\n"
         "def tell(*args, **options):\n"
         "    try: print(sources.load(*args, **options)[0])\n"
         "    except errors.UserError as error: print(str(error))\n"
         "tell('o/d@test', columns={'prompt': 'question', 'completion': 'answer'})\n"
         "tell('o/d@dev')\n"
+        "found = [*sources.stream('o/many')]\n"
+        "state, number = json.loads(json.dumps(found[3].after))\n"
+        "rest = [each.row['text'] for each in sources.stream('o/many', (state, number))]\n"
+        "print('rest', number, *rest, sources.version('o/many'), end='')\n"
         "tell('o/gated')\n"
         "tell('o/missing')\n"
     )
-    with hub_server.serve({"o/d": repo}, gated=("o/gated",)) as server:
+    with hub_server.serve({"o/d": repo, "o/many": many}, gated=("o/gated",)) as server:
         done = subprocess.run(
             [sys.executable, "-c", script],
             env=server.environment(tmp_path / "home"),
@@ -185,6 +193,8 @@ def test_hub_datasets(tmp_path):
     found, no_split, gated, missing = done.stdout.replace("\n\n", "\n").split("\n  expected:")
     assert "'prompt': 'c', 'completion': 'd'" in found
     assert "train" in no_split and "test" in no_split
+    # Streamed, and from a position on.
+    assert f"rest 4 row 4 row 5 commit {hub_server.COMMIT}" in no_split
     assert "licence" in gated and "/datasets/o/gated" in gated
     assert "no such repository" in missing
 

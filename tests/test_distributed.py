@@ -43,7 +43,8 @@ def start(parent):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     train = cli.write_rows(folder / "train.jsonl", 40)
-    return ("--dataset", train, "--eval-dataset", cli.write_rows(folder / "eval.jsonl", 4, 40))
+    held_out = cli.write_rows(folder / "eval.jsonl", 4, 40)
+    return ("--dataset", train, "--streaming", "--seq-len", 32, "--eval-dataset", held_out)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import json
 import cli
 import pytest
 
+from lora_jax import sources
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
@@ -72,8 +74,15 @@ def test_the_parts_of_a_mixture_are_shown_and_how_often_they_come(rows, tmp_path
     other = cli.write_rows(tmp_path / "other.jsonl", 4)
     out = inspect("--dataset", rows, other, "--weights", "1,1", "--first", 4, "--rows", 1)
     assert out.count("\nline 4 of ") == 2 and "── other.jsonl:4: " in out
-    told = f"16 lines: 50.0% of {rows}, seen 0.67 times; 50.0% of {other}, seen 2 times"
+    told = f"in 16 lines: 50.0% of {rows}, seen 0.67 times; 50.0% of {other}, seen 2 times"
     assert told in " ".join(out.split())
+
+
+def test_of_a_stream_the_first_rows_are_shown(rows, monkeypatch):
+    monkeypatch.setattr(sources, "HEAD", 5)
+    out = " ".join(inspect("--dataset", rows, "--streaming", "--rows", 1, "--first", 5).split())
+    assert f"5 rows, 115 tokens: its first rows, {rows}" in out and "line 5 of 5" in out
+    assert "5 padded to lines of 256 tokens" in out
 
 
 def test_wrong_numbers_are_refused(rows):

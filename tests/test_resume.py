@@ -73,7 +73,7 @@ def status(folder):
 
 def test_killed_at_any_moment_a_run_loses_no_saved_step(parent, rows, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    flags = (*MODEL, *rows, "--batch-size", 2, "--grad-accum", 1,
+    flags = (*MODEL, *rows, "--streaming", "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
              "--max-steps", MANY, "--save-every")  # fmt: skip
     code, log = parent.train(*flags, 100, "--output-dir", whole, devices=1)
     assert code == 0, log

@@ -1,0 +1,250 @@
+"""Streams: any line at any time, from files that are read in part, in memory that does not grow."""
+
+import itertools
+import json
+import random
+import weakref
+
+import cli
+import numpy as np
+import pytest
+import test_mixture
+
+from lora_jax import batches, errors, reading, sources, stream
+
+reader = test_mixture.reader
+files = test_mixture.files
+
+
+# ------------------------------------------------------------------------- positions in files
+
+
+def written(path, content):
+    path.write_bytes(content.encode())
+    return path
+
+
+def every_kind(tmp_path):
+    import datasets
+
+    many = {"text": [f"row {n}" for n in range(25)], "n": [*range(25)]}
+    datasets.Dataset.from_dict(many).to_parquet(tmp_path / "x.parquet", batch_size=10)
+    lines = [json.dumps({"text": f"ä {n}"}, ensure_ascii=False) for n in range(5)]
+    return [
+        written(tmp_path / "x.jsonl", "\ufeff" + "\n\n".join(lines) + "\r\n"),
+        written(tmp_path / "lines.json", "\n".join(lines)),
+        written(tmp_path / "array.json", f"[{','.join(lines)}]"),
+        written(tmp_path / "x.csv", 'a,b\n1,"ä\n\n2"\r\n3,4\r5,"6\r7"\n\n8,9'),
+        written(tmp_path / "x.txt", "\ufeffä\rb\r\n\nc\n\rd"),
+        tmp_path / "x.parquet",
+    ]
+
+
+def test_from_the_position_after_any_row_on_come_the_others(tmp_path):
+    for path in every_kind(tmp_path):
+        whole = [*reading.rows(path)]
+        assert len(whole) >= 3 and not any(isinstance(each.row, str) for each in whole)
+        for number, found in enumerate(whole, start=1):
+            after = tuple(json.loads(json.dumps(found.after)))
+            assert [*reading.rows(path, after)] == whole[number:], path
+
+
+def test_a_json_array_is_not_streamed(tmp_path):
+    path = written(tmp_path / "x.json", ' \n[{"text": "a"}]')
+    with pytest.raises(errors.UserError, match="a JSON array"):
+        sources.stream(str(path))
+
+
+# ------------------------------------------------------------------------- lines
+
+
+def numbered(path, count):
+    path.write_text("".join(json.dumps({"text": "x", "n": n}) + "\n" for n in range(count)))
+    return str(path)
+
+
+def alone(rows):
+    return batches.alone([(np.array([n]), np.array([True])) for n in rows["n"]])
+
+
+def opened(source, *, arrange=alone, window=6, number=0):
+    how = {"columns": None, "seed": 3, "number": number, "window": window}
+    return stream.Stream(source, arrange, **how)
+
+
+def shown(lines, numbers):
+    return [int(lines[n][0][0][0]) for n in numbers]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(stream, "BLOCK", 10)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The numbers of all rows that are read."""
+    numbers, original = [], sources.stream
+
+    def watched(*how):
+        for found in original(*how):
+            numbers.append(found.number)
+            yield found
+
+    monkeypatch.setattr(sources, "stream", watched)
+    return numbers
+
+
+@pytest.mark.parametrize("count", [34, 30, 3])  # also where the last block is full
+def test_a_stream_shows_all_rows_again_and_again_shuffled_in_blocks(small, tmp_path, count):
+    source = numbered(tmp_path / "x.jsonl", count)
+    lines = shown(opened(source), range(3 * count))
+    passes = [lines[n : n + count] for n in range(0, 3 * count, count)]
+    for each in passes:
+        blocks = [each[n : n + 10] for n in range(0, count, 10)]
+        assert [sorted(block) for block in blocks] == [
+            [*range(n, min(n + 10, count))] for n in range(0, count, 10)
+        ]
+    assert passes[0] != passes[1] != passes[2] and passes[0] != sorted(passes[0])
+    assert shown(opened(source, number=1), range(count)) != passes[0]
+
+
+def test_any_line_may_be_asked_for_at_any_time(small, tmp_path):
+    source = numbered(tmp_path / "x.jsonl", 34)
+    straight = shown(opened(source), range(200))
+    asked = [*range(200)]
+    random.Random(0).shuffle(asked)
+    assert shown(opened(source), asked) == [straight[n] for n in asked]
+
+
+def test_rows_that_make_no_line_and_long_rows_change_nothing_but_the_blocks(
+    small, tmp_path, monkeypatch
+):
+    def odd(rows):
+        return [line for line in alone(rows) if line[0][0][0] % 2 and line[0][0][0] // 10 != 1]
+
+    source = numbered(tmp_path / "x.jsonl", 40)
+    expected = [n for n in range(40) if n % 2 and n // 10 != 1]
+    assert sorted(shown(opened(source, arrange=odd), range(15))) == expected
+    monkeypatch.setattr(stream, "MOST", 3)  # of the one character of each row
+    assert shown(opened(source, window=1), range(40)) != [*range(40)]
+    starts = opened(source)
+    shown(starts, range(10))
+    assert [line for line, _ in starts._starts][:4] == [0, 3, 6, 9]
+
+
+def test_a_stream_without_lines_is_told_and_does_not_go_on_for_ever(small, tmp_path):
+    with pytest.raises(errors.UserError, match="none in the whole stream"):
+        opened(numbered(tmp_path / "x.jsonl", 34), arrange=lambda rows: [])[0]
+
+
+def test_a_damaged_line_is_told_when_it_is_reached(small, tmp_path):
+    source = numbered(tmp_path / "x.jsonl", 34)
+    with open(source, "a") as file:
+        file.write("broken\n")
+    lines = opened(source)
+    assert sorted(shown(lines, range(30))) == [*range(30)]
+    with pytest.raises(errors.UserError, match=r"x\.jsonl:35"):
+        lines[30]
+
+
+# ------------------------------------------------------------------------- going on
+
+
+def test_a_resumed_stream_reads_from_the_block_on_in_which_it_goes_on(small, tmp_path, read):
+    source, file = numbered(tmp_path / "x.jsonl", 1000), tmp_path / "streams/0.jsonl"
+    first = opened(source)
+    first.keep(file, write=True)
+    straight = shown(first, range(640))
+    first._thread.shutdown()
+    told = file.read_text()
+    read.clear()
+    again = opened(source)
+    again.keep(file, write=True)
+    assert shown(again, range(603, 608)) == straight[603:608]
+    again[608]  # until the block ahead is made, too
+    again._thread.shutdown()
+    assert min(read) == 601 and max(read) <= 620
+    assert file.read_text() == told  # what was known is not told again
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "garbage", "another stream's"])
+def test_whatever_is_kept_the_lines_are_the_same(small, tmp_path, damage):
+    source, file = numbered(tmp_path / "x.jsonl", 100), tmp_path / "streams/0.jsonl"
+    first = opened(source)
+    first.keep(file, write=True)
+    straight = shown(first, range(90))
+    first._thread.shutdown()
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    content = {"cut off": whole[:-5], "garbage": "".join([*lines[:3], "\0\0\0\n", *lines[4:]]),
+               "another stream's": "[5, [0, 0]]\n[9, [30, 2]]\n", "missing": ""}  # fmt: skip
+    file.write_text(content[damage])
+    again = opened(source)
+    again.keep(file, write=True)
+    assert shown(again, range(60, 90)) == straight[60:90]
+    again._thread.shutdown()
+    assert file.read_text() == whole
+
+
+def test_another_process_follows_and_writes_nothing(small, tmp_path):
+    source, file = numbered(tmp_path / "x.jsonl", 100), tmp_path / "streams/0.jsonl"
+    follower = opened(source)
+    follower.keep(file, write=False)
+    assert len(shown(follower, range(50))) == 50 and not file.parent.exists()
+
+
+@pytest.mark.parametrize("count", [300, 3000])
+def test_memory_does_not_grow_with_the_file(small, tmp_path, count):
+    alive, most = 0, 0
+
+    def gone():
+        nonlocal alive
+        alive -= 1
+
+    def watched(rows):
+        nonlocal alive, most
+        made = alone(rows)
+        alive += len(made)
+        most = max(most, alive)
+        for ((ids, _),) in made:
+            weakref.finalize(ids, gone)
+        return made
+
+    lines = opened(numbered(tmp_path / "x.jsonl", count), arrange=watched, window=25)
+    shown(lines, range(count))
+    assert 25 <= most <= 25 + 4 * 10
+
+
+# ------------------------------------------------------------------------- of a job
+
+
+def test_processes_and_restarts_make_the_same_batches_of_a_packed_mixture(
+    monkeypatch, files, reader, tmp_path
+):
+    monkeypatch.setattr(stream, "BLOCK", 16)
+    flags = ("--dataset", *files, "--columns", "text=story", "--weights", "3,1", "--seq-len", 64,
+             "--packing", "--streaming", "--max-steps", 12, "--batch-size", 4,
+             "--grad-accum", 2)  # fmt: skip
+    made = test_mixture.data_of(reader, *flags)
+    made.keep(tmp_path / "streams", write=True)
+    straight = [made.batches.batch(step) for step in range(12)]
+    assert straight[0]["attention_mask"].max() > 1
+    again = test_mixture.data_of(reader, *flags)
+    again.keep(tmp_path / "streams", write=False)
+    assert again.fingerprints == made.fingerprints
+    for step, first in itertools.product((7, 3, 11), (0, 2)):
+        part = again.batches.batch(step, slice(first, first + 2))
+        for name, array in straight[step].items():
+            assert array.shape == (2, 4, 64) == again.batches.shape(step)
+            np.testing.assert_array_equal(part[name], array[:, first : first + 2])
+
+
+def test_a_stream_that_grew_or_begins_otherwise_has_another_fingerprint(reader, tmp_path):
+    path = cli.write_rows(tmp_path / "x.jsonl", 20)
+    flags = ("--dataset", path, "--streaming", "--max-steps", 3)
+    prints = [test_mixture.data_of(reader, *flags).fingerprints["train"]]
+    for count, first in ((21, 0), (20, 20)):
+        cli.write_rows(path, count, first)
+        prints.append(test_mixture.data_of(reader, *flags).fingerprints["train"])
+    assert len({*prints}) == 3
