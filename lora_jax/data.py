@@ -11,7 +11,7 @@ A .txt file is one stream of tokens, cut into blocks of seq_len.
 
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -34,6 +34,8 @@ ALPACA_NO_INPUT = (
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 
+
+_AT_ONCE = 4096  # texts given to the tokenizer
 
 Row = tuple[np.ndarray, np.ndarray]  # ids int32 [T], which of them are trained bool [T]
 
@@ -208,10 +210,10 @@ def _encode_rows(
             where=list(problems),
             do="correct these rows or the template, or use prompt and completion instead",
         )
-    for n, ids in zip(texts, tokenizing.encode(tokenizer, list(texts.values())), strict=True):
+    for n, ids in zip(texts, _ids(tokenizer, list(texts.values())), strict=True):
         rows[n] = _row([*ids, eos], [True] * (len(ids) + 1))
-    before = tokenizing.encode(tokenizer, [prompt for prompt, _ in pairs.values()])
-    whole = tokenizing.encode(tokenizer, [prompt + answer for prompt, answer in pairs.values()])
+    before = _ids(tokenizer, [prompt for prompt, _ in pairs.values()])
+    whole = _ids(tokenizer, [prompt + answer for prompt, answer in pairs.values()])
     for (n, (_, answer)), prompt_ids, ids in zip(pairs.items(), before, whole, strict=True):
         # Generation starts from prompt_ids, so they must be what training saw, token by token.
         if ids[: len(prompt_ids)] != prompt_ids:
@@ -219,6 +221,14 @@ def _encode_rows(
         trained = len(ids) - len(prompt_ids) + 1
         rows[n] = _row([*ids, eos], [False] * len(prompt_ids) + [True] * trained)
     return typing.cast(list[Row], rows)
+
+
+def _ids(
+    tokenizer: "transformers.PreTrainedTokenizerBase", texts: Sequence[str]
+) -> Iterator[list[int]]:
+    """Of some at a time: as lists of numbers all would take many times the memory of arrays."""
+    for first in range(0, len(texts), _AT_ONCE):
+        yield from tokenizing.encode(tokenizer, texts[first : first + _AT_ONCE])
 
 
 def _continuation(text: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
