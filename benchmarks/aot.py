@@ -116,6 +116,7 @@ _7B = "Llama-2-7B"
 _add("train-1x2048-full", (*TPUS, H100, A100), train_step, _7B, 1, 2048, "full")
 _add("train-4x2048-full", (V5E, *GPUS), train_step, _7B, 4, 2048, "full")
 _add("train-1x2048-none", (V5E, V6E, H100, A100), train_step, _7B, 1, 2048, "none")
+_add("train-1x32768-full", (V5E, V6E, H100), train_step, _7B, 1, 32768, "full")
 _add("train-data4", ("tpu:v5e-4",), train_step, _7B, 4, 2048, "full", mesh="data=4")
 _add("train-tensor4", ("tpu:v5e-4",), train_step, _7B, 1, 2048, "full", mesh="tensor=4")
 _add("train-fsdp16", ("tpu:v5e-16",), train_step, _7B, 16, 2048, "full", mesh="fsdp=16")

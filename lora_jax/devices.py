@@ -88,10 +88,15 @@ def held_bytes() -> int:
     return 0
 
 
-def on_cpu() -> bool:
-    """Whether the ambient mesh (jax.set_mesh) is of CPU devices."""
+def platform_here() -> str | None:
+    """cpu, gpu or tpu: what the ambient mesh (jax.set_mesh) is of; None where there is none."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "cpu"
+    return None if device is None else device.platform
+
+
+def on_cpu() -> bool:
+    """Whether the ambient mesh is of CPU devices."""
+    return platform_here() == "cpu"
 
 
 def compiler_options() -> dict[str, bool] | None:

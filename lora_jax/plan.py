@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import ahead, config, errors, formats, selection, sharding, targets
-from lora_jax.kernels import attention, cross_entropy
+from lora_jax.kernels import attention_xla, cross_entropy
 from lora_jax.kernels import packed as packing
 
 _DENSE = "embedding, head, norms, biases"
@@ -88,17 +88,10 @@ class _Sizes(NamedTuple):
     heads: int
     vocab: int
     item: int  # w
-    pairs: float  # keys that a query meets, summed over the queries of a row
-    ends: float  # keys of all parts of the queries, over T
 
     def bytes(self, *widths: int) -> int:
         """Of arrays [N, width] in the compute dtype."""
         return self.tokens * sum(widths) * self.item
-
-    @property
-    def probabilities(self) -> int:
-        """Entries of the attention's [R, heads, T, keys]."""
-        return int(self.rows * self.heads * self.pairs)
 
 
 class Resident(NamedTuple):
@@ -215,7 +208,6 @@ def _shards(sizes: Mapping[str, int]) -> int:
 def _dims(job: ahead.Job, sizes: Mapping[str, int], platform: str) -> _Sizes:
     c, split = job.architecture, sizes["tensor"]
     rows = job.batch_size // _shards(sizes)
-    parts = attention.parts(job.seq_len, causal=True)
     return _Sizes(
         rows=rows,
         tokens=rows * job.seq_len,
@@ -227,8 +219,6 @@ def _dims(job: ahead.Job, sizes: Mapping[str, int], platform: str) -> _Sizes:
         vocab=c.vocab_size // split,
         # XLA:CPU computes in float32, and keeps what a scan stacks in it too.
         item=4 if platform == "cpu" else jnp.dtype(job.dtype).itemsize,
-        pairs=sum((end - start) * end for start, end in parts),
-        ends=sum(end for _, end in parts) / job.seq_len,
     )
 
 
@@ -239,7 +229,8 @@ def kept_by_layer(job: ahead.Job, dims: _Sizes) -> int:
         return carry
     gate_up = dims.bytes(2 * dims.ffn)
     if job.remat == "dots":  # every product that a derivative needs
-        return carry + dims.bytes(dims.q, 2 * dims.kv, dims.width) + gate_up
+        normaliser = 4 * dims.tokens * dims.heads
+        return carry + dims.bytes(2 * dims.q, 2 * dims.kv, dims.width) + normaliser + gate_up
     # Each norm keeps what it normalised, before and after, in float32.
     norms = 4 * 4 * dims.tokens * dims.width
     adapters = _adapter_inputs(job, dims) + _dora_outputs(job, dims)
@@ -247,8 +238,14 @@ def kept_by_layer(job: ahead.Job, dims: _Sizes) -> int:
 
 
 def _attention(dims: _Sizes) -> int:
-    """What attention's derivative needs: probabilities, and q, k, v and the output by parts."""
-    return dims.probabilities * dims.item + dims.bytes(2 * dims.q, round(2 * dims.ends * dims.kv))
+    """What attention's derivative needs: q, k, v, the output, and log Σ exp of logits."""
+    return dims.bytes(2 * dims.q, 2 * dims.kv) + 4 * dims.tokens * dims.heads
+
+
+def _pairs(length: int) -> int:
+    """Logits that are computed for a head and a line: of whole blocks, up to the diagonal."""
+    size = attention_xla.block_size(length)
+    return size**2 * math.comb(-(-length // size) + 1, 2)
 
 
 def _adapted(job: ahead.Job) -> set[str]:
@@ -339,14 +336,11 @@ def _work(
     if not _dequantises(job, platform):
         dense = 0
     hidden, gate_up = dims.bytes(dims.width), dims.bytes(2 * dims.ffn)
-    # XLA:GPU takes what attention hides out of the loop over the layers, a byte and a float32 for
-    # each logit, and unpacks the three weights of the MLP at a time.
-    hoisted = 5 * dims.probabilities if platform == "gpu" else 0
-    visible = dims.rows * job.seq_len**2
     kept = kept_by_layer(job, dims)
-    forward = hoisted + visible + kept + hidden + max(words + dense, 2 * dense // 3 + gate_up)
+    # XLA:GPU unpacks the three weights of the MLP at a time.
+    forward = kept + hidden + max(words + dense, 2 * dense // 3 + gate_up)
     # d_gate, d_up, d_swiglu beside gate and up; then the residual and its two norms.
-    backward = visible + 2 * hidden + max(words + dense + hidden, 5 * dims.bytes(dims.ffn))
+    backward = 2 * hidden + max(words + dense + hidden, 5 * dims.bytes(dims.ffn))
     if job.remat == "none":
         backward += 4 * dims.tokens * dims.width
     else:
@@ -358,17 +352,11 @@ def _work(
     }
 
 
-def _chunk(job: ahead.Job, sizes: Mapping[str, int]) -> int:
-    """Tokens a row whose logits are held at a time; rows are counted as cross_entropy does."""
-    rows, devices = job.batch_size // sizes["data"], sizes["fsdp"] * sizes["tensor"]
-    return cross_entropy.chunk_size(rows if rows % devices else rows // devices, job.seq_len)
-
-
 def _loss(job: ahead.Job, dims: _Sizes, sizes: Mapping[str, int]) -> int:
     """Hidden states with their gradient, and a chunk of logits, its normalised, in float32."""
     if selection.matches("lm_head", job.lora.targets):  # see train.loss: all of them at once
         return 3 * dims.bytes(dims.width) + 3 * 4 * dims.tokens * dims.vocab
-    chunk = dims.rows * _chunk(job, sizes)
+    chunk = cross_entropy.chunk_size(dims.tokens)
     head = dims.width * dims.vocab * dims.item if sizes["fsdp"] > 1 else 0
     return 3 * dims.bytes(dims.width) + 2 * 4 * chunk * dims.vocab + head
 
@@ -403,10 +391,8 @@ def operations(job: ahead.Job) -> Operations:
     rows = job.batch_size * job.grad_accum
     tokens, layers = rows * job.seq_len, c.num_hidden_layers
     base = 2 * tokens * layers * ((2 + again) * linear + 2 * down)
-    pairs = sum((end - start) * end for start, end in attention.parts(job.seq_len, causal=True))
-    # q kᵀ and p v; for their derivatives four more.
-    products = 6 if job.remat == "none" else 8
-    attended = 2 * rows * layers * heads * pairs * products
+    # q kᵀ and p v; for their derivatives q kᵀ again, and four more.
+    attended = 2 * rows * layers * heads * _pairs(job.seq_len) * (9 if again else 7)
     _, trained, _, _ = ahead.model_parts(job, sharding.mesh_of(dict.fromkeys(sharding.AXES, 1)))
     adapters = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
@@ -414,18 +400,16 @@ def operations(job: ahead.Job) -> Operations:
         # x A is needed for the gradient of B; (x A) B where what follows is computed again.
         repeated = job.remat != "none" if "lora_A" in names else again and "down_proj" not in names
         adapters += 2 * tokens * leaf.size * (3 + repeated)
-    chunk = cross_entropy.chunk_size(job.batch_size, job.seq_len)
-    padded = rows * -(-job.seq_len // chunk) * chunk
-    return Operations(base, adapters, attended, 2 * 2 * padded * c.hidden_size * c.vocab_size)
+    head = 2 * 2 * tokens * c.hidden_size * c.vocab_size  # if all tokens are trained
+    return Operations(base, adapters, attended, head)
 
 
 def bytes_moved(job: ahead.Job, sizes: Mapping[str, int], there: Resident, platform: str) -> int:
     """An estimate of what one device reads and writes of its memory in an optimizer step.
 
     Counted: the linear layers' weights in each pass, and their dense form where it is written; the
-    inputs and outputs of their products; attention's logits and probabilities; the head for each
-    chunk of logits, and the logits; A, B, their moments and gradients. Nothing else, and no array
-    that stays in a cache.
+    inputs and outputs of their products; the head for each chunk of logits, and the logits; A, B,
+    their moments and gradients. Nothing else, and no array that stays in a cache.
     """
     dims = _dims(job, sizes, platform)
     layers = job.architecture.num_hidden_layers
@@ -436,9 +420,8 @@ def bytes_moved(job: ahead.Job, sizes: Mapping[str, int], there: Resident, platf
         size += 2 * entries * dims.item
     ins_and_outs = 2 * dims.q + 2 * dims.kv + 4 * dims.width + 2 * dims.width + 3 * dims.ffn
     products = dims.bytes(ins_and_outs)
-    attended = dims.probabilities * (2 * 4 + 2 * dims.item)
-    in_layers = layers * passes * (size + products + attended)
-    chunks = -(-job.seq_len // _chunk(job, sizes))
+    in_layers = layers * passes * (size + products)
+    chunks = -(-dims.tokens // cross_entropy.chunk_size(dims.tokens))
     head = 2 * chunks * dims.width * dims.vocab * dims.item + 3 * 4 * dims.tokens * dims.vocab
     return job.grad_accum * (in_layers + head) + 8 * there.adapters
 

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
 
 from lora_jax import devices, distributed, errors, quant
 from lora_jax.kernels import partition as dealing
@@ -182,21 +181,13 @@ def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape[_mesh_axes(list(path)[-1])[0]]
 
 
-def whole_head(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
-    """The vocabulary projection, gathered over fsdp once: its user multiplies chunk by chunk."""
-    axes, over = dealing.open_axes(), RULES["vocab"]
-    if axes.get("fsdp", 1) == 1:
-        return head
-    return jax.lax.with_sharding_constraint(
-        head, PartitionSpec(None, over if over in axes else None)
-    )
-
-
 def deal_out(model: nnx.Module) -> None:
     """Tells layers that do not leave it to the compiler how a mesh deals out their product."""
     for path, layer in nnx.iter_graph(model):
         if isinstance(layer, quant.QuantLinear | llama.Embedding):
             layer.partition = partition(path)
+        elif isinstance(layer, llama.LlamaAttention):
+            layer.partition = partition(("q_proj",))
 
 
 def partition(path: Sequence) -> dealing.Partition:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import ad_checkpoint
 from jaxtyping import Array, Float
 
-PRODUCT = "product"  # what a rematerialised layer may keep, by this name
+from lora_jax.kernels import matmul
 
 
 def project(
@@ -21,7 +21,7 @@ def project(
     biases and adapters. Those stay the layers' own: an adapted one is given its product.
     """
     if form is None:
-        return [ad_checkpoint.checkpoint_name(linear(x), PRODUCT) for linear in linears]
+        return [ad_checkpoint.checkpoint_name(linear(x), matmul.PRODUCT) for linear in linears]
     ends = [sum(linear.out_features for linear in linears[:i]) for i in range(1, len(linears))]
     products = jnp.split(form(x), ends, axis=-1)
     return [

@@ -71,7 +71,7 @@ def losses(model: nnx.Module, batch: Batch, *, remat: str = "none") -> Float[Arr
     head = model.frozen_head()
     if head is None:
         return cross_entropy.of_logits(model.logits(hidden), targets)
-    return cross_entropy.cross_entropy(hidden, sharding.whole_head(head), targets)
+    return cross_entropy.cross_entropy(hidden, head, targets, sharding.partition(("lm_head",)))
 
 
 def loss(

@@ -18,7 +18,7 @@ try:
 finally:
     sys.path.pop(0)
 
-TOO_LARGE = [("train-1x2048-none", aot.V5E)]  # of 16 GB
+TOO_LARGE = [("train-1x32768-full", aot.V5E)]  # of 16 GB
 RUNS = [run for run in aot.RUNS if run not in TOO_LARGE]
 TPU_RUNS = [run for run in RUNS if run[1].startswith("tpu")]
 GPU_RUNS = [run for run in RUNS if run[1].startswith("gpu")]

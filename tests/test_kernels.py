@@ -1,4 +1,4 @@
-"""Attention, the gated activation and the cross-entropy against their definitions."""
+"""Attention in its forms, the gated activation and the cross-entropy against their definitions."""
 
 import functools
 
@@ -7,8 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from lora_jax.kernels import attention, cross_entropy, swiglu
+from lora_jax import devices
+from lora_jax.kernels import (
+    attention,
+    attention_cudnn,
+    attention_splash,
+    attention_xla,
+    cross_entropy,
+    self_attention,
+    swiglu,
+)
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
@@ -31,56 +41,147 @@ def value_and_vjp(function, arguments, cotangent):
     return both(arguments, cotangent)
 
 
+def dense(q, k, v, visible):
+    wide = (a.astype(jnp.float32) for a in (q, k, v))
+    return jax.nn.dot_product_attention(*wide, mask=visible[:, None]).astype(q.dtype)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    ("num_queries", "num_keys", "heads", "groups"),
-    [(300, 300, 4, 2), (130, 130, 2, 2), (1, 40, 4, 2), (1, 40, 2, 2), (3, 40, 6, 1)],
-)
-def test_attention(num_queries, num_keys, heads, groups, dtype):
-    """Self-attention in parts, and steps with a cache, whose key mask hides some rows' starts."""
-    causal = num_queries == num_keys
-    q, k, v = (
-        normal(i, 2, length, n, 16, dtype=dtype)
-        for i, (length, n) in enumerate(
-            [(num_queries, heads), (num_keys, groups), (num_keys, groups)]
-        )
-    )
-    # In the second row the first keys are padding: some queries see nothing at all.
-    real = np.arange(num_keys)[None] >= np.array([[0], [7]])
-    first = 0 if causal else 20
-    seen = np.arange(num_keys)[None] <= first + np.arange(num_queries)[:, None]
+@pytest.mark.parametrize(("num_queries", "heads", "groups"), [(1, 4, 2), (1, 2, 2), (3, 6, 1)])
+def test_attention_to_a_cache(num_queries, heads, groups, dtype):
+    """Its key mask hides the start of some rows."""
+    shapes = (num_queries, heads), (40, groups), (40, groups)
+    q, k, v = (normal(i, 2, *shape, 16, dtype=dtype) for i, shape in enumerate(shapes))
+    real = np.arange(40)[None] >= np.array([[0], [7]])
+    seen = np.arange(40)[None] <= 20 + np.arange(num_queries)[:, None]
     visible = jnp.asarray(seen[None] & real[:, None])
-    blind = ~np.asarray(visible).any(axis=-1)
-    cotangent = normal(9, 2, num_queries, heads, 16, dtype=dtype)
+    found = jax.jit(attention.attention)(q, k, v, visible)
+    assert found.dtype == dtype
+    close(found, dense(q, k, v, visible), dtype)
 
-    def reference(q, k, v):
-        wide = (a.astype(jnp.float32) for a in (q, k, v))
-        return jax.nn.dot_product_attention(*wide, mask=visible[:, None]).astype(dtype)
 
-    ours = functools.partial(attention.attention, visible=visible, causal=causal)
-    # A blind query's gradient to itself is none, and what it gets is defined up to its part only.
-    d_q = value_and_vjp(ours, (q, k, v), cotangent)[1]
-    assert not np.asarray(d_q, np.float32)[blind].any()
-    cotangent = jnp.asarray(np.where(blind[..., None, None], 0, cotangent), dtype)
-    found = value_and_vjp(ours, (q, k, v), cotangent)
-    expected = value_and_vjp(reference, (q, k, v), cotangent)
-    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+LENGTH = 300
+# Two lines each: several rows and padding at both ends; one row, then padding.
+PACKED = np.stack([1 + np.arange(LENGTH) // 140, np.ones(LENGTH, int)])
+PACKED[0, :5] = PACKED[0, -9:] = PACKED[1, 200:] = 0
+
+
+def of_rows(q, k, v, rows, window):
+    """What self-attention must give, on real tokens; zero on padding."""
+    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    seen = (distance >= 0) & (distance < window)
+    visible = (rows[:, :, None] == rows[:, None]) & seen
+    return dense(q, k, v, visible) * (rows != 0)[..., None, None].astype(q.dtype)
+
+
+def attend_and_check(attend, *, dtype, groups, window, rows=PACKED):
+    shapes = [(4, 16), (groups, 16), (groups, 16), (4, 16)]
+    *qkv, cotangent = (normal(i, 2, LENGTH, *s, dtype=dtype) for i, s in enumerate(shapes))
+    real = jnp.asarray(rows != 0)[..., None, None].astype(dtype)
+
+    def masked(q, k, v):
+        out = attend(q, k, v)
+        assert out.dtype == dtype
+        return out * real
+
+    found = value_and_vjp(masked, qkv, cotangent)
+    reference = functools.partial(of_rows, rows=rows, window=window or LENGTH)
+    for a, b in zip(found, value_and_vjp(reference, qkv, cotangent), strict=True):
         assert a.dtype == dtype
-        if index == 0:
-            a, b = (np.where(blind[..., None, None], 0, np.asarray(y, np.float32)) for y in (a, b))
         close(a, b, dtype)
 
 
-def test_causal_attention_never_holds_all_logits():
-    """Of 1024 × 1024 logits for each head only an eighth of the queries' exist at a time."""
-    q = jnp.zeros((1, 1024, 2, 16))
-    visible = jnp.tril(jnp.ones((1, 1024, 1024), bool))
+@pytest.mark.parametrize(
+    ("dtype", "groups", "window"),
+    [("float32", 2, None), ("bfloat16", 2, None), ("float32", 1, 50), ("bfloat16", 4, 150)],
+)
+@pytest.mark.parametrize("size", [128, 512])
+def test_self_attention_in_blocks(size, dtype, groups, window, monkeypatch):
+    """Value and gradient, of several blocks and of one."""
+    monkeypatch.setattr(attention_xla, "block_size", lambda length: min(size, length))
+    attend = functools.partial(attention_xla.attend, rows=jnp.asarray(PACKED), window=window)
+    attend_and_check(attend, dtype=dtype, groups=groups, window=window)
 
-    def text(causal):
-        function = functools.partial(attention.attention, causal=causal)
-        return jax.jit(function).lower(q, q, q, visible).compile().as_text()
 
-    assert "f32[1,2,1024,1024]" not in text(True) and "f32[1,2,1024,1024]" in text(False)
+@pytest.mark.parametrize("window", [None, 50])
+def test_splash_attention(window):
+    attend = functools.partial(attention_splash.attend, window=window, interpret=True)
+    rows = jnp.asarray(PACKED)
+    attend_and_check(functools.partial(attend, rows=rows), dtype="float32", groups=2, window=window)
+
+
+def test_a_window_of_each_layers_own():
+    """A scan's layers have different ones, one of them wider than the line."""
+    windows, rows = (50, None, 1000), jnp.asarray(PACKED)
+    for kind, window in enumerate(windows):
+        attend = functools.partial(
+            self_attention.self_attention, rows=rows, windows=windows, kind=jnp.int32(kind)
+        )
+        attend_and_check(attend, dtype="float32", groups=2, window=window)
+
+
+def test_blocks_that_no_query_sees_are_left_out():
+    """By index of the first block of keys: of the row that a block begins in, or of the window."""
+    rows = np.repeat([[1, 1, 2, 2, 3, 0]], 4, axis=1).reshape(6, 1, 4)
+    first = functools.partial(attention_xla._first, jnp.asarray(rows))
+    assert first(24).tolist() == [0, 0, 2, 2, 4, 6]
+    assert first(5).tolist() == [0, 0, 2, 2, 4, 6]
+    assert attention_xla._first(jnp.ones_like(jnp.asarray(rows)), 5).tolist() == [0, 0, 1, 2, 3, 4]
+    assert attention_xla._first(jnp.ones_like(jnp.asarray(rows)), 6).tolist() == [0, 0, 0, 1, 2, 3]
+
+
+def test_self_attention_never_holds_all_logits():
+    """A gradient at 32,768 tokens, whose logits would be 4 GiB for each head."""
+    q = jax.ShapeDtypeStruct((1, 32768, 2, 16), jnp.float32)
+    rows = jax.ShapeDtypeStruct((1, 32768), jnp.int32)
+
+    def total(q, k, v, rows):
+        return self_attention.self_attention(q, k, v, rows).sum()
+
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, q, q, rows).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 20 * q.size * 4
+
+
+def test_cudnn_is_asked_for_lines_of_one_row(monkeypatch):
+    """Lowered for a GPU that is not here: its flash attention, or blocks where lines are packed."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    q, k = (jax.ShapeDtypeStruct((2, 256, n, 64), jnp.bfloat16) for n in (4, 2))
+    rows = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def lowered(*arguments, window=None):
+        def total(q, k, v, *rows):
+            return attention_cudnn.attend(q, k, v, *rows, window=window).astype(jnp.float32).sum()
+
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        return (
+            gradient.trace(*arguments)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+            .replace(r"\22", '"')
+        )
+
+    alone, packed = lowered(q, k, k), lowered(q, k, k, rows)
+    for text in (alone, packed):
+        assert "__cudnn$fmhaSoftmaxBackward" in text and '"CAUSAL"' in text
+    assert "stablehlo.case" in packed and "stablehlo.while" in packed
+    assert "stablehlo.case" not in alone and "stablehlo.while" not in alone
+    assert '"sliding_window_length": 50' in lowered(q, k, k, window=50)
+
+
+def test_the_form_suits_the_platform(monkeypatch):
+    q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    forms = {"tpu": attention_splash, "gpu": attention_cudnn, "cpu": attention_xla}
+    monkeypatch.setattr(attention_cudnn, "refusal", lambda *_: None)
+    for platform, form in (*forms.items(), (None, attention_xla)):
+        monkeypatch.setattr(devices, "platform_here", lambda platform=platform: platform)
+        assert self_attention._form(q, q, q) is form.attend
+
+
+def test_cudnn_refuses_what_it_cannot_take():
+    q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    assert "float32" in attention_cudnn.refusal(*[q.astype(jnp.float32)] * 3)
+    assert "no GPU" in attention_cudnn.refusal(q, q, q)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -123,14 +224,39 @@ def test_cross_entropy(rows, length, dtype):
 
 
 def test_cross_entropy_never_holds_all_logits():
-    hidden, head = jnp.zeros((4, 512, 8)), jnp.zeros((8, 64))
-    targets = jnp.zeros((4, 512), jnp.int32)
+    """Of Llama 3's vocabulary, 4,096 tokens' would take 2 GiB: 512 are held at a time."""
+    tokens, vocab = 4096, 128256
+    hidden = jax.ShapeDtypeStruct((4, tokens // 4, 16), jnp.float32)
+    head = jax.ShapeDtypeStruct((16, vocab), jnp.float32)
+    targets = jax.ShapeDtypeStruct((4, tokens // 4), jnp.int32)
 
-    def text(function):
-        gradient = jax.jit(jax.grad(lambda h: function(h, head, targets).sum()))
-        return gradient.lower(hidden).compile().as_text()
+    def compiled(function):
+        gradient = jax.jit(jax.grad(lambda h, w, t: function(h, w, t).sum()))
+        return gradient.lower(hidden, head, targets).compile()
 
-    assert "[4,512,64]" not in text(cross_entropy.cross_entropy) and "[4,512,64]" in text(naive)
+    ours, theirs = compiled(cross_entropy.cross_entropy), compiled(naive)
+    assert f"[4,1024,{vocab}]" not in ours.as_text() and f"[4,1024,{vocab}]" in theirs.as_text()
+    assert ours.memory_analysis().temp_size_in_bytes < 2.1 * 512 * vocab * 4
+
+
+@pytest.mark.parametrize(("trained", "chunks"), [(0, 0), (300, 1), (600, 2), (2048, 4)])
+def test_logits_are_computed_where_a_token_is_trained(trained, chunks, monkeypatch):
+    """Of 2,048 tokens, which are 4 chunks."""
+    taken, contract = [], cross_entropy.matmul.contract
+
+    def counted(a, b, *axes):
+        jax.debug.callback(taken.append, 1)
+        return contract(a, b, *axes)
+
+    monkeypatch.setattr(cross_entropy.matmul, "contract", counted)
+    hidden, head = normal(0, 4, 512, 8), normal(1, 8, 50)
+    targets = np.full(2048, -100)
+    targets[np.random.default_rng(0).permutation(2048)[:trained]] = 7
+    targets = jnp.asarray(targets.reshape(4, 512))
+    found = jax.jit(lambda h: cross_entropy.cross_entropy(h, head, targets))(hidden)
+    jax.effects_barrier()
+    assert len(taken) == chunks
+    np.testing.assert_allclose(found, naive(hidden, head, targets), rtol=1e-5)
 
 
 def test_cross_entropy_of_logits_beyond_exp():

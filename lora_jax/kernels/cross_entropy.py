@@ -1,27 +1,37 @@
-"""Cross-entropy of a frozen vocabulary projection that never holds all its logits."""
+"""Cross-entropy of a frozen vocabulary projection, of trained tokens alone, some at a time."""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import matmul, partition
+from lora_jax.kernels import matmul
+from lora_jax.kernels import partition as dealing
 
-_CHUNK = 512  # tokens, about, whose logits a device holds at a time
+_CHUNK = 512  # tokens whose logits a device holds at a time
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(
-    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"]
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    partition: dealing.Partition = dealing.WHOLE,
 ) -> Float[Array, "B T"]:
     """−log softmax(hidden · head)[target], 0 where the target is negative, float32.
 
-    Differentiable in hidden alone, whose gradient the forward pass computes chunk by chunk, so
-    that the logits are neither kept nor computed again. It is rounded to hidden's dtype.
+    The logits of tokens with a target are computed chunk by chunk, those of others never.
+    Differentiable in hidden alone, whose gradient the forward pass computes with them, so that the
+    logits are neither kept nor computed again. It is rounded to hidden's dtype. partition: how the
+    ambient mesh (jax.set_mesh) deals out the lines, and the vocabulary (`n`).
 
     Raises: ValueError when asked for the gradient of `head`.
     """
-    return _scan(hidden, head, targets, with_gradient=False)[0]
+    return _dealt_out(hidden, head, targets, partition, with_gradient=False)[0]
 
 
 def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -29,62 +39,98 @@ def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[
     return _each(logits, targets)[0][..., 0]
 
 
-def _each(logits, targets):
-    """(−log p of each target, 0 where it is negative; log Σ exp; which logit is the target's)."""
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+def _each(logits, targets, axis=None):
+    """(−log p of each target, 0 where it is negative; log Σ exp; which logit is the target's).
+
+    axis: of the mesh, over which the vocabulary is dealt out.
+    """
+    vocabulary = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    if axis is None:
+        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    else:
+        vocabulary += lax.axis_index(axis) * logits.shape[-1]
+        top = lax.pmax(lax.stop_gradient(logits.max(axis=-1, keepdims=True)), axis)
+        total = jnp.exp(logits - top).sum(axis=-1, keepdims=True)
+        normaliser = top + jnp.log(lax.psum(total, axis))
     # Not a gather: of a vocabulary that is dealt out XLA's partitioner makes a sum anyway, and
     # within a shard_map over some axes it cannot (jaxlib 0.10.2 aborts).
-    vocabulary = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     at_target = vocabulary == targets[..., None]
     chosen = jnp.where(at_target, logits, 0).sum(axis=-1, keepdims=True)
+    if axis is not None:
+        chosen = lax.psum(chosen, axis)
     each = jnp.where((targets >= 0)[..., None], normaliser - chosen, 0)
     return each, normaliser, at_target
 
 
-def chunk_size(num_rows: int, length: int) -> int:
-    """Tokens a row whose logits a device with so many rows of this length holds at a time."""
-    return min(length, max(1, _CHUNK // num_rows))
+def chunk_size(num_tokens: int) -> int:
+    """Of so many tokens of a device, how many have their logits held at a time."""
+    return min(_CHUNK, num_tokens)
 
 
-def _scan(hidden, head, targets, with_gradient):
-    """(losses, gradient of their sum or None), in chunks of the sequence: rows may lie anywhere."""
-    rows, length, _ = hidden.shape
-    devices = partition.num_devices()
-    size = chunk_size(rows if rows % devices else rows // devices, length)
-    padding = -length % size
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-1)
+def _dealt_out(hidden, head, targets, partition, with_gradient):
+    """(losses, gradient of their sum or None), each device doing its part."""
+    compute = functools.partial(_compute, with_gradient=with_gradient)
+    if partition == dealing.WHOLE or dealing.num_devices() == 1:
+        return compute(hidden, head, targets)
+    lines = PartitionSpec(partition.computed(len(hidden)).rows)
+    vocabulary = partition.stored()[1]
+    return jax.shard_map(
+        functools.partial(compute, axis=vocabulary),
+        in_specs=(lines, PartitionSpec(None, vocabulary), lines),
+        out_specs=lines,
+        axis_names=set(dealing.open_axes()),
+        check_vma=False,
+    )(hidden, head, targets)
 
-    def chunks(a):
-        return a.reshape(rows, -1, size, *a.shape[2:]).swapaxes(0, 1)
 
-    def whole(a):
-        return a.swapaxes(0, 1).reshape(rows, -1, *a.shape[3:])[:, :length]
+def _compute(hidden, head, targets, *, with_gradient, axis=None):
+    """On one device; axis: over which the vocabulary is dealt out."""
+    shape = targets.shape
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    trained = targets >= 0
+    size = chunk_size(len(targets))
+    most = math.ceil(len(targets) / size)
+    # The trained ones first. After the last token comes any one, whose results nobody reads.
+    order = jnp.pad(jnp.argsort(~trained, stable=True), (0, most * size - len(targets)))
 
-    def take(_, chunk):
-        x, target = chunk
+    def take(chunk, found):
+        tokens = lax.dynamic_slice_in_dim(order, chunk * size, size)
+        x, target = hidden[tokens], targets[tokens]
         logits = matmul.contract(x, head, -1, 0)
-        each, normaliser, at_target = _each(logits, target)
-        if not with_gradient:
-            return None, (each[..., 0], None)
-        d_logits = jnp.exp(logits - normaliser) - at_target
-        d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(x.dtype)
-        # head on the left: on the right XLA's CPU backend would turn it over first, all of it.
-        d_logits = lax.optimization_barrier(d_logits.reshape(-1, logits.shape[-1]))
-        d_x = matmul.contract(head, d_logits, 1, 1).T.reshape(x.shape)
-        return None, (each[..., 0], d_x.astype(x.dtype))
+        each, normaliser, at_target = _each(logits, target, axis)
+        new = (each[..., 0],)
+        if with_gradient:
+            d_logits = jnp.exp(logits - normaliser) - at_target
+            d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(x.dtype)
+            # head on the left: on the right XLA's CPU backend would turn it over first, all of it.
+            d_x = matmul.contract(head, lax.optimization_barrier(d_logits), 1, 1).T
+            new = (*new, (d_x if axis is None else lax.psum(d_x, axis)).astype(x.dtype))
+        start = chunk * size
+        return [lax.dynamic_update_slice_in_dim(a, b, start, 0)
+                for a, b in zip(found, new, strict=True)]  # fmt: skip
 
-    _, found = lax.scan(take, None, (chunks(hidden), chunks(targets)))
-    return jax.tree.map(whole, found)
+    found = [jnp.zeros(most * size, jnp.float32)]
+    if with_gradient:
+        found.append(jnp.zeros((most * size, hidden.shape[1]), hidden.dtype))
+    if most == 1:
+        found = take(0, found)
+    else:
+        found = lax.fori_loop(0, -(-trained.sum() // size), take, found)
+    place = jnp.cumsum(trained) - 1  # of each trained token among them
+    losses = jnp.where(trained, found[0][place], 0).reshape(shape)
+    if not with_gradient:
+        return losses, None
+    gradient = jnp.where(trained[:, None], found[1][place], 0)
+    return losses, gradient.reshape(*shape, -1)
 
 
-def _forward(hidden, head, targets):
+def _forward(hidden, head, targets, partition):
     if head.perturbed:
         raise ValueError("expected a frozen vocabulary projection, found one that is trained")
-    return _scan(hidden.value, head.value, targets.value, with_gradient=True)
+    return _dealt_out(hidden.value, head.value, targets.value, partition, with_gradient=True)
 
 
-def _backward(gradient, d_each):
+def _backward(partition, gradient, d_each):
     wide = gradient.astype(jnp.float32) * d_each[..., None]
     return wide.astype(gradient.dtype), None, None
 

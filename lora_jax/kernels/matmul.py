@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+PRODUCT = "product"  # what a rematerialised layer may keep, by this name
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from lora_jax import config as lora_config
 from lora_jax import devices, siblings, stacked
-from lora_jax.kernels import attention, embedding, matmul, swiglu
+from lora_jax.kernels import attention, embedding, matmul, self_attention, swiglu
 from lora_jax.kernels import partition as dealing
 from lora_jax.models import config as model_config
 from lora_jax.models import rope
@@ -99,14 +99,12 @@ class LlamaForCausalLM(nnx.Module):
         remat: str = "none",
     ) -> Float[Array, "B T D"]:
         """The last layer's normalised output, from which `logits` follow."""
-        slots = jnp.arange(input_ids.shape[1])
-        if attention_mask is None:
-            mask, positions = None, jnp.broadcast_to(slots, input_ids.shape)
+        rows = None if attention_mask is None else attention_mask.astype(jnp.int32)
+        if rows is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         else:
-            rows = attention_mask.astype(jnp.int32)
-            mask = (rows[:, :, None] == rows[:, None, :]) & (rows != 0)[:, None, :]
             positions = _positions(rows != 0, -_before(rows))
-        hidden, _ = self.model(input_ids, positions, slots, mask, None, remat=remat)
+        hidden, _ = self.model(input_ids, positions, rows, remat=remat)
         return hidden
 
     def extend(
@@ -123,11 +121,9 @@ class LlamaForCausalLM(nnx.Module):
         """
         real = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
         positions = _positions(real, cache.valid.sum(axis=1)[:, None])
-        slots = cache.length + jnp.arange(input_ids.shape[1])
         valid = lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
         cache = cache._replace(valid=valid)
-        mask = valid[:, None, :]
-        hidden, cache = self.model(input_ids, positions, slots, mask, cache, forms=forms)
+        hidden, cache = self.model(input_ids, positions, cache=cache, forms=forms)
         return self.logits(hidden[:, -1]), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -185,32 +181,27 @@ class LlamaModel(nnx.Module):
         self.layers = layers(rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, input_ids, positions, slots, mask, cache, *, remat="none", forms=None):
-        """(normalised hidden [B, T, D], cache). slots [T]: where among the S keys a query stands.
+    def __call__(self, input_ids, positions, rows=None, cache=None, *, remat="none", forms=None):
+        """(normalised hidden [B, T, D], cache), of tokens that see their own row's or the cache's.
 
-        mask [B, #T, S]: which keys a query may see (None: all); causality and windows are added
-        here.
+        rows [B, T]: numbers of the rows, 0 on padding (None: each line is one).
         """
         c = self.config
         hidden = self.embed_tokens(input_ids)
         cos, sin = rope.cos_sin(positions, c.head_dim, c.rope, c.max_position_embeddings)
-        keys = jnp.arange(hidden.shape[1] if cache is None else cache.k.shape[2])
-        distance = (slots[:, None] - keys[None])[None]
-        causal = distance >= 0 if mask is None else (distance >= 0) & mask
         graphdef, whole, sliced = stacked.split(self.layers)
-        window = _windows(c)
+        attend = _among(rows, c) if cache is None else _to(cache, input_ids.shape[1], c)
 
         def layer(carry, xs, form=None):
             hidden, kv = carry
-            state, index, window = xs
-            visible = causal if window is None else causal & (distance < window)
+            state, index = xs
             block = nnx.merge(graphdef, whole, state)
             if form is None:
                 form = forms(index) if callable(forms) else Forms()
-            hidden, kv = block(hidden, cos, sin, visible, slots, kv, index, form)
+            hidden, kv = block(hidden, cos, sin, functools.partial(attend, index, kv), form)
             return (hidden, kv), None
 
-        xs = (sliced, jnp.arange(c.num_hidden_layers), window)
+        xs = (sliced, jnp.arange(c.num_hidden_layers))
         carry = (hidden, None if cache is None else (cache.k, cache.v))
         if isinstance(forms, Sequence):  # arrays of their own, which no scan could slice
             for index, form in enumerate(forms):
@@ -236,15 +227,17 @@ class LlamaDecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(width, eps, dtype=dtype)
         self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden, cos, sin, visible, slots, kv, index, form):
-        attended, kv = self.self_attn(
-            self.input_layernorm(hidden), cos, sin, visible, slots, kv, index, form
-        )
+    def __call__(self, hidden, cos, sin, attend, form):
+        attended, kv = self.self_attn(self.input_layernorm(hidden), cos, sin, attend, form)
         hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden), form), kv
 
 
 class LlamaAttention(nnx.Module):
+    """partition: how a mesh deals out the lines, and the heads."""
+
+    partition = dealing.WHOLE
+
     def __init__(self, config, *, dtype, rngs):
         linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
         self.config = config
@@ -258,22 +251,14 @@ class LlamaAttention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, hidden, cos, sin, visible, slots, kv, index, form):
+    def __call__(self, hidden, cos, sin, attend, form):
         heads = (*hidden.shape[:2], -1, self.config.head_dim)
         qkv = siblings.project(hidden, self.q_proj, self.k_proj, self.v_proj, form=form.qkv)
         q, k, v = (projected.reshape(heads) for projected in qkv)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
-        if kv is not None:
-            start = (index, 0, slots[0], 0, 0)
-            kv = tuple(
-                lax.dynamic_update_slice(all_layers, _as(new[None], all_layers.dtype), start)
-                for all_layers, new in zip(kv, (k, v), strict=True)
-            )
-            k, v = (_as(lax.dynamic_index_in_dim(all_layers, index, keepdims=False), v.dtype)
-                    for all_layers in kv)  # fmt: skip
-        attended = attention.attention(q, k, v, visible, causal=kv is None)
+        attended, kv = attend(q, k, v, self.partition)
         attended = attended.reshape(*hidden.shape[:2], -1)
         (attended,) = siblings.project(attended, self.o_proj, form=form.o)
         return attended, kv
@@ -368,12 +353,44 @@ def _before(rows: jax.Array) -> jax.Array:
     return lax.cummax(jnp.where(begins, jnp.cumsum(rows != 0, axis=1) - 1, 0), axis=1)
 
 
-def _windows(config: model_config.LlamaConfig) -> jax.Array | None:
-    """Sliding window of each layer [L], or None when every layer attends to everything."""
-    if not any(config.sliding_windows):
-        return None
-    widest = np.iinfo(np.int32).max
-    return jnp.asarray([window or widest for window in config.sliding_windows], jnp.int32)
+def _among(rows: jax.Array | None, config: model_config.LlamaConfig) -> Callable:
+    """How a layer's tokens attend to those of their rows: (index, kv, q, k, v, partition) →
+    (attended, kv)."""
+    windows, kinds = _windows(config)
+
+    def attend(index, kv, q, k, v, partition):
+        how = {"windows": windows, "kind": kinds[index], "partition": partition}
+        return self_attention.self_attention(q, k, v, rows, **how), kv
+
+    return attend
+
+
+def _to(cache: KVCache, num_tokens: int, config: model_config.LlamaConfig) -> Callable:
+    """How a layer's tokens, written into the cache, attend to what is in it: see _among."""
+    windows, kinds = _windows(config)
+    slots = jnp.arange(cache.k.shape[2])
+    distance = (cache.length + jnp.arange(num_tokens))[:, None] - slots[None]
+    widths = jnp.asarray([window or np.iinfo(np.int32).max for window in windows], jnp.int32)
+
+    def attend(index, kv, q, k, v, _):
+        start = (index, 0, cache.length, 0, 0)
+        kv = tuple(
+            lax.dynamic_update_slice(all_layers, _as(new[None], all_layers.dtype), start)
+            for all_layers, new in zip(kv, (k, v), strict=True)
+        )
+        k, v = (_as(lax.dynamic_index_in_dim(all_layers, index, keepdims=False), v.dtype)
+                for all_layers in kv)  # fmt: skip
+        seen = (distance >= 0) & (distance < widths[kinds[index]])
+        return attention.attention(q, k, v, cache.valid[:, None] & seen[None]), kv
+
+    return attend
+
+
+def _windows(config: model_config.LlamaConfig) -> tuple[tuple[int | None, ...], jax.Array]:
+    """(the sliding windows that differ, which of them each layer has [L])."""
+    of_layers = config.sliding_windows or (None,) * config.num_hidden_layers
+    windows = tuple(dict.fromkeys(of_layers))
+    return windows, jnp.asarray([windows.index(window) for window in of_layers], jnp.int32)
 
 
 def _rematerialised(layer, remat: str):
@@ -382,6 +399,6 @@ def _rematerialised(layer, remat: str):
     if remat == "none":
         return layer
     # By name: no policy of JAX's sees into the products' own derivative rules.
-    saved = jax.checkpoint_policies.save_only_these_names(siblings.PRODUCT)
+    saved = jax.checkpoint_policies.save_only_these_names(matmul.PRODUCT)
     policy = saved if remat == "dots" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
