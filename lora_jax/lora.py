@@ -496,6 +496,17 @@ def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) 
     return jax.tree_util.tree_map_with_path(new, state)
 
 
+def reseed_by(state: Any, number: Int[Array, ""]) -> Any:
+    """`state`, of the model's DropoutKeys, with other masks for each number."""
+
+    def new(data):
+        keys = jax.random.wrap_key_data(data)
+        of_all = jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(-1), number)
+        return jax.random.key_data(of_all.reshape(keys.shape))
+
+    return jax.tree.map(new, state)
+
+
 def _check_adapted(model: nnx.Module, wholes: list[saved.Saved]) -> None:
     """Raises: UserError when the model has no adapter."""
     if not wholes and not adapters(model):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax import ahead, config, errors, formats, selection, sharding, targets
+from lora_jax import ahead, config, errors, formats, selection, sharding, targets, train
 from lora_jax.kernels import attention_xla, cross_entropy
 from lora_jax.kernels import packed as packing
 
@@ -354,8 +354,9 @@ def _work(
 
 def _loss(job: ahead.Job, dims: _Sizes, sizes: Mapping[str, int]) -> int:
     """Hidden states with their gradient, and a chunk of logits, its normalised, in float32."""
-    if selection.matches("lm_head", job.lora.targets):  # see train.loss: all of them at once
-        return 3 * dims.bytes(dims.width) + 3 * 4 * dims.tokens * dims.vocab
+    if selection.matches("lm_head", job.lora.targets):
+        chunk = dims.rows * min(train.HEAD_CHUNK, job.seq_len)
+        return 3 * dims.bytes(dims.width) + 3 * 4 * chunk * dims.vocab
     chunk = cross_entropy.chunk_size(dims.tokens)
     head = dims.width * dims.vocab * dims.item if sizes["fsdp"] > 1 else 0
     return 3 * dims.bytes(dims.width) + 2 * 4 * chunk * dims.vocab + head

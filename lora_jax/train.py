@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax import data, devices, dpo, lora, sharding
 from lora_jax.kernels import cross_entropy
 
+HEAD_CHUNK = 128  # tokens of each line whose logits are held at a time where the head is trained
 _LOADERS, _AHEAD = 2, 3  # threads that make batches, and how many batches are made ahead
 
 
@@ -70,8 +71,29 @@ def losses(model: nnx.Module, batch: Batch, *, remat: str = "none") -> Float[Arr
     hidden = model.hidden_states(batch.input_ids, batch.attention_mask, remat=remat)
     head = model.frozen_head()
     if head is None:
-        return cross_entropy.of_logits(model.logits(hidden), targets)
+        return _of_trained_head(model, hidden, targets)
     return cross_entropy.cross_entropy(hidden, head, targets, sharding.partition(("lm_head",)))
+
+
+def _of_trained_head(model, hidden, targets):
+    """Chunk by chunk of the lines, whose logits the backward pass computes again."""
+    lines, length, width = hidden.shape
+    size = min(HEAD_CHUNK, length)
+    padding = -length % size
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(lines, -1, size, width)
+    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=data.IGNORED)
+    targets = targets.reshape(lines, -1, size)
+    graphdef, keys, rest = nnx.split(model, lora.DropoutKey, ...)
+
+    @jax.checkpoint
+    def losses(number, hidden, targets):
+        own = lora.reseed_by(keys, number)  # a chunk's dropout mask is its own
+        logits = nnx.merge(graphdef, own, rest).logits(hidden)
+        return cross_entropy.of_logits(logits, targets)
+
+    chunks = jnp.arange(hidden.shape[1]), hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
+    _, found = jax.lax.scan(lambda _, chunk: (None, losses(*chunk)), None, chunks)
+    return found.swapaxes(0, 1).reshape(lines, -1)[:, :length]
 
 
 def loss(

@@ -306,6 +306,30 @@ def packed_and_dense_shapes(base):
             yield f"u32[3,{words},{columns}]", f"f32[3,{words * 8},{columns}]"
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_trained_head_takes_some_tokens_at_a_time(dropout, monkeypatch):
+    """Five of sixteen; each chunk has a dropout mask of its own."""
+    graphdef, trained, frozen = train.split(make_model(targets=("lm_head",), dropout=dropout))
+    batch = one_micro_batch()
+
+    def found(trained):
+        model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
+        return train.losses(model, batch)
+
+    def value_and_gradient(size):
+        monkeypatch.setattr(train, "HEAD_CHUNK", size)
+        return jax.jit(jax.value_and_grad(lambda t: found(t).sum())).lower(trained).compile()
+
+    chunks = value_and_gradient(5)
+    if dropout:
+        monkeypatch.setattr(lora, "reseed_by", lambda keys, _: keys)  # one mask for all chunks
+        assert chunks(trained)[0] != value_and_gradient(5)(trained)[0]
+        return
+    whole, all_logits = value_and_gradient(TOKENS), f"f32[{ROWS},{TOKENS},{VOCAB}]"
+    assert all_logits in whole.as_text() and all_logits not in chunks.as_text()
+    assert distance(chunks(trained), whole(trained)) < 1e-5
+
+
 def test_the_base_gets_no_gradient_no_moments_and_no_copy():
     _, _, frozen = parts("int4")
     state = begin("int4")
