@@ -103,7 +103,7 @@ def test_what_is_kept_grows_as_less_is_computed_again():
         (LLAMA_7B, ONE, "tpu:v6e", "none", 1, 14.144e9),
         (LLAMA_7B, ONE | {"tensor": 4}, "tpu:v5e", "full", 1, 2.049e9),
         (LLAMA_70B, ONE | {"fsdp": 8}, "gpu:h100", "full", 8, 12.242e9),
-        (LLAMA_70B, ONE | {"fsdp": 16}, "tpu:v5e", "full", 16, 8.064e9),
+        (LLAMA_70B, ONE | {"fsdp": 16}, "tpu:v5e", "full", 16, 8.060e9),
     ],
 )
 def test_the_total_is_near_what_xla_planned(job, sizes, chip, remat, rows, peak):
