@@ -22,7 +22,7 @@ import optax
 from lora_jax import ahead, sharding, targets
 from lora_jax.kernels import cross_entropy, self_attention
 
-TARGETS = "gpu:h100", "tpu:v6e"
+TARGETS = ("gpu:h100",)
 MODEL = "Llama-3.1-8B"
 JOB = ahead.Job(
     memory.architecture(*memory.MODELS[MODEL]), remat="full", batch_size=4, grad_accum=4
