@@ -70,11 +70,16 @@ def has_tpu() -> bool:
     return any(pathlib.Path(vendor).read_text().strip() == "0x1ae0" for vendor in vendors)
 
 
+def device_peak_bytes() -> int | None:
+    """Most memory of the first device used so far, where it tells."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def peak_bytes() -> int:
     """Most memory used so far: of the first device where it tells, else of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
+    told = device_peak_bytes()
+    if told is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

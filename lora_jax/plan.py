@@ -398,11 +398,31 @@ def operations(job: ahead.Job) -> Operations:
     adapters = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
         names = [str(getattr(part, "key", part)) for part in path]
+        in_layers = "layers" in names
         # x A is needed for the gradient of B; (x A) B where what follows is computed again.
-        repeated = job.remat != "none" if "lora_A" in names else again and "down_proj" not in names
-        adapters += 2 * tokens * leaf.size * (3 + repeated)
+        if names[-1] == "lora_A":
+            passes = 3 + (in_layers and job.remat != "none")
+        elif names[-1] in ("lora_B", "lora_embedding_B"):
+            passes = 3 + (in_layers and again and "down_proj" not in names)
+        else:  # of a weight trained whole the gradient; the rest is in no product
+            passes = int(names[-1] == "kernel")
+        adapters += 2 * tokens * leaf.size * passes
     head = 2 * 2 * tokens * c.hidden_size * c.vocab_size  # if all tokens are trained
     return Operations(base, adapters, attended, head)
+
+
+def useful(job: ahead.Job) -> int:
+    """Operations of an optimizer step that its model asks for, however they are computed.
+
+    What model FLOP/s utilisation counts: nothing that is computed again, the logits of all tokens,
+    and of attention's those of each query and the keys up to it. The base's weights have no
+    gradient: a token takes 4 and not 6 operations for each.
+    Source: Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B.
+    """
+    once, c = operations(dataclasses.replace(job, remat="none")), job.architecture
+    width = c.num_hidden_layers * c.num_attention_heads * c.head_dim
+    pairs = job.batch_size * job.grad_accum * math.comb(job.seq_len + 1, 2)
+    return once.total - once.attention + 6 * 2 * width * pairs
 
 
 def bytes_moved(job: ahead.Job, sizes: Mapping[str, int], there: Resident, platform: str) -> int:

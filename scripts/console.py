@@ -107,8 +107,8 @@ def dense_note(quant: str, model: Any) -> str:
 
 
 class Progress:
-    """A bar with loss, tokens/s and time left; when not on a terminal, a plain line every so many
-    steps, by default about 20 in all."""
+    """A bar with time left, loss, tokens/s, and MFU and memory where they are known; when not on a
+    terminal, a plain line every so many steps, by default about 20 in all."""
 
     def __init__(self, first: int, num_steps: int, every: int | None):
         import tqdm
@@ -120,7 +120,7 @@ class Progress:
         self._plain = not sys.stderr.isatty() or not distributed.leads()
         self._bar = tqdm.tqdm(
             total=num_steps, initial=first, unit="step", disable=self._plain, dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]",
+            bar_format="{n_fmt}/{total_fmt}|{bar}| {remaining} left{postfix}",  # in 80 columns
         )  # fmt: skip
 
     def __enter__(self) -> "Progress":
@@ -131,6 +131,10 @@ class Progress:
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         shown = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in metrics:
+            shown += f", MFU {metrics['mfu']:.0%}"
+        if "peak_bytes" in metrics:
+            shown += f", {size(metrics['peak_bytes'])}"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
         if self._plain and (step % self._every == 0 or step in (1, self._num_steps)):

@@ -244,11 +244,15 @@ class Job:
         steps = train.steps(step, state, self.frozen, self._batch, until)
         log_every, spikes = self.settings.get("log_every"), watch.Spikes()
         profile = watch.Profile(self.settings.get("profile"), int(state.step))
+        utilisation = watch.Utilisation(*self._to_plan())
         with console.Progress(int(state.step), self.num_steps, log_every) as progress:
             for state, metrics in steps:
-                now, number = time.time(), metrics["step"]
-                metrics["tokens_per_second"] = round(metrics.pop("num_tokens") / (now - clock), 1)
-                metrics["data_wait"] = round(metrics.pop("waited") / (now - clock), 4)
+                took, number = time.time() - clock, metrics["step"]
+                metrics["tokens_per_second"] = round(metrics.pop("num_tokens") / took, 1)
+                metrics["data_wait"] = round(metrics.pop("waited") / took, 4)
+                share = utilisation.share(self.data.batches.shape(number - 1)[-1], took)
+                known = {"mfu": share, "peak_bytes": devices.device_peak_bytes()}
+                metrics |= {name: value for name, value in known.items() if value is not None}
                 self._log(metrics)
                 if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                     raise self._not_finite(number, snapshots.latest())
@@ -405,12 +409,15 @@ class Job:
     def _planned_bytes(self) -> int:
         """Of a train step: of all this process's devices on a CPU, which is what `peak_bytes`
         measures there, else of one."""
+        job, target = self._to_plan()
+        planned = plan.memory(job, dict(self.mesh.shape), target.chip).total
+        return planned * (len(self.mesh.local_devices) if target.platform == "cpu" else 1)
+
+    def _to_plan(self) -> tuple[ahead.Job, targets.Target]:
         first = self.mesh.devices.flat[0]
-        chip = targets.of_kind(first.platform, first.device_kind, self.mesh.size).chip
-        sizes = dict(self.mesh.shape)
         asked = self.settings | {"seq_len": arguments.line_length(self.settings)}
-        planned = plan.memory(ahead.job_of(asked, self.architecture), sizes, chip).total
-        return planned * (len(self.mesh.local_devices) if first.platform == "cpu" else 1)
+        return (ahead.job_of(asked, self.architecture),
+                targets.of_kind(first.platform, first.device_kind, self.mesh.size))  # fmt: skip
 
     def _make_evaluation(self) -> None:
         if self.data.held_out is None:

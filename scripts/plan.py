@@ -214,13 +214,13 @@ def _show_verdict(show, need: int, limit: int, fits: bool, memory, compiled) -> 
 
 def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[str, Any]:
     operations = plan.operations(job)
-    useful = plan.operations(dataclasses.replace(job, remat="none")).total
+    useful = plan.useful(job)
     moved = plan.bytes_moved(job, sizes, there, target.platform)
     collectives = None if isinstance(compiled, str) else compiled.collectives
     show("\nan optimizer step, all devices together")
     for name, flops in operations._asdict().items():
         show(_row(f"{name}, floating point operations", f"{flops / 1e12:.3g} T"))
-    again = f"({1 - useful / operations.total:.0%} computed again)"
+    again = f"({1 - useful / operations.total:.0%} overhead)"
     show(_row("total", f"{operations.total / 1e12:.4g} T", again))
     show("each device")
     show(_row("bytes read and written", moved, "(an estimate)"))
@@ -229,10 +229,9 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
     if collectives is not None and not collectives:
         show(_row("collectives", "none"))
     found = {
-        "flops": {**operations._asdict(), "total": operations.total, "recomputed":
-                  operations.total - useful},
+        "flops": {**operations._asdict(), "total": operations.total, "useful": useful},
         "bytes_moved": moved,
-    }  # fmt: skip
+    }
     if target.peaks is None:
         show("  no published peaks of this device: no floor of the time")
         return found

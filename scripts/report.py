@@ -134,9 +134,13 @@ def figures(record: Mapping[str, Any], metrics: curves.Metrics) -> Iterable[tupl
             if last["step"] > first["step"]:
                 note = f"from {shown(first[name])} at step {first['step']}"
             yield label, shown(last[name]), note
-    speeds = [curves.finite(row.get("tokens_per_second")) for row in metrics[1:]]
-    if speeds := [speed for speed in speeds if speed is not None]:
-        yield "Throughput", f"{curves.short(statistics.median(speeds))}/s", "tokens, median"
+    for name, label, shown, note in (
+        ("tokens_per_second", "Throughput", lambda x: f"{curves.short(x)}/s", "tokens, median"),
+        ("mfu", "MFU", "{:.0%}".format, "of peak FLOP/s, median"),
+    ):
+        values = [curves.finite(row.get(name)) for row in metrics[1:]]
+        if values := [value for value in values if value is not None]:
+            yield label, shown(statistics.median(values)), note
     if curves.finite(record.get("peak_bytes")):
         yield "Peak memory", console.size(record["peak_bytes"]), measured_on(record)
     if seconds := seconds_of(record):

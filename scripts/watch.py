@@ -1,15 +1,20 @@
 """What looks on while a run trains: losses that stand out, lost patience, profiles, dashboards."""
 
 import collections
+import dataclasses
+import functools
 import hashlib
 import importlib.util
 import math
 import pathlib
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_jax import errors
+
+if TYPE_CHECKING:
+    from lora_jax import ahead, targets
 
 REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # to which, by which package
 
@@ -46,6 +51,22 @@ class Spikes:
                 told = f"loss {loss:.3g}, after {mean:.3g} on average; look at its rows, or at --lr"
         self._before.append(loss)
         return told
+
+
+class Utilisation:
+    """MFU: what a step usefully computes, as a share of what its devices could in the same time."""
+
+    def __init__(self, job: "ahead.Job", target: "targets.Target"):
+        from lora_jax import plan
+
+        self._peak = target.count * target.peaks.flops if target.peaks else None
+        self._useful = functools.cache(
+            lambda tokens: plan.useful(dataclasses.replace(job, seq_len=tokens))
+        )
+
+    def share(self, tokens: int, seconds: float) -> float | None:
+        """Of a step with rows of so many tokens; None where the devices' peak is not known."""
+        return round(self._useful(tokens) / (seconds * self._peak), 4) if self._peak else None
 
 
 class Profile:

@@ -75,6 +75,21 @@ def test_a_step_of_32k_tokens_has_no_array_of_their_square():
     assert compiled.memory_analysis().temp_size_in_bytes < job.seq_len**2 / 4
 
 
+def test_useful_operations_are_what_xla_counts_of_a_step_that_does_nothing_twice():
+    """Of a dense model with all inputs and outputs of its layers trained, and short lines."""
+    adapters = config.LoRAConfig(targets=("q_proj", "embed_tokens"), modules_to_save=("o_proj",))
+    shallow = architecture(64, 160, 1, 4, 2, 512)
+    job = ahead.Job(shallow, "float32", "none", adapters, remat="none", batch_size=8, seq_len=16)
+    mesh = sharding.make_mesh(ONE)
+    with jax.set_mesh(mesh):
+        program = ahead.train_step(job, mesh)
+    counted = program.lower(mesh).compile().cost_analysis()["flops"]
+    assert plan.useful(job) < counted < 1.1 * plan.useful(job)  # elementwise ones are a few more
+    # However much is computed again, and twice as much of twice the lines.
+    twice = dataclasses.replace(job, remat="full", grad_accum=2)
+    assert plan.useful(twice) == 2 * plan.useful(job) < plan.operations(twice).total
+
+
 def test_memory_is_split_by_the_mesh():
     whole = plan.resident(LLAMA_7B, ONE, "gpu:h100").arrays
     assert whole["packed words"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2

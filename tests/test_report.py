@@ -36,7 +36,7 @@ RECORD = {
 
 def step(number, loss=1.0):
     return {"step": number, "loss": loss, "lr": 1e-4 / number, "grad_norm": 0.5,
-            "tokens_per_second": 3000.0 + number, "data_wait": 0.01}  # fmt: skip
+            "tokens_per_second": 3000.0 + number, "data_wait": 0.01, "mfu": 0.423}  # fmt: skip
 
 
 METRICS = [
@@ -93,6 +93,7 @@ def page(record=RECORD, metrics=METRICS):
         "Held-out loss 0.0121 from 1.0906 at step 0",
         "Exact match 97.5% from 0.0% at step 0",
         "Throughput 3.03k/s",
+        "MFU 42%",
         "before step 0 after step 60 Loss 1.0906 0.0121 Perplexity 2.98 1.01 "
         "Exact match 0.0% 97.5%",
         "Step, planned 9.87 GB Peak, measured 10.2 GB",

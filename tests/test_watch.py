@@ -1,10 +1,14 @@
 """What looks on while a run trains."""
 
+import dataclasses
 import sys
 import types
 
 import cli
 import pytest
+import test_plan
+
+from lora_jax import devices, plan, targets
 
 import watch  # isort: skip (scripts/, which cli puts on the path)
 
@@ -26,6 +30,16 @@ def test_patience_counts_evaluations_without_a_better_loss(losses, spent):
         patience.note(loss)
         endless.note(loss)
     assert patience.spent == spent and not endless.spent
+
+
+def test_utilisation_is_what_is_useful_of_the_published_peak():
+    job, target = test_plan.LLAMA_7B, targets.parse("tpu:v5e-4")
+    share = watch.Utilisation(job, target).share(512, 0.5)
+    operations = plan.useful(dataclasses.replace(job, seq_len=512))
+    assert share == pytest.approx(operations / (0.5 * 4 * 197e12), abs=1e-4)
+    base = 6738415616 - 32000 * 4096 - 65 * 4096  # what is multiplied by, of Llama-2-7B
+    assert operations == pytest.approx(4 * base * 512, rel=0.05)
+    assert watch.Utilisation(job, targets.parse("cpu:4")).share(512, 0.5) is None
 
 
 def stand_in(monkeypatch):
@@ -51,6 +65,8 @@ def stand_in(monkeypatch):
 
 def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
     told, folder = stand_in(monkeypatch), tmp_path / "run"
+    monkeypatch.setitem(targets.PEAKS, "cpu", targets.Peaks(1e10, 1e11, 1e10))
+    monkeypatch.setattr(devices, "device_peak_bytes", lambda: 5_670_000_000)
     rows = cli.write_rows(tmp_path / "train.jsonl", 20)
     ended = cli.run(
         "train", "--model", cli.BASE, "--quant", "int4", "--batch-size", 8, "--grad-accum", 1,
@@ -60,6 +76,9 @@ def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
     assert ended.code == 0 and ended.err == "", ended
     assert told.rows == cli.metrics(folder) and told.finished
     assert told.settings["config"]["quant"] == "int4" and told.settings["resume"] == "allow"
+    steps = [row for row in told.rows if "loss" in row]
+    assert all(0 < row["mfu"] < 1 and row["peak_bytes"] == 5_670_000_000 for row in steps)
+    assert ", MFU " in ended.out and "%, 5.67 GB" in ended.out
     assert "steps 3 to 5: " in " ".join(ended.out.split())
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
