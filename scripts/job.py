@@ -180,6 +180,7 @@ class Job:
         with contextlib.ExitStack() as ending:
             ending.enter_context(self._failure_told(record))
             ending.enter_context(snapshots)
+            self.compilations = ending.enter_context(watch.Compilations())
             if resume:
                 state = self._resume(state, snapshots, record)
             self.data.keep(self.folder.streams, write=distributed.leads())
@@ -217,6 +218,9 @@ class Job:
                 record |= {
                     "status": "finished" if finished else f"stopped at step {done}",
                     "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+                    "compile_seconds": round(
+                        self.compilations.seconds + record.get("compile_seconds", 0), 2
+                    ),
                     "peak_bytes": max(devices.peak_bytes(), record.get("peak_bytes", 0)),
                 }
                 self.folder.write_run(record)
@@ -250,12 +254,15 @@ class Job:
                 took, number = time.time() - clock, metrics["step"]
                 metrics["tokens_per_second"] = round(metrics.pop("num_tokens") / took, 1)
                 metrics["data_wait"] = round(metrics.pop("waited") / took, 4)
-                share = utilisation.share(self.data.batches.shape(number - 1)[-1], took)
+                shape = self.data.batches.shape(number - 1)
+                share = utilisation.share(shape[-1], took)
                 known = {"mfu": share, "peak_bytes": devices.device_peak_bytes()}
                 metrics |= {name: value for name, value in known.items() if value is not None}
                 self._log(metrics)
                 if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                     raise self._not_finite(number, snapshots.latest())
+                if told := self.compilations.done(number, step, shape):
+                    say("warning", told)
                 progress.show(number, metrics)
                 if told := spikes.note(metrics["loss"]):
                     say("spike", f"step {number}: {told}")
@@ -349,7 +356,7 @@ class Job:
         record["samples"] = before.get("samples", {})
         for name, earlier in before.get("seconds", {}).items():  # all parts of the run add up
             self.seconds[name] = self.seconds.get(name, 0) + earlier
-        record["peak_bytes"] = before.get("peak_bytes", 0)
+        record |= {name: before.get(name, 0) for name in ("compile_seconds", "peak_bytes")}
         state, damaged = snapshots.restore(state)
         _tell_damaged(damaged)
         snapshots.drop(damaged)  # they would count as the newest, and their steps come again

@@ -272,11 +272,13 @@ def seconds_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 def times(record: Mapping[str, Any], metrics: curves.Metrics) -> Markup:
     shown = bars([(name, value, duration(value)) for name, value in seconds_of(record).items()])
+    notes = []
+    if (seconds := curves.finite(record.get("compile_seconds"))) is not None:
+        notes.append(f"Of this, compiling took {duration(seconds)}.")
     waits = [curves.finite(row.get("data_wait")) for row in metrics]
     if waits := [wait for wait in waits if wait is not None]:
-        text = f"A step waited for data for {statistics.mean(waits):.1%} of its time."
-        shown = joined([shown, tag("p", text, class_="note below")])
-    return shown
+        notes.append(f"A step waited for data for {statistics.mean(waits):.1%} of its time.")
+    return joined([shown, *(tag("p", text, class_="note below") for text in notes)])
 
 
 def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:

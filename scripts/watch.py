@@ -8,7 +8,7 @@ import importlib.util
 import math
 import pathlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_jax import errors
@@ -67,6 +67,43 @@ class Utilisation:
     def share(self, tokens: int, seconds: float) -> float | None:
         """Of a step with rows of so many tokens; None where the devices' peak is not known."""
         return round(self._useful(tokens) / (seconds * self._peak), 4) if self._peak else None
+
+
+class Compilations:
+    """Hears what JAX compiles, and tells when a function is compiled again for the same shape."""
+
+    EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self):
+        self.seconds = 0.0  # of all programs
+        self._own: dict[str, float] = collections.defaultdict(float)  # since it was asked for
+        self._shapes: set[tuple[int, ...]] = set()
+
+    def __enter__(self) -> "Compilations":
+        import jax
+
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *_) -> None:
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+    def _hear(self, event: str, seconds: float, **about: Any) -> None:
+        if event == self.EVENT:
+            self.seconds += seconds
+            self._own[about.get("fun_name", "")] += seconds
+
+    def done(self, step: int, function: Callable, shape: tuple[int, ...]) -> str:
+        """To be told of every step that `function` has done; what to tell of it, if anything."""
+        seconds = self._own.pop(f"jit({function.__name__})", None)
+        before = shape in self._shapes
+        self._shapes.add(shape)
+        if seconds is None or not before:
+            return ""
+        sizes = " × ".join(map(str, shape))
+        return f"step {step} was compiled again ({seconds:.1f} s), for a batch of {sizes} as before"
 
 
 class Profile:

@@ -141,7 +141,7 @@ def test_a_run_prefers_what_was_chosen(tmp_path):
         "--dtype", "bfloat16", "--group-by-length", "--output-dir", folder,
     )  # fmt: skip
     assert "lines of 48 tokens, each length compiled once" in " ".join(ended.out.split())
-    assert ended.code == 0 and ended.err == "", ended
+    assert ended.code == 0 and ended.err == "" and "warning" not in ended.out, ended
     metrics = cli.metrics(folder)
     steps, evaluations = ([row for row in metrics if name in row] for name in ("loss", "eval_loss"))
     assert steps[0]["loss"] == pytest.approx(np.log(2)) and steps[0]["reward_margin"] == 0

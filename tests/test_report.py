@@ -27,6 +27,7 @@ RECORD = {
     "mesh": {"data": 2, "fsdp": 4, "tensor": 1},
     "memory": {"planned_bytes": 9_870_000_000, "bytes_before": 0},
     "peak_bytes": 10_230_000_000,
+    "compile_seconds": 75.5,
     "base": {"id": "owner/model", "bytes": 3_595_632, "checksum": "65f3de6f", "commit": None},
     "data": {"train": "18967b34", "held out": None},
     "samples": {"before": [ANSWER], "after": [{**ANSWER, "text": ANSWER["expected"]}]},
@@ -97,8 +98,8 @@ def page(record=RECORD, metrics=METRICS):
         "before step 0 after step 60 Loss 1.0906 0.0121 Perplexity 2.98 1.01 "
         "Exact match 0.0% 97.5%",
         "Step, planned 9.87 GB Peak, measured 10.2 GB",
-        "load 4.1 s evaluate 2 min 8 s train 2 h 13 min A step waited for data for 1.0% of its "
-        "time.",
+        "load 4.1 s evaluate 2 min 8 s train 2 h 13 min Of this, compiling took 1 min 16 s. "
+        "A step waited for data for 1.0% of its time.",
         "Prompt Tom has 41 cats. before ✗ not as expected He <b>sat</b>. "
         "after ✓ as expected He likes cat 1.",
         "rank 2 targets q_proj, v_proj quant int4 lr 0.0002 use-dora no layers – "

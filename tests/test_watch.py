@@ -1,12 +1,17 @@
 """What looks on while a run trains."""
 
 import dataclasses
+import json
+import re
 import sys
 import types
 
 import cli
+import jax
+import numpy as np
 import pytest
 import test_plan
+from test_job import at_step
 
 from lora_jax import devices, plan, targets
 
@@ -42,6 +47,26 @@ def test_utilisation_is_what_is_useful_of_the_published_peak():
     assert watch.Utilisation(job, targets.parse("cpu:4")).share(512, 0.5) is None
 
 
+def test_what_is_compiled_again_for_the_same_shape_is_told():
+    def double(x):
+        return 2 * x
+
+    function, told, took = jax.jit(double), [], []
+    with watch.Compilations() as compilations:
+        for number, size in enumerate((4, 4, 6, 4, 6), start=1):
+            if number == 5:
+                function.clear_cache()
+            function(np.ones(size, np.float32))
+            jax.jit(lambda x: x + 1)(1.0)  # another function is its own affair
+            told.append(compilations.done(number, function, (1, 8, size)))
+            took.append(compilations.seconds)
+    assert told[:4] == [""] * 4 and took[0] > 0
+    text = r"step 5 was compiled again \(\d\.\d s\), for a batch of 1 × 8 × 6 as before"
+    assert re.fullmatch(text, told[4])
+    jax.jit(lambda x: x + 2)(1.0)
+    assert compilations.seconds == took[-1]  # it no longer listens
+
+
 def stand_in(monkeypatch):
     """A wandb that keeps what it is given."""
     told = types.SimpleNamespace(settings=None, rows=[], finished=False)
@@ -67,6 +92,9 @@ def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
     told, folder = stand_in(monkeypatch), tmp_path / "run"
     monkeypatch.setitem(targets.PEAKS, "cpu", targets.Peaks(1e10, 1e11, 1e10))
     monkeypatch.setattr(devices, "device_peak_bytes", lambda: 5_670_000_000)
+    compiled = watch.Compilations.EVENT, 7.25
+    at_step(monkeypatch, 3, lambda: jax.monitoring.record_event_duration_secs(
+        *compiled, fun_name="jit(step)"))  # fmt: skip
     rows = cli.write_rows(tmp_path / "train.jsonl", 20)
     ended = cli.run(
         "train", "--model", cli.BASE, "--quant", "int4", "--batch-size", 8, "--grad-accum", 1,
@@ -79,7 +107,11 @@ def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
     steps = [row for row in told.rows if "loss" in row]
     assert all(0 < row["mfu"] < 1 and row["peak_bytes"] == 5_670_000_000 for row in steps)
     assert ", MFU " in ended.out and "%, 5.67 GB" in ended.out
-    assert "steps 3 to 5: " in " ".join(ended.out.split())
+    run = json.loads((folder / "run.json").read_text())
+    assert run["compile_seconds"] > 7.25 and ended.out.count("warning") == 1
+    out = " ".join(ended.out.split())
+    assert "step 4 was compiled again (7.2 s), for a batch of 1 × 8 × 32 as before" in out
+    assert "steps 3 to 5: " in out
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
