@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib.metadata
 import math
-import os
 import pathlib
 import signal
 import textwrap
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import job_data
 import report
+import stop
 import watch
 from console import say
 from flax import nnx
@@ -56,7 +56,7 @@ def run(
     resume: bool,
     default_batch: bool,
 ) -> int:
-    """The exit code of a run with all its settings: 0, or what Stop gives when it was stopped.
+    """The exit code of a run with all its settings: 0, or what stop.Stop gives when it was stopped.
 
     default_batch: the batch size was not asked for, and may grow to suit the devices.
     """
@@ -163,7 +163,7 @@ class Job:
         self.seconds["load"] = time.time() - start
 
     def fit(self, *, resume: bool) -> int:
-        """Trains from the start or the newest checkpoint; the exit code, of Stop if it stopped."""
+        """Trains from the start or the newest checkpoint; the exit code, of stop.Stop if it was."""
         settings = self.settings
         optim_config = config.build(config.OptimConfig, settings)
         optimizer = optim.make(optim_config, self.num_steps)
@@ -209,8 +209,8 @@ class Job:
                 self.folder.write_run(record)
             how = {"seed": settings["seed"], "remat": settings["remat"], "beta": self.beta}
             step = train.make_step(self.graphdef, optimizer, schedule, **how)
-            with Stop() as stop:
-                state = self._train(step, state, snapshots, record, stop)
+            with stop.Stop() as stopper:
+                state = self._train(step, state, snapshots, record, stopper)
                 snapshots.wait()
                 self.trained, done = self._chosen(state, snapshots, record), int(state.step)
                 self._save_adapter()
@@ -228,7 +228,7 @@ class Job:
         if not finished:
             say("report", told)
             self._tell_stopped(done)
-            return stop.code
+            return stopper.code
         self._show(record["samples"], told)
         self.continue_prompts()
         return 0
@@ -239,9 +239,9 @@ class Job:
         state: train.State,
         snapshots: snapshot.Snapshots,
         record: dict[str, Any],
-        stop: "Stop",
+        stopper: stop.Stop,
     ) -> train.State:
-        """The state after the last step, or after the one at which `stop` was asked."""
+        """The state after the last step, or after the one at which it was asked to stop."""
         every = self.settings.get("eval_every") or self.num_steps
         start = clock = time.time()
         until = 0 if self.patience.spent else self.num_steps  # resumed, it may have been already
@@ -278,7 +278,7 @@ class Job:
                         self.folder.write_run(record)
                 # Once: what ends the loop must have been saved.
                 late = time.monotonic() - self.begun > (self.settings.get("max_time") or math.inf)
-                stopping = distributed.anyone(stop.asked or late)
+                stopping = distributed.anyone(stopper.asked or late)
                 if told := profile.done(number, last or stopping):
                     say("profile", told)
                 due = number % self.settings["save_every"] == 0
@@ -510,33 +510,3 @@ class Job:
 def _tell_damaged(damaged: dict[int, str]) -> None:
     for step, what in damaged.items():
         say("resume", f"the checkpoint of step {step} is damaged and left out: {what}")
-
-
-class Stop:
-    """Ctrl-C or SIGTERM asks to stop after this step; a second Ctrl-C ends at once.
-
-    code: 130 after Ctrl-C. After SIGTERM, of a machine that is wanted for something else, 75:
-    start again. Of many processes one is enough, and all stop after the same step, with 75.
-    """
-
-    def __init__(self):
-        self.asked = False
-        self.code = distributed.RESTART
-
-    def __enter__(self) -> "Stop":
-        numbers = signal.SIGINT, signal.SIGTERM
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-        if number == signal.SIGINT and jax.process_count() == 1:
-            self.code = 130
-        # print() may not be entered again from a signal handler.
-        os.write(2, b"\nstopping after this step, to save; again to stop at once\n")
