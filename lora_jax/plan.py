@@ -509,6 +509,30 @@ def propose(
     )
 
 
+def choose_remat(
+    job: ahead.Job,
+    sizes: Mapping[str, int],
+    chip: str,
+    limit: float | None,
+    there: Resident | None = None,
+) -> tuple[str, dict[str, int]]:
+    """What --remat auto means: the policy that computes least again of those that fit into `limit`.
+
+    With the bytes of each that was tried. The one that takes least where none fits; and where
+    nothing is tried, for memory is not known (None), or is a CPU's, which others use too.
+    """
+    needs: dict[str, int] = {}
+    if limit is None or chip == "cpu":
+        return config.REMAT[0], needs
+    there = there or resident(job, sizes, chip)
+    for remat in reversed(config.REMAT):
+        planned = memory(dataclasses.replace(job, remat=remat), sizes, chip, there)
+        needs[remat] = planned.need()
+        if needs[remat] <= HEADROOM * limit:
+            break
+    return remat, needs
+
+
 def _of_length(job: ahead.Job, length: int) -> ahead.Job:
     """The job with rows of `length` tokens; held-out prompts and answers stay as long as a row."""
     generation = job.generation

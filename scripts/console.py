@@ -83,6 +83,13 @@ def mixture(
     return f"{shown} lines: " + "; ".join(parts)
 
 
+def remat(chosen: str, needs: Mapping[str, int], limit: int) -> str:
+    """Which policy --remat auto has chosen for a device, and what others would take."""
+    others = ", ".join(f"{name} {size(need)}" for name, need in needs.items() if name != chosen)
+    text = f"{chosen}: {size(needs[chosen])} of {size(limit)} planned"
+    return f"{text}; {others}" if others else text
+
+
 def evaluation(metrics: Mapping[str, Any], num_scored: int) -> None:
     """One line with the held-out loss, and the share of answers or pairs that are right."""
     text = f"step {metrics['step']}: held-out loss {metrics['eval_loss']:.4f}"

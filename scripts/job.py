@@ -1,6 +1,7 @@
 """What train.py does once its flags are read: load, evaluate, train, save, show."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import math
@@ -114,8 +115,21 @@ class Job:
         if rows is not None:
             self.data = job_data.Data(settings, rows, self.tokenizer, self.eos_ids[0], self.context)
             self.num_steps = self.data.num_steps
+            if settings["remat"] == "auto":
+                self._choose_remat()
         self._check_prompts()
         self._load_model()
+
+    def _choose_remat(self) -> None:
+        job, target = self._to_plan()
+        limit = devices.memory_bytes(jax.local_devices()[0])
+        # Hosts may tell unequal memories.
+        limit = distributed.told(limit)
+        job = dataclasses.replace(job, seq_len=self.data.batches.length)  # of the longest line
+        chosen, needs = plan.choose_remat(job, dict(self.mesh.shape), target.chip, limit)
+        self.settings["remat"] = chosen
+        if needs:
+            say("remat", console.remat(chosen, needs, limit))
 
     def _check_prompts(self) -> None:
         self.sampling = config.Sampling(

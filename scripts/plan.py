@@ -90,6 +90,12 @@ def run(typed: dict[str, Any]) -> int:
         rows = sharding.round_up(job.batch_size, sharding.mesh_of(sizes))
         job = dataclasses.replace(job, batch_size=rows)
     there = plan.resident(job, sizes, target.chip)
+    widest, chosen = job, ""  # what is proposed for
+    if job.remat == "auto":
+        remat, needs = plan.choose_remat(job, sizes, target.chip, limit, there)
+        widest = dataclasses.replace(job, remat=config.REMAT[0])  # as auto would for more rows
+        job = dataclasses.replace(job, remat=remat)
+        chosen = "--remat auto is " + console.remat(remat, needs, limit) + "\n" if needs else ""
     memory = plan.memory(job, sizes, target.chip, there)
     found: dict[str, Any] = {
         "model": settings["model"],
@@ -100,7 +106,7 @@ def run(typed: dict[str, Any]) -> int:
     }
     show = (lambda *_: None) if asked.get("json") else _print
     show(f"plan of {console.near(settings['model'])}: {_flags(job)}")
-    show(f"on {found['target']}, mesh " + console.pairs(sizes) + "\n")
+    show(f"on {found['target']}, mesh " + console.pairs(sizes) + "\n" + chosen)
     compiled: ahead.Compiled | str = "--no-compile"
     if not asked.get("no_compile"):
         compiled = _compiled(job, asked.get("target"), sizes)
@@ -116,7 +122,7 @@ def run(typed: dict[str, Any]) -> int:
             show("  XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: then plan with --hbm")
     found |= _show_operations(show, plan, job, sizes, there, target, compiled)
     if limit is not None:
-        found |= _show_proposals(show, plan, job, sizes, target.chip, limit, there, fits, asked)
+        found |= _show_proposals(show, plan, widest, sizes, target.chip, limit, there, fits, asked)
     if asked.get("json"):
         print(json.dumps(found, indent=2))
     return 0

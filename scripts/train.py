@@ -21,7 +21,7 @@ DEFAULTS = {
     "batch_size": 4,
     "grad_accum": 4,
     "epochs": 1.0,
-    "remat": "full",
+    "remat": "auto",
     "seed": 0,
     "save_every": 100,
     "keep_checkpoints": 2,
@@ -92,8 +92,9 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--warmup", "steps if ≥ 1, else the share of all steps", type=float)
     flags.add("--weight-decay", "decoupled, as in AdamW", type=float, metavar="W")
     flags.add("--clip", "largest norm of the gradient; 0: none", type=float, metavar="NORM")
-    flags.add("--remat", "what the backward pass computes again, to save memory",
-              choices=config.REMAT)  # fmt: skip
+    flags.add("--remat", "what the backward pass computes again, to save memory; auto: the least "
+              "that is planned to fit, on a CPU full",
+              choices=("auto", *config.REMAT))  # fmt: skip
     flags.add("--group-by-length", "give each step rows that are about as long, in at most 8 "
               "lengths, each compiled once", action="store_const", const=True)  # fmt: skip
     flags.add("--beta", "with --dpo: how near to the base it stays, 0.01 to 0.5", type=float)
@@ -366,6 +367,8 @@ def resumed(typed: dict[str, Any], folder: run_folder.RunFolder) -> dict[str, An
     number of its batches as long as its rows stay the same.
     """
     settings = DEFAULTS | folder.read_run()["settings"]  # it may be of a version with fewer
+    if typed.get("remat") == "auto":  # what it was in the run
+        typed = {**typed, "remat": settings["remat"]}
     anew = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature", "mesh", "max_time",
             "log_every", "report_to", "profile")  # fmt: skip
     split = ("batch_size", "grad_accum")

@@ -14,7 +14,7 @@ import tiny_tokenizer
 from flax import nnx
 from test_job import comparable
 
-from lora_jax import batches, data, errors, tokenizer, train
+from lora_jax import batches, data, devices, errors, plan, tokenizer, train
 
 BETA = 0.3
 
@@ -128,18 +128,23 @@ def test_rows_that_are_no_preferences_are_refused(tok):
 # ------------------------------------------------------------------------- runs
 
 
-def test_a_run_prefers_what_was_chosen(tmp_path):
+def test_a_run_prefers_what_was_chosen(tmp_path, monkeypatch):
     rows = tmp_path / "train.jsonl"
     rows.write_text("".join(
         json.dumps({"question": f"Tom has {n} cats.", "good": " He likes them.",
                     "bad": f" He has {n} dogs."}) + "\n" for n in range(24)))  # fmt: skip
     folder = tmp_path / "run"
-    ended = cli.run(
-        "train", "--model", cli.BASE, "--quant", "int4", "--dataset", rows, "--dpo", "--columns",
-        "prompt=question,chosen=good,rejected=bad", "--max-steps", 4, "--batch-size", 8,
-        "--grad-accum", 2, "--lr", 0.02, "--eval-every", 2, "--save-every", 2,
-        "--dtype", "bfloat16", "--group-by-length", "--output-dir", folder,
-    )  # fmt: skip
+    needs = {"none": 9_870_000_000, "dots": 1_230_000_000}
+    with monkeypatch.context() as patch:  # a device that tells its memory
+        patch.setattr(plan, "choose_remat", lambda *_: ("dots", needs))
+        patch.setattr(devices, "memory_bytes", lambda _: 2_000_000_000)
+        ended = cli.run(
+            "train", "--model", cli.BASE, "--quant", "int4", "--dataset", rows, "--dpo",
+            "--columns", "prompt=question,chosen=good,rejected=bad", "--max-steps", 4,
+            "--batch-size", 8, "--grad-accum", 2, "--lr", 0.02, "--eval-every", 2,
+            "--save-every", 2, "--dtype", "bfloat16", "--group-by-length", "--output-dir", folder,
+        )  # fmt: skip
+    assert "\nremat     dots: 1.23 GB of 2 GB planned; none 9.87 GB\n" in ended.out
     assert "lines of 48 tokens, each length compiled once" in " ".join(ended.out.split())
     assert ended.code == 0 and ended.err == "" and "warning" not in ended.out, ended
     metrics = cli.metrics(folder)
@@ -152,8 +157,10 @@ def test_a_run_prefers_what_was_chosen(tmp_path):
 
     again = shutil.copytree(folder, tmp_path / "again")
     shutil.rmtree(again / "checkpoints/4")
-    resumed = cli.run("train", "--resume", "--output-dir", again)
+    resumed = cli.run("train", "--resume", "--output-dir", again, "--remat", "auto")
     assert resumed.code == 0 and "from step 2 of 4" in resumed.out, resumed
+    for run in (folder, again):  # here auto would be full now
+        assert json.loads((run / "run.json").read_text())["settings"]["remat"] == "dots"
     assert comparable(again) == comparable(folder)
 
 

@@ -151,6 +151,26 @@ def test_the_proposals_are_the_largest_that_fit():
     assert found.remat.remat == "dots"
 
 
+@pytest.mark.parametrize(
+    "limit, chosen",
+    [(15.5e9, "none"), (15.2e9, "dots"), (11.4e9, "dots"), (11.1e9, "full"), (1e9, "full")],
+)
+def test_auto_recomputes_the_least_that_fits(limit, chosen):
+    found, needs = plan.choose_remat(LLAMA_7B, ONE, "gpu:rtx4080", limit)
+    assert found == chosen and list(needs)[-1] == chosen
+    tried = {name: plan.memory(dataclasses.replace(LLAMA_7B, remat=name), ONE, "gpu:rtx4080").total
+             for name in needs}  # fmt: skip
+    assert needs == tried and all(
+        (need <= plan.HEADROOM * limit) == (name == chosen and limit > 1e9)
+        for name, need in needs.items()
+    )
+
+
+def test_auto_is_full_where_memory_is_not_known():
+    assert plan.choose_remat(LLAMA_7B, ONE, "gpu:rtx4080", None) == ("full", {})
+    assert plan.choose_remat(LLAMA_7B, ONE, "cpu", 1e15) == ("full", {})
+
+
 def test_what_does_not_fit_is_told_what_to_change():
     job = dataclasses.replace(LLAMA_70B, quant="none")
     there = plan.resident(job, ONE, "gpu:h100")
@@ -237,6 +257,7 @@ def test_train_has_it_too_and_trains_nothing(folder, monkeypatch):
     ended = cli.run("train", *flags)
     assert ended.code == 0, ended
     assert "fits: " in ended.out and "tokens/s, at most" in ended.out and "KV cache" in ended.out
+    assert "--remat none " in ended.out and "\n--remat auto is none: " in ended.out
     assert max(map(len, ended.out.splitlines()[1:])) <= 80
     assert not (folder / "runs").exists()
 

@@ -108,6 +108,7 @@ def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
     assert all(0 < row["mfu"] < 1 and row["peak_bytes"] == 5_670_000_000 for row in steps)
     assert ", MFU " in ended.out and "%, 5.67 GB" in ended.out
     run = json.loads((folder / "run.json").read_text())
+    assert run["settings"]["remat"] == "full"  # by default, on a CPU
     assert run["compile_seconds"] > 7.25 and ended.out.count("warning") == 1
     out = " ".join(ended.out.split())
     assert "step 4 was compiled again (7.2 s), for a batch of 1 × 8 × 32 as before" in out
