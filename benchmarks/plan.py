@@ -32,7 +32,10 @@ LIMIT = 1800  # seconds for one run
 
 
 class Run(NamedTuple):
-    """A job of `rows` rows over all devices, on a mesh as --mesh."""
+    """A job of `rows` rows over all devices, or with dpo of pairs, on a mesh as --mesh.
+
+    tokens: of a row, or of a pair.
+    """
 
     model: str
     target: str
@@ -41,6 +44,7 @@ class Run(NamedTuple):
     remat: str = "full"
     quant: str = "int4"
     tokens: int = 2048
+    dpo: bool = False
 
     @property
     def job(self) -> ahead.Job:
@@ -49,8 +53,8 @@ class Run(NamedTuple):
             quant=self.quant,
             remat=self.remat,
             batch_size=self.rows,
-            seq_len=self.tokens,
-        )
+            beta=0.1 if self.dpo else None,
+        ).of_length(self.tokens)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -85,6 +89,10 @@ ERRORS = (
     Run(_7B, "tpu:v5e-4", "tensor=4", 1),
     Run(_7B, "gpu:h100", _ONE, 1, quant="nf4"),
     Run(_7B, "gpu:h100", _ONE, 1, quant="none"),
+    Run(_7B, "gpu:h100", _ONE, 1, dpo=True),
+    Run(_7B, "gpu:h100", _ONE, 4, dpo=True),
+    Run(_7B, "gpu:h100", _ONE, 1, "dots", dpo=True),
+    Run(_7B, "tpu:v5e", _ONE, 1, dpo=True),
 )
 COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
 SCALING = (
@@ -128,8 +136,9 @@ INTRODUCTION = """\
 
 `python benchmarks/plan.py`, with {versions}. No device was there. planned: lora_jax/plan.py, from
 shapes alone; XLA: the peak that the compiler plans for one device of the train step of `--rank 8`
-on q and v. rows: over all devices. laid out: arguments and temporaries as XLA places them, gaps
-included. at least: the step at the chip's published peaks. {total} runs, largest error {worst:.1%}.
+on q and v. rows: over all devices, with --dpo pairs. laid out: arguments and temporaries as XLA
+places them, gaps included. at least: the step at the chip's published peaks.
+{total} runs, largest error {worst:.1%}.
 """
 
 
@@ -170,7 +179,8 @@ def _row(run: Run, found: ahead.Compiled | str) -> dict[str, Any]:
     moved = plan.bytes_moved(job, run.sizes, there, target.platform)
     row: dict[str, Any] = {
         "model": run.model, "quant": run.quant, "target": run.target, "mesh": run.mesh,
-        "rows × tokens": f"{run.rows} × {run.tokens}", "remat": run.remat,
+        "rows × tokens": f"{run.rows} × {run.tokens}" + (" (--dpo)" if run.dpo else ""),
+        "remat": run.remat,
         "planned": _gb(planned), "of": _gb(target.peaks.memory), "error": None,
         "TFLOP": f"{flops / target.count / 1e12:.0f}",
     }  # fmt: skip

@@ -41,9 +41,10 @@ _STEPS = 100  # of the schedule: the program is the same for any number
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What decides a training run's programs. batch_size rows at a time, over all devices.
+    """What decides a training run's programs. batch_size lines at a time, over all devices.
 
     generation: (rows at a time, prompt tokens, new tokens) of --prompt or --exact-match, or None.
+    beta: of DPO, where a line is a pair of rows; None for a row to a line.
     """
 
     architecture: model_config.LlamaConfig
@@ -56,6 +57,20 @@ class Job:
     grad_accum: int = 1
     seq_len: int = 2048
     generation: tuple[int, int, int] | None = None
+    beta: float | None = None
+
+    @property
+    def rows_a_line(self) -> int:
+        return 1 if self.beta is None else 2
+
+    @property
+    def length(self) -> int:
+        """Tokens of a line."""
+        return self.rows_a_line * self.seq_len
+
+    def of_length(self, tokens: int) -> "Job":
+        """The same with lines of so many tokens."""
+        return dataclasses.replace(self, seq_len=tokens // self.rows_a_line)
 
 
 def job_of(
@@ -70,6 +85,7 @@ def job_of(
         lora=config.build(config.LoRAConfig, settings),
         optim=config.build(config.OptimConfig, settings),
         generation=generation,
+        beta=settings["beta"] if settings.get("dpo") else None,
         **{name: settings[name] for name in same},
     )
 
@@ -132,6 +148,8 @@ def model_parts(job: Job, mesh: Mesh | AbstractMesh) -> tuple[nnx.GraphDef, Any,
         return trained, frozen
 
     trained, frozen = jax.eval_shape(build)
+    if job.beta is not None:
+        frozen = frozen._replace(reference=trained)
     graphdef, trainable = made[0]
     return graphdef, trained, frozen, trainable
 
@@ -145,9 +163,10 @@ def train_step(job: Job, mesh: Mesh) -> Program:
         optim.schedule(job.optim, _STEPS),
         seed=0,
         remat=job.remat,
+        beta=job.beta,
     )
     row = jax.ShapeDtypeStruct(
-        (job.grad_accum, job.batch_size, job.seq_len), jnp.int32, sharding=sharding.batch(mesh)
+        (job.grad_accum, job.batch_size, job.length), jnp.int32, sharding=sharding.batch(mesh)
     )
     batch = train.Batch(row, row, row)
     return Program(step, (shapes(state(job, trained), mesh), shapes(frozen, mesh), batch))

@@ -4,8 +4,8 @@ An analytic model of the step that XLA compiles, from shapes alone. Its terms ar
 were found in the buffers of compiled steps, not factors fitted to their sums; benchmarks/plan.md
 compares the two. `ahead.compiled` asks the compiler itself.
 
-Letters: L layers, N tokens of a device, D hidden, F ffn, V vocab, R rows of a device, T tokens a
-row, w bytes of the compute dtype. Sizes are those of one device.
+Letters: L layers, N tokens of a device, D hidden, F ffn, V vocab, R lines of a device, T tokens a
+line, w bytes of the compute dtype. Sizes are those of one device.
 """
 
 import dataclasses
@@ -123,6 +123,7 @@ def resident(job: ahead.Job, sizes: Mapping[str, int], chip: str) -> Resident:
         arrays[_part(path)] += local_bytes(leaf)
     adapters = sum(map(local_bytes, jax.tree.leaves(state.lora)))
     arrays["A and B"] = adapters
+    arrays["A and B, reference"] = 0 if job.beta is None else adapters
     arrays["their moments"] = sum(map(local_bytes, jax.tree.leaves(state.opt_state)))
     arrays = {name: size for name, size in arrays.items() if size}
     copied = sum(
@@ -152,7 +153,7 @@ def _copied(packed: jax.ShapeDtypeStruct, sizes: Mapping[str, int], platform: st
 
 def base_bytes(there: Resident) -> int:
     """Of the frozen base alone."""
-    adapted = ("A and B", "their moments")
+    adapted = ("A and B", "A and B, reference", "their moments")
     return sum(size for name, size in there.arrays.items() if name not in adapted)
 
 
@@ -210,7 +211,7 @@ def _dims(job: ahead.Job, sizes: Mapping[str, int], platform: str) -> _Sizes:
     rows = job.batch_size // _shards(sizes)
     return _Sizes(
         rows=rows,
-        tokens=rows * job.seq_len,
+        tokens=rows * job.length,
         width=c.hidden_size,
         ffn=c.intermediate_size // split,
         q=c.num_attention_heads * c.head_dim // split,
@@ -355,7 +356,7 @@ def _work(
 def _loss(job: ahead.Job, dims: _Sizes, sizes: Mapping[str, int]) -> int:
     """Hidden states with their gradient, and a chunk of logits, its normalised, in float32."""
     if selection.matches("lm_head", job.lora.targets):
-        chunk = dims.rows * min(train.HEAD_CHUNK, job.seq_len)
+        chunk = dims.rows * min(train.HEAD_CHUNK, job.length)
         return 3 * dims.bytes(dims.width) + 3 * 4 * chunk * dims.vocab
     chunk = cross_entropy.chunk_size(dims.tokens)
     head = dims.width * dims.vocab * dims.item if sizes["fsdp"] > 1 else 0
@@ -390,10 +391,12 @@ def operations(job: ahead.Job) -> Operations:
     down = c.hidden_size * c.intermediate_size  # its product is never computed again
     again = job.remat == "full"
     rows = job.batch_size * job.grad_accum
-    tokens, layers = rows * job.seq_len, c.num_hidden_layers
-    base = 2 * tokens * layers * ((2 + again) * linear + 2 * down)
+    tokens, layers = rows * job.length, c.num_hidden_layers
+    of_pairs = job.beta is not None  # a forward pass more, for the reference
+    base = 2 * tokens * layers * ((2 + again + of_pairs) * linear + (2 + of_pairs) * down)
     # q kᵀ and p v; for their derivatives q kᵀ again, and four more.
-    attended = 2 * rows * layers * heads * _pairs(job.seq_len) * (9 if again else 7)
+    products = (9 if again else 7) + 2 * of_pairs
+    attended = 2 * rows * layers * heads * _pairs(job.length) * products
     _, trained, _, _ = ahead.model_parts(job, sharding.mesh_of(dict.fromkeys(sharding.AXES, 1)))
     adapters = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
@@ -401,13 +404,14 @@ def operations(job: ahead.Job) -> Operations:
         in_layers = "layers" in names
         # x A is needed for the gradient of B; (x A) B where what follows is computed again.
         if names[-1] == "lora_A":
-            passes = 3 + (in_layers and job.remat != "none")
+            passes = 3 + of_pairs + (in_layers and job.remat != "none")
         elif names[-1] in ("lora_B", "lora_embedding_B"):
-            passes = 3 + (in_layers and again and "down_proj" not in names)
+            passes = 3 + of_pairs + (in_layers and again and "down_proj" not in names)
         else:  # of a weight trained whole the gradient; the rest is in no product
             passes = int(names[-1] == "kernel")
         adapters += 2 * tokens * leaf.size * passes
-    head = 2 * 2 * tokens * c.hidden_size * c.vocab_size  # if all tokens are trained
+    # If all tokens are trained; for DPO the reference's as well.
+    head = 2 * (2 + of_pairs) * tokens * c.hidden_size * c.vocab_size
     return Operations(base, adapters, attended, head)
 
 
@@ -421,8 +425,9 @@ def useful(job: ahead.Job) -> int:
     """
     once, c = operations(dataclasses.replace(job, remat="none")), job.architecture
     width = c.num_hidden_layers * c.num_attention_heads * c.head_dim
-    pairs = job.batch_size * job.grad_accum * math.comb(job.seq_len + 1, 2)
-    return once.total - once.attention + 6 * 2 * width * pairs
+    pairs = job.batch_size * job.grad_accum * math.comb(job.length + 1, 2)
+    products = 6 if job.beta is None else 8
+    return once.total - once.attention + 2 * products * width * pairs
 
 
 def bytes_moved(job: ahead.Job, sizes: Mapping[str, int], there: Resident, platform: str) -> int:
@@ -434,7 +439,8 @@ def bytes_moved(job: ahead.Job, sizes: Mapping[str, int], there: Resident, platf
     """
     dims = _dims(job, sizes, platform)
     layers = job.architecture.num_hidden_layers
-    passes = 3 if job.remat == "full" else 2
+    of_pairs = job.beta is not None
+    passes = (3 if job.remat == "full" else 2) + of_pairs
     size = sum(size for size, _ in there.weights.values())
     entries = sum(entries for _, entries in there.weights.values())
     if _dequantises(job, platform):
@@ -443,7 +449,8 @@ def bytes_moved(job: ahead.Job, sizes: Mapping[str, int], there: Resident, platf
     products = dims.bytes(ins_and_outs)
     in_layers = layers * passes * (size + products)
     chunks = -(-dims.tokens // cross_entropy.chunk_size(dims.tokens))
-    head = 2 * chunks * dims.width * dims.vocab * dims.item + 3 * 4 * dims.tokens * dims.vocab
+    head = (2 + of_pairs) * chunks * dims.width * dims.vocab * dims.item
+    head += (3 + 2 * of_pairs) * 4 * dims.tokens * dims.vocab
     return job.grad_accum * (in_layers + head) + 8 * there.adapters
 
 

@@ -1,7 +1,6 @@
 """What train.py does once its flags are read: load, evaluate, train, save, show."""
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import math
@@ -125,8 +124,8 @@ class Job:
         limit = devices.memory_bytes(jax.local_devices()[0])
         # Hosts may tell unequal memories.
         limit = distributed.told(limit)
-        job = dataclasses.replace(job, seq_len=self.data.batches.length)  # of the longest line
-        chosen, needs = plan.choose_remat(job, dict(self.mesh.shape), target.chip, limit)
+        longest = job.of_length(self.data.batches.length)
+        chosen, needs = plan.choose_remat(longest, dict(self.mesh.shape), target.chip, limit)
         self.settings["remat"] = chosen
         if needs:
             say("remat", console.remat(chosen, needs, limit))
@@ -436,8 +435,7 @@ class Job:
 
     def _to_plan(self) -> tuple[ahead.Job, targets.Target]:
         first = self.mesh.devices.flat[0]
-        asked = self.settings | {"seq_len": arguments.line_length(self.settings)}
-        return (ahead.job_of(asked, self.architecture),
+        return (ahead.job_of(self.settings, self.architecture),
                 targets.of_kind(first.platform, first.device_kind, self.mesh.size))  # fmt: skip
 
     def _make_evaluation(self) -> None:

@@ -57,13 +57,6 @@ def run(typed: dict[str, Any]) -> int:
     from lora_jax import ahead, plan, sharding, targets
     from lora_jax.models import config as model_config
 
-    if settings.get("dpo"):
-        raise errors.UserError(
-            expected="a job that trains on texts",
-            found="--dpo, whose forward pass of the reference is not planned",
-            do="plan with twice the --seq-len and without --dpo; the reference adds no memory but "
-            "a second A and B, and a third to the step's time",
-        )
     architecture = model_config.load(base)
     if asked.get("target"):
         target = targets.parse(asked["target"])
@@ -134,14 +127,14 @@ def _print(text: str) -> None:
 
 
 def _settings(job) -> dict[str, Any]:
-    names = ("dtype", "quant", "remat", "batch_size", "grad_accum", "seq_len", "generation")
+    names = ("dtype", "quant", "remat", "batch_size", "grad_accum", "seq_len", "generation", "beta")
     return {name: getattr(job, name) for name in names} | {"rank": job.lora.rank}
 
 
 def _flags(job) -> str:
     return (f"--quant {job.quant} --dtype {job.dtype} --rank {job.lora.rank} --remat {job.remat} "
             f"--batch-size {job.batch_size} --grad-accum {job.grad_accum} "
-            f"--seq-len {job.seq_len}")  # fmt: skip
+            f"--seq-len {job.seq_len}" + (" --dpo" if job.beta else ""))  # fmt: skip
 
 
 def _generation(settings: dict[str, Any], context: int) -> tuple[int, int, int] | None:
@@ -242,7 +235,7 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
         show("  no published peaks of this device: no floor of the time")
         return found
     least = plan.floor(operations.total, moved, collectives, target)
-    tokens = job.batch_size * job.grad_accum * job.seq_len
+    tokens = job.batch_size * job.grad_accum * job.length
     mfu = useful / target.count / target.peaks.flops / least.seconds
     bound = max(least._fields, key=lambda name: getattr(least, name) or 0)
     show("\nthe floor: at the published peaks of the chip, which no program reaches")

@@ -1,7 +1,6 @@
 """What looks on while a run trains: losses that stand out, lost patience, profiles, dashboards."""
 
 import collections
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -60,12 +59,10 @@ class Utilisation:
         from lora_jax import plan
 
         self._peak = target.count * target.peaks.flops if target.peaks else None
-        self._useful = functools.cache(
-            lambda tokens: plan.useful(dataclasses.replace(job, seq_len=tokens))
-        )
+        self._useful = functools.cache(lambda tokens: plan.useful(job.of_length(tokens)))
 
     def share(self, tokens: int, seconds: float) -> float | None:
-        """Of a step with rows of so many tokens; None where the devices' peak is not known."""
+        """Of a step with lines of so many tokens; None where the devices' peak is not known."""
         return round(self._useful(tokens) / (seconds * self._peak), 4) if self._peak else None
 
 

@@ -173,4 +173,3 @@ def test_flags_that_make_no_sense_with_it_are_refused(tmp_path):
     assert "prompt, chosen, rejected" in cli.refused("train", *flags, "--dpo", "--output-dir",
                                                       tmp_path / "run")  # fmt: skip
     assert "--dpo without --dataset" in cli.refused("train", "--dpo")
-    assert "--dpo" in cli.refused("plan", *flags, "--dpo")

@@ -40,16 +40,17 @@ def architecture(hidden, ffn, layers, heads, kv_heads, vocab, **more) -> model_c
 
 TINY = ahead.Job(architecture(64, 160, 3, 4, 2, 512), batch_size=2, seq_len=100, grad_accum=2)
 LLAMA_7B = ahead.Job(architecture(4096, 11008, 32, 32, 32, 32000))
+PAIRS_7B = dataclasses.replace(LLAMA_7B, seq_len=1024, beta=0.1)
 LLAMA_70B = ahead.Job(architecture(8192, 28672, 80, 64, 8, 128256))
 
 
 @pytest.mark.parametrize(
-    "remat, names, shared",  # products of attention that XLA takes once, of a single block
-    [("full", "all-linear", 1), ("dots", ("q_proj", "v_proj"), 0)],
+    "remat, names, beta, shared",  # products of attention that XLA takes once, of a single block
+    [("full", "all-linear", None, 1), ("dots", ("q_proj", "v_proj"), 0.1, 0)],
 )
-def test_the_compiled_step_multiplies_and_takes_what_was_planned(remat, names, shared):
+def test_the_compiled_step_multiplies_and_takes_what_was_planned(remat, names, beta, shared):
     adapters = config.LoRAConfig(targets=names)
-    job = dataclasses.replace(TINY, remat=remat, lora=adapters)
+    job = dataclasses.replace(TINY, remat=remat, lora=adapters, beta=beta).of_length(100)
     mesh = sharding.make_mesh(ONE)
     with jax.set_mesh(mesh):
         program = ahead.train_step(job, mesh)
@@ -90,6 +91,11 @@ def test_useful_operations_are_what_xla_counts_of_a_step_that_does_nothing_twice
     assert plan.useful(twice) == 2 * plan.useful(job) < plan.operations(twice).total
 
 
+def test_pairs_take_a_second_adapter():
+    alone, pairs = (plan.memory(job, ONE, "gpu:h100").resident for job in (LLAMA_7B, PAIRS_7B))
+    assert pairs == alone | {"A and B, reference": alone["A and B"]}
+
+
 def test_memory_is_split_by_the_mesh():
     whole = plan.resident(LLAMA_7B, ONE, "gpu:h100").arrays
     assert whole["packed words"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2
@@ -128,11 +134,12 @@ def test_the_total_is_near_what_xla_planned(job, sizes, chip, remat, rows, peak)
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["gpu:h100", "tpu:v5e"])
-def test_the_total_is_near_what_xla_plans_now(target):
+@pytest.mark.parametrize("job", [LLAMA_7B, PAIRS_7B], ids=["texts", "pairs"])
+def test_the_total_is_near_what_xla_plans_now(target, job):
     targets.check(target)
-    compiled = ahead.compiled(LLAMA_7B, target, ONE)
+    compiled = ahead.compiled(job, target, ONE)
     assert not isinstance(compiled, str), compiled
-    planned = plan.memory(LLAMA_7B, ONE, target).total
+    planned = plan.memory(job, ONE, target).total
     assert planned == pytest.approx(compiled.peak_bytes, rel=0.1)
 
 
@@ -225,7 +232,7 @@ def test_the_floor_is_the_slowest_part():
 
 def test_a_job_survives_the_way_to_its_process():
     windows = architecture(64, 160, 3, 4, 2, 512, rope_scaling={"rope_type": "linear", "factor": 2})
-    job = dataclasses.replace(TINY, architecture=windows, generation=(2, 16, 8))
+    job = dataclasses.replace(TINY, architecture=windows, generation=(2, 16, 8), beta=0.1)
     assert ahead.job_from(json.loads(json.dumps(dataclasses.asdict(job)))) == job
 
 
@@ -260,6 +267,17 @@ def test_train_has_it_too_and_trains_nothing(folder, monkeypatch):
     assert "--remat none " in ended.out and "\n--remat auto is none: " in ended.out
     assert max(map(len, ended.out.splitlines()[1:])) <= 80
     assert not (folder / "runs").exists()
+
+
+def test_preferences_are_planned_with_their_reference(folder):
+    flags = ("--no-compile", "--model", folder, "--target", "tpu:v5e-4", "--seq-len", 64)
+    told = cli.run("plan", *flags, "--dpo", "--dataset", "pairs.jsonl").out
+    assert "--seq-len 64 --dpo\n" in told and "\n  A and B, reference  " in told
+    flags += ("--json", "--dataset", "pairs.jsonl")
+    alone, pairs = (json.loads(cli.run("plan", *flags, *more).out) for more in ((), ("--dpo",)))
+    assert pairs["memory"]["resident"]["batch"] == 2 * alone["memory"]["resident"]["batch"]
+    least = [found["tokens_per_second_at_most"] for found in (pairs, alone)]
+    assert least[0] < least[1]
 
 
 @pytest.mark.parametrize("peak, fits", [(3_999_999, True), (4_000_001, False)])
