@@ -4,14 +4,16 @@ import functools
 import pathlib
 import re
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_tokenizer
 from flax import nnx
 
-from lora_jax import checkpoint, data, lora, optim, sharding, train
+from lora_jax import batches, checkpoint, data, lora, optim, sharding, tokenizer, train
 from lora_jax import config as lora_config
 
 LLAMA = pathlib.Path(__file__).parent / "golden" / "models" / "llama"
@@ -182,6 +184,30 @@ def test_training_lowers_the_loss():
     run = train.steps(compiled(), begin(), frozen, lambda _: make_batch(), 8)
     losses = [metrics["loss"] for _, metrics in run]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_model_whose_padding_is_its_eos_learns_to_stop(tmp_path):
+    """Padding is told by length, not by a token's id: that which ends an answer is trained."""
+    tok = tokenizer.load(tiny_tokenizer.save(tmp_path, pad_token="</s>"))
+    assert tok.pad_token_id == tok.eos_token_id == tiny_tokenizer.EOS
+    texts = [{"prompt": "ab" * (n % 3), "completion": "cd" * n + "."} for n in range(ROWS)]
+    encoded = data.encode(datasets.Dataset.from_list(texts), tok, TOKENS, tiny_tokenizer.EOS)
+    # As few different ids as the model has; their order stays.
+    known = np.unique(np.concatenate([ids for ids, _ in encoded.rows]))
+    eos = int(np.searchsorted(known, tiny_tokenizer.EOS))
+    rows = [(np.searchsorted(known, ids), trained) for ids, trained in encoded.rows]
+    arrays = batches.pad(batches.alone(rows), TOKENS)
+    batch = train.Batch(*(jnp.asarray(arrays[name].reshape(MICRO_BATCHES, -1, TOKENS))
+                          for name in train.Batch._fields))  # fmt: skip
+    assert (batch.labels == eos).sum() == ROWS and not batch.attention_mask[0, 0, -1]
+    # Only what ends an answer, so that the loss is −log p(EOS) there.
+    ends = batch._replace(labels=jnp.where(batch.labels == eos, eos, data.IGNORED))
+
+    _, _, frozen = parts()
+    _, before = compiled()(begin(), frozen, ends)
+    *_, (state, _) = train.steps(compiled(), begin(), frozen, lambda _: batch, 40)
+    _, after = compiled()(state, frozen, ends)
+    assert jnp.exp(-before["loss"]) < 0.01 and jnp.exp(-after["loss"]) > 0.5
 
 
 def test_accumulated_gradient_is_that_of_one_big_batch():
