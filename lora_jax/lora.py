@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from lora_jax import (
     adapted,
+    beside,
     errors,
     formats,
     graft,
@@ -50,6 +51,7 @@ class LoRALayer(nnx.Module):
     # What only some adapters have.
     lora_mask = lora_magnitude_vector = lora_square = lora_dropout_key = None
     lora_initial_A = lora_initial_B = None
+    lora_members = 0  # see beside.py
 
     def __call__(self, x: Num[Array, "..."], *args: Any, **kwargs: Any) -> Num[Array, "..."]:
         return self._adapted(x, super().__call__(x, *args, **kwargs))
@@ -59,21 +61,25 @@ class LoRALayer(nnx.Module):
         return self._adapted(x, siblings.with_bias(self, product))
 
     def _adapted(self, x, y):
-        dropped, bias = x, getattr(self, "bias", None)
+        dropped, bias = None, getattr(self, "bias", None)
         if self.lora_dropout and not self.deterministic:
             dropped = places.dropped(self.lora_dropout_key[...], self.lora_dropout, x)
         how, packed = kinds.layout_of(self), quant.packed_of(self)
-        return adapted.output(
-            how,
-            sites.weight_shape(self),
-            x,
-            y,
-            arrays(self),
-            dropped=dropped,
-            weight=packed.product if packed else how.matrix(kinds.weight_of(self)[...]),
-            square=self.lora_square[...] if self.lora_square is not None else None,
-            bias=None if bias is None else bias[...],
-        )
+
+        def output(x, y, dropped, factors):
+            return adapted.output(
+                how,
+                sites.weight_shape(self),
+                x,
+                y,
+                factors,
+                dropped=x if dropped is None else dropped,
+                weight=packed.product if packed else how.matrix(kinds.weight_of(self)[...]),
+                square=self.lora_square[...] if self.lora_square is not None else None,
+                bias=None if bias is None else bias[...],
+            )
+
+        return beside.each(output, self.lora_members, (x, y, dropped), arrays(self))
 
 
 # ---------------------------------------------------------------------------------- putting in
@@ -470,6 +476,16 @@ def merge(model: nnx.Module) -> None:
             _restore(layer)
     for whole in wholes:
         whole.merge()
+
+
+def put_beside(model: nnx.Module, num_members: int) -> None:
+    """Has every adapted layer compute with so many adapters, whose arrays it holds: see beside.py.
+
+    Their axis [S] stands behind the axes of stacked layers.
+    """
+    for _, layer in nnx.iter_graph(model):
+        if isinstance(layer, LoRALayer | SavedLayer):
+            layer.lora_members = num_members
 
 
 def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) -> Any:

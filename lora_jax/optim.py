@@ -9,12 +9,15 @@ import optax
 from lora_jax import config as lora_config
 
 
-def schedule(config: lora_config.OptimConfig, num_steps: int) -> optax.Schedule:
+def schedule(
+    config: lora_config.OptimConfig, num_steps: int, *, peak: jax.Array | None = None
+) -> optax.Schedule:
     """Learning rate at a step (from 0): a linear warmup from 0, then the decay to 0 at num_steps.
 
     Equals transformers' get_{cosine,linear,constant}_schedule_with_warmup, so with a warmup the
-    first step has lr 0.
+    first step has lr 0. peak: instead of config.lr, for a program of several learning rates.
     """
+    highest = config.lr if peak is None else peak
     warmup = config.warmup if config.warmup >= 1 else round(config.warmup * num_steps)
 
     def lr(step):
@@ -24,19 +27,21 @@ def schedule(config: lora_config.OptimConfig, num_steps: int) -> optax.Schedule:
             "linear": 1 - progress,
             "constant": 1.0,
         }[config.schedule]
-        return config.lr * jnp.where(step < warmup, step / max(1, warmup), decay)
+        return highest * jnp.where(step < warmup, step / max(1, warmup), decay)
 
     return lr
 
 
-def make(config: lora_config.OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW in the groups that `labels` gives.
+def make(
+    config: lora_config.OptimConfig, num_steps: int, *, peak: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW in the groups that `labels` gives. peak: see schedule.
 
     The learning rate of B and of magnitudes is lora_plus_ratio × that of the rest, as in PEFT. In a
     mixed tree whatever is not trained is frozen: zero update and no moments, and its gradient does
     not count in the norm.
     """
-    lr = schedule(config, num_steps)
+    lr = schedule(config, num_steps, peak=peak)
 
     def adamw(ratio: float) -> optax.GradientTransformation:
         return optax.adamw(

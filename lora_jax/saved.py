@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lora_jax import errors, graft, quant, sites
+from lora_jax import beside, errors, graft, quant, sites
 from lora_jax.variables import LoRAParam
 
 
@@ -21,12 +21,19 @@ class SavedLayer(nnx.Module):
     own dtypes. The module's parameters stay as they were, for others that use them.
     """
 
+    lora_members = 0  # see beside.py
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         graphdef, state = nnx.split(self.modules_to_save)
         own = dict(nnx.to_flat_state(nnx.state(self)))
         cast = [(path, variable.replace(variable[...].astype(own[path].dtype)))
                 for path, variable in nnx.to_flat_state(state)]  # fmt: skip
-        return nnx.merge(graphdef, nnx.from_flat_state(cast))(*args, **kwargs)
+
+        def output(*args):
+            *args, state = args
+            return nnx.merge(graphdef, state)(*args, **kwargs)
+
+        return beside.each(output, self.lora_members, args, nnx.from_flat_state(cast))
 
     def with_product(self, x: Float[Array, "..."], product: Any) -> jax.Array:
         """The same: the product is that of the module's own weight, which is of no use here."""

@@ -103,28 +103,46 @@ def loss(
 
     A sum and a count, so that a mean is taken once, over all tokens of all micro-batches.
     """
-    count = (batch.labels[:, 1:] != data.IGNORED).sum()
-    return losses(model, batch, remat=remat).sum(), count
+    found = objective(None)(losses(model, batch, remat=remat), None, batch)
+    return found.loss, found.count
 
 
-def _objective(graphdef: nnx.GraphDef, beta: float | None) -> Callable:
-    """(model, frozen, micro-batch, remat) → (Σ loss, count of what it is a mean of, sums to tell).
+class Sums(NamedTuple):
+    """Over a batch: Σ loss, the count of what it is a mean of, and sums to tell."""
 
-    beta: of DPO, of which each line is a pair; None for the tokens' loss.
+    loss: Float[Array, "*S"]
+    count: Int[Array, "*S"]
+    told: dict[str, Float[Array, "*S"]]
+
+
+def objective(beta: float | None) -> Callable[[jax.Array, jax.Array | None, Batch], Sums]:
+    """(losses of a micro-batch, those of the reference, the micro-batch) → Sums.
+
+    beta: of DPO, of which each line is a pair; None for the tokens' loss, without a reference.
     """
 
-    def tokens(model, frozen, batch, remat):
-        return *loss(model, batch, remat=remat), {}
+    def tokens(now, before, batch):
+        return Sums(now.sum(), (batch.labels[:, 1:] != data.IGNORED).sum(), {})
 
-    def pairs(model, frozen, batch, remat):
-        reference = nnx.merge(graphdef, frozen.reference, frozen.dropout_keys, frozen.base)
-        reference.eval()
-        # In the same form as below, so that both are rounded alike: the first step's loss is log 2.
-        before = jax.lax.stop_gradient(losses(reference, batch, remat=remat))
-        now = losses(model, batch, remat=remat)
-        return dpo.loss(now, before, batch.attention_mask, beta)
+    def pairs(now, before, batch):
+        return Sums(*dpo.loss(now, before, batch.attention_mask, beta))
 
     return tokens if beta is None else pairs
+
+
+def _sums(graphdef: nnx.GraphDef, beta: float | None) -> Callable[..., Sums]:
+    """(model, frozen, micro-batch, remat) → Sums."""
+
+    def sums(model, frozen, batch, remat):
+        before = None
+        if beta is not None:
+            reference = nnx.merge(graphdef, frozen.reference, frozen.dropout_keys, frozen.base)
+            reference.eval()
+            # In the same form as below, so that both are rounded alike: the first loss is log 2.
+            before = jax.lax.stop_gradient(losses(reference, batch, remat=remat))
+        return objective(beta)(losses(model, batch, remat=remat), before, batch)
+
+    return sums
 
 
 def make_step(
@@ -143,55 +161,80 @@ def make_step(
     over the axis "data" once, after all micro-batches. When it is not finite the state stays as it
     was, but for the step count. Metrics: loss, grad_norm, lr, num_tokens, and what dpo.loss tells.
     """
-    objective = _objective(graphdef, beta)
+    of_model = _sums(graphdef, beta)
 
     def sums(trained, frozen, key, micro_batch, rows):
         keys = lora.reseed(frozen.dropout_keys, key, rows)
         model = nnx.merge(graphdef, trained, keys, frozen.base)
         model.train()
-        value, count, told = objective(model, frozen, micro_batch, remat)
-        return value, (count, told)
+        found = of_model(model, frozen, micro_batch, remat)
+        return found.loss, found
+
+    def step(state: State, frozen: Frozen, batch: Batch):
+        found, gradient = add_up(sums, zero_sums(beta), state, frozen, batch, seed)
+        state, metrics = update(optimizer, schedule, state, found, gradient)
+        return state, metrics | {"num_tokens": (batch.attention_mask != 0).sum()}
+
+    return jax.jit(step, donate_argnums=0, compiler_options=devices.compiler_options())
+
+
+def zero_sums(beta: float | None, shape: tuple[int, ...] = ()) -> Sums:
+    """Sums over nothing."""
+    told = () if beta is None else dpo.TOLD
+    zero = jnp.zeros(shape)
+    return Sums(zero, jnp.zeros(shape, jnp.int32), dict.fromkeys(told, zero))
+
+
+def add_up(
+    sums: Callable, zero: Sums, state: State, frozen: Frozen, batch: Batch, seed: int
+) -> tuple[Sums, Any]:
+    """(Sums, gradient of their loss) over all micro-batches and all devices.
+
+    sums: (lora, frozen, key, micro-batch, numbers of its rows) → (Σ loss, Sums).
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    shape = batch.input_ids.shape[:2]
+    rows = jnp.arange(math.prod(shape)).reshape(shape)
 
     def accumulated(trained, frozen, key, batch, rows):
-        """Sums over the micro-batches: ((loss, (count, told)), gradient)."""
-        of = jax.value_and_grad(sums, has_aux=True)
+        of = jax.grad(sums, has_aux=True)
 
         def accumulate(total, xs):
             return jax.tree.map(jnp.add, total, of(trained, frozen, key, *xs)), None
 
-        told = {} if beta is None else dict.fromkeys(dpo.TOLD, jnp.zeros(()))
-        zero = (
-            (jnp.zeros(()), (jnp.zeros((), jnp.int32), told)),
-            jax.tree.map(jnp.zeros_like, trained),
-        )
-        return jax.lax.scan(accumulate, zero, (batch, rows))[0]
+        start = jax.tree.map(jnp.zeros_like, trained), zero
+        return jax.lax.scan(accumulate, start, (batch, rows))[0]
 
-    def step(state: State, frozen: Frozen, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        shape = batch.input_ids.shape[:2]
-        rows = jnp.arange(math.prod(shape)).reshape(shape)
-        add_up = sharding.sum_over_data(accumulated, num_whole=3)
-        (value, (count, told)), gradient = add_up(state.lora, frozen, key, batch, rows)
-        mean = jax.tree.map(lambda g: g / count, gradient)
-        grad_norm = optax.tree.norm(mean)
-        updates, opt_state = optimizer.update(mean, state.opt_state, state.lora)
-        trained = optax.apply_updates(state.lora, updates)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        trained, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (trained, opt_state),
-            (state.lora, state.opt_state),
-        )
-        metrics = {
-            "loss": value / count,
-            "grad_norm": grad_norm,
-            "lr": schedule(state.step),
-            "num_tokens": (batch.attention_mask != 0).sum(),
-            **{name: total / count for name, total in told.items()},
-        }
-        return State(trained, opt_state, state.step + 1), metrics
+    summed = sharding.sum_over_data(accumulated, num_whole=3)
+    gradient, found = summed(state.lora, frozen, key, batch, rows)
+    return found, gradient
 
-    return jax.jit(step, donate_argnums=0, compiler_options=devices.compiler_options())
+
+def update(
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: State,
+    sums: Sums,
+    gradient: Any,
+) -> tuple[State, dict[str, jax.Array]]:
+    """(the state after a step with the mean of `gradient`, its metrics)."""
+    mean = jax.tree.map(lambda g: g / sums.count, gradient)
+    grad_norm = optax.tree.norm(mean)
+    updates, opt_state = optimizer.update(mean, state.opt_state, state.lora)
+    trained = optax.apply_updates(state.lora, updates)
+    finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+    trained, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (trained, opt_state),
+        (state.lora, state.opt_state),
+    )
+    metrics = {
+        "loss": sums.loss / sums.count,
+        "grad_norm": grad_norm,
+        "lr": schedule(state.step),
+        **{name: total / sums.count for name, total in sums.told.items()},
+    }
+    return State(trained, opt_state, state.step + 1), metrics
 
 
 def make_eval_loss(graphdef: nnx.GraphDef, beta: float | None = None) -> Callable:
@@ -199,14 +242,15 @@ def make_eval_loss(graphdef: nnx.GraphDef, beta: float | None = None) -> Callabl
 
     beta: see make_step; what dpo.loss tells has "eval_" before its names.
     """
-    objective = _objective(graphdef, beta)
+    of_model = _sums(graphdef, beta)
 
     @functools.partial(jax.jit, compiler_options=devices.compiler_options())
     def eval_loss(trained, frozen, micro_batch):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
         model.eval()
-        value, count, told = objective(model, frozen, micro_batch, "none")
-        return {f"eval_{name}": total for name, total in {"loss": value, **told}.items()}, count
+        found = of_model(model, frozen, micro_batch, "none")
+        told = {"loss": found.loss, **found.told}
+        return {f"eval_{name}": total for name, total in told.items()}, found.count
 
     return eval_loss
 

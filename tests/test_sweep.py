@@ -1,0 +1,100 @@
+"""Several settings in one program: each ends as the adapter that a run of its own gives."""
+
+import functools
+
+import jax
+import numpy as np
+import test_mesh
+import test_train
+from flax import nnx
+
+from lora_jax import checkpoint, lora, optim, sharding, sweep, train
+from lora_jax import config as lora_config
+
+STEPS, MESH = 3, "2·2·2"
+
+
+def member(name, rank, lr):
+    """Trains A and B of an embedding and of a stack, and norms in and out of it."""
+    how = {"dropout": 0.2, "targets": ("q_proj", "embed_tokens"), "modules_to_save": ("norm",)}
+    adapters = lora_config.LoRAConfig(rank=rank, use_rslora=True, **how)
+    return sweep.Member(name, adapters, lora_config.OptimConfig(lr=lr, weight_decay=0.1, warmup=1))
+
+
+# The second's rank is padded; the third diverges.
+MEMBERS = [member("wide", 4, 0.01), member("narrow", 2, 0.003), member("wild", 4, 1e30)]
+
+
+def parts_of(members, mesh):
+    """[(graphdef, lora, frozen)] of the members, each injected into the same base."""
+    how = {"dtype": "float32", "quantisation": "int4", "search": False, "mesh": mesh}
+    model = checkpoint.load(test_train.LLAMA, **how)
+    found = []
+    for each in members:
+        lora.inject(model, each.lora, rngs=nnx.Rngs(0))
+        graphdef, *parts = train.split(model)
+        found.append((graphdef, *sharding.place(parts, mesh)))
+        lora.strip(model)
+    return found
+
+
+@functools.cache
+def swept():
+    """(graphdef, [(state, metrics)] after each step, the first state, frozen) on a mesh."""
+    mesh = sharding.make_mesh(test_mesh.MESHES[MESH])
+    with jax.set_mesh(mesh):
+        (graphdef, *_), *_ = found = parts_of(MEMBERS, mesh)
+        trained, frozen = sweep.join([tuple(parts) for _, *parts in found])
+        state = sweep.start(MEMBERS, trained, STEPS)
+        state, frozen = sharding.place((state, frozen), mesh)
+        first = test_train.saved(state)
+
+        def batch_at(index):
+            return jax.device_put(test_mesh.make_batch(index, 2), sharding.batch(mesh))
+
+        step = sweep.make_step(graphdef, MEMBERS, STEPS, seed=0, remat="full")
+        run = train.steps(step, state, frozen, batch_at, STEPS)
+        return graphdef, [(test_train.saved(state), told) for state, told in run], first, frozen
+
+
+def of(state, index):
+    return jax.tree.map(lambda array: array[index], (state.lora, state.opt_state.moments))
+
+
+def test_a_member_ends_as_the_adapter_of_a_run_alone():
+    """On a mesh, beside one that diverges, its rank padded: as on one device."""
+    _, run, _, _ = swept()
+    own = MEMBERS[1]
+    ((graphdef, trained, frozen),) = parts_of([own], sharding.make_mesh(test_mesh.MESHES["1·1·1"]))
+    optimizer, schedule = (make(own.optim, STEPS) for make in (optim.make, optim.schedule))
+    step = train.make_step(graphdef, optimizer, schedule, seed=0, remat="full")
+    state = train.start(trained, optimizer)
+    *_, (state, told) = train.steps(
+        step, state, frozen, lambda index: test_mesh.make_batch(index, 2), STEPS
+    )
+    found, metrics = run[-1]
+    assert test_train.distance(sweep.cut(of(found, 1)[0], state.lora), state.lora) < 1e-5
+    for name in ("loss", "grad_norm", "lr"):
+        np.testing.assert_allclose(metrics[f"{name}/narrow"], told[name], rtol=1e-5)
+    assert metrics["num_tokens"] == told["num_tokens"]
+
+
+def test_what_pads_a_rank_stays_zero():
+    _, run, first, _ = swept()
+    q_proj = run[-1][0].lora["model"]["layers"]["self_attn"]["q_proj"]
+    A, B = q_proj["lora_A"][1], q_proj["lora_B"][1]
+    assert A.shape[-1] == B.shape[-2] == 4
+    assert A[..., :2].all() and B[..., :2, :].any() and not A[..., 2:].any()
+    assert not B[..., 2:, :].any()
+    assert test_train.distance(*(of(state, 1)[0] for state in (run[-1][0], first))) > 1e-3
+
+
+def test_a_member_that_is_not_finite_is_left_as_it_was():
+    """The first step has the learning rate 0, the second makes B huge, the third is lost."""
+    _, run, _, _ = swept()
+    states, told = zip(*run, strict=True)
+    assert [state.opt_state.lost.tolist() for state in states] == [[0, 0, 0]] * 2 + [[0, 0, 3]]
+    assert not np.isfinite(told[2]["loss/wild"] + told[2]["grad_norm/wild"])
+    test_train.assert_equal_trees(of(states[2], 2), of(states[1], 2))
+    assert all(np.isfinite(told[2][f"loss/{name}"]) for name in ("wide", "narrow"))
+    assert int(states[2].step) == 3
