@@ -165,6 +165,35 @@ def chart(metrics: Metrics, name: str, title: str, what: str, held_out: str = ""
     return tag("figure", caption, tag("div", drawing, class_="plot"), class_=f"chart {name}")
 
 
+def compared(metrics: Metrics, names: Mapping[str, str], title: str, what: str) -> Markup:
+    """A plot of several metrics, {name in the metrics: name in the plot}; "" without values."""
+    found = {shown: series(metrics, name, POINTS) for name, shown in names.items()}
+    known = [point for points in found.values() for point in points if point.mean is not None]
+    if not known:
+        return Markup()
+    x = axis(0, max(1, *(point.last for point in known)), whole=True)
+    low, high = min(point.mean for point in known), max(point.mean for point in known)
+    y = axis(0 if 0 <= low < 0.7 * high or low == high > 0 else low, high)
+    lines, alone, legend, told = [], [], [], []
+    for index, (shown, points) in enumerate(found.items()):
+        colour = f"color: {hue(index)}"
+        lines.append(tag("path", d=_line(points, x, y), class_="line own", style=colour))
+        alone.append(tag("g", *_alone(points, x, y), class_="own", style=colour))
+        legend.append(tag("span", shown, class_="key own", style=colour))
+        told.append(f"{shown}: {_summary(points, what)}")
+    stretched = tag("svg", *lines, viewBox="0 0 1000 1000", preserveAspectRatio="none",
+                    width="100%", height="100%")  # fmt: skip
+    drawing = tag("svg", *_grid(x, y), stretched, *alone, role="img",
+                  aria_label=f"{title}. {'; '.join(told)}")  # fmt: skip
+    caption = tag("figcaption", tag("h3", title), *legend)
+    return tag("figure", caption, tag("div", drawing, class_="plot"), class_="chart several")
+
+
+def hue(index: int) -> str:
+    """A colour for each of several curves: neighbours are far apart, on light and on dark."""
+    return f"hsl({(215 + 137 * index) % 360} 65% 50%)"
+
+
 def _summary(points: list[Point], what: str) -> str:
     known = [point for point in points if point.mean is not None]
     if not known:

@@ -52,6 +52,7 @@ from lora_jax.models import config as model_config
 def run(
     settings: dict[str, Any],
     folder: run_folder.RunFolder,
+    kind: "type[Job]",
     *,
     resume: bool,
     default_batch: bool,
@@ -81,7 +82,7 @@ def run(
     where = console.quoted(str(folder.path))
     distributed.when_lost(f"start all again with --resume --output-dir {where}")
     with jax.set_mesh(mesh):
-        job = Job(settings, folder, base, architecture, mesh, rows)
+        job = kind(settings, folder, base, architecture, mesh, rows)
         if job.num_steps == 0:
             job.continue_prompts()
             return 0
@@ -101,6 +102,8 @@ class Job:
         rows: job_data.Rows | None,
     ):
         self.settings, self.folder, self.base, self.mesh = settings, folder, base, mesh
+        self.adapter = folder.adapter  # the one to generate with
+        self.num_adapters = 1  # trained side by side, each on rows of its own
         self.begun = time.monotonic()
         self.beta = settings["beta"] if settings.get("dpo") else None
         self.seconds: dict[str, float] = {}
@@ -178,10 +181,7 @@ class Job:
     def fit(self, *, resume: bool) -> int:
         """Trains from the start or the newest checkpoint; the exit code, of stop.Stop if it was."""
         settings = self.settings
-        optim_config = config.build(config.OptimConfig, settings)
-        optimizer = optim.make(optim_config, self.num_steps)
-        schedule = optim.schedule(optim_config, self.num_steps)
-        state = sharding.place(train.start(self.trained, optimizer), self.mesh)
+        state, step = self._begin()
         # The checkpoints kept, the one being written, and the adapter.
         keep, best = settings["keep_checkpoints"], bool(settings.get("keep_best"))
         self.folder.check_space((keep + best + 2) * sum(a.nbytes for a in jax.tree.leaves(state)))
@@ -220,13 +220,11 @@ class Job:
                     self._tell_stopped(0)
                     return 130
                 self.folder.write_run(record)
-            how = {"seed": settings["seed"], "remat": settings["remat"], "beta": self.beta}
-            step = train.make_step(self.graphdef, optimizer, schedule, **how)
             with stop.Stop() as stopper:
                 state = self._train(step, state, snapshots, record, stopper)
                 snapshots.wait()
                 self.trained, done = self._chosen(state, snapshots, record), int(state.step)
-                self._save_adapter()
+                self._save_adapters(record)
                 finished = done == self.num_steps or self.patience.spent
                 record |= {
                     "status": "finished" if finished else f"stopped at step {done}",
@@ -245,6 +243,19 @@ class Job:
         self._show(record["samples"], told)
         self.continue_prompts()
         return 0
+
+    def _begin(self) -> tuple[train.State, Callable]:
+        """(the state before step 1, the step)."""
+        optim_config = config.build(config.OptimConfig, self.settings)
+        optimizer = optim.make(optim_config, self.num_steps)
+        schedule = optim.schedule(optim_config, self.num_steps)
+        step = train.make_step(self.graphdef, optimizer, schedule, **self._how())
+        return sharding.place(train.start(self.trained, optimizer), self.mesh), step
+
+    def _how(self) -> dict[str, Any]:
+        """What makes a step, besides what is trained and how fast."""
+        names = "seed", "remat"
+        return {name: self.settings[name] for name in names} | {"beta": self.beta}
 
     def _train(
         self,
@@ -272,12 +283,11 @@ class Job:
                 known = {"mfu": share, "peak_bytes": devices.device_peak_bytes()}
                 metrics |= {name: value for name, value in known.items() if value is not None}
                 self._log(metrics)
-                if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                    raise self._not_finite(number, snapshots.latest())
+                current = self._judge(metrics, snapshots.latest())
                 if told := self.compilations.done(number, step, shape):
                     say("warning", told)
-                progress.show(number, metrics)
-                if told := spikes.note(metrics["loss"]):
+                progress.show(number, metrics | {"loss": current})
+                if told := spikes.note(current):
                     say("spike", f"step {number}: {told}")
                 last, loss = number == self.num_steps, None
                 if last or number % every == 0:
@@ -303,6 +313,15 @@ class Job:
                 clock = time.time()
         self.seconds["train"] = self.seconds.get("train", 0) + time.time() - start
         return state
+
+    def _judge(self, metrics: dict[str, Any], good: int | None) -> float:
+        """The loss of a step. Raises: UserError where it, or the gradient, is not finite.
+
+        good: the newest checkpoint's step.
+        """
+        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+            raise self._not_finite(metrics["step"], good)
+        return metrics["loss"]
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self.folder.log(metrics)
@@ -435,7 +454,9 @@ class Job:
 
     def _to_plan(self) -> tuple[ahead.Job, targets.Target]:
         first = self.mesh.devices.flat[0]
-        return (ahead.job_of(self.settings, self.architecture),
+        rows = self.settings["batch_size"] * self.num_adapters
+        asked = self.settings | {"batch_size": rows}
+        return (ahead.job_of(asked, self.architecture),
                 targets.of_kind(first.platform, first.device_kind, self.mesh.size))  # fmt: skip
 
     def _make_evaluation(self) -> None:
@@ -467,15 +488,20 @@ class Job:
         self.seconds["evaluate"] = self.seconds.get("evaluate", 0) + time.time() - start
         return loss, [answer._asdict() for answer in answers[:2]]
 
-    def _save_adapter(self) -> None:
-        nnx.update(self.model, sharding.gather(self.trained))
+    def _save_adapters(self, record: dict[str, Any]) -> None:
+        self._save_adapter(self.adapter, self.trained, self.lora_config)
+
+    def _save_adapter(
+        self, path: pathlib.Path, trained: Any, lora_config: config.LoRAConfig
+    ) -> None:
+        nnx.update(self.model, sharding.gather(trained))
         if not distributed.leads():
             return
         local = pathlib.Path(self.settings["model"]).is_dir()
         peft.save(
-            self.folder.adapter,
+            path,
             self.model,
-            self.lora_config,
+            lora_config,
             base_model=str(self.base.absolute()) if local else self.settings["model"],
             revision=self.settings.get("revision"),
         )
@@ -505,7 +531,7 @@ class Job:
 
     def _show(self, samples: dict[str, list[dict[str, str]]], reported: str) -> None:
         console.side_by_side(samples.get("before", []), samples.get("after", []))
-        say("adapter", str(self.folder.adapter))
+        say("adapter", str(self.adapter))
         say("run", f"{self.folder.path}/run.json, metrics.jsonl, checkpoints/")
         say("report", reported)
         example = self.settings.get("prompt") or [
@@ -515,7 +541,7 @@ class Job:
         same += " --quant-fast" if self.settings.get("quant_fast") else ""
         same += " --chat" if self.settings.get("chat") else ""
         print(f"\nto generate with it:\n  {console.command('generate.py')} {same} \\\n"
-              f"    --adapter {console.quoted(str(self.folder.adapter))} \\\n"
+              f"    --adapter {console.quoted(str(self.adapter))} \\\n"
               f"    --prompt {console.quoted(example[0] if example else '…')}")  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import arguments
 import console
+import members
 import train
 
 from lora_jax import config, errors, hub
@@ -57,6 +58,15 @@ def run(typed: dict[str, Any]) -> int:
     from lora_jax import ahead, plan, sharding, targets
     from lora_jax.models import config as model_config
 
+    if settings.get("sweep"):
+        count = len(members.parse(settings["sweep"])[1])
+        raise errors.UserError(
+            expected="a job that trains one adapter",
+            found=f"--sweep with {count} of them",
+            do=f"plan without --sweep and with {count} times the --batch-size, "
+            f"{count * settings['batch_size']}: it computes so many rows at a time; A and B, their "
+            f"moments and gradients are there {count} times",
+        )
     architecture = model_config.load(base)
     if asked.get("target"):
         target = targets.parse(asked["target"])

@@ -12,6 +12,7 @@ from typing import Any
 import arguments
 import console
 import curves
+import members
 from curves import Markup, joined, tag
 
 from lora_jax import errors
@@ -51,19 +52,23 @@ def perplexity(loss: float) -> float:
 def render(record: Mapping[str, Any], metrics: curves.Metrics) -> str:
     """The page. record: what run.json holds; metrics: the rows of metrics.jsonl."""
     metrics = [row for row in metrics if isinstance(row.get("step"), int)]
-    name = title(record)
+    settings = record.get("settings", {})
+    if sweep := settings.get("sweep"):  # which says it
+        settings = {name: value for name, value in settings.items() if name != sweep.split("=")[0]}
+    name, names = title(record), swept(record)
     parts = [
         header(record, metrics, name),
-        section("Training", training(metrics)),
+        section("Training", training(metrics, names)),
+        section("Adapters", compared(record, metrics, names) if names else Markup()),
         tag(
             "div",
-            section("Held-out scores", scores(record, metrics)),
+            section("Held-out scores", Markup() if names else scores(record, metrics)),
             section("Memory", memory(record)),
             section("Time", times(record, metrics)),
             class_="some",
         ),
         section("Samples", samples(record.get("samples", {}))),
-        section("Settings", listed(record.get("settings", {}), "many")),
+        section("Settings", listed(settings, "many")),
         tag(
             "div",
             section("Base and data", listed(origin(record))),
@@ -92,7 +97,11 @@ def header(record: Mapping[str, Any], metrics: curves.Metrics, name: str) -> Mar
     sign = {"finished": "✓", "failed": "✗", "stopped": "■", "running": "▸"}.get(kind, "?")
     about = [
         length(record.get("num_steps"), metrics),
-        f"rank {settings['rank']}" if "rank" in settings else "",
+        f"sweep {settings['sweep']}"
+        if settings.get("sweep")
+        else f"rank {settings['rank']}"
+        if "rank" in settings
+        else "",
         text_of(settings["targets"]) if settings.get("targets") else "",
         f"base in {settings['quant']}" if settings.get("quant", "none") != "none" else "",
         str(settings.get("dtype") or ""),
@@ -121,6 +130,11 @@ def length(planned: int | None, metrics: curves.Metrics) -> str:
 
 def figures(record: Mapping[str, Any], metrics: curves.Metrics) -> Iterable[tuple[str, str, str]]:
     """(label, value, note) of what is looked at first."""
+    found = members.table(swept(record), metrics)
+    if best := members.best(found):
+        by = "eval_loss" if "eval_loss" in found[best] else "loss"
+        label = {"eval_loss": "held-out loss", "loss": "training loss"}[by]
+        yield "Best", best, f"{label} {four(found[best][by])}"
     for name, label, shown in (
         ("eval_loss", "Held-out loss", four),
         ("eval_reward_accuracy", "Pairs in order", "{:.1%}".format),
@@ -151,7 +165,38 @@ def measured_on(record: Mapping[str, Any]) -> str:
     return "of this process" if "cpu" in str(record.get("device")) else "of one device"
 
 
-def training(metrics: curves.Metrics) -> Markup:
+def swept(record: Mapping[str, Any]) -> list[str]:
+    """The members of a sweep; none of a run with one adapter."""
+    asked = record.get("settings", {}).get("sweep")
+    return list(members.parse(asked)[1]) if asked else []
+
+
+def compared(record: Mapping[str, Any], metrics: curves.Metrics, names: Sequence[str]) -> Markup:
+    """The members of a sweep side by side."""
+    found = members.table(names, metrics)
+    shown = members.columns(found, perplexity=not record.get("settings", {}).get("dpo"))
+    best = members.best(found)
+    body = [
+        tag("tr", tag("th", name, " ← best" if name == best else "", scope="row"),
+            *(tag("td", members.cell(own, key)) for key in shown))
+        for name, own in found.items()
+    ]  # fmt: skip
+    top = [tag("th", heading, scope="col") for heading in shown.values()]
+    return tag("table", tag("thead", tag("tr", tag("td"), *top)), tag("tbody", *body))
+
+
+def training(metrics: curves.Metrics, names: Sequence[str]) -> Markup:
+    if names:
+        charts = [
+            curves.compared(metrics, {f"{key}/{name}": name for name in names}, heading, what)
+            for key, heading, what in (
+                ("loss", "Loss", "loss"),
+                ("eval_loss", "Held-out loss", "loss"),
+                ("grad_norm", "Gradient norm", "gradient norm"),
+                ("lr", "Learning rate", "learning rate"),
+            )
+        ]
+        return tag("div", *charts, class_="pair")
     large = curves.chart(metrics, "loss", "Loss", "loss", "eval_loss")
     pairs = [
         curves.chart(metrics, "reward_accuracy", "Pairs in order", "share", "eval_reward_accuracy"),
@@ -407,6 +452,7 @@ figcaption { display: flex; flex-wrap: wrap; align-items: center; gap: 0.25rem 1
 .key.broken::before { border-top: 2px dotted var(--bad); }
 .plot { padding: 0.9rem 0.9rem 3rem 3rem; }
 .plot > svg { display: block; width: 100%; height: 9rem; overflow: visible; }
+.several .plot > svg { height: 14rem; }
 .loss .plot > svg { height: 18rem; }
 svg svg { overflow: visible; }
 svg text { font: 12px var(--sans); fill: var(--soft); font-variant-numeric: tabular-nums; }
@@ -414,6 +460,9 @@ svg text { font: 12px var(--sans); fill: var(--soft); font-variant-numeric: tabu
 .tick { stroke: var(--soft); }
 .line { fill: none; stroke: var(--train); stroke-width: 1.75; stroke-linejoin: round;
   stroke-linecap: round; vector-effect: non-scaling-stroke; }
+.line.own { stroke: currentColor; }
+.own circle { fill: currentColor; }
+.key.own::before { border-top-color: currentColor; }
 .line.held { stroke: var(--held); stroke-width: 1; }
 .band { fill: var(--train); opacity: 0.22; }
 .alone { fill: var(--train); }

@@ -10,6 +10,7 @@ from typing import Any
 
 import arguments
 import console
+import members
 import watch
 
 from lora_jax import config, demo, distributed, errors, run_folder
@@ -98,6 +99,9 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
     flags.add("--group-by-length", "give each step rows that are about as long, in at most 8 "
               "lengths, each compiled once", action="store_const", const=True)  # fmt: skip
     flags.add("--beta", "with --dpo: how near to the base it stays, 0.01 to 0.5", type=float)
+    flags.add("--sweep", "several learning rates or ranks side by side on one base, each ending as "
+              "an adapter of its own: lr=1e-4,3e-4,1e-3 or rank=4,8,16; S of them compute S times "
+              "--batch-size rows at a time", metavar="NAME=V,V")  # fmt: skip
     flags.add("--seed", "of data order, initial A and dropout", type=int)
     flags.group("run")
     flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", metavar="DIR")
@@ -156,6 +160,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Any], bool]:
         typed["weights"] = arguments.weights(typed["weights"])
     if "max_time" in typed:
         typed["max_time"] = arguments.seconds(typed["max_time"])
+    if "sweep" in typed:
+        members.parse(typed["sweep"])
     if "columns" in typed:
         typed["columns"] = arguments.columns(typed["columns"])
     return typed, typed.pop("resume", False)
@@ -245,6 +251,9 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
     arguments.check_quant_fast(settings)
     arguments.check_data(settings)
     prompt = settings.get("prompt")
+    swept, each = members.parse(settings["sweep"]) if settings.get("sweep") else ("", {})
+    if swept:
+        settings[swept] = max(each.values())
     pointless = [
         text
         for text, is_so in (
@@ -262,6 +271,14 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
             ("--exact-match with --dpo", settings["exact_match"] and settings.get("dpo")),
             ("--patience without --eval-dataset or --eval-every", settings.get("patience")
              and not settings.get("eval_dataset") and not settings.get("eval_every")),
+            (f"--{swept} with --sweep {swept}=…", swept in typed),
+            ("--keep-best with --sweep: its adapters are of the last step", swept
+             and settings.get("keep_best")),
+            ("--patience with --sweep, whose members end together", swept
+             and settings.get("patience")),
+            ("--max-steps 0 with --sweep", swept and settings.get("max_steps") == 0),
+            ("--init-lora-weights pissa with --sweep rank=…, of which each would change the base",
+             swept == "rank" and settings["init_lora_weights"] != "default"),
             ("--temperature without a --prompt", "temperature" in typed and not prompt),
             ("--max-new-tokens without a --prompt", "max_new_tokens" in typed and not prompt),
             ("--revision of a model that is not given", "revision" in typed
@@ -339,12 +356,16 @@ def main() -> int:
         if resume:
             settings = resumed(typed, folder)
         elif "model" not in typed and "dataset" not in typed and settings["max_steps"] != 0:
-            shown = {name: settings[name] for name in demo.settings() if name in settings}
+            swept = settings.get("sweep", "").split("=")[0]
+            shown = {name: settings[name] for name in demo.settings()
+                     if name in settings and name != swept}  # fmt: skip
             console.say("settings", "the demo's: " + console.pairs(shown))
         import job  # imports jax
+        import sweep_job
 
-        default_batch = not resume and "batch_size" not in typed
-        return job.run(settings, folder, resume=resume, default_batch=default_batch)
+        how = {"resume": resume, "default_batch": not resume and "batch_size" not in typed}
+        kind = sweep_job.SweepJob if settings.get("sweep") else job.Job
+        return job.run(settings, folder, kind, **how)
 
 
 def opened(path: pathlib.Path, resume: bool) -> run_folder.RunFolder:

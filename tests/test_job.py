@@ -266,6 +266,60 @@ def test_resume_on_other_data_or_another_base_is_refused(whole, data, tmp_path, 
     assert comparable(folder) == comparable(whole[0])
 
 
+# ------------------------------------------------------------------------- several adapters
+
+
+def test_a_sweep_ends_as_runs_alone_though_stopped_and_though_a_member_is_lost(
+    whole, evaluated, tmp_path, monkeypatch
+):
+    folder, steps = tmp_path / "run", train.steps
+
+    def broken(*arguments):
+        for state, metrics in steps(*arguments):
+            if metrics["step"] == 4:
+                metrics["loss/lr=1e-3"] = math.nan
+            yield state, metrics
+
+    monkeypatch.setattr(train, "steps", broken)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        flags = (*evaluated, "--sweep", "lr=5e-4,1e-3,2e-4")
+        assert cli.run("train", *flags, "--output-dir", folder).code == 130
+    ended = cli.run("train", "--resume", "--output-dir", folder)
+    assert ended.code == 0, ended
+
+    alone, own = (safetensors.numpy.load_file(path / "adapter/adapter_model.safetensors")
+                  for path in (whole[0], folder / "lr=2e-4"))  # fmt: skip
+    other = safetensors.numpy.load_file(folder / "lr=5e-4/adapter/adapter_model.safetensors")
+    for name, tensor in alone.items():
+        near, far = (abs(a[name] - tensor).max() / abs(tensor).max() for a in (own, other))
+        assert near < 1e-4 and far > 1e-3
+    assert json.loads((folder / "lr=5e-4/adapter/adapter_config.json").read_text())["r"] == 2
+
+    rows, expected = cli.metrics(folder), cli.metrics(whole[0])
+    for row, one in zip(rows, expected, strict=True):
+        for name, value in one.items():
+            if name not in ("step", "tokens_per_second", "data_wait"):
+                assert row[f"{name}/lr=2e-4"] == pytest.approx(value, rel=1e-4)
+    told = [{name for name in row if name.endswith("lr=1e-3")} for row in rows]
+    assert all(told[:6]) and not any(told[6:])  # the first three steps, two evaluations, the fourth
+    assert rows[5]["step"] == 4 and rows[5]["loss/lr=1e-3"] is None
+
+    run = json.loads((folder / "run.json").read_text())
+    found = run["sweep"]["members"]
+    assert run["sweep"]["best"] == "lr=5e-4" and list(found) == ["lr=5e-4", "lr=1e-3", "lr=2e-4"]
+    assert found["lr=1e-3"]["lost"] == 4 and "eval_loss" not in found["lr=1e-3"]
+    perplexity = math.exp(expected[-1]["eval_loss"])
+    assert found["lr=2e-4"]["perplexity"] == pytest.approx(perplexity, rel=1e-4)
+    assert "lost      lr=1e-3: NaN or infinity at step 4" in ended.out
+    assert re.search(r"^lr=5e-4 .* ← best$", ended.out, re.MULTILINE)
+    assert re.search(r"^lr=1e-3 .* not finite at step 4 .*–", ended.out, re.MULTILINE)
+    assert f"--adapter {folder}/lr=5e-4/adapter" in ended.out
+    page = (folder / "report.html").read_text()
+    assert "lr=5e-4 ← best" in page and "not finite at step 4" in page
+    assert page.count('class="line own"') == 4 * 3
+
+
 # ------------------------------------------------------------------------- what goes wrong
 
 

@@ -15,8 +15,8 @@ STEPS, MESH = 3, "2·2·2"
 
 
 def member(name, rank, lr):
-    """Trains A and B of an embedding and of a stack, and norms in and out of it."""
-    how = {"dropout": 0.2, "targets": ("q_proj", "embed_tokens"), "modules_to_save": ("norm",)}
+    """Trains A and B in a stack, and norms in and out of it."""
+    how = {"dropout": 0.2, "targets": ("q_proj",), "modules_to_save": ("norm",)}
     adapters = lora_config.LoRAConfig(rank=rank, use_rslora=True, **how)
     return sweep.Member(name, adapters, lora_config.OptimConfig(lr=lr, weight_decay=0.1, warmup=1))
 
