@@ -398,7 +398,7 @@ def _load_dense(variable, sources: list[_Source], where: NamedSharding, transpos
         cast = source.cast(transpose)
         whole = jax.block_until_ready(_store_dense(whole, raw, source.layer, cast, where))
         del raw
-        _return_freed_memory()
+        _return_freed_memory(whole)
     return whole
 
 
@@ -424,17 +424,19 @@ def _load_packed(linear, path, pack: _Packing, mesh: Mesh, residual) -> quant.Qu
         # Wait for each tensor: dispatch ahead of the quantiser would pile up float weights.
         whole = jax.block_until_ready(_store_packed(whole, raw, source.layer, packed, where))
         del raw
-        _return_freed_memory()
+        _return_freed_memory(whole)
     return quant.QuantLinear(whole, linear, fmt=form.fmt)
 
 
-def _return_freed_memory() -> None:
-    """Gives the host memory of tensors that were freed back to the system.
+def _return_freed_memory(stack: Any) -> None:
+    """Gives the host memory of a stack's tensors that were freed back to the system.
 
     glibc keeps freed blocks of up to 32 MB for reuse, in an arena per thread: over a checkpoint
-    that adds up to more than the packed model.
+    that adds up to more than the packed model. A stack of norms is not worth the walk through all
+    that the process has allocated.
     """
-    if platform.libc_ver()[0] == "glibc":
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(stack))
+    if size >= 2**20 and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
