@@ -1,7 +1,6 @@
 """Eight fake CPU devices, strict arithmetic and one compilation cache for every test."""
 
 import atexit
-import gc
 import os
 import pathlib
 import shutil
@@ -21,6 +20,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+# XLA copies from pass to pass where each operation was called: a tenth of a step's compiling.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers and what tests start inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -28,10 +29,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers and what tests s
 
 import jax
 import pytest
+import thrift
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# jax keeps very many objects, and to look through them all the time takes a tenth of it.
-gc.set_threshold(100_000, 50, 50)
+thrift.begin()
 
 # A module stays on one worker, for what its tests share. The longest are begun first, so that the
 # workers end together.

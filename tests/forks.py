@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cli
+import thrift
 
 
 @dataclasses.dataclass
@@ -118,6 +119,7 @@ def _serve() -> None:
     import train  # noqa: F401
     import transformers  # noqa: F401
 
+    thrift.begin()
     console.PLAIN_LINES = 1000  # show every step
     warnings.simplefilter("ignore")  # jax warns of forks
     for line in sys.stdin:
