@@ -117,7 +117,7 @@ def load(
     dtype = jnp.dtype(dtype or config.dtype)
     mesh = mesh or sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     stored = tensorfiles.tensors(folder)
-    model = nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = _abstract(config, dtype)
     slots = _slots(model)
     weights = _check(stored, slots, config, folder)
     sources = collections.defaultdict(list)
@@ -157,7 +157,7 @@ def contents(
     The names are those of a dense model. Raises: UserError as `load`.
     """
     stored = tensorfiles.tensors(folder)
-    slots = _slots(nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, rngs=nnx.Rngs(0))))
+    slots = _slots(_abstract(config))
     weights = _check(stored, slots, config, folder)
     linears, others = {}, {}
     for name in sorted(slots, key=lambda name: slots[name].layer or 0):
@@ -177,7 +177,7 @@ def skeleton(
 
     quantisation: as model_quantisation.choose gives it.
     """
-    model = llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = _abstract(config, dtype, lambda s: jnp.zeros(s.shape, s.dtype))
     linears = [
         (path, node)
         for path, node in nnx.iter_graph(model)
@@ -202,6 +202,24 @@ def skeleton(
     return model
 
 
+def _abstract(
+    config: model_config.LlamaConfig,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    array: Callable[[jax.ShapeDtypeStruct], Any] = lambda shape: shape,
+) -> llama.LlamaForCausalLM:
+    """The dense model, with array(shape) for each array."""
+    graphdef, state = _shapes(config, jnp.dtype(dtype))
+    return nnx.merge(graphdef, jax.tree.map(array, state))  # which makes variables of its own
+
+
+@functools.cache
+def _shapes(config: model_config.LlamaConfig, dtype: Any) -> tuple[Any, Any]:
+    """(graphdef, shapes), for which a model draws its values; a run asks four times."""
+    return nnx.split(
+        nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    )
+
+
 def loaded_bytes(folder: pathlib.Path | str, *, dtype: str | None, quantisation: str | None) -> int:
     """Bytes of what `load` gives on one device, from config.json alone."""
     config = model_config.load(pathlib.Path(folder))
@@ -217,8 +235,7 @@ def loaded_bytes(folder: pathlib.Path | str, *, dtype: str | None, quantisation:
 
 def num_params(config: model_config.LlamaConfig) -> int:
     """Numbers in the model, however they are stored."""
-    model = nnx.eval_shape(lambda: llama.LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(_abstract(config))))
 
 
 def dense_linears(model: llama.LlamaForCausalLM) -> tuple[list[str], int]:
