@@ -1,7 +1,7 @@
 """Modules of a Flax NNX model that are trained and saved whole: PEFT's modules_to_save."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -135,14 +135,10 @@ def choose(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> l
     return taken
 
 
-def _depths(found: list[sites.Site]):
+def _depths(found: list[sites.Site]) -> Callable[[tuple[str | int, ...]], tuple[int, ...]]:
     """Of a path: where the number of a stack around it stands, by the model's sites."""
     stacks = {site.path[: site.depths[0]]: site.depths[:1] for site in found if site.depths}
-
-    def of(path: tuple[str | int, ...]) -> tuple[int, ...]:
-        return next((d for outer, d in stacks.items() if path[: len(outer)] == outer), ())
-
-    return of
+    return lambda path: next((d for outer, d in stacks.items() if path[: len(outer)] == outer), ())
 
 
 def _turn(module: nnx.Module, path: tuple, ndim: int) -> tuple[int, ...]:
