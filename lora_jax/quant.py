@@ -1,5 +1,6 @@
 """A linear layer that computes with a packed weight, and how it takes a dense layer's place."""
 
+import functools
 from typing import Any
 
 import jax
@@ -134,8 +135,7 @@ def packed_of(layer: Any) -> QuantLinear | None:
 def quantise_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
     """The same layer with its kernel, [K, N] or stacked [L, K, N], quantised."""
     kernel = linear.kernel[...]
-    packed = _each_layer(lambda weight: formats.quantise(weight, fmt), kernel, kernel.ndim)
-    return QuantLinear(packed, linear, fmt=fmt)
+    return QuantLinear(_quantise(kernel, fmt), linear, fmt=fmt)
 
 
 def quantise_layer(layer: nnx.Module, fmt: str) -> None:
@@ -201,11 +201,7 @@ def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> 
 
 def dequantise_linear(layer: QuantLinear) -> nnx.Linear:
     """The dense layer that `layer` stands for, in the dtype its weight had."""
-    kernel = _each_layer(
-        lambda packed: formats.dequantise(packed, layer.fmt, layer.in_features, layer.param_dtype),
-        layer.packed,
-        layer.q.ndim,
-    )
+    kernel = _dequantise(layer.packed, layer.fmt, layer.in_features, layer.param_dtype)
     return as_linear(layer, kernel)
 
 
@@ -225,6 +221,16 @@ def as_linear(layer: QuantLinear, kernel: Float[Array, "*L d_in d_out"]) -> nnx.
     linear.kernel = nnx.Param(kernel.astype(layer.param_dtype))
     linear.bias = layer.bias
     return linear
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantise(kernel, fmt):
+    return _each_layer(lambda weight: formats.quantise(weight, fmt), kernel, kernel.ndim)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _dequantise(packed, *how):
+    return _each_layer(lambda layer: formats.dequantise(layer, *how), packed, packed.q.ndim)
 
 
 def _each_layer(function, weights, ndim: int):
