@@ -71,7 +71,9 @@ class Form(NamedTuple):
         """Of the arrays for a weight [rows, columns] whose input axis is cut into `multiple`."""
         if self.group is None:
             weight = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
-            return jax.eval_shape(lambda w: formats.quantise(w, self.fmt, multiple), weight)
+            return jax.eval_shape(
+                lambda w: formats.quantise(w, self.fmt, multiple, search=False), weight
+            )
         groups = -(-rows // (self.group * multiple)) * multiple
 
         def array(there, dtype, *shape):
