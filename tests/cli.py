@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
 import pathlib
 import sys
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,31 @@ class Ended:
         return self.out.splitlines() + self.err.splitlines()
 
 
+@functools.cache
+def _kept() -> list[tuple[Any, str, Any]]:
+    """[(module, name, what makes a program there, once for equal arguments)].
+
+    A second run with the settings of a first would trace, lower and read the same programs.
+    """
+    from lora_jax import generate, optim, train
+
+    makers = [(optim, "make"), (optim, "schedule"), (train, "make_step"), (train, "make_eval_loss"),
+              (generate, "make")]  # fmt: skip
+    return [(module, name, _once(getattr(module, name))) for module, name in makers]
+
+
+def _once(make: Any) -> Any:
+    import jax
+
+    kept = functools.cache(make)
+
+    def made(*arguments, **how):
+        traced = any(isinstance(part, jax.core.Tracer) for part in (*arguments, *how.values()))
+        return (make if traced else kept)(*arguments, **how)
+
+    return made
+
+
 def run(script: str, *flags: object) -> Ended:
     """Runs scripts/`script`.py to its end; an exception that it lets through passes through."""
     arguments, module = (importlib.import_module(name) for name in ("arguments", script))
@@ -35,6 +62,8 @@ def run(script: str, *flags: object) -> Ended:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+            for maker in _kept():
+                patch.setattr(*maker)
             arguments.run(module.main)
     return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())
 

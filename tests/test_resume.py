@@ -8,13 +8,14 @@ import random
 import re
 import shutil
 import signal
+import time
 
 import cli
 import forks
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_job import checkpoints, comparable
+from test_job import at_step, checkpoints, comparable
 
 from lora_jax import evaluate, train
 
@@ -268,8 +269,9 @@ def test_without_patience_left_a_run_ends_and_keeps_the_best(rows, tmp_path, mon
     assert comparable(folder) == before and checkpoints(folder) == [2, 3, 4]
 
 
-def test_a_run_stops_when_its_time_is_over_and_goes_on(whole, rows, tmp_path):
+def test_a_run_stops_when_its_time_is_over_and_goes_on(whole, rows, tmp_path, monkeypatch):
     folder = tmp_path / "run"
+    at_step(monkeypatch, 1, lambda: time.sleep(1))
     flags = (*FLAGS, *rows, "--output-dir", folder, "--max-time", "1s")
     ended = cli.run("train", *flags, "--log-every", 1)
     assert ended.code == 75 and "stopped after step 1 of 6; to go on:" in ended.out, ended
