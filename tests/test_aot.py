@@ -8,9 +8,12 @@ import concurrent.futures
 import pathlib
 import sys
 
+import jax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from lora_jax import errors, hlo, targets
+from lora_jax import ahead, errors, hlo, sharding, targets
+from lora_jax.kernels import attention_cudnn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 try:
@@ -231,3 +234,24 @@ def test_a_program_is_read_with_its_loops():
     assert aot.written(program, {(4096, 11008)}, dense=True) == {}
     assert aot.kernel_calls(program) == {"tpu_custom_call": 33}
     assert hlo.collective_bytes(program) == {"all-gather": {"count": 33, "bytes": 33 * 128}}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_a_train_step_takes_cudnn_s_attention(sizes, monkeypatch):
+    """Which here no program would take, as there is no GPU to ask for its version of cuDNN."""
+    target = "gpu:h100" if sizes == (1, 1, 1) else "gpu:h100-8"
+    try:
+        targets.check(target)
+    except errors.UserError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(attention_cudnn, "refusal", lambda *_: None)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    architecture = aot.memory.architecture(*aot.memory.MODELS["Llama-3.2-1B"])
+    job = ahead.Job(architecture, batch_size=4, remat="full")
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), targets.devices(target))
+    with jax.set_mesh(mesh):
+        program = ahead.train_step(job, mesh)
+    compiled = program.lower(mesh).compile().as_text()
+    assert "__cudnn$fmhaSoftmax" in compiled and "__cudnn$fmhaSoftmaxBackward" in compiled
