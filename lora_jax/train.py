@@ -86,13 +86,13 @@ def _of_trained_head(model, hidden, targets):
     graphdef, keys, rest = nnx.split(model, lora.DropoutKey, ...)
 
     @jax.checkpoint
-    def losses(number, hidden, targets):
+    def of_chunk(number, hidden, targets):
         own = lora.reseed_by(keys, number)  # a chunk's dropout mask is its own
         logits = nnx.merge(graphdef, own, rest).logits(hidden)
         return cross_entropy.of_logits(logits, targets)
 
     chunks = jnp.arange(hidden.shape[1]), hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
-    _, found = jax.lax.scan(lambda _, chunk: (None, losses(*chunk)), None, chunks)
+    _, found = jax.lax.scan(lambda _, chunk: (None, of_chunk(*chunk)), None, chunks)
     return found.swapaxes(0, 1).reshape(lines, -1)[:, :length]
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from lora_jax import devices
+from lora_jax import devices, sharding
 from lora_jax.kernels import (
     attention,
     attention_cudnn,
@@ -118,6 +118,16 @@ def test_a_window_of_each_layers_own():
             self_attention.self_attention, rows=rows, windows=windows, kind=jnp.int32(kind)
         )
         attend_and_check(attend, dtype="float32", groups=2, window=window)
+
+
+@pytest.mark.parametrize("rows", [PACKED, np.ones_like(PACKED)])
+def test_a_mesh_deals_out_lines_and_heads(rows):
+    """One group of keys for two devices that have two heads each; with rows, and without."""
+    given = None if rows is not PACKED else jnp.asarray(rows)
+    partition = sharding.partition(("q_proj",))
+    with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])):
+        attend = functools.partial(self_attention.self_attention, rows=given, partition=partition)
+        attend_and_check(attend, dtype="float32", groups=1, window=None, rows=rows)
 
 
 def test_blocks_that_no_query_sees_are_left_out():

@@ -17,8 +17,11 @@ def attend(
     rows: Int[Array, "B T"] | None = None,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """See self_attention. It knows causality and windows, not rows: where a line is packed, or
-    begins with padding, attention_xla's form runs instead, which is chosen on the device."""
+    """softmax(q kᵀ / √H, over the visible keys) v, as self_attention defines it.
+
+    cuDNN knows causality and windows, not rows: where a line is packed, or begins with padding,
+    attention_xla's form runs instead, which is chosen on the device.
+    """
     cudnn = functools.partial(_cudnn, window=window)
     if rows is None:
         return cudnn(q, k, v)

@@ -23,7 +23,10 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """See self_attention. interpret: where there is no TPU."""
+    """softmax(q kᵀ / √H, over the visible keys) v, as self_attention defines it.
+
+    interpret: where there is no TPU.
+    """
     length, heads, width = q.shape[1:]
     size = min(_BLOCK, math.ceil(length / _LANES) * _LANES)
     padding = -length % size

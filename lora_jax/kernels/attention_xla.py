@@ -21,10 +21,11 @@ def attend(
     rows: Int[Array, "B T"] | None = None,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """See self_attention. A query that sees no key gets zero.
+    """softmax(q kᵀ / √H, over the visible keys) v, as self_attention defines it.
 
-    Blocks of keys whose rows are others than those of a block of queries, and blocks beyond the
-    window, are left out. The derivative computes the logits again from q, k and log Σ exp.
+    A query that sees no key gets zero. Blocks of keys whose rows are others than those of a block
+    of queries, and blocks beyond the window, are left out. The derivative computes the logits again
+    from q, k and log Σ exp.
     Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
     """
     num, length, heads, width = q.shape
@@ -43,9 +44,9 @@ def attend(
     q = blocks(q).transpose(0, 1, 3, 4, 2, 5)
     q = q.reshape(-1, num, groups, heads // groups * size, width)
     k, v = (blocks(a).swapaxes(2, 3) for a in (k, v))
+    rows = blocks(jnp.ones((num, length), jnp.int32) if rows is None else rows)
     # Without these barriers, here and below, XLA's CPU backend drops the rounding to bfloat16 and
     # takes the products in float32, at half the speed.
-    rows = blocks(jnp.ones((num, length), jnp.int32) if rows is None else rows)
     out = _attend(*lax.optimization_barrier((q, k, v)), rows, window or length)
     out = out.reshape(-1, num, groups, heads // groups, size, width).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(num, -1, heads, width)[:, :length]

@@ -54,14 +54,14 @@ def self_attention(
         heads = None
     if heads and k.shape[2] % axes[heads]:
         k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
-    spec, whole = PartitionSpec(over.rows, None, heads), PartitionSpec()
+    spec = PartitionSpec(over.rows, None, heads)
     return jax.shard_map(
         attend,
-        in_specs=(spec, spec, spec, None if rows is None else PartitionSpec(over.rows), whole),
+        in_specs=(spec, spec, spec, PartitionSpec(over.rows), PartitionSpec()),
         out_specs=spec,
         axis_names=set(axes),
         check_vma=False,
-    )(q, k, v, rows, whole if kind is None else kind)
+    )(q, k, v, rows, kind)
 
 
 def _attend(q, k, v, rows, kind, windows):
