@@ -20,10 +20,6 @@ from lora_jax import distributed, errors, train
 _STATE = "state"  # A, B, the moments and the step
 _SAVED = "saved"  # digests of the state's arrays, and the held-out loss if there is one
 
-# A replicated array is written in slices, one by each device, where they have as many bytes: of
-# smaller ones to compile a slice for each device takes longer than to write the whole.
-_SLICE_BYTES = 2**20
-
 
 class Snapshots:
     """The checkpoints of one run: A, B, the moments and the step, one folder a step (Orbax).
@@ -48,8 +44,6 @@ class Snapshots:
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # else a damaged file ends it here
         )
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE_BYTES)
-        ocp.type_handlers.register_type_handler(jax.Array, arrays, override=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         # Reads without the others: the manager's restore ends with a meeting of all, to which a
         # process that could not read does not come.
