@@ -32,9 +32,10 @@ import jax.numpy as jnp
 import memory
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import ahead, hlo, sharding, targets
 from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
+from lora_jax.parallel import mesh as sharding
+from lora_jax.planning import chips, hlo, programs
 
 TIME_LIMIT = 900  # seconds for one run
 LAYERS = 2  # of the stack that a kernel reads one layer of
@@ -44,25 +45,25 @@ GROUP = 32
 class Case(NamedTuple):
     """A program, the mesh to compile it for (as --mesh), and the [K, N] of its packed weights."""
 
-    program: Callable[[Mesh], ahead.Program]
+    program: Callable[[Mesh], programs.Program]
     weights: Sequence[tuple[int, int]]
     mesh: str | None = None
 
 
-def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> ahead.Program:
+def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> programs.Program:
     """Of an int4 model with adapters of rank 8 on q and v."""
     architecture = memory.architecture(*memory.MODELS[name])
-    job = ahead.Job(architecture, remat=remat, batch_size=rows, seq_len=tokens)
-    return ahead.train_step(job, mesh)
+    job = programs.Job(architecture, remat=remat, batch_size=rows, seq_len=tokens)
+    return programs.train_step(job, mesh)
 
 
-def decode_loop(name: str, rows: int, mesh: Mesh) -> ahead.Program:
+def decode_loop(name: str, rows: int, mesh: Mesh) -> programs.Program:
     """`generate`: a prompt of 128 tokens, then 128 new ones."""
     architecture = memory.architecture(*memory.MODELS[name])
-    return ahead.generation(ahead.Job(architecture, generation=(rows, 128, 128)), mesh)
+    return programs.generation(programs.Job(architecture, generation=(rows, 128, 128)), mesh)
 
 
-def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> ahead.Program:
+def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> programs.Program:
     """One product with a layer of a stack: "forward", its derivative too ("both"), or "k_minor"."""
     where = NamedSharding(mesh, PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=where)
@@ -83,8 +84,8 @@ def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> ahead.Pro
 
     arguments = array((rows, d_in), jnp.bfloat16), packed, array((), jnp.int32)
     if form == "both":
-        return ahead.Program(jax.jit(both), (*arguments, array((rows, d_out), jnp.bfloat16)))
-    return ahead.Program(jax.jit(multiply), arguments)
+        return programs.Program(jax.jit(both), (*arguments, array((rows, d_out), jnp.bfloat16)))
+    return programs.Program(jax.jit(multiply), arguments)
 
 
 ATTENTION, UP, DOWN = (4096, 4096), (4096, 11008), (11008, 4096)  # of a 7B LLaMA
@@ -142,7 +143,7 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
                 f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
                 "--xla_jf_dump_llo_pass_label_regex=final_bundles"
             )
-        devices = targets.devices(target)
+        devices = chips.devices(target)
         sizes = sharding.parse(spec.mesh or "data=-1", len(devices))
         mesh = sharding.make_mesh(sizes, devices)
         start = time.monotonic()
@@ -259,8 +260,8 @@ def roofline(traced: Any, folder: str, target: str) -> list[float]:
     The least: all matrix units busy, or the weight, x and y each moved once, whichever is longer.
     Modelled: a cycle for each instruction word of each step of the grid, but not less than that.
     """
-    chip, _ = targets.parse(target)
-    flops, bandwidth, _ = targets.PEAKS[chip]
+    chip, _ = chips.parse(target)
+    flops, bandwidth, _ = chips.PEAKS[chip]
     hertz = flops / OPS_PER_CYCLE[chip]
     shares = []
     for (steps, x, y), (inside, words) in zip(

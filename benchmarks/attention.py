@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import quiet
 
-from lora_jax import sharding
-from lora_jax.kernels import attention_cudnn, attention_splash, attention_xla
+from lora_jax.kernels.attention import cudnn, splash, xla
+from lora_jax.parallel import mesh as sharding
 
 TOKENS, HEADS, GROUPS, WIDTH, ROW = 4096, 8, 4, 64, 150
 LONGEST_DENSE = 8192
 FORMS = {
-    "cpu": {"blocks": attention_xla.attend},
-    "gpu": {"blocks": attention_xla.attend, "cudnn": attention_cudnn.attend},
-    "tpu": {"blocks": attention_xla.attend, "splash": attention_splash.attend},
+    "cpu": {"blocks": xla.attend},
+    "gpu": {"blocks": xla.attend, "cudnn": cudnn.attend},
+    "tpu": {"blocks": xla.attend, "splash": splash.attend},
 }
 
 

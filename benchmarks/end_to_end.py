@@ -26,7 +26,19 @@ import quiet
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import checkpoint, config, decode, devices, generate, lora, optim, sharding, train
+from lora_jax.checkpoints import loader
+from lora_jax.generation import config as generation_config
+from lora_jax.generation import continuation
+from lora_jax.generation import weights as decode_weights
+from lora_jax.lora import config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
+from lora_jax.models import config as model_config
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import devices
+from lora_jax.parallel import mesh as sharding
 
 ARCHITECTURES = {  # hidden, ffn, layers, heads, kv heads, vocab
     "125m": (768, 2048, 12, 12, 4, 32000),
@@ -77,28 +89,28 @@ def write_model(folder: pathlib.Path, size: str, dtype: str) -> None:
 def load(case: dict, mesh):
     """(model, graphdef, A and B, frozen), as a run of scripts/train.py has them."""
     devices.keep_freed_memory()
-    how = {"dtype": case["dtype"], "quantisation": case["quant"], "mesh": mesh}
-    model = checkpoint.load(case["model"], **how)
+    how = {"dtype": case["dtype"], "quantization": case["quant"], "mesh": mesh}
+    model = loader.load(case["model"], **how)
     lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
-    graphdef, *state = train.split(model)
+    graphdef, *state = model_state.split(model)
     return model, graphdef, *jax.block_until_ready(sharding.place(state, mesh))
 
 
 def run_train(case: dict, mesh) -> dict:
     _, graphdef, trained, frozen = load(case, mesh)
     rows, length, *_ = WORK[case["size"]]
-    settings, num_steps = config.OptimConfig(), case["steps"] + 2
+    settings, num_steps = optim_config.OptimConfig(), case["steps"] + 2
     # For as many steps whatever the case: a compilation that is in the cache must be the same one.
-    optimizer, schedule = optim.make(settings, 100), optim.schedule(settings, 100)
-    state = sharding.place(train.start(trained, optimizer), mesh)
-    step = train.make_step(graphdef, optimizer, schedule, seed=0, remat=case["remat"])
+    optimizer, schedule = adamw.make(settings, 100), adamw.schedule(settings, 100)
+    state = sharding.place(train_step.start(trained, optimizer), mesh)
+    step = train_step.make_step(graphdef, optimizer, schedule, seed=0, remat=case["remat"])
 
     def batch_at(index):
         ids = token_ids(case, (1, rows, length), index)
-        return jax.device_put(train.Batch(ids, ids, np.ones_like(ids)), sharding.batch(mesh))
+        return jax.device_put(train_step.Batch(ids, ids, np.ones_like(ids)), sharding.batch(mesh))
 
     compiled, result = compile_timed(step, state, frozen, batch_at(0))
-    steps = train.steps(compiled, state, frozen, batch_at, num_steps)
+    steps = train_step.steps(compiled, state, frozen, batch_at, num_steps)
     next(steps)
     result["first_s"] = since_start()
     if case["steps"]:
@@ -113,14 +125,14 @@ def run_train(case: dict, mesh) -> dict:
 def run_decode(case: dict, mesh) -> dict:
     """tok_s leaves the prefill out: the time for all new tokens minus the time for one."""
     model, graphdef, *state = load(case, mesh)
-    form = decode.choose(model, mesh)
+    form = decode_weights.choose(model, mesh)
     _, _, length, new = WORK[case["size"]]
     ids = token_ids(case, (case["batch"], length), 0)
     rows = jax.device_put((ids, np.ones_like(ids)), sharding.rows(len(ids), mesh))
     timer, times, result = quiet.Timer(case["patience"]), {}, {}
     for count in (1, new):
-        sampling = config.Sampling(max_new_tokens=count)
-        continue_ = generate.make(graphdef, sampling, (), form=form)
+        sampling = generation_config.Sampling(max_new_tokens=count)
+        continue_ = continuation.make(graphdef, sampling, (), form=form)
         arguments = (*state, *rows, jax.random.key(0))
         compiled, found = compile_timed(continue_, *arguments)
         jax.block_until_ready(compiled(*arguments))
@@ -132,7 +144,7 @@ def run_decode(case: dict, mesh) -> dict:
         times[count] = timer.time(call, case["reps"])
     seconds = times[new]["s"] - times[1]["s"]
     speed = {"tok_s": len(ids) * (new - 1) / seconds, "rss_mb": peak_rss()}
-    copy = {"copy_mb": decode.num_bytes(model, form) / 2**20} if form else {}
+    copy = {"copy_mb": decode_weights.num_bytes(model, form) / 2**20} if form else {}
     return result | times[new] | speed | copy
 
 
@@ -244,7 +256,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--quants", default="none,int8,int4,nf4")
     parser.add_argument("--batches", default="0,1,8,32", help="of decoding; 0: training")
-    parser.add_argument("--remat", default="full", choices=config.REMAT)
+    parser.add_argument("--remat", default="full", choices=model_config.REMAT)
     parser.add_argument("--steps", type=int, default=10, help="timed, after two others")
     parser.add_argument("--reps", type=int, default=3, help="timed runs of decoding")
     parser.add_argument("--rounds", type=int, default=1, help="processes a case")

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import memory
 import optax
 
-from lora_jax import ahead, sharding, targets
-from lora_jax.kernels import cross_entropy, self_attention
+from lora_jax.kernels import attention, cross_entropy
+from lora_jax.parallel import mesh as sharding
+from lora_jax.planning import chips, programs
 
 TARGETS = ("gpu:h100",)
 MODEL = "Llama-3.1-8B"
-JOB = ahead.Job(
+JOB = programs.Job(
     memory.architecture(*memory.MODELS[MODEL]), remat="full", batch_size=4, grad_accum=4
 )
 ONE = dict.fromkeys(sharding.AXES, 1)
@@ -56,11 +57,11 @@ CASES: dict[str, dict[str, Any]] = {  # what is otherwise: in the job, or in pla
 def compile_here(case: str, target: str) -> int:
     """Bytes of the peak."""
     changes = dict(CASES[case])
-    for module in (self_attention, cross_entropy):
+    for module in (attention, cross_entropy):
         name = module.__name__.split(".")[-1]
         setattr(module, name, changes.pop(name, getattr(module, name)))
     job = dataclasses.replace(JOB, **changes)
-    return ahead.compile_here(job, target, ONE, "train").peak_bytes
+    return programs.compile_here(job, target, ONE, "train").peak_bytes
 
 
 def run(case: str, target: str) -> str:
@@ -82,7 +83,7 @@ def run(case: str, target: str) -> str:
 
 def main() -> None:
     for target in TARGETS:
-        targets.check(target)
+        chips.check(target)
     lines = [
         "# What each feature saves",
         "",

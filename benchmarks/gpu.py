@@ -23,10 +23,22 @@ import memory
 import numpy as np
 from flax import nnx
 
-from lora_jax import config, decode, formats, generate, lora, optim, quant, targets, train
-from lora_jax.kernels import int4_matmul, int4_mosaic_gpu, int4_xla, int4_xla_gpu
+from lora_jax.generation import config as generation_config
+from lora_jax.generation import continuation
+from lora_jax.generation import weights as decode_weights
+from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
+from lora_jax.kernels.int4_matmul import mosaic_gpu, xla, xla_gpu
+from lora_jax.lora import config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
+from lora_jax.optim import step as train_step
+from lora_jax.planning import chips
+from lora_jax.quant import formats
+from lora_jax.quant import linear as quant_linear
 
 TOLERANCE = 1e-2  # of ‖error‖ / ‖result‖ of a kernel; one rounding to bfloat16 costs 2e-3
 CACHE = 400e6  # bytes of weights to go through, so that a GPU's L2 cache is of no use
@@ -138,7 +150,7 @@ def random_arrays(tree: Any) -> Any:
 
 
 def random_stack(fmt: str, layers: int, k: int, n: int) -> packing.Packed:
-    each = functools.partial(formats.quantise, fmt=fmt)
+    each = functools.partial(formats.quantize, fmt=fmt)
     dense = jax.ShapeDtypeStruct((layers, k, n), BF16)
     return random_arrays(jax.eval_shape(lambda weights: jax.lax.map(each, weights), dense))
 
@@ -151,9 +163,9 @@ def random_model(architecture: tuple, fmt: str):
         model = llama.LlamaForCausalLM(
             memory.architecture(*architecture), dtype="bfloat16", rngs=nnx.Rngs(0)
         )
-        quant.quantise_model(model, fmt)
+        quant_linear.quantize_model(model, fmt)
         lora.inject(model, config.LoRAConfig(rank=RANK, targets="all-linear"), rngs=nnx.Rngs(0))
-        graphdef, trained, frozen = train.split(model)
+        graphdef, trained, frozen = model_state.split(model)
         graphdefs.append(graphdef)
         return trained, frozen
 
@@ -168,13 +180,13 @@ def matmul_forms(fmt: str, packed: packing.Packed, rows: int, is_hopper: bool) -
     k = 8 * packed.q.shape[1]
     forms = {
         "public": lambda x, p, _, i: int4_matmul.int4_matmul(x, p, codes=codes, layer=i),
-        "dequantise, dot": lambda x, p, _, i: int4_xla.matmul(x, packing.layer(p, i), codes=codes),
+        "dequantize, dot": lambda x, p, _, i: xla.matmul(x, packing.layer(p, i), codes=codes),
     }
-    if rows <= int4_xla_gpu.MOST_ROWS[codes]:
-        forms["sums"] = lambda x, p, _, i: int4_xla_gpu.matvec(x, packing.layer(p, i), codes)
-    refused = int4_mosaic_gpu.refusal(rows, k, n, k // groups, BF16, packed.scale.dtype)
+    if rows <= xla_gpu.MOST_ROWS[codes]:
+        forms["sums"] = lambda x, p, _, i: xla_gpu.matvec(x, packing.layer(p, i), codes)
+    refused = mosaic_gpu.refusal(rows, k, n, k // groups, BF16, packed.scale.dtype)
     if is_hopper and codes == "int4" and not refused:
-        forms["mosaic"] = lambda x, p, words, i: int4_mosaic_gpu.matmul(
+        forms["mosaic"] = lambda x, p, words, i: mosaic_gpu.matmul(
             x, words, p.scale, p.column_scale, i
         )
     return forms
@@ -182,7 +194,7 @@ def matmul_forms(fmt: str, packed: packing.Packed, rows: int, is_hopper: bool) -
 
 def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
     """Each program goes through all its weights, so that the device is timed, not the dispatch."""
-    is_hopper = decode.best(jax.devices()[0]) == "k_minor"
+    is_hopper = decode_weights.best(jax.devices()[0]) == "k_minor"
     timed = functools.partial(jax_seconds, sizes.seconds)
     report.table(
         f"Matmuls, {fmt}",
@@ -191,7 +203,7 @@ def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
     for (k, n), rows in ((shape, rows) for shape in sizes.matmuls for rows in sizes.rows):
         count = int(CACHE / (k * n / 2)) if rows <= DECODE_ROWS and sizes is FULL else 2
         packed = random_stack(fmt, count, k, n)
-        words = jax.jit(int4_mosaic_gpu.k_minor)(packed.q) if is_hopper else None
+        words = jax.jit(mosaic_gpu.k_minor)(packed.q) if is_hopper else None
         layers = list(jnp.arange(count))
         x = jax.random.normal(jax.random.key(0), (rows, k), BF16)
         tflop = 2 * rows * k * n / 1e12
@@ -204,7 +216,7 @@ def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
                    f"{2 * k * n / dense_time / 1e12:.2f}", f"{tflop / dense_time:.1f}",
                    "–")  # fmt: skip
         checked = min(rows, DECODE_ROWS)
-        weight = packing.dequantise(packing.layer(packed, 1), formats.codes(fmt))
+        weight = packing.dequantize(packing.layer(packed, 1), formats.codes(fmt))
         expected = np.asarray(x[:checked], np.float64) @ np.asarray(weight, np.float64)
         for name, form in matmul_forms(fmt, packed, rows, is_hopper).items():
             once = jax.jit(form)  # lowered once for all layers
@@ -227,21 +239,21 @@ def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
 
 def measure_train(report: Report, sizes: Sizes, fmt: str, peak: float | None) -> None:
     tokens, batches = sizes.train
-    settings = config.OptimConfig()
-    optimizer = optim.make(settings, 100)
+    settings = optim_config.OptimConfig()
+    optimizer = adamw.make(settings, 100)
     graphdef, trained, frozen = random_model(sizes.model, fmt)
     report.table(
         f"QLoRA step, {fmt}, rank {RANK} on all linear layers, rows of {tokens} tokens",
         *("remat", "rows", "tokens/s", "TFLOP/s", "of peak", "memory, GB"),
     )
     for remat, flops_per_weight in (("none", 4), ("full", 6)):
-        schedule = optim.schedule(settings, 100)
-        step = train.make_step(graphdef, optimizer, schedule, seed=0, remat=remat)
+        schedule = adamw.schedule(settings, 100)
+        step = train_step.make_step(graphdef, optimizer, schedule, seed=0, remat=remat)
         for rows in batches:
             ids = jax.random.randint(jax.random.key(2), (1, rows, tokens), 0, sizes.model[0])
-            batch = train.Batch(ids, ids, jnp.ones_like(ids))
+            batch = train_step.Batch(ids, ids, jnp.ones_like(ids))
             # A copy: the step takes over the memory of its state.
-            state = train.start(jax.tree.map(jnp.copy, trained), optimizer)
+            state = train_step.start(jax.tree.map(jnp.copy, trained), optimizer)
             times = []
             try:
                 compiled = step.lower(state, frozen, batch).compile()
@@ -284,13 +296,15 @@ def measure_decode(report: Report, sizes: Sizes, fmt: str, bandwidth: float) -> 
         *("rows", "form", "ms/token", "tokens/s", "GB/token", "of a copy's bandwidth"),
     )
     for rows, form in ((rows, form) for rows in batches for form in (None, second_form)):
-        if form == "k_minor" and decode.best(device) != form:
+        if form == "k_minor" and decode_weights.best(device) != form:
             continue
         ids = jax.random.randint(jax.random.key(3), (rows, prompt), 0, vocab)
         arguments = trained, frozen, ids, jnp.ones_like(ids), jax.random.key(4)
         short, long = (
-            jax_seconds(sizes.seconds, generate.make(graphdef, sampling, (), form=form), *arguments)
-            for sampling in map(config.Sampling, (1, 1 + new_tokens))
+            jax_seconds(
+                sizes.seconds, continuation.make(graphdef, sampling, (), form=form), *arguments
+            )
+            for sampling in map(generation_config.Sampling, (1, 1 + new_tokens))
         )
         taken = (long - short) / new_tokens
         num_bytes = weights + rows * kv
@@ -301,7 +315,7 @@ def measure_decode(report: Report, sizes: Sizes, fmt: str, bandwidth: float) -> 
 def measure(report: Report, sizes: Sizes, fmt: str, parts: list[str]) -> None:
     device = jax.devices()[0]
     kind = device.device_kind
-    known = (p.flops for chip, p in targets.PEAKS.items() if chip.split(":")[1] in kind.lower())
+    known = (p.flops for chip, p in chips.PEAKS.items() if chip.split(":")[1] in kind.lower())
     peak = next(known, None)
     array = jnp.zeros(2**28 if sizes is FULL else 2**20)
     bandwidth = 2 * array.nbytes / jax_seconds(sizes.seconds, jax.jit(lambda a: a + 1), array)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import quiet
 
-from lora_jax import formats
 from lora_jax.kernels import int4_matmul, int8_matmul, matmul
+from lora_jax.quant import formats
 
 SHAPES = {"tiny": (64, 128), "125M": (768, 2048), "1B": (2048, 8192), "7B": (4096, 11008)}
 TRAIN_ROWS = 256
@@ -43,12 +43,12 @@ def products(shape: tuple[int, int], rows: int) -> dict:
             how = {"codes": codes, "implementation": implementation}
             function = functools.partial(int4_matmul.int4_matmul, **how)
             name = f"{fmt} {implementation or 'default'}"
-            found[name] = function, half, formats.quantise(weight, fmt)
+            found[name] = function, half, formats.quantize(weight, fmt)
 
     def int8(x, packed):
         return int8_matmul.int8_matmul(x, packed.q, packed.column_scale)
 
-    return found | {"int8": (int8, half, formats.quantise(weight, "int8"))}
+    return found | {"int8": (int8, half, formats.quantize(weight, "int8"))}
 
 
 def timed_call(function, x, weight):

@@ -6,9 +6,15 @@ python benchmarks/memory.py
 import jax
 from flax import nnx
 
-from lora_jax import config, lora, optim, quant, train
+from lora_jax import quant
+from lora_jax.lora import config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
+from lora_jax.quant import linear as quant_linear
 
 MODELS = {  # name: (vocab, hidden, ffn, layers, heads, kv heads, tied)
     "Llama-3.2-1B": (128256, 2048, 8192, 16, 32, 8, True),
@@ -47,20 +53,20 @@ def measure(name: str, fmt: str) -> tuple[int, int, int]:
             architecture(*MODELS[name]), dtype="bfloat16", rngs=nnx.Rngs(0)
         )
         if fmt != "none":
-            quant.quantise_model(model, fmt)
+            quant_linear.quantize_model(model, fmt)
         lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
-        _, trained, frozen = train.split(model)
-        return trained, frozen.base, optim.make(config.OptimConfig(), 1).init(trained)
+        _, trained, frozen = model_state.split(model)
+        return trained, frozen.base, adamw.make(optim_config.OptimConfig(), 1).init(trained)
 
     trained, base, moments = jax.eval_shape(build)
     return num_bytes(base), num_bytes(trained), num_bytes(moments)
 
 
 def main() -> None:
-    print("| model | " + " | ".join(config.QUANTS) + " | A, B | their moments |")
-    print("|---|" + "---|" * (len(config.QUANTS) + 2))
+    print("| model | " + " | ".join(quant.QUANTS) + " | A, B | their moments |")
+    print("|---|" + "---|" * (len(quant.QUANTS) + 2))
     for name in MODELS:
-        measured = [measure(name, fmt) for fmt in config.QUANTS]
+        measured = [measure(name, fmt) for fmt in quant.QUANTS]
         base = [f"{m[0] / 1e9:.2f} GB" for m in measured]
         rest = [f"{part / 1e6:.1f} MB" for part in measured[0][1:]]
         print(f"| {name} | " + " | ".join(base + rest) + " |")

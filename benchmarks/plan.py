@@ -23,7 +23,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import memory
 
-from lora_jax import ahead, plan, sharding, targets
+from lora_jax.parallel import mesh as sharding
+from lora_jax.planning import chips, programs
+from lora_jax.planning import memory as planning
 
 SOURCES = pathlib.Path(__file__).parents[1] / "lora_jax"
 NOT_COMPILED = ("plan.py", "hub.py", "data.py", "tokenizer.py", "run_folder.py", "errors.py")
@@ -47,8 +49,8 @@ class Run(NamedTuple):
     dpo: bool = False
 
     @property
-    def job(self) -> ahead.Job:
-        return ahead.Job(
+    def job(self) -> programs.Job:
+        return programs.Job(
             memory.architecture(*memory.MODELS[self.model]),
             quant=self.quant,
             remat=self.remat,
@@ -58,7 +60,7 @@ class Run(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        return sharding.parse(self.mesh, targets.parse(self.target).count)
+        return sharding.parse(self.mesh, chips.parse(self.target).count)
 
 
 _7B, _13B, _70B = "Llama-2-7B", "Llama-2-13B", "Llama-3.1-70B"
@@ -118,15 +120,15 @@ def versions() -> list[str]:
     return [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
 
 
-def compiled(run: Run, cache: pathlib.Path, *, cached_only: bool) -> ahead.Compiled | str:
+def compiled(run: Run, cache: pathlib.Path, *, cached_only: bool) -> programs.Compiled | str:
     """What XLA made of it, or why it made nothing."""
     file = cache / f"{'_'.join(map(str, run)).replace(':', '')}_{digest()}.json"
     if file.exists():
         known = json.loads(file.read_text())
-        return known if isinstance(known, str) else ahead.Compiled(**known)
+        return known if isinstance(known, str) else programs.Compiled(**known)
     if cached_only:
         return "not compiled yet"
-    found = ahead.compiled(run.job, run.target, run.sizes, limit=LIMIT)
+    found = programs.compiled(run.job, run.target, run.sizes, limit=LIMIT)
     file.write_text(json.dumps(found if isinstance(found, str) else found._asdict()))
     return found
 
@@ -142,7 +144,7 @@ places them, gaps included. at least: the step at the chip's published peaks.
 """
 
 
-def report(results: Sequence[tuple[Run, ahead.Compiled | str]]) -> Iterator[str]:
+def report(results: Sequence[tuple[Run, programs.Compiled | str]]) -> Iterator[str]:
     """Lines of plan.md."""
     by_run = dict(results)
     rows = {run: _row(run, found) for run, found in results}
@@ -160,7 +162,7 @@ def report(results: Sequence[tuple[Run, ahead.Compiled | str]]) -> Iterator[str]
     told: dict[str, list[float]] = {}
     for run in by_run:
         if rows[run]["error"] is not None:
-            told.setdefault(targets.parse(run.target).chip, []).append(rows[run]["error"])
+            told.setdefault(chips.parse(run.target).chip, []).append(rows[run]["error"])
     yield "\n| chip | runs | mean error | largest |\n|---|---|---|---|"
     for chip, each in sorted(told.items()):
         mean = sum(map(abs, each)) / len(each)
@@ -171,12 +173,12 @@ def report(results: Sequence[tuple[Run, ahead.Compiled | str]]) -> Iterator[str]
     yield from _table([rows[run] for run in SCALING], (*titles, *columns))
 
 
-def _row(run: Run, found: ahead.Compiled | str) -> dict[str, Any]:
-    target, job = targets.parse(run.target), run.job
-    there = plan.resident(job, run.sizes, target.chip)
-    planned = plan.memory(job, run.sizes, target.chip, there).total
-    flops = plan.operations(job).total
-    moved = plan.bytes_moved(job, run.sizes, there, target.platform)
+def _row(run: Run, found: programs.Compiled | str) -> dict[str, Any]:
+    target, job = chips.parse(run.target), run.job
+    there = planning.resident(job, run.sizes, target.chip)
+    planned = planning.memory(job, run.sizes, target.chip, there).total
+    flops = planning.operations(job).total
+    moved = planning.bytes_moved(job, run.sizes, there, target.platform)
     row: dict[str, Any] = {
         "model": run.model, "quant": run.quant, "target": run.target, "mesh": run.mesh,
         "rows × tokens": f"{run.rows} × {run.tokens}" + (" (--dpo)" if run.dpo else ""),
@@ -186,7 +188,7 @@ def _row(run: Run, found: ahead.Compiled | str) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(found, str):
         return row | {"XLA": found.replace("|", "/")[-100:]}
-    least = plan.floor(flops, moved, found.collectives, target).seconds
+    least = planning.floor(flops, moved, found.collectives, target).seconds
     received = ", ".join(
         f"{total['bytes'] / 1e6:.0f} MB {kind}" for kind, total in found.collectives.items()
     )

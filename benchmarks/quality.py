@@ -17,9 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax import checkpoint, config, demo, formats, generate, sharding, tokenizer, train
+from lora_jax import assets, tokenizer
 from lora_jax.assets import demo_corpus
+from lora_jax.checkpoints import loader
+from lora_jax.generation import config as generation_config
+from lora_jax.generation import continuation
 from lora_jax.kernels import packed as packing
+from lora_jax.lora.nnx import model_state
+from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import formats
 
 HERE = pathlib.Path(__file__).resolve().parent
 STORIES = HERE.parent / "tests" / "golden" / "models" / "stories260K"
@@ -68,7 +74,7 @@ class Text(NamedTuple):
 
 def demo_text() -> Text:
     """Documents that the pretraining of the demo base has not seen, laid end to end."""
-    reader = tokenizer.load(demo.FOLDER)
+    reader = tokenizer.load(assets.FOLDER)
     # The first documents of the corpus are drills.
     first = demo_corpus.NUM_DRILLS
     documents = list(itertools.islice(demo_corpus.corpus(seed=1), first, first + 1000))
@@ -76,7 +82,7 @@ def demo_text() -> Text:
     stream = np.concatenate(encoded).astype(np.int32)
     length = 96  # of the rows in pretraining
     num_rows = len(stream) // length // BATCHES * BATCHES
-    return _text(demo.FOLDER, stream[: num_rows * length].reshape(-1, length))
+    return _text(assets.FOLDER, stream[: num_rows * length].reshape(-1, length))
 
 
 def stories_text() -> Text:
@@ -84,16 +90,16 @@ def stories_text() -> Text:
     reader = tokenizer.load(STORIES)
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     with jax.set_mesh(mesh):
-        graphdef, trained, frozen = train.split(checkpoint.load(STORIES, dtype="float32"))
-        sampling = config.Sampling(max_new_tokens=255, temperature=1.0)
-        tell = generate.make(graphdef, sampling, eos_ids=())
+        graphdef, trained, frozen = model_state.split(loader.load(STORIES, dtype="float32"))
+        sampling = generation_config.Sampling(max_new_tokens=255, temperature=1.0)
+        tell = continuation.make(graphdef, sampling, eos_ids=())
         start = np.full((8 * BATCHES, 1), reader.bos_token_id, np.int32)
         told = tell(trained, frozen, start, np.ones_like(start), jax.random.key(0))
     return _text(STORIES, np.concatenate([start, np.asarray(told)], axis=1))
 
 
 def _text(folder: pathlib.Path, ids: np.ndarray) -> Text:
-    graphdef, state = nnx.split(checkpoint.load(folder, dtype="float32"))
+    graphdef, state = nnx.split(loader.load(folder, dtype="float32"))
     return Text(graphdef, dict(nnx.to_flat_state(state)), ids)
 
 
@@ -144,13 +150,13 @@ def float_loss(text: Text) -> float:
 
 def ours(fmt: str, search: bool = True) -> Scheme:
     """A format of this project."""
-    pack = functools.partial(formats.quantise, fmt=fmt, search=search)
+    pack = functools.partial(formats.quantize, fmt=fmt, search=search)
 
     def bits(rows, columns):
         shape = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
         return formats.bits_per_weight(jax.eval_shape(pack, shape), rows)
 
-    return Scheme(lambda weight: formats.dequantise(pack(weight), fmt, len(weight)), bits)
+    return Scheme(lambda weight: formats.dequantize(pack(weight), fmt, len(weight)), bits)
 
 
 def searched(levels: np.ndarray, group: int, stored: str = "int8") -> Scheme:

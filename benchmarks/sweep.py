@@ -23,19 +23,17 @@ import memory
 import numpy as np
 from flax import nnx
 
-from lora_jax import (
-    ahead,
-    checkpoint,
-    config,
-    demo,
-    lora,
-    optim,
-    plan,
-    sharding,
-    sweep,
-    targets,
-    train,
-)
+from lora_jax import assets
+from lora_jax.checkpoints import loader
+from lora_jax.lora import config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
+from lora_jax.optim import adamw, sweep
+from lora_jax.optim import config as optim_config
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
+from lora_jax.planning import chips, programs
+from lora_jax.planning import memory as planning
 
 COUNTS = (1, 2, 4)
 STEPS = 100  # of the runs that are compared
@@ -45,14 +43,16 @@ ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 def members(count: int) -> list[sweep.Member]:
     rates = (f"{1e-4 * 2**index:g}" for index in range(count))
     settings = config.LoRAConfig()
-    return [sweep.Member(rate, settings, config.OptimConfig(lr=float(rate))) for rate in rates]
+    return [
+        sweep.Member(rate, settings, optim_config.OptimConfig(lr=float(rate))) for rate in rates
+    ]
 
 
 def alone(graphdef: nnx.GraphDef, remat: str):
     """(optimizer, step) of one adapter."""
-    how = config.OptimConfig(), STEPS
-    optimizer, schedule = optim.make(*how), optim.schedule(*how)
-    return optimizer, train.make_step(graphdef, optimizer, schedule, seed=0, remat=remat)
+    how = optim_config.OptimConfig(), STEPS
+    optimizer, schedule = adamw.make(*how), adamw.schedule(*how)
+    return optimizer, train_step.make_step(graphdef, optimizer, schedule, seed=0, remat=remat)
 
 
 def beside(graphdef: nnx.GraphDef, count: int, remat: str):
@@ -62,11 +62,13 @@ def beside(graphdef: nnx.GraphDef, count: int, remat: str):
 class Timed:
     """A step that goes on and on, and the seconds of its first call, which compiles it."""
 
-    def __init__(self, step, state: train.State, frozen: train.Frozen, rows: int, length: int):
+    def __init__(
+        self, step, state: train_step.State, frozen: model_state.Frozen, rows: int, length: int
+    ):
         vocabulary = frozen.base["model"]["embed_tokens"]["embedding"].shape[0]
         ids = np.random.default_rng(0).integers(3, vocabulary, (1, rows, length), np.int32)
         self.step, self.state, self.frozen = step, state, frozen
-        self.batch = jax.device_put(train.Batch(ids, ids, np.ones_like(ids)))
+        self.batch = jax.device_put(train_step.Batch(ids, ids, np.ones_like(ids)))
         self.seconds: list[tuple[float, float]] = []
         self.run()
         self.first, _ = self.seconds.pop()
@@ -90,15 +92,15 @@ def measure(folder: pathlib.Path, rows: int, length: int, remat: str, rounds: in
     """The cells of a row of the table."""
     mesh = sharding.make_mesh(ONE)
     start = time.perf_counter()
-    model = checkpoint.load(folder, dtype="bfloat16", quantisation="int4", mesh=mesh)
+    model = loader.load(folder, dtype="bfloat16", quantization="int4", mesh=mesh)
     lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
-    graphdef, *parts = train.split(model)
+    graphdef, *parts = model_state.split(model)
     trained, frozen = jax.block_until_ready(sharding.place(parts, mesh))
     load = time.perf_counter() - start
     swept, wide = {}, {}
     for count in COUNTS:
         optimizer, step = alone(graphdef, remat)
-        state = train.start(jax.tree.map(jax.numpy.copy, trained), optimizer)
+        state = train_step.start(jax.tree.map(jax.numpy.copy, trained), optimizer)
         wide[count] = Timed(step, state, frozen, count * rows, length)
         if count > 1:
             joined, all_frozen = sweep.join([(trained, frozen)] * count)
@@ -119,12 +121,12 @@ def measure(folder: pathlib.Path, rows: int, length: int, remat: str, rounds: in
 
 def planned(name: str, rows: int, length: int, remat: str, target: str) -> list[str]:
     """The cells of a row of the table of a target."""
-    mesh = sharding.make_mesh(ONE, targets.devices(target))
-    job = ahead.Job(memory.architecture(*memory.MODELS[name]), remat=remat, batch_size=rows,
+    mesh = sharding.make_mesh(ONE, chips.devices(target))
+    job = programs.Job(memory.architecture(*memory.MODELS[name]), remat=remat, batch_size=rows,
                     seq_len=length)  # fmt: skip
-    cells, device = [], targets.parse(target)
+    cells, device = [], chips.parse(target)
     with jax.set_mesh(mesh):
-        graphdef, *parts, _ = ahead.model_parts(job, mesh)
+        graphdef, *parts, _ = programs.model_parts(job, mesh)
     row = jax.ShapeDtypeStruct((1, rows, length), np.int32, sharding=sharding.batch(mesh))
     for count in COUNTS:
         together = members(count)
@@ -134,15 +136,15 @@ def planned(name: str, rows: int, length: int, remat: str, target: str) -> list[
             return sweep.start(together, joined, STEPS), frozen
 
         with jax.set_mesh(mesh):
-            given = ahead.shapes(jax.eval_shape(begin, *parts), mesh)
-        batch = train.Batch(row, row, row)
-        program = ahead.Program(beside(graphdef, count, remat), (*given, batch))
+            given = programs.shapes(jax.eval_shape(begin, *parts), mesh)
+        batch = train_step.Batch(row, row, row)
+        program = programs.Program(beside(graphdef, count, remat), (*given, batch))
         memory_of = program.lower(mesh).compile().memory_analysis()
         wide = dataclasses.replace(job, batch_size=count * rows)
-        there = plan.resident(wide, ONE, device.chip)
-        moved = plan.bytes_moved(wide, ONE, there, device.platform)
-        flops = plan.operations(wide).total
-        floor = plan.floor(flops, moved, {}, device).seconds
+        there = planning.resident(wide, ONE, device.chip)
+        moved = planning.bytes_moved(wide, ONE, there, device.platform)
+        flops = planning.operations(wide).total
+        floor = planning.floor(flops, moved, {}, device).seconds
         cells += [f"{memory_of.peak_memory_in_bytes / 1e9:.2f}", f"{moved / 1e9:.1f}",
                   f"{flops / 1e12:.2f}", f"{1000 * floor:.0f}"]  # fmt: skip
     return cells
@@ -169,7 +171,7 @@ def main() -> None:
         if asked.target:
             cells = planned(name, rows, length, asked.remat, asked.target)
         elif name == "demo":
-            cells = measure(demo.FOLDER, rows, length, asked.remat, asked.rounds)
+            cells = measure(assets.FOLDER, rows, length, asked.remat, asked.rounds)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 end_to_end.write_model(pathlib.Path(folder), name, "bfloat16")

@@ -1,36 +1,25 @@
-"""QLoRA for JAX: import the modules, e.g. `from lora_jax import checkpoint, lora, peft`.
+"""QLoRA for JAX: import the rooms, e.g. `from lora_jax import checkpoints, lora, peft`.
 
-Importing the package imports nothing else, jax included; its modules load when first used.
+Importing the package imports nothing else, jax included; what it names loads when first used.
 """
 
-import importlib
+from lora_jax import lazy
 
 __version__ = "0.1.0"
-__all__ = [
-    "adapter",
-    "adapters",
-    "checkpoint",
-    "config",
-    "data",
-    "errors",
-    "evaluate",
-    "generate",
-    "hub",
-    "linen",
-    "lora",
-    "optim",
-    "peft",
-    "quant",
-    "quantised",
-    "sharding",
-    "snapshot",
-    "sources",
-    "tokenizer",
-    "train",
-]
 
-
-def __getattr__(name: str):
-    if name in __all__:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_ROOMS = (
+    *("checkpoints", "data", "generation", "kernels", "layers", "lora", "models", "optim"),
+    *("parallel", "planning", "quant", "training"),
+    *("assets", "console", "errors", "hub", "tokenizer"),
+)
+_INSIDE = {  # used so often that they have a name of their own
+    "adapters": "lora.many",
+    "config": "lora.config",
+    "linen": "lora.linen",
+    "peft": "lora.peft",
+}
+__getattr__, __all__ = lazy.names(
+    __name__,
+    {name: f"{__name__}.{name}" for name in _ROOMS}
+    | {name: f"{__name__}.{module}" for name, module in _INSIDE.items()},
+)

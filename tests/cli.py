@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from lora_jax.cli import arguments
+
 ROOT = pathlib.Path(__file__).parents[1]
+VERBS = {"inspect_data": "inspect"}
 BASE = ROOT / "tests/golden/models/stories260K"
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @dataclasses.dataclass
@@ -36,10 +38,17 @@ def _kept() -> list[tuple[Any, str, Any]]:
 
     A second run with the settings of a first would trace, lower and read the same programs.
     """
-    from lora_jax import generate, optim, train
+    from lora_jax.generation import continuation
+    from lora_jax.optim import adamw
+    from lora_jax.optim import step as train_step
 
-    makers = [(optim, "make"), (optim, "schedule"), (train, "make_step"), (train, "make_eval_loss"),
-              (generate, "make")]  # fmt: skip
+    makers = [
+        (adamw, "make"),
+        (adamw, "schedule"),
+        (train_step, "make_step"),
+        (train_step, "make_eval_loss"),
+        (continuation, "make"),
+    ]
     return [(module, name, _once(getattr(module, name))) for module, name in makers]
 
 
@@ -57,7 +66,7 @@ def _once(make: Any) -> Any:
 
 def run(script: str, *flags: object) -> Ended:
     """Runs scripts/`script`.py to its end; an exception that it lets through passes through."""
-    arguments, module = (importlib.import_module(name) for name in ("arguments", script))
+    module = importlib.import_module(f"lora_jax.cli.{VERBS.get(script, script)}")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:

@@ -38,7 +38,7 @@ thrift.begin()
 # workers end together.
 LONGEST = ("mesh", "job", "resume", "distributed", "linen", "peft", "sites", "storage", "merge",
            "adapter_jobs", "plan", "structure", "int4_matmul", "checkpoint", "generate", "train",
-           "lora", "formats", "quant", "models", "hub", "quantised")  # fmt: skip
+           "lora", "formats", "quant", "models", "hub", "quantized")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

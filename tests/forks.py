@@ -111,13 +111,16 @@ def some_time(draws: random.Random) -> dict[str, Any]:
 def _serve() -> None:
     import warnings
 
-    import arguments
-    import console
     import datasets  # noqa: F401
-    import generate  # noqa: F401
-    import job  # noqa: F401
-    import train  # noqa: F401
     import transformers  # noqa: F401
+
+    from lora_jax import console
+    from lora_jax.cli import (
+        arguments,
+        generate,  # noqa: F401
+        train,  # noqa: F401
+    )
+    from lora_jax.training import loop  # noqa: F401
 
     thrift.begin()
     console.PLAIN_LINES = 1000  # show every step
@@ -154,7 +157,7 @@ def _run(run: dict[str, Any], devices: int, arguments: Any, console: Any) -> Non
     sys.argv = [f"{run['script']}.py", *map(str, run["flags"])]
     code: Any = 1
     try:
-        arguments.run(sys.modules[run["script"]].main)
+        arguments.run(sys.modules[f"lora_jax.cli.{run['script']}"].main)
     except SystemExit as ended:
         code = ended.code
     except Exception:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_job import checkpoints, comparable
 
-from lora_jax import peft
+from lora_jax.lora import peft
 
 FLAGS = (
     *("--model", cli.BASE, "--quant", "int4", "--batch-size", 8, "--grad-accum", 1),

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import adapter as host
-from lora_jax import adapters, errors, lora, peft, quant
-from lora_jax import config as lora_config
+from lora_jax import errors
+from lora_jax.lora import adapter as host
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import many, peft
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.quant import linear as quant_linear
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32)), jnp.float32)
 
@@ -32,7 +35,7 @@ class Net(nnx.Module):
 def net(fmt="none"):
     model = Net(nnx.Rngs(0))
     if fmt != "none":
-        model.out = quant.quantise_linear(model.out, fmt)
+        model.out = quant_linear.quantize_linear(model.out, fmt)
     return model
 
 
@@ -60,7 +63,7 @@ def test_switching_gives_each_adapter_s_own_output_and_compiles_once(fmt, tmp_pa
         "partial": made(3, fmt, targets=("layers",), layers=(1,), alpha=4),
     }
     peft.write(tmp_path, ours["small"][0])
-    shelf = adapters.Adapters(model, rank=6)
+    shelf = many.Adapters(model, rank=6)
     shelf.load("small", tmp_path)
     shelf.load("wide", ours["wide"][0])
     shelf.load("partial", ours["partial"][0])
@@ -95,7 +98,7 @@ def test_switching_gives_each_adapter_s_own_output_and_compiles_once(fmt, tmp_pa
 
 def test_an_adapter_that_is_larger_makes_room():
     model = net()
-    shelf = adapters.Adapters(model)
+    shelf = many.Adapters(model)
     (small, with_small), (wide, with_wide) = made(1, targets=("out",)), made(2, rank=5)
     shelf.load("small", small)
     shelf.activate("small")
@@ -108,7 +111,7 @@ def test_an_adapter_that_is_larger_makes_room():
 def test_an_adapter_that_does_not_fit_leaves_all_as_it_was(tmp_path):
     """Whether it has other layers, which take other arrays, or the same of other sizes."""
     model = net()
-    shelf = adapters.Adapters(model)
+    shelf = many.Adapters(model)
     shelf.activate(None)
     assert not jax.tree.leaves(shelf.state(None))
     with pytest.raises(errors.UserError, match="adapters to combine"):
@@ -137,7 +140,7 @@ def test_an_adapter_that_does_not_fit_leaves_all_as_it_was(tmp_path):
 def test_a_weighted_sum_is_that_of_the_changes():
     (one, _), (two, _) = made(1), made(2, rank=3, alpha=5, targets=("out",))
     model, plain = net(), net()
-    shelf = adapters.Adapters(model)
+    shelf = many.Adapters(model)
     shelf.load("one", one)
     shelf.load("two", two)
     shelf.combine("both", {"one": 0.25, "two": -2.0})
@@ -165,7 +168,7 @@ def test_a_weighted_sum_is_that_of_the_changes():
 def test_dora_adapters_switch_among_themselves():
     model, base = net(), net()(X)
     (one, with_one), (two, with_two) = (made(n, use_dora=True, rank=n + 1) for n in (1, 2))
-    shelf = adapters.Adapters(model)
+    shelf = many.Adapters(model)
     shelf.load("one", one)
     shelf.load("two", two)
     np.testing.assert_allclose(model(X), base, atol=1e-5)
@@ -181,7 +184,7 @@ def test_dora_adapters_switch_among_themselves():
 
 
 def test_names_that_are_taken_or_unknown_are_told():
-    shelf = adapters.Adapters(net())
+    shelf = many.Adapters(net())
     shelf.load("one", made(1)[0])
     with pytest.raises(errors.UserError, match="an adapter 'one'"):
         shelf.load("one", made(1)[0])

@@ -12,8 +12,10 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from lora_jax import ahead, errors, hlo, sharding, targets
-from lora_jax.kernels import attention_cudnn
+from lora_jax import errors
+from lora_jax.kernels.attention import cudnn
+from lora_jax.parallel import mesh as sharding
+from lora_jax.planning import chips, hlo, programs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 try:
@@ -25,7 +27,7 @@ TOO_LARGE = [("train-1x32768-full", aot.V5E)]  # of 16 GB
 RUNS = [run for run in aot.RUNS if run not in TOO_LARGE]
 TPU_RUNS = [run for run in RUNS if run[1].startswith("tpu")]
 GPU_RUNS = [run for run in RUNS if run[1].startswith("gpu")]
-MULTI_RUNS = [run for run in RUNS if targets.parse(run[1]).count > 1]
+MULTI_RUNS = [run for run in RUNS if chips.parse(run[1]).count > 1]
 PEAKS = {  # most bytes on one device
     ("train-1x2048-full", aot.V5E): 6.0e9,
     ("train-1x2048-full", aot.V6E): 6.0e9,
@@ -53,7 +55,7 @@ def results(request):
     missing = {}
     for _, target in wanted:
         try:
-            targets.check(target)
+            chips.check(target)
         except errors.UserError as error:
             missing[target] = str(error)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -80,7 +82,7 @@ def of(part: str, among=RUNS):
 def test_compiles_within_the_memory_of_the_chip(run, results):
     result = results(run)
     assert "error" not in result, result["error"]
-    assert result["peak_bytes"] < targets.parse(run[1]).peaks.memory
+    assert result["peak_bytes"] < chips.parse(run[1]).peaks.memory
 
 
 @of("", among=TOO_LARGE)
@@ -242,16 +244,16 @@ def test_a_train_step_takes_cudnn_s_attention(sizes, monkeypatch):
     """Which here no program would take, as there is no GPU to ask for its version of cuDNN."""
     target = "gpu:h100" if sizes == (1, 1, 1) else "gpu:h100-8"
     try:
-        targets.check(target)
+        chips.check(target)
     except errors.UserError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(attention_cudnn, "refusal", lambda *_: None)
+    monkeypatch.setattr(cudnn, "refusal", lambda *_: None)
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     architecture = aot.memory.architecture(*aot.memory.MODELS["Llama-3.2-1B"])
-    job = ahead.Job(architecture, batch_size=4, remat="full")
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), targets.devices(target))
+    job = programs.Job(architecture, batch_size=4, remat="full")
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), chips.devices(target))
     with jax.set_mesh(mesh):
-        program = ahead.train_step(job, mesh)
+        program = programs.train_step(job, mesh)
     compiled = program.lower(mesh).compile().as_text()
     assert "__cudnn$fmhaSoftmax" in compiled and "__cudnn$fmhaSoftmaxBackward" in compiled

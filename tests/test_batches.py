@@ -8,7 +8,9 @@ import test_models
 import test_train
 from flax import nnx
 
-from lora_jax import batches, train
+from lora_jax.data import batches
+from lora_jax.lora.nnx import model_state
+from lora_jax.optim import step as train_step
 
 
 def numbered(count):
@@ -194,19 +196,21 @@ def test_a_packed_line_has_the_loss_and_gradient_of_its_rows():
     rng = np.random.default_rng(1)
     rows = [(rng.integers(3, test_train.VOCAB, n).astype(np.int32), rng.random(n) < 0.7)
             for n in (9, 17, 30, 4)]  # fmt: skip
-    graphdef, trained, frozen = train.split(test_train.make_model(quantisation="int4"))
+    graphdef, trained, frozen = model_state.split(test_train.make_model(quantization="int4"))
 
     @jax.jit
     def of(trained, batch):
         def sums(trained):
             model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-            each = train.losses(model, batch, remat="full")
-            return each.sum(), (each, train.loss(model, batch)[1])
+            each = train_step.losses(model, batch, remat="full")
+            return each.sum(), (each, train_step.loss(model, batch)[1])
 
         return jax.value_and_grad(sums, has_aux=True)(trained)
 
     def on_lines(lines, length):
-        return of(trained, train.Batch(**jax.tree.map(jnp.asarray, batches.pad(lines, length))))
+        return of(
+            trained, train_step.Batch(**jax.tree.map(jnp.asarray, batches.pad(lines, length)))
+        )
 
     (packed, (each, count)), gradient = on_lines([rows], 64)
     (alone, (own, same)), expected = on_lines(batches.alone(rows), 32)

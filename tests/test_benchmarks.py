@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from lora_jax import sharding
+from lora_jax.parallel import mesh as sharding
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 

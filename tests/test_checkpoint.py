@@ -1,4 +1,4 @@
-"""Loading a checkpoint: every fault is named, quantising happens on the way, memory stays small."""
+"""Loading a checkpoint: every fault is named, quantizing happens on the way, memory stays small."""
 
 import functools
 import json
@@ -16,7 +16,12 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import checkpoint, errors, formats, quant, sharding, sites, tensorfiles
+from lora_jax import errors
+from lora_jax.checkpoints import loader, safetensors_files
+from lora_jax.lora.nnx import sites
+from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import formats
+from lora_jax.quant import linear as quant_linear
 
 MODELS = pathlib.Path(__file__).parent / "golden" / "models"
 
@@ -26,8 +31,8 @@ def one_device():
 
 
 @functools.cache
-def load(name, quantisation="none", dtype="float32"):
-    return checkpoint.load(MODELS / name, dtype=dtype, quantisation=quantisation, mesh=one_device())
+def load(name, quantization="none", dtype="float32"):
+    return loader.load(MODELS / name, dtype=dtype, quantization=quantization, mesh=one_device())
 
 
 def tensors_of(name):
@@ -86,7 +91,7 @@ def test_every_tensor_is_in_its_place(name):
 
 def test_shards_load_as_one_file_does(folder):
     write_shards(folder, tensors_of("llama"))
-    model = checkpoint.load(folder, dtype="float32", mesh=one_device())
+    model = loader.load(folder, dtype="float32", mesh=one_device())
     assert_same_model(model, load("llama"))
 
 
@@ -105,7 +110,7 @@ def test_dtype_is_the_configs_or_what_was_asked_for(folder, stored, asked, expec
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = np.dtype(stored).name
     (folder / "config.json").write_text(json.dumps(config))
-    model = checkpoint.load(folder, dtype=asked, mesh=one_device())
+    model = loader.load(folder, dtype=asked, mesh=one_device())
     assert {str(x.dtype) for x in jax.tree.leaves(nnx.state(model))} == {expected}
     embedding = np.asarray(model.model.embed_tokens.embedding[...], np.float32)
     as_stored = tensors["model.embed_tokens.weight"].astype(expected).astype(np.float32)
@@ -115,21 +120,21 @@ def test_dtype_is_the_configs_or_what_was_asked_for(folder, stored, asked, expec
 @pytest.mark.parametrize(
     "name, fmt", [("llama_bias", "int8"), ("llama_tied_hd16", "int4"), ("llama_bias", "nf4")]
 )
-def test_loading_quantised_is_quantising_what_was_loaded(name, fmt):
+def test_loading_quantized_is_quantizing_what_was_loaded(name, fmt):
     """Linear layers are packed, lm_head, embeddings, norms and biases stay as they are."""
     model, dense = load(name, fmt), load(name)
     pairs = {".".join(map(str, s.path)): (s.module, d.module)
              for s, d in zip(sites.find(model), sites.find(dense), strict=True)
              if s.place.shape.kind == "linear"}  # fmt: skip
     assert len(pairs) == 7 + (name == "llama_bias")
-    quantise = jax.jit(jax.vmap(functools.partial(formats.quantise, fmt=fmt)))
+    quantize = jax.jit(jax.vmap(functools.partial(formats.quantize, fmt=fmt)))
     for path, (layer, linear) in pairs.items():
         if path == "lm_head":
             assert isinstance(layer, nnx.Linear)
             np.testing.assert_array_equal(layer.kernel[...], linear.kernel[...])
             continue
-        assert isinstance(layer, quant.QuantLinear) and layer.fmt == fmt
-        packed = quantise(linear.kernel[...])
+        assert isinstance(layer, quant_linear.QuantLinear) and layer.fmt == fmt
+        packed = quantize(linear.kernel[...])
         np.testing.assert_array_equal(layer.packed.q, packed.q)
         for found, expected in zip(layer.packed[1:], packed[1:], strict=True):
             if expected is not None:  # compiled apart: the last bit of a float may differ
@@ -149,19 +154,19 @@ def test_loading_quantised_is_quantising_what_was_loaded(name, fmt):
 
 
 def test_loading_without_the_search_rounds_otherwise():
-    fast = checkpoint.load(MODELS / "llama_bias", quantisation="int4", search=False,
+    fast = loader.load(MODELS / "llama_bias", quantization="int4", search=False,
                            mesh=one_device())  # fmt: skip
     layer, dense = fast.model.layers.mlp.up_proj, load("llama_bias").model.layers.mlp.up_proj
-    quantise = functools.partial(formats.quantise, fmt="int4", search=False)
-    expected = jax.jit(jax.vmap(quantise))(dense.kernel[...])
+    quantize = functools.partial(formats.quantize, fmt="int4", search=False)
+    expected = jax.jit(jax.vmap(quantize))(dense.kernel[...])
     np.testing.assert_array_equal(layer.packed.q, expected.q)
     assert (layer.packed.q != load("llama_bias", "int4").model.layers.mlp.up_proj.packed.q).any()
 
 
 def test_a_mesh_holds_the_same_model():
-    """Sharded and quantised at once: the same words, cut where the rules say."""
+    """Sharded and quantized at once: the same words, cut where the rules say."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    model = checkpoint.load(MODELS / "llama", dtype="float32", quantisation="int4", mesh=mesh)
+    model = loader.load(MODELS / "llama", dtype="float32", quantization="int4", mesh=mesh)
     alone = load("llama", "int4")
     q = model.model.layers.self_attn.q_proj.q[...]
     assert q.sharding.spec == jax.P(None, "fsdp", "tensor")
@@ -177,7 +182,7 @@ def test_a_mesh_holds_the_same_model():
 
 def test_of_a_tensor_only_the_parts_that_devices_hold_are_read_each_once(monkeypatch):
     (name, stored), *_ = (
-        item for item in tensorfiles.tensors(MODELS / "llama").items() if "q_proj" in item[0]
+        item for item in safetensors_files.tensors(MODELS / "llama").items() if "q_proj" in item[0]
     )
     whole, asked = tensors_of("llama")[name], []
 
@@ -205,7 +210,7 @@ def test_of_a_tensor_only_the_parts_that_devices_hold_are_read_each_once(monkeyp
     monkeypatch.setattr(safetensors, "safe_open", Reader)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     where = sharding.of(("layers", "self_attn", "q_proj", "kernel"), 3, mesh)
-    array = checkpoint._read(stored, where, True)
+    array = loader._read(stored, where, True)
     np.testing.assert_array_equal(array, whole)
     rows, columns = whole.shape
     assert asked == [(rows // 2, columns // 2)] * 4
@@ -221,7 +226,7 @@ def test_tensors_that_do_not_fit_are_all_listed(folder):
     tensors["model.norm.weight"] = np.zeros(32, np.int8)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     with pytest.raises(errors.UserError) as raised:
-        checkpoint.load(folder, mesh=one_device())
+        loader.load(folder, mesh=one_device())
     message = str(raised.value)
     for problem in (
         "model.layers.1.mlp.up_proj.weight is missing",
@@ -242,7 +247,7 @@ def test_what_older_files_have_besides_is_ignored(folder):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     shutil.copy(MODELS / "llama_tied_hd16" / "config.json", folder)
-    model = checkpoint.load(folder, dtype="float32", mesh=one_device())
+    model = loader.load(folder, dtype="float32", mesh=one_device())
     assert_same_model(model, load("llama_tied_hd16"))
 
 
@@ -252,7 +257,7 @@ def test_truncated_files_are_all_named(folder):
         path = folder / file
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(errors.UserError, match="truncated") as raised:
-        checkpoint.load(folder, mesh=one_device())
+        loader.load(folder, mesh=one_device())
     assert all((file in str(raised.value)) == (file in files[:2]) for file in files)
 
 
@@ -261,7 +266,7 @@ def test_missing_shards_are_all_named(folder):
     for file in files[1:]:
         (folder / file).unlink()
     with pytest.raises(errors.UserError, match="every shard") as raised:
-        checkpoint.load(folder, mesh=one_device())
+        loader.load(folder, mesh=one_device())
     assert all((file in str(raised.value)) == (file in files[1:]) for file in files)
 
 
@@ -270,7 +275,7 @@ def test_lfs_pointers_are_refused(folder, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 99\n"
     (folder / name).write_text(pointer)
     with pytest.raises(errors.UserError, match=f"(?s)git-lfs pointer.*{name}.*git lfs pull"):
-        checkpoint.load(folder, mesh=one_device())
+        loader.load(folder, mesh=one_device())
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
@@ -278,39 +283,39 @@ def test_pickles_are_refused_unopened(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(errors.UserError, match=f"(?s){name}.*pickle.*safetensors"):
-        checkpoint.load(folder, mesh=one_device())
+        loader.load(folder, mesh=one_device())
 
 
 def test_a_folder_without_weights_is_named(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(errors.UserError, match="no weights") as raised:
-        checkpoint.load(folder, mesh=one_device())
+        loader.load(folder, mesh=one_device())
     assert str(folder) in str(raised.value)
 
 
 def test_fingerprint_tells_models_apart_and_not_folders(folder):
-    original = checkpoint.fingerprint(MODELS / "llama")
-    assert checkpoint.fingerprint(folder) == original
+    original = loader.fingerprint(MODELS / "llama")
+    assert loader.fingerprint(folder) == original
     assert json.loads(json.dumps(original)) == original
-    assert checkpoint.fingerprint(MODELS / "llama3") != original
+    assert loader.fingerprint(MODELS / "llama3") != original
     tensors = tensors_of("llama")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:16]
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    assert checkpoint.fingerprint(folder)["tensors"] != original["tensors"]
+    assert loader.fingerprint(folder)["tensors"] != original["tensors"]
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 def test_fingerprint_sees_other_values_of_the_same_shapes(folder, share):
     tensors, path = tensors_of("llama"), folder / "model.safetensors"
     safetensors.numpy.save_file(tensors, path)
-    original = checkpoint.fingerprint(folder)
+    original = loader.fingerprint(folder)
     for name, value in tensors.items():
         changed = value.copy()
         # Of a tensor of more than 4 KiB it sees the ends, and not all that lies between.
         place = share if changed.nbytes <= 4096 else round(share)
         changed.reshape(-1)[int(place * (changed.size - 1))] += 1
         safetensors.numpy.save_file(tensors | {name: changed}, path)
-        found = checkpoint.fingerprint(folder)
+        found = loader.fingerprint(folder)
         assert [part for part in found if found[part] != original[part]] == ["checksum"], name
 
 
@@ -331,12 +336,12 @@ BIG = dict(
 MEASURE = """
 import sys, jax, jax.numpy as jnp
 from flax import nnx
-from lora_jax import checkpoint
+from lora_jax import checkpoints
 jax.block_until_ready(jnp.ones(8) + 1)
 def memory(name):  # not getrusage: its peak includes that of the process this one came from
     return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name))
 base = memory("VmRSS:")
-model = checkpoint.load(sys.argv[1], quantisation=sys.argv[2])
+model = checkpoints.load(sys.argv[1], quantization=sys.argv[2])
 print(memory("VmHWM:") - base, sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))))
 """
 
@@ -398,13 +403,13 @@ def test_host_memory_stays_near_the_packed_model(tmp_path):
 def test_an_index_that_is_no_index_is_named(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(errors.UserError, match="weight_map"):
-        tensorfiles.tensors(folder)
+        safetensors_files.tensors(folder)
 
 
 def test_dimensions_that_the_mesh_does_not_divide_are_all_listed():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 8})  # ffn 172, 4 kv-heads of 8
     with pytest.raises(errors.UserError) as error:
-        checkpoint.load(MODELS / "stories260K", mesh=mesh)
+        loader.load(MODELS / "stories260K", mesh=mesh)
     for name in ("gate_proj", "up_proj", "down_proj"):
         assert f"model.layers.mlp.{name}.kernel: 172 over tensor=8" in str(error.value)
     assert "q_proj" not in str(error.value)

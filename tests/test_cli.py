@@ -10,9 +10,9 @@ import pytest
 
 from lora_jax import errors
 
-import arguments  # isort: skip (scripts/, which cli puts on the path)
-import generate as generate_script  # isort: skip
-import train as train_script  # isort: skip
+from lora_jax.cli import arguments  # isort: skip (scripts/, which cli puts on the path)
+from lora_jax.cli import generate as generate_script  # isort: skip
+from lora_jax.cli import train as train_script  # isort: skip
 
 TRAIN = ("--model", "m", "--dataset", "d.jsonl")
 
@@ -25,7 +25,6 @@ def settings(*flags):
 def test_help_imports_nothing_heavy(script):
     code = (
         "import runpy, sys\n"
-        "sys.path.insert(0, 'scripts')\n"
         "try: runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
         "except SystemExit as ended: assert not ended.code\n"
         "heavy = {'jax', 'flax', 'numpy', 'transformers', 'datasets', 'tqdm'}\n"
@@ -82,9 +81,9 @@ def test_4bit_flags_are_names_for_quant(flags, quant):
     "flags", ["--use-4bit --no-4bit", "--use-4bit --quant nf4", "--no-4bit --quant int4"]
 )
 def test_4bit_flags_that_contradict_are_refused(flags):
-    with pytest.raises(errors.UserError, match="one kind of quantisation"):
+    with pytest.raises(errors.UserError, match="one kind of quantization"):
         train_script.parse(flags.split())
-    with pytest.raises(errors.UserError, match="one kind of quantisation"):
+    with pytest.raises(errors.UserError, match="one kind of quantization"):
         generate_script.parse(flags.split())
 
 
@@ -262,13 +261,9 @@ def test_ctrl_c_while_loading_is_no_traceback(capsys):
 
 
 def test_a_closed_pipe_is_no_traceback():
-    script = cli.ROOT / "scripts/train.py"
-    code = (
-        "import sys; sys.path.insert(0, 'scripts'); import arguments\n"
-        "arguments.run(lambda: print('line\\n' * 100000))"
-    )
+    code = "from lora_jax.cli import arguments\narguments.run(lambda: print('line\\n' * 100000))"
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=script.parents[1],
+        [sys.executable, "-c", code], cwd=cli.ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         process.stdout.close()
@@ -278,12 +273,12 @@ def test_a_closed_pipe_is_no_traceback():
 def test_ctrl_c_with_nothing_to_save_ends_at_once():
     """Without an exception, which jax's import and its garbage collection callback swallow."""
     code = (
-        "import arguments, gc, os, signal, time\n"
+        "import gc, os, signal, time\nfrom lora_jax.cli import arguments\n"
         "gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
         "arguments.run(lambda: (gc.collect(), time.sleep(20)))\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=cli.ROOT / "scripts", capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stderr.strip()) == (130, "stopped")
 

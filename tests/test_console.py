@@ -7,7 +7,7 @@ import termios
 
 import cli  # noqa: F401 (puts scripts/ on the path)
 
-import console  # isort: skip
+from lora_jax import console  # isort: skip
 
 
 def read(outer):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 
-from lora_jax import data, errors, sources, tokenizer
+from lora_jax import errors, tokenizer
+from lora_jax.data import encoding, sources
 
 BOS, EOS = tiny_tokenizer.BOS, tiny_tokenizer.EOS
 CHATML = (
@@ -167,7 +168,7 @@ def test_hub_datasets(tmp_path):
     write(many / "train.jsonl", *(json.dumps({"text": f"row {n}"}) for n in range(6)))
     script = (
         "import json\n"
-        "from lora_jax import errors, sources\n"
+        "from lora_jax import errors; from lora_jax.data import sources\n"
         "def tell(*args, **options):\n"
         "    try: print(sources.load(*args, **options)[0])\n"
         "    except errors.UserError as error: print(str(error))\n"
@@ -204,7 +205,7 @@ def test_hub_datasets(tmp_path):
 
 def test_prompt_completion_trains_completion_and_eos(tok):
     prompt, completion = "ab cd?", " cd ab"
-    encoded = data.encode(dataset({"prompt": prompt, "completion": completion}), tok, 64, EOS)
+    encoded = encoding.encode(dataset({"prompt": prompt, "completion": completion}), tok, 64, EOS)
     ((ids, trained),) = encoded.rows
     prompt_ids = tok(prompt).input_ids
     assert ids.dtype == np.int32 and trained.dtype == bool
@@ -218,7 +219,9 @@ def test_prompt_completion_trains_completion_and_eos(tok):
 
 def test_a_token_across_the_border_is_not_merged(tok):
     # "ab" is one token, but generation will see the prompt "xa" alone.
-    ((ids, trained),) = data.encode(dataset({"prompt": "xa", "completion": "b"}), tok, 64, EOS).rows
+    ((ids, trained),) = encoding.encode(
+        dataset({"prompt": "xa", "completion": "b"}), tok, 64, EOS
+    ).rows
     prompt_ids = tok("xa").input_ids
     assert tok("xab").input_ids[: len(prompt_ids)] != prompt_ids
     assert ids[: len(prompt_ids)].tolist() == prompt_ids
@@ -227,7 +230,7 @@ def test_a_token_across_the_border_is_not_merged(tok):
 
 
 def test_a_space_at_the_border(tok):
-    ((ids, trained),) = data.encode(
+    ((ids, trained),) = encoding.encode(
         dataset({"prompt": "x ", "completion": "ab"}), tok, 64, EOS
     ).rows
     assert tok.decode(ids[1:-1]) == "x ab"
@@ -240,7 +243,7 @@ def test_alpaca_rows_use_the_template(tok):
         {"instruction": "Say a.", "input": "", "output": "a"},
         {"instruction": "Say b.", "input": None, "output": "b"},
     ]
-    encoded = data.encode(dataset(*rows), tok, 512, EOS)
+    encoded = encoding.encode(dataset(*rows), tok, 512, EOS)
     texts = [tok.decode(ids[1:]) for ids, _ in encoded.rows]
     assert texts[0] == (
         "Below is an instruction that describes a task, paired with an input that provides further "
@@ -256,12 +259,12 @@ def test_alpaca_rows_use_the_template(tok):
 
 def test_braces_in_a_row_are_text(tok):
     row = {"instruction": "{input} {x}", "input": "{instruction}", "output": "{}"}
-    ((ids, _),) = data.encode(dataset(row), tok, 512, EOS).rows
+    ((ids, _),) = encoding.encode(dataset(row), tok, 512, EOS).rows
     assert "### Instruction:\n{input} {x}\n\n### Input:\n{instruction}\n" in tok.decode(ids)
 
 
 def test_text_rows_train_everything(tok):
-    ((ids, trained),) = data.encode(dataset({"text": "ab cd"}), tok, 64, EOS).rows
+    ((ids, trained),) = encoding.encode(dataset({"text": "ab cd"}), tok, 64, EOS).rows
     assert ids.tolist() == [*tok("ab cd").input_ids, EOS]
     assert (ids[0], ids[-1]) == (BOS, EOS)
     assert trained.all()
@@ -270,7 +273,7 @@ def test_text_rows_train_everything(tok):
 @pytest.mark.parametrize("template", [CHATML, GENERATION], ids=["prefix", "generation"])
 def test_chats_train_the_assistant_only(tmp_path, template):
     tok = chat_tokenizer(tmp_path, template)
-    ((ids, trained),) = data.encode(dataset({"messages": CHAT}), tok, 256, EOS).rows
+    ((ids, trained),) = encoding.encode(dataset({"messages": CHAT}), tok, 256, EOS).rows
     whole = tok.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
     assert ids.tolist() == whole
     spans = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)
@@ -286,7 +289,7 @@ def test_optionalfields_of_a_message_stay_absent(tmp_path):
         {"messages": [{"role": "user", "content": "a"}] * 2},
         {"messages": [{"role": "user", "content": "a", "name": "b"}] * 2},
     ]
-    encoded = data.encode(dataset(*rows), tok, 64, EOS)
+    encoded = encoding.encode(dataset(*rows), tok, 64, EOS)
     assert [trained_text(tok, row) for row in encoded.rows] == ["22", "33"]
 
 
@@ -302,7 +305,7 @@ def test_chats_that_cannot_be_masked_are_named(tmp_path, template, message):
     tok = chat_tokenizer(tmp_path, template)
     path = write(tmp_path / "x.jsonl", json.dumps({"messages": CHAT}))
     with pytest.raises(errors.UserError) as caught:
-        data.encode(sources.load(path), tok, 256, EOS)
+        encoding.encode(sources.load(path), tok, 256, EOS)
     assert message in str(caught.value)
     if template:
         assert "x.jsonl:1" in str(caught.value)
@@ -310,7 +313,7 @@ def test_chats_that_cannot_be_masked_are_named(tmp_path, template, message):
 
 def test_kinds_are_looked_for_in_order(tok):
     row = {"text": "no", "prompt": "x", "completion": "ab", "instruction": "no", "output": "no"}
-    encoded = data.encode(dataset(row, {**row, "completion": None}), tok, 512, EOS)
+    encoded = encoding.encode(dataset(row, {**row, "completion": None}), tok, 512, EOS)
     # Rows decide for themselves: without a completion, Alpaca's fields are next.
     assert [trained_text(tok, row) for row in encoded.rows] == ["ab</s>", "no</s>"]
 
@@ -323,7 +326,7 @@ def test_missing_fields_are_named_with_file_and_row(tok, tmp_path):
         '{"completion": "b", "id": 1}',
     )
     with pytest.raises(errors.UserError) as caught:
-        data.encode(sources.load(path), tok, 64, EOS)
+        encoding.encode(sources.load(path), tok, 64, EOS)
     for words in ("x.jsonl:2", "x.jsonl:3", "fields prompt", "completion, id", "--columns"):
         assert words in str(caught.value)
     assert "x.jsonl:1" not in str(caught.value)
@@ -331,14 +334,14 @@ def test_missing_fields_are_named_with_file_and_row(tok, tmp_path):
     # Also after a split, the lines are the file's.
     train, evaluation = sources.holdout(sources.load(path), 0.34, 0)
     with pytest.raises(errors.UserError, match=r"x\.jsonl:[23]"):
-        data.encode(train, tok, 64, EOS)
+        encoding.encode(train, tok, 64, EOS)
     assert len(evaluation) == 1
 
 
 def test_a_field_that_is_no_text(tok, tmp_path):
     path = write(tmp_path / "x.jsonl", '{"prompt": "a", "completion": 5}')
     with pytest.raises(errors.UserError, match=r"completion is a int[\s\S]*x\.jsonl:1"):
-        data.encode(sources.load(path), tok, 64, EOS)
+        encoding.encode(sources.load(path), tok, 64, EOS)
 
 
 def test_cuts_and_skips_are_counted(tok):
@@ -347,25 +350,25 @@ def test_cuts_and_skips_are_counted(tok):
         {"prompt": "x", "completion": "yzyzyz"},  # loses its end
         {"prompt": "xyzxyz", "completion": "a"},  # only the prompt would remain
     ]
-    encoded = data.encode(dataset(*rows), tok, 5, EOS)
+    encoded = encoding.encode(dataset(*rows), tok, 5, EOS)
     assert [tok.decode(ids[1:]) for ids, _ in encoded.rows] == ["xy</s>", "xyz"]
     assert (encoded.num_cut, encoded.num_skipped) == (2, 1)
     with pytest.raises(errors.UserError, match="--seq-len"):
-        data.encode(dataset(rows[2]), tok, 5, EOS)
+        encoding.encode(dataset(rows[2]), tok, 5, EOS)
 
 
 def test_txt_is_one_stream_in_blocks(tok, tmp_path):
     text = "ab cd\n\n  ef\r\ngh " * 5
     path = tmp_path / "x.txt"
     path.write_bytes(text.encode())
-    encoded = data.encode(sources.load(str(path)), tok, 16, EOS)
+    encoded = encoding.encode(sources.load(str(path)), tok, 16, EOS)
     stream = tok(text).input_ids
     assert np.concatenate([ids for ids, _ in encoded.rows]).tolist() == stream
     assert [len(ids) for ids, _ in encoded.rows[:-1]] == [16] * (len(stream) // 16)
     assert all(trained.all() for _, trained in encoded.rows)
     assert (encoded.num_cut, encoded.num_skipped) == (0, 0)
     # A single last token predicts nothing.
-    tail = data.encode(sources.load(str(path)), tok, len(stream) - 1, EOS)
+    tail = encoding.encode(sources.load(str(path)), tok, len(stream) - 1, EOS)
     assert [len(ids) for ids, _ in tail.rows] == [len(stream) - 1]
 
 
@@ -374,14 +377,14 @@ def test_prompts_for_exact_match(tok):
         {"prompt": "xa", "completion": "b", "instruction": None, "output": None},
         {"prompt": None, "completion": None, "instruction": "Say.", "output": "ok"},
     ]
-    encoded = data.encode(dataset(*rows), tok, 512, EOS).rows
+    encoded = encoding.encode(dataset(*rows), tok, 512, EOS).rows
     for (ids, expected), (trained_ids, trained), text in zip(
-        data.prompts(dataset(*rows), tok), encoded, ("b", "ok"), strict=True
+        encoding.prompts(dataset(*rows), tok), encoded, ("b", "ok"), strict=True
     ):
         assert ids.tolist() == trained_ids[~trained].tolist()
         assert expected == text
     with pytest.raises(errors.UserError, match="expected answer"):
-        data.prompts(dataset({"text": "a"}), tok)
+        encoding.prompts(dataset({"text": "a"}), tok)
 
 
 # ---------------------------------------------------------------------------------- splits, order
@@ -403,9 +406,9 @@ def test_holdout_of_a_txt_file_is_its_end(tok, tmp_path):
     lines = [f"line {i}" for i in range(50)]
     whole = sources.load(write(tmp_path / "x.txt", *lines))
     train, evaluation = sources.holdout(whole, 0.1, seed=0)
-    ((ids, _),) = data.encode(evaluation, tok, 4096, EOS).rows
+    ((ids, _),) = encoding.encode(evaluation, tok, 4096, EOS).rows
     assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[45:])
-    ((ids, _),) = data.encode(train, tok, 4096, EOS).rows
+    ((ids, _),) = encoding.encode(train, tok, 4096, EOS).rows
     assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[:45])
 
 

@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import checkpoint, config, decode, devices, lora, quant, sharding, sites
+from lora_jax.checkpoints import loader
+from lora_jax.generation import weights as decode_weights
+from lora_jax.lora import config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import sites
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
+from lora_jax.parallel import devices
+from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import linear as quant_linear
 
 STORIES = pathlib.Path(__file__).parent / "golden" / "models" / "stories260K"
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -20,9 +27,9 @@ ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 @functools.cache
 def model(fmt):
-    """stories260K, its K of 172 padded where it is quantised, with adapters that do something."""
+    """stories260K, its K of 172 padded where it is quantized, with adapters that do something."""
     mesh = sharding.make_mesh(ONE)
-    loaded = checkpoint.load(STORIES, dtype="float32", quantisation=fmt, mesh=mesh)
+    loaded = loader.load(STORIES, dtype="float32", quantization=fmt, mesh=mesh)
     lora.inject(loaded, config.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(0))
     adapters = nnx.state(loaded, lora.LoRAParam)
     nnx.update(loaded, jax.tree.map(lambda a: a + 0.01, adapters))
@@ -36,7 +43,7 @@ def test_steps_with_the_dense_form_give_the_same_logits(fmt):
 
     @functools.partial(jax.jit, static_argnums=2)
     def step(ids, cache, derived):
-        how = {"forms": decode.derive(whole, "dense", 2)} if derived else {}
+        how = {"forms": decode_weights.derive(whole, "dense", 2)} if derived else {}
         return whole.extend(ids, cache, **how)
 
     ids = jnp.array([[1, 5, 9, 300], [1, 77, 8, 4]])
@@ -54,36 +61,36 @@ def test_the_dense_form_takes_the_bytes_it_says():
     whole = model("int4")
     weights = sum(site.place.k * site.place.n for site in sites.find(whole) if site.place.lead)
     layers = whole.config.num_hidden_layers
-    assert decode.num_bytes(whole, "dense") == 4 * weights * layers
-    assert decode.num_bytes(whole, "k_minor") == 0  # float32: no kernel takes it
+    assert decode_weights.num_bytes(whole, "dense") == 4 * weights * layers
+    assert decode_weights.num_bytes(whole, "k_minor") == 0  # float32: no kernel takes it
 
 
 def test_a_form_is_chosen_where_it_fits(monkeypatch):
     mesh, whole = sharding.make_mesh(ONE), model("int4")
-    assert decode.choose(whole, mesh) == "dense"
-    needed = decode.num_bytes(whole, "dense")
+    assert decode_weights.choose(whole, mesh) == "dense"
+    needed = decode_weights.num_bytes(whole, "dense")
     for free, chosen in ((None, "dense"), (2 * needed, "dense"), (2 * needed - 1, None)):
         monkeypatch.setattr(devices, "free_bytes", lambda device, free=free: free)
-        assert decode.choose(whole, mesh) == chosen
+        assert decode_weights.choose(whole, mesh) == chosen
 
 
 def test_each_device_has_its_form():
     device = types.SimpleNamespace
-    assert decode.best(device(platform="gpu", compute_capability="9.0")) == "k_minor"
-    assert decode.best(device(platform="gpu", compute_capability="8.0")) is None
-    assert decode.best(device(platform="tpu")) is None
-    assert decode.best(device(platform="cpu")) == "dense"
+    assert decode_weights.best(device(platform="gpu", compute_capability="9.0")) == "k_minor"
+    assert decode_weights.best(device(platform="gpu", compute_capability="8.0")) is None
+    assert decode_weights.best(device(platform="tpu")) is None
+    assert decode_weights.best(device(platform="cpu")) == "dense"
 
 
 def test_hopper_gets_its_form_where_a_kernel_takes_it(monkeypatch):
     """Of weights in int4 that meet bfloat16."""
-    monkeypatch.setattr(decode, "best", lambda device: "k_minor")
+    monkeypatch.setattr(decode_weights, "best", lambda device: "k_minor")
     mesh = sharding.make_mesh(ONE)
     how = {"dtype": "bfloat16", "mesh": mesh}
-    half, nf4 = (checkpoint.load(STORIES, quantisation=fmt, **how) for fmt in ("int4", "nf4"))
-    assert decode.choose(half, mesh) == "k_minor"
-    assert decode.choose(nf4, mesh) is None
-    assert decode.choose(model("int4"), mesh) is None  # float32
+    half, nf4 = (loader.load(STORIES, quantization=fmt, **how) for fmt in ("int4", "nf4"))
+    assert decode_weights.choose(half, mesh) == "k_minor"
+    assert decode_weights.choose(nf4, mesh) is None
+    assert decode_weights.choose(model("int4"), mesh) is None  # float32
 
 
 def test_the_form_for_hopper_lowers():
@@ -95,8 +102,8 @@ def test_the_form_for_hopper_lowers():
 
     def step(ids):
         whole = llama.LlamaForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        quant.quantise_model(whole, "int4")
-        forms = decode.derive(whole, "k_minor", 4)
+        quant_linear.quantize_model(whole, "int4")
+        forms = decode_weights.derive(whole, "k_minor", 4)
         return whole.extend(ids, whole.empty_cache(4, 8), forms=forms)[0]
 
     ids = jax.ShapeDtypeStruct((4, 1), jnp.int32)
@@ -106,7 +113,7 @@ def test_the_form_for_hopper_lowers():
 
 def test_forms_are_of_whole_weights():
     for sizes in ({"data": 4, "fsdp": 1, "tensor": 2}, {"data": 4, "fsdp": 2, "tensor": 1}):
-        assert decode.choose(model("int4"), sharding.make_mesh(sizes)) is None
+        assert decode_weights.choose(model("int4"), sharding.make_mesh(sizes)) is None
 
 
 def test_this_host_has_free_memory():
@@ -115,12 +122,12 @@ def test_this_host_has_free_memory():
 
 
 def test_a_layer_takes_the_product_that_was_computed():
-    """With bias and adapter, quantised and dense: base(x) may come from elsewhere."""
+    """With bias and adapter, quantized and dense: base(x) may come from elsewhere."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 32)), jnp.float32)
-    for quantised in (False, True):
+    for quantized in (False, True):
         linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
         linear.bias.set_value(jnp.arange(8.0))
-        layer = quant.quantise_linear(linear, "int8") if quantised else linear
+        layer = quant_linear.quantize_linear(linear, "int8") if quantized else linear
         product = layer(x) - jnp.arange(8.0)[None]
         model = nnx.Dict(layer=layer)
         lora.inject(model, config.LoRAConfig(rank=2, targets=("layer",)), rngs=nnx.Rngs(0))

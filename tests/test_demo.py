@@ -13,8 +13,8 @@ import pytest
 import tokenizers
 
 import lora_jax
-from lora_jax import config
 from lora_jax.assets import demo_corpus
+from lora_jax.optim import config as optim_config
 
 FOLDER = pathlib.Path(lora_jax.__file__).parent / "assets" / "demo"
 NUM_TRAIN, NUM_EVAL = 4096, 256
@@ -135,7 +135,10 @@ def test_chat_template_asks_as_the_rows_do():
 def test_settings_are_known():
     settings = json.loads((FOLDER / "settings.json").read_text("utf-8"))
     known = {"batch_size", "grad_accum", "seq_len", "max_steps", "remat", "exact_match"}
-    known |= {"max_new_tokens", *(field.name for field in dataclasses.fields(config.OptimConfig))}
+    known |= {
+        "max_new_tokens",
+        *(field.name for field in dataclasses.fields(optim_config.OptimConfig)),
+    }
     assert set(settings) <= known
     assert settings["exact_match"] >= 256
     assert {"batch_size", "seq_len", "max_steps", "lr"} <= set(settings)

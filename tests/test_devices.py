@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax import devices, errors
+from lora_jax import errors
+from lora_jax.parallel import devices
 
 GPU_FULL = (
     "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.\n"
@@ -42,7 +43,7 @@ def test_an_accelerator_that_jax_does_not_see_is_told(monkeypatch, gpu, tpu, tol
 
 def test_what_is_compiled_for_an_accelerator_is_found_again(tmp_path):
     code = (
-        "import jax, lora_jax.devices as devices\n"
+        "import jax, lora_jax.parallel.devices as devices\n"
         "devices.keep_compiled()\n"
         "assert jax.config.jax_compilation_cache_dir is None  # a CPU\n"
         "jax.default_backend = lambda: 'gpu'\n"

@@ -1,6 +1,5 @@
 """Two processes are one run: the same losses, one folder, one end for both."""
 
-import importlib
 import json
 import os
 import random
@@ -18,7 +17,9 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from lora_jax import distributed, errors
+from lora_jax import errors
+from lora_jax.cli import train
+from lora_jax.parallel import processes
 
 LAUNCH = cli.ROOT / "examples/launch"
 STEPS = 10
@@ -83,7 +84,7 @@ def test_a_lost_process_and_sigterm_end_all_and_the_run_goes_on_to_the_same_end(
     killed = {victim: (step, signal.SIGKILL)}
     ended = start(*FLAGS, *data, "--output-dir", folder, signals=killed)
     assert ended.codes[victim] == -signal.SIGKILL, (killed, ended.err)
-    assert ended.codes[1 - victim] == distributed.RESTART, (killed, ended.err)
+    assert ended.codes[1 - victim] == processes.RESTART, (killed, ended.err)
     assert "4 × cpu (cpu) in 2 processes, mesh data=4" in ended.out[0] and ended.out[1] == ""
     told = f"process {victim} of 2 was lost; start all again with --resume --output-dir {folder}"
     # Without process 0 jax's coordination service has something to say as well.
@@ -92,7 +93,7 @@ def test_a_lost_process_and_sigterm_end_all_and_the_run_goes_on_to_the_same_end(
 
     one = random.randrange(2)
     ended = start(*resume, signals={one: (5, signal.SIGTERM)})
-    assert ended.codes == [distributed.RESTART] * 2, (one, ended.err)
+    assert ended.codes == [processes.RESTART] * 2, (one, ended.err)
     assert "stopping after this step, to save" in ended.err[one]
     assert ended.err[1 - one] == "" and ended.out[1] == ""
     stopped = int(re.search(r"stopped after step (\d+) of 10", ended.out[0])[1])
@@ -132,9 +133,9 @@ def test_a_folder_that_process_0_is_refused_ends_both(whole, start, data):
 
 
 def test_flags_give_a_place():
-    assert distributed.find("host:1234", 2, 1) == distributed.Place("host:1234", 2, 1)
-    assert distributed.find(num_processes=1) is None
-    assert distributed.find("host:1234", 1, 0) is None
+    assert processes.find("host:1234", 2, 1) == processes.Place("host:1234", 2, 1)
+    assert processes.find(num_processes=1) is None
+    assert processes.find("host:1234", 1, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_flags_give_a_place():
 )
 def test_flags_that_give_none_are_told_together(flags, told):
     with pytest.raises(errors.UserError) as error:
-        distributed.find(*flags)
+        processes.find(*flags)
     for text in told:
         assert text in str(error.value)
 
@@ -162,7 +163,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[01-02]", "SLURM_NTASK
     ("environment", "place"),
     [
         ({}, None),
-        (SLURM, distributed.Place("node01:61447", 2, 1, detected=True)),
+        (SLURM, processes.Place("node01:61447", 2, 1, detected=True)),
         (SLURM | {"SLURM_NTASKS": "1"}, None),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell in an allocation
         ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),  # the batch script itself
@@ -174,15 +175,15 @@ def test_only_a_cluster_with_many_processes_is_joined(monkeypatch, environment, 
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed.find() == place
+    assert processes.find() == place
 
 
 def test_processes_that_do_not_come_are_named():
     address = f"localhost:{forks.free_port()}"
     with pytest.raises(errors.UserError, match="no process 1, 2"):
-        distributed.start(distributed.Place(address, 3, 0), wait=0.2)
+        processes.start(processes.Place(address, 3, 0), wait=0.2)
     with pytest.raises(errors.UserError, match="Connection refused"):
-        distributed.start(distributed.Place(address, 3, 1), wait=0.2)
+        processes.start(processes.Place(address, 3, 1), wait=0.2)
 
 
 def test_a_process_that_is_there_twice_is_refused():
@@ -190,14 +191,14 @@ def test_a_process_that_is_there_twice_is_refused():
 
     def join():
         with pytest.raises(errors.UserError) as error:
-            distributed._join(distributed.Place(address, 3, 1), wait=5)
+            processes._join(processes.Place(address, 3, 1), wait=5)
         refused.append(str(error.value))
 
     twins = [threading.Thread(target=join) for _ in range(2)]
     for twin in twins:
         twin.start()
     with pytest.raises(errors.UserError, match="no process 2"):
-        distributed._gather(distributed.Place(address, 3, 0), wait=1)
+        processes._gather(processes.Place(address, 3, 0), wait=1)
     for twin in twins:
         twin.join()
     assert sorted("there is a process 1 already" in text for text in refused) == [False, True]
@@ -205,18 +206,18 @@ def test_a_process_that_is_there_twice_is_refused():
 
 
 MEET = """
-others = distributed._gather(place, 60) if not number else {0: distributed._join(place, 60)}
-distributed._group = distributed._Group(place, others)
+others = processes._gather(place, 60) if not number else {0: processes._join(place, 60)}
+processes._group = processes._Group(place, others)
 """
 
 
 def several(code, processes=3):
     """How so many processes ended that ran `code`, which knows its `number` and `place`."""
     beginning = (
-        "import faulthandler, sys, time; from lora_jax import distributed\n"
+        "import faulthandler, sys, time; from lora_jax.parallel import processes\n"
         "faulthandler.dump_traceback_later(60, exit=True)\n"
         "number = int(sys.argv[1])\n"
-        f"place = distributed.Place('localhost:{forks.free_port()}', {processes}, number)\n"
+        f"place = processes.Place('localhost:{forks.free_port()}', {processes}, number)\n"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", beginning + code, str(number)], cwd=cli.ROOT,
@@ -231,8 +232,8 @@ def test_one_process_s_error_ends_all_and_is_told_by_process_0():
     began = time.monotonic()
     ended = several(
         f"{MEET}"
-        "assert distributed.told(number) == 0\n"
-        "if number == 1: distributed.end(2, 'no such model')\n"
+        "assert processes.told(number) == 0\n"
+        "if number == 1: processes.end(2, 'no such model')\n"
         "time.sleep(60)\n"
     )
     assert ended.codes == [2, 2, 2], ended.err
@@ -245,10 +246,10 @@ def test_when_one_asks_all_know_after_the_same_step(who):
     ended = several(
         f"{MEET}"
         "step = 0\n"
-        f"while not distributed.anyone(number == {who} and step >= 7): step += 1\n"
-        "distributed.same('step', step)\n"
-        "assert step >= 7 and distributed.anyone(False)\n"
-        "distributed._group.wait_for_all()\n"
+        f"while not processes.anyone(number == {who} and step >= 7): step += 1\n"
+        "processes.same('step', step)\n"
+        "assert step >= 7 and processes.anyone(False)\n"
+        "processes._group.wait_for_all()\n"
         "print(step)\n"
     )
     assert ended.codes == [0, 0, 0], ended.err
@@ -258,17 +259,19 @@ def test_when_one_asks_all_know_after_the_same_step(who):
 def test_a_checkpoint_that_one_process_alone_cannot_read_ends_all(tmp_path):
     ended = several(
         "import os, pathlib\n"
-        "os.environ.pop('XLA_FLAGS'), setattr(distributed, '_GRACE', 0.2)\n"
-        "distributed.start(place)\n"
-        "import jax.numpy as jnp; from lora_jax import errors, sharding, snapshot, train\n"
+        "os.environ.pop('XLA_FLAGS'), setattr(processes, '_GRACE', 0.2)\n"
+        "processes.start(place)\n"
+        "import jax.numpy as jnp; from lora_jax import errors\n"
+        "from lora_jax.optim import step as train; from lora_jax.parallel import mesh as sharding\n"
+        "from lora_jax.training import snapshots as snapshot\n"
         "mesh = sharding.make_mesh({'data': 2, 'fsdp': 1, 'tensor': 1})\n"
         "state = sharding.place(train.State({'lora_A': jnp.ones(4)}, {}, jnp.int32(3)), mesh)\n"
         f"snapshots = snapshot.Snapshots(pathlib.Path({str(tmp_path)!r}), keep=1)\n"
         "snapshots.save(state)\n"
         "if number == 1: snapshots._saved = None\n"
         "try: snapshots.restore(state)\n"
-        "except errors.UserError as error: distributed.end(2, str(error))\n"
-        "distributed.leave()\n",
+        "except errors.UserError as error: processes.end(2, str(error))\n"
+        "processes.leave()\n",
         processes=2,
     )
     assert ended.codes == [2, 2], ended.err
@@ -316,14 +319,14 @@ def test_launches_start_and_resume_with_flags_that_exist(name, tmp_path):
                    "JOB_COMPLETION_INDEX": "1"}  # fmt: skip
     for resumed in (False, True):
         done = subprocess.run([command, *rest], env=environment, capture_output=True, text=True)
-        assert done.returncode == distributed.RESTART, done
+        assert done.returncode == processes.RESTART, done
         script, *flags = (tmp_path / "said").read_text().splitlines()
         assert script == "scripts/train.py"
-        typed, resume = importlib.import_module("train").parse(flags)
+        typed, resume = train.parse(flags)
         assert resume == resumed and typed["output_dir"] == str(out)
         place = [typed.get(name) for name in ("coordinator", "num_processes", "process_id")]
-        assert distributed.find(*place) == (
-            distributed.Place("lora-jax-workers-0-0.lora-jax:8476", 2, 1)
+        assert processes.find(*place) == (
+            processes.Place("lora-jax-workers-0-0.lora-jax:8476", 2, 1)
             if name == "jobset.yaml"
             else None
         )
@@ -339,5 +342,5 @@ def test_the_jobset_s_names_and_numbers_fit_together():
     assert f"--num-processes {spec['completions']} " in container["args"][0]
     assert f"--coordinator {name}-{job['name']}-0-0.{name}:" in container["args"][0]
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert distributed.RESTART not in rule["onExitCodes"]["values"]
+    assert processes.RESTART not in rule["onExitCodes"]["values"]
     assert rule["onExitCodes"]["containerName"] == container["name"]

@@ -14,7 +14,13 @@ import tiny_tokenizer
 from flax import nnx
 from test_job import comparable
 
-from lora_jax import batches, data, devices, errors, plan, tokenizer, train
+from lora_jax import errors, tokenizer
+from lora_jax.data import batches, encoding
+from lora_jax.lora.nnx import model_state
+from lora_jax.optim import adamw
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import devices
+from lora_jax.planning import memory as planning
 
 BETA = 0.3
 
@@ -28,7 +34,7 @@ def pairs(seed, *lengths):
 
 def test_the_step_is_that_of_the_equation():
     """Of rows that stand alone, by a model and one without the adapter, in two micro-batches."""
-    graphdef, trained, frozen = train.split(test_train.make_model(quantisation="int4"))
+    graphdef, trained, frozen = model_state.split(test_train.make_model(quantization="int4"))
     before = jax.tree.map_with_path(
         lambda path, a: jnp.zeros_like(a) if path[-1].key == "lora_B" else a, trained
     )
@@ -36,14 +42,14 @@ def test_the_step_is_that_of_the_equation():
     lines = pairs(0, 9, 12, 7, 5, 14, 6, 10, 11)
 
     rows = [row for line in lines for row in line]
-    alone = train.Batch(**jax.tree.map(jnp.asarray, batches.pad(batches.alone(rows), 16)))
+    alone = train_step.Batch(**jax.tree.map(jnp.asarray, batches.pad(batches.alone(rows), 16)))
 
     def log_p(weights):
         """Of each row on a line of its own."""
         model = nnx.merge(graphdef, weights, frozen.dropout_keys, frozen.base)
         each = jax.nn.log_softmax(model(alone.input_ids, alone.attention_mask))[:, :-1]
         each = jnp.take_along_axis(each, alone.input_ids[:, 1:, None], axis=2)[..., 0]
-        return jnp.where(alone.labels[:, 1:] != data.IGNORED, each, 0).sum(axis=1)
+        return jnp.where(alone.labels[:, 1:] != encoding.IGNORED, each, 0).sum(axis=1)
 
     def equation(weights):
         rewards = BETA * (log_p(weights) - log_p(before))
@@ -55,9 +61,9 @@ def test_the_step_is_that_of_the_equation():
     assert 0 < (rewards > 0).sum() < len(rewards)
 
     arrays = {name: a.reshape(2, 2, 32) for name, a in batches.pad(lines, 32).items()}
-    batch = jax.tree.map(jnp.asarray, train.Batch(**arrays))
+    batch = jax.tree.map(jnp.asarray, train_step.Batch(**arrays))
     step = test_train.make_step(graphdef, beta=BETA)
-    state = train.start(jax.tree.map(jnp.copy, trained), test_train.optim.make(test_train.ADAM, 9))
+    state = train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(test_train.ADAM, 9))
     _, metrics = step(state, frozen, batch)
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
@@ -65,8 +71,10 @@ def test_the_step_is_that_of_the_equation():
     np.testing.assert_allclose(metrics["reward_accuracy"], (rewards > 0).mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["reward_margin"], rewards.mean(), rtol=1e-4)
 
-    filled = train.Batch(**batches.pad([*lines, (), ()], 32))  # as the last batch of a set may be
-    sums, count = train.make_eval_loss(graphdef, BETA)(trained, frozen, filled)
+    filled = train_step.Batch(
+        **batches.pad([*lines, (), ()], 32)
+    )  # as the last batch of a set may be
+    sums, count = train_step.make_eval_loss(graphdef, BETA)(trained, frozen, filled)
     assert count == len(lines)
     np.testing.assert_allclose(sums["eval_loss"] / count, value, rtol=1e-5)
     np.testing.assert_allclose(sums["eval_reward_margin"], rewards.sum(), rtol=1e-4)
@@ -81,7 +89,7 @@ def tok(tmp_path_factory):
 
 
 def encode(tok, *rows, seq_len=64):
-    return data.encode_pairs(datasets.Dataset.from_list(list(rows)), tok, seq_len, 2)
+    return encoding.encode_pairs(datasets.Dataset.from_list(list(rows)), tok, seq_len, 2)
 
 
 def test_both_answers_follow_the_prompt(tok):
@@ -90,7 +98,7 @@ def test_both_answers_follow_the_prompt(tok):
     assert len(encoded.rows) == 4 and encoded.origins == ["a row built in memory"] * 4
     for (ids, trained), answer in zip(encoded.rows[:2], (" cd", " ab ab"), strict=True):
         alone = {"prompt": "ab?", "completion": answer}
-        ((same, mask),) = data.encode(datasets.Dataset.from_list([alone]), tok, 64, 2).rows
+        ((same, mask),) = encoding.encode(datasets.Dataset.from_list([alone]), tok, 64, 2).rows
         assert ids.tolist() == same.tolist() and trained.tolist() == mask.tolist()
 
 
@@ -122,7 +130,7 @@ def test_rows_that_are_no_preferences_are_refused(tok):
         encode(tok, mixed, mixed)
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     with pytest.raises(errors.UserError, match="--dpo"):
-        data.encode(datasets.Dataset.from_list([row]), tok, 64, 2)
+        encoding.encode(datasets.Dataset.from_list([row]), tok, 64, 2)
 
 
 # ------------------------------------------------------------------------- runs
@@ -136,7 +144,7 @@ def test_a_run_prefers_what_was_chosen(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     needs = {"none": 9_870_000_000, "dots": 1_230_000_000}
     with monkeypatch.context() as patch:  # a device that tells its memory
-        patch.setattr(plan, "choose_remat", lambda *_: ("dots", needs))
+        patch.setattr(planning, "choose_remat", lambda *_: ("dots", needs))
         patch.setattr(devices, "memory_bytes", lambda _: 2_000_000_000)
         ended = cli.run(
             "train", "--model", cli.BASE, "--quant", "int4", "--dataset", rows, "--dpo",

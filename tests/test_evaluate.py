@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 
-from lora_jax import batches, data, evaluate, generate, sharding, tokenizer, train
+from lora_jax import tokenizer
+from lora_jax.data import batches, encoding
+from lora_jax.generation import continuation
+from lora_jax.lora.nnx import model_state
+from lora_jax.parallel import mesh as sharding
+from lora_jax.training import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +33,12 @@ def sum_of_labels(trained, frozen, batch):
     # Dealt out over data × fsdp where that is even, so that no device computes all rows.
     rows = batch.input_ids.sharding.shard_shape(batch.input_ids.shape)[0]
     assert rows == len(batch.input_ids) / (4 if len(batch.input_ids) % 4 == 0 else 1)
-    kept = batch.labels[:, 1:] != data.IGNORED
+    kept = batch.labels[:, 1:] != encoding.IGNORED
     total = jnp.where(kept, batch.labels[:, 1:], 0).sum() * 1.0
     return {"eval_loss": total}, jnp.asarray(kept.sum())
 
 
-FROZEN = train.Frozen(None, None)
+FROZEN = model_state.Frozen(None, None)
 MESH = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 shapes: list[tuple[int, ...]] = []
 
@@ -101,5 +106,5 @@ def test_texts_keep_the_space_in_front_and_end_at_the_fill(reader):
     for answer, text in ((whole[len(prompt) :], " cd"), ([], "")):
         continue_, _ = echo({tuple(prompt): answer})
         how = {"key": jax.random.key(0), "mesh": MESH}
-        found = generate.continuations(continue_, None, FROZEN, [prompt], reader, **how)
+        found = continuation.continuations(continue_, None, FROZEN, [prompt], reader, **how)
         assert list(found) == [text]

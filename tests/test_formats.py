@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax import config, errors, formats
+from lora_jax import errors, quant
 from lora_jax.kernels import packed as packing
+from lora_jax.quant import formats
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FORMATS = tuple(formats.FORMATS)
@@ -33,13 +34,13 @@ def tailed(name):
 
 
 def round_trip(weight, fmt, search=True):
-    packed = formats.quantise(jnp.asarray(weight), fmt, search=search)
-    return np.asarray(dequantise(packed, fmt, len(weight)))
+    packed = formats.quantize(jnp.asarray(weight), fmt, search=search)
+    return np.asarray(dequantize(packed, fmt, len(weight)))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def dequantise(packed, fmt, rows):
-    return formats.dequantise(packed, fmt, rows)
+def dequantize(packed, fmt, rows):
+    return formats.dequantize(packed, fmt, rows)
 
 
 def relative_error(found, weight):
@@ -59,7 +60,7 @@ def same(found, expected):
 
 
 def test_the_command_line_offers_every_format():
-    assert tuple(formats.FORMATS) == config.QUANTS[1:] and config.QUANTS[0] == "none"
+    assert tuple(formats.FORMATS) == quant.QUANTS[1:] and quant.QUANTS[0] == "none"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_every_entry_is_within_its_bound(fmt, search):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_quantising_again_changes_nothing(fmt):
+def test_quantizing_again_changes_nothing(fmt):
     """What the format can represent, it keeps (int4: but for the search's other choices)."""
     once = round_trip(gaussian(), fmt)
     most = {"int4": 0.03, "nf4": 0.002, "fp4": 0.002, "int8": 1e-6}[formats.codes(fmt)]
@@ -141,7 +142,7 @@ def test_zero_blocks_and_zero_columns_stay_zero(fmt, search):
 )
 def test_rows_are_padded_to_whole_groups(fmt, rows):
     weight = gaussian()[:rows]
-    packed = formats.quantise(jnp.asarray(weight), fmt)
+    packed = formats.quantize(jnp.asarray(weight), fmt)
     group = formats.FORMATS[fmt].group
     padded = -(-rows // group) * group
     assert packed.q.shape == ((padded if fmt == "int8" else padded // 8), 96)
@@ -156,12 +157,12 @@ def test_rows_are_padded_to_whole_groups(fmt, rows):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_rows_are_padded_to_groups_times_shards(fmt):
     weight = jnp.asarray(gaussian()[:100])
-    packed = formats.quantise(weight, fmt, multiple=4)
+    packed = formats.quantize(weight, fmt, multiple=4)
     group = formats.FORMATS[fmt].group
     assert packed.q.shape[0] * (1 if fmt == "int8" else 8) == max(100, 4 * group)
     # The padding weighs nothing, nor does it bear on the rest.
-    plain = formats.quantise(weight, fmt)
-    found, expected = (np.asarray(dequantise(p, fmt, 100)) for p in (packed, plain))
+    plain = formats.quantize(weight, fmt)
+    found, expected = (np.asarray(dequantize(p, fmt, 100)) for p in (packed, plain))
     nested = formats.FORMATS[fmt].nested
     np.testing.assert_allclose(found, expected, rtol=0.02 if nested else 1e-6)
     if nested:
@@ -172,7 +173,7 @@ def test_formats_store_what_they_say():
     weight = jnp.asarray(gaussian())
     shapes = {}
     for fmt in FORMATS:
-        *arrays, order = formats.quantise(weight, fmt)
+        *arrays, order = formats.quantize(weight, fmt)
         assert order is None
         shapes[fmt] = [None if a is None else (a.shape, str(a.dtype)) for a in arrays]
     words, column_scale = ((32, 96), "uint32"), ((1, 96), "float32")
@@ -201,7 +202,7 @@ def test_formats_store_what_they_say():
 )
 def test_bits_per_weight(fmt, bits):
     shape = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    packed = jax.eval_shape(lambda weight: formats.quantise(weight, fmt), shape)
+    packed = jax.eval_shape(lambda weight: formats.quantize(weight, fmt), shape)
     assert formats.bits_per_weight(packed, 4096) == pytest.approx(bits, abs=1e-9)
     stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), packed)
     assert formats.bits_per_weight(stacked, 4096) == pytest.approx(bits, abs=1e-9)
@@ -212,17 +213,17 @@ def test_bits_per_weight(fmt, bits):
     ("fmt", "search"),
     [("int8", True), ("int4", True), ("int4-g64", False), ("nf4", True), ("nf4-dq", True)],
 )
-def test_more_columns_than_are_quantised_at_once(fmt, search):
+def test_more_columns_than_are_quantized_at_once(fmt, search):
     """The last block overlaps the one before: each column is as it is on its own."""
     weight = gaussian(128, 1100)
-    whole = formats.quantise(jnp.asarray(weight), fmt, search=search)
-    if fmt == "nf4-dq":  # all columns share an offset: as if quantised in one piece
-        plain = formats.quantise(jnp.asarray(weight), "nf4")
+    whole = formats.quantize(jnp.asarray(weight), fmt, search=search)
+    if fmt == "nf4-dq":  # all columns share an offset: as if quantized in one piece
+        plain = formats.quantize(jnp.asarray(weight), "nf4")
         np.testing.assert_allclose(packing.scales(whole), plain.scale, rtol=0.02)
         np.testing.assert_array_equal(whole.q, plain.q)
         return
     for columns in (slice(0, 100), slice(500, 600), slice(1000, 1100)):
-        part = formats.quantise(jnp.asarray(weight[:, columns]), fmt, search=search)
+        part = formats.quantize(jnp.asarray(weight[:, columns]), fmt, search=search)
         same(jax.tree.map(lambda a, cut=columns: a[:, cut], whole), part)
     expected = [np.square(w).sum() for w in (round_trip(weight, fmt, search) - weight, weight)]
     np.testing.assert_allclose(formats.squares(jnp.asarray(weight), whole, fmt), expected, 1e-5)
@@ -236,18 +237,18 @@ def test_packed_arrays_do_not_depend_on_the_sharding(fmt, search, axis):
     mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,))
     spec = PartitionSpec(*("x" if axis == i else None for i in range(2)))
     sharded = jax.device_put(weight, NamedSharding(mesh, spec))
-    same(*(formats.quantise(w, fmt, search=search) for w in (sharded, weight)))
+    same(*(formats.quantize(w, fmt, search=search) for w in (sharded, weight)))
 
 
 def test_a_transposed_weight_is_packed_the_same():
     weight = jnp.asarray(gaussian(100, 600), jnp.bfloat16)
-    same(formats.quantise(weight.T, "int4", transposed=True), formats.quantise(weight, "int4"))
+    same(formats.quantize(weight.T, "int4", transposed=True), formats.quantize(weight, "int4"))
 
 
 @pytest.mark.parametrize("search", [True, False])
 def test_int4_uses_the_whole_range_of_codes(search):
     """The sign of the scale puts the largest |w| on −8 where that is better."""
-    packed = formats.quantise(jnp.asarray(gaussian()), "int4", search=search)
+    packed = formats.quantize(jnp.asarray(gaussian()), "int4", search=search)
     assert set(np.unique(nibbles(packed.q))) == set(range(16))
     assert (np.asarray(packed.scale) < 0).any() and (np.asarray(packed.scale) > 0).any()
 
@@ -262,12 +263,12 @@ def test_codes_and_scales_equal_bitsandbytes_bit_for_bit(case):
     d_in = weight.shape[1]
     assert d_in % 64 == 0 and golden["blocksize"] == 64
     np.testing.assert_array_equal(golden["code"], packing.TABLES[fmt])
-    packed = formats.quantise(jnp.asarray(weight.T), fmt)
+    packed = formats.quantize(jnp.asarray(weight.T), fmt)
     np.testing.assert_array_equal(nibbles(packed.q).T, unpacked(golden["packed"], weight.shape))
     absmax = np.asarray(packed.scale).T.ravel()
     np.testing.assert_array_equal(absmax, golden["absmax"])
     dtype = jnp.bfloat16 if "bf16" in case else jnp.float32
-    dense = formats.dequantise(packed, fmt, d_in, dtype)
+    dense = formats.dequantize(packed, fmt, d_in, dtype)
     np.testing.assert_array_equal(dense.astype(jnp.float32).T, golden["dequant"])
 
 
@@ -276,17 +277,17 @@ def test_nf4_dq_equals_bitsandbytes_bit_for_bit():
     with np.load(GOLDEN / "nf4_dq.npz") as arrays:
         golden = dict(arrays)
     d_out, d_in = golden["W"].shape
-    packed = formats.quantise(jnp.asarray(golden["W"].T), "nf4-dq")
+    packed = formats.quantize(jnp.asarray(golden["W"].T), "nf4-dq")
     codes = unpacked(golden["packed"], golden["W"].shape)
     np.testing.assert_array_equal(nibbles(packed.q).T, codes)
     np.testing.assert_array_equal(np.asarray(packed.scale).T.ravel(), golden["absmax"])
     np.testing.assert_array_equal(packed.nested_scale, golden["nested_absmax"])
     np.testing.assert_array_equal(packed.nested_offset, golden["offset"][None])
-    absmax = golden["dequantised_absmax"].reshape(d_out, d_in // 64)
+    absmax = golden["dequantized_absmax"].reshape(d_out, d_in // 64)
     for scales in (packing.scales, jax.jit(packing.scales)):
         np.testing.assert_array_equal(scales(packed).T, absmax)
     expected = packing.NF4_CODE[codes] * absmax.repeat(64, axis=1)
-    np.testing.assert_array_equal(dequantise(packed, "nf4-dq", d_in).T, expected)
+    np.testing.assert_array_equal(dequantize(packed, "nf4-dq", d_in).T, expected)
 
 
 def unpacked(pairs, shape):
@@ -308,7 +309,7 @@ def test_asymmetric_weights_are_exact(dtype):
     scale = jnp.asarray(rng.lognormal(-5, 2, (4, 24)), dtype)
     packed = formats.asymmetric(jnp.asarray(codes), scale, jnp.asarray(zero))
     exact = (codes - zero.repeat(64, axis=0).astype(int)) * np.float64(scale).repeat(64, axis=0)
-    for unfold in (packing.dequantise, jax.jit(packing.dequantise)):
+    for unfold in (packing.dequantize, jax.jit(packing.dequantize)):
         np.testing.assert_array_equal(unfold(packed), exact)
     assert packed.scale.dtype == dtype and packed.group_bias.dtype == jnp.float32
 
@@ -322,13 +323,13 @@ def test_asymmetric_groups_of_rows_that_are_no_words_are_an_error():
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_error_is_the_norm_of_what_is_lost(fmt):
     weight = gaussian()[:100]
-    packed = formats.quantise(jnp.asarray(weight), fmt)
-    expected = relative_error(np.asarray(dequantise(packed, fmt, 100)), weight)
+    packed = formats.quantize(jnp.asarray(weight), fmt)
+    expected = relative_error(np.asarray(dequantize(packed, fmt, 100)), weight)
     assert formats.error(jnp.asarray(weight), packed, fmt) == pytest.approx(expected, rel=1e-5)
     assert formats.error(jnp.zeros((100, 96)), jax.tree.map(jnp.zeros_like, packed), fmt) == 0
 
 
 def test_unknown_format_is_an_error():
-    for function in (lambda fmt: formats.quantise(jnp.ones((64, 8)), fmt), formats.codes):
+    for function in (lambda fmt: formats.quantize(jnp.ones((64, 8)), fmt), formats.codes):
         with pytest.raises(errors.UserError, match="fp3"):
             function("fp3")

@@ -9,29 +9,35 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import checkpoint, errors, generate, lora, sharding, train
-from lora_jax import config as lora_config
+from lora_jax import errors
+from lora_jax.checkpoints import loader
+from lora_jax.generation import config as generation_config
+from lora_jax.generation import continuation
+from lora_jax.lora import config as lora_config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
+from lora_jax.parallel import mesh as sharding
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NUM_NEW = 12
 
 
 @functools.cache
-def parts(name, quantisation="none"):
+def parts(name, quantization="none"):
     one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     folder = GOLDEN / "models" / name
-    model = checkpoint.load(folder, dtype="float32", quantisation=quantisation, mesh=one)
-    return train.split(model)
+    model = loader.load(folder, dtype="float32", quantization=quantization, mesh=one)
+    return model_state.split(model)
 
 
 @functools.cache
-def continue_(name, sampling, eos_ids=(), quantisation="none", form="dense"):
+def continue_(name, sampling, eos_ids=(), quantization="none", form="dense"):
     """(prompts, seed) → new tokens, with one compilation for each setting."""
-    graphdef, trained, frozen = parts(name, quantisation)
-    function = generate.make(graphdef, sampling, eos_ids, form=form)
+    graphdef, trained, frozen = parts(name, quantization)
+    function = continuation.make(graphdef, sampling, eos_ids, form=form)
 
     def call(prompts, seed=0):
-        ids, mask = generate.pad_left(prompts)
+        ids, mask = continuation.pad_left(prompts)
         return np.asarray(function(trained, frozen, ids, mask, jax.random.key(seed)))
 
     return call
@@ -48,7 +54,7 @@ def golden(name):
         ]
 
 
-GREEDY = lora_config.Sampling(max_new_tokens=NUM_NEW)
+GREEDY = generation_config.Sampling(max_new_tokens=NUM_NEW)
 
 
 @pytest.mark.parametrize("form", [None, "dense"])
@@ -63,16 +69,16 @@ def test_greedy_tokens_equal_hugging_faces(name, form):
 
 def test_a_hundred_greedy_tokens_of_a_real_model():
     prompts, following = zip(*golden("stories260K"), strict=True)
-    found = continue_("stories260K", lora_config.Sampling(max_new_tokens=100))(prompts)
+    found = continue_("stories260K", generation_config.Sampling(max_new_tokens=100))(prompts)
     np.testing.assert_array_equal(found, following)
 
 
 def test_padding_does_not_matter():
     prompt, following = golden("llama")[0]
     graphdef, trained, frozen = parts("llama")
-    function = generate.make(graphdef, GREEDY, ())
+    function = continuation.make(graphdef, GREEDY, ())
     for multiple in (1, 32):
-        ids, mask = generate.pad_left([prompt], multiple)
+        ids, mask = continuation.pad_left([prompt], multiple)
         found = function(trained, frozen, ids, mask, jax.random.key(0))
         np.testing.assert_array_equal(found[0], following[:NUM_NEW])
 
@@ -94,16 +100,16 @@ def test_any_of_several_eos_tokens_ends_a_row_even_the_first_token():
     assert (found == -1).all()
 
 
-@pytest.mark.parametrize("quantisation", ["int8", "int4", "nf4"])
-def test_a_quantised_base_generates(quantisation):
+@pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
+def test_a_quantized_base_generates(quantization):
     """Nearly what the float model says: its first tokens are among that model's likeliest."""
     prompts, following = zip(*golden("stories260K"), strict=True)
-    call = continue_("stories260K", GREEDY, (), quantisation)
+    call = continue_("stories260K", GREEDY, (), quantization)
     found = call(prompts)
     np.testing.assert_array_equal(call(prompts), found)
     assert found.shape == (len(prompts), NUM_NEW) and (found >= 0).all() and (found < 512).all()
     agreement = np.mean(found == np.array([tokens[:NUM_NEW] for tokens in following]))
-    assert agreement > (0.9 if quantisation == "int8" else 0.3)
+    assert agreement > (0.9 if quantization == "int8" else 0.3)
 
 
 def test_adapters_change_what_is_generated_and_dropout_does_not():
@@ -112,10 +118,10 @@ def test_adapters_change_what_is_generated_and_dropout_does_not():
     config = lora_config.LoRAConfig(targets=("q_proj", "down_proj"), dropout=0.5)
     lora.inject(model, config, rngs=nnx.Rngs(0))
     model.train()
-    graphdef, trained, frozen = train.split(model)
-    function = generate.make(graphdef, GREEDY, ())
+    graphdef, trained, frozen = model_state.split(model)
+    function = continuation.make(graphdef, GREEDY, ())
     prompts, following = zip(*golden("llama"), strict=True)
-    arguments = (frozen, *generate.pad_left(prompts), jax.random.key(0))
+    arguments = (frozen, *continuation.pad_left(prompts), jax.random.key(0))
     expected = np.array([tokens[:NUM_NEW] for tokens in following])
     np.testing.assert_array_equal(function(trained, *arguments), expected)
     other = jax.tree.map(lambda x: x + 0.3, trained)
@@ -123,7 +129,7 @@ def test_adapters_change_what_is_generated_and_dropout_does_not():
 
 
 def test_seeds_repeat_and_differ():
-    sampling = lora_config.Sampling(max_new_tokens=NUM_NEW, temperature=1.0)
+    sampling = generation_config.Sampling(max_new_tokens=NUM_NEW, temperature=1.0)
     call = continue_("llama", sampling)
     prompt = golden("llama")[0][0]
     one = call([prompt, prompt], seed=1)
@@ -136,7 +142,7 @@ def test_a_low_temperature_or_one_choice_is_greedy():
     prompts, following = zip(*golden("llama"), strict=True)
     expected = [tokens[:NUM_NEW] for tokens in following]
     for settings in (dict(temperature=1e-4), dict(temperature=5.0, top_k=1)):
-        sampling = lora_config.Sampling(max_new_tokens=NUM_NEW, **settings)
+        sampling = generation_config.Sampling(max_new_tokens=NUM_NEW, **settings)
         np.testing.assert_array_equal(continue_("llama", sampling)(prompts), expected)
 
 
@@ -152,7 +158,7 @@ def softmax(logits):
 @pytest.mark.parametrize("k", [1, 7, 50, 80])
 def test_top_k_keeps_the_k_likeliest(k):
     logits = random_logits()
-    found = np.asarray(generate.top_k(jnp.asarray(logits), k))
+    found = np.asarray(continuation.top_k(jnp.asarray(logits), k))
     for row, kept in zip(logits, found, strict=True):
         assert set(np.flatnonzero(kept)) == set(np.argsort(row)[::-1][:k])
 
@@ -160,7 +166,7 @@ def test_top_k_keeps_the_k_likeliest(k):
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 0.999])
 def test_top_p_keeps_the_fewest_that_reach_p(p):
     logits = random_logits()
-    found = np.asarray(generate.top_p(jnp.asarray(logits), p))
+    found = np.asarray(continuation.top_p(jnp.asarray(logits), p))
     for row, kept in zip(logits, found, strict=True):
         probability, expected, total = softmax(row), set(), 0.0
         for token in np.argsort(row)[::-1]:
@@ -174,7 +180,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(p):
 @pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
 def test_min_p_keeps_what_is_likely_beside_the_likeliest(p):
     logits = random_logits()
-    found = np.asarray(generate.min_p(jnp.asarray(logits), p))
+    found = np.asarray(continuation.min_p(jnp.asarray(logits), p))
     for row, kept in zip(logits, found, strict=True):
         probability = softmax(row)
         np.testing.assert_array_equal(kept, probability >= p * probability.max() * (1 - 1e-6))
@@ -210,8 +216,8 @@ def reference_distribution(row, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 )
 def test_draws_follow_the_filtered_distribution(settings):
     row, count = random_logits(1, 20)[0], 20_000
-    sampling = lora_config.Sampling(**{"temperature": 1.0} | settings)
-    draw = jax.jit(functools.partial(generate.sample, sampling=sampling))
+    sampling = generation_config.Sampling(**{"temperature": 1.0} | settings)
+    draw = jax.jit(functools.partial(continuation.sample, sampling=sampling))
     tokens = np.asarray(draw(jnp.tile(row, (count, 1)), jax.random.key(0)))
     expected = reference_distribution(row, **settings)
     frequency = np.bincount(tokens, minlength=20) / count
@@ -221,29 +227,33 @@ def test_draws_follow_the_filtered_distribution(settings):
 
 def test_temperature_zero_is_argmax():
     logits = random_logits()
-    found = generate.sample(jnp.asarray(logits), jax.random.key(0), lora_config.Sampling(top_k=3))
+    found = continuation.sample(
+        jnp.asarray(logits), jax.random.key(0), generation_config.Sampling(top_k=3)
+    )
     np.testing.assert_array_equal(found, logits.argmax(axis=1))
 
 
 def test_pad_left():
-    ids, mask = generate.pad_left([[5, 6, 7], [], [8]], multiple=4)
+    ids, mask = continuation.pad_left([[5, 6, 7], [], [8]], multiple=4)
     np.testing.assert_array_equal(ids, [[0, 5, 6, 7], [0, 0, 0, 0], [0, 0, 0, 8]])
     np.testing.assert_array_equal(mask, [[0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
-    assert generate.pad_left([[1] * 17])[0].shape == (1, 32)
+    assert continuation.pad_left([[1] * 17])[0].shape == (1, 32)
 
 
 def test_settings_that_mean_nothing_are_all_named():
     with pytest.raises(errors.UserError) as raised:
-        lora_config.Sampling(max_new_tokens=0, temperature=-1.0, top_k=-2, top_p=0.0, min_p=1.5)
+        generation_config.Sampling(
+            max_new_tokens=0, temperature=-1.0, top_k=-2, top_p=0.0, min_p=1.5
+        )
     for problem in ("max_new_tokens 0", "temperature -1.0", "top_k -2", "top_p 0.0", "min_p 1.5"):
         assert problem in str(raised.value)
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error():
-    sampling = lora_config.Sampling(max_new_tokens=10)
-    generate.check_length(54, sampling, 64)
+    sampling = generation_config.Sampling(max_new_tokens=10)
+    continuation.check_length(54, sampling, 64)
     with pytest.raises(errors.UserError, match=r"(?s)64 tokens.*55 tokens.*--max-new-tokens 9"):
-        generate.check_length(55, sampling, 64)
+        continuation.check_length(55, sampling, 64)
     with pytest.raises(errors.UserError, match="shorten the prompt") as raised:
-        generate.check_length(64, sampling, 64)
+        continuation.check_length(64, sampling, 64)
     assert "--max-new-tokens 0" not in str(raised.value)

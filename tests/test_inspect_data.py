@@ -6,7 +6,7 @@ import json
 import cli
 import pytest
 
-from lora_jax import sources
+from lora_jax.data import sources
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lora_jax.kernels import int4_mosaic_gpu, int4_xla_gpu
 from lora_jax.kernels import packed as packing
+from lora_jax.kernels.int4_matmul import mosaic_gpu, xla_gpu
 
 draw = np.random.default_rng(0)
 
@@ -50,13 +50,13 @@ def relative_error(found, expected):
     "fmt, num_rows",
     [("int4", 1), ("int4", 4), ("asymmetric", 1), ("asymmetric", 3), ("nf4", 1), ("nf4-dq", 1)],
 )
-def test_matvec_is_the_product_with_the_dequantised_weight(fmt, num_rows):
+def test_matvec_is_the_product_with_the_dequantized_weight(fmt, num_rows):
     codes = "nf4" if fmt.startswith("nf4") else "int4"
     x, packed = normal(num_rows, 192), random_packed(192, 40, fmt)
-    dequantise = jax.jit(packing.dequantise, static_argnames="codes")
-    weight = np.asarray(dequantise(packed, codes), np.float64)
+    dequantize = jax.jit(packing.dequantize, static_argnames="codes")
+    weight = np.asarray(dequantize(packed, codes), np.float64)
     expected = np.asarray(x, np.float64) @ weight
-    matvec = jax.jit(int4_xla_gpu.matvec, static_argnames="codes")
+    matvec = jax.jit(xla_gpu.matvec, static_argnames="codes")
     found = matvec(x, packed, codes)
     assert found.dtype == x.dtype
     assert relative_error(found, expected) < 1e-6
@@ -68,12 +68,12 @@ def test_matvec_is_the_product_with_the_dequantised_weight(fmt, num_rows):
 @pytest.mark.parametrize("codes, num_rows", [("int4", 5), ("nf4", 2)])
 def test_matvec_takes_few_rows(codes, num_rows):
     with pytest.raises(ValueError, match=f"at most {num_rows - 1} rows"):
-        int4_xla_gpu.matvec(normal(num_rows, 64), random_packed(64, 8, codes), codes)
+        xla_gpu.matvec(normal(num_rows, 64), random_packed(64, 8, codes), codes)
 
 
 def test_k_minor_is_the_transposed_nibbles():
     q = random_packed(64, 24, "int4", layers=(3,)).q
-    found = jax.jit(int4_mosaic_gpu.k_minor)(q)
+    found = jax.jit(mosaic_gpu.k_minor)(q)
     assert found.dtype == jnp.int4
     for row in range(64):
         nibble = (np.asarray(q)[:, row // 8] >> np.uint32(4 * (row % 8))) & 15
@@ -118,7 +118,7 @@ def test_mosaic_kernel_interpreted(interpreted, num_rows, k, n, group, scale_dty
     scale = draw.integers(-127, 128, (layers, k // group, n))
     column_scale = draw.uniform(0.5, 2, (layers, 1, n))
     x = normal(num_rows, k, dtype=jnp.bfloat16)
-    found = int4_mosaic_gpu.matmul(
+    found = mosaic_gpu.matmul(
         x,
         jnp.asarray(codes, jnp.int4),
         jnp.asarray(scale, scale_dtype),
@@ -151,7 +151,7 @@ def mosaic_shapes(num_rows, k, n, group, scale_dtype="int8", layers=32):
     ],
 )
 def test_mosaic_kernel_lowers_for_cuda(shapes):
-    traced = jax.jit(int4_mosaic_gpu.matmul).trace(*mosaic_shapes(*shapes))
+    traced = jax.jit(mosaic_gpu.matmul).trace(*mosaic_shapes(*shapes))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -178,10 +178,10 @@ def test_mosaic_kernel_says_what_it_refuses(changed, reason):
         "dtype": jnp.bfloat16,
         "scale_dtype": jnp.int8,
     }
-    found = int4_mosaic_gpu.refusal(**(taken | changed))
+    found = mosaic_gpu.refusal(**(taken | changed))
     assert found is None if reason is None else reason in found
 
 
 def test_mosaic_kernel_refuses_by_name():
     with pytest.raises(ValueError, match="does not take 65 rows"):
-        jax.eval_shape(int4_mosaic_gpu.matmul, *mosaic_shapes(65, 4096, 4096, 32))
+        jax.eval_shape(mosaic_gpu.matmul, *mosaic_shapes(65, 4096, 4096, 32))

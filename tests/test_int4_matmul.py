@@ -1,4 +1,4 @@
-"""The contract of the quantised matmuls: one body over format, shape and dtype."""
+"""The contract of the quantized matmuls: one body over format, shape and dtype."""
 
 import functools
 import math
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax import formats
 from lora_jax.kernels import int4_matmul, int8_matmul, matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
+from lora_jax.quant import formats
 
 FORMATS = ("int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "fp4", "asymmetric", "int8")
 # (leading axes of x, K, N): odd and single rows, K that is no multiple of a group or of 8, odd N
@@ -38,7 +38,7 @@ def packed_weight(fmt, rows, columns):
         scale = (draw.integers(2, 26, (groups, columns)) / 256).astype(np.float32)
         zero = draw.integers(0, 16, (groups, columns)).astype(np.float32)
         return jax.jit(formats.asymmetric)(levels, scale, zero)
-    return formats.quantise(jnp.asarray(normal(0, rows, columns)), fmt)
+    return formats.quantize(jnp.asarray(normal(0, rows, columns)), fmt)
 
 
 def codes_of(fmt):
@@ -92,7 +92,7 @@ def value_and_vjp(function, x, packed, dy):
 
 
 def check(fmt, lead, rows, columns, dtype, **how):
-    """Value and derivative against float64 products with the dequantised weight."""
+    """Value and derivative against float64 products with the dequantized weight."""
     packed = packed_weight(fmt, rows, columns)
     x = jnp.asarray(normal(1, *lead, rows), dtype)
     dy = jnp.asarray(normal(2, *lead, columns), dtype)
@@ -128,7 +128,7 @@ def test_contract_of_each_implementation(implementation, fmt, dtype):
 @pytest.mark.parametrize("implementation", [None, "pallas_tpu"])
 def test_a_layer_of_a_stack(implementation):
     """Inside a scan over the index, with the stack whole: as each layer on its own."""
-    layers = [formats.quantise(jnp.asarray(normal(i, 64, 24)), "int4") for i in range(3)]
+    layers = [formats.quantize(jnp.asarray(normal(i, 64, 24)), "int4") for i in range(3)]
     whole = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
     x = jnp.asarray(normal(9, 4, 64))
 
@@ -150,7 +150,7 @@ def test_a_layer_of_a_stack(implementation):
 @pytest.mark.parametrize("fmt", ["int4", "nf4", "nf4-dq", "int8"])
 def test_bfloat16_accumulates_in_float32(fmt):
     """4096 ones: a bfloat16 sum would stop at 256."""
-    packed = formats.quantise(jnp.ones((4096, 8)), fmt)
+    packed = formats.quantize(jnp.ones((4096, 8)), fmt)
     y = jax.jit(multiply(fmt))(jnp.ones((1, 4096), jnp.bfloat16), packed)
     np.testing.assert_allclose(y.astype(jnp.float32), 4096, rtol=0.01)
 
@@ -195,9 +195,9 @@ def test_layers_in_a_scan_keep_no_dense_weight(fmt):
 
     def dense(x, packed):
         if fmt == "int8":
-            weight = formats.dequantise(packed, fmt, 64)
+            weight = formats.dequantize(packed, fmt, 64)
         else:
-            weight = packing.dequantise(packed, codes_of(fmt))[:64]
+            weight = packing.dequantize(packed, codes_of(fmt))[:64]
         return x @ weight + 0 * (weight**2).sum()  # the square's derivative needs the weight
 
     assert "f32[3,64,64]" in hlo(dense)  # what it would look like
@@ -212,7 +212,7 @@ def test_nibble_i_of_word_j_is_row_8j_plus_i(fmt):
     column_scale = jnp.ones((1, 3)) if table is None else None
     zero = 7 if fmt == "nf4" else 0  # the code of 0
     background = sum(zero << (4 * i) for i in range(8))
-    unpack_words = jax.jit(functools.partial(packing.dequantise, codes=fmt))
+    unpack_words = jax.jit(functools.partial(packing.dequantize, codes=fmt))
     for row, column, code in [(0, 0, 1), (5, 1, 15), (8, 2, 8), (23, 0, 12), (63, 2, 7)]:
         words[:] = background
         clear = np.uint32(~(15 << (4 * (row % 8))) & 0xFFFFFFFF)
@@ -230,7 +230,7 @@ def test_groups_share_a_scale_along_the_rows():
     words = np.full((8, 2), 0x11111111, np.uint32)  # every code is 1
     scale = np.array([[3, -5], [7, 0]], np.int8)
     packed = packing.Packed(jnp.asarray(words), jnp.asarray(scale), jnp.array([[0.5, 2.0]]))
-    weight = packing.dequantise(packed, dtype=jnp.bfloat16)
+    weight = packing.dequantize(packed, dtype=jnp.bfloat16)
     assert weight.dtype == jnp.bfloat16
     expected = np.repeat(scale * np.array([[0.5, 2.0]]), 32, axis=0)
     np.testing.assert_array_equal(weight.astype(jnp.float32), expected)

@@ -1,4 +1,4 @@
-"""The fused TPU kernel, interpreted on the CPU, against the dequantised weight in float32."""
+"""The fused TPU kernel, interpreted on the CPU, against the dequantized weight in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.kernels import int4_pallas_tpu, packed
+from lora_jax.kernels import packed
+from lora_jax.kernels.int4_matmul import pallas_tpu
 
 LAYERS = 3
-Tile = int4_pallas_tpu.Tile
+Tile = pallas_tpu.Tile
 
 
 def weight(k, n, group, scale_dtype, seed=0):
@@ -28,14 +29,14 @@ def weight(k, n, group, scale_dtype, seed=0):
 
 @jax.jit
 def dense_layer(stack, index):
-    return packed.dequantise(packed.layer(stack, index))
+    return packed.dequantize(packed.layer(stack, index))
 
 
 def check(rows, k, n, group, *, dtype, scale_dtype=jnp.int8, transpose=False):
     stack = weight(k, n, group, scale_dtype)
     x = np.random.default_rng(1).standard_normal((rows, n if transpose else k))
     x = jnp.asarray(x, dtype)
-    y = int4_pallas_tpu.matmul(x, *stack[:3], jnp.int32(1), transpose=transpose, interpret=True)
+    y = pallas_tpu.matmul(x, *stack[:3], jnp.int32(1), transpose=transpose, interpret=True)
     dense = np.asarray(dense_layer(stack, 1))
     expected = np.asarray(x, np.float32) @ (dense.T if transpose else dense)
     assert y.dtype == dtype
@@ -71,13 +72,13 @@ def test_multiplies_with_one_layer(rows, k, n, group, dtype, scale_dtype, transp
     ],
 )
 def test_tiles_cover_the_whole_product(monkeypatch, tile, shape, transpose):
-    monkeypatch.setattr(int4_pallas_tpu, "_tile", lambda *_: tile)
+    monkeypatch.setattr(pallas_tpu, "_tile", lambda *_: tile)
     check(*shape, dtype=jnp.float32, transpose=transpose)
 
 
 def test_scales_in_bfloat16_where_the_registers_do(monkeypatch):
-    chip = int4_pallas_tpu._chip()._replace(bf16_registers=True)
-    monkeypatch.setattr(int4_pallas_tpu, "_chip", lambda: chip)
+    chip = pallas_tpu._chip()._replace(bf16_registers=True)
+    monkeypatch.setattr(pallas_tpu, "_chip", lambda: chip)
     check(16, 256, 128, 32, dtype=jnp.bfloat16)
 
 
@@ -87,7 +88,7 @@ def test_scan_picks_every_layer_and_shards_compute_their_columns():
 
     def layers(x, *arrays):
         def body(carry, layer):
-            return carry, int4_pallas_tpu.matmul(x, *arrays, layer, interpret=True)
+            return carry, pallas_tpu.matmul(x, *arrays, layer, interpret=True)
 
         return lax.scan(body, None, jnp.arange(LAYERS))[1]
 
@@ -117,16 +118,14 @@ def test_scan_picks_every_layer_and_shards_compute_their_columns():
 )
 def test_refuses_with_the_reason(changed, reason):
     shape = dict(num_rows=64, k=4096, n=4096, group=64, dtype=jnp.bfloat16, scale_dtype=jnp.int8)
-    assert int4_pallas_tpu.refusal(**shape) is None
-    assert reason in int4_pallas_tpu.refusal(**{**shape, **changed})
+    assert pallas_tpu.refusal(**shape) is None
+    assert reason in pallas_tpu.refusal(**{**shape, **changed})
 
 
 def test_matmul_raises_what_it_refuses():
     stack = weight(128, 128, 32, jnp.int8)
     with pytest.raises(ValueError, match="float16"):
-        int4_pallas_tpu.matmul(
-            jnp.ones((1, 128), jnp.float16), *stack[:3], jnp.int32(0), interpret=True
-        )
+        pallas_tpu.matmul(jnp.ones((1, 128), jnp.float16), *stack[:3], jnp.int32(0), interpret=True)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -136,4 +135,4 @@ def test_takes_the_shapes_of_real_models(transpose):
         for k in widths:
             for n in widths:
                 shape = (rows, k, n, 32, jnp.bfloat16, jnp.int8)
-                assert int4_pallas_tpu.refusal(*shape, transpose=transpose) is None, shape
+                assert pallas_tpu.refusal(*shape, transpose=transpose) is None, shape

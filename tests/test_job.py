@@ -16,9 +16,9 @@ import jax
 import pytest
 import safetensors.numpy
 
-from lora_jax import train
+from lora_jax.optim import step as train_step
 
-import console  # isort: skip (scripts/, which cli puts on the path)
+from lora_jax import console  # isort: skip (scripts/, which cli puts on the path)
 
 STEPS = 6
 # dropout, a checkpoint every 2 steps
@@ -272,7 +272,7 @@ def test_resume_on_other_data_or_another_base_is_refused(whole, data, tmp_path, 
 def test_a_sweep_ends_as_runs_alone_though_stopped_and_though_a_member_is_lost(
     whole, evaluated, tmp_path, monkeypatch
 ):
-    folder, steps = tmp_path / "run", train.steps
+    folder, steps = tmp_path / "run", train_step.steps
 
     def broken(*arguments):
         for state, metrics in steps(*arguments):
@@ -280,7 +280,7 @@ def test_a_sweep_ends_as_runs_alone_though_stopped_and_though_a_member_is_lost(
                 metrics["loss/lr=1e-3"] = math.nan
             yield state, metrics
 
-    monkeypatch.setattr(train, "steps", broken)
+    monkeypatch.setattr(train_step, "steps", broken)
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
         flags = (*evaluated, "--sweep", "lr=5e-4,1e-3,2e-4")
@@ -326,13 +326,13 @@ def test_a_sweep_ends_as_runs_alone_though_stopped_and_though_a_member_is_lost(
 @pytest.mark.parametrize(("where", "value"), [("loss", math.nan), ("grad_norm", math.inf)])
 def test_a_loss_that_is_not_finite_ends_the_run(plain, tmp_path, monkeypatch, where, value):
     folder = tmp_path / "run"
-    steps = train.steps
+    steps = train_step.steps
 
     def broken(*arguments):
         for state, metrics in steps(*arguments):
             yield state, metrics | ({where: value} if metrics["step"] == 3 else {})
 
-    monkeypatch.setattr(train, "steps", broken)
+    monkeypatch.setattr(train_step, "steps", broken)
     message = cli.refused("train", *plain, "--output-dir", folder)
     last = cli.metrics(folder)[-1]
     assert last["step"] == 3 and last[where] is None

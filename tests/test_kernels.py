@@ -9,16 +9,11 @@ import optax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from lora_jax import devices, sharding
-from lora_jax.kernels import (
-    attention,
-    attention_cudnn,
-    attention_splash,
-    attention_xla,
-    cross_entropy,
-    self_attention,
-    swiglu,
-)
+from lora_jax.kernels import attention, cross_entropy, swiglu
+from lora_jax.kernels import platform as platforms
+from lora_jax.kernels.attention import cudnn, splash, xla
+from lora_jax.kernels.attention import dense as dense_attention
+from lora_jax.parallel import mesh as sharding
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
@@ -55,7 +50,7 @@ def test_attention_to_a_cache(num_queries, heads, groups, dtype):
     real = np.arange(40)[None] >= np.array([[0], [7]])
     seen = np.arange(40)[None] <= 20 + np.arange(num_queries)[:, None]
     visible = jnp.asarray(seen[None] & real[:, None])
-    found = jax.jit(attention.attention)(q, k, v, visible)
+    found = jax.jit(dense_attention.attention)(q, k, v, visible)
     assert found.dtype == dtype
     close(found, dense(q, k, v, visible), dtype)
 
@@ -98,14 +93,14 @@ def attend_and_check(attend, *, dtype, groups, window, rows=PACKED):
 @pytest.mark.parametrize("size", [128, 512])
 def test_self_attention_in_blocks(size, dtype, groups, window, monkeypatch):
     """Value and gradient, of several blocks and of one."""
-    monkeypatch.setattr(attention_xla, "block_size", lambda length: min(size, length))
-    attend = functools.partial(attention_xla.attend, rows=jnp.asarray(PACKED), window=window)
+    monkeypatch.setattr(xla, "block_size", lambda length: min(size, length))
+    attend = functools.partial(xla.attend, rows=jnp.asarray(PACKED), window=window)
     attend_and_check(attend, dtype=dtype, groups=groups, window=window)
 
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_splash_attention(window):
-    attend = functools.partial(attention_splash.attend, window=window, interpret=True)
+    attend = functools.partial(splash.attend, window=window, interpret=True)
     rows = jnp.asarray(PACKED)
     attend_and_check(functools.partial(attend, rows=rows), dtype="float32", groups=2, window=window)
 
@@ -115,7 +110,7 @@ def test_a_window_of_each_layers_own():
     windows, rows = (50, None, 1000), jnp.asarray(PACKED)
     for kind, window in enumerate(windows):
         attend = functools.partial(
-            self_attention.self_attention, rows=rows, windows=windows, kind=jnp.int32(kind)
+            attention.self_attention, rows=rows, windows=windows, kind=jnp.int32(kind)
         )
         attend_and_check(attend, dtype="float32", groups=2, window=window)
 
@@ -126,18 +121,18 @@ def test_a_mesh_deals_out_lines_and_heads(rows):
     given = None if rows is not PACKED else jnp.asarray(rows)
     partition = sharding.partition(("q_proj",))
     with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])):
-        attend = functools.partial(self_attention.self_attention, rows=given, partition=partition)
+        attend = functools.partial(attention.self_attention, rows=given, partition=partition)
         attend_and_check(attend, dtype="float32", groups=1, window=None, rows=rows)
 
 
 def test_blocks_that_no_query_sees_are_left_out():
     """By index of the first block of keys: of the row that a block begins in, or of the window."""
     rows = np.repeat([[1, 1, 2, 2, 3, 0]], 4, axis=1).reshape(6, 1, 4)
-    first = functools.partial(attention_xla._first, jnp.asarray(rows))
+    first = functools.partial(xla._first, jnp.asarray(rows))
     assert first(24).tolist() == [0, 0, 2, 2, 4, 6]
     assert first(5).tolist() == [0, 0, 2, 2, 4, 6]
-    assert attention_xla._first(jnp.ones_like(jnp.asarray(rows)), 5).tolist() == [0, 0, 1, 2, 3, 4]
-    assert attention_xla._first(jnp.ones_like(jnp.asarray(rows)), 6).tolist() == [0, 0, 0, 1, 2, 3]
+    assert xla._first(jnp.ones_like(jnp.asarray(rows)), 5).tolist() == [0, 0, 1, 2, 3, 4]
+    assert xla._first(jnp.ones_like(jnp.asarray(rows)), 6).tolist() == [0, 0, 0, 1, 2, 3]
 
 
 def test_self_attention_never_holds_all_logits():
@@ -146,7 +141,7 @@ def test_self_attention_never_holds_all_logits():
     rows = jax.ShapeDtypeStruct((1, 32768), jnp.int32)
 
     def total(q, k, v, rows):
-        return self_attention.self_attention(q, k, v, rows).sum()
+        return attention.self_attention(q, k, v, rows).sum()
 
     compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, q, q, rows).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 20 * q.size * 4
@@ -161,7 +156,7 @@ def test_cudnn_is_asked_for_lines_of_one_row(monkeypatch):
 
     def lowered(*arguments, window=None):
         def total(q, k, v, *rows):
-            return attention_cudnn.attend(q, k, v, *rows, window=window).astype(jnp.float32).sum()
+            return cudnn.attend(q, k, v, *rows, window=window).astype(jnp.float32).sum()
 
         gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
         return (
@@ -181,17 +176,17 @@ def test_cudnn_is_asked_for_lines_of_one_row(monkeypatch):
 
 def test_the_form_suits_the_platform(monkeypatch):
     q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
-    forms = {"tpu": attention_splash, "gpu": attention_cudnn, "cpu": attention_xla}
-    monkeypatch.setattr(attention_cudnn, "refusal", lambda *_: None)
-    for platform, form in (*forms.items(), (None, attention_xla)):
-        monkeypatch.setattr(devices, "platform_here", lambda platform=platform: platform)
-        assert self_attention._form(q, q, q) is form.attend
+    forms = {"tpu": splash, "gpu": cudnn, "cpu": xla}
+    monkeypatch.setattr(cudnn, "refusal", lambda *_: None)
+    for platform, form in (*forms.items(), (None, xla)):
+        monkeypatch.setattr(platforms, "platform_here", lambda platform=platform: platform)
+        assert attention._form(q, q, q) is form.attend
 
 
 def test_cudnn_refuses_what_it_cannot_take():
     q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
-    assert "float32" in attention_cudnn.refusal(*[q.astype(jnp.float32)] * 3)
-    assert "no GPU" in attention_cudnn.refusal(q, q, q)
+    assert "float32" in cudnn.refusal(*[q.astype(jnp.float32)] * 3)
+    assert "no GPU" in cudnn.refusal(q, q, q)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,4 +1,4 @@
-"""Adapters in unedited Linen models, under scan, remat and vmap; files; quantised bases."""
+"""Adapters in unedited Linen models, under scan, remat and vmap; files; quantized bases."""
 
 import dataclasses
 import functools
@@ -11,8 +11,13 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lora_jax import config as lora_config
-from lora_jax import errors, linen, lora, optim, peft
+from lora_jax import errors
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import peft
+from lora_jax.lora.linen import adapted as linen
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
 
 
 class Block(nn.Module):
@@ -119,8 +124,8 @@ def test_training_changes_a_and_b_alone():
     module, params = made()
     adapted = linen.adapt(module, config(dropout=0.2), IDS)
     variables = adapted.init(jax.random.key(1), params)
-    optimizer = optim.make(lora_config.OptimConfig(lr=1e-2, warmup=0), 20)
-    labels = set(jax.tree.leaves(optim.labels(variables)))
+    optimizer = adamw.make(optim_config.OptimConfig(lr=1e-2, warmup=0), 20)
+    labels = set(jax.tree.leaves(adamw.labels(variables)))
     assert labels == {"A", "B", "frozen"}
     targets = jax.nn.one_hot(IDS % 5, 5)
 
@@ -159,7 +164,7 @@ def test_dropout_differs_between_keys_and_layers_and_is_off_without_one():
 @pytest.mark.parametrize(
     "fmt, use_dora", [("int8", False), ("int4", True), ("nf4-dq", False), ("nf4-dq", True)]
 )
-def test_a_quantised_base_computes_with_what_it_stands_for(fmt, use_dora):
+def test_a_quantized_base_computes_with_what_it_stands_for(fmt, use_dora):
     module, params = made()
     adapted = linen.adapt(module, config(use_dora=use_dora), IDS, quant=fmt, exclude=("lm_head",))
     variables = moved(adapted.init(jax.random.key(1), params))
@@ -429,7 +434,7 @@ def test_what_does_not_fit_is_told_at_once():
         assert misfit.value.found.split("\n            ") == [
             "embed.embedding is missing", "lm_head.kernel has shape (8, 6), expected (8, 5)",
         ]  # fmt: skip
-    with pytest.raises(errors.UserError, match="linear layers to quantise to int8"):
+    with pytest.raises(errors.UserError, match="linear layers to quantize to int8"):
         linen.adapt(nn.Embed(3, 4), None, IDS, quant="int8")
     base = linen.adapt(module, None, IDS, quant="int8")
     for attempt in (

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import checkpoint, errors, lora, quant, selection, sharding, sites
-from lora_jax import config as lora_config
+from lora_jax import errors
+from lora_jax.checkpoints import loader
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import targets as selection
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import sites
+from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import linear as quant_linear
 
 LLAMA = pathlib.Path(__file__).parent / "golden" / "models" / "llama"
 EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -76,7 +82,7 @@ NET_NAMES = (
 
 
 def net(fmt="none"):
-    """A fresh Net with every linear layer, lm_head excepted, quantised to fmt."""
+    """A fresh Net with every linear layer, lm_head excepted, quantized to fmt."""
     return nnx.merge(*split_net(fmt), copy=True)
 
 
@@ -84,10 +90,10 @@ def net(fmt="none"):
 def split_net(fmt):
     model = Net(nnx.Rngs(0))
     if fmt != "none":
-        model.first = quant.quantise_linear(model.first, fmt)
+        model.first = quant_linear.quantize_linear(model.first, fmt)
         for block in (*model.blocks, model.stack):
-            block.up = quant.quantise_linear(block.up, fmt)
-            block.down = quant.quantise_linear(block.down, fmt)
+            block.up = quant_linear.quantize_linear(block.up, fmt)
+            block.down = quant_linear.quantize_linear(block.down, fmt)
     return nnx.split(model)
 
 
@@ -126,7 +132,7 @@ def config(targets, **settings):
 def llama():
     """(graphdef, state) of a three-layer LLaMA, on one device; merge for a fresh model."""
     one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    return nnx.split(checkpoint.load(LLAMA, dtype="float32", mesh=one))
+    return nnx.split(loader.load(LLAMA, dtype="float32", mesh=one))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -190,10 +196,10 @@ def test_merged_weights_compute_what_the_adapters_did(fmt):
     np.testing.assert_allclose(run(model, x), adapted, atol=2e-5, rtol=0)
 
 
-def test_merging_keeps_quantised_layers_without_an_adapter():
+def test_merging_keeps_quantized_layers_without_an_adapter():
     model = trained(net("int8"), config(("down",)))
     lora.merge(model)
-    assert isinstance(model.stack.up, quant.QuantLinear)
+    assert isinstance(model.stack.up, quant_linear.QuantLinear)
     assert isinstance(model.stack.down, nnx.Linear)
 
 

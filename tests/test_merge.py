@@ -15,8 +15,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import adapter as host
-from lora_jax import checkpoint, copying, demo, errors, lora, merged, peft, sharding, tensorfiles
+from lora_jax import assets, errors
+from lora_jax.checkpoints import copy, loader, merge, safetensors_files
+from lora_jax.lora import adapter as host
+from lora_jax.lora import peft
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.parallel import mesh as sharding
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODELS = GOLDEN / "models"
@@ -30,15 +34,15 @@ ADAPTERS = {  # whose merged logits PEFT has told: its base
 }
 
 
-def write(base, adapter, into, shard=copying.SHARD, **how):
-    plan = merged.plan(base, adapter, **how)
-    with copying.new_folder(into, 0) as written:
-        return list(merged.write(base, written, plan, shard=shard))
+def write(base, adapter, into, shard=copy.SHARD, **how):
+    plan = merge.plan(base, adapter, **how)
+    with copy.new_folder(into, 0) as written:
+        return list(merge.write(base, written, plan, shard=shard))
 
 
 def load(folder, **how):
     one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
-    return checkpoint.load(folder, dtype="float32", mesh=one, **how)
+    return loader.load(folder, dtype="float32", mesh=one, **how)
 
 
 def logits(model, golden):
@@ -68,7 +72,7 @@ def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
     files = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
     index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
     assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
-    dtypes = {stored.dtype for stored in tensorfiles.tensors(tmp_path / "merged").values()}
+    dtypes = {stored.dtype for stored in safetensors_files.tensors(tmp_path / "merged").values()}
     assert dtypes == {"F32"}
 
 
@@ -76,16 +80,16 @@ def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
 def test_onto_a_rounded_base_it_is_what_was_trained_there(fmt, tmp_path):
     adapter = peft.read(GOLDEN / "lora_dora" / "final_adapter")
     base, golden = MODELS / "llama_bias", golden_logits("lora_dora")
-    model = load(base, quantisation=fmt)
+    model = load(base, quantization=fmt)
     lora.attach(model, adapter)
-    write(base, adapter, tmp_path / "merged", quantisation=fmt)
+    write(base, adapter, tmp_path / "merged", quantization=fmt)
     found = logits(load(tmp_path / "merged"), golden)
     np.testing.assert_allclose(found, logits(model, golden), atol=2e-4)
     assert np.abs(found - golden["merged_logits"]).max() > 0.01  # it is not the original
 
 
-def test_a_checkpoint_of_bitsandbytes_is_dequantised_to_merge(tmp_path):
-    base = GOLDEN / "quantised" / "stories260K-bnb-nf4"
+def test_a_checkpoint_of_bitsandbytes_is_dequantized_to_merge(tmp_path):
+    base = GOLDEN / "quantized" / "stories260K-bnb-nf4"
     model = load(base)
     config = lora.lora_config.LoRAConfig(rank=2)
     lora.inject(model, config, rngs=nnx.Rngs(0))
@@ -99,21 +103,21 @@ def test_a_checkpoint_of_bitsandbytes_is_dequantised_to_merge(tmp_path):
 
 
 @pytest.mark.parametrize(("told", "stored"), [("float16", "F16"), ("torch.bfloat16", "BF16")])
-def test_what_was_quantised_gets_the_dtype_of_config_json(told, stored, tmp_path):
+def test_what_was_quantized_gets_the_dtype_of_config_json(told, stored, tmp_path):
     """Though float16 is computed with as bfloat16, it holds what that would round."""
-    base = shutil.copytree(GOLDEN / "quantised" / "stories260K-bnb-nf4", tmp_path / "base")
+    base = shutil.copytree(GOLDEN / "quantized" / "stories260K-bnb-nf4", tmp_path / "base")
     raw = json.loads((base / "config.json").read_text())
     raw.pop("dtype", None)
     (base / "config.json").write_text(json.dumps(raw | {"torch_dtype": told}))
     adapter = host.Adapter(lora.lora_config.LoRAConfig(), {})
-    kinds = {name: kind for part in merged.plan(base, adapter).parts
+    kinds = {name: kind for part in merge.plan(base, adapter).parts
              for name, kind in part.kinds.items()}  # fmt: skip
     assert kinds["model.layers.0.mlp.up_proj.weight"].dtype == stored
     assert kinds["model.norm.weight"].dtype == "F32"
 
 
 def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
-    alive, value = [], tensorfiles.Stored.value
+    alive, value = [], safetensors_files.Stored.value
 
     def watched(stored):
         assert sum(ref() is not None for ref in alive) <= 1
@@ -121,7 +125,7 @@ def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
         alive.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr(tensorfiles.Stored, "value", watched)
+    monkeypatch.setattr(safetensors_files.Stored, "value", watched)
     adapter = peft.read(GOLDEN / "lora_all_rslora" / "final_adapter")
     names = write(MODELS / "llama", adapter, tmp_path / "merged")
     assert len(alive) == len(names) > 20
@@ -158,8 +162,8 @@ def test_the_script_merges_compares_and_leaves_a_model_to_generate_with(adapter,
 
 
 def test_a_merge_that_predicts_otherwise_leaves_nothing(adapter, tmp_path, monkeypatch):
-    folded = merged._folded
-    monkeypatch.setattr(merged, "_folded", lambda name, source, own, scaling, base:
+    folded = merge._folded
+    monkeypatch.setattr(merge, "_folded", lambda name, source, own, scaling, base:
                         folded(name, source, own, 2 * scaling, base))  # fmt: skip
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
     assert "within 0.01 nats a token" in message
@@ -170,7 +174,7 @@ def test_ctrl_c_leaves_nothing(adapter, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merged, "_folded", interrupted)
+    monkeypatch.setattr(merge, "_folded", interrupted)
     ended = cli.run("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
     assert ended.code == 130 and "Traceback" not in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -181,7 +185,7 @@ def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", adapter)
     assert "one that holds files" in message
     flags = ("--adapter", adapter, "--output-dir", tmp_path / "merged")
-    message = cli.refused("merge", *flags, "--model", demo.FOLDER)
+    message = cli.refused("merge", *flags, "--model", assets.FOLDER)
     assert "down_proj.lora_A has shape" in message
     assert f"where: {adapter}" in message
     assert "--quant-fast with --quant none" in cli.refused("merge", *flags, "--quant-fast")
@@ -190,9 +194,9 @@ def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
 
 def test_a_disk_without_room_is_told_in_whole_mebibytes(monkeypatch, tmp_path):
     usage = collections.namedtuple("Usage", "total used free")(2**40, 2**40, 100)
-    monkeypatch.setattr(copying.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(copy.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(errors.UserError, match=r"(?s)at least 1 MiB free.*0 MiB free"):
-        with copying.new_folder(tmp_path / "into", 101):
+        with copy.new_folder(tmp_path / "into", 101):
             pass
     assert not any(tmp_path.iterdir())
 

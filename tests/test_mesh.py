@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import test_train
 
-from lora_jax import config, data, generate, hlo, optim, sharding, train
+from lora_jax.data import encoding
+from lora_jax.generation import config as generation_config
+from lora_jax.generation import continuation
+from lora_jax.lora.nnx import model_state
+from lora_jax.optim import adamw
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
+from lora_jax.planning import hlo
 
 STEPS, ROWS, MICRO_BATCHES, LAYERS = 20, 32, 4, 3
 TOKENS = 20  # which is no dimension of a weight, so that activations are known by it
@@ -29,8 +36,8 @@ def make_batch(index, micro_batches):
     ids = rng.integers(3, test_train.VOCAB, (ROWS, TOKENS)).astype(np.int32)
     lengths = rng.integers(4, TOKENS + 1, (ROWS, 1))
     mask = (np.arange(TOKENS) < lengths).astype(np.int32)
-    labels = np.where((np.arange(TOKENS) >= lengths // 2) & (mask == 1), ids, data.IGNORED)
-    return train.Batch(*(a.reshape(micro_batches, -1, TOKENS) for a in (ids, labels, mask)))
+    labels = np.where((np.arange(TOKENS) >= lengths // 2) & (mask == 1), ids, encoding.IGNORED)
+    return train_step.Batch(*(a.reshape(micro_batches, -1, TOKENS) for a in (ids, labels, mask)))
 
 
 @functools.cache
@@ -38,13 +45,13 @@ def load(name, **settings):
     mesh = sharding.make_mesh(MESHES[name])
     with jax.set_mesh(mesh):
         model = test_train.make_model(mesh, "int4", **{"dropout": 0.1, **settings})
-        graphdef, *parts = train.split(model)
+        graphdef, *parts = model_state.split(model)
         return mesh, graphdef, *sharding.place(parts, mesh)
 
 
 def start(trained, mesh):
     """A state that a step may take over."""
-    state = train.start(jax.tree.map(jnp.copy, trained), optim.make(test_train.ADAM, STEPS))
+    state = train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(test_train.ADAM, STEPS))
     return sharding.place(state, mesh)
 
 
@@ -64,7 +71,7 @@ def trained_on(name):
 
         step = test_train.make_step(graphdef, remat="full")
         step = step.lower(state, frozen, batch_at(0)).compile()
-        run = train.steps(step, state, frozen, batch_at, STEPS)
+        run = train_step.steps(step, state, frozen, batch_at, STEPS)
         losses = np.array([metrics["loss"] for _, metrics in run])
     words = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen.base) if leaf.dtype == np.uint32}
     return losses, hlo.parse(step.as_text()), words
@@ -134,7 +141,7 @@ def test_fsdp_gathers_weights_packed():
     assert sum(times for _, times in words) <= 7 * LAYERS * MICRO_BATCHES * 3
     floats = [(dims, times) for _, dtype, dims, times in gathered if dtype == "f32"]
     matrices = [(dims, times) for dims, times in floats if len(dims) > 1]
-    assert matrices == [(HEAD, 1)]  # which is not quantised; the rest are scales of columns
+    assert matrices == [(HEAD, 1)]  # which is not quantized; the rest are scales of columns
 
 
 @pytest.mark.parametrize("name", ["1·1·4", "2·2·2"])
@@ -152,12 +159,14 @@ def test_no_weight_is_gathered_over_tensor(name):
 
 def generated_on(name, temperature):
     mesh, graphdef, trained, frozen = load(name)
-    sampling = config.Sampling(max_new_tokens=8, temperature=temperature, top_k=20, top_p=0.95)
+    sampling = generation_config.Sampling(
+        max_new_tokens=8, temperature=temperature, top_k=20, top_p=0.95
+    )
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, test_train.VOCAB, length).tolist() for length in range(2, 10)]
     with jax.set_mesh(mesh):
-        run = generate.make(graphdef, sampling, eos_ids=(2,))
-        rows = jax.device_put(generate.pad_left(prompts), sharding.rows(len(prompts), mesh))
+        run = continuation.make(graphdef, sampling, eos_ids=(2,))
+        rows = jax.device_put(continuation.pad_left(prompts), sharding.rows(len(prompts), mesh))
         return np.asarray(run(trained, frozen, *rows, jax.random.key(0)))
 
 

@@ -9,10 +9,11 @@ import cli
 import numpy as np
 import pytest
 
-from lora_jax import batches, errors, mixture, sources, tokenizer
+from lora_jax import errors, tokenizer
+from lora_jax.data import batches, mixture, sources
 
-import job_data  # isort: skip (scripts/, which cli puts on the path)
-import train  # isort: skip
+from lora_jax.training import prepare  # isort: skip (scripts/, which cli puts on the path)
+from lora_jax.cli import train  # isort: skip
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def reader():
 def data_of(reader, *flags):
     typed, _ = train.parse(["--model", "m", *map(str, flags)])
     settings = train.resolve(typed)
-    return job_data.Data(settings, job_data.read(settings), reader, 2, 512)
+    return prepare.Data(settings, prepare.read(settings), reader, 2, 512)
 
 
 def test_a_packed_mixture_of_other_kinds_of_rows(files, reader, capsys):

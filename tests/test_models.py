@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import checkpoint, errors
+from lora_jax import errors
+from lora_jax.checkpoints import loader
 from lora_jax.models import config as model_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -28,7 +29,7 @@ def golden(name):
 
 @functools.cache
 def split_model(name):
-    return nnx.split(checkpoint.load(GOLDEN / "models" / name, dtype="float32"))
+    return nnx.split(loader.load(GOLDEN / "models" / name, dtype="float32"))
 
 
 def prompts(name):

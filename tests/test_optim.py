@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import config as lora_config
-from lora_jax import errors, optim
+from lora_jax import errors
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
 
 
 def params():
@@ -26,7 +27,7 @@ def params():
 
 def make(num_steps=10, **settings):
     settings = dict(lr=0.1, schedule="constant", warmup=0, clip=0) | settings
-    return optim.make(lora_config.OptimConfig(**settings), num_steps)
+    return adamw.make(optim_config.OptimConfig(**settings), num_steps)
 
 
 def first_update(optimizer, params, gradient):
@@ -52,10 +53,10 @@ def hugging_face(name, step, warmup, num_steps):
 
 
 @pytest.mark.parametrize("warmup", [0, 3, 40])
-@pytest.mark.parametrize("name", lora_config.SCHEDULES)
+@pytest.mark.parametrize("name", optim_config.SCHEDULES)
 def test_schedules_are_hugging_faces(name, warmup):
-    schedule = optim.schedule(
-        lora_config.OptimConfig(lr=0.02, schedule=name, warmup=warmup), num_steps=40
+    schedule = adamw.schedule(
+        optim_config.OptimConfig(lr=0.02, schedule=name, warmup=warmup), num_steps=40
     )
     found = jax.jit(jax.vmap(schedule))(jnp.arange(40))
     expected = [0.02 * hugging_face(name, step, warmup, 40) for step in range(40)]
@@ -64,13 +65,13 @@ def test_schedules_are_hugging_faces(name, warmup):
 
 def test_schedules_stay_at_zero_after_the_end():
     for name in ("linear", "cosine"):
-        config = lora_config.OptimConfig(schedule=name, warmup=0)
-        assert abs(float(optim.schedule(config, 10)(25))) < 1e-9
+        config = optim_config.OptimConfig(schedule=name, warmup=0)
+        assert abs(float(adamw.schedule(config, 10)(25))) < 1e-9
 
 
 def test_warmup_below_one_is_a_share_of_all_steps():
     share, count = (
-        optim.schedule(lora_config.OptimConfig(warmup=warmup), 200) for warmup in (0.05, 10)
+        adamw.schedule(optim_config.OptimConfig(warmup=warmup), 200) for warmup in (0.05, 10)
     )
     np.testing.assert_allclose([share(i) for i in range(20)], [count(i) for i in range(20)])
     assert share(5) == pytest.approx(1e-4)
@@ -78,7 +79,7 @@ def test_warmup_below_one_is_a_share_of_all_steps():
 
 def test_unknown_schedule_is_an_error():
     with pytest.raises(errors.UserError, match=r"(?s)cosine, linear, constant.*polynomial"):
-        lora_config.OptimConfig(schedule="polynomial")
+        optim_config.OptimConfig(schedule="polynomial")
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
@@ -151,7 +152,7 @@ def test_clipping_is_by_the_norm_of_all_gradients_together():
 def test_what_is_neither_a_nor_b_is_frozen_and_has_no_moments():
     tree = params()
     mixed = {**tree, "embed": jnp.ones((100, 8)), "norm": {"weight": jnp.ones(8)}}
-    assert optim.labels(mixed) == {
+    assert adamw.labels(mixed) == {
         "layers": {name: {"lora_A": "A", "lora_B": "B"} for name in ("q_proj", "v_proj")},
         "embed": "frozen",
         "norm": {"weight": "frozen"},
@@ -170,7 +171,7 @@ def test_what_is_neither_a_nor_b_is_frozen_and_has_no_moments():
 
 
 def test_frozen_gradients_do_not_count_in_the_norm_and_integers_are_frozen_too():
-    """As over the variables of a model on a quantised base, with jax.grad's allow_int."""
+    """As over the variables of a model on a quantized base, with jax.grad's allow_int."""
     tree = params()
     mixed = {**tree, "embed": jnp.ones((100, 8)), "packed": jnp.arange(6, dtype=jnp.uint32)}
     integers = np.zeros(6, jax.dtypes.float0)

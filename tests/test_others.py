@@ -16,8 +16,13 @@ import optax
 import pytest
 from flax import nnx
 
-from lora_jax import config as lora_config
-from lora_jax import linen, lora, optim, peft, quant
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import peft
+from lora_jax.lora.linen import adapted as linen
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
+from lora_jax.quant import linear as quant_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 TOKENS = jnp.arange(12).reshape(2, 6) % 7
@@ -136,7 +141,7 @@ def test_their_nnx_model_is_adapted(made, fmt, tmp_path):
     run = nnx.jit(run)
     nnx.update(model, moved(nnx.state(model, nnx.Param)))
     if fmt != "none":
-        quant.quantise_model(model, fmt)
+        quant_linear.quantize_model(model, fmt)
     plain = nnx.clone(model)
     base = run(plain)
     assert np.abs(base).max() > 0.1
@@ -206,7 +211,7 @@ def test_their_linen_gemma_is_adapted(fmt, tmp_path):
         np.testing.assert_array_equal(base, plain(params))
     np.testing.assert_allclose(run(variables), base, rtol=1e-3, atol=1e-3)
 
-    optimizer = optim.make(lora_config.OptimConfig(lr=1e-2, warmup=0), 5)
+    optimizer = adamw.make(optim_config.OptimConfig(lr=1e-2, warmup=0), 5)
 
     @jax.jit
     def step(variables, state):

@@ -14,8 +14,16 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import checkpoint, errors, lora, optim, peft, sharding, train
-from lora_jax import config as lora_config
+from lora_jax import errors
+from lora_jax.checkpoints import loader
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import peft
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 PREFIX = "base_model.model.model.layers."
@@ -28,7 +36,7 @@ RUNS = (
 @functools.cache
 def split_base(name):
     one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    return nnx.split(checkpoint.load(GOLDEN / "models" / name, dtype="float32", mesh=one))
+    return nnx.split(loader.load(GOLDEN / "models" / name, dtype="float32", mesh=one))
 
 
 def base_of(run):
@@ -51,7 +59,9 @@ def arrays(path):
 
 
 def batch_at(batches, step):
-    return train.Batch(*(jnp.asarray(batches[key][step][None]) for key in train.Batch._fields))
+    return train_step.Batch(
+        *(jnp.asarray(batches[key][step][None]) for key in train_step.Batch._fields)
+    )
 
 
 @functools.cache
@@ -86,13 +96,13 @@ def check_gradients(model, config, gradient, golden, tolerance):
 
 
 def gradient_of(model, batch):
-    graphdef, trained, frozen = train.split(model)
+    graphdef, trained, frozen = model_state.split(model)
 
     @jax.jit
     @jax.value_and_grad
     def mean(trained):
         built = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-        total, count = train.loss(built, jax.tree.map(lambda x: x[0], batch))
+        total, count = train_step.loss(built, jax.tree.map(lambda x: x[0], batch))
         return total / count
 
     return mean(trained)
@@ -104,7 +114,7 @@ def run(request):
     name = request.param
     golden = json.loads((GOLDEN / name / "golden.json").read_text())
     c, batches = golden["config"], arrays(f"{name}/batches.npz")
-    config = lora_config.OptimConfig(
+    config = optim_config.OptimConfig(
         lr=c["lr"],
         schedule=c["sched"],
         warmup=c["warmup"],
@@ -113,14 +123,14 @@ def run(request):
         lora_plus_ratio=c.get("lora_plus_ratio", 1),
     )
     model = llama(GOLDEN / name / "init_adapter")
-    graphdef, trained, frozen = train.split(model)
-    optimizer = optim.make(config, c["steps"])
-    step = train.make_step(
-        graphdef, optimizer, optim.schedule(config, c["steps"]), seed=0, remat="none"
+    graphdef, trained, frozen = model_state.split(model)
+    optimizer = adamw.make(config, c["steps"])
+    step = train_step.make_step(
+        graphdef, optimizer, adamw.schedule(config, c["steps"]), seed=0, remat="none"
     )
-    state = train.start(jax.tree.map(jnp.copy, trained), optimizer)
+    state = train_step.start(jax.tree.map(jnp.copy, trained), optimizer)
     metrics = []
-    for state, measured in train.steps(  # noqa: B007, B020
+    for state, measured in train_step.steps(  # noqa: B007, B020
         step, state, frozen, functools.partial(batch_at, batches), c["steps"]
     ):
         metrics.append(measured)
@@ -247,12 +257,10 @@ def test_config_round_trip_keeps_every_setting(tmp_path):
     }
 
 
-def test_adapters_on_a_quantised_base_are_written_the_same(tmp_path):
+def test_adapters_on_a_quantized_base_are_written_the_same(tmp_path):
     """What is saved is A and B alone, so QLoRA's adapter is LoRA's."""
     one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    model = checkpoint.load(
-        GOLDEN / "models" / "llama", dtype="float32", quantisation="int8", mesh=one
-    )
+    model = loader.load(GOLDEN / "models" / "llama", dtype="float32", quantization="int8", mesh=one)
     config = peft.load(model, GOLDEN / FINISHED[0])
     peft.save(tmp_path, model, config, base_model="llama")
     name = "adapter_model.safetensors"
@@ -530,13 +538,15 @@ def test_pissa_trains_as_in_peft(tmp_path):
         rank=4, alpha=8, targets=("q_proj", "down_proj"), init_lora_weights="pissa"
     )
     lora.inject(model, config, rngs=nnx.Rngs(0))
-    graphdef, trained, frozen = train.split(model)
-    how = lora_config.OptimConfig(lr=lr, schedule="constant", warmup=0, clip=0)
-    optimizer = optim.make(how, steps)
-    step = train.make_step(graphdef, optimizer, optim.schedule(how, steps), seed=0, remat="none")
-    state, losses = train.start(jax.tree.map(jnp.copy, trained), optimizer), []
+    graphdef, trained, frozen = model_state.split(model)
+    how = optim_config.OptimConfig(lr=lr, schedule="constant", warmup=0, clip=0)
+    optimizer = adamw.make(how, steps)
+    step = train_step.make_step(
+        graphdef, optimizer, adamw.schedule(how, steps), seed=0, remat="none"
+    )
+    state, losses = train_step.start(jax.tree.map(jnp.copy, trained), optimizer), []
     batches = functools.partial(batch_at, arrays("lora_pissa/batches.npz"))
-    for state, measured in train.steps(step, state, frozen, batches, steps):  # noqa: B007, B020
+    for state, measured in train_step.steps(step, state, frozen, batches, steps):  # noqa: B007, B020
         losses.append(measured["loss"])
     np.testing.assert_allclose(losses, golden["loss_fp32"], atol=1e-4, rtol=0)
 

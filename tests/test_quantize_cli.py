@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 from cli import BASE, refused, run
 
-from lora_jax import formats
+from lora_jax.quant import formats
 
 NUM_LINEARS = 5 * 7
 DOWN = "model.layers.2.mlp.down_proj"
@@ -41,7 +41,7 @@ def test_report_is_what_the_formats_lose(reported):
         weight = jnp.asarray(reader.get_tensor(f"{DOWN}.weight").T)
     assert found["shape"] == [64, 172]
     for fmt in ("int4", "nf4-dq"):
-        packed = formats.quantise(weight, fmt)
+        packed = formats.quantize(weight, fmt)
         assert found["formats"][fmt] == {
             "error": pytest.approx(float(formats.error(weight, packed, fmt)), rel=1e-5),
             "bits_per_weight": pytest.approx(formats.bits_per_weight(packed, 172)),
@@ -145,6 +145,6 @@ def test_what_has_no_effect_is_refused(flags, message):
         ("model__layers__0__up__weight", np.full((4, 8), np.nan, np.float32), "NaN or infinity"),
     ],
 )
-def test_weights_that_cannot_be_quantised_are_refused(tmp_path, name, array, message):
+def test_weights_that_cannot_be_quantized_are_refused(tmp_path, name, array, message):
     folder = write(tmp_path, **{name: array})
     assert message in refused("quantize", "--report", "--model", folder)

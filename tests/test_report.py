@@ -11,8 +11,8 @@ import subprocess
 import cli
 import pytest
 
-import curves  # isort: skip
-import report  # isort: skip (scripts/, which cli puts on the path)
+from lora_jax.training.report import curves  # isort: skip
+from lora_jax.training.report import page as report  # isort: skip (scripts/, which cli puts on the path)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 EVIL = "</pre><script>alert('1')</script><img src=x onerror=alert(2)> & \"\ud800\x00"

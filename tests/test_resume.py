@@ -17,7 +17,8 @@ import pytest
 import safetensors.numpy
 from test_job import at_step, checkpoints, comparable
 
-from lora_jax import evaluate, train
+from lora_jax.optim import step as train_step
+from lora_jax.training import evaluate
 
 SEED, KILLS, MANY = 20, 10, 40
 STEPS = 6
@@ -194,13 +195,13 @@ def test_a_run_json_of_an_earlier_version_is_told(whole, tmp_path):
 
 
 def failing_at(monkeypatch, number, fail):
-    steps = train.steps
+    steps = train_step.steps
 
     def broken(*arguments):
         for state, metrics in steps(*arguments):
             yield state, fail(metrics) if metrics["step"] == number else metrics
 
-    monkeypatch.setattr(train, "steps", broken)
+    monkeypatch.setattr(train_step, "steps", broken)
 
 
 def out_of_memory(_):
@@ -226,7 +227,7 @@ def test_run_json_tells_failures_and_the_run_can_go_on_bit_by_bit(whole, tmp_pat
 
 def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
     folder, losses, seen = tmp_path / "run", iter([9, 3, 1, 2]), {}
-    steps = train.steps
+    steps = train_step.steps
 
     def watched(*arguments):
         for state, metrics in steps(*arguments):
@@ -234,7 +235,7 @@ def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
             seen[metrics["step"]] = np.asarray(layer["lora_B"][0]).T
             yield state, metrics
 
-    monkeypatch.setattr(train, "steps", watched)
+    monkeypatch.setattr(train_step, "steps", watched)
     monkeypatch.setattr(evaluate, "means", lambda *_: {"eval_loss": float(next(losses))})
     ended = cli.run(
         "train", *FLAGS, *rows, "--output-dir", folder, "--eval-every", 2,

@@ -7,7 +7,8 @@ import pathlib
 
 import pytest
 
-from lora_jax import errors, run_folder
+from lora_jax import errors
+from lora_jax.training import run_folder
 
 Usage = collections.namedtuple("Usage", "total used free")
 

@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from lora_jax import errors, sharding
+from lora_jax import errors
+from lora_jax.parallel import mesh as sharding
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 PROJECTION = ("model", "layers", "self_attn", "q_proj")

@@ -11,9 +11,16 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lora_jax import config as lora_config
-from lora_jax import errors, formats, layout, linen, lora, peft, place, quant, sites
+from lora_jax import errors
 from lora_jax.kernels import int4_matmul
+from lora_jax.layers import linear_map
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import peft, site
+from lora_jax.lora.linen import adapted as linen
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import sites
+from lora_jax.quant import formats
+from lora_jax.quant import linear as quant_linear
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "lora_mixed"
 
@@ -38,7 +45,7 @@ EINSUMS = {  # einsum: shapes of x and W, K, N
 @pytest.mark.parametrize("text", EINSUMS)
 def test_a_layout_multiplies_as_its_einsum(text):
     shape_x, shape_w, k, n = EINSUMS[text]
-    how, x, w = layout.parse(text), rand(*shape_x), rand(*shape_w, seed=1)
+    how, x, w = linear_map.parse(text), rand(*shape_x), rand(*shape_w, seed=1)
     matrix = how.matrix(w)
     assert matrix.shape == (*how.lead(shape_w), k, n) and how.sizes(shape_w) == (k, n)
     np.testing.assert_array_equal(how.tensor(matrix, shape_w), w)
@@ -69,7 +76,7 @@ def test_a_layout_multiplies_as_its_einsum(text):
 )
 def test_einsums_that_are_no_matrix_product_are_refused(text, found):
     with pytest.raises(errors.UserError, match=f"(?s){found}.*{text}"):
-        layout.parse(text)
+        linear_map.parse(text)
 
 
 # ------------------------------------------------------------------------- kinds of layers
@@ -120,10 +127,10 @@ def adapted(model, scale=0.3, **settings):
     rng = np.random.default_rng(3)
     moved = jax.tree.map(lambda p: p + scale * rng.normal(size=p.shape).astype(np.float32), state)
     nnx.update(model, moved)
-    for site in sites.find(model):
-        if len(set(ranks := getattr(site.module, "lora_ranks", ()))) > 1:
+    for found in sites.find(model):
+        if len(set(ranks := getattr(found.module, "lora_ranks", ()))) > 1:
             used = (np.arange(max(ranks)) < np.array(ranks)[:, None])[:, None]
-            A, B = lora.factors(site.module)
+            A, B = lora.factors(found.module)
             A.set_value(A[...] * used)
             B.set_value(B[...] * used.mT)
     return settings
@@ -168,12 +175,12 @@ def test_every_kind_is_adapted_merged_saved_and_loaded(use_dora, tmp_path):
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_every_kind_is_adapted_on_a_quantised_base(use_dora):
+def test_every_kind_is_adapted_on_a_quantized_base(use_dora):
     x, plain, model = rand(2, 4, 6), Layers(nnx.Rngs(0)), Layers(nnx.Rngs(0))
-    quant.quantise_model(model, "int4")
+    quant_linear.quantize_model(model, "int4")
     names = ("general", "back", "front", "einsum", "heads")
     layers = [getattr(model, name) for name in names]
-    assert all(isinstance(layer, quant.QuantLayer) for layer in layers)
+    assert all(isinstance(layer, quant_linear.QuantLayer) for layer in layers)
     assert model.heads.bias is not None and "w" not in vars(model.heads)
     for layer, dense, name in ((model.heads, plain.heads, "w"), (model.back, plain.back, "kernel")):
         weight, before = getattr(layer, name), getattr(dense, name)
@@ -192,7 +199,7 @@ def test_every_kind_is_adapted_on_a_quantised_base(use_dora):
     expected = model(x)
     adapter = lora.collect(model, settings)
     again = Layers(nnx.Rngs(0))
-    quant.quantise_model(again, "int4")
+    quant_linear.quantize_model(again, "int4")
     lora.attach(again, adapter)
     np.testing.assert_allclose(again(x), expected, atol=1e-5)
     lora.merge(model)
@@ -200,7 +207,7 @@ def test_every_kind_is_adapted_on_a_quantised_base(use_dora):
     assert nnx.graphdef(model) == nnx.graphdef(plain)
     adapted(model, targets=("back",))
     with pytest.raises(errors.UserError, match="back has an adapter"):
-        quant.quantise_model(model, "int8")
+        quant_linear.quantize_model(model, "int8")
 
 
 def test_the_layer_stays_what_it_was():
@@ -251,11 +258,11 @@ def test_a_vmapped_stack_of_any_kind_has_a_name_for_each_layer(tmp_path):
 
 def test_layers_of_one_shape_are_merged_by_one_program(monkeypatch):
     model = nnx.Dict({f"layer_{i}": nnx.Linear(40, 8, rngs=nnx.Rngs(i)) for i in range(3)})
-    quant.quantise_model(model, "int4")
+    quant_linear.quantize_model(model, "int4")
     adapted(model, targets="all-linear")
-    compiled, dequantise = [], formats.dequantise
+    compiled, dequantize = [], formats.dequantize
     monkeypatch.setattr(
-        formats, "dequantise", lambda *args, **how: compiled.append(how) or dequantise(*args, **how)
+        formats, "dequantize", lambda *args, **how: compiled.append(how) or dequantize(*args, **how)
     )
     lora.merge(model)
     assert len(compiled) == 1 and type(model.layer_2) is nnx.Linear
@@ -278,7 +285,7 @@ def awkward():
         b=nnx.Dict(gate=Gate(rngs), attn=nnx.Dict(q=nnx.Linear(4, 4, rngs=rngs))),
         groups=conv(feature_group_count=2),
         mask=conv(mask=jnp.ones((3, 4, 4))),
-        packed=quant.quantise_linear(nnx.Linear(4, 4, rngs=rngs), "int8"),
+        packed=quant_linear.quantize_linear(nnx.Linear(4, 4, rngs=rngs), "int8"),
     )
 
 
@@ -298,7 +305,7 @@ def awkward():
             dict(rank=2, targets=("a", "packed"), init_lora_weights="pissa"),
             ["packed is in int8"],
         ),
-        (dict(targets=("a",), modules_to_save=("b.attn", "packed")), ["packed is quantised"]),
+        (dict(targets=("a",), modules_to_save=("b.attn", "packed")), ["packed is quantized"]),
         (dict(targets=("a",), parts={"a": (1, -2)}), ["parts (1, -2)"]),
     ],
 )
@@ -523,7 +530,7 @@ def test_pissa_takes_no_more_ranks_than_a_weight_has():
 def test_pissa_of_rounded_weights_is_refused():
     model = nnx.Dict(a=nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
     dense = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
-    quant.quantise_model(model, "int4")
+    quant_linear.quantize_model(model, "int4")
     with pytest.raises(errors.UserError, match=r"(?s)before they were rounded.*int4"):
         lora.inject(model, lora_config.LoRAConfig(targets=("a",), init_lora_weights="pissa"),
                     rngs=nnx.Rngs(0))  # fmt: skip
@@ -551,8 +558,8 @@ def test_dora_is_its_equation_in_training_too(fmt, dropout):
     model = nnx.Dict(a=nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
     model.a.bias.set_value(rand(8, seed=9))
     if fmt != "none":
-        quant.quantise_model(model, fmt)
-        kernel = quant.dequantise_linear(model.a).kernel[...]
+        quant_linear.quantize_model(model, fmt)
+        kernel = quant_linear.dequantize_linear(model.a).kernel[...]
     else:
         kernel = model.a.kernel[...]
     adapted(model, targets=("a",), use_dora=True, dropout=dropout)
@@ -560,7 +567,7 @@ def test_dora_is_its_equation_in_training_too(fmt, dropout):
     x, layer = rand(5, 64), model.a
     dropped = x
     if dropout:
-        dropped = place.dropped(layer.lora_dropout_key[...], dropout, x)
+        dropped = site.dropped(layer.lora_dropout_key[...], dropout, x)
     assert (dropout > 0) == (np.asarray(dropped) == 0).any()
 
     def equation(p):
@@ -585,7 +592,7 @@ def test_dora_is_its_equation_in_training_too(fmt, dropout):
 def test_dora_on_packed_weights_writes_no_dense_one(monkeypatch):
     """Its norm comes from ‖W‖², which is kept, and Aᵀ W, a product with the packed words."""
     model, calls = nnx.Dict(a=nnx.Linear(256, 64, use_bias=False, rngs=nnx.Rngs(0))), []
-    quant.quantise_model(model, "int4")
+    quant_linear.quantize_model(model, "int4")
     adapted(model, targets=("a",), use_dora=True)
     multiply = int4_matmul.int4_matmul
     monkeypatch.setattr(
@@ -593,6 +600,6 @@ def test_dora_on_packed_weights_writes_no_dense_one(monkeypatch):
         "int4_matmul",
         lambda x, *args, **how: calls.append(x.shape) or multiply(x, *args, **how),
     )
-    monkeypatch.setattr(formats, "dequantise", None)
+    monkeypatch.setattr(formats, "dequantize", None)
     model.a(rand(3, 256))
     assert calls == [(3, 256), (2, 256)]

@@ -8,7 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import errors, sharding, snapshot, train
+from lora_jax import errors
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
+from lora_jax.training import snapshots as snapshot
 
 PATH = ("model", "layers", "self_attn", "q_proj")
 
@@ -22,7 +25,7 @@ def state_at(step, mesh, seed=0, size=16):
     }
     for name in reversed(PATH):
         lora = {name: lora}
-    state = train.start(lora, optax.adamw(1e-3))
+    state = train_step.start(lora, optax.adamw(1e-3))
     moments = jax.tree.map(lambda m: m + seed + 1 if m.ndim else m, state.opt_state)
     return sharding.place(state._replace(opt_state=moments, step=jnp.int32(step)), mesh)
 

@@ -1,4 +1,4 @@
-"""Checkpoints that others quantised: their weights bit for bit, on a mesh, and what is refused."""
+"""Checkpoints that others quantized: their weights bit for bit, on a mesh, and what is refused."""
 
 import contextlib
 import functools
@@ -11,29 +11,26 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import quantised_models
+import quantized_models
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import (
-    checkpoint,
-    config,
-    errors,
-    formats,
-    optim,
-    peft,
-    quant,
-    sharding,
-    storage,
-    tensorfiles,
-    train,
-)
+from lora_jax import errors
+from lora_jax.checkpoints import loader, safetensors_files, storage
 from lora_jax.kernels import packed as packing
-from lora_jax.models import quantisation as model_quantisation
+from lora_jax.lora import peft
+from lora_jax.lora.nnx import model_state
+from lora_jax.models import quantization_config as model_quantization
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import formats
+from lora_jax.quant import linear as quant_linear
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODELS = GOLDEN / "models"
-NF4, NF4_DQ = (GOLDEN / "quantised" / f"stories260K-bnb-{fmt}" for fmt in ("nf4", "nf4-dq"))
+NF4, NF4_DQ = (GOLDEN / "quantized" / f"stories260K-bnb-{fmt}" for fmt in ("nf4", "nf4-dq"))
 STEPS = 5
 STATE = "weight.quant_state.bitsandbytes__"
 
@@ -46,17 +43,21 @@ ONE = (1, 1, 1)
 
 
 @functools.cache
-def load(folder, quantisation=None, mesh=ONE):
-    how = {"dtype": "float32", "quantisation": quantisation, "mesh": mesh_of(*mesh)}
-    return checkpoint.load(folder, **how)
+def load(folder, quantization=None, mesh=ONE):
+    how = {"dtype": "float32", "quantization": quantization, "mesh": mesh_of(*mesh)}
+    return loader.load(folder, **how)
 
 
 def dense(model):
     """{module on disk: its weight [K, N]} of every linear layer."""
     found = {}
     for path, node in nnx.iter_graph(model.model.layers):
-        if isinstance(node, nnx.Linear | quant.QuantLinear):
-            linear = quant.dequantise_linear(node) if isinstance(node, quant.QuantLinear) else node
+        if isinstance(node, nnx.Linear | quant_linear.QuantLinear):
+            linear = (
+                quant_linear.dequantize_linear(node)
+                if isinstance(node, quant_linear.QuantLinear)
+                else node
+            )
             for layer, kernel in enumerate(np.asarray(linear.kernel[...])):
                 found[".".join(("model", "layers", str(layer), *path))] = kernel
     return found
@@ -84,8 +85,8 @@ def unpack(how, raw, *dtype):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def dequantise(packed, fmt, rows, dtype):
-    return formats.dequantise(packed, fmt, rows, dtype)
+def dequantize(packed, fmt, rows, dtype):
+    return formats.dequantize(packed, fmt, rows, dtype)
 
 
 # bitsandbytes
@@ -123,8 +124,8 @@ def write_matrix(folder, golden, kind, held_as=np.uint8):
         tensors["m.weight.nested_absmax"] = golden["nested_absmax"]
         tensors["m.weight.nested_quant_map"] = golden["nested_code"]
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    told = model_quantisation.Quantisation("bitsandbytes", kind)
-    stored = tensorfiles.tensors(folder)
+    told = model_quantization.Quantization("bitsandbytes", kind)
+    stored = safetensors_files.tensors(folder)
     return storage.survey(told, {"m": shape[::-1]}, (), stored), set(stored)
 
 
@@ -148,14 +149,14 @@ def test_a_matrix_of_bitsandbytes_is_read_bit_for_bit(tmp_path, case, kind, fmt)
     weight = found.weights["m"]
     raw = weight.read(mesh_of(*ONE), (None, None))
     dtype = jnp.bfloat16 if case.startswith("bf16") else jnp.float32
-    unpacked = unpack(storage.Dequantise(weight.recipe), raw, dtype)
+    unpacked = unpack(storage.Dequantize(weight.recipe), raw, dtype)
     np.testing.assert_array_equal(unpacked.astype(jnp.float32).T, golden["dequant"])
     form = weight.recipe.form
     assert (form.fmt if form else None) == fmt
     if form:
         packed = unpack(storage.Unpack(weight.recipe, 1), raw)
         np.testing.assert_array_equal(
-            dequantise(packed, fmt, golden["dequant"].shape[1], dtype), unpacked
+            dequantize(packed, fmt, golden["dequant"].shape[1], dtype), unpacked
         )
         assert packed.scale.dtype == (jnp.uint8 if fmt.endswith("dq") else jnp.float32)
 
@@ -166,7 +167,7 @@ def test_any_dtype_may_hold_the_bytes(tmp_path, held_as):
     found, _ = write_matrix(tmp_path, golden, "nf4", held_as)
     weight = found.weights["m"]
     raw = weight.read(mesh_of(*ONE), (None, None))
-    unpacked = unpack(storage.Dequantise(weight.recipe), raw, jnp.bfloat16)
+    unpacked = unpack(storage.Dequantize(weight.recipe), raw, jnp.bfloat16)
     np.testing.assert_array_equal(unpacked.astype(jnp.float32).T, golden["dequant"])
 
 
@@ -178,10 +179,10 @@ def test_logits_are_those_of_bitsandbytes_weights():
     np.testing.assert_allclose(found, golden["logits"], atol=2e-4)
     # Blocks of 64 do not fit into its 172 inputs.
     expected = [f"model.layers.{i}.mlp.down_proj" for i in range(5)]
-    assert checkpoint.dense_linears(model) == (expected, 35)
+    assert loader.dense_linears(model) == (expected, 35)
     assert model.model.layers.self_attn.q_proj.fmt == "nf4-dq"
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    assert size == checkpoint.loaded_bytes(NF4_DQ, dtype="float32", quantisation=None)
+    assert size == loader.loaded_bytes(NF4_DQ, dtype="float32", quantization=None)
 
 
 def test_training_follows_pefts_losses_on_bitsandbytes_weights():
@@ -191,18 +192,20 @@ def test_training_follows_pefts_losses_on_bitsandbytes_weights():
         rows = arrays["input_ids"].astype(np.int32)[:STEPS]
     mesh = mesh_of(*ONE)
     with jax.set_mesh(mesh):
-        model = checkpoint.load(NF4, mesh=mesh)
+        model = loader.load(NF4, mesh=mesh)
         peft.load(model, GOLDEN / "qlora_nf4" / "init_adapter", untrained=True)
-        graphdef, *state = train.split(model)
+        graphdef, *state = model_state.split(model)
         trained, frozen = sharding.place(state, mesh)
-        adam = config.OptimConfig(lr=golden["config"]["lr"], schedule="constant", warmup=0, clip=0)
-        optimizer = optim.make(adam, len(rows))
-        step = train.make_step(
-            graphdef, optimizer, optim.schedule(adam, len(rows)), seed=0, remat="full"
+        adam = optim_config.OptimConfig(
+            lr=golden["config"]["lr"], schedule="constant", warmup=0, clip=0
         )
-        state, losses = train.start(trained, optimizer), []
+        optimizer = adamw.make(adam, len(rows))
+        step = train_step.make_step(
+            graphdef, optimizer, adamw.schedule(adam, len(rows)), seed=0, remat="full"
+        )
+        state, losses = train_step.start(trained, optimizer), []
         for ids in rows:
-            batch = train.Batch(ids[None], ids[None], np.ones_like(ids)[None])
+            batch = train_step.Batch(ids[None], ids[None], np.ones_like(ids)[None])
             state, metrics = step(state, frozen, sharding.put(batch, sharding.batch(mesh)))
             losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, golden["losses"][:STEPS], rtol=1e-4)
@@ -226,7 +229,7 @@ def foreign(tmp_path_factory):
 
     @functools.cache
     def written(name):
-        return parent / name, quantised_models.write(parent / name, **FOREIGN[name])
+        return parent / name, quantized_models.write(parent / name, **FOREIGN[name])
 
     return written
 
@@ -238,7 +241,7 @@ def test_weights_are_code_less_zero_times_scale_bit_for_bit(foreign, name):
     assert_same_weights(model, weights)
     packed = model.model.layers.mlp.down_proj.packed
     assert model.model.layers.mlp.down_proj.fmt == "int4"
-    assert checkpoint.dense_linears(model) == ([], 14)
+    assert loader.dense_linears(model) == ([], 14)
     assert (packed.group_bias is None) == ("sym" in name)
     assert (packed.order is None) == ("act-order" not in name)
     assert packed.scale.dtype == jnp.float32
@@ -248,7 +251,7 @@ def test_none_makes_them_dense_and_products_are_the_same(foreign):
     folder, weights = foreign("gptq-act-order")
     model = load(folder, "none")
     assert_same_weights(model, weights)
-    assert len(checkpoint.dense_linears(model)[0]) == 14
+    assert len(loader.dense_linears(model)[0]) == 14
     ids = np.arange(24).reshape(2, 12)
     expected = logits(model, ids)
     np.testing.assert_allclose(logits(load(folder), ids), expected, atol=1e-5 * abs(expected).max())
@@ -257,7 +260,7 @@ def test_none_makes_them_dense_and_products_are_the_same(foreign):
 def test_the_derivative_with_rows_in_act_order(foreign):
     """dx = dy · Wᵀ, in the order of x's features."""
     folder, weights = foreign("gptq-act-order")
-    layer = quant.QuantLinear(
+    layer = quant_linear.QuantLinear(
         packing.layer(load(folder).model.layers.mlp.down_proj.packed, 1),
         nnx.Linear(128, 64, use_bias=False, rngs=nnx.Rngs(0)),
         fmt="int4",
@@ -292,7 +295,7 @@ def test_a_mesh_holds_the_same_model(foreign, name):
 def test_of_bytes_only_a_devices_rows_are_read(tmp_path, monkeypatch):
     golden = golden_matrix("bf16_nf4")
     found, _ = write_matrix(tmp_path, golden, "nf4")
-    asked, opened = [], tensorfiles.opened
+    asked, opened = [], safetensors_files.opened
 
     class Part:
         def __init__(self, part):
@@ -307,13 +310,13 @@ def test_of_bytes_only_a_devices_rows_are_read(tmp_path, monkeypatch):
         with opened(stored) as part:
             yield Part(part) if stored.name == "m.weight" else part
 
-    monkeypatch.setattr(tensorfiles, "opened", contextlib.contextmanager(counting))
+    monkeypatch.setattr(safetensors_files, "opened", contextlib.contextmanager(counting))
     weight = found.weights["m"]
     raw = weight.read(mesh_of(2, 2, 2), ("fsdp", "tensor"))
     columns, rows = golden["dequant"].shape
     half = columns * rows // 4
     assert {*asked} == {(0, half), (half, 2 * half)}
-    unpacked = unpack(storage.Dequantise(weight.recipe), raw, jnp.bfloat16)
+    unpacked = unpack(storage.Dequantize(weight.recipe), raw, jnp.bfloat16)
     np.testing.assert_array_equal(unpacked.astype(jnp.float32).T, golden["dequant"])
 
 
@@ -338,13 +341,13 @@ def test_of_bytes_only_a_devices_rows_are_read(tmp_path, monkeypatch):
         ("int4", "int8", None),
     ],
 )
-def test_quant_of_a_quantised_checkpoint(stored, asked, expected):
-    stored = stored and model_quantisation.Quantisation("gptq", stored)
+def test_quant_of_a_quantized_checkpoint(stored, asked, expected):
+    stored = stored and model_quantization.Quantization("gptq", stored)
     if expected:
-        assert model_quantisation.choose(asked, stored, "folder") == expected
+        assert model_quantization.choose(asked, stored, "folder") == expected
         return
     with pytest.raises(errors.UserError, match=rf"found:\s+--quant {asked}\s.*gptq"):
-        model_quantisation.choose(asked, stored, "folder")
+        model_quantization.choose(asked, stored, "folder")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +370,7 @@ def test_quant_of_a_quantised_checkpoint(stored, asked, expected):
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_by_name(told, message):
     with pytest.raises(errors.UserError, match=r"config\.json") as raised:
-        model_quantisation.parse(told, "config.json")
+        model_quantization.parse(told, "config.json")
     assert message in raised.value.found
 
 
@@ -402,7 +405,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
         tensors["model.norm.weight"] = np.zeros(3, np.float32)
 
     with pytest.raises(errors.UserError) as raised:
-        checkpoint.load(spoilt(tmp_path / "model", change))
+        loader.load(spoilt(tmp_path / "model", change))
     message = str(raised.value)
     for problem in (
         f"{prefix}q_proj.{STATE}nf4 is no JSON",
@@ -420,7 +423,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
 
 
 def test_contradicting_tensors_of_gptq_are_told(tmp_path):
-    quantised_models.write(tmp_path, "gptq")
+    quantized_models.write(tmp_path, "gptq")
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     prefix = "model.layers.0.self_attn."
     tensors[f"{prefix}q_proj.g_idx"] = np.zeros(64, np.int32)
@@ -432,7 +435,7 @@ def test_contradicting_tensors_of_gptq_are_told(tmp_path):
     tensors["model.layers.1.mlp.down_proj.bias"] = np.ones(64, np.float16)
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(errors.UserError) as raised:
-        checkpoint.load(tmp_path)
+        loader.load(tmp_path)
     message = str(raised.value)
     for problem in (
         f"{prefix}q_proj.g_idx does not deal 64 rows out into groups of 32",
@@ -449,14 +452,14 @@ def test_contradicting_tensors_of_gptq_are_told(tmp_path):
 @pytest.mark.parametrize("version", [1, 2])
 def test_symmetric_zero_points_must_be_so(tmp_path, version):
     """Some programs write the zero points of gptq_v2 and do not say so."""
-    quantised_models.write(tmp_path, "gptq", symmetric=True, version=2)
+    quantized_models.write(tmp_path, "gptq", symmetric=True, version=2)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace("gptq_v2", {1: "gptq", 2: "gptq_v2"}[version]))
     if version == 2:
-        checkpoint.load(tmp_path)
+        loader.load(tmp_path)
         return
     with pytest.raises(errors.UserError, match='says sym; they are those of "checkpoint_format"'):
-        checkpoint.load(tmp_path)
+        loader.load(tmp_path)
 
 
 def test_a_layer_that_was_left_dense_makes_its_kind_dense(tmp_path):
@@ -469,16 +472,16 @@ def test_a_layer_that_was_left_dense_makes_its_kind_dense(tmp_path):
             del tensors[key]
         tensors[f"{name}.weight"] = original[f"{name}.weight"]
 
-    model = checkpoint.load(spoilt(tmp_path / "model", change))
-    assert {path.split(".")[-1] for path in checkpoint.dense_linears(model)[0]} == {
+    model = loader.load(spoilt(tmp_path / "model", change))
+    assert {path.split(".")[-1] for path in loader.dense_linears(model)[0]} == {
         "q_proj", "down_proj",
     }  # fmt: skip
     expected = dense(load(NF4)) | {name: original[f"{name}.weight"].T}
     assert_same_weights(model, expected)
 
 
-def test_a_declaration_without_quantised_weights_is_an_error(tmp_path):
+def test_a_declaration_without_quantized_weights_is_an_error(tmp_path):
     shutil.copytree(MODELS / "stories260K", tmp_path / "model")
     shutil.copy(NF4 / "config.json", tmp_path / "model")
     with pytest.raises(errors.UserError, match="says bitsandbytes, but every linear layer"):
-        checkpoint.load(tmp_path / "model")
+        loader.load(tmp_path / "model")

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import test_mixture
 
-from lora_jax import batches, errors, reading, sources, stream
+from lora_jax import errors
+from lora_jax.data import batches, sources, stream
+from lora_jax.data import files as reading
 
 reader = test_mixture.reader
 files = test_mixture.files

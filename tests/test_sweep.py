@@ -8,8 +8,14 @@ import test_mesh
 import test_train
 from flax import nnx
 
-from lora_jax import checkpoint, lora, optim, sharding, sweep, train
-from lora_jax import config as lora_config
+from lora_jax.checkpoints import loader
+from lora_jax.lora import config as lora_config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
+from lora_jax.optim import adamw, sweep
+from lora_jax.optim import config as optim_config
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
 
 STEPS, MESH = 3, "2·2·2"
 
@@ -18,7 +24,7 @@ def member(name, rank, lr):
     """Trains A and B in a stack, and norms in and out of it."""
     how = {"dropout": 0.2, "targets": ("q_proj",), "modules_to_save": ("norm",)}
     adapters = lora_config.LoRAConfig(rank=rank, use_rslora=True, **how)
-    return sweep.Member(name, adapters, lora_config.OptimConfig(lr=lr, weight_decay=0.1, warmup=1))
+    return sweep.Member(name, adapters, optim_config.OptimConfig(lr=lr, weight_decay=0.1, warmup=1))
 
 
 # The second's rank is padded; the third diverges.
@@ -27,12 +33,12 @@ MEMBERS = [member("wide", 4, 0.01), member("narrow", 2, 0.003), member("wild", 4
 
 def parts_of(members, mesh):
     """[(graphdef, lora, frozen)] of the members, each injected into the same base."""
-    how = {"dtype": "float32", "quantisation": "int4", "search": False, "mesh": mesh}
-    model = checkpoint.load(test_train.LLAMA, **how)
+    how = {"dtype": "float32", "quantization": "int4", "search": False, "mesh": mesh}
+    model = loader.load(test_train.LLAMA, **how)
     found = []
     for each in members:
         lora.inject(model, each.lora, rngs=nnx.Rngs(0))
-        graphdef, *parts = train.split(model)
+        graphdef, *parts = model_state.split(model)
         found.append((graphdef, *sharding.place(parts, mesh)))
         lora.strip(model)
     return found
@@ -53,7 +59,7 @@ def swept():
             return jax.device_put(test_mesh.make_batch(index, 2), sharding.batch(mesh))
 
         step = sweep.make_step(graphdef, MEMBERS, STEPS, seed=0, remat="full")
-        run = train.steps(step, state, frozen, batch_at, STEPS)
+        run = train_step.steps(step, state, frozen, batch_at, STEPS)
         return graphdef, [(test_train.saved(state), told) for state, told in run], first, frozen
 
 
@@ -66,10 +72,10 @@ def test_a_member_ends_as_the_adapter_of_a_run_alone():
     _, run, _, _ = swept()
     own = MEMBERS[1]
     ((graphdef, trained, frozen),) = parts_of([own], sharding.make_mesh(test_mesh.MESHES["1·1·1"]))
-    optimizer, schedule = (make(own.optim, STEPS) for make in (optim.make, optim.schedule))
-    step = train.make_step(graphdef, optimizer, schedule, seed=0, remat="full")
-    state = train.start(trained, optimizer)
-    *_, (state, told) = train.steps(
+    optimizer, schedule = (make(own.optim, STEPS) for make in (adamw.make, adamw.schedule))
+    step = train_step.make_step(graphdef, optimizer, schedule, seed=0, remat="full")
+    state = train_step.start(trained, optimizer)
+    *_, (state, told) = train_step.steps(
         step, state, frozen, lambda index: test_mesh.make_batch(index, 2), STEPS
     )
     found, metrics = run[-1]

@@ -2,13 +2,14 @@ import importlib.util
 
 import pytest
 
-from lora_jax import errors, targets
+from lora_jax import errors
+from lora_jax.planning import chips
 
 
 def test_a_name_is_a_chip_and_a_number_of_them():
-    assert targets.parse("tpu:v5e-4") == ("tpu:v5e", 4)
-    assert targets.parse("gpu:h100") == targets.parse("gpu:h100-1") == ("gpu:h100", 1)
-    assert targets.parse("gpu:h100-8").platform == "gpu"
+    assert chips.parse("tpu:v5e-4") == ("tpu:v5e", 4)
+    assert chips.parse("gpu:h100") == chips.parse("gpu:h100-1") == ("gpu:h100", 1)
+    assert chips.parse("gpu:h100-8").platform == "gpu"
 
 
 @pytest.mark.parametrize(
@@ -16,16 +17,16 @@ def test_a_name_is_a_chip_and_a_number_of_them():
 )
 def test_an_unknown_name_lists_those_that_exist(name):
     with pytest.raises(errors.UserError) as caught:
-        targets.parse(name)
+        chips.parse(name)
     message = str(caught.value)
     assert repr(name) in message
-    assert all(chip in message for chip in targets.PEAKS)
+    assert all(chip in message for chip in chips.PEAKS)
     assert "1, 2, 4, 8, 16" in message
 
 
-@pytest.mark.parametrize("chip", targets.PEAKS)
+@pytest.mark.parametrize("chip", chips.PEAKS)
 def test_every_chip_has_peaks_of_the_right_order(chip):
-    flops, bandwidth, memory = targets.parse(chip).peaks
+    flops, bandwidth, memory = chips.parse(chip).peaks
     assert 9e13 < flops < 1e15
     assert 2e11 < bandwidth < 5e12
     assert 1e10 < memory < 2e11
@@ -33,9 +34,9 @@ def test_every_chip_has_peaks_of_the_right_order(chip):
     assert 100 < flops / bandwidth < 1000
 
 
-@pytest.mark.parametrize("platform", targets.COUNTS)
+@pytest.mark.parametrize("platform", chips.COUNTS)
 def test_a_topology_has_as_many_chips_as_its_name_says(platform):
-    for count, topology in targets.COUNTS[platform].items():
+    for count, topology in chips.COUNTS[platform].items():
         product = 1
         for extent in topology.split("x"):
             product *= int(extent)
@@ -46,40 +47,40 @@ def test_a_topology_has_as_many_chips_as_its_name_says(platform):
 def test_a_missing_compiler_is_told_with_what_to_install(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(errors.UserError, match=r'pip install "lora-jax\[aot\]"') as caught:
-        targets.devices(name)
+        chips.devices(name)
     assert name in str(caught.value)
 
 
 def test_every_gpu_has_a_description_for_the_compiler():
-    for chip in targets.PEAKS:
+    for chip in chips.PEAKS:
         if chip.startswith("gpu"):
-            text = targets.target_config(chip)
+            text = chips.target_config(chip)
             assert text.count("{") == text.count("}")
-            assert f"device_memory_size: {targets.PEAKS[chip].memory:.0f}\n" in text
+            assert f"device_memory_size: {chips.PEAKS[chip].memory:.0f}\n" in text
 
 
 def test_devices_of_this_machine_are_named_by_their_number():
-    assert targets.parse("cpu:8") == ("cpu", 8) and targets.parse("cpu:8").peaks is None
-    assert len(targets.devices("cpu:8")) == 8
+    assert chips.parse("cpu:8") == ("cpu", 8) and chips.parse("cpu:8").peaks is None
+    assert len(chips.devices("cpu:8")) == 8
     with pytest.raises(errors.UserError, match="cpu:N"):
-        targets.parse("cpu:0")
+        chips.parse("cpu:0")
 
 
 def test_a_chip_is_known_by_the_kind_that_jax_tells():
-    assert targets.of_kind("gpu", "NVIDIA H100 80GB HBM3", 8) == ("gpu:h100", 8)
+    assert chips.of_kind("gpu", "NVIDIA H100 80GB HBM3", 8) == ("gpu:h100", 8)
     for kinds, chip in (
         (("TPU v5 lite", "TPU v5e"), "tpu:v5e"),
         (("TPU v5", "TPU v5p"), "tpu:v5p"),
         (("TPU v6 lite", "TPU v6e"), "tpu:v6e"),
     ):
-        assert [targets.of_kind("tpu", kind, 4) for kind in kinds] == 2 * [(chip, 4)]
-    assert targets.of_kind("gpu", "NVIDIA T4", 1).peaks is None
+        assert [chips.of_kind("tpu", kind, 4) for kind in kinds] == 2 * [(chip, 4)]
+    assert chips.of_kind("gpu", "NVIDIA T4", 1).peaks is None
 
 
 def test_of_a_gpu_three_quarters_are_used_and_of_a_tpu_all():
     names = ("gpu:rtx4080", "tpu:v5e", "cpu:2")
-    assert [targets.parse(name).usable_bytes for name in names] == [12e9, 16e9, None]
+    assert [chips.parse(name).usable_bytes for name in names] == [12e9, 16e9, None]
 
 
 def test_every_chip_has_an_interconnect():
-    assert targets.INTERCONNECT.keys() == targets.PEAKS.keys()
+    assert chips.INTERCONNECT.keys() == chips.PEAKS.keys()

@@ -13,22 +13,30 @@ import pytest
 import tiny_tokenizer
 from flax import nnx
 
-from lora_jax import batches, checkpoint, data, lora, optim, sharding, tokenizer, train
-from lora_jax import config as lora_config
+from lora_jax import tokenizer
+from lora_jax.checkpoints import loader
+from lora_jax.data import batches, encoding
+from lora_jax.lora import config as lora_config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
 
 LLAMA = pathlib.Path(__file__).parent / "golden" / "models" / "llama"
 VOCAB, ROWS, TOKENS, MICRO_BATCHES = 96, 8, 16, 2
-ADAM = lora_config.OptimConfig(lr=0.01, warmup=0, schedule="constant", weight_decay=0.1)
+ADAM = optim_config.OptimConfig(lr=0.01, warmup=0, schedule="constant", weight_decay=0.1)
 
 
 TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
 
 
-def make_model(mesh=None, quantisation="none", seed=0, **settings):
+def make_model(mesh=None, quantization="none", seed=0, **settings):
     """The tiny LLaMA with adapters whose B is not zero, so that A has a gradient."""
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    how = {"quantisation": quantisation, "search": False, "mesh": mesh}
-    model = checkpoint.load(LLAMA, dtype="float32", **how)
+    how = {"quantization": quantization, "search": False, "mesh": mesh}
+    model = loader.load(LLAMA, dtype="float32", **how)
     config = lora_config.LoRAConfig(**{"rank": 4, "targets": TARGETS, **settings})
     lora.inject(model, config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
@@ -41,28 +49,28 @@ def make_model(mesh=None, quantisation="none", seed=0, **settings):
 
 
 @functools.cache
-def parts(quantisation="none", dropout=0.0):
-    return train.split(make_model(quantisation=quantisation, dropout=dropout))
+def parts(quantization="none", dropout=0.0):
+    return model_state.split(make_model(quantization=quantization, dropout=dropout))
 
 
 def make_step(graphdef, *, seed=0, remat="none", beta=None):
-    return train.make_step(
-        graphdef, optim.make(ADAM, 10), optim.schedule(ADAM, 10), seed=seed, remat=remat, beta=beta
+    return train_step.make_step(
+        graphdef, adamw.make(ADAM, 10), adamw.schedule(ADAM, 10), seed=seed, remat=remat, beta=beta
     )
 
 
-def begin(quantisation="none", dropout=0.0):
+def begin(quantization="none", dropout=0.0):
     """A fresh starting state: a step takes over its state's memory."""
-    _, trained, _ = parts(quantisation, dropout)
-    return train.start(jax.tree.map(jnp.copy, trained), optim.make(ADAM, 10))
+    _, trained, _ = parts(quantization, dropout)
+    return train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(ADAM, 10))
 
 
 @functools.cache
-def compiled(quantisation="none", dropout=0.0, seed=0):
+def compiled(quantization="none", dropout=0.0, seed=0):
     """The step's executable, for batches of the shape that make_batch gives by default."""
-    graphdef, _, frozen = parts(quantisation, dropout)
+    graphdef, _, frozen = parts(quantization, dropout)
     step = make_step(graphdef, seed=seed)
-    return step.lower(begin(quantisation, dropout), frozen, make_batch()).compile()
+    return step.lower(begin(quantization, dropout), frozen, make_batch()).compile()
 
 
 @functools.cache
@@ -73,11 +81,11 @@ def make_batch(index=0, micro_batches=MICRO_BATCHES):
     labels, mask = ids.copy(), np.ones_like(ids)
     for row in range(ROWS):
         prompt, end = rng.integers(1, 2 + row), TOKENS - row // 2
-        labels[row, :prompt] = data.IGNORED
-        labels[row, end:] = data.IGNORED
+        labels[row, :prompt] = encoding.IGNORED
+        labels[row, end:] = encoding.IGNORED
         mask[row, end:] = 0
     with jax.ensure_compile_time_eval():  # it may be asked for first in a traced function
-        return train.Batch(*(jnp.asarray(x.reshape(micro_batches, -1, TOKENS))
+        return train_step.Batch(*(jnp.asarray(x.reshape(micro_batches, -1, TOKENS))
                              for x in (ids, labels, mask)))  # fmt: skip
 
 
@@ -119,7 +127,7 @@ def saved(tree):
 def three_steps():
     """[(state, metrics)] after steps 1 to 3 of one run, on the host."""
     _, _, frozen = parts()
-    run = train.steps(compiled(), begin(), frozen, make_batch, 3)
+    run = train_step.steps(compiled(), begin(), frozen, make_batch, 3)
     return [(saved(state), metrics) for state, metrics in run]
 
 
@@ -132,7 +140,7 @@ def test_loss_is_over_the_labels_that_are_not_ignored():
     @jax.jit
     def both(state, batch):
         model = nnx.merge(graphdef, state)
-        return train.loss(model, batch), model(batch.input_ids, batch.attention_mask)
+        return train_step.loss(model, batch), model(batch.input_ids, batch.attention_mask)
 
     (total, count), logits = both(state, batch)
     expected, expected_count = numpy_loss(logits, batch.labels)
@@ -144,7 +152,7 @@ def test_loss_is_over_the_labels_that_are_not_ignored():
     ids = jnp.where(batch.attention_mask == 1, batch.input_ids, 5)
     (same, _), _ = both(state, batch._replace(input_ids=ids))
     assert abs(float(same - total)) < 1e-5 * expected
-    last = batch.labels.at[0, TOKENS - 1].set(data.IGNORED)
+    last = batch.labels.at[0, TOKENS - 1].set(encoding.IGNORED)
     (less, fewer), _ = both(state, batch._replace(labels=last))
     assert int(fewer) == expected_count - 1 and float(less) < float(total)
 
@@ -172,16 +180,16 @@ def test_batches_come_in_order_and_their_errors_pass_through():
         seen.append(batch)
         return state, {}
 
-    state = train.State(None, None, jnp.asarray(1))
+    state = train_step.State(None, None, jnp.asarray(1))
     with pytest.raises(ValueError, match="row 17"):
-        for _ in train.steps(step, state, train.Frozen(None, None), batch_at, 9):
+        for _ in train_step.steps(step, state, model_state.Frozen(None, None), batch_at, 9):
             pass
     assert seen == [1, 2, 3]
 
 
 def test_training_lowers_the_loss():
     _, _, frozen = parts()
-    run = train.steps(compiled(), begin(), frozen, lambda _: make_batch(), 8)
+    run = train_step.steps(compiled(), begin(), frozen, lambda _: make_batch(), 8)
     losses = [metrics["loss"] for _, metrics in run]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -191,21 +199,21 @@ def test_a_model_whose_padding_is_its_eos_learns_to_stop(tmp_path):
     tok = tokenizer.load(tiny_tokenizer.save(tmp_path, pad_token="</s>"))
     assert tok.pad_token_id == tok.eos_token_id == tiny_tokenizer.EOS
     texts = [{"prompt": "ab" * (n % 3), "completion": "cd" * n + "."} for n in range(ROWS)]
-    encoded = data.encode(datasets.Dataset.from_list(texts), tok, TOKENS, tiny_tokenizer.EOS)
+    encoded = encoding.encode(datasets.Dataset.from_list(texts), tok, TOKENS, tiny_tokenizer.EOS)
     # As few different ids as the model has; their order stays.
     known = np.unique(np.concatenate([ids for ids, _ in encoded.rows]))
     eos = int(np.searchsorted(known, tiny_tokenizer.EOS))
     rows = [(np.searchsorted(known, ids), trained) for ids, trained in encoded.rows]
     arrays = batches.pad(batches.alone(rows), TOKENS)
-    batch = train.Batch(*(jnp.asarray(arrays[name].reshape(MICRO_BATCHES, -1, TOKENS))
-                          for name in train.Batch._fields))  # fmt: skip
+    batch = train_step.Batch(*(jnp.asarray(arrays[name].reshape(MICRO_BATCHES, -1, TOKENS))
+                          for name in train_step.Batch._fields))  # fmt: skip
     assert (batch.labels == eos).sum() == ROWS and not batch.attention_mask[0, 0, -1]
     # Only what ends an answer, so that the loss is −log p(EOS) there.
-    ends = batch._replace(labels=jnp.where(batch.labels == eos, eos, data.IGNORED))
+    ends = batch._replace(labels=jnp.where(batch.labels == eos, eos, encoding.IGNORED))
 
     _, _, frozen = parts()
     _, before = compiled()(begin(), frozen, ends)
-    *_, (state, _) = train.steps(compiled(), begin(), frozen, lambda _: batch, 40)
+    *_, (state, _) = train_step.steps(compiled(), begin(), frozen, lambda _: batch, 40)
     _, after = compiled()(state, frozen, ends)
     assert jnp.exp(-before["loss"]) < 0.01 and jnp.exp(-after["loss"]) > 0.5
 
@@ -214,7 +222,7 @@ def test_accumulated_gradient_is_that_of_one_big_batch():
     """Though the micro-batches have unequal numbers of trained tokens: a mean of means differs."""
     graphdef, _, frozen = parts()
     whole, split = make_batch(micro_batches=1), make_batch()
-    counts = (np.asarray(split.labels)[:, :, 1:] != data.IGNORED).sum(axis=(1, 2))
+    counts = (np.asarray(split.labels)[:, :, 1:] != encoding.IGNORED).sum(axis=(1, 2))
     assert len(set(counts)) == MICRO_BATCHES
     one, metrics_one = make_step(graphdef)(begin(), frozen, whole)
     many, metrics_many = compiled()(begin(), frozen, split)
@@ -231,7 +239,7 @@ def test_the_gradient_is_of_the_mean_over_all_trained_tokens(three_steps):
     @jax.value_and_grad
     def mean(trained):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-        total, count = train.loss(model, one_micro_batch())
+        total, count = train_step.loss(model, one_micro_batch())
         return total / count
 
     value, gradient = mean(trained)
@@ -243,7 +251,7 @@ def test_the_gradient_is_of_the_mean_over_all_trained_tokens(three_steps):
 def test_a_loss_that_is_not_finite_leaves_the_state_but_for_the_count():
     _, _, frozen = parts()
     step, before, state = compiled(), saved(begin()), begin()
-    nothing = make_batch()._replace(labels=jnp.full_like(make_batch().labels, data.IGNORED))
+    nothing = make_batch()._replace(labels=jnp.full_like(make_batch().labels, encoding.IGNORED))
     state, metrics = step(state, frozen, nothing)  # 0 / 0
     assert np.isnan(metrics["loss"])
     assert int(state.step) == 1
@@ -264,7 +272,7 @@ def test_runs_repeat_and_resume_bit_for_bit(dropout):
     step = compiled(dropout=dropout)
 
     def run(state, num_steps=4):
-        done = train.steps(step, state, frozen, make_batch, num_steps)
+        done = train_step.steps(step, state, frozen, make_batch, num_steps)
         return [(saved(state), metrics) for state, metrics in done if metrics.pop("waited") >= 0]
 
     first, again = run(begin(dropout=dropout)), run(begin(dropout=dropout))
@@ -296,8 +304,8 @@ def test_evaluation_has_no_dropout():
     graphdef, trained, frozen = parts(dropout=0.3)
     plain = parts()
     batch = one_micro_batch()
-    total, count = train.make_eval_loss(graphdef)(trained, frozen, batch)
-    expected, expected_count = train.make_eval_loss(plain[0])(trained, plain[2], batch)
+    total, count = train_step.make_eval_loss(graphdef)(trained, frozen, batch)
+    expected, expected_count = train_step.make_eval_loss(plain[0])(trained, plain[2], batch)
     assert count == expected_count
     np.testing.assert_allclose(total["eval_loss"], expected["eval_loss"], rtol=1e-6)
 
@@ -322,7 +330,7 @@ def test_dots_recomputes_fewer_products_than_full():
 
 
 def packed_and_dense_shapes(base):
-    """Of every quantised matrix: the HLO type of its packed words, and of it as floats."""
+    """Of every quantized matrix: the HLO type of its packed words, and of it as floats."""
     layers = base["model"]["layers"]
     for block, modules in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
         for name in modules:
@@ -335,15 +343,15 @@ def packed_and_dense_shapes(base):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_trained_head_takes_some_tokens_at_a_time(dropout, monkeypatch):
     """Five of sixteen; each chunk has a dropout mask of its own."""
-    graphdef, trained, frozen = train.split(make_model(targets=("lm_head",), dropout=dropout))
+    graphdef, trained, frozen = model_state.split(make_model(targets=("lm_head",), dropout=dropout))
     batch = one_micro_batch()
 
     def found(trained):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-        return train.losses(model, batch)
+        return train_step.losses(model, batch)
 
     def value_and_gradient(size):
-        monkeypatch.setattr(train, "HEAD_CHUNK", size)
+        monkeypatch.setattr(train_step, "HEAD_CHUNK", size)
         return jax.jit(jax.value_and_grad(lambda t: found(t).sum())).lower(trained).compile()
 
     chunks = value_and_gradient(5)
@@ -399,9 +407,9 @@ def test_on_a_mesh_arrays_lie_where_the_rules_say():
     """What the step then computes, and communicates, is in test_mesh.py."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
-        _, *parts = train.split(make_model(mesh, "int4"))
+        _, *parts = model_state.split(make_model(mesh, "int4"))
         trained, frozen = sharding.place(parts, mesh)
-        state = train.start(trained, optim.make(ADAM, 10))
+        state = train_step.start(trained, adamw.make(ADAM, 10))
 
     layers = frozen.base["model"]["layers"]
     for module, (axis_in, axis_out) in {

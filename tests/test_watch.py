@@ -13,13 +13,15 @@ import pytest
 import test_plan
 from test_job import at_step
 
-from lora_jax import devices, plan, targets
+from lora_jax.parallel import devices
+from lora_jax.planning import chips
+from lora_jax.planning import memory as planning
 
-import watch  # isort: skip (scripts/, which cli puts on the path)
+from lora_jax.training import monitor  # isort: skip (scripts/, which cli puts on the path)
 
 
 def test_losses_that_stand_out_are_told():
-    spikes = watch.Spikes()
+    spikes = monitor.Spikes()
     told = [spikes.note(2 + 0.1 * (step % 3) + 3 * (step == 40)) for step in range(60)]
     assert [step for step, text in enumerate(told) if text] == [40]
     assert told[40].startswith("loss 5.1, after 2.1 on average")
@@ -30,7 +32,7 @@ def test_losses_that_stand_out_are_told():
     [([3, 2, 1], False), ([1, 2, 1], True), ([3, None, 2, 2], False), ([1, None, None], True)],
 )
 def test_patience_counts_evaluations_without_a_better_loss(losses, spent):
-    patience, endless = watch.Patience(2), watch.Patience(None)
+    patience, endless = monitor.Patience(2), monitor.Patience(None)
     for loss in losses:
         patience.note(loss)
         endless.note(loss)
@@ -38,13 +40,13 @@ def test_patience_counts_evaluations_without_a_better_loss(losses, spent):
 
 
 def test_utilisation_is_what_is_useful_of_the_published_peak():
-    job, target = test_plan.LLAMA_7B, targets.parse("tpu:v5e-4")
-    share = watch.Utilisation(job, target).share(512, 0.5)
-    operations = plan.useful(dataclasses.replace(job, seq_len=512))
+    job, target = test_plan.LLAMA_7B, chips.parse("tpu:v5e-4")
+    share = monitor.Utilisation(job, target).share(512, 0.5)
+    operations = planning.useful(dataclasses.replace(job, seq_len=512))
     assert share == pytest.approx(operations / (0.5 * 4 * 197e12), abs=1e-4)
     base = 6738415616 - 32000 * 4096 - 65 * 4096  # what is multiplied by, of Llama-2-7B
     assert operations == pytest.approx(4 * base * 512, rel=0.05)
-    assert watch.Utilisation(job, targets.parse("cpu:4")).share(512, 0.5) is None
+    assert monitor.Utilisation(job, chips.parse("cpu:4")).share(512, 0.5) is None
 
 
 def test_what_is_compiled_again_for_the_same_shape_is_told():
@@ -52,7 +54,7 @@ def test_what_is_compiled_again_for_the_same_shape_is_told():
         return 2 * x
 
     function, told, took = jax.jit(double), [], []
-    with watch.Compilations() as compilations:
+    with monitor.Compilations() as compilations:
         for number, size in enumerate((4, 4, 6, 4, 6), start=1):
             if number == 5:
                 function.clear_cache()
@@ -90,9 +92,9 @@ def stand_in(monkeypatch):
 
 def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
     told, folder = stand_in(monkeypatch), tmp_path / "run"
-    monkeypatch.setitem(targets.PEAKS, "cpu", targets.Peaks(1e10, 1e11, 1e10))
+    monkeypatch.setitem(chips.PEAKS, "cpu", chips.Peaks(1e10, 1e11, 1e10))
     monkeypatch.setattr(devices, "device_peak_bytes", lambda: 5_670_000_000)
-    compiled = watch.Compilations.EVENT, 7.25
+    compiled = monitor.Compilations.EVENT, 7.25
     at_step(monkeypatch, 3, lambda: jax.monitoring.record_event_duration_secs(
         *compiled, fun_name="jit(step)"))  # fmt: skip
     rows = cli.write_rows(tmp_path / "train.jsonl", 20)
@@ -118,7 +120,7 @@ def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
 
 def test_tensorboard_shows_every_number(tmp_path):
     pytest.importorskip("tensorboardX")
-    dashboard = watch.Dashboard("tensorboard", tmp_path, {}, 0)
+    dashboard = monitor.Dashboard("tensorboard", tmp_path, {}, 0)
     dashboard.log({"step": 1, "loss": 2.5, "grad_norm": 1.0})
     dashboard.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -126,6 +128,6 @@ def test_tensorboard_shows_every_number(tmp_path):
 
 
 def test_a_dashboard_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(monitor.importlib.util, "find_spec", lambda name: None)
     told = cli.refused("train", "--report-to", "tensorboard", "--output-dir", tmp_path / "run")
     assert "pip install tensorboardX" in told and not (tmp_path / "run").exists()

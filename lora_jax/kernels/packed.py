@@ -3,8 +3,8 @@
   q              uint32 [K/8, N]   nibble i of word j is row 8j+i
   scale          [K/G, N]          one per group of G rows: int8, float, or uint8 for nested scales
   column_scale   float32 [1, N]    multiplies every scale of its column
-  group_bias     [K/G, N]          added to every weight of the group: asymmetric quantisation
-  nested_scale   float32 [blocks]  of uint8 scales ("double quantisation"), 256 scales a block in
+  group_bias     [K/G, N]          added to every weight of the group: asymmetric quantization
+  nested_scale   float32 [blocks]  of uint8 scales ("double quantization"), 256 scales a block in
   nested_offset  float32 [1]       the order of [N, K/G], as bitsandbytes stores them
   order          int32 [K]         row k of the above multiplies feature order[k] of x: GPTQ's
                                    act-order, whose groups gather rows from anywhere
@@ -44,7 +44,7 @@ NESTED_BLOCK = 256
 
 
 class Packed(NamedTuple):
-    """A quantised weight; int8 has q int8 [K, N] and a column_scale, 4-bit formats as above."""
+    """A quantized weight; int8 has q int8 [K, N] and a column_scale, 4-bit formats as above."""
 
     q: UInt32[Array, "*L words N"] | Int8[Array, "*L K N"]
     scale: Num[Array, "*L groups N"] | None = None
@@ -83,7 +83,7 @@ def nibbles(q: UInt32[Array, "words N"]) -> Int32[Array, "words 8 N"]:
     return lax.bitcast_convert_type(q[:, None] << shift, jnp.int32) >> 28
 
 
-def dequantise(
+def dequantize(
     packed: Packed, codes: str = "int4", dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "K N"]:
     """w = code(q) · scale · column_scale + group_bias in float32, rounded once to dtype.
@@ -107,7 +107,7 @@ def dequantise(
 
 
 def dynamic_map() -> np.ndarray:
-    """The 256 values that a uint8 nested scale stands for, ascending: 8-bit dynamic quantisation.
+    """The 256 values that a uint8 nested scale stands for, ascending: 8-bit dynamic quantization.
 
     float32 [256], equal to bitsandbytes' table bit for bit.
     Source: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861, §2.2.

@@ -6,7 +6,9 @@ import pathlib
 from typing import Any
 
 from lora_jax import errors
-from lora_jax.models import quantisation as model_quantisation
+from lora_jax.models import quantization_config as model_quantization
+
+REMAT = ("full", "dots", "none")  # what the backward pass recomputes: all, all but dots, nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class LlamaConfig:
 
     Hugging Face's field names. `qkv_bias`, `o_bias`, `qk_norm` and `sliding_windows` (one entry a
     layer, None = full attention) say what the model types differ in. `dtype` is the checkpoint's,
-    with float16 read as bfloat16 (same size, and no overflow in training). `quantisation` says how
+    with float16 read as bfloat16 (same size, and no overflow in training). `quantization` says how
     the checkpoint stores its linear layers (None: dense).
     """
 
@@ -55,7 +57,7 @@ class LlamaConfig:
     rope: RopeConfig = RopeConfig()
     initializer_range: float = 0.02
     dtype: str = "float32"
-    quantisation: model_quantisation.Quantisation | None = None
+    quantization: model_quantization.Quantization | None = None
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -196,7 +198,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         rope=rope,
         initializer_range=raw.get("initializer_range", 0.02),
         dtype=_dtype(raw, where),
-        quantisation=model_quantisation.parse(stored, where)
+        quantization=model_quantization.parse(stored, where)
         if (stored := raw.get("quantization_config"))
         else None,
     )

@@ -3,7 +3,7 @@
 Axes: B batch · T query tokens · S key tokens · D hidden · F ffn · N heads · K kv-heads ·
 H head_dim · V vocab · L layers. Names are Hugging Face's. The decoder layers are one module whose
 arrays are stacked [L, …] and run by `lax.scan`, so that compile time does not grow with depth;
-whatever wraps a projection (LoRA, a quantised weight) is scanned with it. On a CPU, which it knows
+whatever wraps a projection (LoRA, a quantized weight) is scanned with it. On a CPU, which it knows
 by the ambient mesh (jax.set_mesh), it unrolls the scan where that is faster.
 """
 
@@ -19,10 +19,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
-from lora_jax import config as lora_config
-from lora_jax import devices, siblings, stacked
-from lora_jax.kernels import attention, embedding, matmul, self_attention, swiglu
+from lora_jax.kernels import attention, embedding, matmul, platform, swiglu
 from lora_jax.kernels import partition as dealing
+from lora_jax.kernels.attention import dense
+from lora_jax.layers import linear_map, projections, registry, stack
 from lora_jax.models import config as model_config
 from lora_jax.models import rope
 
@@ -151,7 +151,7 @@ class LlamaForCausalLM(nnx.Module):
         c = self.config
         shape = (c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim)
         dtype = self.model.embed_tokens.embedding.dtype
-        if devices.on_cpu() and dtype == jnp.bfloat16:
+        if platform.on_cpu() and dtype == jnp.bfloat16:
             dtype = jnp.uint16
         return KVCache(
             k=jnp.zeros(shape, dtype),
@@ -189,7 +189,7 @@ class LlamaModel(nnx.Module):
         c = self.config
         hidden = self.embed_tokens(input_ids)
         cos, sin = rope.cos_sin(positions, c.head_dim, c.rope, c.max_position_embeddings)
-        graphdef, whole, sliced = stacked.split(self.layers)
+        graphdef, whole, sliced = stack.split(self.layers)
         attend = _among(rows, c) if cache is None else _to(cache, input_ids.shape[1], c)
 
         def layer(carry, xs, form=None):
@@ -206,7 +206,7 @@ class LlamaModel(nnx.Module):
         if isinstance(forms, Sequence):  # arrays of their own, which no scan could slice
             for index, form in enumerate(forms):
                 carry, _ = layer(carry, jax.tree.map(lambda a: a[index], xs), form)  # noqa: B023
-        elif remat == "none" and devices.on_cpu():
+        elif remat == "none" and platform.on_cpu():
             # XLA's CPU backend converts the stacks of what a scan keeps to float32 and back, whole.
             each = jax.jit(layer)  # traced once for all layers
             for index in range(c.num_hidden_layers):
@@ -253,14 +253,14 @@ class LlamaAttention(nnx.Module):
 
     def __call__(self, hidden, cos, sin, attend, form):
         heads = (*hidden.shape[:2], -1, self.config.head_dim)
-        qkv = siblings.project(hidden, self.q_proj, self.k_proj, self.v_proj, form=form.qkv)
+        qkv = projections.project(hidden, self.q_proj, self.k_proj, self.v_proj, form=form.qkv)
         q, k, v = (projected.reshape(heads) for projected in qkv)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
         attended, kv = attend(q, k, v, self.partition)
         attended = attended.reshape(*hidden.shape[:2], -1)
-        (attended,) = siblings.project(attended, self.o_proj, form=form.o)
+        (attended,) = projections.project(attended, self.o_proj, form=form.o)
         return attended, kv
 
 
@@ -272,8 +272,8 @@ class LlamaMLP(nnx.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def __call__(self, hidden, form):
-        gate, up = siblings.project(hidden, self.gate_proj, self.up_proj, form=form.gate_up)
-        (down,) = siblings.project(swiglu.swiglu(gate, up), self.down_proj, form=form.down)
+        gate, up = projections.project(hidden, self.gate_proj, self.up_proj, form=form.gate_up)
+        (down,) = projections.project(swiglu.swiglu(gate, up), self.down_proj, form=form.down)
         return down
 
 
@@ -360,7 +360,7 @@ def _among(rows: jax.Array | None, config: model_config.LlamaConfig) -> Callable
 
     def attend(index, kv, q, k, v, partition):
         how = {"windows": windows, "kind": kinds[index], "partition": partition}
-        return self_attention.self_attention(q, k, v, rows, **how), kv
+        return attention.self_attention(q, k, v, rows, **how), kv
 
     return attend
 
@@ -381,7 +381,7 @@ def _to(cache: KVCache, num_tokens: int, config: model_config.LlamaConfig) -> Ca
         k, v = (_as(lax.dynamic_index_in_dim(all_layers, index, keepdims=False), v.dtype)
                 for all_layers in kv)  # fmt: skip
         seen = (distance >= 0) & (distance < widths[kinds[index]])
-        return attention.attention(q, k, v, cache.valid[:, None] & seen[None]), kv
+        return dense.attention(q, k, v, cache.valid[:, None] & seen[None]), kv
 
     return attend
 
@@ -394,11 +394,16 @@ def _windows(config: model_config.LlamaConfig) -> tuple[tuple[int | None, ...], 
 
 
 def _rematerialised(layer, remat: str):
-    if remat not in lora_config.REMAT:
-        raise ValueError(f"expected remat among {lora_config.REMAT}, found {remat!r}")
+    if remat not in model_config.REMAT:
+        raise ValueError(f"expected remat among {model_config.REMAT}, found {remat!r}")
     if remat == "none":
         return layer
     # By name: no policy of JAX's sees into the products' own derivative rules.
     saved = jax.checkpoint_policies.save_only_these_names(matmul.PRODUCT)
     policy = saved if remat == "dots" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+registry.KINDS[Embedding] = registry.Kind(
+    "embedding", lambda layer: linear_map.Embedding(layer.lookup)
+)

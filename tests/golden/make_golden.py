@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = pathlib.Path(__file__).parent
 MODELS = HERE / "models"
-QUANTISED = HERE / "quantised"
+QUANTISED = HERE / "quantized"
 NUM_NEW = 16
 MARGIN = 5e-3  # a greedy choice closer than this is not a fair test of float32
 VOCAB = 96
@@ -647,14 +647,14 @@ def make_bnb(name, double):
         shutil.copy(MODELS / "stories260K" / file, folder)
     with np.load(HERE / "qlora_nf4" / "batches.npz") as arrays:
         ids = arrays["input_ids"][0, :2].astype(np.int32)
-    logits = logits_of(dequantised(name), ids, np.ones_like(ids))
+    logits = logits_of(dequantized(name), ids, np.ones_like(ids))
     positions = np.arange(3, ids.shape[1], 4)  # enough of them
     arrays = {"input_ids": ids, "positions": positions, "logits": logits[:, positions]}
     save_npz(QUANTISED / f"{name}.npz", arrays)
     print(f"{name}: {len(model.state_dict())} tensors, logits std {logits.std():.2f}")
 
 
-def dequantised(name):
+def dequantized(name):
     """The model with dense weights, decoded by bitsandbytes' code in plain torch.
 
     Its library for CPUs is wrong where blocks reach from one row into the next (down_proj here).
@@ -666,15 +666,15 @@ def dequantised(name):
     for key, weight in state.items():
         if f"{key}.absmax" in state:
             parts = {k.removeprefix(f"{key}."): v for k, v in state.items() if f"{key}." in k}
-            quantised = functional.QuantState.from_dict(parts, torch.device("cpu"))
-            absmax = quantised.absmax
-            if quantised.nested:
-                nested = quantised.state2
+            quantized = functional.QuantState.from_dict(parts, torch.device("cpu"))
+            absmax = quantized.absmax
+            if quantized.nested:
+                nested = quantized.state2
                 block = torch.arange(len(absmax)) // nested.blocksize
-                absmax = nested.code[absmax.long()] * nested.absmax[block] + quantised.offset
+                absmax = nested.code[absmax.long()] * nested.absmax[block] + quantized.offset
             weight = torch.ops.bitsandbytes.dequantize_4bit.default._op_dk(
                 torch._C.DispatchKey.CompositeExplicitAutograd,
-                *(weight, absmax, quantised.blocksize, "nf4", quantised.shape, torch.float32),
+                *(weight, absmax, quantized.blocksize, "nf4", quantized.shape, torch.float32),
             )
             dense[key] = weight
         elif not any(key.startswith(f"{other}.") for other in state):
@@ -690,7 +690,7 @@ def make_qlora():
         ids = arrays["input_ids"]
     batches = {"input_ids": ids, "labels": ids, "attention_mask": np.ones_like(ids)}
     settings = dict(lr=0.001, wd=0.0, clip=None, sched="constant", warmup=0)
-    base = dequantised("stories260K-bnb-nf4")
+    base = dequantized("stories260K-bnb-nf4")
     model = peft.PeftModel.from_pretrained(base, folder / "init_adapter", is_trainable=True)
     losses, _, _ = train(model.eval(), batches, settings)
     save_json(folder / "golden.json", dict(config=settings, losses=losses))
@@ -698,7 +698,7 @@ def make_qlora():
 
 
 def make_nf4(source):
-    """A few small matrices as bitsandbytes 0.50.2 quantised them; `source` holds many more."""
+    """A few small matrices as bitsandbytes 0.50.2 quantized them; `source` holds many more."""
     kinds = ("nf4", "nf4_dq", "fp4", "fp4_dq")
     cases = [f"{name}_{kind}" for name in ("bf16", "zeros_block", "ragged") for kind in kinds]
     kept = {}
@@ -707,12 +707,12 @@ def make_nf4(source):
             names = (f"{case}_{key}" for key in NF4_KEYS)
             kept |= {name: arrays[name] for name in names if name in arrays}
             if case.startswith("gauss") or case.endswith("dq"):
-                del kept[f"{case}_W"]  # the same as without, or not to be quantised again
+                del kept[f"{case}_W"]  # the same as without, or not to be quantized again
     save_npz(HERE / "nf4.npz", kept)
 
 
 def make_nf4_dq(seed):
-    """A matrix in NF4 with double quantisation, one block of scales and a third."""
+    """A matrix in NF4 with double quantization, one block of scales and a third."""
     from bitsandbytes import functional
 
     generator = torch.Generator().manual_seed(seed)
@@ -737,7 +737,7 @@ def make_nf4_dq(seed):
         nested_absmax=nested_absmax,
         offset=offset,
         map=table,
-        dequantised_absmax=absmax,
+        dequantized_absmax=absmax,
     )
     save_npz(HERE / "nf4_dq.npz", {name: array.numpy() for name, array in arrays.items()})
 

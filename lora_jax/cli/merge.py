@@ -1,0 +1,146 @@
+"""Fold a LoRA adapter into its base: a Hugging Face folder for programs that know no adapters."""
+
+import contextlib
+import pathlib
+import signal
+import sys
+import time
+from typing import Any
+
+from lora_jax import console, errors, quant
+from lora_jax.cli import arguments
+
+DEFAULTS = {"max_kl": 0.01}
+DESCRIPTION = """\
+Fold a LoRA adapter into its base: a Hugging Face folder for programs that know no adapters.
+
+  merge.py --adapter runs/…/adapter --output-dir merged
+  merge.py --adapter owner/name --model huggyllama/llama-7b --quant int4 --output-dir merged
+"""
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "Once upon a time there was a little girl who lived with her grandmother in the woods.",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
+    "Q: A shop sells 3 apples for 2 dollars. How much do 12 apples cost?\nA:",
+)
+SHOWN = 3  # layers with the largest changes
+
+
+def parse(argv: list[str] | None = None) -> dict[str, Any]:
+    """Every setting: what was typed, else the defaults."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS)
+    flags.group("what to merge")
+    flags.add("--adapter", "PEFT or mlx-lm adapter: folder or hub id; its config names the model",
+              metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--model", "the base: folder or Hugging Face id (default: the one that the adapter "
+              "names)", metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
+    flags.add("--quant", "fold into the base as this format rounds it, for what was trained on "
+              "such a base (default: into the original)",
+              choices=quant.QUANTS[1:], metavar="FORMAT")  # fmt: skip
+    flags.add("--quant-fast", "as in training", action="store_const", const=True)
+    flags.group("result")
+    flags.add("--output-dir", "a new folder", metavar="DIR")
+    flags.add("--prompt", "text to compare merged model and adapter on; may be given again "
+              "(default: four short ones)", action="append")  # fmt: skip
+    flags.add("--max-kl", "write nothing if their predictions differ by more, in nats a token",
+              type=float, metavar="KL")  # fmt: skip
+    return DEFAULTS | flags.typed(argv)
+
+
+def main() -> int:
+    settings = parse()
+    missing = [f"no --{flag.replace('_', '-')}" for flag in ("adapter", "output_dir")
+               if flag not in settings]  # fmt: skip
+    if missing:
+        raise errors.UserError(expected="--adapter and --output-dir", found=missing)
+    if not settings["max_kl"] >= 0:
+        raise errors.UserError(expected="--max-kl of 0 or more", found=f"{settings['max_kl']:g}")
+    arguments.check_quant_fast(settings)
+    into = pathlib.Path(settings["output_dir"])
+    from lora_jax import hub
+    from lora_jax.checkpoints import copy
+    from lora_jax.lora import peft
+
+    copy.refuse_occupied(into)  # before a model is downloaded
+    source = hub.adapter_folder(settings["adapter"])
+    adapter = peft.read(source)
+    name = settings.get("model") or adapter.base_model
+    if not name:
+        raise errors.UserError(
+            expected="a base model that the adapter names", found="none", where=str(source),
+            do="name it with --model",
+        )  # fmt: skip
+    revision = settings.get("revision") or (
+        None if "model" in settings else peft.settings(source).get("revision")
+    )
+    named_by = None if "model" in settings else source
+    folder = hub.model_folder(name, revision, named_by=named_by)
+    merge(folder, adapter, into, settings)
+    return 0
+
+
+def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes the merged model to `into`, unless it predicts otherwise than base and adapter do."""
+    import tqdm
+
+    from lora_jax import tokenizer
+    from lora_jax.checkpoints import copy
+    from lora_jax.checkpoints import merge as merged
+    from lora_jax.training import evaluate
+
+    encoded = tokenizer.encode(tokenizer.load(folder), settings.get("prompt") or list(PROMPTS))
+    how = {"quantization": settings.get("quant"), "search": not settings.get("quant_fast")}
+    start = time.time()
+    expected = predicted(folder, encoded, adapter, settings["adapter"], **how)
+    plan = merged.plan(folder, adapter, **how)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed
+    num_bytes = sum(part.num_bytes for part in plan.parts)
+    bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}
+    with copy.new_folder(into, num_bytes) as written:
+        with contextlib.closing(merged.write(folder, written, plan)) as names:
+            for _ in tqdm.tqdm(names, total=len(plan.parts), **bar):
+                pass
+        found = predicted(written, encoded)
+        same, kl = evaluate.agreement(expected, found)
+        console.say("compared", f"{same:.1%} of {sum(map(len, encoded))} likeliest tokens are the "
+                    f"same, KL {kl:.1e} nats a token (at most {settings['max_kl']:g})")  # fmt: skip
+        if not kl <= settings["max_kl"]:
+            raise errors.UserError(
+                expected=f"a merged model that predicts as base and adapter do, within "
+                f"{settings['max_kl']:g} nats a token",
+                found=f"{kl:.3g}",
+                where=str(settings["adapter"]),
+                do="look at the adapter, whose change the base's dtype cannot hold; or raise "
+                "--max-kl",
+            )
+    console.say("wrote", f"{into}: {console.size(num_bytes)} in {time.time() - start:.1f} s")
+    print(f"\nto use it:\n  {console.command('generate.py')} --model {console.quoted(str(into))} …")
+
+
+def predicted(
+    folder: pathlib.Path, encoded: list[list[int]], adapter=None, name: str = "", **how: Any
+) -> list:
+    """Log-probabilities [T, V] of each text, by the model in `folder`, with the adapter if any.
+
+    name: of the adapter.
+    """
+    import jax
+
+    from lora_jax.checkpoints import loader
+    from lora_jax.lora.nnx import inject as lora
+    from lora_jax.parallel import devices
+    from lora_jax.parallel import mesh as sharding
+    from lora_jax.training import evaluate
+
+    devices.keep_freed_memory()
+    devices.keep_compiled()
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+    with jax.set_mesh(mesh):
+        model = loader.load(folder, mesh=mesh, **how)
+        if adapter is not None:
+            lora.attach(model, adapter, where=name)
+            changes = sorted(lora.effects(model).items(), key=lambda item: -item[1])
+            told = ", ".join(f"{name} {ratio:.1%}" for name, ratio in changes[:SHOWN])
+            console.say("adapter", f"{len(changes)} layers; changed most: {told}")
+        return evaluate.log_probabilities(model, encoded)

@@ -1,0 +1,326 @@
+"""Say whether a train.py job fits, what it computes and communicates, without weights or devices.
+
+The same as train.py --plan: all flags are train.py's.
+"""
+
+import dataclasses
+import inspect
+import json
+import signal
+import sys
+from typing import Any
+
+from lora_jax import console, errors, hub
+from lora_jax.cli import train
+from lora_jax.generation import config as generation_config
+from lora_jax.lora import config
+from lora_jax.optim import config as optim_config
+from lora_jax.training import members
+from lora_jax.training import settings as training_settings
+
+FLAGS = ("plan", "target", "hbm", "no_compile", "json")
+_PROCESSES = ("coordinator", "num_processes", "process_id")
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+def num_bytes(text: str) -> int:
+    """17179869184 from "16GiB", 16000000000 from "16GB". Raises: UserError for anything else."""
+    number = text.strip().lower().removesuffix("b")
+    unit = number.lstrip("0123456789.")
+    try:
+        size = int(float(number.removesuffix(unit)) * _UNITS[unit.strip()])
+    except (ValueError, KeyError):
+        size = 0
+    if size <= 0:
+        raise errors.UserError(
+            expected="a memory size such as 16GiB or 16GB", found=repr(text), where="--hbm"
+        )
+    return size
+
+
+def run(typed: dict[str, Any]) -> int:
+    """Prints the plan of the job that train.py would run with these flags."""
+    asked = {name: typed.pop(name) for name in FLAGS if name in typed}
+    if pointless := [f"--{name.replace('_', '-')}" for name in _PROCESSES if name in typed]:
+        raise errors.UserError(
+            expected="flags that have an effect",
+            found=[f"{flag} with --plan" for flag in pointless],
+            do="leave them out, and name the devices of all processes with --target",
+        )
+    settings = train.resolve(typed)
+    limit = num_bytes(asked["hbm"]) if "hbm" in asked else None
+    config.build(config.LoRAConfig, settings)  # refused before anything is downloaded
+    config.build(optim_config.OptimConfig, settings)
+    base = hub.config_folder(settings["model"], settings.get("revision"))
+
+    import jax
+
+    from lora_jax.models import config as model_config
+    from lora_jax.parallel import mesh as sharding
+    from lora_jax.planning import chips, programs
+    from lora_jax.planning import memory as planning
+
+    if settings.get("sweep"):
+        count = len(members.parse(settings["sweep"])[1])
+        raise errors.UserError(
+            expected="a job that trains one adapter",
+            found=f"--sweep with {count} of them",
+            do=f"plan without --sweep and with {count} times the --batch-size, "
+            f"{count * settings['batch_size']}: it computes so many rows at a time; A and B, their "
+            f"moments and gradients are there {count} times",
+        )
+    architecture = model_config.load(base)
+    if asked.get("target"):
+        target = chips.parse(asked["target"])
+        host = programs.Host(target.platform, target.chip, target.count, target.usable_bytes)
+    else:
+        host = programs.host()
+        target = chips.of_kind(host.platform, host.kind, host.count)
+    # Shapes alone, from here on: no accelerator is taken.
+    jax.config.update("jax_platforms", "cpu")
+    limit = limit or host.memory
+    context = architecture.max_position_embeddings
+    settings["dtype"] = settings.get("dtype") or architecture.dtype
+    settings["quant"] = training_settings.resolved_quant(settings, architecture, base)
+    settings["seq_len"] = training_settings.sequence_length(settings, context)
+    job = programs.job_of(settings, architecture, _generation(settings, context))
+    one = dict.fromkeys(sharding.AXES, 1)
+    if settings.get("mesh"):
+        sizes = sharding.parse(settings["mesh"], host.count)
+    else:
+        sizes = sharding.default(
+            host.count, planning.base_bytes(planning.resident(job, one, target.chip)), limit
+        )
+    if "batch_size" not in typed:
+        rows = sharding.round_up(job.batch_size, sharding.mesh_of(sizes))
+        job = dataclasses.replace(job, batch_size=rows)
+    there = planning.resident(job, sizes, target.chip)
+    widest, chosen = job, ""  # what is proposed for
+    if job.remat == "auto":
+        remat, needs = planning.choose_remat(job, sizes, target.chip, limit, there)
+        widest = dataclasses.replace(
+            job, remat=model_config.REMAT[0]
+        )  # as auto would for more rows
+        job = dataclasses.replace(job, remat=remat)
+        chosen = "--remat auto is " + console.remat(remat, needs, limit) + "\n" if needs else ""
+    memory = planning.memory(job, sizes, target.chip, there)
+    found: dict[str, Any] = {
+        "model": settings["model"],
+        "job": _settings(job),
+        "target": asked.get("target") or f"{host.count} × {host.kind}",
+        "mesh": sizes,
+        "memory": {**memory._asdict(), "total": memory.total, "generating": memory.generating},
+    }
+    show = (lambda *_: None) if asked.get("json") else _print
+    show(f"plan of {console.near(settings['model'])}: {_flags(job)}")
+    show(f"on {found['target']}, mesh " + console.pairs(sizes) + "\n" + chosen)
+    compiled: programs.Compiled | str = "--no-compile"
+    if not asked.get("no_compile"):
+        compiled = _compiled(job, asked.get("target"), sizes)
+    found["xla"] = compiled if isinstance(compiled, str) else compiled._asdict()
+    need = memory.need(None if isinstance(compiled, str) else compiled.peak_bytes)
+    fits = None if limit is None else need <= limit
+    found |= {"need": need, "limit": limit, "fits": fits}
+    _show_memory(show, memory, compiled)
+    if limit is not None:
+        _show_verdict(show, need, limit, fits, memory, compiled)
+        if target.platform == "gpu" and asked.get("target") and "hbm" not in asked:
+            show(f"  JAX takes {chips.GPU_SHARE:.0%} of a GPU's memory, unless")
+            show("  XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: then plan with --hbm")
+    found |= _show_operations(show, planning, job, sizes, there, target, compiled)
+    if limit is not None:
+        found |= _show_proposals(
+            show, planning, widest, sizes, target.chip, limit, there, fits, asked
+        )
+    if asked.get("json"):
+        print(json.dumps(found, indent=2))
+    return 0
+
+
+def _print(text: str) -> None:
+    print(text)
+    sys.stdout.flush()
+
+
+def _settings(job) -> dict[str, Any]:
+    names = ("dtype", "quant", "remat", "batch_size", "grad_accum", "seq_len", "generation", "beta")
+    return {name: getattr(job, name) for name in names} | {"rank": job.lora.rank}
+
+
+def _flags(job) -> str:
+    return (f"--quant {job.quant} --dtype {job.dtype} --rank {job.lora.rank} --remat {job.remat} "
+            f"--batch-size {job.batch_size} --grad-accum {job.grad_accum} "
+            f"--seq-len {job.seq_len}" + (" --dpo" if job.beta else ""))  # fmt: skip
+
+
+def _generation(settings: dict[str, Any], context: int) -> tuple[int, int, int] | None:
+    """(rows, prompt tokens, new tokens), at most: without a tokenizer a byte may be a token.
+
+    Held-out prompts and answers are taken to be as long as a row.
+    """
+    from lora_jax.generation import continuation
+
+    at_a_time = inspect.signature(continuation.continuations).parameters["batch_size"].default
+    prompts = settings.get("prompt") or []
+    asked = []
+    if prompts:
+        longest = max(len(text.encode()) for text in prompts) + 1  # and BOS
+        new = settings["max_new_tokens"]
+        continuation.check_length(
+            1, generation_config.Sampling(new), context
+        )  # no prompt has fewer tokens
+        length = min(-(-longest // 16) * 16, context - new)
+        asked.append((min(len(prompts), at_a_time), length, new))
+    if settings["exact_match"]:
+        asked.append((min(settings["exact_match"], at_a_time), settings["seq_len"], 0))
+    return max(asked, key=lambda each: each[0] * (each[1] + each[2]), default=None)
+
+
+def _compiled(job, target: str | None, sizes: dict[str, int]):
+    from lora_jax.planning import chips, programs
+
+    if target is not None:
+        try:
+            chips.check(target)
+        except errors.UserError as error:
+            parts = [line.split(":", 1)[1].strip() for line in str(error).strip().splitlines()]
+            return "wanted " + "; ".join(parts)
+    # The compiler's process ends with this one: subprocess.run sees to it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return programs.compiled(job, target, sizes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _row(name: str, size: int | str, note: str = "") -> str:
+    shown = size if isinstance(size, str) else console.size(size)
+    return f"  {name:<38}{shown:>10}  {note}".rstrip()
+
+
+def _show_memory(show, memory, compiled) -> None:
+    show("memory of each device, as planned")
+    for name, size in (memory.resident | memory.kept).items():
+        show(_row(name, size))
+    largest = max(memory.work, key=memory.work.get)
+    for name, size in memory.work.items():
+        show(_row(f"work: {name}", size, "" if name == largest else "(not at its peak)"))
+    show(_row("total", memory.total))
+    for name, size in memory.generation.items():
+        show(_row(f"when generating: {name}", size, "(not during a step)"))
+    if isinstance(compiled, str):
+        show(f"\nXLA's own plan: none: {compiled}")
+    else:
+        error = memory.total / compiled.peak_bytes - 1
+        show(f"\nXLA's own plan, compiled in {compiled.seconds:.0f} s")
+        show(_row("peak", compiled.peak_bytes, f"(planned {error:+.1%})"))
+        show(_row("arguments", compiled.argument_bytes))
+        show(_row("temporaries, as they are laid out", compiled.temp_bytes))
+
+
+def _show_verdict(show, need: int, limit: int, fits: bool, memory, compiled) -> None:
+    when = ", when generating" if need == memory.generating else ""
+    verdict = "fits" if fits else "does not fit"
+    show(f"\n{verdict}: {console.size(need)} of {console.size(limit)}{when}")
+    laid_out = 0
+    if not isinstance(compiled, str):
+        laid_out = compiled.argument_bytes + compiled.temp_bytes
+    if fits and limit < laid_out:
+        show(f"  barely: with the gaps between arrays it takes {console.size(laid_out)}")
+
+
+def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[str, Any]:
+    operations = plan.operations(job)
+    useful = plan.useful(job)
+    moved = plan.bytes_moved(job, sizes, there, target.platform)
+    collectives = None if isinstance(compiled, str) else compiled.collectives
+    show("\nan optimizer step, all devices together")
+    for name, flops in operations._asdict().items():
+        show(_row(f"{name}, floating point operations", f"{flops / 1e12:.3g} T"))
+    again = f"({1 - useful / operations.total:.0%} overhead)"
+    show(_row("total", f"{operations.total / 1e12:.4g} T", again))
+    show("each device")
+    show(_row("bytes read and written", moved, "(an estimate)"))
+    for kind, total in (collectives or {}).items():
+        show(_row(f"{kind}, received", total["bytes"], f"({total['count']} times)"))
+    if collectives is not None and not collectives:
+        show(_row("collectives", "none"))
+    found = {
+        "flops": {**operations._asdict(), "total": operations.total, "useful": useful},
+        "bytes_moved": moved,
+    }
+    if target.peaks is None:
+        show("  no published peaks of this device: no floor of the time")
+        return found
+    least = plan.floor(operations.total, moved, collectives, target)
+    tokens = job.batch_size * job.grad_accum * job.length
+    mfu = useful / target.count / target.peaks.flops / least.seconds
+    bound = max(least._fields, key=lambda name: getattr(least, name) or 0)
+    show("\nthe floor: at the published peaks of the chip, which no program reaches")
+    for name, seconds in least._asdict().items():
+        shown = "not known" if seconds is None else f"{seconds:.4g} s"
+        show(_row(f"step, {name} alone", shown))
+    show(_row("step, at least", f"{least.seconds:.4g} s", f"({bound})"))
+    show(_row("tokens/s, at most", f"{tokens / least.seconds:,.0f}"))
+    show(_row("MFU, at most", f"{mfu:.0%}", "(of work done once)"))
+    return found | {
+        "floor": {**least._asdict(), "seconds": least.seconds},
+        "tokens_per_second_at_most": tokens / least.seconds,
+        "mfu_at_most": mfu,
+    }
+
+
+def _show_proposals(
+    show, plan, job, sizes, chip: str, limit: int, there, fits: bool, asked
+) -> dict[str, Any]:
+    """What would fit, and of the one to try whether XLA agrees."""
+    found = plan.propose(job, sizes, chip, limit, there)
+    percent = f"{plan.HEADROOM:.0%}"
+    show(f"\nin {percent} of {console.size(limit)} would fit, all else as asked")
+    names = {
+        "batch_size": "the largest --batch-size",
+        "seq_len": "the longest --seq-len",
+        "remat": "the quickest --remat",
+    }
+    told: dict[str, Any] = {}
+    for field, name in names.items():
+        proposal = getattr(found, field)
+        told[field] = proposal and getattr(proposal, field)
+        size = proposal and plan.memory(proposal, sizes, chip, there).need()
+        value = "nothing" if proposal is None else str(told[field])
+        note = "" if size is None else f"({console.size(size)})"
+        show(_row(name, value, note))
+    tried = found.batch_size or found.remat or found.seq_len
+    answer: dict[str, Any] = {"proposals": told}
+    if not fits:
+        show("to make it fit:")
+        ways = [
+            (flags, found.need()) for flags, found in plan.changes(job, sizes, chip, limit, there)
+        ]
+        for flags, need in ways:
+            show(f"  {flags}  ({console.size(need)})")
+        if not ways:
+            show("  nothing that was tried: a smaller model, or larger devices")
+        answer["changes"] = dict(ways)
+    if tried is not None and tried != job and not asked.get("no_compile"):
+        compiled = _compiled(tried, asked.get("target"), sizes)
+        show(f"\nthe first of these, compiled: {_flags(tried)}")
+        if isinstance(compiled, str):
+            show(f"  XLA has no plan: {compiled}")
+            answer["proposal_xla"] = compiled
+        else:
+            need = plan.memory(tried, sizes, chip, there).need(compiled.peak_bytes)
+            agrees = "agrees: " if need <= limit else "does not agree: "
+            show(f"  XLA {agrees}{console.size(need)} of {console.size(limit)}")
+            answer["proposal_xla"] = compiled._asdict()
+    return answer
+
+
+def main() -> int:
+    typed, resume = train.parse()
+    if resume:
+        raise errors.UserError(
+            expected="the flags of a run", found="--resume", do="give the run's flags instead"
+        )
+    return run(typed)

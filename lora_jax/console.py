@@ -1,0 +1,159 @@
+"""What the scripts print: labelled lines, a progress bar, answers side by side."""
+
+import datetime
+import pathlib
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_jax.parallel import processes
+
+LABEL = 10  # columns
+PLAIN_LINES = 20  # of progress, when there is no terminal to draw a bar on
+
+
+def say(label: str, text: str) -> None:
+    """A line `label     text`, wrapped to the terminal."""
+    import tqdm  # here, for --help not to wait for it
+
+    width = max(40, min(shutil.get_terminal_size().columns, 100))
+    indent = " " * LABEL
+    lines = textwrap.wrap(
+        text, width, initial_indent=f"{label:<{LABEL}}", subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    # Above the progress bar, where there is one.
+    tqdm.tqdm.write("\n".join(lines))
+    sys.stdout.flush()
+
+
+def pairs(settings: Mapping[str, Any]) -> str:
+    """ "name value, name value" """
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def command(script: str) -> str:
+    """How to start another script from here, with the same Python."""
+    python = near(sys.executable)
+    return f"{'python' if python == sys.executable else python} scripts/{script}"
+
+
+def near(path: str) -> str:
+    """`path` as seen from the current folder, if it lies below."""
+    here = pathlib.Path.cwd()
+    return str(pathlib.Path(path).relative_to(here)) if path.startswith(f"{here}/") else path
+
+
+def quoted(text: str) -> str:
+    """`text` for a shell, on one line."""
+    if "\n" not in text:
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
+
+
+def count(number: int) -> str:
+    """Such as 6.74 B."""
+    for unit, power in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
+        if number >= power:
+            return f"{number / power:.3g}{unit}"
+    return str(number)
+
+
+def size(num_bytes: float) -> str:
+    """Such as 3.87 GB (powers of ten)."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= power:
+            return f"{num_bytes / power:.3g} {unit}"
+    return f"{num_bytes} B"
+
+
+def mixture(
+    names: Sequence[str], shares: Sequence[float], sizes: Sequence[int] | None, shown: int
+) -> str:
+    """What `shown` lines of several sources are, and how often each of a source's comes."""
+    parts = [f"{share:.1%} of {near(name)}" for name, share in zip(names, shares, strict=True)]
+    if sizes is not None:
+        seen = [shown * share / size for share, size in zip(shares, sizes, strict=True)]
+        parts = [f"{part}, seen {n:.2g} times" for part, n in zip(parts, seen, strict=True)]
+    return f"{shown} lines: " + "; ".join(parts)
+
+
+def remat(chosen: str, needs: Mapping[str, int], limit: int) -> str:
+    """Which policy --remat auto has chosen for a device, and what others would take."""
+    others = ", ".join(f"{name} {size(need)}" for name, need in needs.items() if name != chosen)
+    text = f"{chosen}: {size(needs[chosen])} of {size(limit)} planned"
+    return f"{text}; {others}" if others else text
+
+
+def evaluation(metrics: Mapping[str, Any], num_scored: int) -> None:
+    """One line with the held-out loss, and the share of answers or pairs that are right."""
+    text = f"step {metrics['step']}: held-out loss {metrics['eval_loss']:.4f}"
+    if "eval_reward_accuracy" in metrics:
+        text += f", {metrics['eval_reward_accuracy']:.1%} of pairs preferred as chosen"
+    if "exact_match" in metrics:
+        right = round(metrics["exact_match"] * num_scored)
+        text += f", exact match {metrics['exact_match']:.1%} ({right} of {num_scored})"
+    say("evaluate", text)
+
+
+class Progress:
+    """A bar with time left, loss, tokens/s, and MFU and memory where they are known; when not on a
+    terminal, a plain line every so many steps, by default about 20 in all."""
+
+    def __init__(self, first: int, num_steps: int, every: int | None):
+        import tqdm
+
+        self._every = every or max(1, num_steps // PLAIN_LINES)
+
+        self._num_steps = num_steps
+        self._since: tuple[int, float] | None = None  # the first step shown: it held the compiling
+        self._plain = not sys.stderr.isatty() or not processes.leads()
+        self._bar = tqdm.tqdm(
+            total=num_steps, initial=first, unit="step", disable=self._plain, dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt}|{bar}| {remaining} left{postfix}",  # in 80 columns
+        )  # fmt: skip
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        shown = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in metrics:
+            shown += f", MFU {metrics['mfu']:.0%}"
+        if "peak_bytes" in metrics:
+            shown += f", {size(metrics['peak_bytes'])}"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if self._plain and (step % self._every == 0 or step in (1, self._num_steps)):
+            if self._since:
+                a_step = (time.time() - self._since[1]) / (step - self._since[0])
+                left = datetime.timedelta(seconds=round(a_step * (self._num_steps - step)))
+                shown += f", {left} left"
+            say("train", f"step {step} of {self._num_steps}: {shown}")
+        self._since = self._since or (step, time.time())
+
+
+def side_by_side(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
+    """For each prompt: what was expected, and the answers before and after training."""
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    column = (width - 3) // 2
+    for old, new in zip(before, after, strict=False):
+        print("\n" + textwrap.fill(old["prompt"].strip(), width))
+        print(f"{'before':<{column}} | after" + ("  ✓" if _right(new) else "  ✗"))
+        left, right = (textwrap.wrap(a["text"].strip(), column) for a in (old, new))
+        for row in range(max(len(left), len(right))):
+            cells = [cell[row] if row < len(cell) else "" for cell in (left, right)]
+            print(f"{cells[0]:<{column}} | {cells[1]}")
+    print()
+
+
+def _right(answer: Mapping[str, str]) -> bool:
+    return answer["text"].strip() == answer["expected"].strip()

@@ -1,0 +1,21 @@
+"""Packages whose names are imported when they are first used, so that importing one is cheap."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def names(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], list[str]]:
+    """(`__getattr__`, `__all__`) of a package.
+
+    where: {name: "module" for a module, or "module:attribute"}, modules as full dotted paths.
+    """
+
+    def get(name: str) -> Any:
+        if name not in where:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, attribute = where[name].partition(":")
+        loaded = importlib.import_module(module)
+        return getattr(loaded, attribute) if attribute else loaded
+
+    return get, sorted(where)

@@ -1,0 +1,91 @@
+"""What LoRA adapts, and how. Imports no jax: `--help` reads these defaults."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lora_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt and how: y = base(x) + scale · B(A(dropout(x))), scale = alpha / rank.
+
+    Args:
+      rank: the inner dimension R of A [d_in, R] and B [R, d_out].
+      alpha: numerator of the scale. It stays 16 whatever the rank, so that a learning rate found
+        at one rank is a fair start at another.
+      dropout: probability of dropping an input of A, in training only.
+      targets: names (`q_proj`: a path that equals it or ends in `.q_proj`), one regex string
+        (full match on the path, e.g. `model.layers.0.self_attn.q_proj`), or "all-linear" (every
+        linear except lm_head). An embedding is adapted where it is named.
+      exclude: paths or names left out, in the same language as a list of targets or a regex.
+      layers: indices of the layers to adapt (PEFT: layers_to_transform); None means all.
+      layers_pattern: name or names before such an index; None: the first number in the path.
+      rank_pattern, alpha_pattern: {regex on the end of the path: value} overrides.
+      parts: {regex on the end of the path: proportions} of a layer whose output is several side by
+        side, such as q, k and v: each positive part gets rank columns of A of its own, a negative
+        one is left as it is. (1, -1, 1) adapts q and v, and (4, -1, 1) with grouped heads.
+      modules_to_save: ends of the names of modules that are trained and saved whole.
+      use_rslora: scale = alpha / √rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+      use_dora: magnitude and direction apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+      init_lora_weights: "default" (B = 0), or "pissa" or "pissa_niter_N": the principal part of the
+        weight, which the base then lacks (Meng et al. 2024, https://arxiv.org/abs/2404.02948).
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3; semantics as in PEFT.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: Sequence[str] | str = ("q_proj", "v_proj")
+    exclude: Sequence[str] | str = ()
+    layers: Sequence[int] | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = "default"
+
+    def __post_init__(self):
+        for name in ("targets", "exclude", "layers", "layers_pattern", "modules_to_save"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        problems = [f"rank {rank}" for rank in (self.rank, *self.rank_pattern.values()) if rank < 1]
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout {self.dropout}")
+        if not self.targets and not self.modules_to_save:
+            problems.append("no targets")
+        if not re.fullmatch(INITS, self.init_lora_weights):
+            problems.append(f"init_lora_weights {self.init_lora_weights}")
+        problems += self._no_expressions()
+        if problems:
+            raise errors.UserError(
+                expected="rank ≥ 1, 0 ≤ dropout < 1, at least one target, init_lora_weights "
+                "default, pissa or pissa_niter_N, and regular expressions where one is read",
+                found=problems,
+                where="the LoRA settings",
+                do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",
+            )
+
+    def _no_expressions(self) -> Iterator[str]:
+        """What is read as a regular expression, and is none."""
+        whole = (text for text in (self.targets, self.exclude) if isinstance(text, str))
+        patterns = {**self.rank_pattern, **self.alpha_pattern, **self.parts}
+        for text in (*whole, *patterns, *self.modules_to_save):
+            try:
+                re.compile(text)
+            except re.error as error:
+                yield f"{text!r}: {error}"
+
+
+INITS = r"default|pissa(_niter_\d+)?"
+
+
+def build(kind: type, settings: Mapping[str, Any]) -> Any:
+    """The dataclass `kind`, each field from the setting of its name."""
+    return kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind)})

@@ -1,0 +1,1 @@
+"""LoRA in Flax NNX models. What users call is in `lora_jax.lora`."""

@@ -1,0 +1,153 @@
+"""Modules of a Flax NNX model that are trained and saved whole: PEFT's modules_to_save."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lora_jax import errors
+from lora_jax.layers import mixin
+from lora_jax.lora import side_by_side
+from lora_jax.lora.nnx import sites
+from lora_jax.lora.nnx.variables import LoRAParam
+from lora_jax.quant import linear as quant_linear
+
+
+class SavedLayer(nnx.Module):
+    """y = copy(x): what a module becomes an instance of as well, whose copy is trained whole.
+
+    The copy is `modules_to_save`, its parameters in float32; it computes with them in the module's
+    own dtypes. The module's parameters stay as they were, for others that use them.
+    """
+
+    lora_members = 0  # see beside.py
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        graphdef, state = nnx.split(self.modules_to_save)
+        own = dict(nnx.to_flat_state(nnx.state(self)))
+        cast = [(path, variable.replace(variable[...].astype(own[path].dtype)))
+                for path, variable in nnx.to_flat_state(state)]  # fmt: skip
+
+        def output(*args):
+            *args, state = args
+            return nnx.merge(graphdef, state)(*args, **kwargs)
+
+        return side_by_side.each(output, self.lora_members, args, nnx.from_flat_state(cast))
+
+    def with_product(self, x: Float[Array, "..."], product: Any) -> jax.Array:
+        """The same: the product is that of the module's own weight, which is of no use here."""
+        return self(x)
+
+
+class Saved(NamedTuple):
+    """A module that is, or is to be, a SavedLayer; a stack of them has its number at `depths`."""
+
+    path: tuple[str | int, ...]
+    module: nnx.Module
+    depths: tuple[int, ...]
+
+    def begin(self, given: Mapping[str, np.ndarray] | None = None) -> None:
+        """Makes a SavedLayer of the module; its copy has the values `given`, or the module's."""
+        copied = nnx.clone(self.module)
+        for path, variable in list(nnx.iter_graph(copied)):
+            if isinstance(variable, nnx.Param):
+                owner = functools.reduce(getattr, path[:-1], copied)
+                setattr(owner, path[-1], LoRAParam(jnp.array(variable[...], jnp.float32)))
+        mixin.become(self.module, SavedLayer)
+        self.module.modules_to_save = copied
+        for name, path, index, variable in self._tensors() if given else ():
+            turn = _turn(self.module, path, given[name].ndim)
+            array = given[name].astype(np.float32).transpose(np.argsort(turn))
+            variable.set_value(variable[...].at[index].set(array))
+
+    def end(self) -> None:
+        """Makes the module again what it was, without its copy."""
+        mixin.leave(self.module, "modules_to_save")
+
+    def merge(self) -> None:
+        """The same, with the values of its copy."""
+        copied = nnx.to_flat_state(nnx.state(self.module.modules_to_save, LoRAParam))
+        self.end()
+        own = dict(nnx.to_flat_state(nnx.state(self.module)))
+        for path, variable in copied:
+            own[path] = own[path].replace(variable[...].astype(own[path].dtype))
+        nnx.update(self.module, nnx.from_flat_state(own.items()))
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of each tensor in PEFT's file."""
+        for name, path, index, variable in self._tensors():
+            shape = jax.eval_shape(lambda v=variable, i=index: v[...][i]).shape
+            yield name, tuple(shape[axis] for axis in _turn(self.module, path, len(shape)))
+
+    def files(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, array) of each tensor in PEFT's file, in the module's own dtype."""
+        own = dict(nnx.to_flat_state(nnx.state(self.module)))
+        for name, path, index, variable in self._tensors():
+            array = np.asarray(variable[...][index].astype(own[path].dtype))
+            yield name, array.transpose(_turn(self.module, path, array.ndim))
+
+    def _tensors(self) -> Iterator[tuple[str, tuple, tuple[int, ...], nnx.Variable]]:
+        """(name in the file, path in the module, index in the stack, variable)."""
+        copied = getattr(self.module, "modules_to_save", self.module)
+        for path, variable in nnx.iter_graph(copied):
+            if isinstance(variable, nnx.Param):
+                weight = path[-1] in ("kernel", "embedding", "scale")
+                leaf = sites.dotted((*path[:-1], "weight" if weight else path[-1]))
+                for index in np.ndindex(*variable.shape[: len(self.depths)]):
+                    name = sites.numbered(self.path, self.depths, index)
+                    yield f"{name}.{leaf}", path, index, variable
+
+
+def find(model: nnx.Module) -> list[Saved]:
+    """The modules of `model` that are saved whole."""
+    depths = _depths(list(sites.find(model)))
+    return [Saved(path, node, depths(path)) for path, node in nnx.iter_graph(model)
+            if isinstance(node, SavedLayer)]  # fmt: skip
+
+
+def choose(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> list[Saved]:
+    """The modules whose paths end in one of `ends`, as PEFT takes modules_to_save.
+
+    found: the model's sites.
+    Raises: UserError for an end that matches nothing, and for quantized modules.
+    """
+    depths, taken, matched, problems = _depths(found), [], set(), []
+    for path, node in sorted(nnx.iter_graph(model), key=lambda item: len(item[0])):
+        named = {end for end in ends if sites.dotted(path).endswith(end)}
+        inside = any(path[: len(outer.path)] == outer.path for outer in taken)
+        if not named or inside or not isinstance(node, nnx.Module):
+            continue
+        matched |= named
+        if any(quant_linear.packed_of(part) for _, part in nnx.iter_graph(node)):
+            problems.append(f"{sites.dotted(path)} is quantized")
+        taken.append(Saved(path, node, depths(path)))
+    problems += [f"{end} matches none" for end in ends if end not in matched]
+    if problems:
+        names = {str(path[-1]) for path, node in nnx.iter_graph(model)
+                 if path and isinstance(node, nnx.Module)}  # fmt: skip
+        raise errors.UserError(
+            expected="modules_to_save that are modules of the model, and not quantized",
+            found=problems,
+            where="modules that exist: " + ", ".join(sorted(names)),
+            do="choose among embeddings, head and norms, and adapt the others",
+        )
+    return taken
+
+
+def _depths(found: list[sites.Site]) -> Callable[[tuple[str | int, ...]], tuple[int, ...]]:
+    """Of a path: where the number of a stack around it stands, by the model's sites."""
+    stacks = {site.path[: site.depths[0]]: site.depths[:1] for site in found if site.depths}
+    return lambda path: next((d for outer, d in stacks.items() if path[: len(outer)] == outer), ())
+
+
+def _turn(module: nnx.Module, path: tuple, ndim: int) -> tuple[int, ...]:
+    """The order of a parameter's axes in a file: torch has outputs first, then inputs."""
+    owner = functools.reduce(getattr, path[:-1], module)
+    if path[-1] == "kernel" and (ndim == 2 or isinstance(owner, nnx.Conv)):
+        return (ndim - 1, ndim - 2, *range(ndim - 2))
+    return tuple(range(ndim))

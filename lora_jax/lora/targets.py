@@ -1,0 +1,218 @@
+"""Which layers a LoRAConfig is for, with what rank and scaling: PEFT's rules on dotted paths."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lora_jax import errors
+from lora_jax.lora import config as lora_config
+
+
+class Choice(NamedTuple):
+    """How a layer is adapted: rank R of A and B, and the scaling of their product.
+
+    kept: the columns [start, stop) of the layer's output that are adapted, None for all; each range
+    has a rank of its own, and R is their sum.
+    """
+
+    rank: int
+    scaling: float
+    kept: tuple[tuple[int, int], ...] | None = None
+
+
+class Candidate(NamedTuple):
+    """A layer that could be adapted: its kind (see adapter.Factors) and number of outputs.
+
+    problem: why it cannot be adapted after all, said of its path; a module of no known kind has one
+    and the kind "".
+    """
+
+    kind: str
+    width: int
+    problem: str = ""
+
+
+def select(
+    candidates: Mapping[str, Candidate], config: lora_config.LoRAConfig, *, strict: bool = True
+) -> dict[str, Choice]:
+    """{path: how to adapt it} of the layers that `config` targets among the candidates, by path.
+
+    strict: a setting that matches nothing is an error. Other programs write such settings.
+    Raises: UserError that lists all that matches nothing, with the names that exist, and all that
+    is targeted and cannot be adapted.
+    """
+    taken = [p for p, c in candidates.items() if c.kind == "linear" or config.targets != ALL_LINEAR]
+    chosen = [path for path in taken if is_chosen(path, config)]
+    unmatched = list(_unmatched(taken, config)) if strict else []
+    refused = [f"{path} {candidates[path].problem}" for path in chosen if candidates[path].problem]
+    if strict and config.targets != ALL_LINEAR:
+        refused += [f"{path} is no layer itself" for path in _around(candidates, chosen, config)]
+    if unmatched or refused:
+        names = {p.split(".")[-1] for p, own in candidates.items() if not own.problem}
+        do = f'choose among these, or use "{ALL_LINEAR}"'
+        more = "; exclude what cannot be adapted, or register its class with the einsum it computes"
+        # Of many layers those once that differ in their number.
+        alike = dict.fromkeys(re.sub(r"\.\d+\b", ".N", line) for line in refused)
+        raise errors.UserError(
+            expected="settings that name layers of the model, which can be adapted",
+            found=[*unmatched, *(refused if len(alike) == len(refused) else alike)],
+            where="names that exist: " + ", ".join(sorted(names)),
+            do=do + (more if refused else ""),
+        )
+    return {path: choice(path, candidates[path].width, config) for path in chosen}
+
+
+ALL_LINEAR = "all-linear"
+
+
+def is_chosen(path: str, config: lora_config.LoRAConfig) -> bool:
+    """Whether `config` targets the layer at `path`."""
+    if matches(path, config.exclude) or saves(path, config):
+        return False
+    if not matches(path, config.targets):
+        return False
+    if config.layers is None:
+        return True
+    if not isinstance(config.targets, str) and path in config.targets:
+        return True  # PEFT takes a path that is given whole in any layer
+    return _layer(path, config.layers_pattern) in config.layers
+
+
+def matches(path: str, targets: Sequence[str] | str) -> bool:
+    """Whether PEFT would take `path` for one of `targets`: see LoRAConfig."""
+    if targets == ALL_LINEAR:
+        return path.split(".")[-1] != "lm_head"
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    layer = re.sub(r"(\.\d+)+$", "", path)  # of which a stack holds several
+    return any(
+        name == target or name.endswith("." + target)
+        for target in targets
+        for name in (path, layer)
+    )
+
+
+def saves(path: str, config: lora_config.LoRAConfig) -> bool:
+    """Whether the module at `path`, or one around it, is one of config.modules_to_save."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save)
+
+
+def scaling(path: str, rank: int, config: lora_config.LoRAConfig) -> float:
+    """alpha / rank of the layer at `path`, or alpha / √rank with rsLoRA."""
+    alpha = _pattern(path, config.alpha_pattern, config.alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def with_ranks(config: lora_config.LoRAConfig, ranks: Mapping[str, int]) -> lora_config.LoRAConfig:
+    """A config of plain LoRA that gives every path the rank in `ranks`, and the scaling it had."""
+    plain = dataclasses.replace(config, parts={}, init_lora_weights="default")
+    if all(rank == _rank(path, config) for path, rank in ranks.items()):
+        return plain
+    settings = {}
+    for path, rank in ranks.items():
+        root = math.sqrt(rank) if config.use_rslora else rank
+        settings[path] = rank, _whole(scaling(path, _rank(path, config), config) * root)
+    (rank, alpha), _ = collections.Counter(settings.values()).most_common(1)[0]
+    others = {re.escape(path): own for path, own in settings.items() if own != (rank, alpha)}
+    return dataclasses.replace(
+        plain,
+        rank=rank,
+        alpha=alpha,
+        rank_pattern={path: own[0] for path, own in others.items()},
+        alpha_pattern={path: own[1] for path, own in others.items()},
+    )
+
+
+def _whole(number: float) -> float:
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
+
+
+def saves_base(path: str, config: lora_config.LoRAConfig) -> bool:
+    """Whether PEFT puts the base weight of the adapted layer at `path` into the adapter's file.
+
+    It does so for embeddings and a head that are targeted by name.
+    """
+    names = ("embed_tokens", "lm_head")
+    if path.split(".")[-1] not in names:
+        return False
+    if isinstance(config.targets, str):
+        return config.targets != ALL_LINEAR and re.fullmatch(config.targets, path) is not None
+    return any(name in config.targets for name in names)
+
+
+def _rank(path: str, config: lora_config.LoRAConfig) -> int:
+    return _pattern(path, config.rank_pattern, config.rank)
+
+
+def choice(path: str, width: int, config: lora_config.LoRAConfig) -> Choice:
+    """How the layer at `path`, with so many outputs, is adapted if it is chosen."""
+    rank = _rank(path, config)
+    parts = _pattern(path, config.parts, None)
+    if parts is None:
+        return Choice(rank, scaling(path, rank, config))
+    unit, rest = divmod(width, sum(map(abs, parts)))
+    if rest or not any(part > 0 for part in parts):
+        raise errors.UserError(
+            expected=f"parts that divide the {width} outputs, at least one of them adapted",
+            found=f"parts {parts}",
+            where=path,
+            do="such as (1, -1, 1) for q and v of a layer that makes q, k and v",
+        )
+    ends = [unit * sum(map(abs, parts[:i])) for i in range(len(parts) + 1)]
+    kept = tuple((ends[i], ends[i + 1]) for i, part in enumerate(parts) if part > 0)
+    return Choice(rank * len(kept), scaling(path, rank, config), kept)
+
+
+def _unmatched(paths: list[str], config: lora_config.LoRAConfig):
+    def each(names):
+        return [names] if isinstance(names, str) else [(name,) for name in names]
+
+    for target in each(config.targets):
+        if not any(is_chosen(p, config) and matches(p, target) for p in paths):
+            yield f"target {_shown(target)} matches none"
+    for name in each(config.exclude):
+        if not any(matches(path, name) for path in paths):
+            yield f"exclude {_shown(name)} matches none"
+    present = {_layer(path, config.layers_pattern) for path in paths}
+    for layer in config.layers or ():
+        if layer not in present:
+            yield f"layer {layer} does not exist"
+    for pattern in {**config.rank_pattern, **config.alpha_pattern, **config.parts}:
+        if not any(_is_pattern_of(pattern, path) for path in paths):
+            yield f"pattern {pattern!r} matches none"
+
+
+def _around(candidates: Iterable[str], chosen: Iterable[str], config: lora_config.LoRAConfig):
+    """The modules that are targeted, but are no layers, and hold none that is chosen."""
+    idle = _outer(candidates) - _outer(chosen) - set(candidates)
+    return (path for path in sorted(idle) if is_chosen(path, config))
+
+
+def _outer(paths: Iterable[str]) -> set[str]:
+    """The paths around these."""
+    split = [path.split(".") for path in paths]
+    return {".".join(parts[:n]) for parts in split for n in range(1, len(parts))}
+
+
+def _layer(path: str, layers_pattern: Sequence[str] | str | None) -> int | None:
+    """The first number in the path; with a pattern, the one right behind it."""
+    if not layers_pattern:
+        return next((int(part) for part in path.split(".") if part.isdigit()), None)
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path) for pattern in patterns)
+    return next((int(match[1]) for match in found if match), None)
+
+
+def _pattern(path: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    return next((v for pattern, v in patterns.items() if _is_pattern_of(pattern, path)), default)
+
+
+def _is_pattern_of(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _shown(target: str | Sequence[str]) -> str:
+    return repr(target) if isinstance(target, str) else ", ".join(map(repr, target))

@@ -1,0 +1,91 @@
+"""AdamW for what LoRA trains, with the learning-rate schedules of Hugging Face."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.optim import config as optim_config
+
+
+def schedule(
+    config: optim_config.OptimConfig, num_steps: int, *, peak: jax.Array | None = None
+) -> optax.Schedule:
+    """Learning rate at a step (from 0): a linear warmup from 0, then the decay to 0 at num_steps.
+
+    Equals transformers' get_{cosine,linear,constant}_schedule_with_warmup, so with a warmup the
+    first step has lr 0. peak: instead of config.lr, for a program of several learning rates.
+    """
+    highest = config.lr if peak is None else peak
+    warmup = config.warmup if config.warmup >= 1 else round(config.warmup * num_steps)
+
+    def lr(step):
+        progress = jnp.clip((step - warmup) / max(1, num_steps - warmup), 0, 1)
+        decay = {
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            "linear": 1 - progress,
+            "constant": 1.0,
+        }[config.schedule]
+        return highest * jnp.where(step < warmup, step / max(1, warmup), decay)
+
+    return lr
+
+
+def make(
+    config: optim_config.OptimConfig, num_steps: int, *, peak: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW in the groups that `labels` gives. peak: see schedule.
+
+    The learning rate of B and of magnitudes is lora_plus_ratio × that of the rest, as in PEFT. In a
+    mixed tree whatever is not trained is frozen: zero update and no moments, and its gradient does
+    not count in the norm.
+    """
+    lr = schedule(config, num_steps, peak=peak)
+
+    def adamw(ratio: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            lambda step: ratio * lr(step),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+
+    groups = {"A": adamw(1.0), "B": adamw(config.lora_plus_ratio), "frozen": frozen()}
+    # Clipping stands outside the partition: inside, each group would be clipped by its own norm.
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(optax.masked(clip, _trained), optax.partition(groups, labels))
+
+
+def frozen() -> optax.GradientTransformation:
+    """Zero updates, of integers too.
+
+    For packed weights jax.grad (with allow_int) gives a gradient that optax.set_to_zero keeps, and
+    that cannot be added to them.
+    """
+
+    def update(gradient, state, params):
+        return jax.tree.map(jnp.zeros_like, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def labels(params: Any) -> Any:
+    """The group of every leaf, "A", "B" or "frozen", by the names it is stored under.
+
+    "B" are lora_B and magnitudes, "A" all else that is trained: lora_A, the factors of embeddings,
+    modules trained whole.
+    """
+    groups = {"lora_A": "A", "lora_embedding_A": "A", "lora_embedding_B": "A",
+              "modules_to_save": "A", "lora_B": "B", "lora_magnitude_vector": "B"}  # fmt: skip
+
+    def label(path, _):
+        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        return next((groups[name] for name in reversed(names) if name in groups), "frozen")
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _trained(params: Any) -> Any:
+    return jax.tree.map(lambda label: label != "frozen", labels(params))

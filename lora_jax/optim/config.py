@@ -1,0 +1,38 @@
+"""How the adapter is optimized. Imports no jax: `--help` reads these defaults."""
+
+import dataclasses
+
+from lora_jax import errors
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW on A and B: learning rate, schedule, decay and clipping.
+
+    Args:
+      lr: peak learning rate of A (and of B, times lora_plus_ratio).
+      schedule: what follows the warmup: "cosine" or "linear" to zero, or "constant".
+      warmup: warmup steps when ≥ 1, else the share of all steps.
+      weight_decay: decoupled decay (AdamW), on A and B.
+      clip: largest global norm of the gradient; 0 switches clipping off.
+      lora_plus_ratio: lr of B over lr of A (LoRA+, https://arxiv.org/abs/2402.12354).
+      beta1, beta2, eps: AdamW's.
+    """
+
+    lr: float = 2e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    lora_plus_ratio: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise errors.UserError(
+                expected=f"a schedule among {', '.join(SCHEDULES)}", found=repr(self.schedule)
+            )

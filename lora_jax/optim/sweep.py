@@ -1,0 +1,203 @@
+"""Several settings trained in one program: their adapters side by side on one base and its data.
+
+The arrays of all members have a leading axis [S, …]. Each member sees the batches, dropout masks
+and initial values that it would see alone, so it ends as the adapter that a run of its own gives.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lora_jax.kernels import platform
+from lora_jax.lora import config as lora_config
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
+from lora_jax.optim import adamw
+from lora_jax.optim import config as optim_config
+from lora_jax.optim import step as train_step
+
+_OWN = ("lora_scaling", "lora_mask")  # what is not trained, and is each member's own
+_STACK = "layers"  # of a LLaMA: its arrays are [L, …]
+
+
+class Member(NamedTuple):
+    """One of the settings. Members differ in the learning rate, or in the rank."""
+
+    name: str
+    lora: lora_config.LoRAConfig
+    optim: optim_config.OptimConfig
+
+
+class Moments(NamedTuple):
+    """A sweep's State.opt_state.
+
+    lost: for each member the step, from 1, at which its loss or gradient was not finite; 0: never.
+    From there on the member stays as it was before it.
+    """
+
+    moments: Any
+    lost: Int[Array, " S"]
+
+
+def join(parts: Sequence[tuple[Any, model_state.Frozen]]) -> tuple[Any, model_state.Frozen]:
+    """(lora, frozen) of all members from those of each, as train.split gives them on one base.
+
+    Adapters of a smaller rank are padded: with zero rows of B and columns of A, which have no
+    gradient and stay zero. For the graphdef of the largest rank.
+    """
+    trained = jax.tree.map(_stacked, *(trained for trained, _ in parts))
+    first = parts[0][1]
+
+    def own(path, *arrays):
+        return _stacked(*arrays) if _name(path) in _OWN else arrays[0]
+
+    base = jax.tree_util.tree_map_with_path(own, *(frozen.base for _, frozen in parts))
+    return trained, first._replace(base=base)
+
+
+def one(trained: Any, frozen: model_state.Frozen, index: int) -> tuple[Any, model_state.Frozen]:
+    """(lora, frozen) of a member alone, for the graphdef of the largest rank."""
+
+    def own(path, array):
+        return array[index] if _name(path) in _OWN else array
+
+    base = jax.tree_util.tree_map_with_path(own, frozen.base)
+    reference = jax.tree.map(lambda array: array[index], frozen.reference)
+    alone = frozen._replace(base=base, reference=reference)
+    return jax.tree.map(lambda array: array[index], trained), alone
+
+
+def cut(trained: Any, like: Any) -> Any:
+    """A member's arrays without what `join` padded them with. like: arrays of its own shapes."""
+    return jax.tree.map(lambda array, own: array[tuple(map(slice, own.shape))], trained, like)
+
+
+def start(members: Sequence[Member], trained: Any, num_steps: int) -> train_step.State:
+    """The state before step 1. Called eagerly, see train.start."""
+    state = train_step.start(trained, adamw.make(members[0].optim, num_steps))
+    count = len(members)
+    # Of moments the axis is there already; of what counts steps it is not.
+    moments = jax.tree.map(
+        lambda array: array if array.ndim else jnp.zeros(count, array.dtype), state.opt_state
+    )
+    return state._replace(opt_state=Moments(moments, jnp.zeros(count, jnp.int32)))
+
+
+def make_step(
+    graphdef: nnx.GraphDef,
+    members: Sequence[Member],
+    num_steps: int,
+    *,
+    seed: int,
+    remat: str,
+    beta: float | None = None,
+) -> Callable[
+    [train_step.State, model_state.Frozen, train_step.Batch],
+    tuple[train_step.State, dict[str, jax.Array]],
+]:
+    """train.make_step for all members: metrics are "loss/NAME" and so on, and num_tokens.
+
+    graphdef: of the largest rank.
+    """
+    of_model = _sums(graphdef, len(members), beta)
+    peaks = np.array([member.optim.lr for member in members], np.float32)
+
+    def sums(trained, frozen, key, micro_batch, rows):
+        keys = lora.reseed(frozen.dropout_keys, key, jnp.tile(rows, len(members)))
+        found = of_model(trained, frozen, keys, micro_batch, remat)
+        return found.loss.sum(), found  # a member's arrays have a part in its own loss alone
+
+    def step(state: train_step.State, frozen: model_state.Frozen, batch: train_step.Batch):
+        zero = train_step.zero_sums(beta, (len(members),))
+        found, gradient = train_step.add_up(sums, zero, state, frozen, batch, seed)
+        own = functools.partial(_update, members[0].optim, num_steps, state.step)
+        every = state.lora, state.opt_state, peaks, found, gradient
+        trained, moments, metrics = jax.vmap(own)(*every)
+        told = _by_name(metrics, members) | {"num_tokens": (batch.attention_mask != 0).sum()}
+        return train_step.State(trained, moments, state.step + 1), told
+
+    return jax.jit(step, donate_argnums=0, compiler_options=platform.compiler_options())
+
+
+def _update(config, num_steps, number, trained, opt_state, peak, sums, gradient):
+    """One member's (lora, Moments, metrics) after the step."""
+    how = {"num_steps": num_steps, "peak": peak}
+    before = train_step.State(trained, opt_state.moments, number)
+    optimizer, schedule = adamw.make(config, **how), adamw.schedule(config, **how)
+    after, metrics = train_step.update(optimizer, schedule, before, sums, gradient)
+    broken = ~jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
+    lost = jnp.where((opt_state.lost == 0) & broken, number + 1, opt_state.lost)
+    after = jax.tree.map(lambda new, old: jnp.where(lost > 0, old, new), after, before)
+    return after.lora, Moments(after.opt_state, lost), metrics
+
+
+def make_eval_loss(
+    graphdef: nnx.GraphDef, members: Sequence[Member], beta: float | None = None
+) -> Callable:
+    """train.make_eval_loss for all members: sums are "eval_loss/NAME" and so on."""
+    of_model = _sums(graphdef, len(members), beta)
+
+    @functools.partial(jax.jit, compiler_options=platform.compiler_options())
+    def eval_loss(trained, frozen, micro_batch):
+        found = of_model(trained, frozen, None, micro_batch, "none")
+        told = {f"eval_{name}": each for name, each in {"loss": found.loss, **found.told}.items()}
+        return _by_name(told, members), found.count[0]
+
+    return eval_loss
+
+
+def _sums(graphdef: nnx.GraphDef, count: int, beta: float | None) -> Callable[..., train_step.Sums]:
+    """(lora, frozen, dropout keys or None, micro-batch, remat) → train.Sums [S]."""
+
+    def losses(trained, frozen, keys, batch, remat) -> Float[Array, "S B T"]:
+        base = jax.tree_util.tree_map_with_path(
+            lambda path, array: _placed(path, array) if _name(path) in _OWN else array, frozen.base
+        )
+        trained = jax.tree_util.tree_map_with_path(_placed, trained)
+        model = nnx.merge(graphdef, trained, frozen.dropout_keys if keys is None else keys, base)
+        lora.put_beside(model, count)
+        model.eval() if keys is None else model.train()
+        lines = jax.tree.map(lambda array: jnp.tile(array, (count, 1)), batch)
+        return train_step.losses(model, lines, remat=remat).reshape(count, *batch.labels.shape)
+
+    def sums(trained, frozen, keys, batch, remat):
+        before = None
+        if beta is not None:
+            before = losses(frozen.reference, frozen, None, batch, remat)
+            before = jax.lax.stop_gradient(before)
+        now = losses(trained, frozen, keys, batch, remat)
+        return jax.vmap(train_step.objective(beta), (0, 0, None))(now, before, batch)
+
+    return sums
+
+
+def _by_name(metrics: dict[str, jax.Array], members: Sequence[Member]) -> dict[str, jax.Array]:
+    return {
+        f"{name}/{member.name}": values[index]
+        for name, values in metrics.items()
+        for index, member in enumerate(members)
+    }
+
+
+def _stacked(*arrays: jax.Array) -> jax.Array:
+    largest = np.max([array.shape for array in arrays], axis=0)
+    return jnp.stack([
+        jnp.pad(array, [(0, most - size) for size, most in zip(array.shape, largest, strict=True)])
+        for array in arrays
+    ])  # fmt: skip
+
+
+def _placed(path: Any, array: jax.Array) -> jax.Array:
+    """With its axis [S] where lora.put_beside has it: behind the axis of stacked layers."""
+    in_stack = any(getattr(part, "key", None) == _STACK for part in path)
+    return jnp.moveaxis(array, 0, 1) if in_stack else array
+
+
+def _name(path: Any) -> str:
+    return str(getattr(path[-1], "key", ""))

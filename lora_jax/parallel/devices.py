@@ -1,0 +1,194 @@
+"""What JAX computes on, and what to do when that is not what the machine has."""
+
+import contextlib
+import ctypes
+import glob
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+
+from lora_jax import errors
+
+_COMPILED_BYTES = 4 << 30  # of programs that are kept; those used longest ago are dropped
+
+
+def describe() -> str:
+    """Such as "8 × NVIDIA H100 80GB HBM3 (gpu)", with "in 2 processes" where they are many."""
+    found, processes = jax.devices(), jax.process_count()
+    several = f" in {processes} processes" if processes > 1 else ""
+    return f"{len(found)} × {found[0].device_kind} ({found[0].platform}){several}"
+
+
+def unused_accelerator() -> str | None:
+    """What to say when the machine has a GPU or TPU that JAX does not see, else None."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return None
+    if name := nvidia_gpu():
+        installed = [d.name for d in importlib.metadata.distributions(name="jax-cuda13-plugin")]
+        installed += [d.name for d in importlib.metadata.distributions(name="jax-cuda12-plugin")]
+        if installed:
+            return (
+                f"JAX sees only the CPU: {installed[0]} is installed but could not open the "
+                f"{name}. Is it held by another process, or its driver too old? See nvidia-smi"
+            )
+        return (
+            f'JAX sees only the CPU, but there is a {name}: pip install "jax[cuda13]" '
+            '(with a driver older than 580: "jax[cuda12]")'
+        )
+    if has_tpu():
+        return 'JAX sees only the CPU, but there is a TPU: pip install "jax[tpu]"'
+    return None
+
+
+def nvidia_gpu() -> str | None:
+    """Name of the first NVIDIA GPU that the driver lists."""
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+            asked = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+            if asked.returncode == 0 and asked.stdout.strip():
+                return asked.stdout.splitlines()[0]
+    return "NVIDIA GPU" if pathlib.Path("/proc/driver/nvidia/gpus").is_dir() else None
+
+
+def has_tpu() -> bool:
+    """Whether a TPU's device files are there (Google's PCI vendor id is 0x1ae0)."""
+    if glob.glob("/dev/accel[0-9]*"):
+        return True
+    vendors = glob.glob("/sys/class/vfio-dev/*/device/vendor") + glob.glob(
+        "/sys/bus/pci/drivers/vfio-pci/*/vendor"
+    )
+    return any(pathlib.Path(vendor).read_text().strip() == "0x1ae0" for vendor in vendors)
+
+
+def device_peak_bytes() -> int | None:
+    """Most memory of the first device used so far, where it tells."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def peak_bytes() -> int:
+    """Most memory used so far: of the first device where it tells, else of this process."""
+    told = device_peak_bytes()
+    if told is not None:
+        return told
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_bytes() -> int:
+    """What `peak_bytes` counts already before there are arrays: on a CPU, this process."""
+    with contextlib.suppress(OSError, ValueError):
+        if jax.default_backend() == "cpu":
+            resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            return resident * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def memory_bytes(device: jax.Device) -> int | None:
+    """Memory that JAX may use of a device: of a CPU its share of the host's; None: unknown."""
+    if device.platform == "cpu":
+        with contextlib.suppress(OSError, ValueError):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _num_local(device)
+        return None
+    return _stats(device).get("bytes_limit")
+
+
+def free_bytes(device: jax.Device) -> int | None:
+    """What of `memory_bytes` can still be had; None: unknown.
+
+    A device that is only compiled for has no say, and gets None.
+    """
+    if device.platform == "cpu":
+        free = min(_free_host_bytes(), default=None)
+        return None if free is None else free // _num_local(device)
+    stats = _stats(device)
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+
+def _stats(device: jax.Device) -> dict[str, int]:
+    with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError):
+        return device.memory_stats() or {}
+    return {}
+
+
+def _num_local(device: jax.Device) -> int:
+    return len(jax.local_devices(backend=device.platform))
+
+
+def _free_host_bytes() -> Iterator[int]:
+    """What Linux says is free, and what a container's limit leaves."""
+    with contextlib.suppress(OSError, ValueError):
+        if found := re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text()):
+            yield int(found[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        limit, used = (
+            int(pathlib.Path(f"/sys/fs/cgroup/memory.{name}").read_text())
+            for name in ("max", "current")
+        )
+        yield limit - used
+
+
+def keep_compiled() -> None:
+    """Has JAX find again what it has compiled for an accelerator, in ~/.cache/lora_jax/xla.
+
+    Not for a CPU, whose programs may not run on another one that shares the folder. JAX's own
+    settings come first: JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=0.
+    """
+    if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir:
+        return
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = folder / "lora_jax/xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed, for the next step, where JAX computes on a CPU.
+
+    XLA allocates a step's temporaries anew each time. Blocks that go back to the system in between
+    return as pages to be cleared, which took a tenth to half of a step's time.
+    """
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc, max_mmaps, trim_threshold = ctypes.CDLL(None), -4, -1  # as in malloc.h
+        libc.mallopt(max_mmaps, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def explain(error: BaseException) -> errors.UserError | None:
+    """A failure of the runtime that the user can put right, in words; None for any other."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        wanted = re.search(r"\d[\d.]*\s?[KMGT]?i?(?:B|[Bb]ytes)\b", text)
+        limit = stats.get("bytes_limit", 0)
+        free = (limit - stats.get("bytes_in_use", 0)) / 2**30
+        return errors.UserError(
+            expected="a job that fits into the device's memory",
+            found=f"{wanted[0] if wanted else 'more'} wanted"
+            + (f", {free:.2f} GiB free of {limit / 2**30:.2f} GiB" if limit else ""),
+            where=describe(),
+            do="--quant int4, --remat full, a smaller --batch-size with more --grad-accum, "
+            "a smaller --seq-len, or more devices with --mesh fsdp=N",
+        )
+    busy = ("already in use", "Unable to initialize backend", "No visible GPU", "DEADLINE_EXCEEDED")
+    if any(sign in text for sign in busy):
+        return errors.UserError(
+            expected="a device that this process can open",
+            found=text.splitlines()[0],
+            do="end the other process that holds it (nvidia-smi, or lsof /dev/accel0), "
+            "or JAX_PLATFORMS=cpu to run without it",
+        )
+    return None

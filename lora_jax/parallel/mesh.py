@@ -1,0 +1,245 @@
+"""One mesh, one table of rules, and the sharding of every array that follows from its path."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import errors
+from lora_jax.kernels import partition as dealing
+from lora_jax.models import llama
+from lora_jax.parallel import devices, processes
+from lora_jax.quant import linear as quant_linear
+
+AXES = ("data", "fsdp", "tensor")
+RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+BATCH = ("data", "fsdp")  # a batch is split over both
+
+
+def parse(text: str, num_devices: int) -> dict[str, int]:
+    """{"data": 1, "fsdp": 8, "tensor": 1} from "fsdp=8" or "fsdp=-1"; axes left out are 1.
+
+    One size may be −1: whatever makes the product the number of devices. Raises: UserError for
+    anything else than axis=size pairs whose product is that number.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if not match or match[1] not in AXES or match[1] in sizes:
+            raise errors.UserError(
+                expected="a mesh such as data=-1,fsdp=8,tensor=1",
+                found=repr(text),
+                where="--mesh",
+            )
+        sizes[match[1]] = int(match[2])
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    product = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis in AXES if sizes[axis] == -1]
+    if len(free) == 1 and num_devices % product == 0:
+        sizes[free[0]] = num_devices // product
+    elif free or product != num_devices:
+        raise errors.UserError(
+            expected=f"a mesh of {num_devices} devices, as many as JAX sees",
+            found=f"{text} = {'a multiple of ' if free else ''}{product} devices",
+            where="--mesh",
+            do="choose sizes whose product is the number of devices, or -1 for one of them",
+        )
+    return sizes
+
+
+def default(num_devices: int, base_bytes: int, device_bytes: int | None) -> dict[str, int]:
+    """All devices on the data axis where the base fits on each; else as few on fsdp as it takes.
+
+    base_bytes: of the frozen base; device_bytes: memory of one device (None: unknown). The base
+    may take half of that; the rest is for what it computes.
+    """
+    powers = [2**n for n in range(num_devices.bit_length()) if num_devices % 2**n == 0]
+    fits = (fsdp for fsdp in powers if not device_bytes or 2 * base_bytes <= fsdp * device_bytes)
+    fsdp = next(fits, powers[-1])  # powers of two divide a model's dimensions
+    return {"data": num_devices // fsdp, "fsdp": fsdp, "tensor": 1}
+
+
+def choose(text: str | None, base_bytes: int) -> Mesh:
+    """The mesh that --mesh asks for, or else the default for a base of so many bytes."""
+    count = jax.device_count()
+    memory = devices.memory_bytes(jax.local_devices()[0])
+    # Hosts may tell unequal memories.
+    sizes = parse(text, count) if text else processes.told(default(count, base_bytes, memory))
+    return make_mesh(sizes)
+
+
+def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor over the first of `among` (default: JAX's devices).
+
+    Neighbours on the last axes are neighbours in the machine, as far as its network allows.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    used = (jax.devices() if among is None else among)[: math.prod(shape)]
+    arranged = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_of(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices."""
+    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+    """For arrays [micro-batches, B, T]."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+
+def cache(num_rows: int, num_heads: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """For keys and values [L, B, S, K, H]: rows over the devices and heads over tensor, if even."""
+    heads = None if num_heads % mesh.shape["tensor"] else "tensor"
+    (dealt,) = rows(num_rows, mesh).spec or (None,)
+    return NamedSharding(mesh, PartitionSpec(None, dealt, None, heads))
+
+
+def rows(num_rows: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """For arrays [num_rows, T]: split over the devices, or on all of them if that is uneven."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return NamedSharding(mesh, PartitionSpec() if num_rows % shards else PartitionSpec(BATCH))
+
+
+def round_up(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
+    """The least batch size, from `batch_size` on, that can be dealt out evenly."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-batch_size // shards) * shards
+
+
+def check_batch(
+    batch_size: int, mesh: Mesh | AbstractMesh, rows_per_step: int | None = None
+) -> None:
+    """Raises UserError when the rows of a batch cannot be dealt out evenly.
+
+    rows_per_step: batch size × accumulation, where it must stay what it is.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        flags = f"--batch-size {round_up(batch_size, mesh)}, or "
+        if rows_per_step:
+            fits = [n for n in range(shards, rows_per_step + 1, shards) if rows_per_step % n == 0]
+            size = min(fits, key=lambda n: abs(n - batch_size), default=0)
+            flags = size and f"--batch-size {size} --grad-accum {rows_per_step // size}, or "
+        raise errors.UserError(
+            expected=f"a batch size that data × fsdp = {shards} divides",
+            found=f"batch size {batch_size}",
+            where=f"mesh {dict(mesh.shape)}",
+            do=f"{flags or ''}another --mesh",
+        )
+
+
+def sum_over_data(function: Callable, *, num_whole: int) -> Callable:
+    """Σ function(*whole, *batches) over the parts of the batches that the data axis deals out.
+
+    The first num_whole arguments are whole on every device, the others arrays [micro-batches, B,
+    …]. The sum is one all-reduce, at the end; left to the compiler, a gradient would be summed for
+    every layer of every micro-batch. The other axes of the mesh are left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("data", 1) == 1:
+        return function
+
+    def each(*arguments):
+        return jax.lax.psum(function(*arguments), "data")
+
+    def summed(*arguments):
+        num_dealt = len(arguments) - num_whole
+        return jax.shard_map(
+            each,
+            in_specs=(PartitionSpec(),) * num_whole + (PartitionSpec(None, "data"),) * num_dealt,
+            out_specs=PartitionSpec(),
+            # An axis of one device too, so that nothing is left to the compiler where data is all.
+            axis_names={"data"} | {axis for axis, size in mesh.shape.items() if size == 1},
+            check_vma=False,
+        )(*arguments)
+
+    return summed
+
+
+def of(path: Iterable, ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Sharding of the array at `path`, e.g. (model, layers, self_attn, q_proj, kernel).
+
+    Packed words and group scales take their kernel's axes; a column scale or a bias its output
+    axis. LoRA's A takes the input axis and B the output axis, but never fsdp: they are small, and
+    every device needs them whole. What no rule names is replicated.
+    """
+    names = [str(part) for part in path]
+    module = next((name for name in reversed(names) if name in llama.LOGICAL_AXES), None)
+    spec = _spec(names[-1], *_mesh_axes(module)) if module else ()
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - len(spec)), *spec))
+
+
+def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the input axis of the linear layer at `path` is cut."""
+    return mesh.shape[_mesh_axes(list(path)[-1])[0]]
+
+
+def deal_out(model: nnx.Module) -> None:
+    """Tells layers that do not leave it to the compiler how a mesh deals out their product."""
+    for path, layer in nnx.iter_graph(model):
+        if isinstance(layer, quant_linear.QuantLinear | llama.Embedding):
+            layer.partition = partition(path)
+        elif isinstance(layer, llama.LlamaAttention):
+            layer.partition = partition(("q_proj",))
+
+
+def partition(path: Sequence) -> dealing.Partition:
+    """How the product with the weight of the linear layer or embedding at `path` is dealt out."""
+    return dealing.Partition(BATCH, *_mesh_axes(path[-1]), gathered="fsdp")
+
+
+def _mesh_axes(module: str) -> tuple[str, str]:
+    return tuple(RULES[axis] for axis in llama.LOGICAL_AXES[module])
+
+
+def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
+    tensor_only = {"tensor": "tensor", "fsdp": None}
+    return {
+        "kernel": (axis_in, axis_out),
+        "embedding": (axis_in, axis_out),
+        "q": (axis_in, axis_out),
+        "scale": (axis_in, axis_out),
+        "group_bias": (axis_in, axis_out),
+        "column_scale": (None, axis_out),
+        "bias": (axis_out,),
+        "lora_A": (tensor_only[axis_in], None),
+        "lora_B": (None, tensor_only[axis_out]),
+        "lora_magnitude_vector": (tensor_only[axis_out],),
+    }.get(leaf, ())
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of `tree`, nested dicts by path, each where `of` says."""
+
+    def put(path, array):
+        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        return _put(array, of(names, jnp.ndim(array), mesh))
+
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def put(tree: Any, where: NamedSharding) -> Any:
+    """The host's arrays of `tree`, the same in all processes, on the devices of `where`."""
+    return jax.tree.map(lambda array: _put(array, where), tree)
+
+
+def _put(array: Any, where: NamedSharding) -> jax.Array:
+    # For devices of other processes jax.device_put would send the array around, to compare.
+    if where.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, where)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def gather(tree: Any) -> Any:
+    """The arrays of `tree` whole, on the host of every process; all must call it."""
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,97 @@
+"""Held-out loss, exact match, and how alike two models predict."""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from lora_jax.data import batches
+from lora_jax.generation import continuation
+from lora_jax.lora.nnx import model_state
+from lora_jax.models import llama
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
+
+
+class Answer(NamedTuple):
+    """A held-out prompt, what was expected, and what the model wrote."""
+
+    prompt: str
+    expected: str
+    text: str
+
+
+def means(
+    eval_loss: Callable,
+    trained: Any,
+    frozen: model_state.Frozen,
+    lines: Sequence[batches.Line],
+    batch_size: int,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """What `eval_loss` sums, over all of the set, divided once by all that it counts."""
+    where = sharding.rows(batch_size, mesh)
+    length = batches.longest(lines)
+    total, count = collections.Counter(), 0
+    for first in range(0, len(lines), batch_size):
+        chunk = lines[first : first + batch_size]
+        padded = batches.pad([*chunk, *[()] * (batch_size - len(chunk))], length)
+        batch = sharding.put(train_step.Batch(**padded), where)
+        values, counted = eval_loss(trained, frozen, batch)
+        total.update({name: value.item() for name, value in values.items()})
+        count += counted.item()
+    return {name: value / count for name, value in total.items()}
+
+
+def answers(
+    continue_: Callable,
+    trained: Any,
+    frozen: model_state.Frozen,
+    prompts: Sequence[tuple[np.ndarray, str]],
+    reader: Any,
+    **how: Any,
+) -> list[Answer]:
+    """What the model answers to each (prompt ids, expected text); see generate.continuations."""
+    ids = [prompt.tolist() for prompt, _ in prompts]
+    found = continuation.continuations(continue_, trained, frozen, ids, reader, **how)
+    return [
+        Answer(reader.decode(prompt, skip_special_tokens=True), expected, text)
+        for prompt, (_, expected), text in zip(ids, prompts, found, strict=True)
+    ]
+
+
+def exact_match(found: Sequence[Answer]) -> float:
+    """Share of the answers that equal what was expected, surrounding blanks aside."""
+    return sum(a.text.strip() == a.expected.strip() for a in found) / len(found)
+
+
+def log_probabilities(
+    model: llama.LlamaForCausalLM, texts: Sequence[Sequence[int]]
+) -> list[Float[np.ndarray, "T V"]]:
+    """log p(next token) after each token of each text."""
+    length = max(map(len, texts))
+    ids = np.zeros((len(texts), length), np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = text
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, ids: jax.nn.log_softmax(nnx.merge(graphdef, state)(ids)))
+    found = np.asarray(run(state, ids))
+    return [row[: len(text)] for row, text in zip(found, texts, strict=True)]
+
+
+def agreement(
+    expected: Sequence[Float[np.ndarray, "_ V"]], found: Sequence[Float[np.ndarray, "_ V"]]
+) -> tuple[float, float]:
+    """(share of places with the same likeliest token, mean KL(expected ‖ found) in nats).
+
+    Both: log-probabilities of the same texts, as log_probabilities gives them.
+    """
+    p, q = np.concatenate(expected), np.concatenate(found)
+    same = (p.argmax(axis=-1) == q.argmax(axis=-1)).mean()
+    kl = (np.exp(p) * (p - q)).sum(axis=-1).mean()
+    return float(same), max(0.0, float(kl))  # but for rounding it is not negative

@@ -1,0 +1,168 @@
+"""What looks on while a run trains: losses that stand out, lost patience, profiles, dashboards."""
+
+import collections
+import functools
+import hashlib
+import importlib.util
+import math
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_jax import errors
+
+if TYPE_CHECKING:
+    from lora_jax.planning import chips, programs
+
+REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # to which, by which package
+
+
+class Patience:
+    """spent: for `limit` evaluations the loss has not been less than before; None: never."""
+
+    def __init__(self, limit: int | None):
+        self.limit, self.since, self.least = limit, 0, math.inf
+
+    def note(self, loss: float | None) -> None:
+        """An evaluation's loss; None where it was not finite."""
+        better = loss is not None and loss < self.least
+        self.since = 0 if better else self.since + 1
+        self.least = loss if better else self.least
+
+    @property
+    def spent(self) -> bool:
+        return self.limit is not None and self.since >= self.limit
+
+
+class Spikes:
+    """Tells losses that stand out of those before."""
+
+    def __init__(self):
+        self._before: collections.deque[float] = collections.deque(maxlen=50)
+
+    def note(self, loss: float) -> str:
+        """What to tell of a step's loss, if anything."""
+        told = ""
+        if len(self._before) >= 20:
+            mean, spread = statistics.mean(self._before), statistics.stdev(self._before)
+            if loss > mean + max(6 * spread, 0.5 * mean):
+                told = f"loss {loss:.3g}, after {mean:.3g} on average; look at its rows, or at --lr"
+        self._before.append(loss)
+        return told
+
+
+class Utilisation:
+    """MFU: what a step usefully computes, as a share of what its devices could in the same time."""
+
+    def __init__(self, job: "programs.Job", target: "chips.Target"):
+        from lora_jax.planning import memory as planning
+
+        self._peak = target.count * target.peaks.flops if target.peaks else None
+        self._useful = functools.cache(lambda tokens: planning.useful(job.of_length(tokens)))
+
+    def share(self, tokens: int, seconds: float) -> float | None:
+        """Of a step with lines of so many tokens; None where the devices' peak is not known."""
+        return round(self._useful(tokens) / (seconds * self._peak), 4) if self._peak else None
+
+
+class Compilations:
+    """Hears what JAX compiles, and tells when a function is compiled again for the same shape."""
+
+    EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self):
+        self.seconds = 0.0  # of all programs
+        self._own: dict[str, float] = collections.defaultdict(float)  # since it was asked for
+        self._shapes: set[tuple[int, ...]] = set()
+
+    def __enter__(self) -> "Compilations":
+        import jax
+
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *_) -> None:
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+    def _hear(self, event: str, seconds: float, **about: Any) -> None:
+        if event == self.EVENT:
+            self.seconds += seconds
+            self._own[about.get("fun_name", "")] += seconds
+
+    def done(self, step: int, function: Callable, shape: tuple[int, ...]) -> str:
+        """To be told of every step that `function` has done; what to tell of it, if anything."""
+        seconds = self._own.pop(f"jit({function.__name__})", None)
+        before = shape in self._shapes
+        self._shapes.add(shape)
+        if seconds is None or not before:
+            return ""
+        sizes = " × ".join(map(str, shape))
+        return f"step {step} was compiled again ({seconds:.1f} s), for a batch of {sizes} as before"
+
+
+class Profile:
+    """Has jax.profiler trace a few steps into a folder: the third one of a run and the next two."""
+
+    def __init__(self, folder: str | None, first: int):
+        self._folder, self._first = folder, first + 2  # the first ones compile
+
+    def done(self, step: int, last: bool) -> str:
+        """To be told of every step that is done; what to tell when the trace is written."""
+        import jax
+
+        if self._folder is None or step < self._first:
+            return ""
+        if step == self._first and not last:
+            jax.profiler.start_trace(self._folder)
+        elif self._first < step and (last or step == self._first + 3):
+            jax.profiler.stop_trace()
+            told, self._folder = f"steps {self._first + 1} to {step}: {self._folder}", None
+            return told
+        return ""
+
+
+def check_report_to(to: str) -> None:
+    """Raises: UserError where the package that reports there is missing."""
+    package = REPORTS[to]
+    if importlib.util.find_spec(package) is None:
+        raise errors.UserError(
+            expected=f"the package {package}, for --report-to {to}",
+            found="it is not installed",
+            do=f"pip install {package}",
+        )
+
+
+class Dashboard:
+    """A dashboard to which all numbers of metrics.jsonl go as well."""
+
+    def __init__(self, to: str, folder: pathlib.Path, settings: Mapping[str, Any], first: int):
+        """first: the step from which a run goes on; of later ones nothing must remain."""
+        if to == "tensorboard":
+            import tensorboardX
+
+            self._writer = tensorboardX.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first + 1 if first else None
+            )
+            self.close = self._writer.close
+        else:
+            import wandb
+
+            # The same run when it goes on.
+            own = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+            self._run = wandb.init(
+                project="lora_jax", name=folder.name, id=own, resume="allow", dir=str(folder),
+                config=dict(settings),
+            )  # fmt: skip
+            self.close = self._run.finish
+        self._to = to
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in metrics.items() if name != "step"}
+        if self._to == "tensorboard":
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, metrics["step"])
+        else:
+            self._run.log(numbers, step=metrics["step"])

@@ -1,0 +1,1 @@
+"""The page report.html, made of run.json and metrics.jsonl."""

@@ -1,0 +1,218 @@
+"""Training state on disk, so that a run that was stopped at any moment goes on exactly."""
+
+import contextlib
+import logging
+import math
+import pathlib
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from lora_jax import errors
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import processes
+
+# The parts of a checkpoint.
+_STATE = "state"  # A, B, the moments and the step
+_SAVED = "saved"  # digests of the state's arrays, and the held-out loss if there is one
+
+
+class Snapshots:
+    """The checkpoints of one run: A, B, the moments and the step, one folder a step (Orbax).
+
+    A checkpoint appears under its name only when it is whole. The step is also the position in the
+    data and the seed of the dropout masks, which are functions of it. Each process reads all of a
+    checkpoint; process 0 decides which one is taken.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: int, *, keep_best: bool = False):
+        """Opens or makes `folder`; of its checkpoints the newest `keep` stay.
+
+        keep_best: besides these, the one that was saved with the least held-out loss.
+        """
+        # Orbax logs a failed write with its traceback, and raises it as well: once is enough.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._folder, self._keep_best = folder.absolute(), keep_best
+        self.losses: dict[int, float] = {}  # held-out losses by step, with keep_best
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(keep, self.losses),
+            # What a killed run left half written goes, else it would stay for ever.
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # else a damaged file ends it here
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        # Reads without the others: the manager's restore ends with a meeting of all, to which a
+        # process that could not read does not come.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
+        )
+        for step in self._manager.all_steps() if keep_best else ():
+            with contextlib.suppress(Exception):  # damaged: told when it is restored
+                self._note(step, self._saved(step)["eval_loss"])
+        told = processes.told([*self.losses.items()])
+        self.losses.clear()
+        self.losses.update((step, loss) for step, loss in told)
+
+    def __enter__(self) -> "Snapshots":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # to close is to wait for the others, who may have come elsewhere
+        try:
+            self._manager.close()  # waits for what is being written
+        except Exception:
+            if kind is None:  # else the first error is the one to tell
+                raise
+
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: train_step.State, eval_loss: float | None = None) -> None:
+        """Copies the state off its devices now and writes it in the background."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        self._note(step, eval_loss)
+        tree = state._asdict()
+        saved = {"digests": _digests(tree), "eval_loss": eval_loss}
+        parts = {_STATE: ocp.args.StandardSave(tree), _SAVED: ocp.args.JsonSave(saved)}
+        self._manager.save(step, args=ocp.args.Composite(**parts))
+
+    def restore(self, like: train_step.State) -> tuple[train_step.State, dict[int, str]]:
+        """(the newest readable state, {step: what is wrong} of the newer checkpoints).
+
+        The state has the structure of `like` and is where `like` is, on whatever mesh it was saved.
+        Raises: UserError when no checkpoint can be read.
+        """
+        return self._first(sorted(self._manager.all_steps(), reverse=True), like)
+
+    def best(self, like: train_step.State) -> tuple[train_step.State, dict[int, str]]:
+        """As `restore`, of the checkpoints with a held-out loss, the one with the least first."""
+        return self._first(sorted(self.losses, key=self.losses.__getitem__), like)
+
+    def drop(self, steps: Iterable[int]) -> None:
+        """Deletes the checkpoints of `steps`."""
+        for step in steps:
+            self.losses.pop(step, None)
+            self._manager.delete(step)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def _first(
+        self, steps: Sequence[int], like: train_step.State
+    ) -> tuple[train_step.State, dict[int, str]]:
+        """(the first state of `steps` that can be read, {step: what is wrong} of those before)."""
+        self.wait()
+        tree, damaged = like._asdict(), {}
+        for step in processes.told(steps):
+            problem = None
+            try:
+                digests = self._saved(step)["digests"]
+                read = self._read(step, tree)
+            except MemoryError:
+                raise
+            except Exception as error:
+                text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                problem = textwrap.shorten(text, 200, placeholder=" …")
+            if found := processes.told(problem):
+                damaged[step] = found
+                continue
+            if problem:
+                raise errors.UserError(
+                    expected="a checkpoint that this process reads as process 0 does",
+                    found=f"step {step}: {problem}",
+                    where=str(self._folder),
+                    do="look at the disk that the processes share, and start all again",
+                )
+            state = jax.tree.map(_put, read, tree)
+            found = _digests(state)
+            wrong = [name for name in found if digests.get(name) != found[name]]
+            if not wrong:
+                return train_step.State(**state), damaged
+            damaged[step] = f"other values than were saved in {len(wrong)} of {len(found)} arrays"
+        raise errors.UserError(
+            expected="a checkpoint that can be read",
+            found=[f"step {step}: {what}" for step, what in damaged.items()],
+            where=str(self._folder),
+            do="put the files back, or start a new run",
+        )
+
+    def _saved(self, step: int) -> dict[str, Any]:
+        part = ocp.args.Composite(**{_SAVED: ocp.args.JsonRestore()})
+        return self._reader.restore(self._folder / str(step), args=part)[_SAVED]
+
+    def _read(self, step: int, like: Any) -> Any:
+        """The arrays of a checkpoint in this host's memory. Raises: whatever is wrong with it."""
+        # Orbax reads all arrays at once, and when one read fails it leaves the others to fail as
+        # they end, each with a traceback on stderr. So first one by one. And it takes a value for
+        # good that lies in a file of its own whatever its bytes: hence the digests.
+        base = {"driver": "file", "path": f"{self._folder / str(step) / _STATE}/"}
+        store = {"driver": "ocdbt", "base": base}
+        names = [name.decode() for name in tensorstore.KvStore.open(store).result().list().result()]
+        if not names:
+            raise FileNotFoundError("no arrays in it")
+        for name in (name for name in names if name.endswith(".zarray")):
+            where = store | {"path": name.removesuffix(".zarray")}
+            tensorstore.open({"driver": "zarr", "kvstore": where}).result().read().result()
+        empty = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like)
+        part = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(empty)})
+        return self._reader.restore(self._folder / str(step), args=part)[_STATE]
+
+    def _note(self, step: int, loss: float | None) -> None:
+        if self._keep_best and loss is not None and math.isfinite(loss):
+            self.losses[step] = loss
+
+
+class _NewestAndBest:
+    """Orbax's preservation policy: the newest `keep`, and the one with the least loss, if any."""
+
+    def __init__(self, keep: int, losses: dict[int, float]):
+        self._keep, self._losses = keep, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._keep :]}
+        if self._losses:
+            kept.add(min(self._losses, key=self._losses.__getitem__))
+        for step in steps:
+            if step not in kept:
+                self._losses.pop(step, None)
+        return [step in kept for step in steps]
+
+
+def _put(read: Any, like: jax.Array) -> jax.Array:
+    read = np.asarray(read, like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: read[index])
+
+
+def _digests(tree: Any) -> dict[str, int]:
+    """{path: digest} of the arrays of `tree`, wherever their parts are."""
+    found = jax.tree_util.tree_leaves_with_path(jax.tree.map(_digest, tree))
+    return {jax.tree_util.keystr(path): int(digest) for path, digest in found}
+
+
+@jax.jit
+def _digest(array: jax.Array) -> jax.Array:
+    """Σ word · (2 · position + 1) mod 2³²: the same however the array is sharded.
+
+    An odd factor has an inverse, so a change of any one word changes the sum.
+    """
+    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{array.dtype.itemsize * 8}"))
+    position, stride = jnp.zeros(array.shape, jnp.uint32), 1
+    for axis in reversed(range(array.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        position, stride = position + along * np.uint32(stride), stride * array.shape[axis] % 2**32
+    return (words.astype(jnp.uint32) * (2 * position + 1)).sum(dtype=jnp.uint32)
