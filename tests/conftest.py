@@ -36,9 +36,30 @@ thrift.begin()
 
 # A module stays on one worker, for what its tests share. The longest are begun first, so that the
 # workers end together.
-LONGEST = ("mesh", "job", "resume", "distributed", "linen", "peft", "sites", "storage", "merge",
-           "adapter_jobs", "plan", "structure", "int4_matmul", "checkpoint", "generate", "train",
-           "lora", "formats", "quant", "models", "hub", "quantized")  # fmt: skip
+LONGEST = (
+    "mesh",
+    "run",
+    "resume",
+    "processes",
+    "linen",
+    "peft",
+    "sites",
+    "storage",
+    "merge",
+    "adapter_jobs",
+    "plan",
+    "structure",
+    "int4_matmul",
+    "loader",
+    "generate",
+    "step",
+    "lora",
+    "formats",
+    "quant",
+    "models",
+    "hub",
+    "quantized",
+)
 
 
 def pytest_collection_modifyitems(items):

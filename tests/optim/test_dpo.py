@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
+import test_step
 import tiny_tokenizer
 from flax import nnx
-from test_job import comparable
+from test_run import comparable
 
 from lora_jax import errors, tokenizer
 from lora_jax.data import batches, encoding
@@ -28,13 +28,13 @@ BETA = 0.3
 def pairs(seed, *lengths):
     """Lines of two rows of such lengths, trained from their fourth token on."""
     rng = np.random.default_rng(seed)
-    rows = [rng.integers(3, test_train.VOCAB, n).astype(np.int32) for n in lengths]
+    rows = [rng.integers(3, test_step.VOCAB, n).astype(np.int32) for n in lengths]
     return batches.pairs([(ids, np.arange(len(ids)) > 2) for ids in rows])
 
 
 def test_the_step_is_that_of_the_equation():
     """Of rows that stand alone, by a model and one without the adapter, in two micro-batches."""
-    graphdef, trained, frozen = model_state.split(test_train.make_model(quantization="int4"))
+    graphdef, trained, frozen = model_state.split(test_step.make_model(quantization="int4"))
     before = jax.tree.map_with_path(
         lambda path, a: jnp.zeros_like(a) if path[-1].key == "lora_B" else a, trained
     )
@@ -62,8 +62,8 @@ def test_the_step_is_that_of_the_equation():
 
     arrays = {name: a.reshape(2, 2, 32) for name, a in batches.pad(lines, 32).items()}
     batch = jax.tree.map(jnp.asarray, train_step.Batch(**arrays))
-    step = test_train.make_step(graphdef, beta=BETA)
-    state = train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(test_train.ADAM, 9))
+    step = test_step.make_step(graphdef, beta=BETA)
+    state = train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(test_step.ADAM, 9))
     _, metrics = step(state, frozen, batch)
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)

@@ -18,7 +18,7 @@ from lora_jax.lora.nnx import sites
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import linear as quant_linear
 
-LLAMA = pathlib.Path(__file__).parent / "golden" / "models" / "llama"
+LLAMA = pathlib.Path(__file__).parents[1] / "golden" / "models" / "llama"
 EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FORMATS = ("none", "int8", "int4", "nf4")
 

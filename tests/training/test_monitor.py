@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import test_plan
-from test_job import at_step
+from test_run import at_step
 
 from lora_jax.parallel import devices
 from lora_jax.planning import chips

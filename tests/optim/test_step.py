@@ -24,7 +24,7 @@ from lora_jax.optim import config as optim_config
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
 
-LLAMA = pathlib.Path(__file__).parent / "golden" / "models" / "llama"
+LLAMA = pathlib.Path(__file__).parents[1] / "golden" / "models" / "llama"
 VOCAB, ROWS, TOKENS, MICRO_BATCHES = 96, 8, 16, 2
 ADAM = optim_config.OptimConfig(lr=0.01, warmup=0, schedule="constant", weight_decay=0.1)
 

@@ -22,7 +22,7 @@ from lora_jax.lora.nnx import sites
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "lora_mixed"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lora_mixed"
 
 
 def rand(*shape, seed=0):

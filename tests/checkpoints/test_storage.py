@@ -28,7 +28,7 @@ from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = GOLDEN / "models"
 NF4, NF4_DQ = (GOLDEN / "quantized" / f"stories260K-bnb-{fmt}" for fmt in ("nf4", "nf4-dq"))
 STEPS = 5

@@ -22,7 +22,7 @@ from lora_jax.lora import peft
 from lora_jax.lora.nnx import inject as lora
 from lora_jax.parallel import mesh as sharding
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = GOLDEN / "models"
 ADAPTERS = {  # whose merged logits PEFT has told: its base
     "lora_all_rslora": "llama",

@@ -23,7 +23,7 @@ from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
-MODELS = pathlib.Path(__file__).parent / "golden" / "models"
+MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
 
 
 def one_device():
@@ -389,7 +389,7 @@ def test_host_memory_stays_near_the_packed_model(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), "int4"],
         env=environment,
-        cwd=pathlib.Path(__file__).parent.parent,
+        cwd=pathlib.Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )

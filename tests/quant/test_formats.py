@@ -13,7 +13,7 @@ from lora_jax import errors, quant
 from lora_jax.kernels import packed as packing
 from lora_jax.quant import formats
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FORMATS = tuple(formats.FORMATS)
 INT4 = tuple(fmt for fmt in FORMATS if formats.codes(fmt) == "int4")
 MODES = [(fmt, True) for fmt in FORMATS] + [(fmt, False) for fmt in INT4]  # search or not

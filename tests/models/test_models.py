@@ -14,7 +14,7 @@ from lora_jax import errors
 from lora_jax.checkpoints import loader
 from lora_jax.models import config as model_config
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = sorted(path.name for path in (GOLDEN / "models").iterdir())
 CACHED = ["llama", "llama_dynamic", "mistral", "qwen2_window", "qwen3", "stories260K"]
 TINY = [name for name in MODELS if name != "stories260K"]

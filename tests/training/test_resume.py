@@ -15,7 +15,7 @@ import forks
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_job import at_step, checkpoints, comparable
+from test_run import at_step, checkpoints, comparable
 
 from lora_jax.optim import step as train_step
 from lora_jax.training import evaluate

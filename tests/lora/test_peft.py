@@ -25,7 +25,7 @@ from lora_jax.optim import config as optim_config
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PREFIX = "base_model.model.model.layers."
 RUNS = (
     "lora_qv", "lora_all_rslora", "lora_plus", "lora_dora", "lora_dora_embedding",

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import test_mesh
-import test_train
+import test_step
 from flax import nnx
 
 from lora_jax.checkpoints import loader
@@ -34,7 +34,7 @@ MEMBERS = [member("wide", 4, 0.01), member("narrow", 2, 0.003), member("wild", 4
 def parts_of(members, mesh):
     """[(graphdef, lora, frozen)] of the members, each injected into the same base."""
     how = {"dtype": "float32", "quantization": "int4", "search": False, "mesh": mesh}
-    model = loader.load(test_train.LLAMA, **how)
+    model = loader.load(test_step.LLAMA, **how)
     found = []
     for each in members:
         lora.inject(model, each.lora, rngs=nnx.Rngs(0))
@@ -53,14 +53,14 @@ def swept():
         trained, frozen = sweep.join([tuple(parts) for _, *parts in found])
         state = sweep.start(MEMBERS, trained, STEPS)
         state, frozen = sharding.place((state, frozen), mesh)
-        first = test_train.saved(state)
+        first = test_step.saved(state)
 
         def batch_at(index):
             return jax.device_put(test_mesh.make_batch(index, 2), sharding.batch(mesh))
 
         step = sweep.make_step(graphdef, MEMBERS, STEPS, seed=0, remat="full")
         run = train_step.steps(step, state, frozen, batch_at, STEPS)
-        return graphdef, [(test_train.saved(state), told) for state, told in run], first, frozen
+        return graphdef, [(test_step.saved(state), told) for state, told in run], first, frozen
 
 
 def of(state, index):
@@ -79,7 +79,7 @@ def test_a_member_ends_as_the_adapter_of_a_run_alone():
         step, state, frozen, lambda index: test_mesh.make_batch(index, 2), STEPS
     )
     found, metrics = run[-1]
-    assert test_train.distance(sweep.cut(of(found, 1)[0], state.lora), state.lora) < 1e-5
+    assert test_step.distance(sweep.cut(of(found, 1)[0], state.lora), state.lora) < 1e-5
     for name in ("loss", "grad_norm", "lr"):
         np.testing.assert_allclose(metrics[f"{name}/narrow"], told[name], rtol=1e-5)
     assert metrics["num_tokens"] == told["num_tokens"]
@@ -92,7 +92,7 @@ def test_what_pads_a_rank_stays_zero():
     assert A.shape[-1] == B.shape[-2] == 4
     assert A[..., :2].all() and B[..., :2, :].any() and not A[..., 2:].any()
     assert not B[..., 2:, :].any()
-    assert test_train.distance(*(of(state, 1)[0] for state in (run[-1][0], first))) > 1e-3
+    assert test_step.distance(*(of(state, 1)[0] for state in (run[-1][0], first))) > 1e-3
 
 
 def test_a_member_that_is_not_finite_is_left_as_it_was():
@@ -101,6 +101,6 @@ def test_a_member_that_is_not_finite_is_left_as_it_was():
     states, told = zip(*run, strict=True)
     assert [state.opt_state.lost.tolist() for state in states] == [[0, 0, 0]] * 2 + [[0, 0, 3]]
     assert not np.isfinite(told[2]["loss/wild"] + told[2]["grad_norm/wild"])
-    test_train.assert_equal_trees(of(states[2], 2), of(states[1], 2))
+    test_step.assert_equal_trees(of(states[2], 2), of(states[1], 2))
     assert all(np.isfinite(told[2][f"loss/{name}"]) for name in ("wide", "narrow"))
     assert int(states[2].step) == 3

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
+import test_step
 
 from lora_jax.data import encoding
 from lora_jax.generation import config as generation_config
@@ -27,13 +27,13 @@ MESHES = {
     "1·1·4": {"data": 1, "fsdp": 1, "tensor": 4},
     "2·2·2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
-HEAD = (32, test_train.VOCAB)
+HEAD = (32, test_step.VOCAB)
 
 
 def make_batch(index, micro_batches):
     """Rows of unequal lengths, half of each trained."""
     rng = np.random.default_rng(index)
-    ids = rng.integers(3, test_train.VOCAB, (ROWS, TOKENS)).astype(np.int32)
+    ids = rng.integers(3, test_step.VOCAB, (ROWS, TOKENS)).astype(np.int32)
     lengths = rng.integers(4, TOKENS + 1, (ROWS, 1))
     mask = (np.arange(TOKENS) < lengths).astype(np.int32)
     labels = np.where((np.arange(TOKENS) >= lengths // 2) & (mask == 1), ids, encoding.IGNORED)
@@ -44,14 +44,14 @@ def make_batch(index, micro_batches):
 def load(name, **settings):
     mesh = sharding.make_mesh(MESHES[name])
     with jax.set_mesh(mesh):
-        model = test_train.make_model(mesh, "int4", **{"dropout": 0.1, **settings})
+        model = test_step.make_model(mesh, "int4", **{"dropout": 0.1, **settings})
         graphdef, *parts = model_state.split(model)
         return mesh, graphdef, *sharding.place(parts, mesh)
 
 
 def start(trained, mesh):
     """A state that a step may take over."""
-    state = train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(test_train.ADAM, STEPS))
+    state = train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(test_step.ADAM, STEPS))
     return sharding.place(state, mesh)
 
 
@@ -69,7 +69,7 @@ def trained_on(name):
         def batch_at(index):
             return jax.device_put(make_batch(index, micro_batches), sharding.batch(mesh))
 
-        step = test_train.make_step(graphdef, remat="full")
+        step = test_step.make_step(graphdef, remat="full")
         step = step.lower(state, frozen, batch_at(0)).compile()
         run = train_step.steps(step, state, frozen, batch_at, STEPS)
         losses = np.array([metrics["loss"] for _, metrics in run])
@@ -109,7 +109,7 @@ def test_adapters_of_every_kind_take_the_same_step(settings):
     for name in ("1·1·1", "2·2·2"):
         mesh, graphdef, trained, frozen = load(name, **settings)
         with jax.set_mesh(mesh):
-            state, step, norms = start(trained, mesh), test_train.make_step(graphdef), []
+            state, step, norms = start(trained, mesh), test_step.make_step(graphdef), []
             for index in range(2):  # after the first one all that is trained has a gradient
                 batch = jax.device_put(make_batch(index, 1), sharding.batch(mesh))
                 state, metrics = step(state, frozen, batch)
@@ -124,7 +124,7 @@ def test_one_device_tells_nobody_anything():
 
 def test_data_parallel_devices_add_up_once_a_step():
     """Not for every micro-batch and layer; in all the bytes of the gradient and three numbers."""
-    _, trained, _ = test_train.parts("int4")
+    _, trained, _ = test_step.parts("int4")
     adapters = sum(leaf.size for leaf in jax.tree.leaves(trained))
     assert {(kind, times) for kind, _, _, times in told("8·1·1")} == {("all-reduce", 1)}
     floats = [math.prod(dims) for _, dtype, dims, _ in told("8·1·1") if dtype == "f32"]
@@ -154,7 +154,7 @@ def test_no_weight_is_gathered_over_tensor(name):
     else:  # over fsdp, half of each
         words = {math.prod(shape) // 2 for shape in trained_on(name)[2]}
         assert {math.prod(dims) for dtype, dims in gathered if dtype == "u32"} == words
-        assert {dims for dims in of_floats if len(dims) > 1} == {(32, test_train.VOCAB // 2)}
+        assert {dims for dims in of_floats if len(dims) > 1} == {(32, test_step.VOCAB // 2)}
 
 
 def generated_on(name, temperature):
@@ -163,7 +163,7 @@ def generated_on(name, temperature):
         max_new_tokens=8, temperature=temperature, top_k=20, top_p=0.95
     )
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, test_train.VOCAB, length).tolist() for length in range(2, 10)]
+    prompts = [rng.integers(3, test_step.VOCAB, length).tolist() for length in range(2, 10)]
     with jax.set_mesh(mesh):
         run = continuation.make(graphdef, sampling, eos_ids=(2,))
         rows = jax.device_put(continuation.pad_left(prompts), sharding.rows(len(prompts), mesh))

@@ -21,7 +21,7 @@ from lora_jax.parallel import devices
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import linear as quant_linear
 
-STORIES = pathlib.Path(__file__).parent / "golden" / "models" / "stories260K"
+STORIES = pathlib.Path(__file__).parents[1] / "golden" / "models" / "stories260K"
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 

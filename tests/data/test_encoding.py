@@ -185,7 +185,7 @@ def test_hub_datasets(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", script],
             env=server.environment(tmp_path / "home"),
-            cwd=pathlib.Path(__file__).parents[1],
+            cwd=pathlib.Path(__file__).parents[2],
             capture_output=True,
             text=True,
             timeout=120,

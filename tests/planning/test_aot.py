@@ -17,7 +17,7 @@ from lora_jax.kernels.attention import cudnn
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, hlo, programs
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 try:
     import aot
 finally:

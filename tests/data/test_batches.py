@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_models
-import test_train
+import test_step
 from flax import nnx
 
 from lora_jax.data import batches
@@ -194,9 +194,9 @@ def test_packed_rows_have_the_logits_of_hugging_face(name):
 
 def test_a_packed_line_has_the_loss_and_gradient_of_its_rows():
     rng = np.random.default_rng(1)
-    rows = [(rng.integers(3, test_train.VOCAB, n).astype(np.int32), rng.random(n) < 0.7)
+    rows = [(rng.integers(3, test_step.VOCAB, n).astype(np.int32), rng.random(n) < 0.7)
             for n in (9, 17, 30, 4)]  # fmt: skip
-    graphdef, trained, frozen = model_state.split(test_train.make_model(quantization="int4"))
+    graphdef, trained, frozen = model_state.split(test_step.make_model(quantization="int4"))
 
     @jax.jit
     def of(trained, batch):

@@ -6,7 +6,7 @@ import shutil
 import cli
 import numpy as np
 import pytest
-from test_job import checkpoints, comparable
+from test_run import checkpoints, comparable
 
 from lora_jax.lora import peft
 
