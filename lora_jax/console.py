@@ -13,6 +13,7 @@ from typing import Any
 from lora_jax.parallel import processes
 
 LABEL = 10  # columns
+_SCRIPTS = {"inspect": "inspect_data"}  # verbs whose script has another name
 PLAIN_LINES = 20  # of progress, when there is no terminal to draw a bar on
 
 
@@ -36,10 +37,16 @@ def pairs(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def command(script: str) -> str:
-    """How to start another script from here, with the same Python."""
+def command(verb: str) -> str:
+    """How to run another verb of lora-jax, in the way this one was started."""
+    started = pathlib.PurePath(sys.argv[0])
+    if started.name.startswith("lora-jax"):
+        return f"lora-jax {verb}"
     python = near(sys.executable)
-    return f"{'python' if python == sys.executable else python} scripts/{script}"
+    python = "python" if python == sys.executable else python
+    if started.parent.name == "scripts":
+        return f"{python} scripts/{_SCRIPTS.get(verb, verb)}.py"
+    return f"{python} -m lora_jax {verb}"
 
 
 def near(path: str) -> str:
@@ -88,17 +95,6 @@ def remat(chosen: str, needs: Mapping[str, int], limit: int) -> str:
     others = ", ".join(f"{name} {size(need)}" for name, need in needs.items() if name != chosen)
     text = f"{chosen}: {size(needs[chosen])} of {size(limit)} planned"
     return f"{text}; {others}" if others else text
-
-
-def evaluation(metrics: Mapping[str, Any], num_scored: int) -> None:
-    """One line with the held-out loss, and the share of answers or pairs that are right."""
-    text = f"step {metrics['step']}: held-out loss {metrics['eval_loss']:.4f}"
-    if "eval_reward_accuracy" in metrics:
-        text += f", {metrics['eval_reward_accuracy']:.1%} of pairs preferred as chosen"
-    if "exact_match" in metrics:
-        right = round(metrics["exact_match"] * num_scored)
-        text += f", exact match {metrics['exact_match']:.1%} ({right} of {num_scored})"
-    say("evaluate", text)
 
 
 class Progress:

@@ -16,7 +16,8 @@ class UserError(Exception):
         where: str | Sequence[str] | None = None,
         do: str | None = None,
     ):
-        self.found = _joined(found)
+        self.expected, self.found = expected, _joined(found)
+        self.where, self.do = _joined(where), do
         lines = [
             f"  {label:<9} {text}"
             for label, text in (
@@ -28,6 +29,18 @@ class UserError(Exception):
             if text
         ]
         super().__init__("\n" + "\n".join(lines))
+
+    @classmethod
+    def together(cls, problems: "Sequence[UserError]", expected: str) -> "UserError":
+        """One error for several problems; the problem itself where there is one."""
+        if len(problems) == 1:
+            return problems[0]
+        return cls(expected, [problem.on_one_line() for problem in problems])
+
+    def on_one_line(self) -> str:
+        """What was found, where, and what was expected."""
+        found = f"{self.where}: {self.found}" if self.where else str(self.found)
+        return " ".join(f"{found} (expected {self.expected})".split())
 
 
 def _joined(items: str | Sequence[str] | None, most: int = 20) -> str | None:

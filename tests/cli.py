@@ -70,7 +70,7 @@ def run(script: str, *flags: object) -> Ended:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+            patch.setattr(sys, "argv", [f"scripts/{script}.py", *map(str, flags)])
             for maker in _kept():
                 patch.setattr(*maker)
             arguments.run(module.main)

@@ -154,7 +154,7 @@ def _run(run: dict[str, Any], devices: int, arguments: Any, console: Any) -> Non
     if run.get("signal"):
         _send_itself(console.Progress, *run["signal"])
     jax.config.update("jax_num_cpu_devices", devices)
-    sys.argv = [f"{run['script']}.py", *map(str, run["flags"])]
+    sys.argv = [f"scripts/{run['script']}.py", *map(str, run["flags"])]
     code: Any = 1
     try:
         arguments.run(sys.modules[f"lora_jax.cli.{run['script']}"].main)

@@ -1,59 +1,93 @@
-"""Flags that scripts share, and how a script ends."""
+"""Flags that commands share, and how a command ends."""
 
 import argparse
-import fractions
+import difflib
 import io
-import math
 import os
+import pathlib
 import re
 import shutil
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from lora_jax import errors, quant
+from lora_jax import errors
 from lora_jax.parallel import processes
-from lora_jax.training import settings as training_settings
+from lora_jax.training.settings import groups
+
+Given = dict[str, Any]  # {flag, with _ for -: value} of the flags that were typed
 
 # Flags with a path on this machine.
-PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file")
-
-MOST_WEIGHT = 100_000  # of all data sets together: after so many lines their order begins anew
-
-PROCESSES = ("coordinator", "num_processes", "process_id")
+_PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file", "config")
+_PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
 class Flags:
-    """An argparse parser whose flags all default to None, so that a typed one can be told.
+    """An argparse parser whose flags all default to None, so that it can tell which were typed.
 
-    The defaults stand in one table; each flag's help ends in its own.
+    A flag's help ends in its default, which is that of the setting of the same name.
     """
 
-    def __init__(self, description: str, defaults: dict[str, Any]):
-        self.parser = _Parser(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.defaults = defaults
-        self._group = self.parser
+    def __init__(
+        self,
+        description: str,
+        defaults: Given | None = None,
+        *,
+        subparsers: Any = None,
+        verb: str = "",
+        short: bool = False,
+    ):
+        """subparsers, verb: where to add the parser, of argparse's add_subparsers. short: whether
+        --help shows the main flags alone, and --help-all all."""
+        form = {
+            "usage": "%(prog)s [flags]",
+            "description": description,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+            "add_help": not short,
+        }
+        name = pathlib.PurePath(sys.argv[0]).name
+        made = subparsers.add_parser(verb, **form) if subparsers else Parser(prog=name, **form)
+        self.parser: argparse.ArgumentParser = made
+        self._defaults, self._group = defaults or {}, self.parser
+        self._short: argparse.ArgumentParser | None = None
+        if short:
+            self._short = Parser(prog=self.parser.prog, **{**form, "add_help": False})
+            self._main = self._short.add_argument_group(
+                "main flags (--help-all lists all; --config FILE reads them from YAML)"
+            )
+            self.parser.add_argument("-h", "--help", action=_Help, of=self._short,
+                                     help="show the main flags and exit")  # fmt: skip
+            self.parser.add_argument("--help-all", action=_Help, of=self.parser,
+                                     help="show all flags and exit")  # fmt: skip
 
     def group(self, title: str) -> None:
         """Flags added from here on are listed under `title`."""
         self._group = self.parser.add_argument_group(title)
 
-    def add(self, flag: str, help: str, **options: Any) -> None:
-        """Adds a flag. Its default, if the table has one, ends the help text."""
-        default = self.defaults.get(flag.lstrip("-").replace("-", "_"))
-        if default not in (None, "", (), {}):
+    def add(self, flag: str, help: str, *, main: bool = False, **options: Any) -> None:
+        """Adds a flag. main: --help shows it, too."""
+        name = flag.lstrip("-").replace("-", "_")
+        default = self._defaults.get(name)
+        if name not in self._defaults and name in groups.FIELDS:
+            default = groups.default(name)
+        if default not in (None, "", (), {}, False) and name not in _NO_DEFAULT_SHOWN:
             shown = ",".join(default) if isinstance(default, tuple) else default
             help = f"{help} (default: {shown})"
-        self._group.add_argument(flag, help=help, default=None, **options)
+        if name in groups.CHOICES:
+            options = {"choices": groups.CHOICES[name], **options}
+        parsers = [self._group, self._main] if main and self._short else [self._group]
+        for each in parsers:
+            each.add_argument(flag, help=help, default=None, **options)
 
-    def typed(self, argv: list[str] | None) -> dict[str, Any]:
+    def switch(self, flag: str, help: str, **options: Any) -> None:
+        """Adds a flag without a value."""
+        self.add(flag, help, action="store_const", const=True, **options)
+
+    def typed(self, argv: list[str] | None) -> Given:
         """{flag: value} of the flags that were typed."""
         values = vars(self.parser.parse_args(argv))
         typed = {name: value for name, value in values.items() if value is not None}
@@ -61,11 +95,43 @@ class Flags:
         return typed
 
 
-def _refuse_urls(typed: dict[str, Any]) -> None:
-    """Raises UserError for gs://…, s3://…, hf://… where a local path is meant."""
+_NO_DEFAULT_SHOWN = ("model", "dataset")  # the demo's, as their help says
+
+
+class _Help(argparse.Action):
+    """Prints the help of a parser, and exits."""
+
+    def __init__(self, option_strings, dest, of: argparse.ArgumentParser, help: str):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self._of = of
+
+    def __call__(self, parser, *_: Any) -> NoReturn:
+        self._of.prog = parser.prog
+        self._of.print_help()
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for what cannot be parsed, with what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [*self._option_string_actions]
+        words = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        close = [difflib.get_close_matches(word, known, n=1) for word in words]
+        meant = ", ".join(found[0] for found in close if found)
+        raise errors.UserError(
+            expected="flags and values as in --help",
+            found=message,
+            where=self.prog,
+            do=f"did you mean {meant}?" if meant else None,
+        )
+
+
+def _refuse_urls(typed: Given) -> None:
+    """Raises UserError for gs://…, s3://…, hf://… instead of a local path."""
     urls = {
         f"--{name.replace('_', '-')}": value
-        for name in PATHS
+        for name in _PATHS
         for value in _values(typed.get(name, ""))
         if re.match(r"\w[\w+.-]*://", value)
     }
@@ -78,153 +144,85 @@ def _refuse_urls(typed: dict[str, Any]) -> None:
         )
 
 
-def _values(value: str | list[str]) -> list[str]:
-    return value if isinstance(value, list) else [value]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise errors.UserError(
-            expected="flags and values as in --help", found=message, where=self.prog
-        )
+def _values(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def add_model(flags: Flags) -> None:
     """--model, --revision, --quant, --quant-fast, --use-4bit, --no-4bit, --dtype, --mesh."""
     flags.group("model")
-    flags.add("--model", "folder or Hugging Face id; without it, the demo's", metavar="PATH|HUB_ID")
+    flags.add("--model", "folder or Hugging Face id; without it, the demo's", main=True,
+              metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
-    flags.add("--quant", f"weights of the frozen linear layers: {', '.join(quant.QUANTS)} "
-              "(default: as the checkpoint has them)", choices=quant.QUANTS,
-              metavar="FORMAT")  # fmt: skip
-    flags.add("--quant-fast", "round int4 without the search: sooner loaded, 3 %% more error",
-              action="store_const", const=True)  # fmt: skip
-    flags.add("--use-4bit", "the same as --quant int4", action="store_const", const=True)
-    flags.add("--no-4bit", "the same as --quant none", action="store_const", const=True)
-    flags.add("--dtype", "compute dtype (default: config.json's; float16 becomes bfloat16)",
-              choices=("float32", "bfloat16"))  # fmt: skip
-    flags.add("--mesh", "devices by axis, e.g. data=-1,fsdp=8,tensor=1 (default: fsdp where "
-              "the base does not fit on one, data otherwise)")  # fmt: skip
+    formats = ", ".join(groups.CHOICES["quant"])
+    flags.add("--quant", f"format of the frozen linear layers: {formats} (default: as the "
+              "checkpoint has them)", main=True, metavar="FORMAT")  # fmt: skip
+    flags.switch("--quant-fast", "quantize to int4 without the search: loads sooner, 3 %% more "
+                 "error")  # fmt: skip
+    flags.switch("--use-4bit", "the same as --quant int4")
+    flags.switch("--no-4bit", "the same as --quant none")
+    flags.add("--dtype", "compute dtype (default: config.json's; float16 becomes bfloat16)")
+    flags.add("--mesh", "devices by axis, e.g. data=-1,fsdp=8,tensor=1 (default: fsdp if the base "
+              "does not fit on one device, else data)")  # fmt: skip
 
 
 def add_data(flags: Flags) -> None:
     """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing, --streaming."""
     flags.group("data")
-    flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; rows with text, "
-              "prompt/completion, instruction/output or chat messages; several are mixed, by "
-              "default each row once an epoch", nargs="+", metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--weights", "of several data sets: their shares of the lines, such as 3,1; an epoch "
-              "still has as many lines as they have together", metavar="W,W")  # fmt: skip
-    flags.add("--dpo", "train on preferences (DPO): rows with prompt, chosen and rejected, texts "
-              "or lists of messages", action="store_const", const=True)  # fmt: skip
+    flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; examples with text, "
+              "prompt/completion, instruction/output or chat messages; several are mixed",
+              main=True, nargs="+", metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--weights", "of several data sets: their shares of the sequences, such as 3,1; an "
+              "epoch still has as many sequences as they have together (default: each example "
+              "once an epoch)", metavar="W,W")  # fmt: skip
+    flags.switch("--dpo", "train on preferences (DPO): examples with prompt, chosen and rejected, "
+                 "as strings or message lists")  # fmt: skip
     flags.add("--eval-dataset", "held-out data (default, with --eval-every: 2 %% of --dataset)",
               metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--columns", "names in the file (of several: where it has them), e.g. "
+    flags.add("--columns", "names in the file, if they differ, e.g. "
               "prompt=question,completion=answer")  # fmt: skip
-    flags.add("--seq-len", "cut rows after so many tokens (default: "
-              f"{training_settings.SEQ_LEN}, or the model's context if that is shorter)",
-              type=int, metavar="T")  # fmt: skip
-    flags.add("--packing", "several rows on a line of T tokens, which do not see each other: "
-              "hardly any padding is computed; --batch-size counts lines",
-              action="store_const", const=True)  # fmt: skip
-    flags.add("--streaming", "read as it is needed what is too large to be read before: in its own "
-              "order, shuffled among a few thousand rows; with --max-steps",
-              action="store_const", const=True)  # fmt: skip
-
-
-def add_sampling(flags: Flags) -> None:
-    """--max-new-tokens, --temperature, --top-k, --top-p, --min-p."""
-    flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
-    flags.add("--temperature", "0 takes the likeliest token", type=float)
-    flags.add("--top-k", "sample among the k likeliest; 0: all", type=int, metavar="K")
-    flags.add("--top-p", "sample among the likeliest that sum to p", type=float, metavar="P")
-    flags.add("--min-p", "… at least p times as likely as the likeliest", type=float, metavar="P")
+    flags.add("--seq-len", f"cut examples after so many tokens (default: {groups.SEQ_LEN}, or the "
+              "model's context if that is shorter)", main=True, type=int,
+              metavar="T")  # fmt: skip
+    flags.switch("--packing", "pack several examples into each sequence of T tokens; attention "
+                 "stays within an example; --batch-size counts sequences", main=True)  # fmt: skip
+    flags.switch("--streaming", "read the data as it is needed, in its own order, shuffled in "
+                 "blocks of a few thousand examples; with --max-steps")  # fmt: skip
 
 
 def add_processes(flags: Flags) -> None:
     """--coordinator, --num-processes, --process-id."""
-    flags.group("many processes (TPU slices, SLURM and Open MPI tell these)")
+    flags.group("many processes (TPU slices, SLURM and Open MPI provide these)")
     flags.add("--coordinator", "a free port of process 0's host, the same for all",
               metavar="HOST:PORT")  # fmt: skip
     flags.add("--num-processes", "how many are started", type=int, metavar="N")
     flags.add("--process-id", "which of them this is, from 0", type=int, metavar="I")
 
 
-def columns(text: str) -> dict[str, str]:
-    """{"prompt": "question"} from "prompt=question"."""
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(ours and theirs for ours, _, theirs in pairs):
-        raise errors.UserError(
-            expected="FIELD=COLUMN pairs, e.g. prompt=question,completion=answer",
-            found=repr(text),
-            where="--columns",
-        )
-    return {ours: theirs for ours, _, theirs in pairs}
-
-
-def weights(text: str) -> tuple[int, ...]:
-    """(3, 1) from "3,1" or "0.75,0.25": the smallest whole numbers."""
-    try:
-        parts = [fractions.Fraction(part.strip()) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
-        parts = [fractions.Fraction(0)]
-    whole = [int(part * math.lcm(*(p.denominator for p in parts))) for part in parts]
-    smallest = tuple(part // (math.gcd(*whole) or 1) for part in whole)
-    if min(smallest) <= 0 or sum(smallest) > MOST_WEIGHT:
-        raise errors.UserError(
-            expected="a positive number for each data set, such as 3,1 or 0.75,0.25, in whole "
-            f"numbers no more than {MOST_WEIGHT} together",
-            found=repr(text),
-            where="--weights",
-            do="round them, or leave out what has no weight",
-        )
-    return smallest
-
-
-def check_data(settings: dict[str, Any]) -> None:
-    """Raises UserError where the flags of add_data do not go together."""
-    given, named = len(settings.get("weights", ())), len(settings["dataset"])
-    if (given and given != named) or given == 1:
-        raise errors.UserError(
-            expected="a weight for each of several data sets",
-            found=f"{given} in --weights, {named} in --dataset",
-        )
-    if settings.get("streaming") and named > 1 and not given:
-        raise errors.UserError(
-            expected="a weight for each of several streams, whose sizes are not known",
-            found="--streaming of several data sets without --weights",
-            do="--weights " + ",".join("1" * named),
-        )
-
-
-def seconds(text: str) -> float:
-    """5400.0 from "1h30m", "90m" or "5400"."""
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.replace(" ", ""))
-    found = parts and sum(
-        int(number or 0) * unit
-        for number, unit in zip(parts.groups(), (86400, 3600, 60, 1), strict=True)
-    )
-    if not found:
-        raise errors.UserError(
-            expected="a time such as 8h, 1h30m or 45m", found=repr(text), where="--max-time"
-        )
-    return float(found)
-
-
-def join(typed: dict[str, Any]) -> dict[str, Any]:
+def join(typed: Given) -> Given:
     """`typed` without the flags of add_processes, once all processes are there.
 
     Process 0 alone prints from here on.
     """
-    processes.start(processes.find(*(typed.get(name) for name in PROCESSES)))
+    processes.start(processes.find(*(typed.get(name) for name in _PROCESSES)))
     if not processes.leads():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    kept = {name: value for name, value in typed.items() if name not in PROCESSES}
+    kept = {name: value for name, value in typed.items() if name not in _PROCESSES}
     processes.same("flags", kept)
     return kept
 
 
-def quantization(typed: dict[str, Any]) -> dict[str, Any]:
+def refuse_processes(typed: Given, why: str) -> None:
+    """Raises UserError if a flag of add_processes was typed."""
+    if pointless := [name for name in _PROCESSES if name in typed]:
+        raise errors.UserError(
+            expected="flags that have an effect",
+            found=[f"--{name.replace('_', '-')} with {why}" for name in pointless],
+            do="leave them out, and name the devices of all processes with --target",
+        )
+
+
+def quantization(typed: Given) -> Given:
     """`typed` with --use-4bit and --no-4bit replaced by the --quant they mean."""
     meant = {
         value
@@ -239,10 +237,10 @@ def quantization(typed: dict[str, Any]) -> dict[str, Any]:
     return {**typed, "quant": meant.pop()} if meant else typed
 
 
-def check_quant_fast(settings: dict[str, Any]) -> None:
-    """Raises UserError where --quant-fast would have no effect."""
-    quant = settings.get("quant", "none")  # or as the checkpoint: nothing is searched for, either
-    if settings.get("quant_fast") and not quant.startswith("int4"):
+def check_quant_fast(quant: str | None, quant_fast: bool) -> None:
+    """Raises UserError if --quant-fast would have no effect."""
+    quant = quant or "none"  # or as the checkpoint: no search either
+    if quant_fast and not quant.startswith("int4"):
         raise errors.UserError(
             expected="flags that have an effect",
             found=f"--quant-fast with --quant {quant}",
@@ -251,7 +249,7 @@ def check_quant_fast(settings: dict[str, Any]) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a script: exit code 2 and one message for what the user can put right."""
+    """Runs a command: exit code 2 and one message for what the user can put right."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no C++ log lines in between
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no ×
@@ -290,7 +288,7 @@ def _end_at_once(*_: Any) -> NoReturn:
 
 
 def fail(error: errors.UserError, *, sure: bool = True) -> int:
-    """Prints the message; gives the exit code. Of many processes it ends all."""
+    """Prints the message; returns the exit code. Of many processes it ends all."""
     width = max(40, min(shutil.get_terminal_size().columns, 100))
     wrapped = [
         part

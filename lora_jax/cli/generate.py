@@ -6,67 +6,109 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax import console, errors
+from lora_jax import assets, console, errors
 from lora_jax.cli import arguments
 from lora_jax.generation import config as generation_config
-from lora_jax.lora import config
 from lora_jax.parallel import processes
-from lora_jax.training import settings as training_settings
+from lora_jax.training.settings import groups
 
 DEFAULTS = {"seed": 0, **dataclasses.asdict(generation_config.Sampling())}
 DESCRIPTION = """\
 Continue prompts with a LLaMA, with or without a LoRA adapter.
 
-  generate.py --adapter runs/…/adapter --quant int4 --prompt "…"
-  generate.py --model huggyllama/llama-7b --use-4bit --prompt "…" --prompt "…"
+  lora-jax generate --adapter runs/…/adapter --quant int4 --prompt "…"
+  lora-jax generate --model huggyllama/llama-7b --use-4bit --prompt "…"
 """
 
 
-def parse(argv: list[str] | None = None) -> dict[str, Any]:
-    """Every setting: what was typed, else the defaults."""
-    flags = arguments.Flags(DESCRIPTION, DEFAULTS)
+@dataclasses.dataclass(frozen=True)
+class GenerateSettings:
+    """What to continue, with which model and adapter, and how tokens are chosen.
+
+    model: None for the adapter's base, or the demo's without an adapter.
+    """
+
+    model: str | None
+    base: groups.ModelSettings
+    adapter: str | None
+    prompts: tuple[str, ...]
+    chat: bool
+    sampling: generation_config.Sampling
+    seed: int
+
+
+def flags(**where: Any) -> arguments.Flags:
+    """The flags of `generate`. where: see arguments.Flags."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
     arguments.add_model(flags)
     flags.add("--adapter", "PEFT adapter: folder or hub id; its config names the model",
               metavar="PATH|HUB_ID")  # fmt: skip
     flags.group("prompts")
-    flags.add("--prompt", "text to continue; given again, a batch", action="append")
+    flags.add("--prompt", "text to continue; if repeated, a batch", action="append")
     flags.add("--prompts-file", "one prompt a line", metavar="FILE")
-    flags.add("--chat", "put each prompt into the chat template", action="store_const", const=True)
+    flags.switch("--chat", "put each prompt into the chat template")
     flags.group("sampling")
-    arguments.add_sampling(flags)
+    flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
+    flags.add("--temperature", "0 takes the most likely token", type=float)
+    flags.add("--top-k", "sample among the k most likely tokens; 0: all", type=int, metavar="K")
+    flags.add("--top-p", "sample among the most likely tokens whose probabilities sum to p",
+              type=float, metavar="P")  # fmt: skip
+    flags.add("--min-p", "… that are at least p times as likely as the most likely one",
+              type=float, metavar="P")  # fmt: skip
     flags.add("--seed", "of the draws", type=int)
     arguments.add_processes(flags)
-    return DEFAULTS | arguments.quantization(flags.typed(argv))
+    return flags
 
 
-def main() -> int:
-    settings = arguments.join(parse())
-    arguments.check_quant_fast(settings)
-    prompts = list(settings.get("prompt", []))
-    if "prompts_file" in settings:
-        prompts += _lines(pathlib.Path(settings["prompts_file"]))
+def parse(argv: list[str] | None = None) -> arguments.Given:
+    """The flags that were typed."""
+    return arguments.quantization(flags().typed(argv))
+
+
+def settings_of(typed: arguments.Given) -> GenerateSettings:
+    """What the flags ask for. Raises: UserError if they contradict each other."""
+    own = {field.name for field in dataclasses.fields(groups.ModelSettings)}
+    base = groups.ModelSettings(**{name: typed[name] for name in own & typed.keys()})
+    arguments.check_quant_fast(base.quant, base.quant_fast)
+    prompts = list(typed.get("prompt", []))
+    if "prompts_file" in typed:
+        prompts += _lines(pathlib.Path(typed["prompts_file"]))
     if not prompts:
         raise errors.UserError(expected="at least one prompt", found="none", do='--prompt "…"')
-
-    sampling = config.build(generation_config.Sampling, settings)
-    filters = [name for name in ("top_k", "top_p", "min_p") if settings[name] != DEFAULTS[name]]
+    values = DEFAULTS | typed
+    sampling = generation_config.Sampling(
+        **{
+            field.name: values[field.name]
+            for field in dataclasses.fields(generation_config.Sampling)
+        }
+    )
+    filters = [name for name in ("top_k", "top_p", "min_p") if values[name] != DEFAULTS[name]]
     if filters and not sampling.temperature:
         raise errors.UserError(
             expected="flags that have an effect",
             found=[f"--{name.replace('_', '-')} at temperature 0" for name in filters],
             do="--temperature 1 to sample",
         )
-    for prompt, text in zip(prompts, continuations(prompts, settings, sampling), strict=True):
-        shown = f"> {prompt}\n{text}" if settings.get("chat") else f"{prompt}{text}"
+    return GenerateSettings(
+        typed.get("model"), base, typed.get("adapter"), tuple(prompts),
+        bool(typed.get("chat")), sampling, values["seed"],
+    )  # fmt: skip
+
+
+def main() -> int:
+    settings = settings_of(arguments.join(parse()))
+    texts = continuations(settings)
+    for prompt, text in zip(settings.prompts, texts, strict=True):
+        shown = f"> {prompt}\n{text}" if settings.chat else f"{prompt}{text}"
         print(shown, end="\n\n", flush=True)
     return 0
 
 
-def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Iterator[str]:
+def continuations(settings: GenerateSettings) -> Iterator[str]:
     """Yields what the model writes after each prompt."""
     import jax
 
-    from lora_jax import assets, hub, tokenizer
+    from lora_jax import hub, tokenizer
     from lora_jax.checkpoints import loader
     from lora_jax.generation import continuation
     from lora_jax.generation import weights as decode_weights
@@ -80,8 +122,8 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
         print(f"warning: {warning}", file=sys.stderr)
     devices.keep_freed_memory()
     devices.keep_compiled()
-    adapter = hub.adapter_folder(settings["adapter"]) if "adapter" in settings else None
-    name, revision = settings.get("model"), settings.get("revision")
+    adapter = hub.adapter_folder(settings.adapter) if settings.adapter else None
+    name, revision = settings.model, settings.base.revision
     if not name:
         named = peft.settings(adapter) if adapter else {"base_model_name_or_path": assets.FOLDER}
         name = str(named.get("base_model_name_or_path") or "")
@@ -93,29 +135,29 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
             where=str(adapter),
             do="name the base model with --model",
         )
-    named_by = None if settings.get("model") else adapter
+    named_by = None if settings.model else adapter
     folder = hub.model_folder(name, revision, named_by=named_by)
     architecture = model_config.load(folder)
-    settings["quant"] = training_settings.resolved_quant(settings, architecture, folder)
-    loaded = {"dtype": settings.get("dtype"), "quantization": settings["quant"]}
-    mesh = sharding.choose(settings.get("mesh"), loader.loaded_bytes(folder, **loaded))
+    quant, dtype = settings.base.resolve_quant(architecture, folder), settings.base.dtype
+    num_bytes = loader.loaded_bytes(folder, dtype=dtype, quantization=quant)
+    mesh = sharding.choose(settings.base.mesh, num_bytes)
     reader = tokenizer.load(folder)
-    texts = prompts
-    if settings.get("chat"):
-        texts = [tokenizer.chat_prompt(reader, prompt) for prompt in prompts]
+    texts = list(settings.prompts)
+    if settings.chat:
+        texts = [tokenizer.chat_prompt(reader, prompt) for prompt in texts]
     encoded = tokenizer.encode(reader, texts)
     context = architecture.max_position_embeddings
     for ids in encoded:
-        continuation.check_length(len(ids), sampling, context)
+        continuation.check_length(len(ids), settings.sampling, context)
     with jax.set_mesh(mesh):
         model = loader.load(
             folder,
-            dtype=settings.get("dtype"),
-            quantization=settings["quant"],
-            search=not settings.get("quant_fast"),
+            dtype=dtype,
+            quantization=quant,
+            search=not settings.base.quant_fast,
             mesh=mesh,
         )
-        if processes.leads() and (note := loader.dense_note(settings["quant"], model)):
+        if processes.leads() and (note := loader.dense_note(quant, model)):
             print(note, file=sys.stderr)
         if adapter:
             peft.load(model, adapter)
@@ -125,10 +167,9 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
         if form and processes.leads():
             size = console.size(decode_weights.num_bytes(model, form))
             print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
-        continue_ = continuation.make(
-            graphdef, sampling, tokenizer.eos_ids(reader, folder), form=form
-        )
-        key = jax.random.key(settings["seed"])
+        eos_ids = tokenizer.eos_ids(reader, folder)
+        continue_ = continuation.make(graphdef, settings.sampling, eos_ids, form=form)
+        key = jax.random.key(settings.seed)
         yield from continuation.continuations(
             continue_, trained, frozen, encoded, reader, key=key, mesh=mesh
         )

@@ -1,5 +1,6 @@
-"""Show rows as the model sees them: what is trained, what was cut, how lines are packed."""
+"""Show examples as the model sees them: what is trained, what is cut, what is packed."""
 
+import dataclasses
 import itertools
 import os
 import statistics
@@ -7,113 +8,132 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax import assets, console, errors
+from lora_jax import console, errors
 from lora_jax.cli import arguments
-from lora_jax.training import settings as training_settings
+from lora_jax.training.settings import assemble, checks, groups
 
-DEFAULTS = {"rows": 3}
-LONGEST = 3  # rows named
+DEFAULTS = {"rows": 3, "first": 1, "tokens": False}
+LONGEST = 3  # examples named
 DESCRIPTION = """\
-Show rows as the model sees them: what is trained, what was cut, what is packed.
+Show examples as the model sees them: what is trained, cut and packed.
 
-  inspect_data.py --model huggyllama/llama-7b --dataset my.jsonl
-  inspect_data.py --dataset my.jsonl --columns prompt=question,completion=answer
-  inspect_data.py --dataset my.jsonl --packing --rows 1 --tokens
+  lora-jax inspect --model huggyllama/llama-7b --dataset my.jsonl
+  lora-jax inspect --dataset my.jsonl --columns prompt=question
+  lora-jax inspect --dataset my.jsonl --packing --rows 1 --tokens
 """
 TRAINED, PLAIN = "\033[32;1m", "\033[0m"  # on a terminal
 OPEN, CLOSE = "⟦", "⟧"  # elsewhere
 
 
-def parse(argv: list[str] | None = None) -> dict[str, Any]:
-    """Every setting: what was typed, else the defaults."""
-    flags = arguments.Flags(DESCRIPTION, DEFAULTS)
+def flags(**where: Any) -> arguments.Flags:
+    """The flags of `inspect`. where: see arguments.Flags."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
     flags.group("model")
     flags.add("--model", "whose tokenizer it is: folder or Hugging Face id, of which no weights "
               "are downloaded; without it, the demo's", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
     arguments.add_data(flags)
     flags.group("what to show")
-    flags.add("--rows", "so many lines: rows, packed rows or pairs; 0: the summary alone", type=int,
+    flags.add("--rows", "so many sequences; 0: only the summary", type=int,
               metavar="N")  # fmt: skip
-    flags.add("--first", "beginning with this one, from 1", type=int, metavar="N")
-    flags.add("--tokens", "one token to a line: position, id, row, trained or not, text",
-              action="store_const", const=True)  # fmt: skip
-    settings = DEFAULTS | flags.typed(argv)
-    wrong = [f"--{name} {settings[name]}" for name, least in (("rows", 0), ("first", 1))
-             if settings.get(name, least) < least]  # fmt: skip
+    flags.add("--first", "starting with this one, from 1", type=int, metavar="N")
+    flags.switch("--tokens", "one token to a line: position, id, example, trained or not, text")
+    return flags
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectSettings:
+    """What to show of which data, and whose tokenizer reads it.
+
+    rows: so many sequences, from number `first` on. tokens: one token to a line.
+    """
+
+    model: groups.ModelSettings
+    data: groups.DataSettings
+    rows: int
+    first: int
+    tokens: bool
+
+
+def parse(argv: list[str] | None = None) -> arguments.Given:
+    """The flags that were typed."""
+    return flags().typed(argv)
+
+
+def settings_of(typed: arguments.Given) -> InspectSettings:
+    """What the flags ask for. Raises: UserError if they contradict each other."""
+    values = DEFAULTS | {name: typed[name] for name in DEFAULTS if name in typed}
+    wrong = [f"--{name} {values[name]}" for name, least in (("rows", 0), ("first", 1))
+             if values[name] < least]  # fmt: skip
     if wrong:
         raise errors.UserError(expected="numbers in their range", found=wrong)
-    if settings.get("packing") and settings.get("dpo"):
+    own = assemble.converted({name: value for name, value in typed.items() if name not in DEFAULTS})
+    settings = assemble.compose(own, given=frozenset(own))
+    if settings.data.packing and settings.data.dpo:
         raise errors.UserError(expected="--packing or --dpo", found="both")
-    if "dataset" not in settings:
-        settings |= {"dataset": [str(assets.TRAIN)]}
-    if "weights" in settings:
-        settings["weights"] = arguments.weights(settings["weights"])
-    arguments.check_data(settings)
-    return settings
+    for problem in checks.mixture(settings.data):
+        raise problem
+    return InspectSettings(settings.model, settings.data, **values)
 
 
 def main() -> None:
-    settings = parse()
+    settings = settings_of(parse())
     from lora_jax import hub, tokenizer
     from lora_jax.data import batches, encoding, mixture, sources
     from lora_jax.models import config as model_config
 
-    pairs = arguments.columns(settings["columns"]) if "columns" in settings else None
-    files = [("data", source) for source in settings["dataset"]]
-    if "eval_dataset" in settings:
-        files.append(("held out", settings["eval_dataset"]))
-    streaming = bool(settings.get("streaming"))
-    counts = [sources.HEAD if streaming and label == "data" else None for label, _ in files]
-    loaded = sources.load_all([source for _, source in files], pairs, counts)
-    folder = hub.tokenizer_folder(
-        settings.get("model") or str(assets.FOLDER), settings.get("revision")
-    )
+    data = settings.data
+    files = [("data", source) for source in data.dataset]
+    if data.eval_dataset:
+        files.append(("held out", data.eval_dataset))
+    counts = [sources.HEAD if data.streaming and label == "data" else None for label, _ in files]
+    loaded = sources.load_all([source for _, source in files], data.columns, counts)
+    folder = hub.tokenizer_folder(settings.model.model, settings.model.revision)
     context = model_config.load(folder).max_position_embeddings
-    seq_len = settings["seq_len"] = training_settings.sequence_length(settings, context)
+    seq_len = data.resolve_seq_len(context)
     reader = tokenizer.load(folder)
     eos = tokenizer.eos_ids(reader, folder)[0]
     sizes = []
-    for (label, source), rows in zip(files, loaded, strict=True):
-        encode = encoding.encode_pairs if settings.get("dpo") else encoding.encode
-        encoded = encode(rows, reader, seq_len, eos)
-        how = {"packing": bool(settings.get("packing")), "in_pairs": bool(settings.get("dpo"))}
-        lines = batches.arrange(encoded.rows, seq_len, **how)
-        which = "its first rows, " if streaming and label == "data" else ""
-        summarise(label, which + console.near(source), encoded, seq_len)
-        length = training_settings.line_length(settings)
+    for (label, source), examples in zip(files, loaded, strict=True):
+        encode = encoding.encode_pairs if data.dpo else encoding.encode
+        encoded = encode(examples, reader, seq_len, eos)
+        sequences = batches.arrange(encoded.rows, seq_len, packing=data.packing, in_pairs=data.dpo)
+        which = "its first examples, " if data.streaming and label == "data" else ""
+        summarize(label, which + console.near(source), encoded, seq_len)
+        length = seq_len * (2 if data.dpo else 1)
         if not which:
-            length = min(length, batches.longest(lines))
-        what = "packed on" if how["packing"] else "paired on" if how["in_pairs"] else "padded to"
-        console.say("lines", f"{len(lines)} {what} lines of {length} tokens, "
-                    f"{batches.filled(lines, length):.1%} filled")  # fmt: skip
-        sizes.append(len(lines))
+            length = min(length, batches.longest(sequences))
+        what = "packed" if data.packing else "pairs" if data.dpo else "padded"
+        console.say("sequences", f"{len(sequences)} ({what}) of {length} tokens, "
+                    f"{batches.filled(sequences, length):.1%} filled")  # fmt: skip
+        sizes.append(len(sequences))
         named = zip(encoded.rows, encoded.origins, strict=True)
         origins = {id(ids): origin for (ids, _), origin in named}
-        first = settings.get("first", 1)
-        if settings["rows"] and first > len(lines):
+        first = settings.first
+        if settings.rows and first > len(sequences):
             raise errors.UserError(
-                expected=f"one of the {len(lines)} lines",
+                expected=f"one of the {len(sequences)} sequences",
                 found=f"--first {first}",
                 where=source,
             )
-        for number, line in enumerate(lines[first - 1 : first - 1 + settings["rows"]], first):
-            print(f"\nline {number} of {len(lines)}", flush=True)
-            show(line, [origins[id(ids)] for ids, _ in line], reader, settings.get("tokens"))
+        chosen = sequences[first - 1 : first - 1 + settings.rows]
+        for number, sequence in enumerate(chosen, first):
+            print(f"\nsequence {number} of {len(sequences)}", flush=True)
+            show(sequence, [origins[id(ids)] for ids, _ in sequence], reader, settings.tokens)
         print()
-    if "weights" in settings:
-        shares = mixture.shares(settings["weights"])
+    if data.weights:
+        shares = mixture.shares(data.weights)
         sizes = sizes[: len(shares)]  # without what is held out
-        shown = 100 if streaming else sum(sizes)
-        parts = console.mixture(settings["dataset"], shares, None if streaming else sizes, shown)
-        console.say("mixture", f"in {parts}")
+        shown = 100 if data.streaming else sum(sizes)
+        known = None if data.streaming else sizes
+        console.say("mixture", "in " + console.mixture(data.dataset, shares, known, shown))
 
 
-def summarise(label: str, source: str, encoded, seq_len: int) -> None:
+def summarize(label: str, source: str, encoded, seq_len: int) -> None:
     """What is in the data, in a few lines."""
     sizes = [len(ids) for ids, _ in encoded.rows]
     trained = sum(int(trained[1:].sum()) for _, trained in encoded.rows)
-    console.say(label, f"{len(sizes)} rows, {sum(sizes)} tokens: {source}")
+    console.say(label, f"{len(sizes)} examples, {sum(sizes)} tokens: {source}")
     console.say("cut", f"{encoded.num_cut} at {seq_len} tokens; {encoded.num_skipped} "
                 "skipped, with nothing to train in what is left")  # fmt: skip
     console.say("trained", f"{trained} tokens, {trained / sum(sizes):.1%}")
@@ -124,8 +144,8 @@ def summarise(label: str, source: str, encoded, seq_len: int) -> None:
     console.say("longest", ", ".join(f"{where} ({size})" for size, where in longest))
 
 
-def show(line, origins: list[str], reader, tokens: bool | None) -> None:
-    """A line's rows: where each is from, and its text, what is trained in colour or in brackets."""
+def show(line, origins: list[str], reader, tokens: bool) -> None:
+    """Prints the examples of a sequence; what is trained is in color or in brackets."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     begin, end = (TRAINED, PLAIN) if colour else (OPEN, CLOSE)
     for number, ((ids, trained), origin) in enumerate(zip(line, origins, strict=True), 1):

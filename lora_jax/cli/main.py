@@ -1,10 +1,78 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command `lora-jax`."""
 
+import difflib
 import importlib
+import os
+import pathlib
+import sys
 
+import lora_jax
+from lora_jax import errors
 from lora_jax.cli import arguments
+
+VERBS = {
+    "train": "fine-tune a model with LoRA",
+    "generate": "continue prompts with a model and its adapter",
+    "merge": "fold an adapter into its base",
+    "quantize": "write a quantized copy of a model, or report its error",
+    "plan": "plan the memory and time of a training job",
+    "inspect": "show examples as the model sees them",
+    "report": "write the report.html of a run",
+}
 
 
 def run(verb: str) -> None:
-    """Runs one verb with the command line's flags, and exits with its code."""
+    """Runs one verb with the flags of the command line, and exits with its code."""
+    _complete(verb)
     arguments.run(importlib.import_module(f"lora_jax.cli.{verb}").main)
+
+
+def main() -> None:
+    """Runs the verb that is the first argument; without one, lists them."""
+    _complete(None)
+    verb, name = sys.argv[1] if len(sys.argv) > 1 else "", pathlib.Path(sys.argv[0]).name
+    if verb in VERBS:
+        program = "python -m lora_jax" if name == "__main__.py" else name
+        sys.argv = [f"{program} {verb}", *sys.argv[2:]]
+        run(verb)
+    elif verb in ("", "-h", "--help"):
+        print(usage())
+    elif verb == "--version":
+        print(lora_jax.__version__)
+    else:
+        arguments.run(lambda: _unknown(verb))
+
+
+def usage() -> str:
+    """The verbs with one line each."""
+    each = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
+    return f"usage: lora-jax VERB [flags]\n\n{each}\n\nlora-jax VERB --help shows the flags of one."
+
+
+def _unknown(verb: str) -> None:
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    raise errors.UserError(
+        expected=f"one of {', '.join(VERBS)}",
+        found=verb,
+        do=f"did you mean {close[0]}?" if close else None,
+    )
+
+
+def _complete(verb: str | None) -> None:
+    """Completes the command line for a shell that asks for it through argcomplete."""
+    if "_ARGCOMPLETE" not in os.environ:
+        return
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    if verb:
+        parser = importlib.import_module(f"lora_jax.cli.{verb}").flags().parser
+    else:
+        parser = arguments.Parser(prog="lora-jax")
+        subparsers = parser.add_subparsers()
+        for each in VERBS:
+            module = importlib.import_module(f"lora_jax.cli.{each}")
+            module.flags(subparsers=subparsers, verb=each)
+    argcomplete.autocomplete(parser)

@@ -14,8 +14,8 @@ DEFAULTS = {"max_kl": 0.01}
 DESCRIPTION = """\
 Fold a LoRA adapter into its base: a Hugging Face folder for programs that know no adapters.
 
-  merge.py --adapter runs/…/adapter --output-dir merged
-  merge.py --adapter owner/name --model huggyllama/llama-7b --quant int4 --output-dir merged
+  lora-jax merge --adapter runs/…/adapter --output-dir merged
+  lora-jax merge --adapter owner/name --model huggyllama/llama-7b --quant int4 --output-dir merged
 """
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -26,9 +26,9 @@ PROMPTS = (
 SHOWN = 3  # layers with the largest changes
 
 
-def parse(argv: list[str] | None = None) -> dict[str, Any]:
-    """Every setting: what was typed, else the defaults."""
-    flags = arguments.Flags(DESCRIPTION, DEFAULTS)
+def flags(**where: Any) -> arguments.Flags:
+    """The flags of `merge`. where: see arguments.Flags."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
     flags.group("what to merge")
     flags.add("--adapter", "PEFT or mlx-lm adapter: folder or hub id; its config names the model",
               metavar="PATH|HUB_ID")  # fmt: skip
@@ -45,7 +45,12 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
               "(default: four short ones)", action="append")  # fmt: skip
     flags.add("--max-kl", "write nothing if their predictions differ by more, in nats a token",
               type=float, metavar="KL")  # fmt: skip
-    return DEFAULTS | flags.typed(argv)
+    return flags
+
+
+def parse(argv: list[str] | None = None) -> arguments.Given:
+    """Every setting: what was typed, else the defaults."""
+    return DEFAULTS | flags().typed(argv)
 
 
 def main() -> int:
@@ -56,7 +61,7 @@ def main() -> int:
         raise errors.UserError(expected="--adapter and --output-dir", found=missing)
     if not settings["max_kl"] >= 0:
         raise errors.UserError(expected="--max-kl of 0 or more", found=f"{settings['max_kl']:g}")
-    arguments.check_quant_fast(settings)
+    arguments.check_quant_fast(settings.get("quant"), bool(settings.get("quant_fast")))
     into = pathlib.Path(settings["output_dir"])
     from lora_jax import hub
     from lora_jax.checkpoints import copy
@@ -80,7 +85,7 @@ def main() -> int:
     return 0
 
 
-def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: dict[str, Any]) -> None:
+def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments.Given) -> None:
     """Writes the merged model to `into`, unless it predicts otherwise than base and adapter do."""
     import tqdm
 
@@ -115,7 +120,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: dict[str,
                 "--max-kl",
             )
     console.say("wrote", f"{into}: {console.size(num_bytes)} in {time.time() - start:.1f} s")
-    print(f"\nto use it:\n  {console.command('generate.py')} --model {console.quoted(str(into))} …")
+    print(f"\nto use it:\n  {console.command('generate')} --model {console.quoted(str(into))} …")
 
 
 def predicted(

@@ -1,6 +1,6 @@
-"""Say whether a train.py job fits, what it computes and communicates, without weights or devices.
+"""Show whether a training job fits, what it computes and communicates, without weights or devices.
 
-The same as train.py --plan: all flags are train.py's.
+The same as `lora-jax train --plan`: all flags are those of `train`.
 """
 
 import dataclasses
@@ -11,15 +11,11 @@ import sys
 from typing import Any
 
 from lora_jax import console, errors, hub
-from lora_jax.cli import train
+from lora_jax.cli import arguments, train
 from lora_jax.generation import config as generation_config
-from lora_jax.lora import config
-from lora_jax.optim import config as optim_config
-from lora_jax.training import members
-from lora_jax.training import settings as training_settings
+from lora_jax.training import settings as train_settings
+from lora_jax.training.settings import groups
 
-FLAGS = ("plan", "target", "hbm", "no_compile", "json")
-_PROCESSES = ("coordinator", "num_processes", "process_id")
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
@@ -39,20 +35,13 @@ def num_bytes(text: str) -> int:
     return size
 
 
-def run(typed: dict[str, Any]) -> int:
-    """Prints the plan of the job that train.py would run with these flags."""
-    asked = {name: typed.pop(name) for name in FLAGS if name in typed}
-    if pointless := [f"--{name.replace('_', '-')}" for name in _PROCESSES if name in typed]:
-        raise errors.UserError(
-            expected="flags that have an effect",
-            found=[f"{flag} with --plan" for flag in pointless],
-            do="leave them out, and name the devices of all processes with --target",
-        )
-    settings = train.resolve(typed)
+def run(typed: arguments.Given) -> int:
+    """Prints the plan of the job that `train` would run with these flags."""
+    asked = {name: typed[name] for name in train.PLANNING if name in typed}
+    arguments.refuse_processes(typed, "--plan")
+    settings = train_settings.build(**train.settings_in(typed))
     limit = num_bytes(asked["hbm"]) if "hbm" in asked else None
-    config.build(config.LoRAConfig, settings)  # refused before anything is downloaded
-    config.build(optim_config.OptimConfig, settings)
-    base = hub.config_folder(settings["model"], settings.get("revision"))
+    base = hub.config_folder(settings.model.model, settings.model.revision)
 
     import jax
 
@@ -60,15 +49,16 @@ def run(typed: dict[str, Any]) -> int:
     from lora_jax.parallel import mesh as sharding
     from lora_jax.planning import chips, programs
     from lora_jax.planning import memory as planning
+    from lora_jax.training import setup
 
-    if settings.get("sweep"):
-        count = len(members.parse(settings["sweep"])[1])
+    if settings.loop.sweep:
+        count = setup.num_adapters(settings)
         raise errors.UserError(
             expected="a job that trains one adapter",
             found=f"--sweep with {count} of them",
             do=f"plan without --sweep and with {count} times the --batch-size, "
-            f"{count * settings['batch_size']}: it computes so many rows at a time; A and B, their "
-            f"moments and gradients are there {count} times",
+            f"{count * settings.loop.batch_size}: it computes so many sequences at a "
+            f"time; A and B, their moments and gradients are there {count} times",
         )
     architecture = model_config.load(base)
     if asked.get("target"):
@@ -81,18 +71,20 @@ def run(typed: dict[str, Any]) -> int:
     jax.config.update("jax_platforms", "cpu")
     limit = limit or host.memory
     context = architecture.max_position_embeddings
-    settings["dtype"] = settings.get("dtype") or architecture.dtype
-    settings["quant"] = training_settings.resolved_quant(settings, architecture, base)
-    settings["seq_len"] = training_settings.sequence_length(settings, context)
-    job = programs.job_of(settings, architecture, _generation(settings, context))
+    settings = settings.replace(
+        dtype=settings.model.dtype or architecture.dtype,
+        quant=settings.model.resolve_quant(architecture, base),
+        seq_len=settings.data.resolve_seq_len(context),
+    )
+    job = setup.planned_job(settings, architecture, _generation(settings, context))
     one = dict.fromkeys(sharding.AXES, 1)
-    if settings.get("mesh"):
-        sizes = sharding.parse(settings["mesh"], host.count)
+    if settings.model.mesh:
+        sizes = sharding.parse(settings.model.mesh, host.count)
     else:
         sizes = sharding.default(
             host.count, planning.base_bytes(planning.resident(job, one, target.chip)), limit
         )
-    if "batch_size" not in typed:
+    if "batch_size" not in settings.given:
         rows = sharding.round_up(job.batch_size, sharding.mesh_of(sizes))
         job = dataclasses.replace(job, batch_size=rows)
     there = planning.resident(job, sizes, target.chip)
@@ -106,14 +98,14 @@ def run(typed: dict[str, Any]) -> int:
         chosen = "--remat auto is " + console.remat(remat, needs, limit) + "\n" if needs else ""
     memory = planning.memory(job, sizes, target.chip, there)
     found: dict[str, Any] = {
-        "model": settings["model"],
+        "model": settings.model.model,
         "job": _settings(job),
         "target": asked.get("target") or f"{host.count} × {host.kind}",
         "mesh": sizes,
         "memory": {**memory._asdict(), "total": memory.total, "generating": memory.generating},
     }
     show = (lambda *_: None) if asked.get("json") else _print
-    show(f"plan of {console.near(settings['model'])}: {_flags(job)}")
+    show(f"plan of {console.near(settings.model.model)}: {_flags(job)}")
     show(f"on {found['target']}, mesh " + console.pairs(sizes) + "\n" + chosen)
     compiled: programs.Compiled | str = "--no-compile"
     if not asked.get("no_compile"):
@@ -154,7 +146,7 @@ def _flags(job) -> str:
             f"--seq-len {job.seq_len}" + (" --dpo" if job.beta else ""))  # fmt: skip
 
 
-def _generation(settings: dict[str, Any], context: int) -> tuple[int, int, int] | None:
+def _generation(settings: groups.TrainSettings, context: int) -> tuple[int, int, int] | None:
     """(rows, prompt tokens, new tokens), at most: without a tokenizer a byte may be a token.
 
     Held-out prompts and answers are taken to be as long as a row.
@@ -162,18 +154,18 @@ def _generation(settings: dict[str, Any], context: int) -> tuple[int, int, int] 
     from lora_jax.generation import continuation
 
     at_a_time = inspect.signature(continuation.continuations).parameters["batch_size"].default
-    prompts = settings.get("prompt") or []
+    prompts = settings.prompts.prompt
     asked = []
     if prompts:
         longest = max(len(text.encode()) for text in prompts) + 1  # and BOS
-        new = settings["max_new_tokens"]
+        new = settings.prompts.max_new_tokens
         continuation.check_length(
             1, generation_config.Sampling(new), context
         )  # no prompt has fewer tokens
         length = min(-(-longest // 16) * 16, context - new)
         asked.append((min(len(prompts), at_a_time), length, new))
-    if settings["exact_match"]:
-        asked.append((min(settings["exact_match"], at_a_time), settings["seq_len"], 0))
+    if settings.eval.exact_match:
+        asked.append((min(settings.eval.exact_match, at_a_time), settings.data.seq_len, 0))
     return max(asked, key=lambda each: each[0] * (each[1] + each[2]), default=None)
 
 
@@ -317,9 +309,19 @@ def _show_proposals(
     return answer
 
 
+def flags(**where: Any) -> arguments.Flags:
+    """The flags of `plan`: those of `train`."""
+    return train.flags(**where)
+
+
+def parse(argv: list[str] | None = None) -> arguments.Given:
+    """The flags that were typed."""
+    return train.parse(argv)
+
+
 def main() -> int:
-    typed, resume = train.parse()
-    if resume:
+    typed = parse()
+    if typed.pop("resume", False):
         raise errors.UserError(
             expected="the flags of a run", found="--resume", do="give the run's flags instead"
         )

@@ -23,8 +23,8 @@ DESCRIPTION = """\
 Write a quantized copy of a checkpoint, which later loads in seconds, or report what quantizing it
 loses and saves; both tensor by tensor.
 
-  quantize.py --model huggyllama/llama-7b --quant int4 --output-dir llama-7b-int4
-  quantize.py --model huggyllama/llama-7b --quant int4 --quant nf4-dq --report --json FILE
+  lora-jax quantize --model huggyllama/llama-7b --quant int4 --output-dir llama-7b-int4
+  lora-jax quantize --model huggyllama/llama-7b --quant int4 --quant nf4-dq --report --json FILE
 """
 NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.weight")  # lm_head and embeddings stay dense
 DTYPES = ("F32", "F16", "BF16")
@@ -70,9 +70,9 @@ class Module:
     costs: dict[str, Cost]
 
 
-def parse(argv: list[str] | None = None) -> dict[str, Any]:
-    """Every setting: what was typed, else the defaults."""
-    flags = arguments.Flags(DESCRIPTION, DEFAULTS)
+def flags(**where: Any) -> arguments.Flags:
+    """The flags of `quantize`. where: see arguments.Flags."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
     flags.group("model")
     flags.add("--model", "folder or Hugging Face id; without it, the demo's", metavar="PATH|HUB_ID")
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
@@ -87,7 +87,12 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
     flags.add("--report", "print error and bits per weight of each kind of module",
               action="store_const", const=True)  # fmt: skip
     flags.add("--json", "write the report of each module, too", metavar="FILE")
-    return DEFAULTS | flags.typed(argv)
+    return flags
+
+
+def parse(argv: list[str] | None = None) -> arguments.Given:
+    """Every setting: what was typed, else the defaults."""
+    return DEFAULTS | flags().typed(argv)
 
 
 def main() -> int:
@@ -161,7 +166,7 @@ def write(folder: pathlib.Path, into: pathlib.Path, fmt: str, *, search: bool) -
         console.say("note", f"{copy.num_crossing} linear layers will be dense when loaded: their "
                     "inputs are no multiple of 64, so that blocks reach across rows")  # fmt: skip
     named = console.quoted(str(into))
-    print(f"\nto use it:\n  {console.command('train.py')} --model {named} …")
+    print(f"\nto use it:\n  {console.command('train')} --model {named} …")
 
 
 def show(

@@ -10,14 +10,20 @@ from lora_jax.training.report import page
 DESCRIPTION = """\
 Write the report.html of a run, also of one that was killed or still runs.
 
-  report.py runs/…
+  lora-jax report runs/…
 """
 
 
-def parse(argv: list[str] | None = None) -> dict[str, Any]:
-    flags = arguments.Flags(DESCRIPTION, {})
+def flags(**where: Any) -> arguments.Flags:
+    """The flags of `report`. where: see arguments.Flags."""
+    flags = arguments.Flags(DESCRIPTION, **where)
     flags.add("run_folder", "what train.py was given as --output-dir", metavar="RUN_FOLDER")
-    return flags.typed(argv)
+    return flags
+
+
+def parse(argv: list[str] | None = None) -> arguments.Given:
+    """Every setting: what was typed, else the defaults."""
+    return flags().typed(argv)
 
 
 def main() -> int:

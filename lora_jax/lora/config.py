@@ -2,8 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from lora_jax import errors
 
@@ -84,8 +83,3 @@ class LoRAConfig:
 
 
 INITS = r"default|pissa(_niter_\d+)?"
-
-
-def build(kind: type, settings: Mapping[str, Any]) -> Any:
-    """The dataclass `kind`, each field from the setting of its name."""
-    return kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind)})

@@ -73,23 +73,6 @@ class Job:
         return dataclasses.replace(self, seq_len=tokens // self.rows_a_line)
 
 
-def job_of(
-    settings: Mapping[str, Any],
-    architecture: model_config.LlamaConfig,
-    generation: tuple[int, int, int] | None = None,
-) -> Job:
-    """The Job of a run's settings, named as train.py's flags are; all of them must be there."""
-    same = ("dtype", "quant", "remat", "batch_size", "grad_accum", "seq_len")
-    return Job(
-        architecture,
-        lora=config.build(config.LoRAConfig, settings),
-        optim=config.build(optim_config.OptimConfig, settings),
-        generation=generation,
-        beta=settings["beta"] if settings.get("dpo") else None,
-        **{name: settings[name] for name in same},
-    )
-
-
 class Compiled(NamedTuple):
     """What XLA made of a program, for one device: bytes, seconds it took, what it communicates."""
 

@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_jax import errors
+from lora_jax.parallel import processes
 
 if TYPE_CHECKING:
     from lora_jax.planning import chips, programs
+    from lora_jax.training import setup
+    from lora_jax.training.output import run_folder
 
 REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # to which, by which package
 
@@ -166,3 +169,30 @@ class Dashboard:
                 self._writer.add_scalar(name, value, metrics["step"])
         else:
             self._run.log(numbers, step=metrics["step"])
+
+
+class Log:
+    """Where metrics go: metrics.jsonl, and a dashboard if there is one."""
+
+    def __init__(self, job: "setup.Job", first: int):
+        """first: the step from which the run goes on."""
+        self._job, self._dashboard = job, None
+        if job.settings.run.report_to and processes.leads():
+            self._dashboard = Dashboard(
+                job.settings.run.report_to, job.folder.path, job.settings.flat(), first
+            )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._dashboard:
+            self._dashboard.close()
+
+    def add(self, metrics: "run_folder.Metrics") -> "run_folder.Metrics":
+        """Logs the metrics, and returns what was logged."""
+        logged = self._job.adapters.to_log(metrics)
+        self._job.folder.log(logged)
+        if self._dashboard:
+            self._dashboard.log(logged)
+        return logged

@@ -13,12 +13,18 @@ from lora_jax import errors
 from lora_jax.cli import arguments  # isort: skip (scripts/, which cli puts on the path)
 from lora_jax.cli import generate as generate_script  # isort: skip
 from lora_jax.cli import train as train_script  # isort: skip
+from lora_jax.training import settings as train_settings
+from lora_jax.training.settings import convert, groups
 
 TRAIN = ("--model", "m", "--dataset", "d.jsonl")
 
 
 def settings(*flags):
-    return train_script.resolve(train_script.parse([*TRAIN, *map(str, flags)])[0])
+    return build(*TRAIN, *flags).flat()
+
+
+def build(*flags):
+    return train_settings.build(**train_script.settings_in(train_script.parse([*map(str, flags)])))
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "plan", "inspect_data", "report"])
@@ -40,24 +46,26 @@ def test_help_imports_nothing_heavy(script):
 
 def test_help_is_in_groups_and_shows_every_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = cli.run("train", "--help").out
+    text = cli.run("train", "--help-all").out
     for group in ("model:", "data:", "adapter:", "training:", "run:", "generating, after training"):
         assert f"\n{group}" in text
     shown = " ".join(text.partition("options:")[2].split())
     for default in ("runs/DATE-TIME", "the devices of this machine", "q_proj,v_proj"):
         assert f"(default: {default})" in shown
-    # Every flag with a default in the table tells it.
+    # Every flag whose setting has a default shows it.
     flags = re.findall(r"^  --([\w-]+)", text, re.MULTILINE)
-    defaults = {flag: train_script.DEFAULTS.get(flag.replace("-", "_")) for flag in flags}
+    defaults = {flag: groups.default(flag.replace("-", "_"))
+                for flag in flags if flag.replace("-", "_") in groups.FIELDS}  # fmt: skip
     assert len(flags) > 30 and defaults["rank"] == 8
     for flag, default in defaults.items():
-        if default not in (None, (), {}) and flag != "targets":
-            said = re.search(rf" --{flag} .*?\(default: (.*?)\)", shown)
+        if default not in (None, (), {}, False) and flag not in ("targets", "model", "dataset"):
+            said = re.search(rf"\n  --{flag} .*?\(default:\s+(.*?)\)", text, re.DOTALL)
             assert said and said[1] == str(default), flag
 
 
 def test_a_default_is_overridden_by_what_is_typed_alone():
-    assert settings() == {**train_script.DEFAULTS, "model": "m", "dataset": ["d.jsonl"]}
+    defaults = groups.TrainSettings().flat()
+    assert settings() == {**defaults, "model": "m", "dataset": ["d.jsonl"]}
     found = settings("--rank", 4, "--lr", "1e-3", "--seq-len", 32, "--quant", "nf4")
     assert (found["rank"], found["lr"], found["seq_len"], found["quant"]) == (4, 1e-3, 32, "nf4")
 
@@ -99,14 +107,16 @@ def test_4bit_flags_that_contradict_are_refused(flags):
     ],
 )
 def test_targets_are_names_or_a_regex_or_all_linear(text, targets):
-    assert settings("--targets", text)["targets"] == targets
+    assert settings("--targets", text)["targets"] == (
+        list(targets) if isinstance(targets, tuple) else targets
+    )
 
 
 def test_layers_and_patterns_are_read():
     found = settings("--layers", "0,3-5,4", "--rank-pattern", "a=b=2", "--rank-pattern", "c=3",
                      "--modules-to-save", "lm_head, norm")  # fmt: skip
-    assert found["layers"] == (0, 3, 4, 5) and found["rank_pattern"] == {"a=b": 2, "c": 3}
-    assert found["modules_to_save"] == ("lm_head", "norm")
+    assert found["layers"] == [0, 3, 4, 5] and found["rank_pattern"] == {"a=b": 2, "c": 3}
+    assert found["modules_to_save"] == ["lm_head", "norm"]
 
 
 def test_columns_are_pairs():
@@ -120,7 +130,7 @@ def test_columns_are_pairs():
 def nothing_heavy(monkeypatch, tmp_path):
     """An empty working folder in which no job may start, and no folder may be left."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "job", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "lora_jax.training.loop", None)  # importing it fails
     yield
     assert list(tmp_path.iterdir()) == []
 
@@ -286,19 +296,19 @@ def test_ctrl_c_with_nothing_to_save_ends_at_once():
 def test_local_paths_are_found_again_from_another_folder(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    typed, _ = train_script.parse(["--dataset", "rows.jsonl", "o/d", "--model", "owner/name"])
-    assert typed["dataset"] == [str(tmp_path / "rows.jsonl"), "o/d"]
+    typed = train_script.parse(["--dataset", "rows.jsonl", "o/d", "--model", "owner/name"])
+    assert typed["dataset"] == (str(tmp_path / "rows.jsonl"), "o/d")
     assert typed["model"] == "owner/name"
 
 
 def test_weights_become_the_smallest_whole_numbers():
-    found = map(arguments.weights, ("3,1", "0.75, 0.25", "6,2", "1e2,100", "1/3,2/3"))
+    found = map(convert.weights, ("3,1", "0.75, 0.25", "6,2", "1e2,100", "1/3,2/3"))
     assert [*found] == [(3, 1), (3, 1), (3, 1), (1, 1), (1, 2)]
 
 
 def test_times_have_units():
-    assert arguments.seconds("1h30m") == arguments.seconds("90m") == arguments.seconds("5400")
-    assert arguments.seconds("2d") == 172800 and arguments.seconds("45s") == 45
+    assert convert.seconds("1h30m") == convert.seconds("90m") == convert.seconds("5400")
+    assert convert.seconds("2d") == 172800 and convert.seconds("45s") == 45
     for text in ("", "0", "h", "1.5h", "30m1h", "-1"):
         with pytest.raises(errors.UserError, match="--max-time"):
-            arguments.seconds(text)
+            convert.seconds(text)

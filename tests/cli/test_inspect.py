@@ -22,7 +22,7 @@ def inspect(*flags):
 
 def test_what_is_trained_stands_in_brackets(rows):
     out = inspect("--dataset", rows, "--rows", 2, "--first", 3)
-    assert "12 rows" in out and "0 at 256 tokens; 0 skipped" in " ".join(out.split())
+    assert "12 examples" in out and "0 at 256 tokens; 0 skipped" in " ".join(out.split())
     first, second = out.split("── ")[1:]
     assert first.startswith("train.jsonl:3: ")
     assert first.splitlines()[1] == "<bos>Tom has 2 cats.⟦ He likes cat 2.<eos>⟧"
@@ -45,7 +45,7 @@ def test_on_a_terminal_it_is_in_colour(rows, monkeypatch):
 
 def test_packed_lines_show_their_rows_and_tokens(rows):
     out = inspect("--dataset", rows, "--packing", "--rows", 1, "--tokens", "--seq-len", 64)
-    assert "packed on lines of 48 tokens" in out and "\nline 1 of " in out
+    assert "(packed) of 48 tokens" in out and "\nsequence 1 of " in out
     blocks = out.split("── ")[1:]
     assert len(blocks) > 1
     for number, block in enumerate(blocks, 1):
@@ -64,7 +64,7 @@ def test_what_is_cut_skipped_and_longest_is_told(tmp_path):
     lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in made]
     path.write_text("\n".join(lines))
     out = " ".join(inspect("--dataset", path, "--seq-len", 32, "--rows", 0).split())
-    assert "2 rows, " in out and "2 at 32 tokens; 1 skipped" in out
+    assert "2 examples, " in out and "2 at 32 tokens; 1 skipped" in out
     assert "longest train.jsonl:3 (" in out and "the longest 32" in out
     path.write_text(lines[1])
     assert "a token to train on" in cli.refused("inspect_data", "--dataset", path, "--seq-len", 32)
@@ -73,7 +73,7 @@ def test_what_is_cut_skipped_and_longest_is_told(tmp_path):
 def test_the_parts_of_a_mixture_are_shown_and_how_often_they_come(rows, tmp_path):
     other = cli.write_rows(tmp_path / "other.jsonl", 4)
     out = inspect("--dataset", rows, other, "--weights", "1,1", "--first", 4, "--rows", 1)
-    assert out.count("\nline 4 of ") == 2 and "── other.jsonl:4: " in out
+    assert out.count("\nsequence 4 of ") == 2 and "── other.jsonl:4: " in out
     told = f"in 16 lines: 50.0% of {rows}, seen 0.67 times; 50.0% of {other}, seen 2 times"
     assert told in " ".join(out.split())
 
@@ -81,11 +81,11 @@ def test_the_parts_of_a_mixture_are_shown_and_how_often_they_come(rows, tmp_path
 def test_of_a_stream_the_first_rows_are_shown(rows, monkeypatch):
     monkeypatch.setattr(sources, "HEAD", 5)
     out = " ".join(inspect("--dataset", rows, "--streaming", "--rows", 1, "--first", 5).split())
-    assert f"5 rows, 115 tokens: its first rows, {rows}" in out and "line 5 of 5" in out
-    assert "5 padded to lines of 256 tokens" in out
+    assert f"5 examples, 115 tokens: its first examples, {rows}" in out and "sequence 5 of 5" in out
+    assert "5 (padded) of 256 tokens" in out
 
 
 def test_wrong_numbers_are_refused(rows):
     told = cli.refused("inspect_data", "--dataset", rows, "--first", 13)
-    assert "one of the 12 lines" in told and "--first 13" in told
+    assert "one of the 12 sequences" in told and "--first 13" in told
     assert "--rows -1" in cli.refused("inspect_data", "--dataset", rows, "--rows", "-1")

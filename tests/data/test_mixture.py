@@ -11,8 +11,9 @@ import pytest
 
 from lora_jax import errors, tokenizer
 from lora_jax.data import batches, mixture, sources
+from lora_jax.training import run_data
+from lora_jax.training import settings as train_settings
 
-from lora_jax.training import prepare  # isort: skip (scripts/, which cli puts on the path)
 from lora_jax.cli import train  # isort: skip
 
 
@@ -92,9 +93,9 @@ def reader():
 
 
 def data_of(reader, *flags):
-    typed, _ = train.parse(["--model", "m", *map(str, flags)])
-    settings = train.resolve(typed)
-    return prepare.Data(settings, prepare.read(settings), reader, 2, 512)
+    settings = train_settings.build(**train.parse(["--model", "m", *map(str, flags)]))
+    settings = settings.replace(seq_len=settings.data.resolve_seq_len(512))
+    return run_data.RunData(settings, run_data.read(settings), reader, 2, 512)
 
 
 def test_a_packed_mixture_of_other_kinds_of_rows(files, reader, capsys):

@@ -322,8 +322,8 @@ def test_launches_start_and_resume_with_flags_that_exist(name, tmp_path):
         assert done.returncode == processes.RESTART, done
         script, *flags = (tmp_path / "said").read_text().splitlines()
         assert script == "scripts/train.py"
-        typed, resume = train.parse(flags)
-        assert resume == resumed and typed["output_dir"] == str(out)
+        typed = train.parse(flags)
+        assert typed.get("resume", False) == resumed and typed["output_dir"] == str(out)
         place = [typed.get(name) for name in ("coordinator", "num_processes", "process_id")]
         assert processes.find(*place) == (
             processes.Place("lora-jax-workers-0-0.lora-jax:8476", 2, 1)

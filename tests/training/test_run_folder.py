@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from lora_jax import errors
-from lora_jax.training import run_folder
+from lora_jax.training.output import run_folder
 
 Usage = collections.namedtuple("Usage", "total used free")
 

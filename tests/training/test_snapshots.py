@@ -11,7 +11,7 @@ import pytest
 from lora_jax import errors
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
-from lora_jax.training import snapshots as snapshot
+from lora_jax.training.output import snapshots as snapshot
 
 PATH = ("model", "layers", "self_attn", "q_proj")
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import console, errors
-from lora_jax.training import members
+from lora_jax.training.adapters import sweep_table
 from lora_jax.training.report import curves
 from lora_jax.training.report.curves import Markup, joined, tag
+from lora_jax.training.settings import convert
 
 TEXT = 4000  # characters of a text that are shown
 
@@ -122,8 +123,8 @@ def length(planned: int | None, metrics: curves.Metrics) -> str:
 
 def figures(record: Mapping[str, Any], metrics: curves.Metrics) -> Iterable[tuple[str, str, str]]:
     """(label, value, note) of what is looked at first."""
-    found = members.table(swept(record), metrics)
-    if best := members.best(found):
+    found = sweep_table.table(swept(record), metrics)
+    if best := sweep_table.best(found):
         by = "eval_loss" if "eval_loss" in found[best] else "loss"
         label = {"eval_loss": "held-out loss", "loss": "training loss"}[by]
         yield "Best", best, f"{label} {four(found[best][by])}"
@@ -160,17 +161,17 @@ def measured_on(record: Mapping[str, Any]) -> str:
 def swept(record: Mapping[str, Any]) -> list[str]:
     """The members of a sweep; none of a run with one adapter."""
     asked = record.get("settings", {}).get("sweep")
-    return list(members.parse(asked)[1]) if asked else []
+    return list(convert.sweep(asked)[1]) if asked else []
 
 
 def compared(record: Mapping[str, Any], metrics: curves.Metrics, names: Sequence[str]) -> Markup:
     """The members of a sweep side by side."""
-    found = members.table(names, metrics)
-    shown = members.columns(found, perplexity=not record.get("settings", {}).get("dpo"))
-    best = members.best(found)
+    found = sweep_table.table(names, metrics)
+    shown = sweep_table.columns(found, perplexity=not record.get("settings", {}).get("dpo"))
+    best = sweep_table.best(found)
     body = [
         tag("tr", tag("th", name, " ← best" if name == best else "", scope="row"),
-            *(tag("td", members.cell(own, key)) for key in shown))
+            *(tag("td", sweep_table.cell(own, key)) for key in shown))
         for name, own in found.items()
     ]  # fmt: skip
     top = [tag("th", heading, scope="col") for heading in shown.values()]

@@ -1,44 +1,21 @@
-"""The members of a sweep: what --sweep asks for, and what metrics.jsonl tells of each."""
+"""What metrics.jsonl reports of each member of a sweep, as a table."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from lora_jax import errors
+from lora_jax.training.output import run_folder
 
-KINDS = {"lr": float, "rank": int}
-_NUMBER = {float: r"\d*\.?\d+(?:[eE][-+]?\d+)?", int: r"\d+"}
+Table = dict[str, dict[str, float | None]]  # {member: {score: value}}
 _COLUMNS = {"first_loss": "first loss", "loss": "last loss", "eval_loss": "held-out",
             "perplexity": "perplexity", "exact_match": "exact match"}  # fmt: skip
 
 
-def parse(text: str) -> tuple[str, dict[str, float]]:
-    """("lr", {"lr=1e-4": 1e-4, "lr=3e-4": 3e-4}) from "lr=1e-4,3e-4".
-
-    Raises: UserError for anything but two or more different positive numbers.
-    """
-    setting, _, rest = text.replace(" ", "").partition("=")
-    values, kind = rest.split(","), KINDS.get(setting)
-    numbers = [
-        kind(value) if kind and re.fullmatch(_NUMBER[kind], value) else None for value in values
-    ]
-    fits = all(number and number < math.inf for number in numbers)
-    if not fits or not 1 < len(numbers) == len(set(numbers)):
-        raise errors.UserError(
-            expected="two or more learning rates or ranks, such as lr=1e-4,3e-4 or rank=4,8,16",
-            found=repr(text),
-            where="--sweep",
-        )
-    return setting, {f"{setting}={v}": n for v, n in zip(values, numbers, strict=True)}
-
-
-def table(names: Iterable[str], metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def table(names: Iterable[str], metrics: Sequence[run_folder.Metrics]) -> Table:
     """{member: its first and last losses, and the last held-out scores}.
 
     lost: the step at which it was not finite; of such a member there are no scores.
     """
-    found = {}
+    found: Table = {}
     for name in names:
         losses = [(row["step"], row[f"loss/{name}"], row.get(f"grad_norm/{name}"))
                   for row in metrics if f"loss/{name}" in row]  # fmt: skip
@@ -56,7 +33,7 @@ def table(names: Iterable[str], metrics: Sequence[Mapping[str, Any]]) -> dict[st
     return found
 
 
-def best(found: Mapping[str, Mapping[str, Any]]) -> str | None:
+def best(found: Table) -> str | None:
     """The member with the least held-out loss, or training loss where nothing is held out."""
     by = "eval_loss" if any("eval_loss" in own for own in found.values()) else "loss"
     known = {name: own[by] for name, own in found.items()
@@ -64,14 +41,14 @@ def best(found: Mapping[str, Mapping[str, Any]]) -> str | None:
     return min(known, key=known.__getitem__) if known else None
 
 
-def columns(found: Mapping[str, Mapping[str, Any]], *, perplexity: bool) -> dict[str, str]:
+def columns(found: Table, *, perplexity: bool) -> dict[str, str]:
     """{key: heading} of what `table` has for any member."""
     return {key: heading for key, heading in _COLUMNS.items()
             if any(key in own for own in found.values())
             and (perplexity or key != "perplexity")}  # fmt: skip
 
 
-def cell(own: Mapping[str, Any], key: str) -> str:
+def cell(own: Mapping[str, float | None], key: str) -> str:
     """A number of `table` as it is shown."""
     value = own.get(key)
     if key == "loss" and "lost" in own:
@@ -83,7 +60,7 @@ def cell(own: Mapping[str, Any], key: str) -> str:
     return f"{value:.4g}" if key == "perplexity" else f"{value:.4f}"
 
 
-def lines(found: Mapping[str, Mapping[str, Any]], *, perplexity: bool) -> list[str]:
+def lines(found: Table, *, perplexity: bool) -> list[str]:
     """The table for a terminal, the best member marked."""
     shown, first = columns(found, perplexity=perplexity), best(found)
     rows = [["", *shown.values()]]

@@ -1,5 +1,6 @@
 """What a run leaves in its output folder: run.json, metrics.jsonl, adapter/, checkpoints/, …"""
 
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -10,10 +11,42 @@ import shutil
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.parallel import processes
+from lora_jax.training.settings import files, groups
 
 _SPACE = 64 * 2**20  # bytes that must be free before anything is known of the model
 _TRACES = (".lock", "run.new")  # of a run that was killed before it had begun
 _FULL = ("No space left on device", "Disk quota exceeded")
+
+
+Metrics = dict[str, Any]  # a line of metrics.jsonl: {name: number, or None if not finite}
+
+
+@dataclasses.dataclass
+class Record:
+    """What run.json holds: the settings, where and on what a run was computed, and how it ended.
+
+    None: not known yet, and not written.
+    """
+
+    status: str
+    settings: groups.Flat
+    num_steps: int
+    versions: dict[str, str]
+    device: str
+    mesh: dict[str, int]
+    memory: dict[str, int]
+    base: dict[str, str | None]
+    data: dict[str, str | None]
+    samples: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
+    best: dict[str, float] | None = None
+    sweep: dict[str, Any] | None = None
+    seconds: dict[str, float] | None = None
+    compile_seconds: float | None = None
+    peak_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class RunFolder:
@@ -114,13 +147,17 @@ class RunFolder:
                 do="start anew in another --output-dir",
             ) from None
 
-    def write_run(self, run: dict[str, Any]) -> None:
+    def write_run(self, record: Record) -> None:
         """Replaces run.json in one step, so that it is whole at every moment."""
         new = self._run.with_suffix(".new")
-        new.write_text(json.dumps(run, indent=2) + "\n")
+        new.write_text(json.dumps(record.as_json(), indent=2) + "\n")
         os.replace(new, self._run)
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def write_config(self, settings: groups.TrainSettings) -> None:
+        """Writes config.yaml, which `train --config` takes to repeat the run."""
+        files.save(settings, self.path / "config.yaml")
+
+    def log(self, metrics: Metrics) -> None:
         """Adds a line to metrics.jsonl; it is in the file when this returns.
 
         NaN and infinity become null: they are not JSON.
@@ -129,7 +166,7 @@ class RunFolder:
         with self._metrics.open("a") as file:
             file.write(json.dumps(whole) + "\n")
 
-    def metrics(self, step: int) -> list[dict[str, Any]]:
+    def metrics(self, step: int) -> list[Metrics]:
         """What metrics.jsonl tells of the steps up to `step`, without a line cut off by a kill."""
         return [json.loads(line) for line in self._told(step)]
 
@@ -178,10 +215,13 @@ class Followed(RunFolder):
     def check_space(self, num_bytes: int) -> None:
         pass
 
-    def write_run(self, run: dict[str, Any]) -> None:
+    def write_run(self, record: Record) -> None:
         pass
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def write_config(self, settings: groups.TrainSettings) -> None:
+        pass
+
+    def log(self, metrics: Metrics) -> None:
         pass
 
     def cut_back(self, step: int) -> None:
@@ -196,3 +236,16 @@ def default_path() -> pathlib.Path:
         number += 1
         path = pathlib.Path("runs") / f"{name}-{number}"
     return path
+
+
+def opened(path: pathlib.Path, *, resume: bool) -> RunFolder:
+    """The output folder: process 0's, or as the others see it once process 0 has it.
+
+    They end with process 0 if it is refused the folder.
+    """
+    if not processes.leads():
+        processes.told(None)
+        return Followed(path)
+    folder = RunFolder(path, resume=resume)
+    processes.told(None)
+    return folder

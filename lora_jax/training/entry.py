@@ -1,0 +1,47 @@
+"""Starts a run, new or resumed. The folder is checked before jax is imported."""
+
+import pathlib
+from typing import TYPE_CHECKING
+
+from lora_jax import assets, console
+from lora_jax.console import say
+from lora_jax.parallel import processes
+from lora_jax.training.output import run_folder
+from lora_jax.training.settings import groups
+from lora_jax.training.settings import resume as resume_settings
+
+if TYPE_CHECKING:
+    from lora_jax.training import loop
+
+
+def run(settings: groups.TrainSettings) -> "loop.Steps":
+    """Yields the metrics of each step and evaluation of a new run; returns its Outcome.
+
+    The output folder is what `lora-jax train` leaves with the same settings. To stop iterating is
+    to stop the run: it saves a checkpoint first, and `resume` goes on from there.
+    Raises: UserError if the settings do not suit the model, the data or the devices.
+    """
+    path = settings.run.output_dir or str(run_folder.default_path())
+    with run_folder.opened(pathlib.Path(processes.told(path)), resume=False) as folder:
+        if not {"model", "dataset"} & settings.given and settings.loop.max_steps != 0:
+            flat = settings.flat()
+            shown = {name: flat[name] for name in assets.settings()
+                     if name in flat and name != settings.loop.swept}  # fmt: skip
+            say("settings", "the demo's: " + console.pairs(shown))
+        from lora_jax.training import loop
+
+        return (yield from loop.load_and_run(settings, folder, resuming=False))
+
+
+def resume(output_dir: str, **given: groups.Value) -> "loop.Steps":
+    """Yields what `run` does, of a run that goes on in its folder.
+
+    given: settings that may be given anew, see settings.resumed.
+    """
+    path = pathlib.Path(processes.told(output_dir))
+    with run_folder.opened(path, resume=True) as folder:
+        record, where = folder.read_run()["settings"], str(folder.path / "run.json")
+        settings = resume_settings.resumed(record, {**given, "output_dir": output_dir}, where)
+        from lora_jax.training import loop
+
+        return (yield from loop.load_and_run(settings, folder, resuming=True))

@@ -1,0 +1,80 @@
+"""run.json and report.html of a run: what they hold when it begins, fails and ends."""
+
+import contextlib
+import importlib.metadata
+import textwrap
+from collections.abc import Iterator
+
+import lora_jax
+from lora_jax import errors
+from lora_jax.checkpoints import loader
+from lora_jax.parallel import devices, processes
+from lora_jax.planning import memory as planning
+from lora_jax.training import monitor, setup
+from lora_jax.training.output import run_folder
+from lora_jax.training.report import page
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+_MAX_REASON = 200  # characters of a failure in run.json
+
+
+def make(job: setup.Job) -> run_folder.Record:
+    settings, architecture = job.settings, job.base.architecture
+    plan, target = setup.to_plan(settings, architecture, job.mesh)
+    planned = planning.memory(plan, dict(job.mesh.shape), target.chip).total
+    if target.platform == "cpu":  # where peak_bytes measures the process, not a device
+        planned *= len(job.mesh.local_devices)
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return run_folder.Record(
+        status="starting",
+        settings=settings.flat(),
+        num_steps=job.num_steps,
+        versions={"lora-jax": lora_jax.__version__, **versions},
+        device=devices.describe(),
+        mesh=dict(job.mesh.shape),
+        memory={"planned_bytes": planned, "bytes_before": job.held},
+        base={"id": settings.model.model, **loader.fingerprint(job.base.folder)},
+        data=job.data.fingerprints,
+    )
+
+
+def note_end(
+    job: setup.Job,
+    record: run_folder.Record,
+    compilations: monitor.Compilations,
+    *,
+    finished: bool,
+    step: int,
+) -> None:
+    record.status = "finished" if finished else f"stopped at step {step}"
+    record.seconds = {name: round(value, 2) for name, value in job.watch.seconds.items()}
+    record.compile_seconds = round(compilations.seconds + (record.compile_seconds or 0), 2)
+    record.peak_bytes = max(devices.peak_bytes(), record.peak_bytes or 0)
+    job.folder.write_run(record)
+
+
+@contextlib.contextmanager
+def failure_recorded(job: setup.Job, record: run_folder.Record) -> Iterator[None]:
+    """Has run.json say what ended the run, once it is this run's."""
+    try:
+        yield
+    except Exception as error:
+        told = error if isinstance(error, errors.UserError) else devices.explain(error)
+        text = told.found if told else f"{type(error).__name__}: {error}"
+        if record.status == "running":
+            shown = textwrap.shorten(str(text), _MAX_REASON, placeholder=" …")
+            record.status = f"failed: {shown}"
+            with contextlib.suppress(OSError):  # such as a full disk: that is the error to report
+                job.folder.write_run(record)
+                report(job.folder)
+        raise
+
+
+def report(folder: run_folder.RunFolder) -> str:
+    """Writes report.html; what to say of it. The adapter is worth a run without one."""
+    if not processes.leads():
+        return ""
+    try:
+        return str(page.write(folder.path))
+    except errors.UserError as error:
+        return f"not written: {error.found}; lora-jax report makes it later"

@@ -1,0 +1,77 @@
+"""What a run takes from its checkpoints: the newest to go on from, and the best for its adapter."""
+
+from typing import Any
+
+from lora_jax import errors
+from lora_jax.console import say
+from lora_jax.optim import step as train_step
+from lora_jax.parallel import processes
+from lora_jax.training import setup
+from lora_jax.training.output import run_folder, snapshots
+
+
+def restore(
+    job: setup.Job, state: train_step.State, kept: snapshots.Snapshots, record: run_folder.Record
+) -> train_step.State:
+    """The newest readable checkpoint's state, or `state` if there is none yet."""
+    before = job.folder.read_run()
+    _check_same(job, before, record)
+    if before.get("status", "").startswith("failed"):
+        say("resume", f"the run ended before with: {before['status']}")
+    if processes.told(kept.latest()) is None:
+        say("resume", "no finished checkpoint: starting over")
+        return state
+    record.samples = before.get("samples", {})
+    for name, earlier in before.get("seconds", {}).items():  # all parts of the run add up
+        job.watch.seconds[name] = job.watch.seconds.get(name, 0) + earlier
+    record.compile_seconds = before.get("compile_seconds", 0)
+    record.peak_bytes = before.get("peak_bytes", 0)
+    state, damaged = kept.restore(state)
+    _say_damaged(damaged)
+    kept.drop(damaged)  # they would count as the newest, and their steps come again
+    job.adapters.resumed(state)
+    say("resume", f"from step {int(state.step)} of {job.num_steps}")
+    return state
+
+
+def _check_same(job: setup.Job, before: dict[str, Any], record: run_folder.Record) -> None:
+    """Raises: UserError if the base or the data are not those the run was started with."""
+    version = before.get("versions", {}).get("lora-jax")
+    changed = [
+        f"another {part} of the {name}"
+        if part in before.get(name, {})
+        else f"no {part} of the {name}: another version of lora-jax ({version}) wrote it"
+        for name, now in (("base", record.base), ("data", record.data))
+        for part, value in now.items()
+        if before.get(name, {}).get(part, "") != value
+    ]
+    if changed:
+        raise errors.UserError(
+            expected="the base model and the data that the run was started with",
+            found=changed,
+            where=str(job.folder.path / "run.json"),
+            do="put them back, or start a new run",
+        )
+
+
+def chosen(state: train_step.State, kept: snapshots.Snapshots, record: run_folder.Record) -> Any:
+    """A and B for the adapter: with keep_best those of the best step, else the last ones."""
+    if not kept.losses:
+        return state.lora
+    try:
+        state, damaged = kept.best(state)
+    except errors.UserError as error:
+        say("best", f"the adapter is of the last step, for none is readable: {error.found}")
+        return state.lora
+    _say_damaged(damaged)
+    kept.drop(damaged)  # else they would be kept as the best ones
+    step = int(state.step)
+    record.best = {"step": step, "eval_loss": kept.losses[step]}
+    say("best", f"step {step}, held-out loss {kept.losses[step]:.4f}: "
+        "the adapter is of this step")  # fmt: skip
+    return state.lora
+
+
+def _say_damaged(damaged: dict[int, str]) -> None:
+    for step, what in damaged.items():
+        say("resume", f"the checkpoint of step {step} is damaged and left out: {what}")

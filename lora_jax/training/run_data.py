@@ -1,0 +1,201 @@
+"""The data of a run: read, encoded, held out, and arranged in batches."""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lora_jax import console, errors, tokenizer
+from lora_jax.console import say
+from lora_jax.data import batches, encoding, mixture, sources, stream
+from lora_jax.training.settings import groups
+
+if TYPE_CHECKING:
+    import datasets
+    import transformers
+
+HELD_OUT = 0.02  # share of the examples, if --eval-every has no --eval-dataset
+AT_HAND = 8  # steps whose sequences of a stream stay in memory: more than are made ahead
+
+
+class Read(NamedTuple):
+    """The data sets as read: those to train on, and those held out, one for each source."""
+
+    train: "list[datasets.Dataset]"
+    held_out: "list[datasets.Dataset]"
+
+
+def read(settings: groups.TrainSettings) -> Read:
+    """The examples to train on, of streams the first ones, and those held out, if any."""
+    data = settings.data
+    names, own = list(data.dataset), data.eval_dataset
+    counts = [sources.HEAD if data.streaming else None] * len(names)
+    if own:
+        names, counts = [*names, own], [*counts, None]
+    train = sources.load_all(names, data.columns, counts)
+    if own:
+        return Read(train[:-1], train[-1:])
+    if not settings.eval.eval_every:
+        return Read(train, [])
+    seed = settings.loop.seed
+    split = [sources.holdout(examples, HELD_OUT, seed) for examples in train]
+    return Read(*map(list, zip(*split, strict=True)))
+
+
+class RunData:
+    """What a run trains on, step by step, and what it is evaluated on."""
+
+    def __init__(
+        self,
+        settings: groups.TrainSettings,
+        found: Read,
+        reader: "transformers.PreTrainedTokenizerBase",
+        eos: int,
+        context: int,
+    ):
+        """settings: with seq_len resolved. context: the most tokens that the model takes."""
+        self._settings, self._reader, self._eos, self._context = settings, reader, eos, context
+        self._data, self._loop = settings.data, settings.loop
+        self._arrange = functools.partial(
+            batches.arrange,
+            seq_len=self._data.seq_len,
+            packing=self._data.packing,
+            in_pairs=self._data.dpo,
+        )
+        label = "stream" if self._data.streaming else "data"
+        encoded = [
+            self._encode(label, source, part).rows
+            for source, part in zip(self._data.dataset, found.train, strict=True)
+        ]
+        self.held_out: list[batches.Line] | None = None
+        self.scored: list[tuple[Any, str]] | None = None
+        self.longest_answer = 0  # tokens
+        if found.held_out:
+            self._hold_out(found.held_out)
+        self._streams: list[stream.Stream] = []
+        arrange = self._stream_out if self._data.streaming else self._deal_out
+        self.batches = arrange(encoded)
+        self.num_steps: int = self._loop.max_steps or self.batches.num_steps(self._loop.epochs)
+        self._say_mixture()
+        if self._data.group_by_length:
+            self.batches = batches.ByLength(self.batches, self.num_steps, self._loop.seed)
+            lengths = ", ".join(map(str, self.batches.used))
+            say("grouped", f"sequences of {lengths} tokens, each length compiled once, "
+                f"{self.batches.filled:.1%} filled")  # fmt: skip
+        self._check_warmup()
+        self.fingerprints = self._fingerprints(found)
+
+    def keep(self, folder: pathlib.Path, *, write: bool) -> None:
+        """Keeps in files where the blocks of the streams begin, for a run that goes on."""
+        for number, each in enumerate(self._streams):
+            each.keep(folder / f"{number}.jsonl", write=write)
+
+    def _check_warmup(self) -> None:
+        warmup = self._settings.optim.warmup
+        if warmup >= max(1, self.num_steps):
+            raise errors.UserError(
+                expected=f"a warmup shorter than the run of {self.num_steps} steps",
+                found=f"--warmup {warmup:g}",
+                do="fewer steps of warmup, or a share below 1",
+            )
+
+    def _fingerprints(self, found: Read) -> dict[str, str | None]:
+        of_train = sources.fingerprint(*found.train)
+        if self._data.streaming:
+            versions = map(sources.version, self._data.dataset)
+            of_train = ", ".join([f"{of_train} of the first rows", *versions])
+        of_held_out = sources.fingerprint(*found.held_out) if found.held_out else None
+        return {"train": of_train, "held out": of_held_out}
+
+    def _deal_out(self, encoded: list[list[encoding.Row]]) -> batches.Batches:
+        """Batches of the examples of each source, shuffled."""
+        if self._data.weights is None:  # as one source: each example once an epoch
+            encoded = [list(itertools.chain(*encoded))]
+        parts = [self._arrange(examples) for examples in encoded]
+        sequences = list(itertools.chain(*parts))
+        length = min(self._settings.sequence_length, batches.longest(sequences))
+        if self._data.packing:
+            say("packed", f"{len(sequences)} sequences of {length} tokens, "
+                f"{batches.filled(sequences, length):.1%} filled")  # fmt: skip
+        seed = self._loop.seed
+        return self._batches(
+            [batches.Shuffled(part, seed, number) for number, part in enumerate(parts)], length
+        )
+
+    def _stream_out(self, encoded: list[list[encoding.Row]]) -> batches.Batches:
+        """Batches of streams, of which `encoded` are the first examples."""
+        length = self._settings.sequence_length
+        first = [sequence for examples in encoded for sequence in self._arrange(examples)]
+        say("streaming", f"sequences of {length} tokens, {batches.filled(first, length):.1%} filled"
+            f" by these; in blocks of {stream.BLOCK} examples, which are shuffled")  # fmt: skip
+        encode = encoding.encode_pairs if self._data.dpo else encoding.encode
+
+        def arrange(examples: "datasets.Dataset") -> list[batches.Line]:
+            made = encode(examples, self._reader, self._data.seq_len, self._eos, may_be_empty=True)
+            return self._arrange(made.rows)
+
+        self._streams = [
+            stream.Stream(
+                source,
+                arrange,
+                columns=self._data.columns,
+                seed=self._loop.seed,
+                number=number,
+                window=AT_HAND * self._loop.batch_size * self._loop.grad_accum,
+            )
+            for number, source in enumerate(self._data.dataset)
+        ]
+        return self._batches(self._streams, length)
+
+    def _batches(self, parts: Sequence[mixture.Source], length: int) -> batches.Batches:
+        weights = self._data.weights
+        return batches.Batches(
+            parts[0] if weights is None else mixture.Mixture(parts, weights),
+            batch_size=self._loop.batch_size,
+            grad_accum=self._loop.grad_accum,
+            length=length,
+        )
+
+    def _say_mixture(self) -> None:
+        mixed = self.batches.lines
+        if isinstance(mixed, mixture.Mixture):
+            sizes = None if self._data.streaming else [*map(len, mixed.sources)]
+            shown = self.num_steps * self.batches.step_size
+            shares = mixture.shares(mixed.weights)
+            say("mixture", console.mixture(self._data.dataset, shares, sizes, shown))
+
+    def _hold_out(self, parts: "list[datasets.Dataset]") -> None:
+        own = self._data.eval_dataset
+        names = [own] if own else [f"held out of {console.near(n)}" for n in self._data.dataset]
+        encoded = (self._encode("held out", *of) for of in zip(names, parts, strict=True))
+        self.held_out = self._arrange([example for each in encoded for example in each.rows])
+        count = self._settings.eval.exact_match
+        if not count:
+            return
+        # As many of each source.
+        turns = itertools.zip_longest(*parts)
+        examples = itertools.islice((e for turn in turns for e in turn if e), count)
+        self.scored = encoding.prompts(list(examples), self._reader)
+        answers = tokenizer.encode(self._reader, [text for _, text in self.scored])
+        self.longest_answer = max(map(len, answers)) + 1  # and EOS
+        longest = max(len(ids) for ids, _ in self.scored) + self.longest_answer
+        if longest > self._context:
+            raise errors.UserError(
+                expected=f"answers within the model's context of {self._context} tokens",
+                found=f"{longest} tokens in the longest prompt and the longest answer",
+                where=f"--exact-match, {', '.join(names)}",
+                do="shorten these examples, or leave --exact-match out",
+            )
+
+    def _encode(self, label: str, source: str, examples: "datasets.Dataset") -> encoding.Encoded:
+        encode = encoding.encode_pairs if self._data.dpo else encoding.encode
+        encoded = encode(examples, self._reader, self._data.seq_len, self._eos)
+        first = "of its first examples " if label == "stream" else ""
+        num_tokens = sum(len(ids) for ids, _ in encoded.rows)
+        say(
+            label,
+            f"{first}{len(encoded.rows)} examples, {num_tokens} tokens, {encoded.num_cut} cut at "
+            f"{self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
+        )
+        return encoded

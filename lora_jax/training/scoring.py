@@ -1,0 +1,106 @@
+"""What a run generates and scores while it trains: held-out loss, answers, continuations."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lora_jax import tokenizer
+from lora_jax.console import say
+from lora_jax.generation import config as generation_config
+from lora_jax.generation import continuation
+from lora_jax.generation import weights as decode_weights
+from lora_jax.lora.nnx import model_state
+from lora_jax.training import evaluate, monitor, setup
+from lora_jax.training.output import run_folder
+from lora_jax.training.settings import groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Of one evaluation: the metrics, the loss that checkpoints are compared by, two answers."""
+
+    metrics: run_folder.Metrics = dataclasses.field(default_factory=dict)
+    loss: float | None = None
+    samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+
+class Evaluator:
+    """Evaluates the adapter on the held-out data, with programs that are made once."""
+
+    def __init__(self, job: setup.Job, log: monitor.Log, patience: monitor.Patience):
+        self._job, self._log, self.patience = job, log, patience
+        if job.data.held_out is None:
+            return
+        self._eval_loss = job.adapters.make_eval_loss()
+        if job.data.scored:
+            sampling = generation_config.Sampling(max_new_tokens=job.data.longest_answer)
+            self._answer = _generation(job.base, job.mesh, job.adapters, sampling)
+
+    def evaluate(self, number: int, trained: Any, *, score: bool) -> Evaluation:
+        """Logs the held-out loss after step `number`, and with `score` the exact match."""
+        job = self._job
+        if job.data.held_out is None:
+            return Evaluation()
+        start, answers, scored = time.time(), [], job.data.scored
+        means = evaluate.means(
+            self._eval_loss, trained, job.adapters.frozen, job.data.held_out,
+            job.settings.loop.batch_size, job.mesh,
+        )  # fmt: skip
+        metrics, loss = {"step": number, **means}, job.adapters.eval_loss(means)
+        self.patience.note(loss)
+        if (score or self.patience.spent) and scored:
+            matches, answers = job.adapters.score(
+                self._answer, trained, scored, job.base.tokenizer, number, means
+            )
+            metrics |= matches
+        metrics = self._log.add(metrics)
+        say("evaluate", job.adapters.evaluation_text(metrics, len(answers)))
+        job.watch.add("evaluate", start)
+        return Evaluation(metrics, loss, [answer._asdict() for answer in answers[:2]])
+
+
+def _generation(
+    base: setup.Base,
+    mesh: Mesh,
+    adapters: setup.Adapters,
+    sampling: generation_config.Sampling,
+) -> Callable:
+    form = decode_weights.choose(adapters.model, mesh)
+    return continuation.make(adapters.graphdef, sampling, base.eos_ids, form=form)
+
+
+def encoded_prompts(settings: groups.TrainSettings, base: setup.Base) -> list[list[int]]:
+    """The ids of the prompts. Raises: UserError for one that is too long."""
+    texts = list(settings.prompts.prompt)
+    if settings.prompts.chat:
+        texts = [tokenizer.chat_prompt(base.tokenizer, text) for text in texts]
+    encoded = tokenizer.encode(base.tokenizer, texts) if texts else []
+    context = base.architecture.max_position_embeddings
+    for ids in encoded:
+        continuation.check_length(len(ids), settings.prompts.sampling, context)
+    return encoded
+
+
+def continuations(
+    settings: groups.TrainSettings,
+    base: setup.Base,
+    mesh: Mesh,
+    adapters: setup.Adapters,
+    prompts: list[list[int]],
+    trained: Any,
+    frozen: model_state.Frozen,
+) -> list[str]:
+    """What the model makes of each prompt."""
+    if not prompts:
+        return []
+    continue_ = _generation(base, mesh, adapters, settings.prompts.sampling)
+    key = jax.random.key(settings.loop.seed)
+    return list(
+        continuation.continuations(
+            continue_, trained, frozen, prompts, base.tokenizer, key=key, mesh=mesh
+        )
+    )

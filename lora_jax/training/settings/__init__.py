@@ -1,0 +1,13 @@
+"""The settings of a training run: typed, frozen, built and checked once. Imports no jax."""
+
+from lora_jax.training.settings import assemble, files, groups, resume
+
+TrainSettings = groups.TrainSettings
+ModelSettings = groups.ModelSettings
+DataSettings = groups.DataSettings
+LoopSettings = groups.LoopSettings
+EvalSettings = groups.EvalSettings
+RunSettings = groups.RunSettings
+PromptSettings = groups.PromptSettings
+build, load, save, read = assemble.build, files.load, files.save, files.read
+resumed = resume.resumed

@@ -1,0 +1,152 @@
+"""What settings contradict each other, are out of range, or have no effect."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+from lora_jax import errors
+from lora_jax.training.settings import convert, groups
+
+_LEAST = {  # numbers, by the least value that makes sense
+    0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature"),
+    1e-6: ("epochs", "alpha", "lora_plus_ratio", "beta", "max_time"),
+    1: ("batch_size", "grad_accum", "save_every", "eval_every", "keep_checkpoints",
+        "max_new_tokens", "patience", "log_every"),
+    2: ("seq_len",),
+}  # fmt: skip
+
+
+def _needs_eval(settings: groups.TrainSettings) -> bool:
+    return settings.evaluates
+
+
+def _needs_prompt(settings: groups.TrainSettings) -> bool:
+    return bool(settings.prompts.prompt)
+
+
+# {setting: (what it needs to have an effect, whether that is there)}
+_NEEDS: dict[str, tuple[str, Callable[[groups.TrainSettings], bool]]] = {
+    "beta": ("--dpo", lambda settings: settings.data.dpo),
+    "chat": ("a --prompt", _needs_prompt),
+    "temperature": ("a --prompt", _needs_prompt),
+    "max_new_tokens": ("a --prompt", _needs_prompt),
+    "exact_match": ("--eval-dataset or --eval-every", _needs_eval),
+    "keep_best": ("--eval-dataset or --eval-every", _needs_eval),
+    "patience": ("--eval-dataset or --eval-every", _needs_eval),
+}
+
+
+def is_inert(name: str, settings: groups.TrainSettings) -> bool:
+    """Whether a setting has no effect beside the others."""
+    if name == "epochs":
+        return settings.loop.max_steps is not None
+    if name == settings.loop.swept:
+        return True
+    return name in _NEEDS and not _NEEDS[name][1](settings)
+
+
+def problems(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
+    """All that contradicts itself, is out of range, or has no effect."""
+    if {"max_steps", "epochs"} <= settings.given:
+        yield errors.UserError(
+            expected="one length of training",
+            found="--max-steps and --epochs",
+            do="give one of them",
+        )
+    if settings.data.dpo and "dataset" not in settings.given:
+        yield errors.UserError(
+            expected="preferences to train on",
+            found="--dpo without --dataset",
+            do="give a --dataset with prompt, chosen and rejected",
+        )
+    yield from out_of_range(settings.flat())
+    if settings.data.streaming:
+        yield from _streaming(settings)
+    yield from mixture(settings.data)
+    if without_effect := [*_without_effect(settings)]:
+        yield errors.UserError(expected="flags that have an effect", found=without_effect)
+    to = settings.run.report_to
+    if to and importlib.util.find_spec(groups.REPORTS[to]) is None:
+        yield errors.UserError(
+            expected=f"the package {groups.REPORTS[to]}, for --report-to {to}",
+            found="it is not installed",
+            do=f"pip install {groups.REPORTS[to]}",
+        )
+
+
+def out_of_range(values: Mapping[str, groups.Value]) -> Iterator[errors.UserError]:
+    wrong = [
+        f"{convert.flag(name)} {values[name]} (at least {least:g})"
+        for least, names in _LEAST.items()
+        for name in names
+        if values.get(name) is not None and not least <= values[name] < math.inf
+    ]
+    if wrong:
+        yield errors.UserError(expected="numbers in their range", found=wrong)
+
+
+def check_ranges(settings: groups.TrainSettings) -> None:
+    """Raises: UserError for numbers that are out of range."""
+    for problem in out_of_range(settings.flat()):
+        raise problem
+
+
+def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
+    flat, swept, loop = settings.flat(), settings.loop.swept, settings.loop
+    for name in sorted(settings.given & _NEEDS.keys(), key=groups.NAMES.index):
+        if flat.get(name) != groups.FIELDS[name].default and is_inert(name, settings):
+            yield f"{convert.flag(name)} without {_NEEDS[name][0]}"
+    fmt = settings.model.quant or "none"  # or as the checkpoint: no search either
+    for text, is_so in (
+        ("--max-steps 0 without a --prompt", loop.max_steps == 0 and not settings.prompts.prompt),
+        ("--packing with --dpo: each pair takes a sequence", settings.data.packing
+         and settings.data.dpo),
+        ("--group-by-length with --packing, whose sequences are full",
+         settings.data.group_by_length and settings.data.packing),
+        ("--exact-match with --dpo", settings.eval.exact_match and settings.data.dpo),
+        (f"--{swept} with --sweep {swept}=…", swept in settings.given),
+        ("--keep-best with --sweep: its adapters are of the last step", swept
+         and settings.eval.keep_best),
+        ("--patience with --sweep, whose members end together", swept and settings.eval.patience),
+        ("--max-steps 0 with --sweep", swept and loop.max_steps == 0),
+        ("--init-lora-weights pissa with --sweep rank=…, of which each would change the base",
+         swept == "rank" and settings.lora.init_lora_weights != "default"),
+        ("--revision without --model", "revision" in settings.given
+         and "model" not in settings.given),
+        (f"--quant-fast with --quant {fmt}", settings.model.quant_fast
+         and not fmt.startswith("int4")),
+    ):  # fmt: skip
+        if is_so:
+            yield text
+
+
+def _streaming(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
+    wrong = {
+        "--max-steps N, instead of --epochs": settings.loop.max_steps is None,
+        "no --group-by-length, but --packing": settings.data.group_by_length,
+        "an --eval-dataset of its own": settings.eval.eval_every and not settings.data.eval_dataset,
+    }
+    if found := [do for do, is_so in wrong.items() if is_so]:
+        asked = [convert.flag(name) for name in ("epochs", "group_by_length", "eval_every")
+                 if name in settings.given]  # fmt: skip
+        yield errors.UserError(
+            expected="settings that suit data whose end is not known",
+            found=" ".join(["--streaming", *asked]),
+            do=", and ".join(found),
+        )
+
+
+def mixture(data: groups.DataSettings) -> Iterator[errors.UserError]:
+    """What the weights of several data sets contradict."""
+    given, named = len(data.weights or ()), len(data.dataset)
+    if (given and given != named) or given == 1:
+        yield errors.UserError(
+            expected="a weight for each of several data sets",
+            found=f"{given} in --weights, {named} in --dataset",
+        )
+    if data.streaming and named > 1 and not given:
+        yield errors.UserError(
+            expected="a weight for each of several streams, whose sizes are not known",
+            found="--streaming of several data sets without --weights",
+            do="--weights " + ",".join("1" * named),
+        )

@@ -1,0 +1,215 @@
+"""Values of settings from the text that a command line or a YAML file has for them."""
+
+import fractions
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lora_jax import errors
+
+MAX_WEIGHT = 100_000  # sum of the weights of a mixture: after so many sequences its order repeats
+SWEPT = {"lr": float, "rank": int}  # what a sweep may vary
+_NUMBER = {float: r"\d*\.?\d+(?:[eE][-+]?\d+)?", int: r"\d+"}
+
+
+def flag(name: str) -> str:
+    """--max-steps from max_steps."""
+    return f"--{name.replace('_', '-')}"
+
+
+def value(name: str, given: Any, hint: Any) -> Any:
+    """`given` as a value of the type `hint`; text in the form that the flag of that name takes.
+
+    Raises: UserError for anything else.
+    """
+    if given is None:
+        return None
+    if name in _TEXTS and isinstance(given, str):
+        return _TEXTS[name](given)
+    if name in _LISTS and isinstance(given, Sequence) and not isinstance(given, str):
+        return _LISTS[name](given)
+    kinds = [kind for kind in _kinds(hint) if kind is not types.NoneType]
+    for kind in kinds:
+        found = _of_kind(given, kind)
+        if found is not None:
+            return found
+    raise errors.UserError(
+        expected=" or ".join(_NAMES.get(typing.get_origin(kind) or kind, "text") for kind in kinds),
+        found=repr(given),
+        where=flag(name),
+    )
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _of_kind(given: Any, kind: Any) -> Any:
+    """`given` as a `kind`; None where it is none."""
+    origin, (inner, *_) = typing.get_origin(kind), typing.get_args(kind) or (str,)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        each = [given] if isinstance(given, str | int | float) else given
+        if not isinstance(each, Sequence):
+            return None
+        items = [_of_kind(item, inner) for item in each]
+        return None if None in items else tuple(items)
+    if origin is dict:
+        return dict(given) if isinstance(given, Mapping) else None
+    if kind is bool:
+        return given if isinstance(given, bool) else None
+    if isinstance(given, bool):
+        return None
+    if kind in (int, float):
+        if kind is float and isinstance(given, int):
+            return given  # 16 stays 16 in files
+        try:
+            number = kind(given)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        return None if isinstance(given, float) and number != given == given else number
+    return str(given) if isinstance(given, kind) or hasattr(given, "__fspath__") else None
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list",
+          dict: "a mapping"}  # fmt: skip
+
+
+def names(name: str, text: str) -> tuple[str, ...] | str:
+    """("q_proj", "v_proj") from "q_proj,v_proj"; a regular expression or all-linear as it is."""
+    if text == "all-linear":
+        return text
+    if all(c.isalnum() or c in "_,. " for c in text):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise errors.UserError(
+            expected="names such as q_proj,v_proj, a regular expression, or all-linear",
+            found=f"{text}: {error}",
+            where=flag(name),
+        ) from None
+    return text
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """(0, 2, 3, 4) from "0,2-4"."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise errors.UserError(
+                expected="layer numbers such as 0,2 or 16-31", found=repr(text), where="--layers"
+            )
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(dict.fromkeys(found))
+
+
+def patterns(name: str, texts: Sequence[str], number: Callable[[str], float]) -> dict[str, float]:
+    """{"down_proj": 4} from ["down_proj=4"]."""
+    found = {}
+    for text in texts:
+        pattern, _, number_text = str(text).rpartition("=")
+        try:
+            re.compile(pattern)
+            found[pattern] = number(number_text)
+        except (ValueError, re.error):
+            pattern = ""
+        if not pattern:
+            raise errors.UserError(
+                expected="REGEX=NUMBER, such as down_proj=4", found=repr(text), where=flag(name)
+            )
+    return found
+
+
+def columns(text: str) -> dict[str, str]:
+    """{"prompt": "question"} from "prompt=question"."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise errors.UserError(
+            expected="FIELD=COLUMN pairs, e.g. prompt=question,completion=answer",
+            found=repr(text),
+            where="--columns",
+        )
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def weights(text: str) -> tuple[int, ...]:
+    """(3, 1) from "3,1" or "0.75,0.25": the smallest whole numbers."""
+    try:
+        parts = [fractions.Fraction(part.strip()) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        parts = [fractions.Fraction(0)]
+    whole = [int(part * math.lcm(*(p.denominator for p in parts))) for part in parts]
+    smallest = tuple(part // (math.gcd(*whole) or 1) for part in whole)
+    if min(smallest) <= 0 or sum(smallest) > MAX_WEIGHT:
+        raise errors.UserError(
+            expected="a positive number for each data set, such as 3,1 or 0.75,0.25, in whole "
+            f"numbers no more than {MAX_WEIGHT} together",
+            found=repr(text),
+            where="--weights",
+            do="round them, or leave out what has no weight",
+        )
+    return smallest
+
+
+def seconds(text: str) -> float:
+    """5400.0 from "1h30m", "90m" or "5400"."""
+    parts = re.fullmatch(
+        r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)(?:\.0*)?s?)?", text.replace(" ", "")
+    )
+    found = parts and sum(
+        int(number or 0) * unit
+        for number, unit in zip(parts.groups(), (86400, 3600, 60, 1), strict=True)
+    )
+    if not found:
+        raise errors.UserError(
+            expected="a time such as 8h, 1h30m or 45m", found=repr(text), where="--max-time"
+        )
+    return float(found)
+
+
+def sweep(text: str) -> tuple[str, dict[str, float]]:
+    """("lr", {"lr=1e-4": 1e-4, "lr=3e-4": 3e-4}) from "lr=1e-4,3e-4".
+
+    Raises: UserError for anything but two or more different positive numbers.
+    """
+    setting, _, rest = text.replace(" ", "").partition("=")
+    values, kind = rest.split(","), SWEPT.get(setting)
+    numbers = [
+        kind(each) if kind and re.fullmatch(_NUMBER[kind], each) else None for each in values
+    ]
+    fits = all(number and number < math.inf for number in numbers)
+    if not fits or not 1 < len(numbers) == len(set(numbers)):
+        raise errors.UserError(
+            expected="two or more learning rates or ranks, such as lr=1e-4,3e-4 or rank=4,8,16",
+            found=repr(text),
+            where="--sweep",
+        )
+    return setting, {f"{setting}={v}": n for v, n in zip(values, numbers, strict=True)}
+
+
+def _swept(text: str) -> str:
+    sweep(text)
+    return text
+
+
+_TEXTS: dict[str, Callable[[str], Any]] = {
+    "targets": lambda text: names("targets", text),
+    "exclude": lambda text: names("exclude", text),
+    "layers": layers,
+    "rank_pattern": lambda text: patterns("rank_pattern", [text], int),
+    "alpha_pattern": lambda text: patterns("alpha_pattern", [text], float),
+    "modules_to_save": lambda text: tuple(text.replace(" ", "").split(",")),
+    "columns": columns,
+    "weights": weights,
+    "max_time": seconds,
+    "sweep": _swept,
+}
+_LISTS: dict[str, Callable[[Sequence[Any]], Any]] = {
+    "rank_pattern": lambda texts: patterns("rank_pattern", texts, int),
+    "alpha_pattern": lambda texts: patterns("alpha_pattern", texts, float),
+    "weights": lambda numbers: weights(",".join(map(str, numbers))),
+}

@@ -1,0 +1,281 @@
+"""One frozen dataclass for each concern of a training run, composed in TrainSettings.
+
+Every field has the name of its flag, and occurs once in all of TrainSettings; so a run's settings
+are also one flat mapping, as in run.json and YAML.
+"""
+
+import dataclasses
+import pathlib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lora_jax import assets, errors, quant
+from lora_jax.generation import config as generation_config
+from lora_jax.lora import config as lora_config
+from lora_jax.models import config as model_config
+from lora_jax.models import quantization_config as model_quantization
+from lora_jax.optim import config as optim_config
+from lora_jax.training.settings import convert
+
+SEQ_LEN = 1024  # tokens, unless the model's context is shorter
+REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # dashboard: the package it needs
+Flat = dict[str, "Value"]  # {name: value}
+Value = bool | int | float | str | Sequence[Any] | Mapping[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The base model and how it is loaded.
+
+    Args:
+      model: a folder or a Hugging Face id.
+      revision: branch, tag or commit of a hub model.
+      quant: the format of the frozen linear layers, one of quant.QUANTS; None: as the checkpoint.
+      quant_fast: quantize to int4 without the search for scales.
+      dtype: compute dtype; None: config.json's, with float16 read as bfloat16.
+      mesh: devices by axis, such as "data=-1,fsdp=8"; None: fsdp if the base does not fit on one
+        device, else data.
+    """
+
+    model: str = str(assets.FOLDER)
+    revision: str | None = None
+    quant: str | None = None
+    quant_fast: bool = False
+    dtype: str | None = None
+    mesh: str | None = None
+
+    def resolve_quant(self, architecture: model_config.LlamaConfig, folder: pathlib.Path) -> str:
+        """The format that `quant` means for the model in `folder`.
+
+        Raises: UserError if the checkpoint cannot be loaded so, or if quant_fast has no effect.
+        """
+        stored = architecture.quantization
+        chosen = model_quantization.choose(self.quant, stored, str(folder))
+        if stored is not None and self.quant_fast:
+            raise errors.UserError(
+                expected="flags that have an effect",
+                found=f"--quant-fast with a checkpoint that is already quantized ({stored.fmt})",
+                where=str(folder),
+                do="leave it out",
+            )
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """The data sets, and how their examples become sequences.
+
+    Args:
+      dataset: files or hub ids to train on; several are mixed.
+      weights: their shares of the sequences; None: each example once an epoch.
+      eval_dataset: held-out data; None: a share of `dataset` if eval_every is set.
+      columns: {field: name of the column in the file}.
+      seq_len: tokens at which examples are cut; None: SEQ_LEN or the model's context.
+      packing: pack several examples into each sequence; attention stays within an example.
+      group_by_length: give each step examples of about the same length.
+      streaming: read the data as it is needed.
+      dpo: train on preferences.
+    """
+
+    dataset: tuple[str, ...] = (str(assets.TRAIN),)
+    weights: tuple[int, ...] | None = None
+    eval_dataset: str | None = None
+    columns: dict[str, str] | None = None
+    seq_len: int | None = None
+    packing: bool = False
+    group_by_length: bool = False
+    streaming: bool = False
+    dpo: bool = False
+
+    def resolve_seq_len(self, context: int) -> int:
+        """seq_len or its default. Raises: UserError if it exceeds the model's context."""
+        seq_len = self.seq_len or min(SEQ_LEN, context)
+        if seq_len > context:
+            raise errors.UserError(
+                expected=f"examples within the model's context of {context} tokens",
+                found=f"--seq-len {seq_len}",
+                do=f"--seq-len {context}",
+            )
+        return seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """What a step computes, how many steps there are, and the random seed.
+
+    Args:
+      batch_size: sequences computed at a time, over all devices.
+      grad_accum: batches per optimizer step.
+      max_steps: optimizer steps, instead of epochs.
+      epochs: passes over the data.
+      remat: what the backward pass computes again: "full", "dots", "none", or "auto": the least
+        that is planned to fit.
+      beta: with DPO, how near the model stays to the base.
+      sweep: several learning rates or ranks side by side, such as "lr=1e-4,3e-4".
+      seed: of the data order, the initial A, and dropout.
+    """
+
+    batch_size: int = 4
+    grad_accum: int = 4
+    max_steps: int | None = None
+    epochs: float = 1.0
+    remat: str = "auto"
+    beta: float = 0.1
+    sweep: str | None = None
+    seed: int = 0
+
+    @property
+    def swept(self) -> str | None:
+        """The name of the setting that the sweep varies: "lr" or "rank"."""
+        return convert.sweep(self.sweep)[0] if self.sweep else None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """When the adapter is evaluated, and what follows from it.
+
+    Args:
+      eval_every: steps between evaluations, besides those at the start and the end.
+      exact_match: held-out prompts whose generated answers are compared; 0: none.
+      keep_best: keep the checkpoint with the least held-out loss, and make the adapter of it.
+      patience: end after so many evaluations without a lower held-out loss.
+    """
+
+    eval_every: int | None = None
+    exact_match: int = 0
+    keep_best: bool = False
+    patience: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """The output folder, checkpoints and reports.
+
+    Args:
+      output_dir: a new folder; None: runs/DATE-TIME.
+      save_every: steps between checkpoints.
+      keep_checkpoints: the number of checkpoints that are kept.
+      max_time: seconds after which the run saves and stops.
+      log_every: steps between progress lines if there is no terminal; None: 20 lines in all.
+      report_to: a dashboard, one of REPORTS.
+      profile: a folder for a trace of three steps by jax.profiler.
+    """
+
+    output_dir: str | None = None
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    max_time: float | None = None
+    log_every: int | None = None
+    report_to: str | None = None
+    profile: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSettings:
+    """Prompts that the trained model continues at the end.
+
+    Args:
+      prompt: the prompts.
+      chat: put each into the chat template.
+      max_new_tokens, temperature: see generation.Sampling.
+    """
+
+    prompt: tuple[str, ...] = ()
+    chat: bool = False
+    max_new_tokens: int = generation_config.Sampling.max_new_tokens
+    temperature: float = generation_config.Sampling.temperature
+
+    @property
+    def sampling(self) -> generation_config.Sampling:
+        """How the next token is chosen."""
+        return generation_config.Sampling(self.max_new_tokens, self.temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """All settings of a training run. `build` makes and checks them.
+
+    given: the names that the user has set. The other values are defaults, of which the batch size
+    may grow to suit the devices.
+    """
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    lora: lora_config.LoRAConfig = dataclasses.field(default_factory=lora_config.LoRAConfig)
+    optim: optim_config.OptimConfig = dataclasses.field(default_factory=optim_config.OptimConfig)
+    loop: LoopSettings = LoopSettings()
+    eval: EvalSettings = EvalSettings()
+    run: RunSettings = RunSettings()
+    prompts: PromptSettings = PromptSettings()
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+
+    @property
+    def beta(self) -> float | None:
+        """The beta of DPO; None if the run does not train on preferences."""
+        return self.loop.beta if self.data.dpo else None
+
+    @property
+    def sequence_length(self) -> int:
+        """The most tokens of a sequence, once seq_len is resolved: with DPO of a pair."""
+        return (self.data.seq_len or SEQ_LEN) * (2 if self.data.dpo else 1)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is held-out data."""
+        return bool(self.data.eval_dataset or self.eval.eval_every)
+
+    def replace(self, **changes: Value) -> "TrainSettings":
+        """The same settings with other values, by name."""
+        parts: dict[str, Flat] = {}
+        for name, value in changes.items():
+            parts.setdefault(FIELDS[name].part, {})[name] = value
+        return dataclasses.replace(
+            self,
+            **{part: dataclasses.replace(getattr(self, part), **new)
+               for part, new in parts.items()},
+        )  # fmt: skip
+
+    def flat(self) -> Flat:
+        """{name: value} in JSON's types, without what is not set."""
+        values = {name: getattr(getattr(self, field.part), name) for name, field in FIELDS.items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+class Field(typing.NamedTuple):
+    """Where a setting stands: the part of TrainSettings, its type, and its default."""
+
+    part: str
+    hint: Any
+    default: Value
+
+
+def _fields() -> Iterator[tuple[str, Field]]:
+    defaults = TrainSettings()
+    for part in dataclasses.fields(TrainSettings):
+        inside = getattr(defaults, part.name)
+        if dataclasses.is_dataclass(inside):
+            hints = typing.get_type_hints(type(inside))
+            for field in dataclasses.fields(inside):
+                default = getattr(inside, field.name)
+                yield field.name, Field(part.name, hints[field.name], default)
+
+
+FIELDS: dict[str, Field] = dict(_fields())
+NAMES = tuple(FIELDS)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "quant": quant.QUANTS,
+    "dtype": ("float32", "bfloat16"),
+    "schedule": optim_config.SCHEDULES,
+    "remat": ("auto", *model_config.REMAT),
+    "report_to": tuple(REPORTS),
+}
+
+
+def default(name: str) -> Value:
+    """The default of a setting."""
+    return FIELDS[name].default

@@ -1,0 +1,202 @@
+"""What a run loads before its first step: the base model, its tokenizer, and the adapters in it."""
+
+import dataclasses
+import pathlib
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lora_jax import console, hub, tokenizer
+from lora_jax.checkpoints import loader, safetensors_files
+from lora_jax.console import say
+from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import model_state
+from lora_jax.models import config as model_config
+from lora_jax.parallel import devices, processes
+from lora_jax.parallel import mesh as sharding
+from lora_jax.planning import chips, programs
+from lora_jax.planning import memory as planning
+from lora_jax.training import run_data
+from lora_jax.training.adapters import one_adapter, sweep
+from lora_jax.training.output import run_folder
+from lora_jax.training.settings import groups
+
+if TYPE_CHECKING:
+    import transformers
+
+Adapters = one_adapter.OneAdapter | sweep.SweepAdapters
+
+
+class Base(NamedTuple):
+    """A base model's folder, its config.json, its tokenizer, and the tokens that end a text."""
+
+    folder: pathlib.Path
+    architecture: model_config.LlamaConfig
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+    eos_ids: tuple[int, ...]
+
+
+def find(settings: groups.ModelSettings) -> tuple[pathlib.Path, model_config.LlamaConfig]:
+    """(folder, config.json) of the base model, which is downloaded if it is a hub id."""
+    folder = hub.model_folder(settings.model, settings.revision)
+    return folder, model_config.load(folder)
+
+
+def fit(
+    settings: groups.TrainSettings,
+    folder: pathlib.Path,
+    architecture: model_config.LlamaConfig,
+    *,
+    resume: bool,
+) -> tuple[groups.TrainSettings, Mesh]:
+    """The settings with the format, dtype and batch size that the base and the devices call for.
+
+    A batch size that was not given grows until it is split evenly.
+    """
+    settings = settings.replace(quant=settings.model.resolve_quant(architecture, folder))
+    num_bytes = loader.loaded_bytes(
+        folder, dtype=settings.model.dtype, quantization=settings.model.quant
+    )
+    mesh = sharding.choose(settings.model.mesh, num_bytes)
+    settings = settings.replace(dtype=settings.model.dtype or architecture.dtype)
+    if settings.loop.max_steps == 0:
+        return settings, mesh
+    if not resume and "batch_size" not in settings.given:
+        settings = settings.replace(batch_size=sharding.round_up(settings.loop.batch_size, mesh))
+    loop = settings.loop
+    fixed = loop.batch_size * loop.grad_accum if resume else None
+    sharding.check_batch(loop.batch_size, mesh, fixed)
+    return settings, mesh
+
+
+def base(folder: pathlib.Path, architecture: model_config.LlamaConfig) -> Base:
+    """The base with its tokenizer."""
+    reader = tokenizer.load(folder)
+    return Base(folder, architecture, reader, tokenizer.eos_ids(reader, folder))
+
+
+def num_adapters(settings: groups.TrainSettings) -> int:
+    """How many adapters are trained side by side, each on examples of its own."""
+    return len(sweep.values(settings.loop.sweep)) if settings.loop.sweep else 1
+
+
+def planned_job(
+    settings: groups.TrainSettings,
+    architecture: model_config.LlamaConfig,
+    generation: tuple[int, int, int] | None = None,
+) -> programs.Job:
+    """What the settings mean for planning. generation: see programs.Job."""
+    loop = settings.loop
+    return programs.Job(
+        architecture,
+        dtype=settings.model.dtype,
+        quant=settings.model.quant,
+        lora=settings.lora,
+        optim=settings.optim,
+        remat=loop.remat,
+        batch_size=loop.batch_size,
+        grad_accum=loop.grad_accum,
+        seq_len=settings.data.seq_len,
+        generation=generation,
+        beta=settings.beta,
+    )
+
+
+def to_plan(
+    settings: groups.TrainSettings, architecture: model_config.LlamaConfig, mesh: Mesh
+) -> tuple[programs.Job, chips.Target]:
+    """The job as it is planned, and the devices."""
+    first = mesh.devices.flat[0]
+    job = planned_job(settings, architecture)
+    job = dataclasses.replace(job, batch_size=job.batch_size * num_adapters(settings))
+    return job, chips.of_kind(first.platform, first.device_kind, mesh.size)
+
+
+def choose_remat(
+    settings: groups.TrainSettings,
+    architecture: model_config.LlamaConfig,
+    mesh: Mesh,
+    data: run_data.RunData,
+) -> groups.TrainSettings:
+    """The settings with the remat policy that "auto" stands for on these devices."""
+    if settings.loop.remat != "auto":
+        return settings
+    job, target = to_plan(settings, architecture, mesh)
+    limit = devices.memory_bytes(jax.local_devices()[0])
+    limit = processes.told(limit)  # hosts may report unequal memories
+    longest = job.of_length(data.batches.length)
+    chosen, needs = planning.choose_remat(longest, dict(mesh.shape), target.chip, limit)
+    if needs:
+        say("remat", console.remat(chosen, needs, limit))
+    return settings.replace(remat=chosen)
+
+
+def load(settings: groups.TrainSettings, base: Base, mesh: Mesh) -> Adapters:
+    """The base on its devices, with the adapters that the run trains."""
+    config = settings.lora
+    principal = None
+    if settings.model.quant != "none" and config.init_lora_weights != "default":
+        principal = lora.Principal(config)
+    model = loader.load(
+        base.folder,
+        dtype=settings.model.dtype,
+        quantization=settings.model.quant,
+        search=not settings.model.quant_fast,
+        mesh=mesh,
+        residual=None if principal is None else principal.take,
+    )
+    lora.inject(model, config, rngs=nnx.Rngs(settings.loop.seed), principal=principal)
+    graphdef, *state = model_state.split(model)
+    trained, frozen = sharding.place(state, mesh)
+    if settings.beta is not None:  # a step takes over the memory of what it trains
+        frozen = frozen._replace(reference=jax.tree.map(jnp.copy, trained))
+    one = one_adapter.OneAdapter(settings, model, graphdef, trained, frozen, mesh)
+    _say_sizes(settings, base, one)
+    return sweep.adapters(one) if settings.loop.sweep else one
+
+
+def _say_sizes(settings: groups.TrainSettings, base: Base, adapter: one_adapter.OneAdapter) -> None:
+    total = loader.num_params(base.architecture)
+    trainable = lora.num_params(adapter.model)
+    before = sum(t.num_bytes for t in safetensors_files.tensors(base.folder).values())
+    after = sum(array.nbytes for array in jax.tree.leaves(adapter.frozen.base))
+    say("model", f"{console.count(total)} parameters, {console.count(trainable)} trainable "
+        f"({trainable / (total + trainable):.2%}): "
+        f"{console.near(settings.model.model)}")  # fmt: skip
+    say("base", f"{console.size(before)} on disk, {console.size(after)} loaded "
+        f"(quant {settings.model.quant})")  # fmt: skip
+    if note := loader.dense_note(settings.model.quant, adapter.model):
+        say("base", note)
+
+
+class Stopwatch:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, begun: float) -> None:
+        """Adds the time since `begun`, by time.time()."""
+        self.seconds[name] = self.seconds.get(name, 0) + time.time() - begun
+
+
+class Job(NamedTuple):
+    """What a run works with, once all is loaded."""
+
+    settings: groups.TrainSettings
+    folder: run_folder.RunFolder
+    base: Base
+    mesh: Mesh
+    data: run_data.RunData
+    adapters: Adapters
+    begun: float  # by time.monotonic()
+    held: int  # bytes that were in use before the model was loaded
+    watch: Stopwatch
+
+    @property
+    def num_steps(self) -> int:
+        return self.data.num_steps
