@@ -147,7 +147,7 @@ def runs(page: pathlib.Path) -> bool:
     return any(block.runs and block.language in ("python", "sh") for block in blocks(page))
 
 
-@pytest.mark.parametrize("page", filter(runs, PAGES), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*filter(runs, PAGES)], ids=lambda page: page.stem)
 def test_code_runs(page, tmp_path, monkeypatch):
     """The blocks of a page in their order: in one folder, Python's in one namespace."""
     monkeypatch.chdir(tmp_path)
