@@ -49,6 +49,7 @@ LONGEST = (
     "adapter_jobs",
     "plan",
     "structure",
+    "docs",
     "int4_matmul",
     "loader",
     "generate",

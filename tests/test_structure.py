@@ -1,19 +1,15 @@
-"""The house rules that a machine can check: imports, style, the README's and examples' code."""
+"""The house rules that a machine can check: imports, style, and the examples."""
 
 import pathlib
-import re
 import runpy
-import shlex
 import subprocess
 import sys
 
 import pytest
 
-from lora_jax.cli import generate, inspect, train
 from lora_jax.lora import peft
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 
 
 def test_imports_point_down():
@@ -63,18 +59,3 @@ def test_examples_learn(path, tmp_path):
     assert losses[-1] < 0.1 * losses[0]
     (folder,) = (file.parent for file in tmp_path.rglob("adapter_config.json"))
     peft.read(folder).check_effect(str(folder))
-
-
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_readme_code_runs(code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
-
-
-def test_readme_commands_have_flags_that_exist():
-    parsers = {"train": train.parse, "generate": generate.parse, "inspect_data": inspect.parse}
-    commands = re.findall(r"scripts/(train|generate|inspect_data)\.py ([^`\n|]*)", README)
-    assert commands
-    for name, rest in commands:
-        if "--help" not in rest:
-            parsers[name](shlex.split(rest, comments=True))
