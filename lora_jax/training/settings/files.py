@@ -2,8 +2,6 @@
 
 import pathlib
 
-import yaml
-
 from lora_jax import errors
 from lora_jax.training.settings import assemble, checks, groups
 
@@ -15,6 +13,8 @@ def load(path: pathlib.Path | str) -> groups.TrainSettings:
 
 def read(path: pathlib.Path | str) -> groups.Flat:
     """{name: value} of a YAML file. Raises: UserError if it is not readable as such."""
+    import yaml  # here, for --help not to wait for it
+
     try:
         found = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
         problem = None if isinstance(found, dict | None) else f"a {type(found).__name__}"
@@ -35,6 +35,8 @@ def read(path: pathlib.Path | str) -> groups.Flat:
 
 def save(settings: groups.TrainSettings, path: pathlib.Path) -> None:
     """Writes what `load` reads: all settings that have an effect, but for the output folder."""
+    import yaml
+
     kept = {
         name: value
         for name, value in settings.flat().items()

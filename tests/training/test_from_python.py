@@ -1,0 +1,82 @@
+"""A run from Python and from a config.yaml: the folder that the command leaves."""
+
+import itertools
+import json
+
+import cli
+import pytest
+
+from lora_jax import training
+
+SAME = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+
+
+def given(folder, **more):
+    data = cli.write_rows(folder / "rows.jsonl", 24)
+    held_out = cli.write_rows(folder / "held.jsonl", 4, first=100)
+    return {
+        "model": str(cli.BASE), "dataset": str(data), "eval_dataset": str(held_out),
+        "max_steps": 5, "batch_size": 2, "grad_accum": 1, "seq_len": 32, "eval_every": 2,
+        "save_every": 2, "rank": 4, "quant": "int4", **more,
+    }  # fmt: skip
+
+
+def flags(settings):
+    return [part for name, value in settings.items()
+            for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+
+
+def numbers(folder):
+    """metrics.jsonl without what differs from run to run: times."""
+    timed = ("tokens_per_second", "data_wait", "mfu", "peak_bytes")
+    return [{k: v for k, v in line.items() if k not in timed} for line in cli.metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """(settings, the folder of a run by the command)."""
+    folder = tmp_path_factory.mktemp("command")
+    settings = given(folder)
+    assert cli.run("train", *flags(settings), "--output-dir", folder / "run").code == 0
+    return settings, folder / "run"
+
+
+def test_a_run_from_python_is_the_command_s(command, tmp_path):
+    settings, run = command
+    made = training.settings.build(**settings, output_dir=str(tmp_path / "run"))
+    yielded = list(training.run(made))
+    assert numbers(tmp_path / "run") == numbers(run)
+    assert [line["step"] for line in yielded] == [line["step"] for line in numbers(run)]
+    assert all((tmp_path / "run" / name).read_bytes() == (run / name).read_bytes() for name in SAME)
+    files = {path.name for path in run.iterdir()}
+    assert files == {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "config.yaml", "metrics.jsonl", "report.html"} <= files
+
+
+def test_a_run_s_own_config_repeats_it_and_flags_win(command, tmp_path):
+    _, run = command
+    again = cli.run("train", "--config", run / "config.yaml", "--output-dir", tmp_path / "again")
+    assert again.code == 0 and numbers(tmp_path / "again") == numbers(run)
+    assert all(
+        (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes() for name in SAME
+    )
+    shorter = cli.run("train", "--config", run / "config.yaml", "--max-steps", 1,
+                      "--output-dir", tmp_path / "short")  # fmt: skip
+    assert shorter.code == 0
+    assert json.loads((tmp_path / "short/run.json").read_text())["num_steps"] == 1
+
+
+def test_to_stop_iterating_saves_and_resume_goes_on_exactly(command, tmp_path):
+    settings, run = command
+    folder = tmp_path / "run"
+    steps = training.run(training.settings.build(**settings, output_dir=str(folder)))
+    for metrics in itertools.takewhile(lambda line: line["step"] < 3, steps):
+        assert metrics["step"] < 3
+    steps.close()
+    assert json.loads((folder / "run.json").read_text())["status"] == "stopped at step 3"
+    assert not (folder / "adapter").exists()
+    for _ in training.resume(str(folder)):
+        pass
+    assert numbers(folder) == numbers(run)
+    assert all((folder / name).read_bytes() == (run / name).read_bytes() for name in SAME)
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"

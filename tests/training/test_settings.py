@@ -1,0 +1,162 @@
+"""Settings by name: how they are read, completed, checked at once, written to YAML and resumed."""
+
+import dataclasses
+
+import pytest
+
+from lora_jax import assets, errors
+from lora_jax.training import settings
+from lora_jax.training.settings import groups
+
+MINE = {"model": "owner/name", "dataset": "mine.jsonl"}
+
+
+def refused(**given):
+    with pytest.raises(errors.UserError) as error:
+        settings.build(**given)
+    return " ".join(str(error.value).split())
+
+
+def test_without_model_and_data_they_are_the_demo_s():
+    found = settings.build(rank=4)
+    assert found.model.model == str(assets.FOLDER) and found.lora.rank == 4
+    assert found.data.dataset == (str(assets.TRAIN),) and found.data.eval_dataset
+    assert found.loop.max_steps == assets.settings()["max_steps"]
+    assert found.given == {"rank"}
+    assert settings.build(epochs=2).loop.max_steps is None
+    assert settings.build(**MINE).loop.max_steps is None
+
+
+def test_every_name_occurs_once_and_is_frozen():
+    parts = [
+        part for part in vars(groups.TrainSettings()).values() if dataclasses.is_dataclass(part)
+    ]
+    names = [field.name for part in parts for field in dataclasses.fields(part)]
+    assert len(names) == len(set(names)) == len(groups.FIELDS)
+    for part in parts:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            part.anything = 1
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        ({"targets": "q_proj, k_proj"}, "targets", ["q_proj", "k_proj"]),
+        ({"targets": ["q_proj"]}, "targets", ["q_proj"]),
+        ({"targets": "all-linear"}, "targets", "all-linear"),
+        ({"layers": "0,2-3"}, "layers", [0, 2, 3]),
+        ({"layers": [0, 1]}, "layers", [0, 1]),
+        ({"lr": "1e-4"}, "lr", 1e-4),  # YAML 1.1 reads 1e-4 as text
+        ({"lr": 1}, "lr", 1),
+        ({"rank": "16"}, "rank", 16),
+        ({"max_time": "1h30m"}, "max_time", 5400.0),
+        ({"weights": [0.75, 0.25], "dataset": ["a", "b"]}, "weights", [3, 1]),
+        ({"weights": "3,1", "dataset": ["a", "b"]}, "weights", [3, 1]),
+        ({"columns": {"prompt": "q"}}, "columns", {"prompt": "q"}),
+        ({"columns": "prompt=q"}, "columns", {"prompt": "q"}),
+        ({"rank_pattern": {"down_proj": 4}}, "rank_pattern", {"down_proj": 4}),
+        ({"rank_pattern": ["a=b=4"]}, "rank_pattern", {"a=b": 4}),
+        ({"modules_to_save": "lm_head,norm"}, "modules_to_save", ["lm_head", "norm"]),
+        ({"prompt": "one"}, "prompt", ["one"]),
+        ({"packing": True}, "packing", True),
+    ],
+)
+def test_values_are_taken_as_text_and_as_what_they_are(given, name, value):
+    assert settings.build(**{**MINE, **given}).flat()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rnak": 8}, "found: rnak to do: did you mean rank?"),
+        ({"rank": "eight"}, "expected: a whole number found: 'eight' where: --rank"),
+        ({"rank": 8.5}, "expected: a whole number found: 8.5"),
+        ({"rank": True}, "expected: a whole number found: True"),
+        ({"packing": "yes"}, "expected: true or false found: 'yes'"),
+        ({"quant": "int5"}, "expected: one of none, int8, int4"),
+        ({"schedule": "step"}, "expected: one of cosine, linear, constant"),
+        ({"lr": float("nan")}, "--lr nan (at least 0)"),
+        ({"layers": "3-1"}, "layer numbers such as 0,2 or 16-31"),
+        ({"columns": 3}, "expected: a mapping found: 3 where: --columns"),
+        ({"beta": 0.3}, "--beta without --dpo"),
+        ({"chat": True}, "--chat without a --prompt"),
+        ({"weights": [1, 2]}, "2 in --weights, 1 in --dataset"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(given, message):
+    assert message in refused(**{**MINE, **given})
+
+
+def test_all_problems_are_in_one_error():
+    message = refused(**MINE, rnak=8, lr="fast", quant="int5")
+    assert "rnak" in message and "--lr: 'fast'" in message and "--quant: 'int5'" in message
+    message = refused(
+        **MINE, max_steps=3, epochs=2, chat=True, batch_size=0, rank=0, weights=[1, 2]
+    )
+    assert "rank 0" in message and "--batch-size 0" in message
+    message = refused(**MINE, max_steps=3, epochs=2, chat=True, batch_size=0, weights=[1, 2])
+    for part in ("--max-steps and --epochs", "--batch-size 0", "2 in --weights", "--chat without"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"rank": 16, "alpha": 8, "quant": "int4", "max_time": "8h", "lr": 3e-4, "patience": 2,
+         "eval_every": 5, "targets": r".*\.[qv]_proj", "rank_pattern": {"q_proj": 4}},
+        {"dataset": ["a", "b"], "weights": [3, 1], "columns": {"text": "story"}, "packing": True},
+        {"sweep": "rank=4,8", "epochs": 2},
+        {"dpo": True, "beta": 0.2, "max_steps": 7},
+        {"prompt": ["Ünï: code", "# no comment"], "temperature": 0.5, "chat": True},
+    ],
+)  # fmt: skip
+def test_yaml_gives_the_same_settings_back(given, tmp_path):
+    made = settings.build(**{**MINE, **given, "output_dir": str(tmp_path / "run")})
+    settings.save(made, tmp_path / "config.yaml")
+    again = settings.load(tmp_path / "config.yaml")
+    settings.save(again, tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_text() == (tmp_path / "config.yaml").read_text()
+    # What has no effect beside the others is not written.
+    inert = {"output_dir", "beta", "epochs", "temperature", "max_new_tokens"} - given.keys()
+    both = ({n: v for n, v in each.flat().items() if n not in inert} for each in (made, again))
+    assert next(both) == next(both)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- rank", "a list"),
+        ("rank: [", "while parsing"),
+        ("1: 2", "the key 1"),
+        ("\x00", "special characters"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(text, message, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(errors.UserError, match="a YAML file of `name: value` lines") as error:
+        settings.load(tmp_path / "mine.yaml")
+    assert message in str(error.value)
+    with pytest.raises(errors.UserError, match="No such file"):
+        settings.load(tmp_path / "none.yaml")
+
+
+def test_an_empty_file_and_dashes_in_names_are_fine(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("")
+    assert settings.read(path) == {}
+    path.write_text("batch-size: 2\n")
+    assert settings.load(path).loop.batch_size == 2
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_what_may_change():
+    record = settings.build(**MINE, batch_size=4, grad_accum=2).flat()
+    same = settings.resumed(
+        record, {"batch_size": 2, "grad_accum": 4, "mesh": "data=2"}, "run.json"
+    )
+    assert same.loop.batch_size == 2 and same.model.mesh == "data=2"
+    with pytest.raises(errors.UserError, match="8 sequences a step"):
+        settings.resumed(record, {"batch_size": 2}, "run.json")
+    with pytest.raises(errors.UserError, match="--rank 4, but the run has 8"):
+        settings.resumed(record, {"rank": 4}, "run.json")
+    assert settings.resumed({**record, "of_another_version": 1}, {}, "run.json").lora.rank == 8
