@@ -11,13 +11,13 @@ from lora_jax import training
 SAME = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
 
-def given(folder, **more):
-    data = cli.write_rows(folder / "rows.jsonl", 24)
+def given(folder):
+    data = cli.write_rows(folder / "rows.jsonl", 40)
     held_out = cli.write_rows(folder / "held.jsonl", 4, first=100)
     return {
         "model": str(cli.BASE), "dataset": str(data), "eval_dataset": str(held_out),
-        "max_steps": 5, "batch_size": 2, "grad_accum": 1, "seq_len": 32, "eval_every": 2,
-        "save_every": 2, "rank": 4, "quant": "int4", **more,
+        "max_steps": 5, "batch_size": 8, "grad_accum": 1, "seq_len": 32, "eval_every": 2,
+        "save_every": 2, "rank": 4, "quant": "int4",
     }  # fmt: skip
 
 
