@@ -153,7 +153,7 @@ def test_a_run_prefers_what_was_chosen(tmp_path, monkeypatch):
             "--save-every", 2, "--dtype", "bfloat16", "--group-by-length", "--output-dir", folder,
         )  # fmt: skip
     assert "\nremat     dots: 1.23 GB of 2 GB planned; none 9.87 GB\n" in ended.out
-    assert "lines of 48 tokens, each length compiled once" in " ".join(ended.out.split())
+    assert "sequences of 48 tokens, each length compiled once" in " ".join(ended.out.split())
     assert ended.code == 0 and ended.err == "" and "warning" not in ended.out, ended
     metrics = cli.metrics(folder)
     steps, evaluations = ([row for row in metrics if name in row] for name in ("loss", "eval_loss"))

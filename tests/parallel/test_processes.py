@@ -263,7 +263,7 @@ def test_a_checkpoint_that_one_process_alone_cannot_read_ends_all(tmp_path):
         "processes.start(place)\n"
         "import jax.numpy as jnp; from lora_jax import errors\n"
         "from lora_jax.optim import step as train; from lora_jax.parallel import mesh as sharding\n"
-        "from lora_jax.training import snapshots as snapshot\n"
+        "from lora_jax.training.output import snapshots as snapshot\n"
         "mesh = sharding.make_mesh({'data': 2, 'fsdp': 1, 'tensor': 1})\n"
         "state = sharding.place(train.State({'lora_A': jnp.ones(4)}, {}, jnp.int32(3)), mesh)\n"
         f"snapshots = snapshot.Snapshots(pathlib.Path({str(tmp_path)!r}), keep=1)\n"

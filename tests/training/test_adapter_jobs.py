@@ -40,7 +40,7 @@ def whole(tmp_path_factory):
     rows = cli.write_rows(folder / "train.jsonl", 40)
     ended = cli.run("train", *FLAGS, *KIND, "--dataset", rows, "--output-dir", folder / "run")
     assert ended.code == 0 and ended.err == "", ended
-    assert "8 lines of 112 tokens, 9" in ended.out, ended.out  # filled to nine tenths and more
+    assert "8 sequences of 112 tokens, 9" in ended.out, ended.out  # filled to nine tenths and more
     return folder / "run"
 
 

@@ -152,7 +152,7 @@ def test_a_run_goes_on_with_fewer_devices_and_another_mesh(parent, whole, tmp_pa
 def test_other_rows_a_step_are_refused(whole, tmp_path):
     folder = interrupted(whole, tmp_path)
     message = cli.refused("train", "--resume", "--output-dir", folder, "--batch-size", 32)
-    assert "16 rows a step" in message and "32 × 2" in message
+    assert "16 sequences a step" in message and "32 × 2" in message
 
 
 def test_a_batch_that_other_devices_cannot_share_says_what_to_type(whole, tmp_path):

@@ -99,7 +99,8 @@ def at_step(monkeypatch, number, act):
 def test_the_files_of_a_run(whole):
     folder, _ = whole
     names = {path.name for path in folder.iterdir()} - {".lock"}
-    assert names == {"adapter", "checkpoints", "metrics.jsonl", "run.json", "report.html"}
+    assert names == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "run.json",
+                     "report.html"}  # fmt: skip
     assert checkpoints(folder) == [4, 6]
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder.parent / cli.BASE.name)

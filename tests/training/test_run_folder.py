@@ -17,6 +17,13 @@ def opened(path, resume=False):
     return run_folder.RunFolder(pathlib.Path(path), resume=resume)
 
 
+def record(status="running"):
+    return run_folder.Record(
+        status, settings={}, num_steps=1, versions={}, device="cpu", mesh={}, memory={}, base={},
+        data={},
+    )  # fmt: skip
+
+
 def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path):
     with opened(tmp_path / "a/run"):
         assert (tmp_path / "a/run").is_dir()
@@ -38,15 +45,15 @@ def test_a_folder_with_files_is_refused_without_resume(tmp_path):
 
 def test_an_empty_folder_is_taken(tmp_path):
     with opened(tmp_path) as folder:
-        folder.write_run({"status": "running"})
-        assert folder.read_run() == {"status": "running"}
+        folder.write_run(record("running"))
+        assert folder.read_run()["status"] == "running"
 
 
 def test_a_folder_of_a_run_that_was_killed_before_it_had_begun_is_taken(tmp_path):
     for name in (".lock", "run.new"):
         (tmp_path / name).write_text("")
     with opened(tmp_path) as folder:
-        folder.write_run({})
+        folder.write_run(record())
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
@@ -69,7 +76,7 @@ def test_two_runs_at_once_in_one_folder_are_refused(tmp_path):
     with opened(tmp_path / "run") as first:
         with pytest.raises(errors.UserError, match="another run is writing to it"):
             opened(tmp_path / "run")
-        first.write_run({})
+        first.write_run(record())
         with pytest.raises(errors.UserError, match="another run is writing to it"):
             opened(tmp_path / "run", resume=True)
     with opened(tmp_path / "run", resume=True):
@@ -140,15 +147,15 @@ def test_cut_back_needs_no_metrics(tmp_path):
 
 def test_run_json_is_replaced_whole(tmp_path, monkeypatch):
     with opened(tmp_path) as folder:
-        folder.write_run({"status": "running"})
+        folder.write_run(record("running"))
 
         def killed(*_):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(run_folder.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            folder.write_run({"status": "finished"})
-        assert folder.read_run() == {"status": "running"}
+            folder.write_run(record("finished"))
+        assert folder.read_run()["status"] == "running"
 
 
 def test_a_damaged_run_json_is_told(tmp_path):
@@ -177,12 +184,12 @@ def test_default_paths_do_not_collide(tmp_path, monkeypatch):
 
 def test_processes_that_follow_read_and_write_nothing(tmp_path):
     with opened(tmp_path / "run") as folder:
-        folder.write_run({"status": "running"})
+        folder.write_run(record("running"))
         before = {path: path.read_bytes() for path in folder.path.iterdir()}
         with run_folder.Followed(tmp_path / "run") as followed:
-            assert followed.read_run() == {"status": "running"}
+            assert followed.read_run()["status"] == "running"
             assert (followed.adapter, followed.checkpoints) == (folder.adapter, folder.checkpoints)
-            followed.write_run({})
+            followed.write_run(record())
             followed.log({"step": 1})
             followed.cut_back(0)
             followed.check_space(2**60)
