@@ -36,6 +36,7 @@ from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, hlo, programs
+from lora_jax.planning import job as jobs
 
 TIME_LIMIT = 900  # seconds for one run
 LAYERS = 2  # of the stack that a kernel reads one layer of
@@ -53,14 +54,14 @@ class Case(NamedTuple):
 def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> programs.Program:
     """Of an int4 model with adapters of rank 8 on q and v."""
     architecture = memory.architecture(*memory.MODELS[name])
-    job = programs.Job(architecture, remat=remat, batch_size=rows, seq_len=tokens)
+    job = jobs.Job(architecture, remat=remat, batch_size=rows, seq_len=tokens)
     return programs.train_step(job, mesh)
 
 
 def decode_loop(name: str, rows: int, mesh: Mesh) -> programs.Program:
     """`generate`: a prompt of 128 tokens, then 128 new ones."""
     architecture = memory.architecture(*memory.MODELS[name])
-    return programs.generation(programs.Job(architecture, generation=(rows, 128, 128)), mesh)
+    return programs.generation(jobs.Job(architecture, generation=(rows, 128, 128)), mesh)
 
 
 def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> programs.Program:

@@ -22,12 +22,11 @@ import optax
 from lora_jax.kernels import attention, cross_entropy
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, programs
+from lora_jax.planning import job as jobs
 
 TARGETS = ("gpu:h100",)
 MODEL = "Llama-3.1-8B"
-JOB = programs.Job(
-    memory.architecture(*memory.MODELS[MODEL]), remat="full", batch_size=4, grad_accum=4
-)
+JOB = jobs.Job(memory.architecture(*memory.MODELS[MODEL]), remat="full", batch_size=4, grad_accum=4)
 ONE = dict.fromkeys(sharding.AXES, 1)
 
 

@@ -24,8 +24,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import memory
 
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, programs
-from lora_jax.planning import memory as planning
+from lora_jax.planning import chips, operations, programs, resident
+from lora_jax.planning import job as jobs
+from lora_jax.planning import memory as device_memory
 
 SOURCES = pathlib.Path(__file__).parents[1] / "lora_jax"
 NOT_COMPILED = ("plan.py", "hub.py", "data.py", "tokenizer.py", "run_folder.py", "errors.py")
@@ -49,8 +50,8 @@ class Run(NamedTuple):
     dpo: bool = False
 
     @property
-    def job(self) -> programs.Job:
-        return programs.Job(
+    def job(self) -> jobs.Job:
+        return jobs.Job(
             memory.architecture(*memory.MODELS[self.model]),
             quant=self.quant,
             remat=self.remat,
@@ -175,10 +176,10 @@ def report(results: Sequence[tuple[Run, programs.Compiled | str]]) -> Iterator[s
 
 def _row(run: Run, found: programs.Compiled | str) -> dict[str, Any]:
     target, job = chips.parse(run.target), run.job
-    there = planning.resident(job, run.sizes, target.chip)
-    planned = planning.memory(job, run.sizes, target.chip, there).total
-    flops = planning.operations(job).total
-    moved = planning.bytes_moved(job, run.sizes, there, target.platform)
+    there = resident.resident(job, run.sizes, target.chip)
+    planned = device_memory.memory(job, run.sizes, target.chip, there).total
+    flops = operations.operations(job).total
+    moved = operations.bytes_moved(job, run.sizes, there, target.platform)
     row: dict[str, Any] = {
         "model": run.model, "quant": run.quant, "target": run.target, "mesh": run.mesh,
         "rows × tokens": f"{run.rows} × {run.tokens}" + (" (--dpo)" if run.dpo else ""),
@@ -188,7 +189,7 @@ def _row(run: Run, found: programs.Compiled | str) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(found, str):
         return row | {"XLA": found.replace("|", "/")[-100:]}
-    least = planning.floor(flops, moved, found.collectives, target).seconds
+    least = operations.floor(flops, moved, found.collectives, target).seconds
     received = ", ".join(
         f"{total['bytes'] / 1e6:.0f} MB {kind}" for kind, total in found.collectives.items()
     )

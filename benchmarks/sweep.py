@@ -32,8 +32,8 @@ from lora_jax.optim import adamw, sweep
 from lora_jax.optim import config as optim_config
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, programs
-from lora_jax.planning import memory as planning
+from lora_jax.planning import chips, operations, programs, resident
+from lora_jax.planning import job as jobs
 
 COUNTS = (1, 2, 4)
 STEPS = 100  # of the runs that are compared
@@ -122,11 +122,11 @@ def measure(folder: pathlib.Path, rows: int, length: int, remat: str, rounds: in
 def planned(name: str, rows: int, length: int, remat: str, target: str) -> list[str]:
     """The cells of a row of the table of a target."""
     mesh = sharding.make_mesh(ONE, chips.devices(target))
-    job = programs.Job(memory.architecture(*memory.MODELS[name]), remat=remat, batch_size=rows,
+    job = jobs.Job(memory.architecture(*memory.MODELS[name]), remat=remat, batch_size=rows,
                     seq_len=length)  # fmt: skip
     cells, device = [], chips.parse(target)
     with jax.set_mesh(mesh):
-        graphdef, *parts, _ = programs.model_parts(job, mesh)
+        graphdef, *parts, _ = jobs.model_parts(job, mesh)
     row = jax.ShapeDtypeStruct((1, rows, length), np.int32, sharding=sharding.batch(mesh))
     for count in COUNTS:
         together = members(count)
@@ -136,15 +136,15 @@ def planned(name: str, rows: int, length: int, remat: str, target: str) -> list[
             return sweep.start(together, joined, STEPS), frozen
 
         with jax.set_mesh(mesh):
-            given = programs.shapes(jax.eval_shape(begin, *parts), mesh)
+            given = jobs.shapes(jax.eval_shape(begin, *parts), mesh)
         batch = train_step.Batch(row, row, row)
         program = programs.Program(beside(graphdef, count, remat), (*given, batch))
         memory_of = program.lower(mesh).compile().memory_analysis()
         wide = dataclasses.replace(job, batch_size=count * rows)
-        there = planning.resident(wide, ONE, device.chip)
-        moved = planning.bytes_moved(wide, ONE, there, device.platform)
-        flops = planning.operations(wide).total
-        floor = planning.floor(flops, moved, {}, device).seconds
+        there = resident.resident(wide, ONE, device.chip)
+        moved = operations.bytes_moved(wide, ONE, there, device.platform)
+        flops = operations.operations(wide).total
+        floor = operations.floor(flops, moved, {}, device).seconds
         cells += [f"{memory_of.peak_memory_in_bytes / 1e9:.2f}", f"{moved / 1e9:.1f}",
                   f"{flops / 1e12:.2f}", f"{1000 * floor:.0f}"]  # fmt: skip
     return cells

@@ -31,8 +31,9 @@ from lora_jax.optim import config as optim_config
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, programs
-from lora_jax.planning import memory as planning
+from lora_jax.planning import chips, programs, proposals
+from lora_jax.planning import job as jobs
+from lora_jax.planning import memory as device_memory
 from lora_jax.training import evaluate, monitor, prepare, run_folder, stop
 from lora_jax.training import settings as training_settings
 from lora_jax.training import snapshots as snapshot
@@ -118,7 +119,7 @@ class Job:
         # Hosts may tell unequal memories.
         limit = processes.told(limit)
         longest = job.of_length(self.data.batches.length)
-        chosen, needs = planning.choose_remat(longest, dict(self.mesh.shape), target.chip, limit)
+        chosen, needs = proposals.choose_remat(longest, dict(self.mesh.shape), target.chip, limit)
         self.settings["remat"] = chosen
         if needs:
             say("remat", console.remat(chosen, needs, limit))
@@ -439,10 +440,10 @@ class Job:
         """Of a train step: of all this process's devices on a CPU, which is what `peak_bytes`
         measures there, else of one."""
         job, target = self._to_plan()
-        planned = planning.memory(job, dict(self.mesh.shape), target.chip).total
+        planned = device_memory.memory(job, dict(self.mesh.shape), target.chip).total
         return planned * (len(self.mesh.local_devices) if target.platform == "cpu" else 1)
 
-    def _to_plan(self) -> tuple[programs.Job, chips.Target]:
+    def _to_plan(self) -> tuple[jobs.Job, chips.Target]:
         first = self.mesh.devices.flat[0]
         rows = self.settings["batch_size"] * self.num_adapters
         asked = self.settings | {"batch_size": rows}

@@ -20,7 +20,7 @@ from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import devices
-from lora_jax.planning import memory as planning
+from lora_jax.planning import proposals
 
 BETA = 0.3
 
@@ -144,7 +144,7 @@ def test_a_run_prefers_what_was_chosen(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     needs = {"none": 9_870_000_000, "dots": 1_230_000_000}
     with monkeypatch.context() as patch:  # a device that tells its memory
-        patch.setattr(planning, "choose_remat", lambda *_: ("dots", needs))
+        patch.setattr(proposals, "choose_remat", lambda *_: ("dots", needs))
         patch.setattr(devices, "memory_bytes", lambda _: 2_000_000_000)
         ended = cli.run(
             "train", "--model", cli.BASE, "--quant", "int4", "--dataset", rows, "--dpo",

@@ -16,6 +16,7 @@ from lora_jax import errors
 from lora_jax.kernels.attention import cudnn
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, hlo, programs
+from lora_jax.planning import job as jobs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 try:
@@ -251,7 +252,7 @@ def test_a_train_step_takes_cudnn_s_attention(sizes, monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     architecture = aot.memory.architecture(*aot.memory.MODELS["Llama-3.2-1B"])
-    job = programs.Job(architecture, batch_size=4, remat="full")
+    job = jobs.Job(architecture, batch_size=4, remat="full")
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), chips.devices(target))
     with jax.set_mesh(mesh):
         program = programs.train_step(job, mesh)
