@@ -19,7 +19,7 @@ import yaml
 
 from lora_jax import errors
 from lora_jax.cli import train
-from lora_jax.parallel import processes
+from lora_jax.parallel import cluster, processes, rendezvous
 
 LAUNCH = cli.ROOT / "examples/launch"
 STEPS = 10
@@ -133,9 +133,9 @@ def test_a_folder_that_process_0_is_refused_ends_both(whole, start, data):
 
 
 def test_flags_give_a_place():
-    assert processes.find("host:1234", 2, 1) == processes.Place("host:1234", 2, 1)
-    assert processes.find(num_processes=1) is None
-    assert processes.find("host:1234", 1, 0) is None
+    assert cluster.find("host:1234", 2, 1) == cluster.Process("host:1234", 2, 1)
+    assert cluster.find(num_processes=1) is None
+    assert cluster.find("host:1234", 1, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_flags_give_a_place():
 )
 def test_flags_that_give_none_are_told_together(flags, told):
     with pytest.raises(errors.UserError) as error:
-        processes.find(*flags)
+        cluster.find(*flags)
     for text in told:
         assert text in str(error.value)
 
@@ -163,7 +163,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[01-02]", "SLURM_NTASK
     ("environment", "place"),
     [
         ({}, None),
-        (SLURM, processes.Place("node01:61447", 2, 1, detected=True)),
+        (SLURM, cluster.Process("node01:61447", 2, 1, detected=True)),
         (SLURM | {"SLURM_NTASKS": "1"}, None),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell in an allocation
         ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),  # the batch script itself
@@ -175,15 +175,15 @@ def test_only_a_cluster_with_many_processes_is_joined(monkeypatch, environment, 
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes.find() == place
+    assert cluster.find() == place
 
 
 def test_processes_that_do_not_come_are_named():
     address = f"localhost:{forks.free_port()}"
     with pytest.raises(errors.UserError, match="no process 1, 2"):
-        processes.start(processes.Place(address, 3, 0), wait=0.2)
+        processes.start(cluster.Process(address, 3, 0), wait=0.2)
     with pytest.raises(errors.UserError, match="Connection refused"):
-        processes.start(processes.Place(address, 3, 1), wait=0.2)
+        processes.start(cluster.Process(address, 3, 1), wait=0.2)
 
 
 def test_a_process_that_is_there_twice_is_refused():
@@ -191,14 +191,14 @@ def test_a_process_that_is_there_twice_is_refused():
 
     def join():
         with pytest.raises(errors.UserError) as error:
-            processes._join(processes.Place(address, 3, 1), wait=5)
+            rendezvous.join(cluster.Process(address, 3, 1), wait=5)
         refused.append(str(error.value))
 
     twins = [threading.Thread(target=join) for _ in range(2)]
     for twin in twins:
         twin.start()
     with pytest.raises(errors.UserError, match="no process 2"):
-        processes._gather(processes.Place(address, 3, 0), wait=1)
+        rendezvous.gather(cluster.Process(address, 3, 0), wait=1)
     for twin in twins:
         twin.join()
     assert sorted("there is a process 1 already" in text for text in refused) == [False, True]
@@ -206,7 +206,7 @@ def test_a_process_that_is_there_twice_is_refused():
 
 
 MEET = """
-others = processes._gather(place, 60) if not number else {0: processes._join(place, 60)}
+others = rendezvous.gather(place, 60) if not number else {0: rendezvous.join(place, 60)}
 processes._group = processes._Group(place, others)
 """
 
@@ -214,10 +214,11 @@ processes._group = processes._Group(place, others)
 def several(code, processes=3):
     """How so many processes ended that ran `code`, which knows its `number` and `place`."""
     beginning = (
-        "import faulthandler, sys, time; from lora_jax.parallel import processes\n"
+        "import faulthandler, sys, time\n"
+        "from lora_jax.parallel import cluster, processes, rendezvous\n"
         "faulthandler.dump_traceback_later(60, exit=True)\n"
         "number = int(sys.argv[1])\n"
-        f"place = processes.Place('localhost:{forks.free_port()}', {processes}, number)\n"
+        f"place = cluster.Process('localhost:{forks.free_port()}', {processes}, number)\n"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", beginning + code, str(number)], cwd=cli.ROOT,
@@ -325,8 +326,8 @@ def test_launches_start_and_resume_with_flags_that_exist(name, tmp_path):
         typed, resume = train.parse(flags)
         assert resume == resumed and typed["output_dir"] == str(out)
         place = [typed.get(name) for name in ("coordinator", "num_processes", "process_id")]
-        assert processes.find(*place) == (
-            processes.Place("lora-jax-workers-0-0.lora-jax:8476", 2, 1)
+        assert cluster.find(*place) == (
+            cluster.Process("lora-jax-workers-0-0.lora-jax:8476", 2, 1)
             if name == "jobset.yaml"
             else None
         )
