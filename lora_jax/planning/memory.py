@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lora_jax.kernels import cross_entropy
 from lora_jax.lora import targets
-from lora_jax.optim import step as train_step
+from lora_jax.optim import loss as train_loss
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import job as jobs
 from lora_jax.planning import resident
@@ -214,7 +214,7 @@ def _work(
 def _loss(job: jobs.Job, dims: Dims, sizes: Mapping[str, int]) -> int:
     """Bytes of the hidden states, their gradient, and a chunk of logits and softmax in float32."""
     if targets.matches("lm_head", job.lora.targets):
-        chunk = dims.sequences * min(train_step.HEAD_CHUNK, job.length)
+        chunk = dims.sequences * min(train_loss.HEAD_CHUNK, job.length)
         return 3 * dims.bytes(dims.width) + 3 * 4 * chunk * dims.vocab
     chunk = cross_entropy.chunk_size(dims.tokens)
     head = dims.width * dims.vocab * dims.item if sizes["fsdp"] > 1 else 0

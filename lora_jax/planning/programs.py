@@ -27,6 +27,7 @@ from lora_jax.lora import config
 from lora_jax.models import config as model_config
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train
 from lora_jax.parallel import devices
 from lora_jax.parallel import mesh as sharding
@@ -97,7 +98,7 @@ def train_step(job: jobs.Job, mesh: Mesh) -> Program:
     ids = jax.ShapeDtypeStruct(
         (job.grad_accum, job.batch_size, job.length), jnp.int32, sharding=sharding.batch(mesh)
     )
-    batch = train.Batch(ids, ids, ids)
+    batch = train_loss.Batch(ids, ids, ids)
     return Program(
         step, (jobs.shapes(jobs.state(job, trained), mesh), jobs.shapes(frozen, mesh), batch)
     )

@@ -7,8 +7,5 @@ from lora_jax import lazy
 
 __getattr__, __all__ = lazy.names(
     __name__,
-    {
-        name: f"lora_jax.optim.step:{name}"
-        for name in ("Batch", "State", "start", "make_step", "steps")
-    },
+    {name: f"lora_jax.optim:{name}" for name in ("Batch", "State", "start", "make_step", "steps")},
 )

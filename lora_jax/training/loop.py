@@ -28,6 +28,7 @@ from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
@@ -340,7 +341,7 @@ class Job:
         form = decode_weights.choose(self.model, self.mesh)
         return continuation.make(self.graphdef, sampling, self.eos_ids, form=form)
 
-    def _batch(self, index: int) -> train_step.Batch:
+    def _batch(self, index: int) -> train_loss.Batch:
         where, shape = sharding.batch(self.mesh), self.data.batches.shape(index)
         # Only the rows of this process's devices are made.
         rows = functools.cache(lambda *bounds: self.data.batches.batch(index, slice(*bounds)))
@@ -350,7 +351,7 @@ class Job:
                 shape, where, lambda at: rows(at[1].start, at[1].stop)[name]
             )
 
-        return train_step.Batch(*map(array, train_step.Batch._fields))
+        return train_loss.Batch(*map(array, train_loss.Batch._fields))
 
     def _resume(self, state: train_step.State, snapshots: snapshot.Snapshots, record: dict):
         """The newest readable checkpoint's state, or `state` when there is none yet."""
