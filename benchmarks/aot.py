@@ -1,12 +1,12 @@
-"""Compiles the kernels, the train step and the decode loop for devices that are not there.
+"""Compiles the kernels, the train step and the decode loop for devices that this machine lacks.
 
-python benchmarks/aot.py              all RUNS, each in a process of its own → benchmarks/aot.md
-python benchmarks/aot.py CASE TARGET  one of them → one line of JSON
-AOT_HLO=FILE in the environment       keeps the text of the compiled program
+python benchmarks/aot.py              all RUNS, each in its own process → benchmarks/aot.md
+python benchmarks/aot.py CASE TARGET  one run → one line of JSON
+AOT_HLO=FILE in the environment       writes the text of the compiled program to FILE
 
-Needs pip install "lora-jax[aot]". What is read from the compiled program, never from a run: its
-memory, its kernels and collectives, which weights it writes to memory, spilled registers, and the
-cycles of a TPU kernel's loop.
+Needs pip install "lora-jax[aot]". Nothing runs; the results come from the compiled program: its
+memory, its kernels and collectives, the weights that it writes to memory, spilled registers, and
+the cycles of a TPU kernel's loop.
 """
 
 import collections
@@ -36,9 +36,10 @@ from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, hlo, programs
+from lora_jax.planning import job as jobs
 
 TIME_LIMIT = 900  # seconds for one run
-LAYERS = 2  # of the stack that a kernel reads one layer of
+LAYERS = 2  # of the stack from which a kernel reads one layer
 GROUP = 32
 
 
@@ -51,20 +52,20 @@ class Case(NamedTuple):
 
 
 def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> programs.Program:
-    """Of an int4 model with adapters of rank 8 on q and v."""
+    """The train step of an int4 model with adapters of rank 8 on q and v."""
     architecture = memory.architecture(*memory.MODELS[name])
-    job = programs.Job(architecture, remat=remat, batch_size=rows, seq_len=tokens)
+    job = jobs.Job(architecture, remat=remat, batch_size=rows, seq_len=tokens)
     return programs.train_step(job, mesh)
 
 
 def decode_loop(name: str, rows: int, mesh: Mesh) -> programs.Program:
-    """`generate`: a prompt of 128 tokens, then 128 new ones."""
+    """Generation: prompts of 128 tokens, then 128 new ones."""
     architecture = memory.architecture(*memory.MODELS[name])
-    return programs.generation(programs.Job(architecture, generation=(rows, 128, 128)), mesh)
+    return programs.generation(jobs.Job(architecture, generation=(rows, 128, 128)), mesh)
 
 
 def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> programs.Program:
-    """One product with a layer of a stack: "forward", its derivative too ("both"), or "k_minor"."""
+    """A product with one layer of a stack: "forward", "both" (with its derivative) or "k_minor"."""
     where = NamedSharding(mesh, PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=where)
     k_minor = array((LAYERS, d_out, d_in), jnp.int4)
@@ -105,7 +106,7 @@ def _add(name, on, program, *arguments, weights=LLAMA_7B, mesh=None):
 
 for _weight in LLAMA_7B:
     _shape = "x".join(map(str, _weight))
-    # Not 4096 rows: an activation would have the shape of a weight.
+    # Not 4096 rows, or an activation would have the shape of a weight.
     _name = f"kernel-train-{_shape}"
     _add(_name, TPUS + GPUS, kernel, 8192, *_weight, "both", weights=(_weight,))
     for _rows in (1, 16):
@@ -124,7 +125,7 @@ _add("train-fsdp16", ("tpu:v5e-16",), train_step, _7B, 16, 2048, "full", mesh="f
 _add("train-data8", ("gpu:h100-8",), train_step, _7B, 8, 2048, "full", mesh="data=8")
 _add("train-fsdp8", ("gpu:h100-8",), train_step, _7B, 8, 2048, "full", mesh="fsdp=8")
 _mixed = "data=2,fsdp=2,tensor=2"
-# Not 2048 tokens: an activation would have the shape of a part of a weight.
+# Not 2048 tokens, or an activation would have the shape of a part of a weight.
 _add("train-mixed8", ("tpu:v5e-8", "gpu:h100-8"), train_step, _7B, 4, 1536, "full", mesh=_mixed)
 _decode_weights = LLAMA_7B + SIDE_BY_SIDE
 _add("decode-1", TPUS + GPUS, decode_loop, _7B, 1, weights=_decode_weights)
@@ -134,7 +135,7 @@ _add("decode-64", (V6E, H100), decode_loop, _7B, 64, weights=_decode_weights)
 
 
 def compile_here(case: str, target: str) -> dict[str, Any]:
-    """Compiles one case in this process; it may abort the process."""
+    """Compiles one case in this process, which the compiler may abort."""
     spec = CASES[case]
     cycles = target.startswith("tpu") and case.startswith("kernel")
     with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +184,7 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _log() -> Iterator[Callable[[], str]]:
-    """A function that gives what was printed since, by compilers too."""
+    """Yields a function that returns what has been printed since, also by compilers."""
     kept = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile() as file:
         for stream in (1, 2):
@@ -205,7 +206,7 @@ KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "cublas")
 
 
 def kernel_calls(program: Sequence[hlo.Step]) -> dict[str, int]:
-    """{name: how often it is called} of the kernels that are not XLA's own."""
+    """{name: number of calls} of the kernels that are not XLA's own."""
     found: collections.Counter[str] = collections.Counter()
     for (_, opcode, text, *_), times, _, _ in program:
         if opcode == "custom-call":
@@ -224,7 +225,7 @@ def written(
     dense: bool,
     in_decode: bool = False,
 ) -> dict[str, int]:
-    """{array: how often} of weights [K, N], unpacked or packed, that reach the device's memory."""
+    """{array: number of writes} of weights [K, N], dense or packed, to the device's memory."""
     forms = set()
     for k, n in weights:
         if dense:
@@ -240,14 +241,14 @@ def written(
             dims = tuple(size for size in dims if size != 1)
             is_4_bit = dtype in ("s4", "u4")
             wanted = (four_bit if not dense else ()) if is_4_bit else forms
-            # S(1): a TPU's own scratch memory.
+            # S(1) is a TPU's scratch memory.
             if dims in wanted and "S(1)" not in layout and (dense or is_4_bit or dtype == "u32"):
                 found[f"{dtype}[{','.join(map(str, dims))}]"] += times
     return dict(found)
 
 
 def spilled_bytes(log: str) -> int:
-    """Bytes that ptxas spills to local memory, summed over the kernels it compiled."""
+    """Bytes that ptxas spills to local memory, in total over the kernels."""
     return sum(map(int, re.findall(r"(\d+) bytes spill stores", log)))
 
 
@@ -255,10 +256,11 @@ OPS_PER_CYCLE = {"tpu:v5e": 2**17, "tpu:v6e": 2**19}  # bfloat16, of all matrix 
 
 
 def roofline(traced: Any, folder: str, target: str) -> list[float]:
-    """Least time over modelled time of each TPU kernel, forward then backward.
+    """The least time over the modelled time of each TPU kernel, forward then backward.
 
-    The least: all matrix units busy, or the weight, x and y each moved once, whichever is longer.
-    Modelled: a cycle for each instruction word of each step of the grid, but not less than that.
+    The least time is that with all matrix units busy, or that to move the weight, x and y once,
+    whichever is longer. The modelled time is a cycle for each instruction word of each step of the
+    grid, or the least time if that is longer.
     """
     chip, _ = chips.parse(target)
     flops, bandwidth, _ = chips.PEAKS[chip]
@@ -270,7 +272,7 @@ def roofline(traced: Any, folder: str, target: str) -> list[float]:
         size = x.shape[1] * y.shape[1]
         moved = size * (1 / 2 + 1 / GROUP) + (x.size + y.size) * x.dtype.itemsize
         least = max(2 * x.shape[0] * size / flops, moved / bandwidth)
-        # A short grid is written out, without a loop.
+        # A short grid is unrolled, without a loop.
         shares.append(round(least / max((inside * steps or words) / hertz, least), 3))
     return shares
 
@@ -293,7 +295,7 @@ def tpu_kernels(jaxpr: Any) -> Iterator[tuple[int, Any, Any]]:
 
 
 def instruction_words(folder: str) -> list[tuple[int, int]]:
-    """(in the loop over the grid, in all) of each TPU kernel, in the order of the program."""
+    """(in the loop over the grid, in total) of each TPU kernel, in the order of the program."""
     found = {}
     for path in pathlib.Path(folder).glob("*final_bundles.txt"):
         name = re.fullmatch(r"\d+-([\w.]*?\.?(\d*))-\d+-final_bundles.txt", path.name)
@@ -305,10 +307,10 @@ def instruction_words(folder: str) -> list[tuple[int, int]]:
 
 
 def run(case: str, target: str) -> dict[str, Any]:
-    """What compile_here finds, or {"error": …}, from a process of its own."""
+    """The result of compile_here in a separate process, or {"error": …}."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "TF_CPP_MIN_LOG_LEVEL": "0",  # XLA tells of spilled registers in its log
+        "TF_CPP_MIN_LOG_LEVEL": "0",  # XLA logs spilled registers
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "XLA_FLAGS": "",
         "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
@@ -326,7 +328,7 @@ def run(case: str, target: str) -> dict[str, Any]:
         return {"case": case, "target": target, "error": f"no result in {TIME_LIMIT} s"}
     lines = child.stdout.splitlines()
     if child.returncode or not lines:
-        # The last exception is the cause; before it come frames, after it JAX's advice on them.
+        # The last exception is the cause; JAX's advice about its stack frames follows it.
         tail = child.stderr.split("-" * 20 + "\nFor simplicity, JAX")[0].strip()[-600:]
         return {"case": case, "target": target, "error": f"exit {child.returncode}: … {tail}"}
     return json.loads(lines[-1])
@@ -354,27 +356,28 @@ INTRODUCTION = """\
 # Compiled without the devices
 
 `python benchmarks/aot.py` compiles {number} programs in {minutes:.0f} minutes ({cpu:.0f} of CPU),
-with {versions}. Nothing was run: memory is what the compiler plans for one device.
+with {versions}. Nothing ran: memory is what the compiler plans for one device.
 
 ## Kernels
 
-One product with an int4 weight (groups of 32, int8 scales) of a stack of layers, read in place.
-k_minor is the copy that decoding on Hopper makes first. temp: memory besides arguments and results.
-roofline: on a TPU, the least time (of the matrix units, or to move weight, x and y) over that of
-the kernel's instructions, forward and backward. spills: bytes of registers that the GPU kernels
-write to memory.
+One product with an int4 weight (groups of 32, int8 scales), read in place from a stack of layers.
+k_minor is the copy that decoding on Hopper makes first. temp: memory in addition to arguments and
+results. roofline: on a TPU, the least time (of the matrix units, or to move weight, x and y) over
+that of the kernel's instructions, forward and backward. spilled bytes: of registers that the GPU
+kernels write to memory.
 """
 MODEL = """
 ## The train step and the decode loop of a 7B LLaMA
 
-int4, adapters of rank 8 on q and v. train-B×T-remat, or on a mesh with a sequence of 2048 tokens a
-data shard; decode-B: prompts of 128 tokens, then 128 new ones. written: weights that reach memory,
-unpacked or packed, how often in a train step or in one turn of the decode loop.
+int4, adapters of rank 8 on q and v. train: B×T-remat for B sequences of T tokens, or a mesh with a
+sequence of 2048 tokens for each data shard. decode: the number of prompts of 128 tokens, each
+followed by 128 new ones. written: dense or packed weights that reach memory, and how often, in a
+train step or in one iteration of the decode loop.
 """
 
 
 def report(results: Sequence[dict[str, Any]], seconds: float, cpu: float) -> Iterator[str]:
-    """Lines of aot.md."""
+    """The lines of aot.md."""
     packages = ("jax", "flax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     how = {"number": len(results), "minutes": seconds / 60, "cpu": cpu / 60, "versions": versions}

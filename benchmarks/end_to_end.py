@@ -1,11 +1,11 @@
-"""Measures training and greedy decoding of a 125M LLaMA, each case in a process of its own.
+"""Measures training and greedy decoding of a 125M LLaMA, each case in its own process.
 
 python benchmarks/end_to_end.py [--quants none,int4] [--dtype bfloat16] [--patience 60]
 python benchmarks/end_to_end.py --peer FOLDER --peer-python PYTHON
 
-The model has random weights, written as safetensors and loaded from there. `clean` counts the
-timings that quiet.py found undisturbed. With --peer, the folder's peft_train.py and gen_bench.py
-take turns with the same cases here, on the batches they find in $PEERS_WORK. Linux.
+The model has random weights, written to and loaded from a safetensors file. `clean` counts the
+timings that quiet.py found undisturbed. With --peer, peft_train.py and gen_bench.py in that folder
+take turns with the same cases here, on the batches that they find in $PEERS_WORK. Linux only.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import devices
 from lora_jax.parallel import mesh as sharding
@@ -44,7 +45,7 @@ ARCHITECTURES = {  # hidden, ffn, layers, heads, kv heads, vocab
     "125m": (768, 2048, 12, 12, 4, 32000),
     "tiny": (32, 64, 2, 4, 2, 128),
 }
-WORK = {"125m": (4, 256, 128, 128), "tiny": (2, 16, 8, 4)}  # rows, tokens; prompt, new tokens
+WORK = {"125m": (4, 256, 128, 128), "tiny": (2, 16, 8, 4)}  # sequences, tokens; prompt, new ones
 PEER_QUANT = {"none": None, "int4": "nf4", "nf4": "nf4", "nf4-dq": "nf4dq"}
 PEER_BATCHES = (1, 8)
 COLUMNS = ("case", "tokens/s", "min s", "clean", "own CPU s", "ideal share", "compile s",
@@ -87,7 +88,7 @@ def write_model(folder: pathlib.Path, size: str, dtype: str) -> None:
 
 
 def load(case: dict, mesh):
-    """(model, graphdef, A and B, frozen), as a run of scripts/train.py has them."""
+    """(model, graphdef, adapters, frozen), as a training run has them."""
     devices.keep_freed_memory()
     how = {"dtype": case["dtype"], "quantization": case["quant"], "mesh": mesh}
     model = loader.load(case["model"], **how)
@@ -100,14 +101,14 @@ def run_train(case: dict, mesh) -> dict:
     _, graphdef, trained, frozen = load(case, mesh)
     rows, length, *_ = WORK[case["size"]]
     settings, num_steps = optim_config.OptimConfig(), case["steps"] + 2
-    # For as many steps whatever the case: a compilation that is in the cache must be the same one.
+    # The same number of steps in every case, so that cached programs can be used again.
     optimizer, schedule = adamw.make(settings, 100), adamw.schedule(settings, 100)
     state = sharding.place(train_step.start(trained, optimizer), mesh)
     step = train_step.make_step(graphdef, optimizer, schedule, seed=0, remat=case["remat"])
 
     def batch_at(index):
         ids = token_ids(case, (1, rows, length), index)
-        return jax.device_put(train_step.Batch(ids, ids, np.ones_like(ids)), sharding.batch(mesh))
+        return jax.device_put(train_loss.Batch(ids, ids, np.ones_like(ids)), sharding.batch(mesh))
 
     compiled, result = compile_timed(step, state, frozen, batch_at(0))
     steps = train_step.steps(compiled, state, frozen, batch_at, num_steps)
@@ -123,7 +124,7 @@ def run_train(case: dict, mesh) -> dict:
 
 
 def run_decode(case: dict, mesh) -> dict:
-    """tok_s leaves the prefill out: the time for all new tokens minus the time for one."""
+    """tok_s excludes the prefill: it uses the time for all new tokens minus the time for one."""
     model, graphdef, *state = load(case, mesh)
     form = decode_weights.choose(model, mesh)
     _, _, length, new = WORK[case["size"]]
@@ -149,7 +150,7 @@ def run_decode(case: dict, mesh) -> dict:
 
 
 def base_dots(case: dict, tokens: int, timer: quiet.Timer) -> float:
-    """Seconds of the products x·W and dy·Wᵀ of every linear layer alone, accumulated in float32."""
+    """Seconds of only the products x·W and dy·Wᵀ of every linear layer, accumulated in float32."""
     hidden, _, layers, _, _, vocab = ARCHITECTURES[case["size"]]
     seconds = 0.0
     for shape, count in [*((s, layers) for s in linears(case["size"]).values()),
@@ -180,7 +181,7 @@ def token_ids(case: dict, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def compile_timed(function, *arguments):
-    """(the compiled function, its compile_s and temp_mb: what XLA keeps besides the arguments)."""
+    """(the compiled function, its compile_s and temp_mb: XLA's memory beyond the arguments)."""
     start = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
@@ -189,14 +190,14 @@ def compile_timed(function, *arguments):
 
 
 def since_start() -> float:
-    """Seconds since this process was started."""
+    """Seconds since the start of this process."""
     fields = pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
     up = float(pathlib.Path("/proc/uptime").read_text().split()[0])
     return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_rss() -> float:
-    """MB. Not ru_maxrss, which counts what the parent had when it started this process."""
+    """Peak MB. Not ru_maxrss, which includes the parent's memory when it started this process."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
@@ -216,7 +217,7 @@ def ours(case: dict, cache: str) -> dict:
 
 
 def peer(case: dict, args: argparse.Namespace) -> dict | None:
-    """What the peer's script found in the matching case; None where there is none."""
+    """The result of the peer's script in the matching case; None if there is none."""
     if case["quant"] not in PEER_QUANT or case["batch"] not in (0, *PEER_BATCHES):
         return None
     script = "gen_bench.py" if case["batch"] else "peft_train.py"
@@ -257,9 +258,9 @@ def main() -> None:
     parser.add_argument("--quants", default="none,int8,int4,nf4")
     parser.add_argument("--batches", default="0,1,8,32", help="of decoding; 0: training")
     parser.add_argument("--remat", default="full", choices=model_config.REMAT)
-    parser.add_argument("--steps", type=int, default=10, help="timed, after two others")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after two others")
     parser.add_argument("--reps", type=int, default=3, help="timed runs of decoding")
-    parser.add_argument("--rounds", type=int, default=1, help="processes a case")
+    parser.add_argument("--rounds", type=int, default=1, help="processes per case")
     parser.add_argument("--patience", type=float, default=30,
                         help="seconds that a process may wait for a quiet machine")  # fmt: skip
     parser.add_argument("--peer", help="folder with peft_train.py and gen_bench.py")

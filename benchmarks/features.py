@@ -1,9 +1,9 @@
-"""What each feature that saves memory saves: the same job compiled with it and without.
+"""The memory that each feature saves: the same job, compiled with it and without it.
 
-python benchmarks/features.py             all of it, each in a process of its own → features.md
-python benchmarks/features.py CASE TARGET one of them → one line of JSON
+python benchmarks/features.py             all cases, each in its own process → features.md
+python benchmarks/features.py CASE TARGET one case → one line of JSON
 
-Needs pip install "lora-jax[aot]". Nothing is run: memory is what the compiler plans for one device.
+Needs pip install "lora-jax[aot]". Nothing runs: memory is what the compiler plans for one device.
 """
 
 import dataclasses
@@ -22,18 +22,17 @@ import optax
 from lora_jax.kernels import attention, cross_entropy
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, programs
+from lora_jax.planning import job as jobs
 
 TARGETS = ("gpu:h100",)
 MODEL = "Llama-3.1-8B"
-JOB = programs.Job(
-    memory.architecture(*memory.MODELS[MODEL]), remat="full", batch_size=4, grad_accum=4
-)
+JOB = jobs.Job(memory.architecture(*memory.MODELS[MODEL]), remat="full", batch_size=4, grad_accum=4)
 ONE = dict.fromkeys(sharding.AXES, 1)
 
 
-def dense_attention(q, k, v, rows=None, **_):
+def dense_attention(q, k, v, examples=None, **_):
     slots = jnp.arange(q.shape[1])
-    visible = (slots[:, None] >= slots[None])[None] & (rows[:, :, None] == rows[:, None])
+    visible = (slots[:, None] >= slots[None])[None] & (examples[:, :, None] == examples[:, None])
     return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
 
 
@@ -43,22 +42,22 @@ def all_logits(hidden, head, targets, *_):
     return jnp.where(targets >= 0, each, 0)
 
 
-CASES: dict[str, dict[str, Any]] = {  # what is otherwise: in the job, or in place of a function
+REPLACEABLE = {"self_attention": attention, "cross_entropy": cross_entropy}  # and their modules
+CASES: dict[str, dict[str, Any]] = {  # the change: a field of the job, or a replaced function
     "all features": {},
     "weights in bfloat16 (--quant none)": {"quant": "none"},
     "only products kept (--remat dots)": {"remat": "dots"},
     "all activations kept (--remat none)": {"remat": "none"},
-    "16 rows at once instead of 4 × 4": {"batch_size": 16, "grad_accum": 1},
+    "16 sequences at once instead of 4 × 4": {"batch_size": 16, "grad_accum": 1},
     "dense attention": {"self_attention": dense_attention},
     "all logits at once": {"cross_entropy": all_logits},
 }
 
 
 def compile_here(case: str, target: str) -> int:
-    """Bytes of the peak."""
+    """Peak bytes of one device."""
     changes = dict(CASES[case])
-    for module in (attention, cross_entropy):
-        name = module.__name__.split(".")[-1]
+    for name, module in REPLACEABLE.items():
         setattr(module, name, changes.pop(name, getattr(module, name)))
     job = dataclasses.replace(JOB, **changes)
     return programs.compile_here(job, target, ONE, "train").peak_bytes
@@ -67,7 +66,7 @@ def compile_here(case: str, target: str) -> int:
 def run(case: str, target: str) -> str:
     found = subprocess.run(
         [sys.executable, __file__, case, target],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},  # the devices are not here
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},  # no device is used
         capture_output=True,
         text=True,
         check=False,
@@ -88,9 +87,9 @@ def main() -> None:
         "# What each feature saves",
         "",
         f"`python benchmarks/features.py`: {MODEL}, int4, adapters of rank 8 on q and v, a step of",
-        f"{JOB.batch_size * JOB.grad_accum} rows of {JOB.seq_len} tokens, {JOB.batch_size} at a "
-        f"time, `--remat {JOB.remat}`; with one thing otherwise.",
-        "Nothing was run: the peak is what the compiler plans for one device.",
+        f"{JOB.batch_size * JOB.grad_accum} sequences of {JOB.seq_len} tokens, {JOB.batch_size} at "
+        f"a time, `--remat {JOB.remat}`; each row changes one thing.",
+        "Nothing ran: the peak is what the compiler plans for one device.",
         "",
         f"| | {' | '.join(TARGETS)} |",
         "|---|" + "---|" * len(TARGETS),

@@ -1,11 +1,11 @@
-"""Measures the 4-bit kernels, a QLoRA train step and decode on the GPU that is there.
+"""Measures the 4-bit kernels, a QLoRA train step and decoding on this machine's GPU.
 
 python benchmarks/gpu.py [matmul] [train] [decode] [--quant int4] [--out FILE]  (none: all three)
-python benchmarks/gpu.py --peer  the same of PEFT and bitsandbytes, where PyTorch sees a GPU
-python benchmarks/gpu.py --tiny  whether this script works, on any device: its figures mean nothing
+python benchmarks/gpu.py --peer  the same for PEFT and bitsandbytes, if PyTorch sees a GPU
+python benchmarks/gpu.py --tiny  a test of this script, on any device: its figures mean nothing
 
-Weights are random, in the shapes of a 7B LLaMA. Every kernel's result is compared before it is
-timed, and the script fails when one is wrong. It prints Markdown.
+Weights are random, in the shapes of a 7B LLaMA. Every kernel's result is checked before it is
+timed, and the script fails if one is wrong. It prints Markdown.
 """
 
 import argparse
@@ -35,14 +35,15 @@ from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.planning import chips
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
-TOLERANCE = 1e-2  # of ‖error‖ / ‖result‖ of a kernel; one rounding to bfloat16 costs 2e-3
-CACHE = 400e6  # bytes of weights to go through, so that a GPU's L2 cache is of no use
-DECODE_ROWS = 64  # at most, for which the weight's bytes matter more than the product
+TOLERANCE = 1e-2  # for ‖error‖ / ‖result‖ of a kernel; one rounding to bfloat16 costs 2e-3
+CACHE = 400e6  # bytes of weights to cycle through, so that a GPU's L2 cache does not help
+DECODE_ROWS = 64  # the most rows for which reading the weight takes longer than the product
 BF16 = jnp.bfloat16
 RANK = 16
 
@@ -51,9 +52,9 @@ class Sizes(NamedTuple):
     model: tuple  # as in memory.MODELS
     matmuls: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
-    train: tuple[int, tuple[int, ...]]  # tokens in a row, rows
-    decode: tuple[int, int, tuple[int, ...]]  # prompt, new tokens, rows
-    seconds: float  # that a timing takes at least
+    train: tuple[int, tuple[int, ...]]  # tokens of a sequence, sequences
+    decode: tuple[int, int, tuple[int, ...]]  # prompt, new tokens, sequences
+    seconds: float  # the least duration of a timing
 
 
 FULL = Sizes(
@@ -75,7 +76,7 @@ TINY = Sizes(
 
 
 class Report:
-    """The Markdown lines, printed as they come, and what was found wrong."""
+    """The Markdown lines, printed at once, and the wrong results."""
 
     def __init__(self):
         self.lines: list[str] = []
@@ -95,7 +96,7 @@ class Report:
 
 
 def seconds(call, wait, at_least: float) -> float:
-    """Of one call: the best of three timings, each of so many calls that it takes `at_least`."""
+    """Seconds of one call: the best of three timings, each of enough calls to take `at_least`."""
     wait(call())
     times, repeat = [], 1
     while len(times) < 3:
@@ -125,7 +126,7 @@ def versions(*names: str) -> str:
 
 
 def random_arrays(tree: Any) -> Any:
-    """Arrays of the shapes in `tree`, filled on the device with what their names suggest."""
+    """Arrays of the shapes in `tree`, filled on the device according to their names."""
 
     @functools.partial(jax.jit, static_argnums=(1, 2, 3))
     def fill(key, name, shape, dtype):
@@ -156,7 +157,7 @@ def random_stack(fmt: str, layers: int, k: int, n: int) -> packing.Packed:
 
 
 def random_model(architecture: tuple, fmt: str):
-    """(graphdef, lora, frozen) with adapters on all linear layers, packed from the start."""
+    """(graphdef, lora, frozen) with adapters on all linear layers; the weights are made packed."""
     graphdefs = []
 
     def build():
@@ -174,7 +175,7 @@ def random_model(architecture: tuple, fmt: str):
 
 
 def matmul_forms(fmt: str, packed: packing.Packed, rows: int, is_hopper: bool) -> dict:
-    """{name: (x, packed, the words K minor, layer) → y} of the forms that take such a product."""
+    """{name: (x, packed, words with K minor, layer) → y} of the implementations that take it."""
     codes = formats.codes(fmt)
     _, groups, n = packed.scale.shape
     k = 8 * packed.q.shape[1]
@@ -193,7 +194,7 @@ def matmul_forms(fmt: str, packed: packing.Packed, rows: int, is_hopper: bool) -
 
 
 def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
-    """Each program goes through all its weights, so that the device is timed, not the dispatch."""
+    """Each program multiplies with all its weights, to time the device and not the dispatch."""
     is_hopper = decode_weights.best(jax.devices()[0]) == "k_minor"
     timed = functools.partial(jax_seconds, sizes.seconds)
     report.table(
@@ -227,7 +228,7 @@ def measure_matmuls(report: Report, sizes: Sizes, fmt: str) -> None:
                 error = np.linalg.norm(np.asarray(found, np.float64) - expected)
                 error /= np.linalg.norm(expected)
                 taken = timed(program, x, packed, words, layers) / count
-            except Exception as failure:  # the other forms may work all the same
+            except Exception as failure:  # other implementations may still work
                 report.wrong.append(f"{where}: {failure}")
                 continue
             if not error < TOLERANCE:
@@ -243,16 +244,16 @@ def measure_train(report: Report, sizes: Sizes, fmt: str, peak: float | None) ->
     optimizer = adamw.make(settings, 100)
     graphdef, trained, frozen = random_model(sizes.model, fmt)
     report.table(
-        f"QLoRA step, {fmt}, rank {RANK} on all linear layers, rows of {tokens} tokens",
-        *("remat", "rows", "tokens/s", "TFLOP/s", "of peak", "memory, GB"),
+        f"QLoRA step, {fmt}, rank {RANK} on all linear layers, sequences of {tokens} tokens",
+        *("remat", "sequences", "tokens/s", "TFLOP/s", "of peak", "memory, GB"),
     )
     for remat, flops_per_weight in (("none", 4), ("full", 6)):
         schedule = adamw.schedule(settings, 100)
         step = train_step.make_step(graphdef, optimizer, schedule, seed=0, remat=remat)
         for rows in batches:
             ids = jax.random.randint(jax.random.key(2), (1, rows, tokens), 0, sizes.model[0])
-            batch = train_step.Batch(ids, ids, jnp.ones_like(ids))
-            # A copy: the step takes over the memory of its state.
+            batch = train_loss.Batch(ids, ids, jnp.ones_like(ids))
+            # A copy, because the step reuses the memory of its state.
             state = train_step.start(jax.tree.map(jnp.copy, trained), optimizer)
             times = []
             try:
@@ -275,7 +276,7 @@ def measure_train(report: Report, sizes: Sizes, fmt: str, peak: float | None) ->
 
 
 def num_weights(architecture: tuple) -> int:
-    """That a token is multiplied by: all but the embedding."""
+    """The number of weights that a token is multiplied by: all except the embedding."""
     vocab, hidden, ffn, layers, heads, kv_heads, _ = architecture
     attention = 2 * hidden * hidden * (1 + kv_heads / heads)
     return int(layers * (attention + 3 * hidden * ffn) + vocab * hidden)
@@ -288,12 +289,12 @@ def measure_decode(report: Report, sizes: Sizes, fmt: str, bandwidth: float) -> 
     read = {name: part for name, part in frozen.base["model"].items() if name != "embed_tokens"}
     read = trained, read, frozen.base["lm_head"]
     weights = sum(array.nbytes for array in jax.tree.leaves(read))
-    kv = 2 * 2 * layers * kv_heads * (hidden // heads) * (prompt + new_tokens / 2)  # bytes a row
+    kv = 2 * 2 * layers * kv_heads * (hidden // heads) * (prompt + new_tokens / 2)  # bytes per row
     device = jax.devices()[0]
     second_form = "dense" if device.platform == "cpu" else "k_minor"
     report.table(
         f"Greedy decode, {fmt}, prompt of {prompt} tokens",
-        *("rows", "form", "ms/token", "tokens/s", "GB/token", "of a copy's bandwidth"),
+        *("sequences", "form", "ms/token", "tokens/s", "GB/token", "of a copy's bandwidth"),
     )
     for rows, form in ((rows, form) for rows in batches for form in (None, second_form)):
         if form == "k_minor" and decode_weights.best(device) != form:
@@ -334,7 +335,7 @@ def measure(report: Report, sizes: Sizes, fmt: str, parts: list[str]) -> None:
 
 
 def measure_peer(report: Report, sizes: Sizes, parts: list[str]) -> None:
-    """The same of PyTorch: dense and bitsandbytes' NF4 matmuls, PEFT's step and generation."""
+    """The same for PyTorch: dense and bitsandbytes' NF4 matmuls, PEFT's step and generation."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -372,7 +373,7 @@ def measure_peer(report: Report, sizes: Sizes, parts: list[str]) -> None:
         _measure_peft_train(report, sizes, torch, model, wait)
     if "decode" in parts:
         prompt, new_tokens, batches = sizes.decode
-        report.table(f"Greedy decode, PEFT, prompt of {prompt} tokens", "rows", "ms/token")
+        report.table(f"Greedy decode, PEFT, prompt of {prompt} tokens", "sequences", "ms/token")
         model.eval()
         for rows in batches:
             ids = torch.randint(sizes.model[0], (rows, prompt), device=device)
@@ -392,8 +393,8 @@ def _measure_peft_train(report, sizes, torch, model, wait) -> None:
     tokens, batches = sizes.train
     cuda = model.device.type == "cuda"
     report.table(
-        f"QLoRA step, PEFT, rank {RANK} on all linear layers, rows of {tokens} tokens",
-        *("gradient checkpointing", "rows", "tokens/s", "memory, GB"),
+        f"QLoRA step, PEFT, rank {RANK} on all linear layers, sequences of {tokens} tokens",
+        *("gradient checkpointing", "sequences", "tokens/s", "memory, GB"),
     )
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     model.train()
@@ -439,7 +440,7 @@ def _linear4bit(torch, k: int, n: int):
 
 
 def _peft_model(torch, architecture: tuple, device: str):
-    """Random, built layer by layer on the device: the dense model never exists."""
+    """A random model, built layer by layer on the device, so that it is never dense as a whole."""
     import peft
     import transformers
 

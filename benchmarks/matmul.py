@@ -1,9 +1,9 @@
-"""Times x · W for every form of the int4 product that the platform runs, beside dense products.
+"""Times x · W with a quantized W, in each of the platform's implementations, and dense products.
 
 python benchmarks/matmul.py [--models 125M,1B,7B] [--rows 1,8,32,1024] [--patience 30]
 
-W has the shape of the model's up projection. From 256 rows on the product is timed together with
-its derivative, dy · Wᵀ, as in training. Forms take turns, so that noise hits them alike.
+W has the shape of the model's up projection. From 256 rows on, the time includes the derivative,
+dy · Wᵀ, as in training. Implementations take turns, so that noise affects all of them.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from lora_jax.quant import formats
 
 SHAPES = {"tiny": (64, 128), "125M": (768, 2048), "1B": (2048, 8192), "7B": (4096, 11008)}
 TRAIN_ROWS = 256
-FORMS = {  # implementations by platform: None is what the package itself would take
+FORMS = {  # implementations by platform; None: the one that the package chooses
     "cpu": (None, "xla", "int8_activations"),
     "tpu": (None, "xla", "pallas_tpu"),
     "gpu": (None, "xla", "mosaic_gpu"),
 }
-LEAST_SECONDS = 0.02  # that a timing lasts: of several calls, where one takes less
+LEAST_SECONDS = 0.02  # of a timing, which repeats calls that take less
 
 
 def products(shape: tuple[int, int], rows: int) -> dict:
@@ -52,9 +52,9 @@ def products(shape: tuple[int, int], rows: int) -> dict:
 
 
 def timed_call(function, x, weight):
-    """(a call that computes until LEAST_SECONDS are over, how many products it takes for that).
+    """(a call that takes about LEAST_SECONDS, the number of products in it).
 
-    None where the form does not take these shapes.
+    None if the implementation does not take these shapes.
     """
 
     def both(x, weight):
@@ -64,7 +64,7 @@ def timed_call(function, x, weight):
     compiled = jax.jit(both if len(x) >= TRAIN_ROWS else function)
     try:
         jax.block_until_ready(compiled(x, weight))
-    except ValueError:  # the reason why a named implementation refuses
+    except ValueError:  # the named implementation refuses them
         return None
     once = quiet.Timer(0).time(lambda: jax.block_until_ready(compiled(x, weight)), 1)["s"]
     count = max(1, int(LEAST_SECONDS / once))

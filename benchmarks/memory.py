@@ -1,4 +1,4 @@
-"""Prints a table of the bytes that weights, adapter and optimizer take, from shapes alone.
+"""Prints a table of the bytes of weights, adapter and optimizer state, from shapes alone.
 
 python benchmarks/memory.py
 """
@@ -46,7 +46,7 @@ def num_bytes(tree) -> int:
 
 
 def measure(name: str, fmt: str) -> tuple[int, int, int]:
-    """Bytes of the base, of A and B, and of the optimizer's state."""
+    """Bytes of the base, of A and B, and of the optimizer state."""
 
     def build():
         model = llama.LlamaForCausalLM(

@@ -1,10 +1,10 @@
-"""Compares the memory that lora_jax/plan.py foretells with what XLA plans, and draws up jobs.
+"""Compares the memory that lora_jax/planning predicts for a job with what XLA plans for it.
 
 python benchmarks/plan.py [--cache FOLDER] [--only WORD]      → benchmarks/plan.md
 
-Needs pip install "lora-jax[aot]". Each run is compiled once, in a process of its own; its result is
-kept in the cache until the sources or the compilers change, so that a run that was stopped goes on.
-With --only, runs whose line contains WORD are compiled, and the others taken from the cache.
+Needs pip install "lora-jax[aot]". Each run is compiled once, in its own process. Its result stays
+in the cache until the sources or the compilers change, so an interrupted comparison can continue.
+With --only, runs whose printed line contains WORD are compiled; the others come from the cache.
 """
 
 import argparse
@@ -24,19 +24,23 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import memory
 
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, programs
-from lora_jax.planning import memory as planning
+from lora_jax.planning import chips, operations, programs, resident
+from lora_jax.planning import job as jobs
+from lora_jax.planning import memory as device_memory
 
 SOURCES = pathlib.Path(__file__).parents[1] / "lora_jax"
-NOT_COMPILED = ("plan.py", "hub.py", "data.py", "tokenizer.py", "run_folder.py", "errors.py")
+NOT_COMPILED = (  # sources that do not change a compiled program
+    *("assets", "cli", "data", "training", "console.py", "errors.py", "hub.py", "tokenizer.py"),
+    *(f"planning/{name}.py" for name in ("memory", "operations", "proposals", "resident")),
+)
 PACKAGES = ("jax", "flax", "libtpu", "jax-cuda12-plugin")
 LIMIT = 1800  # seconds for one run
 
 
 class Run(NamedTuple):
-    """A job of `rows` rows over all devices, or with dpo of pairs, on a mesh as --mesh.
+    """A job with a batch of `rows` sequences over all devices, on a mesh written as for --mesh.
 
-    tokens: of a row, or of a pair.
+    tokens: of a sequence. dpo: each sequence is a pair of examples.
     """
 
     model: str
@@ -49,8 +53,8 @@ class Run(NamedTuple):
     dpo: bool = False
 
     @property
-    def job(self) -> programs.Job:
-        return programs.Job(
+    def job(self) -> jobs.Job:
+        return jobs.Job(
             memory.architecture(*memory.MODELS[self.model]),
             quant=self.quant,
             remat=self.remat,
@@ -81,7 +85,7 @@ ERRORS = (
         for chip in ("gpu:h100", "gpu:a100", "tpu:v5e", "tpu:v6e")
         for remat in ("full", "dots", "none")
         for rows in (1, 4)
-        # XLA:TPU makes no program of what the chip cannot hold.
+        # XLA:TPU does not compile a program that exceeds the chip's memory.
         if not (chip.startswith("tpu") and rows == 4 and remat == "none")
         if not (chip == "tpu:v5e" and (rows, remat) in ((1, "none"), (4, "dots")))
     ),
@@ -107,10 +111,10 @@ SCALING = (
 
 
 def digest() -> str:
-    """Of the sources and compilers that the programs depend on."""
+    """A hash of the sources and compilers that the programs depend on."""
     found = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*.py")):
-        if path.name not in NOT_COMPILED:
+        if not path.relative_to(SOURCES).as_posix().startswith(NOT_COMPILED):
             found.update(path.read_bytes())
     found.update(repr(versions()).encode())
     return found.hexdigest()[:16]
@@ -121,7 +125,7 @@ def versions() -> list[str]:
 
 
 def compiled(run: Run, cache: pathlib.Path, *, cached_only: bool) -> programs.Compiled | str:
-    """What XLA made of it, or why it made nothing."""
+    """What XLA reports of the run's program, or why there is none."""
     file = cache / f"{'_'.join(map(str, run)).replace(':', '')}_{digest()}.json"
     if file.exists():
         known = json.loads(file.read_text())
@@ -134,61 +138,61 @@ def compiled(run: Run, cache: pathlib.Path, *, cached_only: bool) -> programs.Co
 
 
 INTRODUCTION = """\
-# What a job takes, planned and compiled
+# The memory of a job, planned and compiled
 
-`python benchmarks/plan.py`, with {versions}. No device was there. planned: lora_jax/plan.py, from
-shapes alone; XLA: the peak that the compiler plans for one device of the train step of `--rank 8`
-on q and v. rows: over all devices, with --dpo pairs. laid out: arguments and temporaries as XLA
-places them, gaps included. at least: the step at the chip's published peaks.
-{total} runs, largest error {worst:.1%}.
+`python benchmarks/plan.py`, with {versions}. No device was used. planned: by lora_jax/planning,
+from shapes alone. XLA: the peak memory of one device that the compiler plans for the train step,
+with `--rank 8` on q and v. sequences: of a batch over all devices; with --dpo, each is a pair of
+examples. laid out: arguments and temporaries as XLA places them, including gaps. at least: the
+step at the chip's published peaks. {total} runs, largest error {worst:.1%}.
 """
 
 
 def report(results: Sequence[tuple[Run, programs.Compiled | str]]) -> Iterator[str]:
-    """Lines of plan.md."""
+    """The lines of plan.md."""
     by_run = dict(results)
     rows = {run: _row(run, found) for run, found in results}
     errors = [row["error"] for row in rows.values() if row["error"] is not None]
     worst = max(map(abs, errors), default=0)
     yield INTRODUCTION.format(versions=", ".join(versions()), total=len(errors), worst=worst)
     yield "## Does it fit?\n"
-    titles = ("model", "quant", "target", "mesh", "rows × tokens", "remat")
+    titles = ("model", "quant", "target", "mesh", "sequences × tokens", "remat")
     columns = ("planned", "XLA", "of", "tokens/s at most", "compile s")
     yield from _table([rows[run] for run in FITS], (*titles, *columns))
     yield "\n## Planned against compiled\n"
     columns = ("planned", "XLA", "error", "laid out")
     named = sorted({run for run in (*FITS, *ERRORS)}, key=lambda run: (run.target, run))
     yield from _table([rows[run] for run in named], (*titles, *columns))
-    told: dict[str, list[float]] = {}
+    by_chip: dict[str, list[float]] = {}
     for run in by_run:
         if rows[run]["error"] is not None:
-            told.setdefault(chips.parse(run.target).chip, []).append(rows[run]["error"])
+            by_chip.setdefault(chips.parse(run.target).chip, []).append(rows[run]["error"])
     yield "\n| chip | runs | mean error | largest |\n|---|---|---|---|"
-    for chip, each in sorted(told.items()):
+    for chip, each in sorted(by_chip.items()):
         mean = sum(map(abs, each)) / len(each)
         yield f"| {chip} | {len(each)} | {mean:.1%} | {max(each, key=abs):+.1%} |"
     yield "\n## From one chip to 256\n"
-    yield "Per device; collectives: bytes that a device receives in a step.\n"
+    yield "All columns are per device. collectives: bytes that a device receives in a step.\n"
     columns = ("planned", "XLA", "TFLOP", "collectives", "at least s", "compile s")
     yield from _table([rows[run] for run in SCALING], (*titles, *columns))
 
 
 def _row(run: Run, found: programs.Compiled | str) -> dict[str, Any]:
     target, job = chips.parse(run.target), run.job
-    there = planning.resident(job, run.sizes, target.chip)
-    planned = planning.memory(job, run.sizes, target.chip, there).total
-    flops = planning.operations(job).total
-    moved = planning.bytes_moved(job, run.sizes, there, target.platform)
+    there = resident.resident(job, run.sizes, target.chip)
+    planned = device_memory.memory(job, run.sizes, target.chip, there).total
+    flops = operations.operations(job).total
+    moved = operations.bytes_moved(job, run.sizes, there, target.platform)
     row: dict[str, Any] = {
         "model": run.model, "quant": run.quant, "target": run.target, "mesh": run.mesh,
-        "rows × tokens": f"{run.rows} × {run.tokens}" + (" (--dpo)" if run.dpo else ""),
+        "sequences × tokens": f"{run.rows} × {run.tokens}" + (" (--dpo)" if run.dpo else ""),
         "remat": run.remat,
         "planned": _gb(planned), "of": _gb(target.peaks.memory), "error": None,
         "TFLOP": f"{flops / target.count / 1e12:.0f}",
     }  # fmt: skip
     if isinstance(found, str):
         return row | {"XLA": found.replace("|", "/")[-100:]}
-    least = planning.floor(flops, moved, found.collectives, target).seconds
+    least = operations.floor(flops, moved, found.collectives, target).seconds
     received = ", ".join(
         f"{total['bytes'] / 1e6:.0f} MB {kind}" for kind, total in found.collectives.items()
     )
@@ -229,8 +233,8 @@ def main() -> int:
         line = " ".join(map(str, run))
         found = compiled(run, flags.cache, cached_only=flags.only not in line)
         results.append((run, found))
-        told = found if isinstance(found, str) else _gb(found.peak_bytes)
-        print(f"{line}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
+        result = found if isinstance(found, str) else _gb(found.peak_bytes)
+        print(f"{line}: {result} ({time.monotonic() - start:.0f} s)", flush=True)
     lines = "\n".join(report(results)) + "\n"
     pathlib.Path(__file__).with_suffix(".md").write_text(lines)
     return any(isinstance(found, str) for _, found in results)

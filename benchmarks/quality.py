@@ -1,9 +1,9 @@
-"""Writes benchmarks/quality.md: what each format of the frozen weights costs two real models.
+"""Writes benchmarks/quality.md: the loss in quality of two real models in each weight format.
 
     python benchmarks/quality.py
 
-Every nnx.Linear but lm_head is rounded to the format, and the model computes in float32: what is
-measured is the format, not the kernels. About five minutes on two CPU cores.
+Every nnx.Linear except lm_head is rounded to the format, and the model computes in float32, so that
+the result depends on the format, not on the kernels. About five minutes on two CPU cores.
 """
 
 import functools
@@ -34,28 +34,29 @@ BATCHES = 16
 INT4, NF4 = np.arange(-8.0, 8.0, dtype=np.float32), packing.NF4_CODE
 
 HEAD = """\
-# What a format costs
+# The quality of each weight format
 
-Made by `python benchmarks/quality.py`. Every linear layer but lm_head is rounded to the format; the
-rest, and the computation, is float32. The demo base reads {demo} tokens of fresh text from the
-generator of its corpus, stories260K {stories} tokens of stories that the float32 model sampled at
-temperature 1. Bits a weight count every array and the padding of K to whole groups: first those of
-a matrix of 4096 × 4096, then those of the two models, whose matrices have only 192 and 512, or 64
-and 172 rows. Error is ‖W − Ŵ‖ / ‖W‖. Loss, over that of float32 ({losses}), and KL divergence
-(float32 ‖ format) are in nats a token, × 1000. "Same" is how often the likeliest token is the same.
+Made by `python benchmarks/quality.py`. Every linear layer except lm_head is rounded to the format;
+the other weights and the computation are in float32. The demo base reads {demo} tokens of new text
+from the generator of its corpus, stories260K {stories} tokens of stories that the float32 model
+sampled at temperature 1. Bits per weight include all arrays and the padding of K to whole groups:
+first for a matrix of 4096 × 4096, then for the two models, whose matrices have only 192 and 512, or
+64 and 172 rows. Error is ‖W − Ŵ‖ / ‖W‖. Δ loss, relative to float32 ({losses}), and the KL
+divergence (float32 ‖ format) are in nats per token, × 1000. "Same" is the share of tokens at which
+both predict the same most likely token.
 """
 COLUMNS = ("format", "bits", *2 * ("bits", "error", "Δ loss", "KL", "same"))
 
 
 class Scheme(NamedTuple):
-    """A way to store a weight [K, N]: what it is rounded to, and the bits for its shape."""
+    """A way to store a weight [K, N]: the rounded weight, and the bits per weight for a shape."""
 
     rounded: Callable[[jax.Array], jax.Array]
     bits: Callable[[int, int], float]
 
 
 class Measured(NamedTuple):
-    """A format on a model: bits a weight, ‖W−Ŵ‖/‖W‖, loss over float32's, KL, share of argmax."""
+    """A format on a model: bits per weight, ‖W−Ŵ‖/‖W‖, Δ loss, KL, share of equal argmax."""
 
     bits: float
     error: float
@@ -69,33 +70,33 @@ class Text(NamedTuple):
 
     graphdef: nnx.GraphDef
     state: dict[tuple, Any]
-    ids: np.ndarray  # int32 [rows, tokens]
+    ids: np.ndarray  # int32 [sequences, tokens]
 
 
 def demo_text() -> Text:
-    """Documents that the pretraining of the demo base has not seen, laid end to end."""
+    """Concatenated documents that the pretraining of the demo base has not seen."""
     reader = tokenizer.load(assets.FOLDER)
     # The first documents of the corpus are drills.
     first = demo_corpus.NUM_DRILLS
     documents = list(itertools.islice(demo_corpus.corpus(seed=1), first, first + 1000))
     encoded = [[*ids, reader.eos_token_id] for ids in tokenizer.encode(reader, documents)]
     stream = np.concatenate(encoded).astype(np.int32)
-    length = 96  # of the rows in pretraining
-    num_rows = len(stream) // length // BATCHES * BATCHES
-    return _text(assets.FOLDER, stream[: num_rows * length].reshape(-1, length))
+    length = 96  # of the sequences in pretraining
+    count = len(stream) // length // BATCHES * BATCHES
+    return _text(assets.FOLDER, stream[: count * length].reshape(-1, length))
 
 
 def stories_text() -> Text:
-    """Stories that the float32 model tells."""
+    """Stories that the float32 model samples."""
     reader = tokenizer.load(STORIES)
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     with jax.set_mesh(mesh):
         graphdef, trained, frozen = model_state.split(loader.load(STORIES, dtype="float32"))
         sampling = generation_config.Sampling(max_new_tokens=255, temperature=1.0)
-        tell = continuation.make(graphdef, sampling, eos_ids=())
+        generate = continuation.make(graphdef, sampling, eos_ids=())
         start = np.full((8 * BATCHES, 1), reader.bos_token_id, np.int32)
-        told = tell(trained, frozen, start, np.ones_like(start), jax.random.key(0))
-    return _text(STORIES, np.concatenate([start, np.asarray(told)], axis=1))
+        new = generate(trained, frozen, start, np.ones_like(start), jax.random.key(0))
+    return _text(STORIES, np.concatenate([start, np.asarray(new)], axis=1))
 
 
 def _text(folder: pathlib.Path, ids: np.ndarray) -> Text:
@@ -126,7 +127,7 @@ def measure(text: Text, scheme: Scheme) -> Measured:
 def _reader(graphdef: nnx.GraphDef):
     @jax.jit
     def read(state, rounded, ids):
-        """Sums over tokens: loss less the float32 loss, KL, and agreement on the likeliest."""
+        """Sums over tokens: loss minus float32 loss, KL, and agreement on the most likely token."""
         plain, other = (
             jax.nn.log_softmax(nnx.merge(graphdef, s)(ids)[:, :-1]) for s in (state, rounded)
         )
@@ -160,7 +161,7 @@ def ours(fmt: str, search: bool = True) -> Scheme:
 
 
 def searched(levels: np.ndarray, group: int, stored: str = "int8") -> Scheme:
-    """A table of 16 levels × the best of 2 · 32 scales, refitted."""
+    """A table of 16 levels, with the best of 2 · 32 scales per group, then refitted."""
     middles = (levels[1:] + levels[:-1]) / 2
 
     def rounded(weight):
@@ -189,7 +190,7 @@ def searched(levels: np.ndarray, group: int, stored: str = "int8") -> Scheme:
 
 
 def zero_points(group: int, stored: str = "int8") -> Scheme:
-    """Unsigned codes: (code − zero) · scale with whole zeros of 4 bits, the range by search."""
+    """Unsigned codes: (code − zero) · scale with integer zeros of 4 bits; the range is searched."""
 
     def rounded(weight):
         grouped = _grouped(weight, group)
@@ -231,7 +232,7 @@ def _grouped(weight: jax.Array, group: int) -> jax.Array:
 
 
 def _kept(scale: jax.Array, stored: str) -> jax.Array:
-    """Scales [groups, 1, N] as they are after storage: int8 and float8 × a float32 a column."""
+    """Scales [groups, 1, N] after storage; int8 and float8 have a float32 factor per column."""
     if stored == "bfloat16":
         return scale.astype(stored).astype(jnp.float32)
     column = jnp.abs(scale).max(axis=0, keepdims=True)
@@ -242,7 +243,7 @@ def _kept(scale: jax.Array, stored: str) -> jax.Array:
 
 
 def _bits(rows: int, columns: int, *, group: int, stored: str, zero: int = 0) -> float:
-    """Of one weight in groups, with a scale each and a zero point of `zero` bits."""
+    """Bits per weight in groups, each with a scale and a zero point of `zero` bits."""
     groups = -(-rows // group)
     scale, column = (16, 0) if stored == "bfloat16" else (8, 32)
     return (groups * (4 * group + scale + zero) + column) / rows

@@ -1,4 +1,4 @@
-"""Timings on a machine that others use too: what to wait for, and what to leave out. Linux."""
+"""Timings on a shared machine: waits until it is quiet, and marks disturbed timings. Linux only."""
 
 import os
 import pathlib
@@ -9,20 +9,20 @@ BUSY = 0.12  # cores that other processes may use during a clean timing
 
 
 class Timer:
-    """Times calls when the machine is quiet, and keeps apart those during which it was not."""
+    """Times calls when the machine is quiet, and separates the calls during which it was not."""
 
     def __init__(self, patience: float):
         self.patience = patience
 
     def _cpu(self) -> tuple[float, float]:
-        """Seconds that all processes have used, and this one."""
+        """CPU seconds used by all processes, and by this one."""
         jiffies = [int(n) for n in pathlib.Path("/proc/stat").read_text().split()[1:9]]
         own = os.times()
         everyone = (sum(jiffies) - jiffies[3] - jiffies[4]) / os.sysconf("SC_CLK_TCK")
         return everyone, own.user + own.system
 
     def _measure(self, call) -> tuple[float, float, float]:
-        """(seconds, cores that others used, CPU seconds of our own)"""
+        """(seconds, cores that others used, CPU seconds of this process)"""
         everyone, own = self._cpu()
         start = time.perf_counter()
         call()
@@ -31,7 +31,7 @@ class Timer:
         return wall, (everyone - own) / wall, own
 
     def time(self, call, times: int) -> dict:
-        """Median and min of the clean calls (of all, if none is clean), own CPU seconds a call."""
+        """Median and minimum of the clean calls, or of all if none is clean; own CPU seconds."""
         rows = []
         for _ in range(times):
             while self.patience > 0:

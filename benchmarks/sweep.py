@@ -1,12 +1,13 @@
-"""What a sweep costs: a step with 1, 2 and 4 adapters on one base, and runs of each by itself.
+"""The cost of a sweep: a step with 1, 2 and 4 adapters on one base, against separate runs.
 
 python benchmarks/sweep.py [--rounds 9] [--cases demo:16x80,125m:1x64]
 JAX_PLATFORMS=cpu python benchmarks/sweep.py --target gpu:h100 --cases Llama-2-7B:1x64
 
-On this machine: medians of steps that take turns; "wide" is a step of one adapter on as many rows.
-Ratios are of seconds and, in brackets, of this process's CPU seconds, which other programs disturb
-less. With --target nothing is run: the memory that XLA plans for that device (wants the extra
-`aot`), and from lora_jax.plan what is moved and computed, and the least time for it.
+On this machine: medians of steps that take turns. "wide" is a step of one adapter on as many
+sequences. Ratios are of seconds and, in parentheses, of this process's CPU seconds, which other
+programs disturb less. With --target, nothing runs: the table has the memory that XLA plans for that
+device (needs the extra `aot`), and from lora_jax.planning the bytes moved, the operations, and the
+least time for them.
 """
 
 import argparse
@@ -30,10 +31,11 @@ from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw, sweep
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, programs
-from lora_jax.planning import memory as planning
+from lora_jax.planning import chips, operations, programs, resident
+from lora_jax.planning import job as jobs
 
 COUNTS = (1, 2, 4)
 STEPS = 100  # of the runs that are compared
@@ -60,7 +62,7 @@ def beside(graphdef: nnx.GraphDef, count: int, remat: str):
 
 
 class Timed:
-    """A step that goes on and on, and the seconds of its first call, which compiles it."""
+    """A step that can be repeated, and the seconds of its first call, which compiles it."""
 
     def __init__(
         self, step, state: train_step.State, frozen: model_state.Frozen, rows: int, length: int
@@ -68,7 +70,7 @@ class Timed:
         vocabulary = frozen.base["model"]["embed_tokens"]["embedding"].shape[0]
         ids = np.random.default_rng(0).integers(3, vocabulary, (1, rows, length), np.int32)
         self.step, self.state, self.frozen = step, state, frozen
-        self.batch = jax.device_put(train_step.Batch(ids, ids, np.ones_like(ids)))
+        self.batch = jax.device_put(train_loss.Batch(ids, ids, np.ones_like(ids)))
         self.seconds: list[tuple[float, float]] = []
         self.run()
         self.first, _ = self.seconds.pop()
@@ -83,7 +85,7 @@ class Timed:
         return statistics.median(wall for wall, _ in self.seconds)
 
     def over(self, one: "Timed") -> str:
-        """How much longer a step takes, and how much more CPU time."""
+        """The ratio of the steps' times and, in parentheses, of their CPU times."""
         own = [statistics.median(cpu for _, cpu in timed.seconds) for timed in (self, one)]
         return f"{self.median / one.median:.2f} ({own[0] / own[1]:.2f})"
 
@@ -122,11 +124,11 @@ def measure(folder: pathlib.Path, rows: int, length: int, remat: str, rounds: in
 def planned(name: str, rows: int, length: int, remat: str, target: str) -> list[str]:
     """The cells of a row of the table of a target."""
     mesh = sharding.make_mesh(ONE, chips.devices(target))
-    job = programs.Job(memory.architecture(*memory.MODELS[name]), remat=remat, batch_size=rows,
+    job = jobs.Job(memory.architecture(*memory.MODELS[name]), remat=remat, batch_size=rows,
                     seq_len=length)  # fmt: skip
     cells, device = [], chips.parse(target)
     with jax.set_mesh(mesh):
-        graphdef, *parts, _ = programs.model_parts(job, mesh)
+        graphdef, *parts, _ = jobs.model_parts(job, mesh)
     row = jax.ShapeDtypeStruct((1, rows, length), np.int32, sharding=sharding.batch(mesh))
     for count in COUNTS:
         together = members(count)
@@ -136,15 +138,15 @@ def planned(name: str, rows: int, length: int, remat: str, target: str) -> list[
             return sweep.start(together, joined, STEPS), frozen
 
         with jax.set_mesh(mesh):
-            given = programs.shapes(jax.eval_shape(begin, *parts), mesh)
-        batch = train_step.Batch(row, row, row)
+            given = jobs.shapes(jax.eval_shape(begin, *parts), mesh)
+        batch = train_loss.Batch(row, row, row)
         program = programs.Program(beside(graphdef, count, remat), (*given, batch))
         memory_of = program.lower(mesh).compile().memory_analysis()
         wide = dataclasses.replace(job, batch_size=count * rows)
-        there = planning.resident(wide, ONE, device.chip)
-        moved = planning.bytes_moved(wide, ONE, there, device.platform)
-        flops = planning.operations(wide).total
-        floor = planning.floor(flops, moved, {}, device).seconds
+        there = resident.resident(wide, ONE, device.chip)
+        moved = operations.bytes_moved(wide, ONE, there, device.platform)
+        flops = operations.operations(wide).total
+        floor = operations.floor(flops, moved, {}, device).seconds
         cells += [f"{memory_of.peak_memory_in_bytes / 1e9:.2f}", f"{moved / 1e9:.1f}",
                   f"{flops / 1e12:.2f}", f"{1000 * floor:.0f}"]  # fmt: skip
     return cells

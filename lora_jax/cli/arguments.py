@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lora_jax import errors
-from lora_jax.parallel import processes
+from lora_jax.parallel import cluster, processes, rendezvous
 from lora_jax.training.settings import groups
 
 Given = dict[str, Any]  # {flag, with _ for -: value} of the flags that were typed
@@ -204,7 +204,7 @@ def join(typed: Given) -> Given:
 
     Process 0 alone prints from here on.
     """
-    processes.start(processes.find(*(typed.get(name) for name in _PROCESSES)))
+    processes.start(cluster.find(*(typed.get(name) for name in _PROCESSES)))
     if not processes.leads():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     kept = {name: value for name, value in typed.items() if name not in _PROCESSES}
@@ -297,7 +297,7 @@ def fail(error: errors.UserError, *, sure: bool = True) -> int:
             line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
         )
     ]
-    code = processes.RESTART if isinstance(error, processes.Missing) else 2
+    code = processes.RESTART if isinstance(error, rendezvous.Missing) else 2
     processes.end(code, "\n".join(wrapped), sure=sure)
     print("\n".join(wrapped), file=sys.stderr)
     return code

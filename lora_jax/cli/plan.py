@@ -47,8 +47,8 @@ def run(typed: arguments.Given) -> int:
 
     from lora_jax.models import config as model_config
     from lora_jax.parallel import mesh as sharding
-    from lora_jax.planning import chips, programs
-    from lora_jax.planning import memory as planning
+    from lora_jax.planning import chips, operations, programs, proposals, resident
+    from lora_jax.planning import memory as device_memory
     from lora_jax.training import setup
 
     if settings.loop.sweep:
@@ -82,21 +82,21 @@ def run(typed: arguments.Given) -> int:
         sizes = sharding.parse(settings.model.mesh, host.count)
     else:
         sizes = sharding.default(
-            host.count, planning.base_bytes(planning.resident(job, one, target.chip)), limit
+            host.count, resident.base_bytes(resident.resident(job, one, target.chip)), limit
         )
     if "batch_size" not in settings.given:
         rows = sharding.round_up(job.batch_size, sharding.mesh_of(sizes))
         job = dataclasses.replace(job, batch_size=rows)
-    there = planning.resident(job, sizes, target.chip)
+    there = resident.resident(job, sizes, target.chip)
     widest, chosen = job, ""  # what is proposed for
     if job.remat == "auto":
-        remat, needs = planning.choose_remat(job, sizes, target.chip, limit, there)
+        remat, needs = proposals.choose_remat(job, sizes, target.chip, limit, there)
         widest = dataclasses.replace(
             job, remat=model_config.REMAT[0]
         )  # as auto would for more rows
         job = dataclasses.replace(job, remat=remat)
         chosen = "--remat auto is " + console.remat(remat, needs, limit) + "\n" if needs else ""
-    memory = planning.memory(job, sizes, target.chip, there)
+    memory = device_memory.memory(job, sizes, target.chip, there)
     found: dict[str, Any] = {
         "model": settings.model.model,
         "job": _settings(job),
@@ -120,10 +120,10 @@ def run(typed: arguments.Given) -> int:
         if target.platform == "gpu" and asked.get("target") and "hbm" not in asked:
             show(f"  JAX takes {chips.GPU_SHARE:.0%} of a GPU's memory, unless")
             show("  XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: then plan with --hbm")
-    found |= _show_operations(show, planning, job, sizes, there, target, compiled)
+    found |= _show_operations(show, operations, job, sizes, there, target, compiled)
     if limit is not None:
         found |= _show_proposals(
-            show, planning, widest, sizes, target.chip, limit, there, fits, asked
+            show, proposals, widest, sizes, target.chip, limit, there, fits, asked
         )
     if asked.get("json"):
         print(json.dumps(found, indent=2))
@@ -267,6 +267,8 @@ def _show_proposals(
     show, plan, job, sizes, chip: str, limit: int, there, fits: bool, asked
 ) -> dict[str, Any]:
     """What would fit, and of the one to try whether XLA agrees."""
+    from lora_jax.planning import memory
+
     found = plan.propose(job, sizes, chip, limit, there)
     percent = f"{plan.HEADROOM:.0%}"
     show(f"\nin {percent} of {console.size(limit)} would fit, all else as asked")
@@ -279,7 +281,7 @@ def _show_proposals(
     for field, name in names.items():
         proposal = getattr(found, field)
         told[field] = proposal and getattr(proposal, field)
-        size = proposal and plan.memory(proposal, sizes, chip, there).need()
+        size = proposal and memory.memory(proposal, sizes, chip, there).need()
         value = "nothing" if proposal is None else str(told[field])
         note = "" if size is None else f"({console.size(size)})"
         show(_row(name, value, note))
@@ -302,7 +304,7 @@ def _show_proposals(
             show(f"  XLA has no plan: {compiled}")
             answer["proposal_xla"] = compiled
         else:
-            need = plan.memory(tried, sizes, chip, there).need(compiled.peak_bytes)
+            need = memory.memory(tried, sizes, chip, there).need(compiled.peak_bytes)
             agrees = "agrees: " if need <= limit else "does not agree: "
             show(f"  XLA {agrees}{console.size(need)} of {console.size(limit)}")
             answer["proposal_xla"] = compiled._asdict()

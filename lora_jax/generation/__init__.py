@@ -1,4 +1,4 @@
-"""Prompts in, continuations out.
+"""Prompts in, continuations out: prefill and decoding under one jit, with sampling.
 
 May import `checkpoints`, `lora`, `parallel` and below.
 """

@@ -1,4 +1,4 @@
-"""How the next token is chosen. Imports no jax: `--help` reads these defaults."""
+"""The settings of sampling. Imports no jax, because `--help` reads these defaults."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ from lora_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token. temperature 0 is greedy, and the filters do not matter then.
+    """How to choose the next token. At temperature 0, decoding is greedy and ignores the filters.
 
     Args:
-      max_new_tokens: stop after so many (EOS stops earlier).
+      max_new_tokens: the most tokens to generate; EOS stops earlier.
       temperature: divides the logits.
-      top_k: keep the k likeliest; 0 keeps all.
-      top_p: keep the likeliest whose probabilities sum to p; 1 keeps all.
-      min_p: keep those at least min_p times as likely as the likeliest; 0 keeps all.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the most likely tokens whose probabilities sum to p; 1 keeps all.
+      min_p: keep tokens at least min_p times as likely as the most likely one; 0 keeps all.
     """
 
     max_new_tokens: int = 128

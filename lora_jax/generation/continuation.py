@@ -9,16 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from lora_jax import errors, tokenizer
 from lora_jax.generation import config as generation_config
+from lora_jax.generation import sampling as samplers
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import platform
 from lora_jax.lora.nnx import model_state
 from lora_jax.parallel import mesh as sharding
-
-_HIDDEN = -1e30  # logit of a token that a filter took out
 
 
 def make(
@@ -30,8 +29,8 @@ def make(
 ) -> Callable[..., Int[Array, "B N"]]:
     """The jitted (lora, frozen, ids, mask, key) → new tokens [B, max_new_tokens].
 
-    A row is filled with −1 after its EOS, which is not part of the result. The decode loop ends
-    when every row has ended. form: of the weights, derived once for all steps; see decode.choose.
+    From EOS on, a sequence is filled with −1. The decode loop ends when every sequence has ended.
+    form: a second form of the weights, derived once for all steps; see weights.choose.
     """
     eos = jnp.asarray(sorted(eos_ids), jnp.int32)
 
@@ -59,7 +58,7 @@ def make(
 
         def step(carry):
             index, tokens, logits, cache, ended = carry
-            token = sample(logits, jax.random.fold_in(key, index), sampling)
+            token = samplers.sample(logits, jax.random.fold_in(key, index), sampling)
             ended = ended | jnp.isin(token, eos)
             tokens = tokens.at[:, index].set(jnp.where(ended, -1, token))
             logits, cache = model.extend(token[:, None], cache, forms=forms)
@@ -70,47 +69,6 @@ def make(
         return jax.lax.while_loop(unfinished, step, carry)[1]
 
     return generate
-
-
-def sample(
-    logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: generation_config.Sampling
-) -> Int[Array, " B"]:
-    """The next token of each row: argmax, or a draw after temperature, top-k, top-p, min-p."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        logits = jnp.where(top_k(logits, sampling.top_k), logits, _HIDDEN)
-    if sampling.top_p < 1:
-        logits = jnp.where(top_p(logits, sampling.top_p), logits, _HIDDEN)
-    if sampling.min_p:
-        logits = jnp.where(min_p(logits, sampling.min_p), logits, _HIDDEN)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
-
-
-def top_k(logits: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
-    """Whether a token is among the row's k likeliest (ties with the k-th are kept)."""
-    kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
-    return logits >= kth
-
-
-def top_p(logits: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
-    """Whether the likelier tokens of the row sum to less than p; the likeliest is always kept.
-
-    Source: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751, §3.1.
-    """
-    order = jnp.argsort(-logits, axis=-1)
-    probability = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-    kept = jnp.cumsum(probability, axis=-1) - probability < p
-    return jnp.zeros_like(kept).at[jnp.arange(len(logits))[:, None], order].set(kept)
-
-
-def min_p(logits: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
-    """Whether a token is at least p times as likely as the row's likeliest.
-
-    Source: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082, §3.
-    """
-    return logits >= logits.max(axis=-1, keepdims=True) + np.log(p)
 
 
 def continuations(
@@ -124,17 +82,18 @@ def continuations(
     mesh: Mesh,
     batch_size: int = 64,
 ) -> Iterator[str]:
-    """Yields the text that follows each prompt, from what `make` gave, in batches of one shape.
+    """Yields the text that follows each prompt, in batches of one shape.
 
-    reader: the tokenizer. The rows of a batch are dealt out over the devices where that is even.
+    continue_: the function that `make` returns. reader: the tokenizer. A batch is split over the
+    devices if their number divides it.
     """
     ids, mask = pad_left(prompts)
     for first in range(0, len(prompts), batch_size):
         # The last batch starts early enough to be full: one shape, one compilation.
         start = max(0, min(first, len(prompts) - batch_size))
-        rows = ids[start : start + batch_size], mask[start : start + batch_size]
-        rows = sharding.put(rows, sharding.rows(len(rows[0]), mesh))
-        new = continue_(trained, frozen, *rows, jax.random.fold_in(key, first))
+        batch = ids[start : start + batch_size], mask[start : start + batch_size]
+        batch = sharding.put(batch, sharding.rows(len(batch[0]), mesh))
+        new = continue_(trained, frozen, *batch, jax.random.fold_in(key, first))
         new = sharding.gather(new)[first - start :]
         for prompt, tokens in zip(prompts[first:], new, strict=False):
             yield tokenizer.continuation(reader, prompt, tokens[tokens >= 0].tolist())
@@ -160,11 +119,11 @@ def pad_left(
 def check_length(
     num_prompt_tokens: int, sampling: generation_config.Sampling, context: int
 ) -> None:
-    """Raises UserError for a prompt without tokens, or without room for what is to follow."""
+    """Raises UserError if the prompt has no tokens, or leaves no room for the new ones."""
     if num_prompt_tokens == 0:
         raise errors.UserError(
             expected="a prompt of at least one token",
-            found="an empty one, and a tokenizer that puts no BOS in front",
+            found="an empty prompt, and a tokenizer that adds no BOS",
             where="--prompt",
         )
     if num_prompt_tokens + sampling.max_new_tokens > context:

@@ -1,10 +1,11 @@
 """Second forms of the frozen weights that make one-token steps fast, derived once per generation.
 
-A step of a few rows costs what it takes to read the weights. So they should lie as the platform
-reads them best, and siblings (q, k and v; gate and up) side by side:
+The time of a step with few sequences is the time to read the weights. So each platform gets them in
+the layout that it reads fastest, with the weights that share an input (q, k and v; gate and up)
+concatenated:
 
-  dense    [N, K] in the compute dtype, an array a layer: a CPU's products neither unpack nor
-           fuse, and would copy a layer out of a stack first
+  dense    [N, K] in the compute dtype, one array per layer: on a CPU, XLA does not fuse unpacking
+           into a product, and it would first copy a layer out of a stack
   k_minor  int4 [L, N, K], for the tensor cores of a Hopper GPU
 """
 
@@ -26,13 +27,13 @@ from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
 _HOPPER = "9.0"  # compute capability
-_SHARE = 0.5  # of the free memory that a form may take
+_SHARE = 0.5  # the largest part of the free memory that a second form may take
 
 
 def choose(model: llama.LlamaForCausalLM, mesh: Mesh) -> str | None:
-    """The form that suits the mesh's devices and fits: "dense", "k_minor", or None for neither."""
+    """The form that suits the mesh's devices and fits: "dense", "k_minor", or None."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
-        return None  # the forms are of whole weights
+        return None  # the forms need whole weights
     several = jax.process_count() > 1
     device = mesh.local_devices[0] if several else mesh.devices.flat[0]
     form = best(device)
@@ -40,11 +41,11 @@ def choose(model: llama.LlamaForCausalLM, mesh: Mesh) -> str | None:
         return None
     free = devices.free_bytes(device)
     fits = free is None or num_bytes(model, form) <= _SHARE * free
-    return form if processes.told(fits) else None  # all must run the same program
+    return form if processes.told(fits) else None  # all processes must run the same program
 
 
 def best(device: Any) -> str | None:
-    """The form that a jax.Device reads best; None: the weights as they are."""
+    """The form that a jax.Device reads fastest; None: the weights as they are."""
     if device.platform == "gpu":
         return "k_minor" if device.compute_capability == _HOPPER else None
     return "dense" if device.platform == "cpu" else None
@@ -53,13 +54,13 @@ def best(device: Any) -> str | None:
 def derive(
     model: llama.LlamaForCausalLM, form: str, num_rows: int
 ) -> Sequence[llama.Forms] | Callable[[jax.Array], llama.Forms]:
-    """What `model.extend` takes as `forms` for steps of num_rows rows; to be called under jit.
+    """The `forms` argument of `model.extend` for steps of num_rows sequences; call it under jit.
 
-    num_rows: on each device. A weight that has no such form, or not for so many rows, stays as it
-    is.
+    num_rows: on each device. A weight that has no such form, or none for so many sequences, stays
+    as it is.
     """
     attention, mlp = model.model.layers.self_attn, model.model.layers.mlp
-    siblings = llama.Forms(
+    concatenated = llama.Forms(
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         o=(attention.o_proj,),
         gate_up=(mlp.gate_proj, mlp.up_proj),
@@ -68,20 +69,20 @@ def derive(
     if form == "dense":
         dtype = model.model.embed_tokens.embedding.dtype
         return [
-            llama.Forms(*(_dense(linears, index, dtype) for linears in siblings))
+            llama.Forms(*(_dense(linears, index, dtype) for linears in concatenated))
             for index in range(model.config.num_hidden_layers)
         ]
-    turned = [_k_minor(linears, num_rows) for linears in siblings]
+    products = [_k_minor(linears, num_rows) for linears in concatenated]
 
     def forms(index):
         return llama.Forms(*(product and functools.partial(product, layer=index)
-                             for product in turned))  # fmt: skip
+                             for product in products))  # fmt: skip
 
     return forms
 
 
 def num_bytes(model: llama.LlamaForCausalLM, form: str) -> int:
-    """How much memory the form takes, but for the scales."""
+    """Bytes of the form, without its scales."""
     width = model.model.embed_tokens.embedding.dtype.itemsize if form == "dense" else 0.5
     weights = sum(
         linear.in_features * linear.out_features
@@ -97,7 +98,7 @@ def _linears(model: llama.LlamaForCausalLM) -> list[nnx.Linear | quant_linear.Qu
 
 
 def _is_int4(linear: nnx.Linear | quant_linear.QuantLinear) -> bool:
-    """Whether the Hopper kernel reads its weight and takes what it is given."""
+    """Whether the Hopper kernel can read this layer's weight and its input."""
     return (
         isinstance(linear, quant_linear.QuantLinear)
         and formats.codes(linear.fmt) == "int4"
@@ -106,7 +107,7 @@ def _is_int4(linear: nnx.Linear | quant_linear.QuantLinear) -> bool:
 
 
 def _dense(linears: Sequence, index: int, dtype) -> Callable[[jax.Array], jax.Array]:
-    """x → x · Wᵀ with the weights of one layer as one dense W [ΣN, K]."""
+    """x → x · Wᵀ, where W [ΣN, K] is dense and concatenates the weights of one layer."""
 
     def weight(linear):
         if isinstance(linear, nnx.Linear):
@@ -115,7 +116,7 @@ def _dense(linears: Sequence, index: int, dtype) -> Callable[[jax.Array], jax.Ar
         return formats.dequantize(packed, linear.fmt, linear.in_features, dtype)
 
     whole = jnp.concatenate([weight(linear).T for linear in linears])
-    # Otherwise XLA turns it back for each product, in the loop.
+    # Without the barrier, XLA transposes it back for each product, inside the loop.
     whole = lax.optimization_barrier(whole)
     return lambda x: (
         matmul.contract(x.reshape(-1, x.shape[-1]), whole, -1, 1)
@@ -125,8 +126,8 @@ def _dense(linears: Sequence, index: int, dtype) -> Callable[[jax.Array], jax.Ar
 
 
 def _k_minor(linears: Sequence, num_rows: int) -> Callable[..., jax.Array] | None:
-    """(x, layer) → products with the stacked weights side by side, or None if they refuse."""
-    from lora_jax.kernels.int4_matmul import mosaic_gpu  # see int4_matmul
+    """(x, layer) → products with the concatenated weights; None if the kernel refuses them."""
+    from lora_jax.kernels.int4_matmul import mosaic_gpu  # its imports take a second
 
     first = linears[0]
     if not all(_is_int4(linear) and linear.fmt == first.fmt for linear in linears):
@@ -134,7 +135,7 @@ def _k_minor(linears: Sequence, num_rows: int) -> Callable[..., jax.Array] | Non
     each = [linear.packed for linear in linears]
     kinds = {tuple(a if a is None else a.shape[:-1] for a in packed) for packed in each}
     if len(kinds) > 1 or first.packed.order is not None:
-        return None  # not in the same groups, or each wants x in an order of its own
+        return None  # different groups, or each weight needs its own order of x's features
     packed = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *each)
     _, words, columns = packed.q.shape
     k, groups = 8 * words, packed.scale.shape[-2]

@@ -1,4 +1,5 @@
-"""Arrays in, arrays out: one module or folder for each operation, with its form for each platform.
+"""Operations on arrays, one module or folder each, with an implementation for each platform.
 
-Imports jax alone.
+platform, partition and packed say for what device, for which part of a mesh, and on which weight
+format they compute. Imports jax only.
 """

@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen vocabulary projection, of trained tokens alone, some at a time."""
+"""Cross-entropy of a frozen vocabulary projection, for the trained tokens only, in chunks."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from lora_jax.kernels import matmul
 from lora_jax.kernels import partition as dealing
 
-_CHUNK = 512  # tokens whose logits a device holds at a time
+_CHUNK = 512  # tokens whose logits a device holds at the same time
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -24,12 +24,12 @@ def cross_entropy(
 ) -> Float[Array, "B T"]:
     """−log softmax(hidden · head)[target], 0 where the target is negative, float32.
 
-    The logits of tokens with a target are computed chunk by chunk, those of others never.
-    Differentiable in hidden alone, whose gradient the forward pass computes with them, so that the
-    logits are neither kept nor computed again. It is rounded to hidden's dtype. partition: how the
-    ambient mesh (jax.set_mesh) deals out the lines, and the vocabulary (`n`).
+    The logits of tokens with a target are computed in chunks, those of other tokens never.
+    Differentiable in hidden only. The forward pass already computes this gradient, rounded to
+    hidden's dtype, so that logits are neither saved nor recomputed. partition: how the ambient mesh
+    (jax.set_mesh) splits the sequences (`rows`) and the vocabulary (`n`).
 
-    Raises: ValueError when asked for the gradient of `head`.
+    Raises: ValueError if asked for the gradient of `head`.
     """
     return _dealt_out(hidden, head, targets, partition, with_gradient=False)[0]
 
@@ -42,7 +42,7 @@ def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[
 def _each(logits, targets, axis=None):
     """(−log p of each target, 0 where it is negative; log Σ exp; which logit is the target's).
 
-    axis: of the mesh, over which the vocabulary is dealt out.
+    axis: the mesh axis that splits the vocabulary.
     """
     vocabulary = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     if axis is None:
@@ -52,7 +52,7 @@ def _each(logits, targets, axis=None):
         top = lax.pmax(lax.stop_gradient(logits.max(axis=-1, keepdims=True)), axis)
         total = jnp.exp(logits - top).sum(axis=-1, keepdims=True)
         normaliser = top + jnp.log(lax.psum(total, axis))
-    # Not a gather: of a vocabulary that is dealt out XLA's partitioner makes a sum anyway, and
+    # Not a gather: for a sharded vocabulary, XLA's partitioner turns that into a sum anyway, and
     # within a shard_map over some axes it cannot (jaxlib 0.10.2 aborts).
     at_target = vocabulary == targets[..., None]
     chosen = jnp.where(at_target, logits, 0).sum(axis=-1, keepdims=True)
@@ -63,34 +63,34 @@ def _each(logits, targets, axis=None):
 
 
 def chunk_size(num_tokens: int) -> int:
-    """Of so many tokens of a device, how many have their logits held at a time."""
+    """The number of tokens in a chunk, for num_tokens on a device."""
     return min(_CHUNK, num_tokens)
 
 
 def _dealt_out(hidden, head, targets, partition, with_gradient):
-    """(losses, gradient of their sum or None), each device doing its part."""
+    """(losses, gradient of their sum or None), with each device computing its part."""
     compute = functools.partial(_compute, with_gradient=with_gradient)
     if partition == dealing.WHOLE or dealing.num_devices() == 1:
         return compute(hidden, head, targets)
-    lines = PartitionSpec(partition.computed(len(hidden)).rows)
+    sequences = PartitionSpec(partition.computed(len(hidden)).rows)
     vocabulary = partition.stored()[1]
     return jax.shard_map(
         functools.partial(compute, axis=vocabulary),
-        in_specs=(lines, PartitionSpec(None, vocabulary), lines),
-        out_specs=lines,
+        in_specs=(sequences, PartitionSpec(None, vocabulary), sequences),
+        out_specs=sequences,
         axis_names=set(dealing.open_axes()),
         check_vma=False,
     )(hidden, head, targets)
 
 
 def _compute(hidden, head, targets, *, with_gradient, axis=None):
-    """On one device; axis: over which the vocabulary is dealt out."""
+    """On one device. axis: the mesh axis that splits the vocabulary."""
     shape = targets.shape
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     trained = targets >= 0
     size = chunk_size(len(targets))
     most = math.ceil(len(targets) / size)
-    # The trained ones first. After the last token comes any one, whose results nobody reads.
+    # Trained tokens come first. The padding repeats a token, and its results are not used.
     order = jnp.pad(jnp.argsort(~trained, stable=True), (0, most * size - len(targets)))
 
     def take(chunk, found):
@@ -102,7 +102,7 @@ def _compute(hidden, head, targets, *, with_gradient, axis=None):
         if with_gradient:
             d_logits = jnp.exp(logits - normaliser) - at_target
             d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(x.dtype)
-            # head on the left: on the right XLA's CPU backend would turn it over first, all of it.
+            # head is on the left: on the right, XLA's CPU backend would transpose all of it first.
             d_x = matmul.contract(head, lax.optimization_barrier(d_logits), 1, 1).T
             new = (*new, (d_x if axis is None else lax.psum(d_x, axis)).astype(x.dtype))
         start = chunk * size
@@ -116,11 +116,11 @@ def _compute(hidden, head, targets, *, with_gradient, axis=None):
         found = take(0, found)
     else:
         found = lax.fori_loop(0, -(-trained.sum() // size), take, found)
-    place = jnp.cumsum(trained) - 1  # of each trained token among them
-    losses = jnp.where(trained, found[0][place], 0).reshape(shape)
+    index = jnp.cumsum(trained) - 1  # of each trained token among all trained ones
+    losses = jnp.where(trained, found[0][index], 0).reshape(shape)
     if not with_gradient:
         return losses, None
-    gradient = jnp.where(trained[:, None], found[1][place], 0)
+    gradient = jnp.where(trained[:, None], found[1][index], 0)
     return losses, gradient.reshape(*shape, -1)
 
 

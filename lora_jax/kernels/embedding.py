@@ -1,4 +1,4 @@
-"""Lookup in a frozen table of embeddings, which a mesh may have dealt out."""
+"""Lookup in a frozen embedding table, which may be sharded over a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ def lookup(
 ) -> Float[Array, "B T D"]:
     """table[ids].
 
-    partition: how the ambient mesh (jax.set_mesh) deals out the rows of ids, and V and D of the
-    table. The table stays where it is: ids and what was found travel. XLA's partitioner could do
-    that too, but aborts within a shard_map over some of a mesh's axes (jaxlib 0.10.2).
+    partition: how the ambient mesh (jax.set_mesh) splits the rows of ids, and V and D of the table.
+    The table is not moved; devices exchange ids and results. XLA's partitioner could do that too,
+    but aborts within a shard_map over some of a mesh's axes (jaxlib 0.10.2).
     """
     if partition == dealing.WHOLE or dealing.num_devices() == 1:
         return jnp.take(table, ids, axis=0)
     (rows, *_), (over_v, over_d) = partition.computed(len(ids)), partition.stored()
-    moved = over_d if over_d in rows else None  # an axis of both the rows and D
+    moved = over_d if over_d in rows else None  # an axis that splits both the rows and D
 
     def each(table, ids):
         if moved:

@@ -15,7 +15,7 @@ def int8_matmul(
 ) -> Float[Array, "*B N"]:
     """y = (x · q) · column_scale, accumulated in float32, in x's dtype; differentiable in x only.
 
-    An int8 is exact in bfloat16, so the scale is the only rounding besides the product's.
+    An int8 is exact in bfloat16, so only the scale rounds in addition to the product.
     """
     return (_contract(x, q, 0) * _across(column_scale, x)).astype(x.dtype)
 

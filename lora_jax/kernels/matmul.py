@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-PRODUCT = "product"  # what a rematerialised layer may keep, by this name
+PRODUCT = "product"  # checkpoint_name of the results that the remat policy "dots" saves
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -16,14 +16,14 @@ def matmul(
 ) -> Float[Array, "*B N"]:
     """y = x · w, operands in x's dtype, accumulated in float32, returned in out_dtype (None: x's).
 
-    The derivative rule is spelt out because JAX's own does not carry `preferred_element_type` over
-    to the backward products, which then run in mixed precision (half the speed on a CPU).
+    The derivative is written out because JAX's own does not pass `preferred_element_type` on to the
+    backward products, which then run in mixed precision (half the speed on a CPU).
     """
     return contract(x, w.astype(x.dtype), -1, 0).astype(out_dtype or x.dtype)
 
 
 def contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """Sum over one axis of each, in float32."""
+    """The product of a and b, contracted over one axis of each, in float32."""
     product = functools.partial(
         lax.dot_general,
         dimension_numbers=(((a_axis % a.ndim,), (b_axis,)), ((), ())),
@@ -41,8 +41,8 @@ def contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
 def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
     """aᵀ b of two matrices, in float32.
 
-    The narrower is turned over beforehand: XLA's CPU backend is slow to sum over the rows of the
-    left one.
+    The narrower one is transposed first: XLA's CPU backend is slow if it sums over the rows of the
+    left operand.
     """
     if a.shape[1] > b.shape[1]:
         return over_rows(b, a).T

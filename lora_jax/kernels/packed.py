@@ -1,20 +1,22 @@
-"""How a frozen weight W [K, N] (K = d_in, N = d_out) lies in memory in 4 bits.
+"""The memory layout of a frozen 4-bit weight W [K, N] (K = d_in, N = d_out), and its decoding.
+
+All 4-bit formats and checkpoints are converted to this layout, and all kernels read it:
 
   q              uint32 [K/8, N]   nibble i of word j is row 8j+i
   scale          [K/G, N]          one per group of G rows: int8, float, or uint8 for nested scales
   column_scale   float32 [1, N]    multiplies every scale of its column
-  group_bias     [K/G, N]          added to every weight of the group: asymmetric quantization
+  group_bias     [K/G, N]          added to every weight of the group, in asymmetric quantization
   nested_scale   float32 [blocks]  of uint8 scales ("double quantization"), 256 scales a block in
   nested_offset  float32 [1]       the order of [N, K/G], as bitsandbytes stores them
-  order          int32 [K]         row k of the above multiplies feature order[k] of x: GPTQ's
-                                   act-order, whose groups gather rows from anywhere
+  order          int32 [K]         row k of the above multiplies feature order[k] of x, for GPTQ's
+                                   act-order, whose groups collect rows from anywhere
 
   w = code(nibble) · scale · column_scale + group_bias
 
 code is the nibble in two's complement ("int4") or an index into a table: NormalFloat's ("nf4",
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E) or bitsandbytes' own 4-bit
-floats ("fp4"). K is padded to a multiple of G. What a format does not use is None. Stacked weights
-have a leading axis [L, …] in every array.
+floats ("fp4"). K is padded to a multiple of G. Fields that a format does not use are None. Stacked
+weights have a leading axis [L, …] in every array.
 """
 
 from typing import NamedTuple
@@ -34,7 +36,7 @@ NF4_CODE = np.array(
     ],
     np.float32,
 )
-# A sign, two bits of exponent and one of mantissa, over 12; nibble 8 is a second zero.
+# One bit of sign, two of exponent and one of mantissa, divided by 12; nibble 8 is a second zero.
 FP4_CODE = np.array(
     [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32
 ) / np.float32(12)
@@ -44,7 +46,7 @@ NESTED_BLOCK = 256
 
 
 class Packed(NamedTuple):
-    """A quantized weight; int8 has q int8 [K, N] and a column_scale, 4-bit formats as above."""
+    """A quantized weight. 4-bit formats: as above; int8: q int8 [K, N] and column_scale."""
 
     q: UInt32[Array, "*L words N"] | Int8[Array, "*L K N"]
     scale: Num[Array, "*L groups N"] | None = None
@@ -69,8 +71,8 @@ def scales(packed: Packed) -> Float[Array, "groups N"]:
         flat += lax.broadcasted_iota(jnp.int32, (groups, columns), 0)
         values, code = dynamic_map(), packed.scale.astype(jnp.int32)
         scale = jnp.asarray(values)[code] * packed.nested_scale[flat // NESTED_BLOCK]
-        # Where the product is 0 nothing changes; elsewhere this keeps compilers from fusing it with
-        # the sum into one rounding, which is not what bitsandbytes computes.
+        # This changes nothing where the product is 0. Elsewhere it keeps compilers from fusing the
+        # product and the sum into one rounding, which would differ from bitsandbytes.
         scale = jnp.where(code == np.flatnonzero(values == 0)[0], 0, scale)
         scale = scale + packed.nested_offset[None]
     return scale if packed.column_scale is None else scale * packed.column_scale
@@ -78,7 +80,7 @@ def scales(packed: Packed) -> Float[Array, "groups N"]:
 
 def nibbles(q: UInt32[Array, "words N"]) -> Int32[Array, "words 8 N"]:
     """The codes −8 … 7 of each word."""
-    # Shift the nibble to the top, then arithmetically down: that extends its sign.
+    # Shift the nibble to the top, then arithmetically down, which extends its sign.
     shift = 28 - 4 * lax.broadcasted_iota(jnp.uint32, (1, 8, 1), 1)
     return lax.bitcast_convert_type(q[:, None] << shift, jnp.int32) >> 28
 
@@ -102,7 +104,7 @@ def dequantize(
     weight = weight.reshape(words * 8, columns).astype(dtype)
     if packed.order is None:
         return weight
-    rows = len(packed.order)  # the padding stays where it is
+    rows = len(packed.order)  # without the padding, which stays in place
     return weight.at[packed.order].set(weight[:rows], unique_indices=True)
 
 
@@ -117,7 +119,7 @@ def dynamic_map() -> np.ndarray:
     for exponent in range(7):
         steps = np.arange(2**exponent + 1)
         step = (high - low) / np.float32(2**exponent)
-        # Evenly spaced as torch.linspace does it: from the nearer end, rounded once.
+        # Evenly spaced as in torch.linspace: from the nearer end, rounded once.
         exact = np.where(
             steps < len(steps) // 2,
             np.float64(low) + np.float64(step) * steps,

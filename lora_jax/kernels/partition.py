@@ -1,4 +1,8 @@
-"""How a mesh deals out the product with a weight, where XLA's partitioner is not left to decide."""
+"""How a mesh splits the product of a kernel over its devices.
+
+XLA's partitioner cannot split a kernel of our own, so the kernel does it itself in a shard_map. A
+Partition names the mesh axes, which parallel/mesh.py sets on the layers.
+"""
 
 import math
 from typing import NamedTuple
@@ -7,11 +11,10 @@ import jax
 
 
 class Partition(NamedTuple):
-    """Mesh axes over which a product is dealt out: x's rows, and the weight's K and N.
+    """The mesh axes over which a product is split: x's rows, and the weight's K and N.
 
-    A weight that is stored over the axis `gathered` is made whole, packed as it is, before it is
-    multiplied. XLA cannot split a kernel of our own by itself, and would gather its own forms of
-    the weight dense, or whole stacks of it.
+    A weight that is sharded over the axis `gathered` is gathered before the product, while it is
+    still packed. XLA would gather a dense weight, or a whole stack of layers.
     """
 
     rows: tuple[str, ...] = ()
@@ -20,14 +23,14 @@ class Partition(NamedTuple):
     gathered: str | None = None
 
     def stored(self) -> tuple[str | None, str | None]:
-        """The axes that K and N are stored over, of those that the ambient mesh has open."""
+        """The axes over which K and N are sharded, without those that are not open (open_axes)."""
         axes = open_axes()
         return tuple(axis if axes.get(axis, 1) > 1 else None for axis in (self.k, self.n))
 
     def computed(self, num_rows: int) -> "Partition":
-        """The axes of which each device computes a part: all but `gathered`, where rows are even.
+        """The axes over which devices share the computation: all but `gathered` for K and N.
 
-        Rows that cannot be dealt out evenly are not.
+        Rows are split only if the number of devices divides them.
         """
         axes = open_axes()
         rows = tuple(axis for axis in self.rows if axes.get(axis, 1) > 1)
@@ -36,15 +39,15 @@ class Partition(NamedTuple):
         return Partition(rows, *(None if a == self.gathered else a for a in self.stored()))
 
 
-WHOLE = Partition()  # on one device
+WHOLE = Partition()  # not split
 
 
 def open_axes() -> dict[str, int]:
-    """{axis: size} of the ambient mesh, without those that a shard_map around has dealt out."""
+    """{axis: size} of the ambient mesh, without those of an enclosing shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
 
 
 def num_devices() -> int:
-    """Over how many devices what is computed here is still to be dealt out."""
+    """The number of devices over which a computation can still be split here."""
     return math.prod(open_axes().values())

@@ -1,23 +1,27 @@
-"""The platform a program is traced for: that of the ambient mesh (jax.set_mesh)."""
+"""The platform that a program is traced for, by which kernels choose their implementation.
+
+It is the platform of the ambient mesh (jax.set_mesh), which may differ from that of this process:
+programs are also compiled ahead of time for other devices.
+"""
 
 import jax
 
 
 def platform_here() -> str | None:
-    """cpu, gpu or tpu: what the ambient mesh (jax.set_mesh) is of; None where there is none."""
+    """cpu, gpu or tpu: the platform of the ambient mesh's devices; None without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.platform
 
 
 def on_cpu() -> bool:
-    """Whether the ambient mesh is of CPU devices."""
+    """Whether the ambient mesh consists of CPU devices."""
     return platform_here() == "cpu"
 
 
 def compiler_options() -> dict[str, bool] | None:
-    """What jax.jit should tell XLA about a large function, on the ambient mesh.
+    """jax.jit's compiler_options for a large function on the ambient mesh.
 
-    On a CPU: to run its operations in an order that needs little memory, and not for the most of
-    them to run at a time. Two cores then take a tenth less time, and 250 MB less.
+    On a CPU, they make XLA order operations for low memory, not for concurrency. On two cores that
+    takes a tenth less time, and 250 MB less.
     """
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu() else None

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """silu(gate) · up, in gate's dtype; the derivative keeps gate and up as they came.
+    """silu(gate) · up, in gate's dtype; the derivative saves gate and up in their own dtypes.
 
     Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, eq. 6.
     """
@@ -20,7 +20,7 @@ def _forward(gate, up):
 
 
 def _backward(saved, dy):
-    # Without the barrier XLA keeps the forward pass's float32 copies instead: twice the memory.
+    # Without the barrier, XLA saves the forward pass's float32 copies instead: twice the memory.
     gate, up, dy = (a.astype(jnp.float32) for a in lax.optimization_barrier((*saved, dy)))
     sigmoid = jax.nn.sigmoid(gate)
     d_gate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))

@@ -1,4 +1,4 @@
-"""AdamW for what LoRA trains, with the learning-rate schedules of Hugging Face."""
+"""AdamW for the adapters, with the learning-rate schedules of Hugging Face."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from lora_jax.optim import config as optim_config
 def schedule(
     config: optim_config.OptimConfig, num_steps: int, *, peak: jax.Array | None = None
 ) -> optax.Schedule:
-    """Learning rate at a step (from 0): a linear warmup from 0, then the decay to 0 at num_steps.
+    """Learning rate of a step (from 0): a linear warmup from 0, then the decay to 0 at num_steps.
 
     Equals transformers' get_{cosine,linear,constant}_schedule_with_warmup, so with a warmup the
-    first step has lr 0. peak: instead of config.lr, for a program of several learning rates.
+    first step has lr 0. peak: replaces config.lr in a program with several learning rates.
     """
     highest = config.lr if peak is None else peak
     warmup = config.warmup if config.warmup >= 1 else round(config.warmup * num_steps)
@@ -35,10 +35,10 @@ def schedule(
 def make(
     config: optim_config.OptimConfig, num_steps: int, *, peak: jax.Array | None = None
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW in the groups that `labels` gives. peak: see schedule.
+    """Clip by the global norm, then AdamW for each group of `labels`. peak: see `schedule`.
 
-    The learning rate of B and of magnitudes is lora_plus_ratio × that of the rest, as in PEFT. In a
-    mixed tree whatever is not trained is frozen: zero update and no moments, and its gradient does
+    The learning rate of B and of magnitudes is lora_plus_ratio × that of the rest, as in PEFT. The
+    tree may hold frozen arrays: their update is zero, they have no moments, and their gradient does
     not count in the norm.
     """
     lr = schedule(config, num_steps, peak=peak)
@@ -53,16 +53,16 @@ def make(
         )
 
     groups = {"A": adamw(1.0), "B": adamw(config.lora_plus_ratio), "frozen": frozen()}
-    # Clipping stands outside the partition: inside, each group would be clipped by its own norm.
+    # Clipping is outside the partition: inside, each group would be clipped by its own norm.
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(optax.masked(clip, _trained), optax.partition(groups, labels))
 
 
 def frozen() -> optax.GradientTransformation:
-    """Zero updates, of integers too.
+    """Zero updates, also of integers.
 
-    For packed weights jax.grad (with allow_int) gives a gradient that optax.set_to_zero keeps, and
-    that cannot be added to them.
+    jax.grad (with allow_int) returns a gradient of packed weights that cannot be added to them, and
+    optax.set_to_zero would keep it.
     """
 
     def update(gradient, state, params):
@@ -72,10 +72,10 @@ def frozen() -> optax.GradientTransformation:
 
 
 def labels(params: Any) -> Any:
-    """The group of every leaf, "A", "B" or "frozen", by the names it is stored under.
+    """The group of every leaf, "A", "B" or "frozen", by its name in the tree.
 
-    "B" are lora_B and magnitudes, "A" all else that is trained: lora_A, the factors of embeddings,
-    modules trained whole.
+    "B": lora_B and magnitudes. "A": everything else that is trained, that is lora_A, the factors of
+    embeddings, and fully trained modules.
     """
     groups = {"lora_A": "A", "lora_embedding_A": "A", "lora_embedding_B": "A",
               "modules_to_save": "A", "lora_B": "B", "lora_magnitude_vector": "B"}  # fmt: skip

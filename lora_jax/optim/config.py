@@ -1,4 +1,4 @@
-"""How the adapter is optimized. Imports no jax: `--help` reads these defaults."""
+"""The settings of the optimizer. Imports no jax, because `--help` reads these defaults."""
 
 import dataclasses
 
@@ -12,11 +12,11 @@ class OptimConfig:
     """AdamW on A and B: learning rate, schedule, decay and clipping.
 
     Args:
-      lr: peak learning rate of A (and of B, times lora_plus_ratio).
-      schedule: what follows the warmup: "cosine" or "linear" to zero, or "constant".
-      warmup: warmup steps when ≥ 1, else the share of all steps.
+      lr: peak learning rate of A; that of B is lora_plus_ratio times this.
+      schedule: after the warmup, "cosine" or "linear" decay to zero, or "constant".
+      warmup: number of warmup steps if ≥ 1, else their share of all steps.
       weight_decay: decoupled decay (AdamW), on A and B.
-      clip: largest global norm of the gradient; 0 switches clipping off.
+      clip: largest global norm of the gradient; 0 turns clipping off.
       lora_plus_ratio: lr of B over lr of A (LoRA+, https://arxiv.org/abs/2402.12354).
       beta1, beta2, eps: AdamW's.
     """

@@ -1,7 +1,7 @@
-"""Several settings trained in one program: their adapters side by side on one base and its data.
+"""Several settings trained in one program: an adapter for each, on one base and the same data.
 
-The arrays of all members have a leading axis [S, …]. Each member sees the batches, dropout masks
-and initial values that it would see alone, so it ends as the adapter that a run of its own gives.
+The arrays of all members have a leading axis [S, …]. Each member gets the batches, dropout masks
+and initial values that it would get alone, so its adapter ends as that of a run of its own.
 """
 
 import functools
@@ -20,14 +20,15 @@ from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 
-_OWN = ("lora_scaling", "lora_mask")  # what is not trained, and is each member's own
-_STACK = "layers"  # of a LLaMA: its arrays are [L, …]
+_OWN = ("lora_scaling", "lora_mask")  # frozen arrays that each member has its own of
+_STACK = "layers"  # the part of a LLaMA whose arrays are [L, …]
 
 
 class Member(NamedTuple):
-    """One of the settings. Members differ in the learning rate, or in the rank."""
+    """One of the settings. Members differ in the learning rate or in the rank."""
 
     name: str
     lora: lora_config.LoRAConfig
@@ -35,10 +36,10 @@ class Member(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """A sweep's State.opt_state.
+    """State.opt_state of a sweep.
 
     lost: for each member the step, from 1, at which its loss or gradient was not finite; 0: never.
-    From there on the member stays as it was before it.
+    From that step on, the member keeps the values from before it.
     """
 
     moments: Any
@@ -46,10 +47,10 @@ class Moments(NamedTuple):
 
 
 def join(parts: Sequence[tuple[Any, model_state.Frozen]]) -> tuple[Any, model_state.Frozen]:
-    """(lora, frozen) of all members from those of each, as train.split gives them on one base.
+    """(lora, frozen) of all members, from each member's `model_state.split` on the same base.
 
-    Adapters of a smaller rank are padded: with zero rows of B and columns of A, which have no
-    gradient and stay zero. For the graphdef of the largest rank.
+    Adapters of a smaller rank are padded with zero rows of B and zero columns of A, which have no
+    gradient and stay zero. Use it with the graphdef of the largest rank.
     """
     trained = jax.tree.map(_stacked, *(trained for trained, _ in parts))
     first = parts[0][1]
@@ -62,7 +63,7 @@ def join(parts: Sequence[tuple[Any, model_state.Frozen]]) -> tuple[Any, model_st
 
 
 def one(trained: Any, frozen: model_state.Frozen, index: int) -> tuple[Any, model_state.Frozen]:
-    """(lora, frozen) of a member alone, for the graphdef of the largest rank."""
+    """(lora, frozen) of one member, for the graphdef of the largest rank."""
 
     def own(path, array):
         return array[index] if _name(path) in _OWN else array
@@ -74,15 +75,15 @@ def one(trained: Any, frozen: model_state.Frozen, index: int) -> tuple[Any, mode
 
 
 def cut(trained: Any, like: Any) -> Any:
-    """A member's arrays without what `join` padded them with. like: arrays of its own shapes."""
+    """A member's arrays without the padding of `join`. like: arrays of the member's own shapes."""
     return jax.tree.map(lambda array, own: array[tuple(map(slice, own.shape))], trained, like)
 
 
 def start(members: Sequence[Member], trained: Any, num_steps: int) -> train_step.State:
-    """The state before step 1. Called eagerly, see train.start."""
+    """The state before step 1. Call it eagerly; see step.start."""
     state = train_step.start(trained, adamw.make(members[0].optim, num_steps))
     count = len(members)
-    # Of moments the axis is there already; of what counts steps it is not.
+    # The moments have the axis [S] already; the step counts do not.
     moments = jax.tree.map(
         lambda array: array if array.ndim else jnp.zeros(count, array.dtype), state.opt_state
     )
@@ -98,29 +99,29 @@ def make_step(
     remat: str,
     beta: float | None = None,
 ) -> Callable[
-    [train_step.State, model_state.Frozen, train_step.Batch],
+    [train_step.State, model_state.Frozen, train_loss.Batch],
     tuple[train_step.State, dict[str, jax.Array]],
 ]:
-    """train.make_step for all members: metrics are "loss/NAME" and so on, and num_tokens.
+    """step.make_step for all members: the metrics are "loss/NAME" and so on, and num_tokens.
 
-    graphdef: of the largest rank.
+    graphdef: that of the largest rank.
     """
     of_model = _sums(graphdef, len(members), beta)
     peaks = np.array([member.optim.lr for member in members], np.float32)
 
-    def sums(trained, frozen, key, micro_batch, rows):
-        keys = lora.reseed(frozen.dropout_keys, key, jnp.tile(rows, len(members)))
+    def sums(trained, frozen, key, micro_batch, numbers):
+        keys = lora.reseed(frozen.dropout_keys, key, jnp.tile(numbers, len(members)))
         found = of_model(trained, frozen, keys, micro_batch, remat)
-        return found.loss.sum(), found  # a member's arrays have a part in its own loss alone
+        return found.loss.sum(), found  # a member's arrays affect only its own loss
 
-    def step(state: train_step.State, frozen: model_state.Frozen, batch: train_step.Batch):
-        zero = train_step.zero_sums(beta, (len(members),))
+    def step(state: train_step.State, frozen: model_state.Frozen, batch: train_loss.Batch):
+        zero = train_loss.zero_sums(beta, (len(members),))
         found, gradient = train_step.add_up(sums, zero, state, frozen, batch, seed)
         own = functools.partial(_update, members[0].optim, num_steps, state.step)
         every = state.lora, state.opt_state, peaks, found, gradient
         trained, moments, metrics = jax.vmap(own)(*every)
-        told = _by_name(metrics, members) | {"num_tokens": (batch.attention_mask != 0).sum()}
-        return train_step.State(trained, moments, state.step + 1), told
+        metrics = _by_name(metrics, members) | {"num_tokens": (batch.attention_mask != 0).sum()}
+        return train_step.State(trained, moments, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, compiler_options=platform.compiler_options())
 
@@ -140,20 +141,21 @@ def _update(config, num_steps, number, trained, opt_state, peak, sums, gradient)
 def make_eval_loss(
     graphdef: nnx.GraphDef, members: Sequence[Member], beta: float | None = None
 ) -> Callable:
-    """train.make_eval_loss for all members: sums are "eval_loss/NAME" and so on."""
+    """step.make_eval_loss for all members: the sums are "eval_loss/NAME" and so on."""
     of_model = _sums(graphdef, len(members), beta)
 
     @functools.partial(jax.jit, compiler_options=platform.compiler_options())
     def eval_loss(trained, frozen, micro_batch):
         found = of_model(trained, frozen, None, micro_batch, "none")
-        told = {f"eval_{name}": each for name, each in {"loss": found.loss, **found.told}.items()}
-        return _by_name(told, members), found.count[0]
+        sums = {"loss": found.loss, **found.metrics}
+        sums = {f"eval_{name}": each for name, each in sums.items()}
+        return _by_name(sums, members), found.count[0]
 
     return eval_loss
 
 
-def _sums(graphdef: nnx.GraphDef, count: int, beta: float | None) -> Callable[..., train_step.Sums]:
-    """(lora, frozen, dropout keys or None, micro-batch, remat) → train.Sums [S]."""
+def _sums(graphdef: nnx.GraphDef, count: int, beta: float | None) -> Callable[..., train_loss.Sums]:
+    """(lora, frozen, dropout keys or None, micro-batch, remat) → Sums [S]."""
 
     def losses(trained, frozen, keys, batch, remat) -> Float[Array, "S B T"]:
         base = jax.tree_util.tree_map_with_path(
@@ -163,8 +165,8 @@ def _sums(graphdef: nnx.GraphDef, count: int, beta: float | None) -> Callable[..
         model = nnx.merge(graphdef, trained, frozen.dropout_keys if keys is None else keys, base)
         lora.put_beside(model, count)
         model.eval() if keys is None else model.train()
-        lines = jax.tree.map(lambda array: jnp.tile(array, (count, 1)), batch)
-        return train_step.losses(model, lines, remat=remat).reshape(count, *batch.labels.shape)
+        repeated = jax.tree.map(lambda array: jnp.tile(array, (count, 1)), batch)
+        return train_loss.losses(model, repeated, remat=remat).reshape(count, *batch.labels.shape)
 
     def sums(trained, frozen, keys, batch, remat):
         before = None
@@ -172,7 +174,7 @@ def _sums(graphdef: nnx.GraphDef, count: int, beta: float | None) -> Callable[..
             before = losses(frozen.reference, frozen, None, batch, remat)
             before = jax.lax.stop_gradient(before)
         now = losses(trained, frozen, keys, batch, remat)
-        return jax.vmap(train_step.objective(beta), (0, 0, None))(now, before, batch)
+        return jax.vmap(train_loss.objective(beta), (0, 0, None))(now, before, batch)
 
     return sums
 
@@ -194,7 +196,7 @@ def _stacked(*arrays: jax.Array) -> jax.Array:
 
 
 def _placed(path: Any, array: jax.Array) -> jax.Array:
-    """With its axis [S] where lora.put_beside has it: behind the axis of stacked layers."""
+    """The array with its axis [S] where lora.put_beside expects it: after that of the layers."""
     in_stack = any(getattr(part, "key", None) == _STACK for part in path)
     return jnp.moveaxis(array, 0, 1) if in_stack else array
 

@@ -1,4 +1,4 @@
-"""Devices, meshes with their sharding rules, and runs of several processes.
+"""Devices, the mesh with its sharding rules, and runs of several processes.
 
 May import `kernels`, `models`, `quant`.
 """

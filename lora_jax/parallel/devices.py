@@ -1,4 +1,4 @@
-"""What JAX computes on, and what to do when that is not what the machine has."""
+"""The devices that JAX uses: their names, their memory, and advice if JAX misses an accelerator."""
 
 import contextlib
 import ctypes
@@ -18,18 +18,18 @@ import jax
 
 from lora_jax import errors
 
-_COMPILED_BYTES = 4 << 30  # of programs that are kept; those used longest ago are dropped
+_COMPILED_BYTES = 4 << 30  # of cached compiled programs; the least recently used are deleted
 
 
 def describe() -> str:
-    """Such as "8 × NVIDIA H100 80GB HBM3 (gpu)", with "in 2 processes" where they are many."""
+    """Such as "8 × NVIDIA H100 80GB HBM3 (gpu)", plus "in 2 processes" if there are several."""
     found, processes = jax.devices(), jax.process_count()
     several = f" in {processes} processes" if processes > 1 else ""
     return f"{len(found)} × {found[0].device_kind} ({found[0].platform}){several}"
 
 
 def unused_accelerator() -> str | None:
-    """What to say when the machine has a GPU or TPU that JAX does not see, else None."""
+    """A warning if the machine has a GPU or TPU that JAX does not see, else None."""
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
         return None
     if name := nvidia_gpu():
@@ -38,7 +38,7 @@ def unused_accelerator() -> str | None:
         if installed:
             return (
                 f"JAX sees only the CPU: {installed[0]} is installed but could not open the "
-                f"{name}. Is it held by another process, or its driver too old? See nvidia-smi"
+                f"{name}. Does another process use it, or is its driver too old? See nvidia-smi"
             )
         return (
             f'JAX sees only the CPU, but there is a {name}: pip install "jax[cuda13]" '
@@ -61,7 +61,7 @@ def nvidia_gpu() -> str | None:
 
 
 def has_tpu() -> bool:
-    """Whether a TPU's device files are there (Google's PCI vendor id is 0x1ae0)."""
+    """Whether the device files of a TPU exist (Google's PCI vendor id is 0x1ae0)."""
     if glob.glob("/dev/accel[0-9]*"):
         return True
     vendors = glob.glob("/sys/class/vfio-dev/*/device/vendor") + glob.glob(
@@ -71,21 +71,21 @@ def has_tpu() -> bool:
 
 
 def device_peak_bytes() -> int | None:
-    """Most memory of the first device used so far, where it tells."""
+    """Peak memory of the first device so far; None if it does not report that."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def peak_bytes() -> int:
-    """Most memory used so far: of the first device where it tells, else of this process."""
-    told = device_peak_bytes()
-    if told is not None:
-        return told
+    """Peak memory so far: of the first device if it reports that, else of this process."""
+    reported = device_peak_bytes()
+    if reported is not None:
+        return reported
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def held_bytes() -> int:
-    """What `peak_bytes` counts already before there are arrays: on a CPU, this process."""
+    """The part of `peak_bytes` that is not arrays: on a CPU, what this process holds now."""
     with contextlib.suppress(OSError, ValueError):
         if jax.default_backend() == "cpu":
             resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
@@ -94,7 +94,7 @@ def held_bytes() -> int:
 
 
 def memory_bytes(device: jax.Device) -> int | None:
-    """Memory that JAX may use of a device: of a CPU its share of the host's; None: unknown."""
+    """Memory of a device that JAX may use; of a CPU, its share of the host's; None: unknown."""
     if device.platform == "cpu":
         with contextlib.suppress(OSError, ValueError):
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _num_local(device)
@@ -103,10 +103,7 @@ def memory_bytes(device: jax.Device) -> int | None:
 
 
 def free_bytes(device: jax.Device) -> int | None:
-    """What of `memory_bytes` can still be had; None: unknown.
-
-    A device that is only compiled for has no say, and gets None.
-    """
+    """The free part of `memory_bytes`; None: unknown, as for a compile-only device."""
     if device.platform == "cpu":
         free = min(_free_host_bytes(), default=None)
         return None if free is None else free // _num_local(device)
@@ -125,11 +122,11 @@ def _num_local(device: jax.Device) -> int:
 
 
 def _free_host_bytes() -> Iterator[int]:
-    """What Linux says is free, and what a container's limit leaves."""
+    """The free memory that Linux reports, and what is left of a container's limit."""
     with contextlib.suppress(OSError, ValueError):
         if found := re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text()):
             yield int(found[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+    with contextlib.suppress(OSError, ValueError):  # without a limit the file has "max"
         limit, used = (
             int(pathlib.Path(f"/sys/fs/cgroup/memory.{name}").read_text())
             for name in ("max", "current")
@@ -138,10 +135,10 @@ def _free_host_bytes() -> Iterator[int]:
 
 
 def keep_compiled() -> None:
-    """Has JAX find again what it has compiled for an accelerator, in ~/.cache/lora_jax/xla.
+    """Turns on JAX's cache of compiled programs for an accelerator, in ~/.cache/lora_jax/xla.
 
-    Not for a CPU, whose programs may not run on another one that shares the folder. JAX's own
-    settings come first: JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=0.
+    Not for a CPU: its programs may not run on another CPU that shares the folder. JAX's own
+    settings have precedence: JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=0.
     """
     if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir:
         return
@@ -149,17 +146,17 @@ def keep_compiled() -> None:
     folder = folder / "lora_jax/xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to
+    except OSError:  # the home folder is not writable
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep large blocks that are freed, for the next step, where JAX computes on a CPU.
+    """On a CPU, makes glibc keep large freed blocks for the next step.
 
-    XLA allocates a step's temporaries anew each time. Blocks that go back to the system in between
-    return as pages to be cleared, which took a tenth to half of a step's time.
+    XLA allocates a step's temporaries anew each time. If glibc returned the blocks to the system in
+    between, the kernel would clear their pages again, which took a tenth to half of a step's time.
     """
     if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
         libc, max_mmaps, trim_threshold = ctypes.CDLL(None), -4, -1  # as in malloc.h
@@ -168,7 +165,7 @@ def keep_freed_memory() -> None:
 
 
 def explain(error: BaseException) -> errors.UserError | None:
-    """A failure of the runtime that the user can put right, in words; None for any other."""
+    """The UserError for a runtime failure that the user can fix; None for any other error."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -188,7 +185,7 @@ def explain(error: BaseException) -> errors.UserError | None:
         return errors.UserError(
             expected="a device that this process can open",
             found=text.splitlines()[0],
-            do="end the other process that holds it (nvidia-smi, or lsof /dev/accel0), "
-            "or JAX_PLATFORMS=cpu to run without it",
+            do="stop the process that uses it (nvidia-smi, or lsof /dev/accel0), "
+            "or set JAX_PLATFORMS=cpu to run without it",
         )
     return None

@@ -1,4 +1,4 @@
-"""One mesh, one table of rules, and the sharding of every array that follows from its path."""
+"""The mesh, the sharding rules, and the sharding of every array, which follows from its path."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import partition as partitions
 from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
 from lora_jax.quant import linear as quant_linear
@@ -26,8 +26,8 @@ BATCH = ("data", "fsdp")  # a batch is split over both
 def parse(text: str, num_devices: int) -> dict[str, int]:
     """{"data": 1, "fsdp": 8, "tensor": 1} from "fsdp=8" or "fsdp=-1"; axes left out are 1.
 
-    One size may be −1: whatever makes the product the number of devices. Raises: UserError for
-    anything else than axis=size pairs whose product is that number.
+    One size may be −1: then the product of all sizes becomes the number of devices. Raises:
+    UserError unless the text has axis=size pairs whose product is that number.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -46,7 +46,7 @@ def parse(text: str, num_devices: int) -> dict[str, int]:
         sizes[free[0]] = num_devices // product
     elif free or product != num_devices:
         raise errors.UserError(
-            expected=f"a mesh of {num_devices} devices, as many as JAX sees",
+            expected=f"a mesh of the {num_devices} devices that JAX sees",
             found=f"{text} = {'a multiple of ' if free else ''}{product} devices",
             where="--mesh",
             do="choose sizes whose product is the number of devices, or -1 for one of them",
@@ -55,10 +55,10 @@ def parse(text: str, num_devices: int) -> dict[str, int]:
 
 
 def default(num_devices: int, base_bytes: int, device_bytes: int | None) -> dict[str, int]:
-    """All devices on the data axis where the base fits on each; else as few on fsdp as it takes.
+    """All devices on the data axis if the base fits on each, else as few as possible on fsdp.
 
-    base_bytes: of the frozen base; device_bytes: memory of one device (None: unknown). The base
-    may take half of that; the rest is for what it computes.
+    base_bytes: of the frozen base. device_bytes: memory of one device; None: unknown. The base may
+    take half of it; the rest is for the computation.
     """
     powers = [2**n for n in range(num_devices.bit_length()) if num_devices % 2**n == 0]
     fits = (fsdp for fsdp in powers if not device_bytes or 2 * base_bytes <= fsdp * device_bytes)
@@ -67,16 +67,16 @@ def default(num_devices: int, base_bytes: int, device_bytes: int | None) -> dict
 
 
 def choose(text: str | None, base_bytes: int) -> Mesh:
-    """The mesh that --mesh asks for, or else the default for a base of so many bytes."""
+    """The mesh of the flag --mesh, else the default for a base of base_bytes."""
     count = jax.device_count()
     memory = devices.memory_bytes(jax.local_devices()[0])
-    # Hosts may tell unequal memories.
+    # Hosts may report different amounts of memory.
     sizes = parse(text, count) if text else processes.told(default(count, base_bytes, memory))
     return make_mesh(sizes)
 
 
 def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over the first of `among` (default: JAX's devices).
+    """A mesh with the axes data, fsdp, tensor over the first devices of `among` (default: all).
 
     Neighbours on the last axes are neighbours in the machine, as far as its network allows.
     """
@@ -97,38 +97,38 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def cache(num_rows: int, num_heads: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """For keys and values [L, B, S, K, H]: rows over the devices and heads over tensor, if even."""
+    """For keys and values [L, B, S, K, H]: B as `rows`, K over tensor; unsplit if uneven."""
     heads = None if num_heads % mesh.shape["tensor"] else "tensor"
-    (dealt,) = rows(num_rows, mesh).spec or (None,)
-    return NamedSharding(mesh, PartitionSpec(None, dealt, None, heads))
+    (split,) = rows(num_rows, mesh).spec or (None,)
+    return NamedSharding(mesh, PartitionSpec(None, split, None, heads))
 
 
 def rows(num_rows: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """For arrays [num_rows, T]: split over the devices, or on all of them if that is uneven."""
+    """For arrays [num_rows, T]: split over data and fsdp, or replicated if that is uneven."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return NamedSharding(mesh, PartitionSpec() if num_rows % shards else PartitionSpec(BATCH))
 
 
 def round_up(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
-    """The least batch size, from `batch_size` on, that can be dealt out evenly."""
+    """The smallest batch size ≥ batch_size that can be split evenly."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-batch_size // shards) * shards
 
 
 def check_batch(
-    batch_size: int, mesh: Mesh | AbstractMesh, rows_per_step: int | None = None
+    batch_size: int, mesh: Mesh | AbstractMesh, sequences_per_step: int | None = None
 ) -> None:
-    """Raises UserError when the rows of a batch cannot be dealt out evenly.
+    """Raises UserError if the sequences of a batch cannot be split evenly.
 
-    rows_per_step: batch size × accumulation, where it must stay what it is.
+    sequences_per_step: batch size × accumulation, if the advice must not change it.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shards:
         flags = f"--batch-size {round_up(batch_size, mesh)}, or "
-        if rows_per_step:
-            fits = [n for n in range(shards, rows_per_step + 1, shards) if rows_per_step % n == 0]
+        if total := sequences_per_step:
+            fits = [n for n in range(shards, total + 1, shards) if total % n == 0]
             size = min(fits, key=lambda n: abs(n - batch_size), default=0)
-            flags = size and f"--batch-size {size} --grad-accum {rows_per_step // size}, or "
+            flags = size and f"--batch-size {size} --grad-accum {total // size}, or "
         raise errors.UserError(
             expected=f"a batch size that data × fsdp = {shards} divides",
             found=f"batch size {batch_size}",
@@ -138,11 +138,11 @@ def check_batch(
 
 
 def sum_over_data(function: Callable, *, num_whole: int) -> Callable:
-    """Σ function(*whole, *batches) over the parts of the batches that the data axis deals out.
+    """Σ function(*whole, *batches) over the parts into which the data axis splits the batches.
 
-    The first num_whole arguments are whole on every device, the others arrays [micro-batches, B,
-    …]. The sum is one all-reduce, at the end; left to the compiler, a gradient would be summed for
-    every layer of every micro-batch. The other axes of the mesh are left to the compiler.
+    The first num_whole arguments are not split over data; the others are arrays [micro-batches, B,
+    …]. The sum is one all-reduce at the end. The compiler would sum a gradient for every layer of
+    every micro-batch. The other axes of the mesh are left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("data", 1) == 1:
@@ -152,12 +152,12 @@ def sum_over_data(function: Callable, *, num_whole: int) -> Callable:
         return jax.lax.psum(function(*arguments), "data")
 
     def summed(*arguments):
-        num_dealt = len(arguments) - num_whole
+        num_split = len(arguments) - num_whole
         return jax.shard_map(
             each,
-            in_specs=(PartitionSpec(),) * num_whole + (PartitionSpec(None, "data"),) * num_dealt,
+            in_specs=(PartitionSpec(),) * num_whole + (PartitionSpec(None, "data"),) * num_split,
             out_specs=PartitionSpec(),
-            # An axis of one device too, so that nothing is left to the compiler where data is all.
+            # Axes of size 1 too, so that with data alone nothing is left to the compiler.
             axis_names={"data"} | {axis for axis, size in mesh.shape.items() if size == 1},
             check_vma=False,
         )(*arguments)
@@ -168,9 +168,9 @@ def sum_over_data(function: Callable, *, num_whole: int) -> Callable:
 def of(path: Iterable, ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of the array at `path`, e.g. (model, layers, self_attn, q_proj, kernel).
 
-    Packed words and group scales take their kernel's axes; a column scale or a bias its output
-    axis. LoRA's A takes the input axis and B the output axis, but never fsdp: they are small, and
-    every device needs them whole. What no rule names is replicated.
+    Packed words and group scales have their kernel's axes; column scales and biases its output
+    axis. LoRA's A has the input axis and B the output axis, but never fsdp: they are small, and
+    every device needs them whole. Arrays without a rule are replicated.
     """
     names = [str(part) for part in path]
     module = next((name for name in reversed(names) if name in llama.LOGICAL_AXES), None)
@@ -179,12 +179,12 @@ def of(path: Iterable, ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the input axis of the linear layer at `path` is cut."""
+    """The number of parts into which the input axis of the linear layer at `path` is split."""
     return mesh.shape[_mesh_axes(list(path)[-1])[0]]
 
 
 def deal_out(model: nnx.Module) -> None:
-    """Tells layers that do not leave it to the compiler how a mesh deals out their product."""
+    """Sets `partition` on the layers that split their product over the mesh themselves."""
     for path, layer in nnx.iter_graph(model):
         if isinstance(layer, quant_linear.QuantLinear | llama.Embedding):
             layer.partition = partition(path)
@@ -192,9 +192,9 @@ def deal_out(model: nnx.Module) -> None:
             layer.partition = partition(("q_proj",))
 
 
-def partition(path: Sequence) -> dealing.Partition:
-    """How the product with the weight of the linear layer or embedding at `path` is dealt out."""
-    return dealing.Partition(BATCH, *_mesh_axes(path[-1]), gathered="fsdp")
+def partition(path: Sequence) -> partitions.Partition:
+    """The mesh axes that split the product of the linear layer or embedding at `path`."""
+    return partitions.Partition(BATCH, *_mesh_axes(path[-1]), gathered="fsdp")
 
 
 def _mesh_axes(module: str) -> tuple[str, str]:
@@ -218,7 +218,7 @@ def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of `tree`, nested dicts by path, each where `of` says."""
+    """The arrays of `tree`, nested dicts by path, each placed with the sharding of `of`."""
 
     def put(path, array):
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
@@ -228,12 +228,12 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 
 def put(tree: Any, where: NamedSharding) -> Any:
-    """The host's arrays of `tree`, the same in all processes, on the devices of `where`."""
+    """The host arrays of `tree`, equal in all processes, placed with the sharding `where`."""
     return jax.tree.map(lambda array: _put(array, where), tree)
 
 
 def _put(array: Any, where: NamedSharding) -> jax.Array:
-    # For devices of other processes jax.device_put would send the array around, to compare.
+    # With devices of other processes, jax.device_put would send the array to them to compare it.
     if where.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
         return jax.device_put(array, where)
     host = np.asarray(array)
@@ -241,5 +241,5 @@ def _put(array: Any, where: NamedSharding) -> jax.Array:
 
 
 def gather(tree: Any) -> Any:
-    """The arrays of `tree` whole, on the host of every process; all must call it."""
+    """The whole arrays of `tree`, on the host of every process; all processes must call it."""
     return multihost_utils.process_allgather(tree, tiled=True)

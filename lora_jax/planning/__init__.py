@@ -1,4 +1,4 @@
-"""What a job takes before it starts: memory, operations, time; and what XLA makes of its programs.
+"""What a training job needs, from shapes alone: memory, operations and time, and what XLA plans.
 
-May import `generation`, `optim` and below. Needs no weights and no accelerator.
+Loads no weights and needs no accelerator. May import `generation`, `optim` and below.
 """

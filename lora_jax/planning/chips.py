@@ -1,7 +1,7 @@
-"""Devices to compile for without having them, and what each kind can do at best.
+"""Targets to compile for, which this machine need not have, and the published peaks of their chips.
 
-A target is named platform:chip or platform:chip-count, such as tpu:v5e-4 or gpu:h100; cpu:8 is
-eight devices that XLA makes of this machine's processor.
+A target is named platform:chip or platform:chip-count, such as tpu:v5e-4 or gpu:h100. cpu:8 means
+eight devices that XLA simulates on this machine's processor.
 """
 
 import importlib.util
@@ -25,8 +25,8 @@ class Peaks(NamedTuple):
 
 # Sources: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}; the data sheets of the SXM modules and
 # of the L4, https://www.nvidia.com/en-us/data-center/{a100,h100,h200,l4} (half of what they state
-# for sparsity); of the RTX 4080, NVIDIA's white paper on Ada, table of GeForce cards (bfloat16
-# summed in float32).
+# for sparsity); for the RTX 4080, NVIDIA's white paper on Ada, table of GeForce cards (bfloat16
+# accumulated in float32).
 PEAKS = {
     "tpu:v5e": Peaks(197e12, 819e9, 16e9),
     "tpu:v5p": Peaks(459e12, 2765e9, 95e9),
@@ -37,8 +37,8 @@ PEAKS = {
     "gpu:l4": Peaks(121e12, 300e9, 24e9),
     "gpu:rtx4080": Peaks(97.5e12, 716.8e9, 16e9),
 }
-# Bytes/s between chips, of one chip, both directions together. Sources: as above; the last two talk
-# over PCIe 4.0 with 16 lanes.
+# Bytes/s between one chip and the others, in both directions together. Sources: as above; the last
+# two are connected by PCIe 4.0 with 16 lanes.
 INTERCONNECT = {
     "tpu:v5e": 400e9,
     "tpu:v5p": 1200e9,
@@ -49,7 +49,7 @@ INTERCONNECT = {
     "gpu:l4": 64e9,
     "gpu:rtx4080": 64e9,
 }
-COUNTS = {  # chips → the topology that libtpu or the CUDA plugin makes of them
+COUNTS = {  # number of chips → their topology, as libtpu or the CUDA plugin names it
     "tpu": {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
             256: "16x16"},
     "gpu": {1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8", 16: "1x2x8", 32: "1x4x8", 64: "1x8x8",
@@ -58,10 +58,10 @@ COUNTS = {  # chips → the topology that libtpu or the CUDA plugin makes of the
 _CUBES = {1: "1x1x1", 2: "1x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4",
           128: "4x4x8", 256: "4x8x8"}  # of tpu:v5p, a torus in three dimensions  # fmt: skip
 _MOST_CPUS = 256
-GPU_SHARE = 0.75  # of its memory that JAX takes; XLA_PYTHON_CLIENT_MEM_FRACTION is another
+GPU_SHARE = 0.75  # of its memory that JAX uses, unless XLA_PYTHON_CLIENT_MEM_FRACTION changes it
 
-# Without these libtpu asks the network which TPU it is on, or lets one process in at a time. It
-# reads them when it is loaded, which is when `devices` first asks for a TPU.
+# Without these, libtpu asks the network which TPU it runs on, or admits one process at a time. It
+# reads them when it is loaded: when `devices` first asks for a TPU.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -70,7 +70,7 @@ LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# What XLA asks of a device; the fields are those of cudaGetDeviceProperties.
+# The device properties that XLA needs; the fields are those of cudaGetDeviceProperties.
 _GPU = """
 platform_name: "CUDA"
 runtime_version {{ major: 12 minor: 9 patch: 0 }}
@@ -118,7 +118,7 @@ _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda12", "jax_plugins
 
 
 class Target(NamedTuple):
-    """`count` chips of one kind; `chip` is a key of PEAKS, or a platform."""
+    """`count` chips of one kind. chip: a key of PEAKS, or a platform."""
 
     chip: str
     count: int
@@ -129,12 +129,12 @@ class Target(NamedTuple):
 
     @property
     def peaks(self) -> Peaks | None:
-        """Of one chip; None for a CPU."""
+        """The peaks of one chip; None for a CPU."""
         return PEAKS.get(self.chip)
 
     @property
     def usable_bytes(self) -> int | None:
-        """Of one chip's HBM, what JAX uses unless told otherwise; None for a CPU."""
+        """The part of one chip's HBM that JAX uses by default; None for a CPU."""
         share = GPU_SHARE if self.platform == "gpu" else 1
         return self.peaks and int(share * self.peaks.memory)
 
@@ -142,7 +142,7 @@ class Target(NamedTuple):
 def parse(name: str) -> Target:
     """Target("tpu:v5e", 4) from "tpu:v5e-4"; without a number, one chip.
 
-    Raises: UserError, with the names that exist, for any other.
+    Raises: UserError, with the known names, for any other name.
     """
     if cpus := re.fullmatch(r"cpu:([1-9]\d*)", name):
         target = Target("cpu", int(cpus[1]))
@@ -154,10 +154,10 @@ def parse(name: str) -> Target:
     if not exists:
         chips = ", ".join(PEAKS)
         raise errors.UserError(
-            expected=f"a chip among {chips}, then -N for more than one; or cpu:N",
+            expected=f"one of {chips}, followed by -N for several chips; or cpu:N",
             found=repr(name),
             where=[
-                f"numbers of chips that exist: {platform} {', '.join(map(str, counts))}"
+                f"possible numbers of chips: {platform} {', '.join(map(str, counts))}"
                 for platform, counts in COUNTS.items()
             ],
         )
@@ -165,16 +165,17 @@ def parse(name: str) -> Target:
 
 
 def of_kind(platform: str, kind: str, count: int) -> Target:
-    """The devices that JAX sees, by their `device_kind`; a chip of PEAKS where it is one."""
+    """The Target of devices that JAX sees, by their `device_kind`; its chip is a key of PEAKS if
+    the kind is known, else the platform."""
     kinds = {_GPUS[chip]["name"]: chip for chip in _GPUS}
-    # By age of the driver, JAX has either name.
+    # JAX uses either name, depending on the version of the driver.
     kinds |= {"TPU v5 lite": "tpu:v5e", "TPU v5": "tpu:v5p", "TPU v6 lite": "tpu:v6e"}
     kinds |= {"TPU v5e": "tpu:v5e", "TPU v5p": "tpu:v5p", "TPU v6e": "tpu:v6e"}
     return Target(kinds.get(kind, platform), count)
 
 
 def check(name: str) -> None:
-    """Raises UserError when the name is unknown or the target's compiler is not installed."""
+    """Raises UserError if the name is unknown or the target's compiler is not installed."""
     if parse(name).platform == "cpu":
         return
     modules = _COMPILERS[parse(name).platform]
@@ -190,16 +191,17 @@ def check(name: str) -> None:
 
 
 def target_config(chip: str) -> str:
-    """How XLA wants a GPU described: a GpuTargetConfigProto, as text."""
+    """XLA's description of a GPU: a GpuTargetConfigProto, as text."""
     peaks = PEAKS[chip]
     return _GPU.format(bandwidth=peaks.bandwidth, memory=peaks.memory, **_GPUS[chip])
 
 
 def devices(name: str) -> list[jax.Device]:
-    """The target's devices: programs can be compiled for them, but not run.
+    """The target's devices: programs can be compiled for them, but cannot run on them.
 
-    Raises: UserError as `check`. Run under JAX_PLATFORMS=cpu, so that JAX does not look for the
-    devices in the machine; a CPU's also want --xla_force_host_platform_device_count in XLA_FLAGS.
+    Set JAX_PLATFORMS=cpu, so that JAX does not look for the devices in the machine. The devices of
+    a CPU also need --xla_force_host_platform_device_count in XLA_FLAGS. Raises: UserError as
+    `check` does.
     """
     check(name)
     target = parse(name)
@@ -213,6 +215,6 @@ def devices(name: str) -> list[jax.Device]:
         for variable, value in LIBTPU_ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         how = {"platform": "tpu", "topology_name": f"{target.chip.removeprefix('tpu:')}:{shape}"}
-        if target.count < 4:  # less than the four chips of a host
+        if target.count < 4:  # fewer than the four chips of a host
             how["chips_per_host_bounds"] = [1, target.count, 1]
     return list(topologies.get_topology_desc(**how).devices)

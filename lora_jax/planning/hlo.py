@@ -1,4 +1,4 @@
-"""What a compiled program runs, from its HLO text: instructions, how often, and communication."""
+"""What a compiled program executes, from its HLO text: instructions, counts and communication."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-    """operand: the shape of the first one."""
+    """One instruction. operand: the shape of its first operand."""
 
     shape: str
     opcode: str
@@ -18,8 +18,8 @@ class Instruction(NamedTuple):
 class Step(NamedTuple):
     """An instruction that runs `times` times.
 
-    fused: within another instruction, whose result alone reaches memory. in_decode: in a loop
-    without a known number of iterations, which only the decode loop is.
+    fused: part of another instruction, so that its own result does not reach memory. in_decode: in
+    a loop without a fixed number of iterations, which is the decode loop.
     """
 
     instruction: Instruction
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 def parse(text: str) -> list[Step]:
-    """The instructions that a compiled program (HLO text) runs, those of its callees included."""
+    """The instructions that a compiled program (HLO text) runs, including those of its callees."""
     computations: dict[str, list[Instruction]] = {}
     shape_of: dict[str, str] = {}  # in the current computation
     entry = current = ""
@@ -67,7 +67,7 @@ def parse(text: str) -> list[Step]:
 
 
 def trip_count(text: str, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a while loop runs, where that is fixed: XLA's note, or `index < constant`."""
+    """The fixed number of iterations of a while loop, from XLA's note or `index < constant`."""
     if noted := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', text):
         return int(noted[1])
     condition = computations[re.search(r"condition=%?([\w.\-]+)", text)[1]]
@@ -86,6 +86,7 @@ def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
 
 
 def num_bytes(dtype: str, dims: Sequence[int]) -> int:
+    """Bytes of an array of this HLO dtype and these dimensions."""
     bits = 8 if dtype == "pred" else int(re.sub(r"\D.*", "", dtype.lstrip("bfsuc")) or 0)
     return math.prod(dims) * bits // 8
 
@@ -94,7 +95,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 
 def collective_bytes(program: Sequence[Step]) -> dict[str, dict[str, int]]:
-    """{kind: {count, bytes that a device gets}} of what runs."""
+    """{kind: {"count": …, "bytes": received by each device}} of the collectives that run."""
     totals: dict[str, dict[str, int]] = {}
     for (shape, opcode, *_), times, _, _ in program:
         kind = opcode.removesuffix("-start")
@@ -110,9 +111,9 @@ def collective_bytes(program: Sequence[Step]) -> dict[str, dict[str, int]]:
 
 
 def dot_flops(program: Sequence[Step]) -> int:
-    """Floating point operations of the matrix products that run, 2 for a multiply and add.
+    """Floating point operations of the matrix products that run; a multiply-add counts as 2.
 
-    Those that are written as `dot`: all of them on a CPU; not what a kernel or a library computes.
+    It counts `dot` instructions: all products on a CPU, but not those of kernels or libraries.
     """
     total = 0
     for instruction, times, _, _ in program:

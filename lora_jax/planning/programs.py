@@ -1,7 +1,7 @@
-"""A job's programs from shapes alone, compiled for a target ahead of time: no weights, no device.
+"""A job's programs, compiled for a target ahead of time from shapes: no weights, no device.
 
-The job's train step is `train.make_step`'s, its generation `generate.make`'s. Where XLA may abort
-the process, `compiled` has a process of its own do it: python -m lora_jax.planning.programs.
+They are the train step of `optim.make_step` and the generation of `generation.make`. XLA may abort
+the process that compiles, so `compiled` starts one: python -m lora_jax.planning.programs.
 """
 
 import dataclasses
@@ -17,64 +17,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
-from lora_jax.checkpoints import loader
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
 from lora_jax.generation import weights as decode_weights
-from lora_jax.lora import config
-from lora_jax.lora.nnx import inject as lora
-from lora_jax.lora.nnx import model_state
-from lora_jax.models import config as model_config
-from lora_jax.models import quantization_config as model_quantization
 from lora_jax.optim import adamw
-from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train
 from lora_jax.parallel import devices
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, hlo
-
-_STEPS = 100  # of the schedule: the program is the same for any number
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What decides a training run's programs. batch_size lines at a time, over all devices.
-
-    generation: (rows at a time, prompt tokens, new tokens) of --prompt or --exact-match, or None.
-    beta: of DPO, where a line is a pair of rows; None for a row to a line.
-    """
-
-    architecture: model_config.LlamaConfig
-    dtype: str = "bfloat16"
-    quant: str = "int4"
-    lora: config.LoRAConfig = dataclasses.field(default_factory=config.LoRAConfig)
-    optim: optim_config.OptimConfig = dataclasses.field(default_factory=optim_config.OptimConfig)
-    remat: str = "full"
-    batch_size: int = 1
-    grad_accum: int = 1
-    seq_len: int = 2048
-    generation: tuple[int, int, int] | None = None
-    beta: float | None = None
-
-    @property
-    def rows_a_line(self) -> int:
-        return 1 if self.beta is None else 2
-
-    @property
-    def length(self) -> int:
-        """Tokens of a line."""
-        return self.rows_a_line * self.seq_len
-
-    def of_length(self, tokens: int) -> "Job":
-        """The same with lines of so many tokens."""
-        return dataclasses.replace(self, seq_len=tokens // self.rows_a_line)
+from lora_jax.planning import job as jobs
 
 
 class Compiled(NamedTuple):
-    """What XLA made of a program, for one device: bytes, seconds it took, what it communicates."""
+    """What XLA reports of a program, for one device: memory, compile time and communication."""
 
     peak_bytes: int
     argument_bytes: int
@@ -84,7 +43,7 @@ class Compiled(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What JAX sees: platform, device kind, their number, bytes of each that it may use."""
+    """The devices that JAX sees: platform, kind, number, and the bytes of each that it may use."""
 
     platform: str
     kind: str
@@ -104,69 +63,30 @@ class Program(NamedTuple):
             return self.function.trace(*self.arguments).lower()
 
 
-def shapes(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The arrays of `tree` as shapes, each with the sharding that `sharding.place` gives it."""
-
-    def shape(path, leaf):
-        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
-        where = sharding.of(names, leaf.ndim, mesh)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    return jax.tree_util.tree_map_with_path(shape, tree)
-
-
-def model_parts(
-    job: Job, mesh: Mesh | AbstractMesh
-) -> tuple[nnx.GraphDef, Any, model_state.Frozen, int]:
-    """(graphdef, lora, frozen, trainable numbers) of the model as `checkpoint.load` makes it."""
-    made = []
-
-    def build():
-        model = loader.skeleton(
-            job.architecture, dtype=jnp.dtype(job.dtype), quantization=job.quant, mesh=mesh
-        )
-        # PiSSA begins with values, of which there are none here.
-        adapters = dataclasses.replace(job.lora, init_lora_weights="default")
-        lora.inject(model, adapters, rngs=nnx.Rngs(0))
-        graphdef, trained, frozen = model_state.split(model)
-        made.append((graphdef, lora.num_params(model)))
-        return trained, frozen
-
-    trained, frozen = jax.eval_shape(build)
-    if job.beta is not None:
-        frozen = frozen._replace(reference=trained)
-    graphdef, trainable = made[0]
-    return graphdef, trained, frozen, trainable
-
-
-def train_step(job: Job, mesh: Mesh) -> Program:
-    """The step as train.make_step gives it, with state, frozen and batch as shapes."""
-    graphdef, trained, frozen, _ = model_parts(job, mesh)
+def train_step(job: jobs.Job, mesh: Mesh) -> Program:
+    """The step of `optim.make_step`, with the shapes of state, frozen and batch."""
+    graphdef, trained, frozen, _ = jobs.model_parts(job, mesh)
     step = train.make_step(
         graphdef,
-        adamw.make(job.optim, _STEPS),
-        adamw.schedule(job.optim, _STEPS),
+        adamw.make(job.optim, jobs.NUM_STEPS),
+        adamw.schedule(job.optim, jobs.NUM_STEPS),
         seed=0,
         remat=job.remat,
         beta=job.beta,
     )
-    row = jax.ShapeDtypeStruct(
+    ids = jax.ShapeDtypeStruct(
         (job.grad_accum, job.batch_size, job.length), jnp.int32, sharding=sharding.batch(mesh)
     )
-    batch = train.Batch(row, row, row)
-    return Program(step, (shapes(state(job, trained), mesh), shapes(frozen, mesh), batch))
+    batch = train_loss.Batch(ids, ids, ids)
+    return Program(
+        step, (jobs.shapes(jobs.state(job, trained), mesh), jobs.shapes(frozen, mesh), batch)
+    )
 
 
-def state(job: Job, trained: Any) -> train.State:
-    """The shapes of what training changes."""
-    optimizer = adamw.make(job.optim, _STEPS)
-    return jax.eval_shape(lambda a: train.start(a, optimizer), trained)
-
-
-def generation(job: Job, mesh: Mesh) -> Program:
-    """What continues job.generation's prompts, as generate.make gives it."""
+def generation(job: jobs.Job, mesh: Mesh) -> Program:
+    """The program of `generation.make` that continues job.generation's prompts."""
     rows, prompt, new = job.generation
-    graphdef, trained, frozen, _ = model_parts(job, mesh)
+    graphdef, trained, frozen, _ = jobs.model_parts(job, mesh)
     model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
     sampling = generation_config.Sampling(max_new_tokens=new)
     run = continuation.make(
@@ -175,16 +95,18 @@ def generation(job: Job, mesh: Mesh) -> Program:
     ids = jax.ShapeDtypeStruct((rows, prompt), jnp.int32, sharding=sharding.rows(rows, mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct((), key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    return Program(run, (shapes(trained, mesh), shapes(frozen, mesh), ids, ids, key))
+    return Program(run, (jobs.shapes(trained, mesh), jobs.shapes(frozen, mesh), ids, ids, key))
 
 
 PROGRAMS = {"train": train_step, "generate": generation}
 
 
-def compile_here(job: Job, target: str | None, sizes: Mapping[str, int], what: str) -> Compiled:
+def compile_here(
+    job: jobs.Job, target: str | None, sizes: Mapping[str, int], what: str
+) -> Compiled:
     """Compiles one of PROGRAMS in this process, which XLA may abort.
 
-    target: as targets.parse; None: the devices JAX sees. sizes: of the mesh's axes.
+    target: a name as in chips.parse; None: the devices that JAX sees. sizes: of the mesh's axes.
     """
     found = jax.devices() if target is None else chips.devices(target)
     mesh = sharding.make_mesh(dict(sizes), found)
@@ -195,7 +117,7 @@ def compile_here(job: Job, target: str | None, sizes: Mapping[str, int], what: s
     seconds = time.monotonic() - start
     uses = compiled.memory_analysis()
     peak = uses.peak_memory_in_bytes
-    if found[0].platform == "cpu":  # there XLA leaves the temporaries out of it
+    if found[0].platform == "cpu":  # on which XLA leaves the temporaries out of the peak
         peak = uses.argument_size_in_bytes + uses.temp_size_in_bytes
         peak += uses.output_size_in_bytes - uses.alias_size_in_bytes
     return Compiled(
@@ -208,23 +130,23 @@ def compile_here(job: Job, target: str | None, sizes: Mapping[str, int], what: s
 
 
 def host_here() -> Host:
-    """The Host of this process."""
+    """The devices that JAX sees in this process."""
     first = jax.local_devices()[0]
     memory = devices.memory_bytes(first)
     return Host(first.platform, first.device_kind, jax.device_count(), memory)
 
 
 def compiled(
-    job: Job,
+    job: jobs.Job,
     target: str | None,
     sizes: Mapping[str, int],
     what: str = "train",
     *,
     limit: float = 900,
 ) -> Compiled | str:
-    """What `compile_here` finds, from a process of its own; why it found nothing, as a text.
+    """The result of `compile_here` in a separate process, or the reason why there is none.
 
-    limit: seconds after which the process is ended. Ctrl-C ends it too.
+    limit: seconds after which that process is stopped. Ctrl-C stops it too.
     """
     asked = {"job": dataclasses.asdict(job), "target": target, "sizes": dict(sizes), "what": what}
     answer = _ask(asked, target, limit)
@@ -232,16 +154,16 @@ def compiled(
 
 
 def host(*, limit: float = 120) -> Host:
-    """What JAX sees, from a process of its own: this one takes no accelerator.
+    """The devices that JAX sees, found in a separate process: this one opens no accelerator.
 
-    Raises: UserError when there is no answer.
+    Raises: UserError if that process fails.
     """
     answer = _ask({"what": "host"}, None, limit)
     if isinstance(answer, str):
         raise errors.UserError(
             expected="devices that JAX can open",
             found=answer,
-            do="name another --target, or end what holds the device",
+            do="name another --target, or stop the process that holds the device",
         )
     return Host(**answer)
 
@@ -256,7 +178,7 @@ def _ask(asked: dict[str, Any], target: str | None, limit: float) -> dict[str, A
         chip = chips.parse(target)
         environment["JAX_PLATFORMS"] = "cpu"
         if chip.platform == "cpu":
-            flag = f" --xla_force_host_platform_device_count={chip.count}"  # the last one counts
+            flag = f" --xla_force_host_platform_device_count={chip.count}"  # the last flag wins
             environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
         else:
             environment["XLA_FLAGS"] = ""
@@ -278,43 +200,23 @@ def _ask(asked: dict[str, Any], target: str | None, limit: float) -> dict[str, A
 
 def _reason(code: int, log: str) -> str:
     """The last exception of a process that failed, on one line."""
-    # Before it come frames, after it JAX's advice on them.
-    told = log.split("-" * 20 + "\nFor simplicity, JAX")[0].strip().splitlines()
+    # Stack frames precede it, and JAX's advice about them follows it.
+    lines = log.split("-" * 20 + "\nFor simplicity, JAX")[0].strip().splitlines()
     if code < 0:
-        return f"the compiler ended with {signal.Signals(-code).name}: " + " ".join(told[-1:])
-    last = next((i for i in reversed(range(len(told))) if "Error" in told[i].split(":")[0]), -1)
-    return " ".join(" ".join(told[last:]).split())[:400]
-
-
-def job_from(fields: dict[str, Any]) -> Job:
-    """The Job whose dataclasses.asdict went through JSON."""
-    architecture = fields["architecture"]
-    rope = model_config.RopeConfig(**architecture["rope"])
-    stored = architecture["quantization"]
-    stored = None if stored is None else model_quantization.Quantization(**stored)
-    windows = tuple(architecture["sliding_windows"])
-    given = fields["generation"]
-    return Job(
-        **fields
-        | {
-            "architecture": model_config.LlamaConfig(
-                **architecture | {"rope": rope, "sliding_windows": windows, "quantization": stored}
-            ),
-            "lora": config.LoRAConfig(**fields["lora"]),
-            "optim": optim_config.OptimConfig(**fields["optim"]),
-            "generation": None if given is None else tuple(given),
-        }
-    )
+        return f"the compiler ended with {signal.Signals(-code).name}: " + " ".join(lines[-1:])
+    last = next((i for i in reversed(range(len(lines))) if "Error" in lines[i].split(":")[0]), -1)
+    return " ".join(" ".join(lines[last:]).split())[:400]
 
 
 def _answer() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for the compiler to return
+    # Python's own handler would wait for the compiler to return.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     asked = json.load(sys.stdin)
     what = asked.pop("what")
     if what == "host":
         found: NamedTuple = host_here()
     else:
-        found = compile_here(job_from(asked.pop("job")), **asked, what=what)
+        found = compile_here(jobs.job_from(asked.pop("job")), **asked, what=what)
     print(json.dumps(found._asdict()))
 
 

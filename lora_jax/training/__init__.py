@@ -8,7 +8,7 @@ from lora_jax import lazy
 _STEP = ("Batch", "State", "start", "make_step", "make_eval_loss", "steps")
 __getattr__, __all__ = lazy.names(
     __name__,
-    {name: f"lora_jax.optim.step:{name}" for name in _STEP}
+    {name: f"lora_jax.optim:{name}" for name in _STEP}
     | {name: f"{__name__}.entry:{name}" for name in ("resume", "run")}
     | {
         "Outcome": f"{__name__}.loop:Outcome",

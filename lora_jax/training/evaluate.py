@@ -14,7 +14,7 @@ from lora_jax.data import batches
 from lora_jax.generation import continuation
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
-from lora_jax.optim import step as train_step
+from lora_jax.optim import loss as train_loss
 from lora_jax.parallel import mesh as sharding
 
 
@@ -41,7 +41,7 @@ def means(
     for first in range(0, len(lines), batch_size):
         chunk = lines[first : first + batch_size]
         padded = batches.pad([*chunk, *[()] * (batch_size - len(chunk))], length)
-        batch = sharding.put(train_step.Batch(**padded), where)
+        batch = sharding.put(train_loss.Batch(**padded), where)
         values, counted = eval_loss(trained, frozen, batch)
         total.update({name: value.item() for name, value in values.items()})
         count += counted.item()

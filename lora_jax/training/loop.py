@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from lora_jax import console, errors
 from lora_jax.console import say
 from lora_jax.models import config as model_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
@@ -261,7 +262,7 @@ def _train(
     return state
 
 
-def _batch(job: setup.Job, index: int) -> train_step.Batch:
+def _batch(job: setup.Job, index: int) -> train_loss.Batch:
     """The batch of a step, of which this process makes the parts of its own devices."""
     where, shape = sharding.batch(job.mesh), job.data.batches.shape(index)
     parts = functools.cache(lambda *bounds: job.data.batches.batch(index, slice(*bounds)))
@@ -271,7 +272,7 @@ def _batch(job: setup.Job, index: int) -> train_step.Batch:
             shape, where, lambda at: parts(at[1].start, at[1].stop)[name]
         )
 
-    return train_step.Batch(*map(array, train_step.Batch._fields))
+    return train_loss.Batch(*map(array, train_loss.Batch._fields))
 
 
 def _stopped(job: setup.Job, done: int, code: int) -> Outcome:

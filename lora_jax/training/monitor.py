@@ -14,7 +14,8 @@ from lora_jax import errors
 from lora_jax.parallel import processes
 
 if TYPE_CHECKING:
-    from lora_jax.planning import chips, programs
+    from lora_jax.planning import chips
+    from lora_jax.planning import job as jobs
     from lora_jax.training import setup
     from lora_jax.training.output import run_folder
 
@@ -58,11 +59,11 @@ class Spikes:
 class Utilisation:
     """MFU: what a step usefully computes, as a share of what its devices could in the same time."""
 
-    def __init__(self, job: "programs.Job", target: "chips.Target"):
-        from lora_jax.planning import memory as planning
+    def __init__(self, job: "jobs.Job", target: "chips.Target"):
+        from lora_jax.planning import operations
 
         self._peak = target.count * target.peaks.flops if target.peaks else None
-        self._useful = functools.cache(lambda tokens: planning.useful(job.of_length(tokens)))
+        self._useful = functools.cache(lambda tokens: operations.useful(job.of_length(tokens)))
 
     def share(self, tokens: int, seconds: float) -> float | None:
         """Of a step with lines of so many tokens; None where the devices' peak is not known."""

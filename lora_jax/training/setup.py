@@ -18,8 +18,8 @@ from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, programs
-from lora_jax.planning import memory as planning
+from lora_jax.planning import chips, proposals
+from lora_jax.planning import job as jobs
 from lora_jax.training import run_data
 from lora_jax.training.adapters import one_adapter, sweep
 from lora_jax.training.output import run_folder
@@ -88,10 +88,10 @@ def planned_job(
     settings: groups.TrainSettings,
     architecture: model_config.LlamaConfig,
     generation: tuple[int, int, int] | None = None,
-) -> programs.Job:
-    """What the settings mean for planning. generation: see programs.Job."""
+) -> jobs.Job:
+    """What the settings mean for planning. generation: see jobs.Job."""
     loop = settings.loop
-    return programs.Job(
+    return jobs.Job(
         architecture,
         dtype=settings.model.dtype,
         quant=settings.model.quant,
@@ -108,7 +108,7 @@ def planned_job(
 
 def to_plan(
     settings: groups.TrainSettings, architecture: model_config.LlamaConfig, mesh: Mesh
-) -> tuple[programs.Job, chips.Target]:
+) -> tuple[jobs.Job, chips.Target]:
     """The job as it is planned, and the devices."""
     first = mesh.devices.flat[0]
     job = planned_job(settings, architecture)
@@ -129,7 +129,7 @@ def choose_remat(
     limit = devices.memory_bytes(jax.local_devices()[0])
     limit = processes.told(limit)  # hosts may report unequal memories
     longest = job.of_length(data.batches.length)
-    chosen, needs = planning.choose_remat(longest, dict(mesh.shape), target.chip, limit)
+    chosen, needs = proposals.choose_remat(longest, dict(mesh.shape), target.chip, limit)
     if needs:
         say("remat", console.remat(chosen, needs, limit))
     return settings.replace(remat=chosen)

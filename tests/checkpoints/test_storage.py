@@ -23,6 +23,7 @@ from lora_jax.lora.nnx import model_state
 from lora_jax.models import quantization_config as model_quantization
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
@@ -205,7 +206,7 @@ def test_training_follows_pefts_losses_on_bitsandbytes_weights():
         )
         state, losses = train_step.start(trained, optimizer), []
         for ids in rows:
-            batch = train_step.Batch(ids[None], ids[None], np.ones_like(ids)[None])
+            batch = train_loss.Batch(ids[None], ids[None], np.ones_like(ids)[None])
             state, metrics = step(state, frozen, sharding.put(batch, sharding.batch(mesh)))
             losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, golden["losses"][:STEPS], rtol=1e-4)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lora_jax.data import batches
 from lora_jax.lora.nnx import model_state
-from lora_jax.optim import step as train_step
+from lora_jax.optim import loss as train_loss
 
 
 def numbered(count):
@@ -202,14 +202,14 @@ def test_a_packed_line_has_the_loss_and_gradient_of_its_rows():
     def of(trained, batch):
         def sums(trained):
             model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-            each = train_step.losses(model, batch, remat="full")
-            return each.sum(), (each, train_step.loss(model, batch)[1])
+            each = train_loss.losses(model, batch, remat="full")
+            return each.sum(), (each, train_loss.loss(model, batch)[1])
 
         return jax.value_and_grad(sums, has_aux=True)(trained)
 
     def on_lines(lines, length):
         return of(
-            trained, train_step.Batch(**jax.tree.map(jnp.asarray, batches.pad(lines, length)))
+            trained, train_loss.Batch(**jax.tree.map(jnp.asarray, batches.pad(lines, length)))
         )
 
     (packed, (each, count)), gradient = on_lines([rows], 64)

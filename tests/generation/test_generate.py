@@ -13,6 +13,7 @@ from lora_jax import errors
 from lora_jax.checkpoints import loader
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
+from lora_jax.generation import sampling as samplers
 from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
@@ -32,7 +33,7 @@ def parts(name, quantization="none"):
 
 @functools.cache
 def continue_(name, sampling, eos_ids=(), quantization="none", form="dense"):
-    """(prompts, seed) → new tokens, with one compilation for each setting."""
+    """(prompts, seed) → new tokens; compiled once for each setting."""
     graphdef, trained, frozen = parts(name, quantization)
     function = continuation.make(graphdef, sampling, eos_ids, form=form)
 
@@ -44,7 +45,7 @@ def continue_(name, sampling, eos_ids=(), quantization="none", form="dense"):
 
 
 def golden(name):
-    """[(prompt, the tokens that follow)] of every generation stored."""
+    """[(prompt, the tokens that follow)] of every stored generation."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         count = sum(key.startswith("gen") and key.endswith("_ids") for key in arrays)
         prompts = [arrays[f"prompt{i}_ids"].tolist() for i in range(count)]
@@ -83,7 +84,7 @@ def test_padding_does_not_matter():
         np.testing.assert_array_equal(found[0], following[:NUM_NEW])
 
 
-def test_a_row_ends_before_its_eos():
+def test_a_continuation_ends_before_its_eos():
     prompts, following = zip(*golden("llama"), strict=True)
     eos = following[0][4]
     ends = [list(tokens[:NUM_NEW]).index(eos) if eos in tokens[:NUM_NEW] else NUM_NEW
@@ -94,7 +95,7 @@ def test_a_row_ends_before_its_eos():
         assert row.tolist() == [*tokens[:end], *[-1] * (NUM_NEW - end)]
 
 
-def test_any_of_several_eos_tokens_ends_a_row_even_the_first_token():
+def test_any_of_several_eos_tokens_ends_a_continuation_even_as_the_first_token():
     prompt, following = golden("llama")[0]
     found = continue_("llama", GREEDY, (following[0], following[3]))([prompt])
     assert (found == -1).all()
@@ -102,7 +103,7 @@ def test_any_of_several_eos_tokens_ends_a_row_even_the_first_token():
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
 def test_a_quantized_base_generates(quantization):
-    """Nearly what the float model says: its first tokens are among that model's likeliest."""
+    """Its tokens are nearly those of the float model."""
     prompts, following = zip(*golden("stories260K"), strict=True)
     call = continue_("stories260K", GREEDY, (), quantization)
     found = call(prompts)
@@ -135,7 +136,7 @@ def test_seeds_repeat_and_differ():
     one = call([prompt, prompt], seed=1)
     np.testing.assert_array_equal(call([prompt, prompt], seed=1), one)
     assert (call([prompt, prompt], seed=2) != one).any()
-    assert (one[0] != one[1]).any()  # each row draws on its own
+    assert (one[0] != one[1]).any()  # each sequence has its own draws
 
 
 def test_a_low_temperature_or_one_choice_is_greedy():
@@ -156,9 +157,9 @@ def softmax(logits):
 
 
 @pytest.mark.parametrize("k", [1, 7, 50, 80])
-def test_top_k_keeps_the_k_likeliest(k):
+def test_top_k_keeps_the_k_most_likely(k):
     logits = random_logits()
-    found = np.asarray(continuation.top_k(jnp.asarray(logits), k))
+    found = np.asarray(samplers.top_k(jnp.asarray(logits), k))
     for row, kept in zip(logits, found, strict=True):
         assert set(np.flatnonzero(kept)) == set(np.argsort(row)[::-1][:k])
 
@@ -166,7 +167,7 @@ def test_top_k_keeps_the_k_likeliest(k):
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 0.999])
 def test_top_p_keeps_the_fewest_that_reach_p(p):
     logits = random_logits()
-    found = np.asarray(continuation.top_p(jnp.asarray(logits), p))
+    found = np.asarray(samplers.top_p(jnp.asarray(logits), p))
     for row, kept in zip(logits, found, strict=True):
         probability, expected, total = softmax(row), set(), 0.0
         for token in np.argsort(row)[::-1]:
@@ -178,16 +179,16 @@ def test_top_p_keeps_the_fewest_that_reach_p(p):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
-def test_min_p_keeps_what_is_likely_beside_the_likeliest(p):
+def test_min_p_keeps_what_is_likely_relative_to_the_most_likely(p):
     logits = random_logits()
-    found = np.asarray(continuation.min_p(jnp.asarray(logits), p))
+    found = np.asarray(samplers.min_p(jnp.asarray(logits), p))
     for row, kept in zip(logits, found, strict=True):
         probability = softmax(row)
         np.testing.assert_array_equal(kept, probability >= p * probability.max() * (1 - 1e-6))
 
 
 def reference_distribution(row, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """What is drawn from: temperature, then each filter on what the one before left."""
+    """The distribution to draw from: temperature, then each filter on what the last one kept."""
     logits = np.asarray(row, np.float64) / temperature
     keep = np.ones(len(logits), bool)
     order = np.argsort(logits)[::-1]
@@ -217,7 +218,7 @@ def reference_distribution(row, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 def test_draws_follow_the_filtered_distribution(settings):
     row, count = random_logits(1, 20)[0], 20_000
     sampling = generation_config.Sampling(**{"temperature": 1.0} | settings)
-    draw = jax.jit(functools.partial(continuation.sample, sampling=sampling))
+    draw = jax.jit(functools.partial(samplers.sample, sampling=sampling))
     tokens = np.asarray(draw(jnp.tile(row, (count, 1)), jax.random.key(0)))
     expected = reference_distribution(row, **settings)
     frequency = np.bincount(tokens, minlength=20) / count
@@ -227,7 +228,7 @@ def test_draws_follow_the_filtered_distribution(settings):
 
 def test_temperature_zero_is_argmax():
     logits = random_logits()
-    found = continuation.sample(
+    found = samplers.sample(
         jnp.asarray(logits), jax.random.key(0), generation_config.Sampling(top_k=3)
     )
     np.testing.assert_array_equal(found, logits.argmax(axis=1))
@@ -240,7 +241,7 @@ def test_pad_left():
     assert continuation.pad_left([[1] * 17])[0].shape == (1, 32)
 
 
-def test_settings_that_mean_nothing_are_all_named():
+def test_all_invalid_settings_are_named():
     with pytest.raises(errors.UserError) as raised:
         generation_config.Sampling(
             max_new_tokens=0, temperature=-1.0, top_k=-2, top_p=0.0, min_p=1.5

@@ -1,4 +1,4 @@
-"""The forms of the weights that decoding derives: the same products, and when they are chosen."""
+"""The second forms of the weights for decoding: they give the same products; when they are used."""
 
 import functools
 import pathlib
@@ -27,7 +27,7 @@ ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 @functools.cache
 def model(fmt):
-    """stories260K, its K of 172 padded where it is quantized, with adapters that do something."""
+    """stories260K with adapters that have an effect; its K of 172 is padded if it is quantized."""
     mesh = sharding.make_mesh(ONE)
     loaded = loader.load(STORIES, dtype="float32", quantization=fmt, mesh=mesh)
     lora.inject(loaded, config.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(0))
@@ -38,7 +38,7 @@ def model(fmt):
 
 @pytest.mark.parametrize("fmt", ["none", "int4"])
 def test_steps_with_the_dense_form_give_the_same_logits(fmt):
-    """Prefill without, then two steps with and without it: logits and cache agree."""
+    """Two steps with it and two without, after the same prefill: logits and caches are equal."""
     whole = model(fmt)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -57,15 +57,15 @@ def test_steps_with_the_dense_form_give_the_same_logits(fmt):
             np.testing.assert_allclose(value, expected, atol=2e-4)
 
 
-def test_the_dense_form_takes_the_bytes_it_says():
+def test_the_bytes_of_the_dense_form():
     whole = model("int4")
     weights = sum(site.place.k * site.place.n for site in sites.find(whole) if site.place.lead)
     layers = whole.config.num_hidden_layers
     assert decode_weights.num_bytes(whole, "dense") == 4 * weights * layers
-    assert decode_weights.num_bytes(whole, "k_minor") == 0  # float32: no kernel takes it
+    assert decode_weights.num_bytes(whole, "k_minor") == 0  # no kernel takes float32
 
 
-def test_a_form_is_chosen_where_it_fits(monkeypatch):
+def test_a_form_is_chosen_if_it_fits(monkeypatch):
     mesh, whole = sharding.make_mesh(ONE), model("int4")
     assert decode_weights.choose(whole, mesh) == "dense"
     needed = decode_weights.num_bytes(whole, "dense")
@@ -82,8 +82,8 @@ def test_each_device_has_its_form():
     assert decode_weights.best(device(platform="cpu")) == "dense"
 
 
-def test_hopper_gets_its_form_where_a_kernel_takes_it(monkeypatch):
-    """Of weights in int4 that meet bfloat16."""
+def test_hopper_gets_its_form_if_the_kernel_takes_it(monkeypatch):
+    """For int4 weights and bfloat16 inputs."""
     monkeypatch.setattr(decode_weights, "best", lambda device: "k_minor")
     mesh = sharding.make_mesh(ONE)
     how = {"dtype": "bfloat16", "mesh": mesh}
@@ -94,7 +94,7 @@ def test_hopper_gets_its_form_where_a_kernel_takes_it(monkeypatch):
 
 
 def test_the_form_for_hopper_lowers():
-    """q, k and v side by side in one kernel call, o in another; stories' MLP has no such width."""
+    """One kernel call each for q, k and v; o; gate and up; down. stories260K is too narrow."""
     config = model_config.from_dict(
         {"model_type": "llama", "vocab_size": 64, "hidden_size": 256, "intermediate_size": 384,
          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -111,18 +111,18 @@ def test_the_form_for_hopper_lowers():
     assert text.count("@mosaic_gpu") == 4  # in the body of the scan over layers
 
 
-def test_forms_are_of_whole_weights():
+def test_sharded_weights_have_no_second_form():
     for sizes in ({"data": 4, "fsdp": 1, "tensor": 2}, {"data": 4, "fsdp": 2, "tensor": 1}):
         assert decode_weights.choose(model("int4"), sharding.make_mesh(sizes)) is None
 
 
-def test_this_host_has_free_memory():
+def test_free_memory_of_this_host():
     free = devices.free_bytes(jax.devices()[0])
     assert free is None or free > 0
 
 
-def test_a_layer_takes_the_product_that_was_computed():
-    """With bias and adapter, quantized and dense: base(x) may come from elsewhere."""
+def test_a_layer_accepts_a_product_computed_elsewhere():
+    """With bias and adapter, quantized and dense: the caller may supply base(x)."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 32)), jnp.float32)
     for quantized in (False, True):
         linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""The forms of the 4-bit matmul that are for GPUs: what they compute, refuse and lower to."""
+"""The 4-bit matmul's implementations for GPUs: what they compute, refuse and lower to."""
 
 import dataclasses
 
@@ -83,9 +83,9 @@ def test_k_minor_is_the_transposed_nibbles():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Runs Mosaic GPU kernels on a CPU: copies, barriers and indices as they are written.
+    """Runs Mosaic GPU kernels on a CPU, with their copies, barriers and indices.
 
-    What the interpreter lacks is the arithmetic in registers, for which plain sums stand in.
+    The interpreter lacks the arithmetic in registers; plain sums replace it.
     """
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
@@ -102,7 +102,7 @@ def interpreted(monkeypatch):
         yield
 
 
-# One row, padded; five steps in two parts, with a group per product and with two; tiles of 128.
+# One row, padded; five steps in two parts; one group per product, and two; tiles of 128 columns.
 @pytest.mark.parametrize(
     "num_rows, k, n, group, scale_dtype",
     [

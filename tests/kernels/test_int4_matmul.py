@@ -1,4 +1,4 @@
-"""The contract of the quantized matmuls: one body over format, shape and dtype."""
+"""The contract of the quantized matmuls, for every format, shape and dtype."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from lora_jax.kernels import partition as dealing
 from lora_jax.quant import formats
 
 FORMATS = ("int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "fp4", "asymmetric", "int8")
-# (leading axes of x, K, N): odd and single rows, K that is no multiple of a group or of 8, odd N
+# (leading axes of x, K, N): odd and single rows, K not a multiple of the group or of 8, odd N
 SHAPES = [((1,), 128, 16), ((2, 3), 100, 13), ((), 44, 1), ((33, 1), 300, 130)]
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
@@ -46,7 +46,7 @@ def codes_of(fmt):
 
 
 def unpack(q):
-    """Packed words [K/8, N] → nibbles [K, N], bit by bit as the layout says."""
+    """Packed words [K/8, N] → nibbles [K, N], one by one, as the layout is defined."""
     q = np.asarray(q)
     nibbles = np.zeros((8 * q.shape[0], q.shape[1]), np.int64)
     for row in range(len(nibbles)):
@@ -102,7 +102,7 @@ def check(fmt, lead, rows, columns, dtype, **how):
     for found, operand, matrix in ((y, float64(x), weight), (dx, float64(dy), weight.T)):
         expected = operand @ matrix
         assert found.shape == expected.shape and found.dtype == dtype
-        # Relative to the sizes that were summed: a sum may cancel, its rounding does not.
+        # Relative to the size of the summands: a sum may cancel, its rounding errors do not.
         size = np.linalg.norm(operand, axis=-1, keepdims=True) * np.linalg.norm(matrix, axis=0)
         error = np.abs(float64(found) - expected)
         assert (error <= TOLERANCE[dtype] * size).all()
@@ -127,7 +127,7 @@ def test_contract_of_each_implementation(implementation, fmt, dtype):
 
 @pytest.mark.parametrize("implementation", [None, "pallas_tpu"])
 def test_a_layer_of_a_stack(implementation):
-    """Inside a scan over the index, with the stack whole: as each layer on its own."""
+    """In a scan over the index of a whole stack, the result is that of each layer alone."""
     layers = [formats.quantize(jnp.asarray(normal(i, 64, 24)), "int4") for i in range(3)]
     whole = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
     x = jnp.asarray(normal(9, 4, 64))
@@ -179,7 +179,7 @@ def test_the_derivative_keeps_the_packed_weight_and_nothing_else(fmt):
 
 @pytest.mark.parametrize("fmt", ["int4", "nf4-dq", "asymmetric", "int8"])
 def test_layers_in_a_scan_keep_no_dense_weight(fmt):
-    """Of three stacked layers no float weights [3, K, N] exist in the compiled gradient."""
+    """The compiled gradient has no float weights [3, K, N] of three stacked layers."""
     one = packed_weight(fmt, 64, 64)
     packed = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), one)
 
@@ -200,12 +200,12 @@ def test_layers_in_a_scan_keep_no_dense_weight(fmt):
             weight = packing.dequantize(packed, codes_of(fmt))[:64]
         return x @ weight + 0 * (weight**2).sum()  # the square's derivative needs the weight
 
-    assert "f32[3,64,64]" in hlo(dense)  # what it would look like
+    assert "f32[3,64,64]" in hlo(dense)  # so the search would find them
 
 
 @pytest.mark.parametrize("fmt", ["int4", "nf4", "fp4"])
 def test_nibble_i_of_word_j_is_row_8j_plus_i(fmt):
-    """One nibble set at a time: exactly one row of one column appears."""
+    """Setting one nibble changes exactly one row of one column."""
     table = packing.TABLES.get(fmt)
     words = np.zeros((8, 3), np.uint32)
     scale = np.ones((2, 3), np.int8 if table is None else np.float32)
@@ -248,7 +248,7 @@ def test_groups_share_a_scale_along_the_rows():
         (dict(implementation="pallas_tpu", codes="nf4"), "codes 'nf4'"),
     ],
 )
-def test_what_does_not_fit_is_an_error(change, match):
+def test_operands_that_do_not_match_are_an_error(change, match):
     arguments = dict(x=jnp.ones((3, 64)), packed=packed_weight("int4", 64, 24)) | change
     with pytest.raises(ValueError, match=match):
         int4_matmul.int4_matmul(**arguments)
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_an_error(change, match):
 @pytest.mark.parametrize("out_dtype", [None, "float32"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_dense_matmul_value_and_derivatives(dtype, out_dtype):
-    """Both gradients; bfloat16 operands accumulate in float32 also on the way back."""
+    """Both gradients; bfloat16 operands accumulate in float32, also in the backward pass."""
     x = jnp.asarray(normal(1, 2, 7, 40), dtype)
     w = jnp.asarray(normal(2, 40, 9))  # float32, as A and B are
     dy = jnp.asarray(normal(3, 2, 7, 9), out_dtype or dtype)
@@ -280,8 +280,8 @@ def test_dense_matmul_value_and_derivatives(dtype, out_dtype):
 @pytest.mark.parametrize(
     ("k", "n"), [(None, "tensor"), ("tensor", None), ("fsdp", "tensor"), ("tensor", "fsdp")]
 )
-def test_a_product_is_dealt_out_over_a_mesh(k, n, implementation):
-    """Column- and row-parallel over tensor, rows over data and fsdp: as on one device."""
+def test_a_product_is_split_over_a_mesh(k, n, implementation):
+    """Column- and row-parallel over tensor, x's rows over data and fsdp: as on one device."""
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
     one = packed_weight("int4", 512, 256)
@@ -309,7 +309,7 @@ def test_a_product_is_dealt_out_over_a_mesh(k, n, implementation):
         found = compiled(x, placed, dy, layer)
     for value, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(value, other, atol=2e-4)
-    # What is stored over fsdp travels packed, and one layer of it; over tensor nothing does.
+    # Over fsdp, packed words of a single layer are gathered; over tensor, nothing is.
     gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather", compiled.as_text())
     kinds = {kind for kind, _ in gathered}
     assert kinds == (
@@ -324,8 +324,8 @@ def test_a_product_is_dealt_out_over_a_mesh(k, n, implementation):
 @pytest.mark.parametrize(
     ("k", "n", "rows"), [("tensor", "fsdp", 8), ("fsdp", "tensor", 3), (None, None, 8)]
 )
-def test_every_format_is_dealt_out(fmt, k, n, rows):
-    """Also rows that do not divide, and a weight that nobody has said anything of."""
+def test_every_format_is_split(fmt, k, n, rows):
+    """Also with rows that the devices do not divide, and without a partition."""
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
     packed = packed_weight(fmt, 512, 256)

@@ -8,10 +8,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.kernels import packed
-from lora_jax.kernels.int4_matmul import pallas_tpu
+from lora_jax.kernels.int4_matmul import pallas_tpu, tpu_tiles
 
 LAYERS = 3
-Tile = pallas_tpu.Tile
+Tile = tpu_tiles.Tile
 
 
 def weight(k, n, group, scale_dtype, seed=0):
@@ -62,9 +62,9 @@ def test_multiplies_with_one_layer(rows, k, n, group, dtype, scale_dtype, transp
 @pytest.mark.parametrize(
     ("tile", "shape", "transpose"),
     [
-        # Edges that are not whole tiles: rows and outputs.
+        # Rows and outputs that end within a tile.
         (Tile(16, 256, 352), (37, 352, 400, 32), False),
-        # Partial sums over two steps, with a block of scales each.
+        # Partial sums over two steps, each with a block of scales.
         (Tile(16, 256, 1024), (16, 2048, 256, 32), False),
         # Tiles that share a block of int8 scales, K not a multiple of the tile, two steps.
         (Tile(16, 256, 128), (20, 864, 256, 32), True),
@@ -72,13 +72,13 @@ def test_multiplies_with_one_layer(rows, k, n, group, dtype, scale_dtype, transp
     ],
 )
 def test_tiles_cover_the_whole_product(monkeypatch, tile, shape, transpose):
-    monkeypatch.setattr(pallas_tpu, "_tile", lambda *_: tile)
+    monkeypatch.setattr(tpu_tiles, "choose", lambda *_: tile)
     check(*shape, dtype=jnp.float32, transpose=transpose)
 
 
-def test_scales_in_bfloat16_where_the_registers_do(monkeypatch):
-    chip = pallas_tpu._chip()._replace(bf16_registers=True)
-    monkeypatch.setattr(pallas_tpu, "_chip", lambda: chip)
+def test_scales_in_bfloat16_if_the_registers_multiply_in_it(monkeypatch):
+    chip = tpu_tiles.chip_here()._replace(bf16_registers=True)
+    monkeypatch.setattr(tpu_tiles, "chip_here", lambda: chip)
     check(16, 256, 128, 32, dtype=jnp.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""Attention in its forms, the gated activation and the cross-entropy against their definitions."""
+"""The implementations of attention, SwiGLU and the cross-entropy, against their definitions."""
 
 import functools
 
@@ -44,7 +44,7 @@ def dense(q, k, v, visible):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("num_queries", "heads", "groups"), [(1, 4, 2), (1, 2, 2), (3, 6, 1)])
 def test_attention_to_a_cache(num_queries, heads, groups, dtype):
-    """Its key mask hides the start of some rows."""
+    """The key mask hides the start of some sequences."""
     shapes = (num_queries, heads), (40, groups), (40, groups)
     q, k, v = (normal(i, 2, *shape, 16, dtype=dtype) for i, shape in enumerate(shapes))
     real = np.arange(40)[None] >= np.array([[0], [7]])
@@ -56,23 +56,23 @@ def test_attention_to_a_cache(num_queries, heads, groups, dtype):
 
 
 LENGTH = 300
-# Two lines each: several rows and padding at both ends; one row, then padding.
+# Two sequences: several examples with padding at both ends; one example, then padding.
 PACKED = np.stack([1 + np.arange(LENGTH) // 140, np.ones(LENGTH, int)])
 PACKED[0, :5] = PACKED[0, -9:] = PACKED[1, 200:] = 0
 
 
-def of_rows(q, k, v, rows, window):
-    """What self-attention must give, on real tokens; zero on padding."""
+def reference(q, k, v, examples, window):
+    """The definition of self-attention on real tokens; zero on padding."""
     distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     seen = (distance >= 0) & (distance < window)
-    visible = (rows[:, :, None] == rows[:, None]) & seen
-    return dense(q, k, v, visible) * (rows != 0)[..., None, None].astype(q.dtype)
+    visible = (examples[:, :, None] == examples[:, None]) & seen
+    return dense(q, k, v, visible) * (examples != 0)[..., None, None].astype(q.dtype)
 
 
-def attend_and_check(attend, *, dtype, groups, window, rows=PACKED):
+def attend_and_check(attend, *, dtype, groups, window, examples=PACKED):
     shapes = [(4, 16), (groups, 16), (groups, 16), (4, 16)]
     *qkv, cotangent = (normal(i, 2, LENGTH, *s, dtype=dtype) for i, s in enumerate(shapes))
-    real = jnp.asarray(rows != 0)[..., None, None].astype(dtype)
+    real = jnp.asarray(examples != 0)[..., None, None].astype(dtype)
 
     def masked(q, k, v):
         out = attend(q, k, v)
@@ -80,8 +80,8 @@ def attend_and_check(attend, *, dtype, groups, window, rows=PACKED):
         return out * real
 
     found = value_and_vjp(masked, qkv, cotangent)
-    reference = functools.partial(of_rows, rows=rows, window=window or LENGTH)
-    for a, b in zip(found, value_and_vjp(reference, qkv, cotangent), strict=True):
+    expected = functools.partial(reference, examples=examples, window=window or LENGTH)
+    for a, b in zip(found, value_and_vjp(expected, qkv, cotangent), strict=True):
         assert a.dtype == dtype
         close(a, b, dtype)
 
@@ -92,71 +92,71 @@ def attend_and_check(attend, *, dtype, groups, window, rows=PACKED):
 )
 @pytest.mark.parametrize("size", [128, 512])
 def test_self_attention_in_blocks(size, dtype, groups, window, monkeypatch):
-    """Value and gradient, of several blocks and of one."""
+    """Value and gradient, in several blocks and in one."""
     monkeypatch.setattr(xla, "block_size", lambda length: min(size, length))
-    attend = functools.partial(xla.attend, rows=jnp.asarray(PACKED), window=window)
+    attend = functools.partial(xla.attend, examples=jnp.asarray(PACKED), window=window)
     attend_and_check(attend, dtype=dtype, groups=groups, window=window)
 
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_splash_attention(window):
     attend = functools.partial(splash.attend, window=window, interpret=True)
-    rows = jnp.asarray(PACKED)
-    attend_and_check(functools.partial(attend, rows=rows), dtype="float32", groups=2, window=window)
+    attend = functools.partial(attend, examples=jnp.asarray(PACKED))
+    attend_and_check(attend, dtype="float32", groups=2, window=window)
 
 
-def test_a_window_of_each_layers_own():
-    """A scan's layers have different ones, one of them wider than the line."""
-    windows, rows = (50, None, 1000), jnp.asarray(PACKED)
+def test_layers_may_have_different_windows():
+    """In a scan over layers; one of the windows is wider than the sequence."""
+    windows, examples = (50, None, 1000), jnp.asarray(PACKED)
     for kind, window in enumerate(windows):
         attend = functools.partial(
-            attention.self_attention, rows=rows, windows=windows, kind=jnp.int32(kind)
+            attention.self_attention, examples=examples, windows=windows, kind=jnp.int32(kind)
         )
         attend_and_check(attend, dtype="float32", groups=2, window=window)
 
 
-@pytest.mark.parametrize("rows", [PACKED, np.ones_like(PACKED)])
-def test_a_mesh_deals_out_lines_and_heads(rows):
-    """One group of keys for two devices that have two heads each; with rows, and without."""
-    given = None if rows is not PACKED else jnp.asarray(rows)
+@pytest.mark.parametrize("examples", [PACKED, np.ones_like(PACKED)])
+def test_a_mesh_splits_sequences_and_heads(examples):
+    """One group of keys for two devices with two heads each; with packed examples and without."""
+    given = None if examples is not PACKED else jnp.asarray(examples)
     partition = sharding.partition(("q_proj",))
     with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])):
-        attend = functools.partial(attention.self_attention, rows=given, partition=partition)
-        attend_and_check(attend, dtype="float32", groups=1, window=None, rows=rows)
+        attend = functools.partial(attention.self_attention, examples=given, partition=partition)
+        attend_and_check(attend, dtype="float32", groups=1, window=None, examples=examples)
 
 
-def test_blocks_that_no_query_sees_are_left_out():
-    """By index of the first block of keys: of the row that a block begins in, or of the window."""
-    rows = np.repeat([[1, 1, 2, 2, 3, 0]], 4, axis=1).reshape(6, 1, 4)
-    first = functools.partial(xla._first, jnp.asarray(rows))
+def test_blocks_that_no_query_sees_are_skipped():
+    """The first block of keys is that of the example a block begins in, or that of the window."""
+    examples = np.repeat([[1, 1, 2, 2, 3, 0]], 4, axis=1).reshape(6, 1, 4)
+    first = functools.partial(xla._first, jnp.asarray(examples))
     assert first(24).tolist() == [0, 0, 2, 2, 4, 6]
     assert first(5).tolist() == [0, 0, 2, 2, 4, 6]
-    assert xla._first(jnp.ones_like(jnp.asarray(rows)), 5).tolist() == [0, 0, 1, 2, 3, 4]
-    assert xla._first(jnp.ones_like(jnp.asarray(rows)), 6).tolist() == [0, 0, 0, 1, 2, 3]
+    assert xla._first(jnp.ones_like(jnp.asarray(examples)), 5).tolist() == [0, 0, 1, 2, 3, 4]
+    assert xla._first(jnp.ones_like(jnp.asarray(examples)), 6).tolist() == [0, 0, 0, 1, 2, 3]
 
 
 def test_self_attention_never_holds_all_logits():
-    """A gradient at 32,768 tokens, whose logits would be 4 GiB for each head."""
+    """A gradient at 32,768 tokens, whose logits would take 4 GiB for each head."""
     q = jax.ShapeDtypeStruct((1, 32768, 2, 16), jnp.float32)
-    rows = jax.ShapeDtypeStruct((1, 32768), jnp.int32)
+    examples = jax.ShapeDtypeStruct((1, 32768), jnp.int32)
 
-    def total(q, k, v, rows):
-        return attention.self_attention(q, k, v, rows).sum()
+    def total(q, k, v, examples):
+        return attention.self_attention(q, k, v, examples).sum()
 
-    compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, q, q, rows).compile()
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, q, q, examples).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 20 * q.size * 4
 
 
-def test_cudnn_is_asked_for_lines_of_one_row(monkeypatch):
-    """Lowered for a GPU that is not here: its flash attention, or blocks where lines are packed."""
+def test_cudnn_computes_sequences_of_one_example(monkeypatch):
+    """Lowered without a GPU: cuDNN's flash attention, or blocks if sequences are packed."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     q, k = (jax.ShapeDtypeStruct((2, 256, n, 64), jnp.bfloat16) for n in (4, 2))
-    rows = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    examples = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
     def lowered(*arguments, window=None):
-        def total(q, k, v, *rows):
-            return cudnn.attend(q, k, v, *rows, window=window).astype(jnp.float32).sum()
+        def total(q, k, v, *examples):
+            return cudnn.attend(q, k, v, *examples, window=window).astype(jnp.float32).sum()
 
         gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
         return (
@@ -166,7 +166,7 @@ def test_cudnn_is_asked_for_lines_of_one_row(monkeypatch):
             .replace(r"\22", '"')
         )
 
-    alone, packed = lowered(q, k, k), lowered(q, k, k, rows)
+    alone, packed = lowered(q, k, k), lowered(q, k, k, examples)
     for text in (alone, packed):
         assert "__cudnn$fmhaSoftmaxBackward" in text and '"CAUSAL"' in text
     assert "stablehlo.case" in packed and "stablehlo.while" in packed
@@ -174,7 +174,7 @@ def test_cudnn_is_asked_for_lines_of_one_row(monkeypatch):
     assert '"sliding_window_length": 50' in lowered(q, k, k, window=50)
 
 
-def test_the_form_suits_the_platform(monkeypatch):
+def test_the_implementation_suits_the_platform(monkeypatch):
     q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
     forms = {"tpu": splash, "gpu": cudnn, "cpu": xla}
     monkeypatch.setattr(cudnn, "refusal", lambda *_: None)
@@ -210,13 +210,13 @@ def naive(hidden, head, targets):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("rows", "length"), [(2, 600), (3, 7), (600, 2)])
-def test_cross_entropy(rows, length, dtype):
+@pytest.mark.parametrize(("sequences", "length"), [(2, 600), (3, 7), (600, 2)])
+def test_cross_entropy(sequences, length, dtype):
     """Value and gradient, with ignored targets, over several chunks and a part of one."""
-    hidden = normal(0, rows, length, 8, dtype=dtype, scale=4)
+    hidden = normal(0, sequences, length, 8, dtype=dtype, scale=4)
     head = normal(1, 8, 50, dtype=dtype)
-    targets = jnp.asarray(np.random.default_rng(2).integers(-20, 50, (rows, length)))
-    weights = normal(3, rows, length)
+    targets = jnp.asarray(np.random.default_rng(2).integers(-20, 50, (sequences, length)))
+    weights = normal(3, sequences, length)
     ours, theirs = (
         value_and_vjp(lambda h, f=f: f(h, head, targets), (hidden,), weights)
         for f in (cross_entropy.cross_entropy, naive)
@@ -229,7 +229,7 @@ def test_cross_entropy(rows, length, dtype):
 
 
 def test_cross_entropy_never_holds_all_logits():
-    """Of Llama 3's vocabulary, 4,096 tokens' would take 2 GiB: 512 are held at a time."""
+    """With Llama 3's vocabulary, those of 4,096 tokens would take 2 GiB; 512 are held at a time."""
     tokens, vocab = 4096, 128256
     hidden = jax.ShapeDtypeStruct((4, tokens // 4, 16), jnp.float32)
     head = jax.ShapeDtypeStruct((16, vocab), jnp.float32)
@@ -245,8 +245,8 @@ def test_cross_entropy_never_holds_all_logits():
 
 
 @pytest.mark.parametrize(("trained", "chunks"), [(0, 0), (300, 1), (600, 2), (2048, 4)])
-def test_logits_are_computed_where_a_token_is_trained(trained, chunks, monkeypatch):
-    """Of 2,048 tokens, which are 4 chunks."""
+def test_logits_are_computed_only_for_trained_tokens(trained, chunks, monkeypatch):
+    """The 2,048 tokens are 4 chunks."""
     taken, contract = [], cross_entropy.matmul.contract
 
     def counted(a, b, *axes):
@@ -264,7 +264,7 @@ def test_logits_are_computed_where_a_token_is_trained(trained, chunks, monkeypat
     np.testing.assert_allclose(found, naive(hidden, head, targets), rtol=1e-5)
 
 
-def test_cross_entropy_of_logits_beyond_exp():
+def test_cross_entropy_of_logits_whose_exponential_overflows():
     value = cross_entropy.cross_entropy(
         jnp.full((1, 1, 1), 1e4), jnp.array([[1.0, -1.0]]), jnp.zeros((1, 1), jnp.int32)
     )
@@ -272,7 +272,7 @@ def test_cross_entropy_of_logits_beyond_exp():
 
 
 def test_a_trained_vocabulary_projection_is_refused():
-    """Its gradient would silently be zero."""
+    """Otherwise its gradient would be zero, without an error."""
     hidden, targets = jnp.ones((1, 2, 3)), jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="frozen"):
         jax.grad(lambda head: cross_entropy.cross_entropy(hidden, head, targets).sum())(

@@ -22,6 +22,7 @@ from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
 
@@ -59,8 +60,8 @@ def arrays(path):
 
 
 def batch_at(batches, step):
-    return train_step.Batch(
-        *(jnp.asarray(batches[key][step][None]) for key in train_step.Batch._fields)
+    return train_loss.Batch(
+        *(jnp.asarray(batches[key][step][None]) for key in train_loss.Batch._fields)
     )
 
 
@@ -102,7 +103,7 @@ def gradient_of(model, batch):
     @jax.value_and_grad
     def mean(trained):
         built = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-        total, count = train_step.loss(built, jax.tree.map(lambda x: x[0], batch))
+        total, count = train_loss.loss(built, jax.tree.map(lambda x: x[0], batch))
         return total / count
 
     return mean(trained)

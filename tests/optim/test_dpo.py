@@ -1,4 +1,4 @@
-"""Preferences: their loss, their rows, and a run of train.py on them."""
+"""Preferences: their loss, their examples, and a run of train.py on them."""
 
 import json
 import shutil
@@ -18,22 +18,23 @@ from lora_jax import errors, tokenizer
 from lora_jax.data import batches, encoding
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import devices
-from lora_jax.planning import memory as planning
+from lora_jax.planning import proposals
 
 BETA = 0.3
 
 
 def pairs(seed, *lengths):
-    """Lines of two rows of such lengths, trained from their fourth token on."""
+    """Sequences of two examples of these lengths, trained from their fourth token on."""
     rng = np.random.default_rng(seed)
     rows = [rng.integers(3, test_step.VOCAB, n).astype(np.int32) for n in lengths]
     return batches.pairs([(ids, np.arange(len(ids)) > 2) for ids in rows])
 
 
 def test_the_step_is_that_of_the_equation():
-    """Of rows that stand alone, by a model and one without the adapter, in two micro-batches."""
+    """In two micro-batches; the equation takes each example alone, with and without the adapter."""
     graphdef, trained, frozen = model_state.split(test_step.make_model(quantization="int4"))
     before = jax.tree.map_with_path(
         lambda path, a: jnp.zeros_like(a) if path[-1].key == "lora_B" else a, trained
@@ -42,10 +43,10 @@ def test_the_step_is_that_of_the_equation():
     lines = pairs(0, 9, 12, 7, 5, 14, 6, 10, 11)
 
     rows = [row for line in lines for row in line]
-    alone = train_step.Batch(**jax.tree.map(jnp.asarray, batches.pad(batches.alone(rows), 16)))
+    alone = train_loss.Batch(**jax.tree.map(jnp.asarray, batches.pad(batches.alone(rows), 16)))
 
     def log_p(weights):
-        """Of each row on a line of its own."""
+        """log p of each example, in a sequence of its own."""
         model = nnx.merge(graphdef, weights, frozen.dropout_keys, frozen.base)
         each = jax.nn.log_softmax(model(alone.input_ids, alone.attention_mask))[:, :-1]
         each = jnp.take_along_axis(each, alone.input_ids[:, 1:, None], axis=2)[..., 0]
@@ -61,7 +62,7 @@ def test_the_step_is_that_of_the_equation():
     assert 0 < (rewards > 0).sum() < len(rewards)
 
     arrays = {name: a.reshape(2, 2, 32) for name, a in batches.pad(lines, 32).items()}
-    batch = jax.tree.map(jnp.asarray, train_step.Batch(**arrays))
+    batch = jax.tree.map(jnp.asarray, train_loss.Batch(**arrays))
     step = test_step.make_step(graphdef, beta=BETA)
     state = train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(test_step.ADAM, 9))
     _, metrics = step(state, frozen, batch)
@@ -71,7 +72,7 @@ def test_the_step_is_that_of_the_equation():
     np.testing.assert_allclose(metrics["reward_accuracy"], (rewards > 0).mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["reward_margin"], rewards.mean(), rtol=1e-4)
 
-    filled = train_step.Batch(
+    filled = train_loss.Batch(
         **batches.pad([*lines, (), ()], 32)
     )  # as the last batch of a set may be
     sums, count = train_step.make_eval_loss(graphdef, BETA)(trained, frozen, filled)
@@ -80,7 +81,7 @@ def test_the_step_is_that_of_the_equation():
     np.testing.assert_allclose(sums["eval_reward_margin"], rewards.sum(), rtol=1e-4)
 
 
-# ------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------- examples
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_a_pair_is_skipped_whole(tok):
         encode(tok, long, seq_len=16)
 
 
-def test_rows_that_are_no_preferences_are_refused(tok):
+def test_examples_that_are_no_preferences_are_refused(tok):
     mixed = {"prompt": "a", "chosen": "b"}
     with pytest.raises(errors.UserError, match=r"(?s)prompt, chosen, rejected.*prompt, chosen"):
         encode(tok, mixed, mixed)
@@ -143,8 +144,8 @@ def test_a_run_prefers_what_was_chosen(tmp_path, monkeypatch):
                     "bad": f" He has {n} dogs."}) + "\n" for n in range(24)))  # fmt: skip
     folder = tmp_path / "run"
     needs = {"none": 9_870_000_000, "dots": 1_230_000_000}
-    with monkeypatch.context() as patch:  # a device that tells its memory
-        patch.setattr(planning, "choose_remat", lambda *_: ("dots", needs))
+    with monkeypatch.context() as patch:  # a device that reports its memory
+        patch.setattr(proposals, "choose_remat", lambda *_: ("dots", needs))
         patch.setattr(devices, "memory_bytes", lambda _: 2_000_000_000)
         ended = cli.run(
             "train", "--model", cli.BASE, "--quant", "int4", "--dataset", rows, "--dpo",
@@ -167,7 +168,7 @@ def test_a_run_prefers_what_was_chosen(tmp_path, monkeypatch):
     shutil.rmtree(again / "checkpoints/4")
     resumed = cli.run("train", "--resume", "--output-dir", again, "--remat", "auto")
     assert resumed.code == 0 and "from step 2 of 4" in resumed.out, resumed
-    for run in (folder, again):  # here auto would be full now
+    for run in (folder, again):  # although auto would be full here
         assert json.loads((run / "run.json").read_text())["settings"]["remat"] == "dots"
     assert comparable(again) == comparable(folder)
 

@@ -1,4 +1,4 @@
-"""The same steps and the same tokens on any mesh, and what its devices tell each other for them."""
+"""Any mesh takes the same steps and generates the same tokens; what its devices communicate."""
 
 import functools
 import math
@@ -14,12 +14,13 @@ from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import hlo
 
 STEPS, ROWS, MICRO_BATCHES, LAYERS = 20, 32, 4, 3
-TOKENS = 20  # which is no dimension of a weight, so that activations are known by it
+TOKENS = 20  # not a dimension of a weight, so that it identifies activations
 MESHES = {
     "1·1·1": {"data": 1, "fsdp": 1, "tensor": 1},
     "8·1·1": {"data": 8, "fsdp": 1, "tensor": 1},
@@ -31,13 +32,13 @@ HEAD = (32, test_step.VOCAB)
 
 
 def make_batch(index, micro_batches):
-    """Rows of unequal lengths, half of each trained."""
+    """Sequences of different lengths, with half of each trained."""
     rng = np.random.default_rng(index)
     ids = rng.integers(3, test_step.VOCAB, (ROWS, TOKENS)).astype(np.int32)
     lengths = rng.integers(4, TOKENS + 1, (ROWS, 1))
     mask = (np.arange(TOKENS) < lengths).astype(np.int32)
     labels = np.where((np.arange(TOKENS) >= lengths // 2) & (mask == 1), ids, encoding.IGNORED)
-    return train_step.Batch(*(a.reshape(micro_batches, -1, TOKENS) for a in (ids, labels, mask)))
+    return train_loss.Batch(*(a.reshape(micro_batches, -1, TOKENS) for a in (ids, labels, mask)))
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def load(name, **settings):
 
 
 def start(trained, mesh):
-    """A state that a step may take over."""
+    """A state whose memory a step may reuse."""
     state = train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(test_step.ADAM, STEPS))
     return sharding.place(state, mesh)
 
@@ -59,7 +60,7 @@ def start(trained, mesh):
 def trained_on(name):
     """(losses of all steps, the step's program, the shapes of its packed words) on a mesh.
 
-    One device takes the 32 rows at once, the others 8 at a time.
+    One device takes all 32 sequences at once, the other meshes 8 at a time.
     """
     mesh, graphdef, trained, frozen = load(name)
     micro_batches = 1 if name == "1·1·1" else MICRO_BATCHES
@@ -77,8 +78,8 @@ def trained_on(name):
     return losses, hlo.parse(step.as_text()), words
 
 
-def told(name):
-    """[(kind, dtype, dimensions other than 1, how often)] of what devices tell each other."""
+def collectives(name):
+    """[(kind, dtype, dimensions other than 1, count)] of the step's communication."""
     return [
         (kind, dtype, tuple(n for n in dims if n != 1), times)
         for instruction, times, _, _ in trained_on(name)[1]
@@ -89,7 +90,7 @@ def told(name):
 
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "1·1·1"])
 def test_every_mesh_takes_the_same_steps(name):
-    """Dropout included: a mask belongs to its row, wherever and with whomever it is computed."""
+    """With dropout: a mask belongs to its sequence, on whichever device that is computed."""
     expected = trained_on("1·1·1")[0]
     assert abs(trained_on(name)[0] - expected).max() < 1e-4
     assert expected[-1] < expected[0]
@@ -98,7 +99,7 @@ def test_every_mesh_takes_the_same_steps(name):
 @pytest.mark.parametrize(
     "settings",
     [
-        # The head's logits lie over tensor, and are computed all at once.
+        # The head's logits are sharded over tensor, and computed all at once.
         {"targets": ("lm_head", "embed_tokens", "o_proj"), "use_dora": True},
         {"targets": ("q_proj",), "modules_to_save": ("embed_tokens", "lm_head", "input_layernorm")},
     ],
@@ -110,7 +111,7 @@ def test_adapters_of_every_kind_take_the_same_step(settings):
         mesh, graphdef, trained, frozen = load(name, **settings)
         with jax.set_mesh(mesh):
             state, step, norms = start(trained, mesh), test_step.make_step(graphdef), []
-            for index in range(2):  # after the first one all that is trained has a gradient
+            for index in range(2):  # after the first step, all trained arrays have a gradient
                 batch = jax.device_put(make_batch(index, 1), sharding.batch(mesh))
                 state, metrics = step(state, frozen, batch)
                 norms += [float(metrics["loss"]), float(metrics["grad_norm"])]
@@ -118,35 +119,35 @@ def test_adapters_of_every_kind_take_the_same_step(settings):
     np.testing.assert_allclose(*found, rtol=2e-5)
 
 
-def test_one_device_tells_nobody_anything():
-    assert told("1·1·1") == []
+def test_one_device_does_not_communicate():
+    assert collectives("1·1·1") == []
 
 
-def test_data_parallel_devices_add_up_once_a_step():
-    """Not for every micro-batch and layer; in all the bytes of the gradient and three numbers."""
+def test_data_parallel_devices_sum_once_a_step():
+    """Not for every micro-batch and layer: in total, the gradient and three numbers."""
     _, trained, _ = test_step.parts("int4")
     adapters = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    assert {(kind, times) for kind, _, _, times in told("8·1·1")} == {("all-reduce", 1)}
-    floats = [math.prod(dims) for _, dtype, dims, _ in told("8·1·1") if dtype == "f32"]
+    assert {(kind, times) for kind, _, _, times in collectives("8·1·1")} == {("all-reduce", 1)}
+    floats = [math.prod(dims) for _, dtype, dims, _ in collectives("8·1·1") if dtype == "f32"]
     assert sum(floats) == adapters + 1  # the loss
-    counts = [dims for _, dtype, dims, _ in told("8·1·1") if dtype != "f32"]
-    assert counts == [(), ()]  # of tokens trained and seen
+    counts = [dims for _, dtype, dims, _ in collectives("8·1·1") if dtype != "f32"]
+    assert counts == [(), ()]  # the numbers of trained tokens and of all tokens
 
 
 def test_fsdp_gathers_weights_packed():
-    """Each layer's when it is its turn: forward, again for the backward pass, and in it."""
-    gathered = [part for part in told("1·8·1") if part[0] == "all-gather"]
+    """Layer by layer: in the forward pass, in its recomputation, and in the backward pass."""
+    gathered = [part for part in collectives("1·8·1") if part[0] == "all-gather"]
     words = [(dims, times) for _, dtype, dims, times in gathered if dtype == "u32"]
     assert {dims for dims, _ in words} == trained_on("1·8·1")[2]
     assert sum(times for _, times in words) <= 7 * LAYERS * MICRO_BATCHES * 3
     floats = [(dims, times) for _, dtype, dims, times in gathered if dtype == "f32"]
     matrices = [(dims, times) for dims, times in floats if len(dims) > 1]
-    assert matrices == [(HEAD, 1)]  # which is not quantized; the rest are scales of columns
+    assert matrices == [(HEAD, 1)]  # the head is not quantized; the rest are column scales
 
 
 @pytest.mark.parametrize("name", ["1·1·4", "2·2·2"])
 def test_no_weight_is_gathered_over_tensor(name):
-    gathered = {(dtype, dims) for kind, dtype, dims, _ in told(name) if kind == "all-gather"}
+    gathered = {(dtype, dims) for kind, dtype, dims, _ in collectives(name) if kind == "all-gather"}
     packed = {math.prod(dims) for dtype, dims in gathered if dtype in ("u32", "s8")}
     of_floats = {dims for dtype, dims in gathered if dtype == "f32" and TOKENS not in dims}
     if name == "1·1·4":

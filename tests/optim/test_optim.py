@@ -14,7 +14,7 @@ from lora_jax.optim import config as optim_config
 
 
 def params():
-    """A lora dict as `train.split` makes it: nested, with A and B at the leaves."""
+    """A lora dict as `model_state.split` makes it: nested, with A and B at the leaves."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
     return {
@@ -133,7 +133,7 @@ def test_weight_decay_acts_on_a_and_b_without_a_gradient():
 
 
 def test_clipping_is_by_the_norm_of_all_gradients_together():
-    """A's gradient is large and B's small: clipped by group, B's would stay as it is."""
+    """A's gradient is large and B's small: clipping by group would not change B's."""
     tree = params()
     gradient = jax.tree_util.tree_map_with_path(
         lambda path, p: jnp.full_like(p, 10.0 if path[-1].key == "lora_A" else 0.1), tree
@@ -171,7 +171,7 @@ def test_what_is_neither_a_nor_b_is_frozen_and_has_no_moments():
 
 
 def test_frozen_gradients_do_not_count_in_the_norm_and_integers_are_frozen_too():
-    """As over the variables of a model on a quantized base, with jax.grad's allow_int."""
+    """As with all variables of a model on a quantized base, and jax.grad's allow_int."""
     tree = params()
     mixed = {**tree, "embed": jnp.ones((100, 8)), "packed": jnp.arange(6, dtype=jnp.uint32)}
     integers = np.zeros(6, jax.dtypes.float0)

@@ -1,4 +1,4 @@
-"""The training step: what it computes, what it leaves alone, and that it repeats itself."""
+"""The training step: what it computes, what it does not change, and that it is reproducible."""
 
 import functools
 import pathlib
@@ -21,6 +21,7 @@ from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
+from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
 
@@ -60,14 +61,14 @@ def make_step(graphdef, *, seed=0, remat="none", beta=None):
 
 
 def begin(quantization="none", dropout=0.0):
-    """A fresh starting state: a step takes over its state's memory."""
+    """A fresh starting state: a step reuses the memory of its state."""
     _, trained, _ = parts(quantization, dropout)
     return train_step.start(jax.tree.map(jnp.copy, trained), adamw.make(ADAM, 10))
 
 
 @functools.cache
 def compiled(quantization="none", dropout=0.0, seed=0):
-    """The step's executable, for batches of the shape that make_batch gives by default."""
+    """The step's executable, for batches of make_batch's default shape."""
     graphdef, _, frozen = parts(quantization, dropout)
     step = make_step(graphdef, seed=seed)
     return step.lower(begin(quantization, dropout), frozen, make_batch()).compile()
@@ -75,7 +76,7 @@ def compiled(quantization="none", dropout=0.0, seed=0):
 
 @functools.cache
 def make_batch(index=0, micro_batches=MICRO_BATCHES):
-    """Rows with 2 to 15 trained tokens, right padding, and prompts without loss."""
+    """Sequences with 2 to 15 trained tokens, right padding, and prompts without loss."""
     rng = np.random.default_rng(index)
     ids = rng.integers(3, VOCAB, (ROWS, TOKENS)).astype(np.int32)
     labels, mask = ids.copy(), np.ones_like(ids)
@@ -84,8 +85,8 @@ def make_batch(index=0, micro_batches=MICRO_BATCHES):
         labels[row, :prompt] = encoding.IGNORED
         labels[row, end:] = encoding.IGNORED
         mask[row, end:] = 0
-    with jax.ensure_compile_time_eval():  # it may be asked for first in a traced function
-        return train_step.Batch(*(jnp.asarray(x.reshape(micro_batches, -1, TOKENS))
+    with jax.ensure_compile_time_eval():  # the first call may be in a traced function
+        return train_loss.Batch(*(jnp.asarray(x.reshape(micro_batches, -1, TOKENS))
                              for x in (ids, labels, mask)))  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def distance(one, two):
 
 
 def saved(tree):
-    """On the host: the step takes over its state's memory."""
+    """A copy on the host: the step reuses the memory of its state."""
     return jax.tree.map(np.array, tree)
 
 
@@ -140,7 +141,7 @@ def test_loss_is_over_the_labels_that_are_not_ignored():
     @jax.jit
     def both(state, batch):
         model = nnx.merge(graphdef, state)
-        return train_step.loss(model, batch), model(batch.input_ids, batch.attention_mask)
+        return train_loss.loss(model, batch), model(batch.input_ids, batch.attention_mask)
 
     (total, count), logits = both(state, batch)
     expected, expected_count = numpy_loss(logits, batch.labels)
@@ -148,7 +149,7 @@ def test_loss_is_over_the_labels_that_are_not_ignored():
     assert 0 < expected_count < ROWS * (TOKENS - 1)
     assert abs(float(total) - expected) < 1e-5 * expected
 
-    # What is ignored, and what stands under the padding, does not matter; what is trained does.
+    # Ignored labels and tokens under the padding do not matter; trained tokens do.
     ids = jnp.where(batch.attention_mask == 1, batch.input_ids, 5)
     (same, _), _ = both(state, batch._replace(input_ids=ids))
     assert abs(float(same - total)) < 1e-5 * expected
@@ -195,20 +196,20 @@ def test_training_lowers_the_loss():
 
 
 def test_a_model_whose_padding_is_its_eos_learns_to_stop(tmp_path):
-    """Padding is told by length, not by a token's id: that which ends an answer is trained."""
+    """Padding is recognized by length, not by token id: the EOS that ends an answer is trained."""
     tok = tokenizer.load(tiny_tokenizer.save(tmp_path, pad_token="</s>"))
     assert tok.pad_token_id == tok.eos_token_id == tiny_tokenizer.EOS
     texts = [{"prompt": "ab" * (n % 3), "completion": "cd" * n + "."} for n in range(ROWS)]
     encoded = encoding.encode(datasets.Dataset.from_list(texts), tok, TOKENS, tiny_tokenizer.EOS)
-    # As few different ids as the model has; their order stays.
+    # Renumbered to as few ids as the model has, in the same order.
     known = np.unique(np.concatenate([ids for ids, _ in encoded.rows]))
     eos = int(np.searchsorted(known, tiny_tokenizer.EOS))
     rows = [(np.searchsorted(known, ids), trained) for ids, trained in encoded.rows]
     arrays = batches.pad(batches.alone(rows), TOKENS)
-    batch = train_step.Batch(*(jnp.asarray(arrays[name].reshape(MICRO_BATCHES, -1, TOKENS))
-                          for name in train_step.Batch._fields))  # fmt: skip
+    batch = train_loss.Batch(*(jnp.asarray(arrays[name].reshape(MICRO_BATCHES, -1, TOKENS))
+                          for name in train_loss.Batch._fields))  # fmt: skip
     assert (batch.labels == eos).sum() == ROWS and not batch.attention_mask[0, 0, -1]
-    # Only what ends an answer, so that the loss is −log p(EOS) there.
+    # Only the ends of answers are trained, so that the loss is −log p(EOS) there.
     ends = batch._replace(labels=jnp.where(batch.labels == eos, eos, encoding.IGNORED))
 
     _, _, frozen = parts()
@@ -219,7 +220,7 @@ def test_a_model_whose_padding_is_its_eos_learns_to_stop(tmp_path):
 
 
 def test_accumulated_gradient_is_that_of_one_big_batch():
-    """Though the micro-batches have unequal numbers of trained tokens: a mean of means differs."""
+    """Even if micro-batches have different numbers of trained tokens: a mean of means would not."""
     graphdef, _, frozen = parts()
     whole, split = make_batch(micro_batches=1), make_batch()
     counts = (np.asarray(split.labels)[:, :, 1:] != encoding.IGNORED).sum(axis=(1, 2))
@@ -239,7 +240,7 @@ def test_the_gradient_is_of_the_mean_over_all_trained_tokens(three_steps):
     @jax.value_and_grad
     def mean(trained):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-        total, count = train_step.loss(model, one_micro_batch())
+        total, count = train_loss.loss(model, one_micro_batch())
         return total / count
 
     value, gradient = mean(trained)
@@ -248,7 +249,7 @@ def test_the_gradient_is_of_the_mean_over_all_trained_tokens(three_steps):
     assert three_steps[0][1]["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_state_but_for_the_count():
+def test_a_loss_that_is_not_finite_changes_only_the_step_count():
     _, _, frozen = parts()
     step, before, state = compiled(), saved(begin()), begin()
     nothing = make_batch()._replace(labels=jnp.full_like(make_batch().labels, encoding.IGNORED))
@@ -257,7 +258,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_but_for_the_count():
     assert int(state.step) == 1
     assert_equal_trees(state.lora, before.lora)
     assert_equal_trees(state.opt_state, before.opt_state)
-    # A weight that is not finite: the same, and a good batch after it trains as usual.
+    # The same for a weight that is not finite; a good batch after it trains as usual.
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan) if x.ndim == 2 else x, frozen.base)
     state, metrics = step(state, frozen._replace(base=broken), make_batch())
     assert not np.isfinite(metrics["loss"]) and int(state.step) == 2
@@ -287,7 +288,7 @@ def test_runs_repeat_and_resume_bit_for_bit(dropout):
 def test_dropout_changes_with_step_micro_batch_and_seed():
     _, _, frozen = parts(dropout=0.3)
     batch = make_batch()
-    exchanged = jax.tree.map(lambda x: x[::-1], batch)  # the same sum, were the masks the same
+    exchanged = jax.tree.map(lambda x: x[::-1], batch)  # the same sum if the masks were the same
 
     def loss_at(number, batch, seed=0):
         state = begin(dropout=0.3)._replace(step=jnp.asarray(number, jnp.int32))
@@ -312,7 +313,7 @@ def test_evaluation_has_no_dropout():
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_does_not_change_the_gradient(remat):
-    """Nor the masks: what is computed again drops the same inputs."""
+    """Nor the dropout masks: the recomputation drops the same inputs."""
     graphdef, _, frozen = parts(dropout=0.3)
     step = make_step(graphdef, remat=remat)
     found, _ = step(begin(dropout=0.3), frozen, make_batch())
@@ -330,7 +331,7 @@ def test_dots_recomputes_fewer_products_than_full():
 
 
 def packed_and_dense_shapes(base):
-    """Of every quantized matrix: the HLO type of its packed words, and of it as floats."""
+    """The HLO types of every quantized matrix's packed words, and of the matrix as floats."""
     layers = base["model"]["layers"]
     for block, modules in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
         for name in modules:
@@ -341,17 +342,17 @@ def packed_and_dense_shapes(base):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_trained_head_takes_some_tokens_at_a_time(dropout, monkeypatch):
-    """Five of sixteen; each chunk has a dropout mask of its own."""
+def test_a_trained_head_computes_logits_in_chunks(dropout, monkeypatch):
+    """Five of sixteen tokens at a time; each chunk has its own dropout mask."""
     graphdef, trained, frozen = model_state.split(make_model(targets=("lm_head",), dropout=dropout))
     batch = one_micro_batch()
 
     def found(trained):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-        return train_step.losses(model, batch)
+        return train_loss.losses(model, batch)
 
     def value_and_gradient(size):
-        monkeypatch.setattr(train_step, "HEAD_CHUNK", size)
+        monkeypatch.setattr(train_loss, "HEAD_CHUNK", size)
         return jax.jit(jax.value_and_grad(lambda t: found(t).sum())).lower(trained).compile()
 
     chunks = value_and_gradient(5)
@@ -369,16 +370,16 @@ def test_the_base_gets_no_gradient_no_moments_and_no_copy():
     state = begin("int4")
     num_lora = sum(x.size for x in jax.tree.leaves(state.lora))
     moments = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim)
-    assert moments == 2 * 4 * num_lora  # AdamW's two float32 per number of A and B, and no more
+    assert moments == 2 * 4 * num_lora  # AdamW's two float32 for each entry of A and B
 
-    # The step gives back the state and four numbers.
+    # The step returns the state and four numbers.
     executable = compiled("int4")
     new_state, metrics = executable(begin("int4"), frozen, make_batch())
     shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (new_state, state)]
     assert shapes[0] == shapes[1] and len(metrics) == 4
 
-    # Nowhere in the compiled program do all layers of a matrix exist as floats: not as a weight,
-    # not as what the scan over layers keeps for its backward pass, not as a gradient.
+    # The compiled program never holds all layers of a matrix as floats: not as a weight, not saved
+    # for the backward pass of the scan over layers, not as a gradient.
     hlo = executable.as_text()
     for packed, dense in packed_and_dense_shapes(frozen.base):
         assert packed in hlo
@@ -399,12 +400,12 @@ def test_a_dense_base_gets_no_gradient():
 
     weights = {(48, 32), (32, 48), (32, 32), (96, 32), (32, 96)}
     of_base = jax.jit(jax.grad(loss, argnums=1)).lower(trained, frozen.base).compile()
-    assert weights & products(of_base)  # there one sees them
+    assert weights & products(of_base)  # so the search would find them
     assert not weights & products(compiled())
 
 
-def test_on_a_mesh_arrays_lie_where_the_rules_say():
-    """What the step then computes, and communicates, is in test_mesh.py."""
+def test_on_a_mesh_arrays_are_sharded_by_the_rules():
+    """test_mesh.py tests what the step then computes and communicates."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         _, *parts = model_state.split(make_model(mesh, "int4"))

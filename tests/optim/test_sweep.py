@@ -1,4 +1,4 @@
-"""Several settings in one program: each ends as the adapter that a run of its own gives."""
+"""Several settings in one program: each adapter ends as that of a run of its own."""
 
 import functools
 
@@ -21,7 +21,7 @@ STEPS, MESH = 3, "2·2·2"
 
 
 def member(name, rank, lr):
-    """Trains A and B in a stack, and norms in and out of it."""
+    """A member that trains A and B in the stack of layers, and norms inside and outside of it."""
     how = {"dropout": 0.2, "targets": ("q_proj",), "modules_to_save": ("norm",)}
     adapters = lora_config.LoRAConfig(rank=rank, use_rslora=True, **how)
     return sweep.Member(name, adapters, optim_config.OptimConfig(lr=lr, weight_decay=0.1, warmup=1))
@@ -68,7 +68,7 @@ def of(state, index):
 
 
 def test_a_member_ends_as_the_adapter_of_a_run_alone():
-    """On a mesh, beside one that diverges, its rank padded: as on one device."""
+    """On a mesh, with a padded rank and a diverging neighbour, as alone on one device."""
     _, run, _, _ = swept()
     own = MEMBERS[1]
     ((graphdef, trained, frozen),) = parts_of([own], sharding.make_mesh(test_mesh.MESHES["1·1·1"]))
@@ -96,7 +96,7 @@ def test_what_pads_a_rank_stays_zero():
 
 
 def test_a_member_that_is_not_finite_is_left_as_it_was():
-    """The first step has the learning rate 0, the second makes B huge, the third is lost."""
+    """The first step has learning rate 0, the second makes B huge, the third is not finite."""
     _, run, _, _ = swept()
     states, told = zip(*run, strict=True)
     assert [state.opt_state.lost.tolist() for state in states] == [[0, 0, 0]] * 2 + [[0, 0, 3]]

@@ -1,4 +1,4 @@
-"""What is said about accelerators that are not used, too small or held by another process."""
+"""The advice about accelerators that are unused, too small or in use by another process."""
 
 import collections
 import os
@@ -27,21 +27,21 @@ def test_describe_counts_and_names_the_devices():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "tpu", "told"),
+    ("gpu", "tpu", "parts"),
     [
         ("NVIDIA H100 80GB HBM3", False, ("NVIDIA H100 80GB HBM3", 'pip install "jax[cuda13]"')),
         (None, True, ("a TPU", 'pip install "jax[tpu]"')),
     ],
 )
-def test_an_accelerator_that_jax_does_not_see_is_told(monkeypatch, gpu, tpu, told):
+def test_an_accelerator_that_jax_does_not_see_is_reported(monkeypatch, gpu, tpu, parts):
     monkeypatch.setattr(devices, "nvidia_gpu", lambda: gpu)
     monkeypatch.setattr(devices, "has_tpu", lambda: tpu)
-    assert devices.unused_accelerator() is None  # JAX_PLATFORMS=cpu asks for it
+    assert devices.unused_accelerator() is None  # because JAX_PLATFORMS=cpu is set
     monkeypatch.delenv("JAX_PLATFORMS")
-    assert all(part in devices.unused_accelerator() for part in ("only the CPU", *told))
+    assert all(part in devices.unused_accelerator() for part in ("only the CPU", *parts))
 
 
-def test_what_is_compiled_for_an_accelerator_is_found_again(tmp_path):
+def test_programs_compiled_for_an_accelerator_are_cached(tmp_path):
     code = (
         "import jax, lora_jax.parallel.devices as devices\n"
         "devices.keep_compiled()\n"
@@ -67,7 +67,7 @@ def test_what_is_compiled_for_an_accelerator_is_found_again(tmp_path):
     assert any((tmp_path / "lora_jax/xla").iterdir())
 
 
-def test_nothing_is_said_without_one_or_when_jax_uses_it(monkeypatch):
+def test_no_warning_without_an_accelerator_or_if_jax_uses_it(monkeypatch):
     monkeypatch.setattr(devices, "nvidia_gpu", lambda: None)
     monkeypatch.setattr(devices, "has_tpu", lambda: False)
     assert devices.unused_accelerator() is None
@@ -90,7 +90,7 @@ def test_the_driver_is_asked_for_the_name(monkeypatch, returncode, stdout, name)
     assert devices.nvidia_gpu() == name
 
 
-def test_a_driver_that_hangs_is_no_gpu_and_no_failure(monkeypatch):
+def test_a_driver_that_hangs_means_no_gpu_and_no_failure(monkeypatch):
     def hang(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
 
@@ -100,7 +100,7 @@ def test_a_driver_that_hangs_is_no_gpu_and_no_failure(monkeypatch):
     assert devices.nvidia_gpu() is None
 
 
-def test_peak_memory_is_this_process_s_where_the_device_does_not_tell(monkeypatch):
+def test_peak_memory_is_that_of_the_process_if_the_device_reports_none(monkeypatch):
     assert 2**24 < devices.peak_bytes() < 2**42
 
     class Device(collections.namedtuple("Device", "stats")):
@@ -122,7 +122,7 @@ def test_a_job_too_large_for_the_device_is_explained():
         assert way_out in message
 
 
-def test_what_was_wanted_and_free_is_told(monkeypatch):
+def test_the_wanted_and_the_free_memory_are_reported(monkeypatch):
     class Device:
         device_kind, platform = "NVIDIA L4", "gpu"
 
@@ -136,11 +136,11 @@ def test_what_was_wanted_and_free_is_told(monkeypatch):
     assert "1 × NVIDIA L4 (gpu)" in message
 
 
-def test_no_size_is_made_up():
+def test_no_size_is_invented():
     assert "more wanted" in str(devices.explain(RuntimeError("Out of memory. Buy more. B")))
 
 
-def test_a_held_device_is_explained():
+def test_a_device_in_use_is_explained():
     message = str(devices.explain(RuntimeError(TPU_HELD)))
     for part in ("expected:", "found:", "pid 4711", "to do:", "JAX_PLATFORMS=cpu"):
         assert part in message

@@ -1,4 +1,4 @@
-"""Two processes are one run: the same losses, one folder, one end for both."""
+"""A run of two processes: the same losses, one folder, and a common end."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import yaml
 
 from lora_jax import errors
 from lora_jax.cli import train
-from lora_jax.parallel import processes
+from lora_jax.parallel import cluster, processes, rendezvous
 
 LAUNCH = cli.ROOT / "examples/launch"
 STEPS = 10
@@ -31,7 +31,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def start(parent):
-    """start(flags, processes=2, signals={process: (step, signal)}): runs to the end."""
+    """start(flags, processes=2, signals={process: (step, signal)}) runs until all have ended."""
 
     def start(*flags, processes=2, signals=None, script="train"):
         how = {"processes": processes, "devices": 4 // processes, "signals": signals}
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(start, data, tmp_path_factory):
-    """The folder of a run of one process with four devices that nothing interrupted."""
+    """The folder of an uninterrupted run of one process with four devices."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     ended = start(*FLAGS, *data, "--output-dir", folder, processes=1)
     assert ended.codes == [0], ended.err
@@ -76,7 +76,7 @@ def checkpoints(folder):
 # ------------------------------------------------------------------------- whole runs
 
 
-def test_a_lost_process_and_sigterm_end_all_and_the_run_goes_on_to_the_same_end(whole, start, data):
+def test_a_lost_process_and_sigterm_end_all_and_the_resumed_run_is_the_same(whole, start, data):
     folder = whole.parent / "interrupted"
     resume = ("--resume", "--output-dir", folder)
     victim, step = random.randrange(2), random.randrange(3, 6)
@@ -86,10 +86,10 @@ def test_a_lost_process_and_sigterm_end_all_and_the_run_goes_on_to_the_same_end(
     assert ended.codes[victim] == -signal.SIGKILL, (killed, ended.err)
     assert ended.codes[1 - victim] == processes.RESTART, (killed, ended.err)
     assert "4 × cpu (cpu) in 2 processes, mesh data=4" in ended.out[0] and ended.out[1] == ""
-    told = f"process {victim} of 2 was lost; start all again with --resume --output-dir {folder}"
-    # Without process 0 jax's coordination service has something to say as well.
-    said = ended.err[1 - victim]
-    assert f"\n{told}\n" in said and (victim == 0 or said.count("\n") == 2), said
+    message = f"process {victim} of 2 was lost; start all again with --resume --output-dir {folder}"
+    # Without process 0, jax's coordination service prints a message too.
+    printed = ended.err[1 - victim]
+    assert f"\n{message}\n" in printed and (victim == 0 or printed.count("\n") == 2), printed
 
     one = random.randrange(2)
     ended = start(*resume, signals={one: (5, signal.SIGTERM)})
@@ -119,7 +119,7 @@ def test_generating_in_two_processes(whole, start):
     assert ended.codes == [0, 0], ended.err
     assert ended.out[1] == "" and ended.err[1] == ""
     alone = cli.run("generate", *flags)  # on eight devices
-    assert alone.out in ended.out[0]  # gloo tells on which connections it runs
+    assert alone.out in ended.out[0]  # gloo prints its connections
 
 
 def test_a_folder_that_process_0_is_refused_ends_both(whole, start, data):
@@ -132,14 +132,14 @@ def test_a_folder_that_process_0_is_refused_ends_both(whole, start, data):
 # ------------------------------------------------------------------------- without devices
 
 
-def test_flags_give_a_place():
-    assert processes.find("host:1234", 2, 1) == processes.Place("host:1234", 2, 1)
-    assert processes.find(num_processes=1) is None
-    assert processes.find("host:1234", 1, 0) is None
+def test_flags_give_the_process():
+    assert cluster.find("host:1234", 2, 1) == cluster.Process("host:1234", 2, 1)
+    assert cluster.find(num_processes=1) is None
+    assert cluster.find("host:1234", 1, 0) is None
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "problems"),
     [
         (("host:1234",), ["no --num-processes", "no --process-id"]),
         ((None, 2, 0), ["no --coordinator"]),
@@ -148,10 +148,10 @@ def test_flags_give_a_place():
         (("host:1234", 2, -1), ["--process-id -1"]),
     ],
 )
-def test_flags_that_give_none_are_told_together(flags, told):
+def test_all_problems_of_the_flags_are_reported_together(flags, problems):
     with pytest.raises(errors.UserError) as error:
-        processes.find(*flags)
-    for text in told:
+        cluster.find(*flags)
+    for text in problems:
         assert text in str(error.value)
 
 
@@ -160,64 +160,65 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[01-02]", "SLURM_NTASK
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "process"),
     [
         ({}, None),
-        (SLURM, processes.Place("node01:61447", 2, 1, detected=True)),
+        (SLURM, cluster.Process("node01:61447", 2, 1, detected=True)),
         (SLURM | {"SLURM_NTASKS": "1"}, None),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell in an allocation
         ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),  # the batch script itself
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod of its own
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a single pod
     ],
 )
-def test_only_a_cluster_with_many_processes_is_joined(monkeypatch, environment, place):
+def test_only_a_cluster_with_several_processes_is_joined(monkeypatch, environment, process):
     for name in (*SLURM, "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes.find() == place
+    assert cluster.find() == process
 
 
-def test_processes_that_do_not_come_are_named():
+def test_processes_that_do_not_connect_are_named():
     address = f"localhost:{forks.free_port()}"
     with pytest.raises(errors.UserError, match="no process 1, 2"):
-        processes.start(processes.Place(address, 3, 0), wait=0.2)
+        processes.start(cluster.Process(address, 3, 0), wait=0.2)
     with pytest.raises(errors.UserError, match="Connection refused"):
-        processes.start(processes.Place(address, 3, 1), wait=0.2)
+        processes.start(cluster.Process(address, 3, 1), wait=0.2)
 
 
-def test_a_process_that_is_there_twice_is_refused():
+def test_a_process_that_connects_twice_is_refused():
     address, refused = f"localhost:{forks.free_port()}", []
 
     def join():
         with pytest.raises(errors.UserError) as error:
-            processes._join(processes.Place(address, 3, 1), wait=5)
+            rendezvous.join(cluster.Process(address, 3, 1), wait=5)
         refused.append(str(error.value))
 
     twins = [threading.Thread(target=join) for _ in range(2)]
     for twin in twins:
         twin.start()
     with pytest.raises(errors.UserError, match="no process 2"):
-        processes._gather(processes.Place(address, 3, 0), wait=1)
+        rendezvous.gather(cluster.Process(address, 3, 0), wait=1)
     for twin in twins:
         twin.join()
     assert sorted("there is a process 1 already" in text for text in refused) == [False, True]
     assert sorted("no process 2" in text for text in refused) == [False, True]
 
 
-MEET = """
-others = processes._gather(place, 60) if not number else {0: processes._join(place, 60)}
-processes._group = processes._Group(place, others)
+CONNECT = """
+others = rendezvous.gather(process, 60) if not number else {0: rendezvous.join(process, 60)}
+processes._group = processes._Group(process, others)
 """
 
 
 def several(code, processes=3):
-    """How so many processes ended that ran `code`, which knows its `number` and `place`."""
+    """The end of several processes that ran `code`, which can use its `number` and `process`."""
     beginning = (
-        "import faulthandler, sys, time; from lora_jax.parallel import processes\n"
+        "import faulthandler, sys, time\n"
+        "from lora_jax.parallel import cluster, processes, rendezvous\n"
         "faulthandler.dump_traceback_later(60, exit=True)\n"
         "number = int(sys.argv[1])\n"
-        f"place = processes.Place('localhost:{forks.free_port()}', {processes}, number)\n"
+        f"process = cluster.Process('localhost:{forks.free_port()}', {processes}, number)\n"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", beginning + code, str(number)], cwd=cli.ROOT,
@@ -228,10 +229,10 @@ def several(code, processes=3):
     return forks.Ended([process.returncode for process in started], list(out), list(err))
 
 
-def test_one_process_s_error_ends_all_and_is_told_by_process_0():
+def test_one_process_s_error_ends_all_and_process_0_reports_it():
     began = time.monotonic()
     ended = several(
-        f"{MEET}"
+        f"{CONNECT}"
         "assert processes.told(number) == 0\n"
         "if number == 1: processes.end(2, 'no such model')\n"
         "time.sleep(60)\n"
@@ -242,9 +243,9 @@ def test_one_process_s_error_ends_all_and_is_told_by_process_0():
 
 
 @pytest.mark.parametrize("who", [0, 2])
-def test_when_one_asks_all_know_after_the_same_step(who):
+def test_if_one_process_asks_all_know_after_the_same_step(who):
     ended = several(
-        f"{MEET}"
+        f"{CONNECT}"
         "step = 0\n"
         f"while not processes.anyone(number == {who} and step >= 7): step += 1\n"
         "processes.same('step', step)\n"
@@ -256,11 +257,11 @@ def test_when_one_asks_all_know_after_the_same_step(who):
     assert len(set(ended.out)) == 1 and (who or ended.out[0] == "7\n")
 
 
-def test_a_checkpoint_that_one_process_alone_cannot_read_ends_all(tmp_path):
+def test_a_checkpoint_that_a_single_process_cannot_read_ends_all(tmp_path):
     ended = several(
         "import os, pathlib\n"
         "os.environ.pop('XLA_FLAGS'), setattr(processes, '_GRACE', 0.2)\n"
-        "processes.start(place)\n"
+        "processes.start(process)\n"
         "import jax.numpy as jnp; from lora_jax import errors\n"
         "from lora_jax.optim import step as train; from lora_jax.parallel import mesh as sharding\n"
         "from lora_jax.training.output import snapshots as snapshot\n"
@@ -325,8 +326,8 @@ def test_launches_start_and_resume_with_flags_that_exist(name, tmp_path):
         typed = train.parse(flags)
         assert typed.get("resume", False) == resumed and typed["output_dir"] == str(out)
         place = [typed.get(name) for name in ("coordinator", "num_processes", "process_id")]
-        assert processes.find(*place) == (
-            processes.Place("lora-jax-workers-0-0.lora-jax:8476", 2, 1)
+        assert cluster.find(*place) == (
+            cluster.Process("lora-jax-workers-0-0.lora-jax:8476", 2, 1)
             if name == "jobset.yaml"
             else None
         )
@@ -335,7 +336,7 @@ def test_launches_start_and_resume_with_flags_that_exist(name, tmp_path):
         assert (tmp_path / "said.scontrol").read_text() == "requeue 7\n"
 
 
-def test_the_jobset_s_names_and_numbers_fit_together():
+def test_the_jobset_s_names_and_numbers_agree():
     whole, job, container = jobset()
     spec, name = job["template"]["spec"], whole["metadata"]["name"]
     assert spec["parallelism"] == spec["completions"]

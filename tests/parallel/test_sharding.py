@@ -1,4 +1,4 @@
-"""The mesh, and where the rules put each kind of array."""
+"""The mesh, and the sharding that the rules give each kind of array."""
 
 import jax
 import pytest
@@ -25,12 +25,12 @@ WRONG = "data=2 data=8,data=1 model=8 data=0 data fsdp=9 data=-1,fsdp=-1 data=-1
 
 
 @pytest.mark.parametrize("text", WRONG.split())
-def test_a_mesh_that_is_none_is_refused(text):
+def test_an_invalid_mesh_is_refused(text):
     with pytest.raises(errors.UserError, match="--mesh"):
         sharding.parse(text, 8)
 
 
-def test_the_default_cuts_the_base_only_as_far_as_it_must():
+def test_the_default_mesh_splits_the_base_only_as_far_as_necessary():
     def axes(base, memory, num_devices=8):
         sizes = sharding.default(num_devices, base, memory)
         return sizes["data"], sizes["fsdp"], sizes["tensor"]
@@ -39,10 +39,10 @@ def test_the_default_cuts_the_base_only_as_far_as_it_must():
     assert axes(5, 8) == (4, 2, 1)
     assert axes(9, 8) == (2, 4, 1)
     assert axes(9, 8, num_devices=6) == (3, 2, 1)
-    assert axes(1000, 8) == (1, 8, 1)  # it does not fit at all, which the compiler will say
+    assert axes(1000, 8) == (1, 8, 1)  # it does not fit at all; the compiler will report that
 
 
-def test_a_mesh_may_be_of_other_devices_and_of_fewer():
+def test_a_mesh_may_have_other_and_fewer_devices():
     few = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 1}, jax.devices()[4:])
     assert list(few.devices.flat) == jax.devices()[4:6]
 
@@ -58,7 +58,7 @@ def test_a_mesh_may_be_of_other_devices_and_of_fewer():
         ((*PROJECTION, "base", "nested_scale"), 2, (None, None)),
         ((*PROJECTION, "base", "layer"), 1, (None,)),
         ((*PROJECTION, "base", "bias"), 2, (None, "tensor")),
-        ((*PROJECTION, "lora_A"), 3, (None, None, None)),  # the input axis is fsdp's: never
+        ((*PROJECTION, "lora_A"), 3, (None, None, None)),  # the input axis is never on fsdp
         ((*PROJECTION, "lora_B"), 3, (None, None, "tensor")),
         (("model", "layers", "mlp", "down_proj", "lora_A"), 3, (None, "tensor", None)),
         ((*PROJECTION, "scaling"), 3, (None, None, None)),
@@ -66,11 +66,11 @@ def test_a_mesh_may_be_of_other_devices_and_of_fewer():
         (("model", "norm", "weight"), 1, (None,)),
     ],
 )
-def test_arrays_are_cut_by_their_paths(mesh, path, ndim, spec):
+def test_arrays_are_sharded_by_their_paths(mesh, path, ndim, spec):
     assert tuple(sharding.of(path, ndim, mesh).spec) == spec
 
 
-def test_rows_are_dealt_out_where_that_is_even(mesh):
+def test_a_batch_is_split_if_that_is_even(mesh):
     assert tuple(sharding.rows(8, mesh).spec) == (sharding.BATCH,)
     assert tuple(sharding.rows(6, mesh).spec) == ()
     assert [sharding.round_up(n, mesh) for n in (1, 4, 5)] == [4, 4, 8]
@@ -78,9 +78,9 @@ def test_rows_are_dealt_out_where_that_is_even(mesh):
     with pytest.raises(errors.UserError, match="--batch-size 8"):
         sharding.check_batch(6, mesh)
     with pytest.raises(errors.UserError, match="--batch-size 4 --grad-accum 3, or another"):
-        sharding.check_batch(6, mesh, rows_per_step=12)
+        sharding.check_batch(6, mesh, sequences_per_step=12)
     with pytest.raises(errors.UserError, match="to do:    another --mesh"):
-        sharding.check_batch(6, mesh, rows_per_step=6)
+        sharding.check_batch(6, mesh, sequences_per_step=6)
 
 
 def test_a_tree_is_placed_by_its_paths(mesh):

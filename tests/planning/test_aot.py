@@ -1,7 +1,7 @@
-"""What the compilers for TPUs and GPUs make of the kernels, the train step and the decode loop.
+"""The kernels, the train step and the decode loop, as compiled for TPUs and GPUs.
 
-pytest -m aot -n 0, with pip install "lora-jax[aot]"; no device is needed. Each program is compiled
-once, in a process of its own, two at a time, and all tests read the same results.
+pytest -m aot -n 0, after pip install "lora-jax[aot]"; no device is needed. Each program is compiled
+once, in its own process, two at a time, and all tests read the same results.
 """
 
 import concurrent.futures
@@ -16,6 +16,7 @@ from lora_jax import errors
 from lora_jax.kernels.attention import cudnn
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, hlo, programs
+from lora_jax.planning import job as jobs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 try:
@@ -23,7 +24,7 @@ try:
 finally:
     sys.path.pop(0)
 
-TOO_LARGE = [("train-1x32768-full", aot.V5E)]  # of 16 GB
+TOO_LARGE = [("train-1x32768-full", aot.V5E)]  # for its 16 GB
 RUNS = [run for run in aot.RUNS if run not in TOO_LARGE]
 TPU_RUNS = [run for run in RUNS if run[1].startswith("tpu")]
 GPU_RUNS = [run for run in RUNS if run[1].startswith("gpu")]
@@ -40,13 +41,13 @@ PEAKS = {  # most bytes on one device
     ("decode-1", aot.H100): 7.7e9,
 }
 LEAST_ROOFLINE = {"train": 0.95, "decode1": 0.9, "decode16": 0.9}
-# Short of the aim, backward: the tile that would reach 0.96 is not the one that is chosen.
+# The backward product misses the target: another tile than the chosen one would reach 0.96.
 EXCEPTIONS = {("kernel-train-4096x11008", aot.V6E): 0.93}
 
 
 @pytest.fixture(scope="module")
 def results(request):
-    """What `aot.run` returns for a (case, target): compiled ahead for the tests that are to run."""
+    """(case, target) → the result of `aot.run`, compiled in advance for the selected tests."""
     wanted = dict.fromkeys(
         item.callspec.params["run"]
         for item in request.session.items
@@ -69,7 +70,7 @@ def results(request):
 
 
 def of(part: str, among=RUNS):
-    """Marks a test as one of the tier, for the runs whose case contains `part`."""
+    """Marks a test as `aot`, and parametrizes it by the runs whose case contains `part`."""
     runs = [run for run in among if part in run[0]]
 
     def mark(test):
@@ -87,7 +88,7 @@ def test_compiles_within_the_memory_of_the_chip(run, results):
 
 @of("", among=TOO_LARGE)
 def test_what_does_not_fit_is_refused(run, results):
-    """Which shows that the compiler would refuse the others as well."""
+    """So the compiler would refuse the others too, if they did not fit."""
     assert "RESOURCE_EXHAUSTED" in results(run)["error"]
 
 
@@ -96,7 +97,7 @@ def test_on_a_tpu_weights_stay_packed(run, results):
     result = results(run)
     assert result["kernels"]["tpu_custom_call"] > 0
     assert not result["dense"]
-    assert not result["packed"] or "fsdp" in run[0]  # where a layer's words are gathered first
+    assert not result["packed"] or "fsdp" in run[0]  # which first gathers a layer's words
 
 
 @of("k_minor", among=GPU_RUNS)
@@ -108,7 +109,7 @@ def test_the_hopper_kernel_reads_its_stack_in_place(run, results):
 
 @of("decode", among=[run for run in GPU_RUNS if run[1] != aot.A100 and "kernel" not in run[0]])
 def test_decoding_on_hopper_writes_no_weight(run, results):
-    """In its loop; before it, prefill does, and the copy is made. Four products a layer."""
+    """Within its loop; prefill and the copy before it do. There are four products per layer."""
     result = results(run)
     assert result["kernels"] == {"mosaic_gpu": 4 * 32}
     assert not result["dense_in_decode"] and not result["packed_in_decode"]
@@ -128,7 +129,7 @@ def test_decoding_one_row_unpacks_no_weight(run, results):
 
 @of("kernel", among=GPU_RUNS)
 def test_no_gpu_kernel_spills_registers(run, results):
-    """Not asked of whole programs: there XLA tries its own tiles out on the device."""
+    """Whole programs may: for them XLA would try its own tiles out on the device."""
     assert results(run)["spilled_bytes"] == 0
 
 
@@ -146,13 +147,13 @@ def test_peak_memory(run, results):
 
 
 @of("", among=[run for run in RUNS if run not in MULTI_RUNS])
-def test_one_device_talks_to_nobody(run, results):
+def test_one_device_does_not_communicate(run, results):
     assert not results(run)["collectives"]
 
 
 @of("data", among=MULTI_RUNS)
 def test_data_parallel_steps_sum_the_gradient_and_nothing_else(run, results):
-    """A and B of rank 8, in float32, for q and v of 32 layers; the rest is a handful of scalars."""
+    """A and B of rank 8, in float32, for q and v of 32 layers, and a few scalars."""
     collectives = results(run)["collectives"]
     gradient = 4 * 32 * 2 * 8 * (4096 + 4096)
     assert collectives.keys() == {"all-reduce"}
@@ -161,7 +162,7 @@ def test_data_parallel_steps_sum_the_gradient_and_nothing_else(run, results):
 
 @of("tensor", among=MULTI_RUNS)
 def test_tensor_parallel_steps_gather_no_weight(run, results):
-    """Two sums of activations [2048, 4096] a layer and pass; with remat there are three passes."""
+    """Two sums of activations [2048, 4096] per layer and pass; with remat, three passes."""
     collectives = results(run)["collectives"]
     activations = 2 * 2048 * 4096
     assert collectives["all-reduce"]["bytes"] <= 1.5 * (3 * 2 * 32 * activations)
@@ -171,10 +172,10 @@ def test_tensor_parallel_steps_gather_no_weight(run, results):
 
 @of("fsdp", among=MULTI_RUNS)
 def test_fsdp_steps_gather_packed_weights(run, results):
-    """Each of three passes gathers each weight in 4 bits and its scales.
+    """Each of three passes gathers each weight in 4 bits, and its scales.
 
-    The dense head is gathered for each of four chunks of the cross-entropy, and its derivative.
-    Unpacked it would be four times that. What is summed is the gradient of A and B.
+    The dense head is gathered for each of four chunks of the cross-entropy and of its derivative.
+    Unpacked weights would be four times as large. The all-reduce sums the gradient of A and B.
     """
     collectives = results(run)["collectives"]
     weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) * (1 / 2 + 1 / 32)
@@ -183,8 +184,8 @@ def test_fsdp_steps_gather_packed_weights(run, results):
     assert collectives["all-reduce"]["bytes"] <= 100e6
 
 
-def test_spills_are_seen():
-    """In what ptxas says by way of XLA's log, and by way of Mosaic's."""
+def test_spills_are_detected():
+    """In the messages of ptxas in XLA's log and in Mosaic's."""
     xla = "ptxas warning : Registers are spilled to local memory in function 'k', 560 bytes spill "
     mosaic = "    0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads"
     assert aot.spilled_bytes(f"{xla}stores, 560 bytes spill loads\n{mosaic}\n") == 572
@@ -228,7 +229,7 @@ ENTRY %main (q: u32[512,4096]) -> (s32[], u32[512,4096]) {
 """
 
 
-def test_a_program_is_read_with_its_loops():
+def test_a_program_is_parsed_with_its_loops():
     program, weight = hlo.parse(PROGRAM), {(4096, 4096)}
     assert aot.written(program, weight, dense=True) == {"bf16[4096,4096]": 33}
     assert aot.written(program, weight, dense=False) == {"u32[512,4096]": 33}
@@ -240,8 +241,8 @@ def test_a_program_is_read_with_its_loops():
 
 @pytest.mark.aot
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-def test_a_train_step_takes_cudnn_s_attention(sizes, monkeypatch):
-    """Which here no program would take, as there is no GPU to ask for its version of cuDNN."""
+def test_a_train_step_uses_attention_of_cudnn(sizes, monkeypatch):
+    """Patched, because without a GPU that reports its cuDNN, programs use other attention."""
     target = "gpu:h100" if sizes == (1, 1, 1) else "gpu:h100-8"
     try:
         chips.check(target)
@@ -251,7 +252,7 @@ def test_a_train_step_takes_cudnn_s_attention(sizes, monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
     architecture = aot.memory.architecture(*aot.memory.MODELS["Llama-3.2-1B"])
-    job = programs.Job(architecture, batch_size=4, remat="full")
+    job = jobs.Job(architecture, batch_size=4, remat="full")
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), chips.devices(target))
     with jax.set_mesh(mesh):
         program = programs.train_step(job, mesh)

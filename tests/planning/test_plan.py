@@ -1,4 +1,4 @@
-"""What a job takes, foretold from shapes, against what XLA compiles."""
+"""What the planner predicts from shapes, against what XLA compiles."""
 
 import dataclasses
 import importlib.util
@@ -20,8 +20,8 @@ from lora_jax import errors
 from lora_jax.lora import config
 from lora_jax.models import config as model_config
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, hlo, programs
-from lora_jax.planning import memory as planning
+from lora_jax.planning import chips, hlo, memory, operations, programs, proposals, resident
+from lora_jax.planning import job as jobs
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
@@ -42,33 +42,34 @@ def architecture(hidden, ffn, layers, heads, kv_heads, vocab, **more) -> model_c
     )
 
 
-TINY = programs.Job(architecture(64, 160, 3, 4, 2, 512), batch_size=2, seq_len=100, grad_accum=2)
-LLAMA_7B = programs.Job(architecture(4096, 11008, 32, 32, 32, 32000))
+TINY = jobs.Job(architecture(64, 160, 3, 4, 2, 512), batch_size=2, seq_len=100, grad_accum=2)
+LLAMA_7B = jobs.Job(architecture(4096, 11008, 32, 32, 32, 32000))
 PAIRS_7B = dataclasses.replace(LLAMA_7B, seq_len=1024, beta=0.1)
-LLAMA_70B = programs.Job(architecture(8192, 28672, 80, 64, 8, 128256))
+LLAMA_70B = jobs.Job(architecture(8192, 28672, 80, 64, 8, 128256))
 
 
 @pytest.mark.parametrize(
-    "remat, names, beta, shared",  # products of attention that XLA takes once, of a single block
+    # shared: products of attention that XLA computes only once, because there is a single block
+    "remat, names, beta, shared",
     [("full", "all-linear", None, 1), ("dots", ("q_proj", "v_proj"), 0.1, 0)],
 )
-def test_the_compiled_step_multiplies_and_takes_what_was_planned(remat, names, beta, shared):
+def test_the_compiled_step_has_the_planned_operations_and_bytes(remat, names, beta, shared):
     adapters = config.LoRAConfig(targets=names)
     job = dataclasses.replace(TINY, remat=remat, lora=adapters, beta=beta).of_length(100)
     mesh = sharding.make_mesh(ONE)
     with jax.set_mesh(mesh):
         program = programs.train_step(job, mesh)
     compiled = program.lower(mesh).compile()
-    planned = planning.operations(job)
+    planned = operations.operations(job)
     shared *= planned.attention // 9  # its products
     assert hlo.dot_flops(hlo.parse(compiled.as_text())) == planned.total - shared
-    resident = sum(planning.memory(job, ONE, "cpu").resident.values())
-    # To the byte, but for layer indices and numbers of steps.
+    stays = sum(memory.memory(job, ONE, "cpu").resident.values())
+    # To the byte, except for layer indices and step counts.
     taken = compiled.memory_analysis().argument_size_in_bytes
-    assert resident == pytest.approx(taken, abs=200)
+    assert stays == pytest.approx(taken, abs=200)
 
 
-def test_a_step_of_32k_tokens_has_no_array_of_their_square():
+def test_a_step_of_32k_tokens_has_no_array_of_quadratic_size():
     job = dataclasses.replace(TINY, batch_size=1, grad_accum=1, seq_len=32768)
     mesh = sharding.make_mesh(ONE)
     with jax.set_mesh(mesh):
@@ -76,56 +77,54 @@ def test_a_step_of_32k_tokens_has_no_array_of_their_square():
     sizes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
     largest = max(math.prod(map(int, size.split(","))) for size in sizes)
     assert largest <= job.seq_len * 512  # the logits of 512 tokens over the vocabulary too
-    # Nor of bytes: all temporaries are less than one byte for each pair of tokens.
+    # Nor of smaller entries: all temporaries together take less than a byte per pair of tokens.
     assert compiled.memory_analysis().temp_size_in_bytes < job.seq_len**2 / 4
 
 
-def test_useful_operations_are_what_xla_counts_of_a_step_that_does_nothing_twice():
-    """Of a dense model with all inputs and outputs of its layers trained, and short lines."""
+def test_useful_operations_are_what_xla_counts_for_a_step_without_recomputation():
+    """For a dense model whose layers all have trained inputs and outputs, and short sequences."""
     adapters = config.LoRAConfig(targets=("q_proj", "embed_tokens"), modules_to_save=("o_proj",))
     shallow = architecture(64, 160, 1, 4, 2, 512)
-    job = programs.Job(shallow, "float32", "none", adapters, remat="none", batch_size=8, seq_len=16)
+    job = jobs.Job(shallow, "float32", "none", adapters, remat="none", batch_size=8, seq_len=16)
     mesh = sharding.make_mesh(ONE)
     with jax.set_mesh(mesh):
         program = programs.train_step(job, mesh)
     counted = program.lower(mesh).compile().cost_analysis()["flops"]
     assert (
-        planning.useful(job) < counted < 1.1 * planning.useful(job)
+        operations.useful(job) < counted < 1.1 * operations.useful(job)
     )  # elementwise ones are a few more
-    # However much is computed again, and twice as much of twice the lines.
+    # They do not depend on recomputation, and are proportional to the number of sequences.
     twice = dataclasses.replace(job, remat="full", grad_accum=2)
-    assert planning.useful(twice) == 2 * planning.useful(job) < planning.operations(twice).total
+    assert (
+        operations.useful(twice) == 2 * operations.useful(job) < operations.operations(twice).total
+    )
 
 
-def test_pairs_take_a_second_adapter():
-    alone, pairs = (planning.memory(job, ONE, "gpu:h100").resident for job in (LLAMA_7B, PAIRS_7B))
+def test_pairs_need_a_second_adapter():
+    alone, pairs = (memory.memory(job, ONE, "gpu:h100").resident for job in (LLAMA_7B, PAIRS_7B))
     assert pairs == alone | {"A and B, reference": alone["A and B"]}
 
 
 def test_memory_is_split_by_the_mesh():
-    whole = planning.resident(LLAMA_7B, ONE, "gpu:h100").arrays
+    whole = resident.resident(LLAMA_7B, ONE, "gpu:h100").arrays
     assert whole["packed words"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2
     assert whole["A and B"] == 4 * 32 * 2 * 8 * (4096 + 4096)
     for axis in ("fsdp", "tensor"):
-        parts = planning.resident(LLAMA_7B, ONE | {axis: 4}, "gpu:h100").arrays
+        parts = resident.resident(LLAMA_7B, ONE | {axis: 4}, "gpu:h100").arrays
         assert parts["packed words"] == whole["packed words"] // 4
 
 
-def test_what_is_kept_grows_as_less_is_computed_again():
+def test_less_recomputation_keeps_more():
     kept = [
-        sum(
-            planning.memory(
-                dataclasses.replace(LLAMA_7B, remat=remat), ONE, "tpu:v5e"
-            ).kept.values()
-        )
+        sum(memory.memory(dataclasses.replace(LLAMA_7B, remat=remat), ONE, "tpu:v5e").kept.values())
         for remat in model_config.REMAT
     ]
     assert kept == sorted(kept) and len(set(kept)) == 3
 
 
 @pytest.mark.parametrize(
-    "job, sizes, chip, remat, rows, peak",
-    [  # what XLA planned for these: benchmarks/plan.md
+    "job, sizes, chip, remat, batch_size, peak",
+    [  # XLA's plans for these: benchmarks/plan.md
         (LLAMA_7B, ONE, "gpu:h100", "full", 1, 5.070e9),
         (LLAMA_7B, ONE, "gpu:h100", "full", 4, 7.630e9),
         (LLAMA_7B, ONE, "gpu:h100", "dots", 4, 29.765e9),
@@ -141,9 +140,9 @@ def test_what_is_kept_grows_as_less_is_computed_again():
         (LLAMA_70B, ONE | {"fsdp": 16}, "tpu:v5e", "full", 16, 8.060e9),
     ],
 )
-def test_the_total_is_near_what_xla_planned(job, sizes, chip, remat, rows, peak):
-    job = dataclasses.replace(job, remat=remat, batch_size=rows)
-    assert planning.memory(job, sizes, chip).total == pytest.approx(peak, rel=0.05)
+def test_the_total_is_near_what_xla_planned(job, sizes, chip, remat, batch_size, peak):
+    job = dataclasses.replace(job, remat=remat, batch_size=batch_size)
+    assert memory.memory(job, sizes, chip).total == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.aot
@@ -153,18 +152,18 @@ def test_the_total_is_near_what_xla_plans_now(target, job):
     chips.check(target)
     compiled = programs.compiled(job, target, ONE)
     assert not isinstance(compiled, str), compiled
-    planned = planning.memory(job, ONE, target).total
+    planned = memory.memory(job, ONE, target).total
     assert planned == pytest.approx(compiled.peak_bytes, rel=0.1)
 
 
 def test_the_proposals_are_the_largest_that_fit():
-    there = planning.resident(LLAMA_7B, ONE, "gpu:rtx4080")
-    found = planning.propose(LLAMA_7B, ONE, "gpu:rtx4080", 14e9, there)
+    there = resident.resident(LLAMA_7B, ONE, "gpu:rtx4080")
+    found = proposals.propose(LLAMA_7B, ONE, "gpu:rtx4080", 14e9, there)
 
     def total(job):
-        return planning.memory(job, ONE, "gpu:rtx4080", there).total
+        return memory.memory(job, ONE, "gpu:rtx4080", there).total
 
-    most = planning.HEADROOM * 14e9
+    most = proposals.HEADROOM * 14e9
     more = dataclasses.replace(found.batch_size, batch_size=found.batch_size.batch_size + 1)
     assert total(found.batch_size) <= most < total(more)
     longer = dataclasses.replace(found.seq_len, seq_len=found.seq_len.seq_len + 128)
@@ -177,77 +176,77 @@ def test_the_proposals_are_the_largest_that_fit():
     [(15.5e9, "none"), (15.2e9, "dots"), (11.4e9, "dots"), (11.1e9, "full"), (1e9, "full")],
 )
 def test_auto_recomputes_the_least_that_fits(limit, chosen):
-    found, needs = planning.choose_remat(LLAMA_7B, ONE, "gpu:rtx4080", limit)
+    found, needs = proposals.choose_remat(LLAMA_7B, ONE, "gpu:rtx4080", limit)
     assert found == chosen and list(needs)[-1] == chosen
-    jobs = {name: dataclasses.replace(LLAMA_7B, remat=name) for name in needs}
-    tried = {name: planning.memory(jobs[name], ONE, "gpu:rtx4080").total for name in needs}
+    with_remat = {name: dataclasses.replace(LLAMA_7B, remat=name) for name in needs}
+    tried = {name: memory.memory(with_remat[name], ONE, "gpu:rtx4080").total for name in needs}
     assert needs == tried and all(
-        (need <= planning.HEADROOM * limit) == (name == chosen and limit > 1e9)
+        (need <= proposals.HEADROOM * limit) == (name == chosen and limit > 1e9)
         for name, need in needs.items()
     )
 
 
-def test_auto_is_full_where_memory_is_not_known():
-    assert planning.choose_remat(LLAMA_7B, ONE, "gpu:rtx4080", None) == ("full", {})
-    assert planning.choose_remat(LLAMA_7B, ONE, "cpu", 1e15) == ("full", {})
+def test_auto_is_full_if_memory_is_unknown():
+    assert proposals.choose_remat(LLAMA_7B, ONE, "gpu:rtx4080", None) == ("full", {})
+    assert proposals.choose_remat(LLAMA_7B, ONE, "cpu", 1e15) == ("full", {})
 
 
-def test_what_does_not_fit_is_told_what_to_change():
+def test_changes_are_proposed_for_a_job_that_does_not_fit():
     job = dataclasses.replace(LLAMA_70B, quant="none")
-    there = planning.resident(job, ONE, "gpu:h100")
-    ways = dict(planning.changes(job, ONE, "gpu:h100", 80e9, there))
+    there = resident.resident(job, ONE, "gpu:h100")
+    ways = dict(proposals.changes(job, ONE, "gpu:h100", 80e9, there))
     assert "--quant int4" in ways
     assert any(flags.startswith("--mesh data=1,fsdp=") for flags in ways)
-    assert all(memory.need() <= 80e9 for memory in ways.values())
+    assert all(found.need() <= 80e9 for found in ways.values())
 
 
-def test_what_is_proposed_saves_and_its_mesh_can_be_given():
+def test_proposed_changes_save_memory_and_their_mesh_is_valid():
     sizes = ONE | {"tensor": 4}
     job = dataclasses.replace(LLAMA_7B, batch_size=9)
-    there = planning.resident(job, sizes, "gpu:h100")
-    limit = 2 * planning.memory(job, sizes, "gpu:h100", there).total
-    ways = dict(planning.changes(job, sizes, "gpu:h100", limit, there))
-    # int8 is larger than the job's int4: with room for either it is no way to save.
+    there = resident.resident(job, sizes, "gpu:h100")
+    limit = 2 * memory.memory(job, sizes, "gpu:h100", there).total
+    ways = dict(proposals.changes(job, sizes, "gpu:h100", limit, there))
+    # int8 is larger than the job's int4, so it saves nothing even if both fit.
     assert not any("int8" in flags for flags in ways)
     (mesh,) = (flags for flags in ways if flags.startswith("--mesh"))
     assert mesh == "--mesh data=1,fsdp=2,tensor=4 --batch-size 10 on 8 such devices"
     assert sharding.parse(mesh.split()[1], 8) == {"data": 1, "fsdp": 2, "tensor": 4}
 
 
-def test_what_generating_takes_counts_where_it_is_more_than_a_step():
-    there = planning.resident(LLAMA_7B, ONE, "tpu:v5e")
+def test_generation_counts_if_it_needs_more_than_a_step():
+    there = resident.resident(LLAMA_7B, ONE, "tpu:v5e")
     few, many = (
-        planning.memory(dataclasses.replace(LLAMA_7B, generation=asked), ONE, "tpu:v5e", there)
+        memory.memory(dataclasses.replace(LLAMA_7B, generation=asked), ONE, "tpu:v5e", there)
         for asked in ((1, 16, 16), (64, 512, 0))
     )
     assert few.need() == few.total > few.generating and few.need(2**40) == 2**40
     cache = 64 * 512 * 32 * 2 * 4096 * 2  # tokens · layers · keys and values · width · bytes
     assert many.need() == many.generating == sum(many.resident.values()) + cache > many.total
-    # Held-out prompts are as long as a row: shorter rows leave room for them.
+    # Held-out prompts are as long as an example: shorter examples make room.
     scored = dataclasses.replace(LLAMA_7B, generation=(64, LLAMA_7B.seq_len, 0))
-    shorter = planning.propose(scored, ONE, "tpu:v5e", 16e9, there).seq_len
+    shorter = proposals.propose(scored, ONE, "tpu:v5e", 16e9, there).seq_len
     assert shorter.generation == (64, shorter.seq_len, 0) and shorter.seq_len < LLAMA_7B.seq_len
-    assert planning.memory(shorter, ONE, "tpu:v5e", there).need() <= planning.HEADROOM * 16e9
+    assert memory.memory(shorter, ONE, "tpu:v5e", there).need() <= proposals.HEADROOM * 16e9
 
 
-def test_a_mesh_that_cannot_cut_the_model_is_refused():
+def test_a_mesh_that_does_not_divide_the_model_is_refused():
     with pytest.raises(errors.UserError, match="divide the model") as caught:
-        planning.memory(TINY, ONE | {"tensor": 3}, "cpu")
+        memory.memory(TINY, ONE | {"tensor": 3}, "cpu")
     assert "q_proj" in str(caught.value)
 
 
 def test_the_floor_is_the_slowest_part():
     target = chips.parse("tpu:v5e-4")
     collectives = {"all-reduce": {"count": 1, "bytes": int(1e12)}}
-    floor = planning.floor(int(4 * 197e12), int(819e9), collectives, target)
+    floor = operations.floor(int(4 * 197e12), int(819e9), collectives, target)
     assert floor == pytest.approx((1, 1, 10))
     assert floor.seconds == floor.communication
 
 
-def test_a_job_survives_the_way_to_its_process():
+def test_a_job_survives_json():
     windows = architecture(64, 160, 3, 4, 2, 512, rope_scaling={"rope_type": "linear", "factor": 2})
     job = dataclasses.replace(TINY, architecture=windows, generation=(2, 16, 8), beta=0.1)
-    assert programs.job_from(json.loads(json.dumps(dataclasses.asdict(job)))) == job
+    assert jobs.job_from(json.loads(json.dumps(dataclasses.asdict(job)))) == job
 
 
 @pytest.fixture
@@ -272,7 +271,7 @@ def test_the_script_plans_and_compiles_without_weights(folder):
     assert found["proposal_xla"]["peak_bytes"] > found["xla"]["peak_bytes"]
 
 
-def test_train_has_it_too_and_trains_nothing(folder, monkeypatch):
+def test_train_plans_too_and_trains_nothing(folder, monkeypatch):
     monkeypatch.chdir(folder)
     flags = ("--plan", "--no-compile", "--model", folder, "--target", "tpu:v5e-4", "--prompt", "a")
     ended = cli.run("train", *flags)
@@ -295,7 +294,7 @@ def test_preferences_are_planned_with_their_reference(folder):
 
 
 @pytest.mark.parametrize("peak, fits", [(3_999_999, True), (4_000_001, False)])
-def test_xla_has_the_last_word_on_whether_it_fits(folder, monkeypatch, peak, fits):
+def test_xla_decides_whether_it_fits(folder, monkeypatch, peak, fits):
     monkeypatch.setattr(programs, "compiled", lambda *_: programs.Compiled(peak, 0, 0, 1.0, {}))
     flags = ("--model", folder, "--target", "cpu:1", "--hbm", "4MB", "--seq-len", 64)
     found = json.loads(cli.run("plan", *flags, "--json").out)
@@ -305,7 +304,7 @@ def test_xla_has_the_last_word_on_whether_it_fits(folder, monkeypatch, peak, fit
     assert ("to make it fit" in told) != fits
 
 
-def test_whether_it_fits_includes_what_generating_takes(folder):
+def test_whether_it_fits_includes_generation(folder):
     flags = ("--no-compile", "--model", folder, "--target", "cpu:1", "--seq-len", 64)
     flags += ("--batch-size", 1, "--hbm", "1MB")
     assert json.loads(cli.run("plan", *flags, "--json").out)["fits"]
@@ -319,7 +318,7 @@ def test_prompts_that_train_would_refuse_are_refused(folder):
     assert "--max-new-tokens 511" in cli.refused("plan", *flags, "--max-new-tokens", 5000)
 
 
-def test_what_jax_takes_of_a_gpu_is_told_unless_its_memory_is_given(folder):
+def test_the_share_of_a_gpu_is_reported_unless_its_memory_is_given(folder):
     flags = ("--no-compile", "--model", folder, "--target", "gpu:rtx4080")
     told = cli.run("plan", *flags).out
     assert "of 12 GB\n" in told and "XLA_PYTHON_CLIENT_MEM_FRACTION" in told
@@ -327,7 +326,7 @@ def test_what_jax_takes_of_a_gpu_is_told_unless_its_memory_is_given(folder):
     assert "of 16 GB\n" in told and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in told
 
 
-def test_flags_of_many_processes_are_refused_in_planning():
+def test_flags_of_several_processes_are_refused_in_planning():
     told = cli.refused("train", "--plan", "--num-processes", 2, "--process-id", 0)
     assert "--num-processes with --plan" in told and "--process-id with --plan" in told
 
@@ -345,7 +344,7 @@ def test_a_memory_size_is_read(size):
 
 
 @pytest.mark.parametrize("size", ["", "GB", "16XB", "-1GB", "1e9"])
-def test_a_memory_size_that_is_none_is_refused(folder, size):
+def test_an_invalid_memory_size_is_refused(folder, size):
     with pytest.raises(errors.UserError, match="16GiB"):
         from lora_jax.cli import plan as script
 
@@ -353,8 +352,8 @@ def test_a_memory_size_that_is_none_is_refused(folder, size):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ctrl_c_ends_the_compiler_too(folder):
-    """In a second or two, though the compiler would not return to Python for longer."""
+def test_ctrl_c_stops_the_compiler_too(folder):
+    """Within a second or two, although the compiler returns to Python only later."""
     command = [sys.executable, cli.ROOT / "scripts/plan.py", "--model", folder, "--target", "cpu:1"]
     environment = os.environ | {"PYTHONPATH": str(cli.ROOT)}
     with subprocess.Popen(
@@ -365,14 +364,14 @@ def test_ctrl_c_ends_the_compiler_too(folder):
         children = ""
         while not children:
             children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            time.sleep(0.3)  # the parent must have got it into its hands
+            time.sleep(0.3)  # the parent must be waiting for it
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
         process.wait(timeout=20)
         assert process.returncode == 130 and time.monotonic() - start < 5
     for child in children.split():
         state = pathlib.Path(f"/proc/{child}/stat")
-        # Gone, or dead and not yet waited for by whoever inherits it.
+        # Gone, or dead and not yet waited for by the process that inherits it.
         assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
@@ -386,7 +385,7 @@ def test_the_comparison_is_reported(tmp_path, monkeypatch):
     for name, value in runs.items():
         monkeypatch.setattr(compare, name, value)
     job = fits.job
-    planned = planning.memory(job, fits.sizes, "gpu:rtx4080").total
+    planned = memory.memory(job, fits.sizes, "gpu:rtx4080").total
     made = programs.Compiled(planned, 0, 0, 1.0, {})
     kept = compare.compiled(fits, tmp_path, cached_only=True)
     assert kept == "not compiled yet"

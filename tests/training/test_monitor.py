@@ -14,8 +14,7 @@ import test_plan
 from test_run import at_step
 
 from lora_jax.parallel import devices
-from lora_jax.planning import chips
-from lora_jax.planning import memory as planning
+from lora_jax.planning import chips, operations
 
 from lora_jax.training import monitor  # isort: skip (scripts/, which cli puts on the path)
 
@@ -42,10 +41,10 @@ def test_patience_counts_evaluations_without_a_better_loss(losses, spent):
 def test_utilisation_is_what_is_useful_of_the_published_peak():
     job, target = test_plan.LLAMA_7B, chips.parse("tpu:v5e-4")
     share = monitor.Utilisation(job, target).share(512, 0.5)
-    operations = planning.useful(dataclasses.replace(job, seq_len=512))
-    assert share == pytest.approx(operations / (0.5 * 4 * 197e12), abs=1e-4)
+    useful = operations.useful(dataclasses.replace(job, seq_len=512))
+    assert share == pytest.approx(useful / (0.5 * 4 * 197e12), abs=1e-4)
     base = 6738415616 - 32000 * 4096 - 65 * 4096  # what is multiplied by, of Llama-2-7B
-    assert operations == pytest.approx(4 * base * 512, rel=0.05)
+    assert useful == pytest.approx(4 * base * 512, rel=0.05)
     assert monitor.Utilisation(job, chips.parse("cpu:4")).share(512, 0.5) is None
 
 

@@ -1,9 +1,9 @@
-"""Causal attention of a line's tokens, in memory that grows with its length, not its square.
+"""Causal attention within a sequence, in memory that grows with its length, not its square.
 
-Which form runs is decided by the ambient mesh (jax.set_mesh):
+The ambient mesh (jax.set_mesh) decides which implementation runs:
 
   TPU    splash attention, JAX's Pallas kernel
-  GPU    cuDNN's flash attention, where every line is one row with its padding at the end
+  GPU    cuDNN's flash attention, if every sequence is one example with its padding at the end
   else   blocks, in XLA's own operations
 """
 
@@ -28,7 +28,7 @@ def self_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    rows: Int[Array, "B T"] | None = None,
+    examples: Int[Array, "B T"] | None = None,
     *,
     windows: Sequence[int | None] = (None,),
     kind: Int[Array, ""] | None = None,
@@ -36,19 +36,19 @@ def self_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v; head n of q belongs to head n // (N/K) of k.
 
-    A token sees those of its own row, itself and before it. rows: their numbers, 0 on padding,
-    which no token sees and whose output is arbitrary but finite; None: each line is one row. Where
-    windows[kind] is w a token sees w of them at most, itself included; kind may differ from layer
-    to layer of a scan, and is needed where there are several windows. Operands in their dtype, sums
-    and softmax in float32. partition: how the ambient mesh deals out lines (`rows`) and heads
-    (`n`).
+    A token sees itself and the tokens before it in its own example. examples: the number of each
+    token's example, 0 on padding, which no token sees and whose output is arbitrary but finite;
+    None: each sequence is one example. If windows[kind] is w, a token sees at most w tokens,
+    including itself; kind may differ between the layers of a scan, and is required if there are
+    several windows. Operands stay in their dtype; sums and softmax are in float32. partition: how
+    the ambient mesh splits the sequences (`rows`) and heads (`n`).
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1; Ainslie et al. 2023,
     https://arxiv.org/abs/2305.13245 (grouped heads).
     """
     attend = functools.partial(_attend, windows=tuple(windows))
     axes = dealing.open_axes()
     if partition == dealing.WHOLE or dealing.num_devices() == 1:
-        return attend(q, k, v, rows, kind)
+        return attend(q, k, v, examples, kind)
     over, (_, heads) = partition.computed(len(q)), partition.stored()
     if heads and q.shape[2] % axes[heads]:
         heads = None
@@ -61,23 +61,23 @@ def self_attention(
         out_specs=spec,
         axis_names=set(axes),
         check_vma=False,
-    )(q, k, v, rows, kind)
+    )(q, k, v, examples, kind)
 
 
-def _attend(q, k, v, rows, kind, windows):
+def _attend(q, k, v, examples, kind, windows):
     """On one device."""
     windows = [window if window and window < q.shape[1] else None for window in windows]
     form = _form(q, k, v)
     if len(set(windows)) == 1:
-        return form(q, k, v, rows, windows[0])
+        return form(q, k, v, examples, windows[0])
     branches = [functools.partial(form, window=window) for window in windows]
-    return lax.switch(kind, branches, q, k, v, rows)
+    return lax.switch(kind, branches, q, k, v, examples)
 
 
 def _form(q, k, v):
     where = platform.platform_here()
     if where == "tpu":
-        from lora_jax.kernels.attention import splash  # what it imports takes a second
+        from lora_jax.kernels.attention import splash  # its imports take a second
 
         return splash.attend
     if where == "gpu":

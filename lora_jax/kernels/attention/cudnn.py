@@ -14,21 +14,21 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    rows: Int[Array, "B T"] | None = None,
+    examples: Int[Array, "B T"] | None = None,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v, as self_attention defines it.
 
-    cuDNN knows causality and windows, not rows: where a line is packed, or begins with padding,
-    attention_xla's form runs instead, which is chosen on the device.
+    cuDNN supports causal masks and windows, but not packed examples. If a sequence is packed or
+    begins with padding, xla.attend runs instead; the device decides that at run time.
     """
     cudnn = functools.partial(_cudnn, window=window)
-    if rows is None:
+    if examples is None:
         return cudnn(q, k, v)
-    # Padding after a row is never seen by it.
-    after = rows[:, 1:]
-    single = jnp.all((after == rows[:, :-1]) | (after == 0))
-    blocks = functools.partial(xla.attend, rows=rows, window=window)
+    # An example never sees the padding after it.
+    after = examples[:, 1:]
+    single = jnp.all((after == examples[:, :-1]) | (after == 0))
+    blocks = functools.partial(xla.attend, examples=examples, window=window)
     return lax.cond(single, cudnn, blocks, q, k, v)
 
 
@@ -40,7 +40,7 @@ def _cudnn(q, k, v, window):
 
 
 def refusal(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
-    """Why cuDNN does not take these here, or None."""
+    """Why cuDNN does not take these operands here, or None if it does."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{q.dtype}"
     if jax.default_backend() != "gpu":

@@ -1,5 +1,4 @@
-"""Attention of grouped heads to a cache, dense: operands in their dtype, sums and softmax in
-float32."""
+"""Dense attention to a KV cache, for decoding: operands in their dtype, sums in float32."""
 
 import math
 
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-_HIDDEN = -1e30  # logit of a key that a query must not see
+_HIDDEN = -1e30  # logit of a key that a query does not see
 
 
 def attention(
@@ -23,16 +22,16 @@ def attention(
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1; Ainslie et al. 2023,
     https://arxiv.org/abs/2305.13245 (grouped heads).
     """
-    rows, num_queries, heads, width = q.shape
+    sequences, num_queries, heads, width = q.shape
     groups = k.shape[2]
-    # [B, K, (N/K)·T, H]: one product for a group of heads. Scaled here, where there is least of it.
+    # [B, K, (N/K)·T, H]: one product for a group of heads. q is scaled because it is the smallest.
     q = (q * jnp.asarray(1 / math.sqrt(width), q.dtype)).reshape(
-        rows, num_queries, groups, -1, width
+        sequences, num_queries, groups, -1, width
     )
-    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(sequences, groups, -1, width)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    # Without these barriers XLA's CPU backend drops the rounding to bfloat16 and takes the products
-    # in float32, at half the speed.
+    # Without these barriers, XLA's CPU backend drops the rounding to bfloat16 and multiplies in
+    # float32, at half the speed.
     q, k, v = lax.optimization_barrier((q, k, v))
     logits = _product(q, k, 3)
     by_query = (*logits.shape[:2], -1, *visible.shape[1:])
@@ -40,12 +39,12 @@ def attention(
     probabilities = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     probabilities = lax.optimization_barrier(probabilities.reshape(*q.shape[:3], -1))
     out = _product(probabilities, v, 2).astype(v.dtype)
-    out = out.reshape(rows, groups, -1, num_queries, width).transpose(0, 3, 1, 2, 4)
-    return out.reshape(rows, num_queries, heads, width)
+    out = out.reshape(sequences, groups, -1, num_queries, width).transpose(0, 3, 1, 2, 4)
+    return out.reshape(sequences, num_queries, heads, width)
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """For each row and group, the sum over a's last axis and b's `axis`, in float32."""
+    """For each sequence and group, the sum over a's last axis and b's `axis`, in float32."""
 
     def product(a, b):
         dims = (((3,), (axis,)), ((0, 1), (0, 1)))

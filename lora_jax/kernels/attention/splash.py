@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.kernels import matmul
 
-_LANES = 128  # blocks are multiples of it
+_LANES = 128  # block sizes are multiples of it
 _BLOCK = 512
 
 
@@ -18,14 +18,14 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    rows: Int[Array, "B T"] | None = None,
+    examples: Int[Array, "B T"] | None = None,
     window: int | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v, as self_attention defines it.
 
-    interpret: where there is no TPU.
+    interpret: run without a TPU, in Pallas's interpreter.
     """
     length, heads, width = q.shape[1:]
     size = min(_BLOCK, math.ceil(length / _LANES) * _LANES)
@@ -36,10 +36,10 @@ def attend(
 
     kernel = _kernel(length + padding, heads, window, size, interpret)
     q = by_head(q * jnp.asarray(1 / math.sqrt(width), q.dtype))
-    if rows is not None:
-        rows = jnp.pad(rows, ((0, 0), (0, padding)))
-        rows = splash.SegmentIds(rows, rows)
-    out = jax.vmap(kernel)(q, by_head(k), by_head(v), rows)
+    if examples is not None:
+        examples = jnp.pad(examples, ((0, 0), (0, padding)))
+        examples = splash.SegmentIds(examples, examples)
+    out = jax.vmap(kernel)(q, by_head(k), by_head(v), examples)
     return out.swapaxes(1, 2)[:, :length]
 
 

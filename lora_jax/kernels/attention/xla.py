@@ -1,4 +1,4 @@
-"""Causal attention of blocks of queries to blocks of keys: never more logits than of two blocks."""
+"""Causal attention block by block: the logits of one block of queries and one of keys at a time."""
 
 import functools
 import math
@@ -10,21 +10,21 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.kernels import matmul, platform
 
-_HIDDEN = -1e30  # logit of a key that a query must not see
+_HIDDEN = -1e30  # logit of a key that a query does not see
 
 
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    rows: Int[Array, "B T"] | None = None,
+    examples: Int[Array, "B T"] | None = None,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v, as self_attention defines it.
 
-    A query that sees no key gets zero. Blocks of keys whose rows are others than those of a block
-    of queries, and blocks beyond the window, are left out. The derivative computes the logits again
-    from q, k and log Σ exp.
+    A query that sees no key gets zero. For a block of queries, blocks of keys that hold none of its
+    examples or lie beyond the window are skipped. The derivative recomputes the logits from q, k
+    and log Σ exp.
     Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
     """
     num, length, heads, width = q.shape
@@ -37,59 +37,59 @@ def attend(
         a = jnp.pad(a, ((0, 0), (0, padding), *[(0, 0)] * (a.ndim - 2)))
         return a.reshape(num, -1, size, *a.shape[2:]).swapaxes(0, 1)
 
-    # Scaled here, where there is least of it.
+    # q is scaled because it is the smallest.
     q = (q * jnp.asarray(1 / math.sqrt(width), q.dtype)).reshape(num, length, groups, -1, width)
     # One product for a group of heads: [T/size, B, K, (N/K)·size, H].
     q = blocks(q).transpose(0, 1, 3, 4, 2, 5)
     q = q.reshape(-1, num, groups, heads // groups * size, width)
     k, v = (blocks(a).swapaxes(2, 3) for a in (k, v))
-    rows = blocks(jnp.ones((num, length), jnp.int32) if rows is None else rows)
+    examples = blocks(jnp.ones((num, length), jnp.int32) if examples is None else examples)
     # Without these barriers, here and below, XLA's CPU backend drops the rounding to bfloat16 and
-    # takes the products in float32, at half the speed.
-    out = _attend(*lax.optimization_barrier((q, k, v)), rows, window or length)
+    # multiplies in float32, at half the speed.
+    out = _attend(*lax.optimization_barrier((q, k, v)), examples, window or length)
     out = out.reshape(-1, num, groups, heads // groups, size, width).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(num, -1, heads, width)[:, :length]
 
 
 def block_size(length: int) -> int:
-    """Queries, and keys, that are taken together."""
+    """The number of queries in a block, and of keys."""
     return min(128 if platform.on_cpu() else 512, length)
 
 
-def _first(rows, window):
-    """[blocks]: the first block of keys that a query of each block may see; after it: none."""
-    numbered = jnp.where(rows == 0, jnp.iinfo(rows.dtype).max, rows)
-    lowest, highest = numbered.min(axis=2), rows.max(axis=2)
+def _first(examples, window):
+    """[blocks]: the first block of keys that a block of queries may see, or the block after it."""
+    numbered = jnp.where(examples == 0, jnp.iinfo(examples.dtype).max, examples)
+    lowest, highest = numbered.min(axis=2), examples.max(axis=2)
     meet = (lowest[:, None] <= highest[None]) & (lowest[None] <= highest[:, None])
     meet = meet.any(axis=2)
-    blocks, size = rows.shape[0], rows.shape[2]
+    blocks, size = examples.shape[0], examples.shape[2]
     index = jnp.arange(blocks)
-    # From the last key of a block to the first query of another.
+    # The distance from the last key of a block to the first query of another.
     meet &= (index[:, None] - index[None]) * size - (size - 1) < window
     return jnp.where(meet, index[None], index[:, None] + 1).min(axis=1)
 
 
 def _over_keys(first, index, blocks, take, carry):
     """take(j, carry) for the blocks of keys j that block `index` of the queries may see."""
-    if blocks == 1:  # without a loop XLA fuses more
+    if blocks == 1:  # without a loop, XLA fuses more
         return take(0, carry)
     return lax.fori_loop(first[index], index + 1, take, carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, rows, window):
-    return _forward(q, k, v, rows, window)[0]
+def _attend(q, k, v, examples, window):
+    return _forward(q, k, v, examples, window)[0]
 
 
-def _forward(q, k, v, rows, window):
-    first = _first(rows, window)
+def _forward(q, k, v, examples, window):
+    first = _first(examples, window)
 
     def block(_, index):
         own = _at(q, index)
 
         def take(j, carry):
             top, total, out = carry
-            logits = _logits(own, k, rows, window, index, j)
+            logits = _logits(own, k, examples, window, index, j)
             new = jnp.maximum(top, logits.max(axis=-1, keepdims=True))
             p, keep = jnp.exp(logits - new), jnp.exp(top - new)
             total = total * keep + p.sum(axis=-1, keepdims=True)
@@ -97,7 +97,7 @@ def _forward(q, k, v, rows, window):
             return new, total, out * keep + _product(p, _at(v, j), 2)
 
         none = jnp.zeros((*own.shape[:3], 1), jnp.float32)
-        # Above hidden logits, whose exponential is 0 then.
+        # The initial maximum is above hidden logits, so that their exponential is 0.
         carry = none + _HIDDEN / 2, none, jnp.zeros(own.shape, jnp.float32)
         top, total, out = _over_keys(first, index, len(q), take, carry)
         total = jnp.where(total == 0, 1, total)
@@ -105,35 +105,35 @@ def _forward(q, k, v, rows, window):
 
     _, found = lax.scan(block, None, jnp.arange(len(q)))
     out, normaliser = (ad_checkpoint.checkpoint_name(a, matmul.PRODUCT) for a in found)
-    return out, (q, k, v, rows, out, normaliser)
+    return out, (q, k, v, examples, out, normaliser)
 
 
 def _backward(window, saved, d_out):
-    # Behind a barrier XLA cannot keep the forward pass's float32 copies of these instead.
-    (q, k, v, rows, out, normaliser), d_out = lax.optimization_barrier((saved, d_out))
-    first = _first(rows, window)
-    # Σ over keys of p · dp, from the side on which there is less to sum.
+    # The barrier keeps XLA from saving the forward pass's float32 copies of these instead.
+    (q, k, v, examples, out, normaliser), d_out = lax.optimization_barrier((saved, d_out))
+    first = _first(examples, window)
+    # Σ over keys of p · dp, computed from the side with fewer terms.
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
     def block(carry, index):
         own, d_own, own_normaliser, own_mean = (_at(a, index) for a in (q, d_out, normaliser, mean))
-        # XLA's CPU backend is slow to sum over the left one's rows.
-        turned, d_turned = lax.optimization_barrier((own.swapaxes(2, 3), d_own.swapaxes(2, 3)))
+        # XLA's CPU backend is slow if it sums over the rows of the left operand.
+        own_t, d_own_t = lax.optimization_barrier((own.swapaxes(2, 3), d_own.swapaxes(2, 3)))
 
         def take(j, carry):
             d_q, d_k, d_v = carry
-            p = jnp.exp(_logits(own, k, rows, window, index, j) - own_normaliser)
+            p = jnp.exp(_logits(own, k, examples, window, index, j) - own_normaliser)
             d_logits = p * (_product(d_own, _at(v, j), 3) - own_mean)
             p, d_logits = lax.optimization_barrier((p.astype(v.dtype), d_logits.astype(q.dtype)))
             d_q += _product(d_logits, _at(k, j), 2)
-            d_k = _add(d_k, _product(turned, d_logits, 2), j)
-            return d_q, d_k, _add(d_v, _product(d_turned, p, 2), j)
+            d_k = _add(d_k, _product(own_t, d_logits, 2), j)
+            return d_q, d_k, _add(d_v, _product(d_own_t, p, 2), j)
 
         d_q = jnp.zeros(own.shape, jnp.float32)
         d_q, *carry = _over_keys(first, index, len(q), take, (d_q, *carry))
         return tuple(carry), d_q.astype(q.dtype)
 
-    d_kv = (jnp.zeros(a.swapaxes(3, 4).shape, jnp.float32) for a in (k, v))  # turned over too
+    d_kv = (jnp.zeros(a.swapaxes(3, 4).shape, jnp.float32) for a in (k, v))  # transposed too
     (d_k, d_v), d_q = lax.scan(block, tuple(d_kv), jnp.arange(len(q)))
     d_k, d_v = d_k.swapaxes(3, 4).astype(k.dtype), d_v.swapaxes(3, 4).astype(v.dtype)
     return d_q, d_k, d_v, None
@@ -142,10 +142,10 @@ def _backward(window, saved, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def _logits(own, k, rows, window, index, j):
-    """Of one block of queries and one of keys, float32 [B, K, (N/K)·size, size]."""
-    size = rows.shape[2]
-    queries, keys = _at(rows, index), _at(rows, j)
+def _logits(own, k, examples, window, index, j):
+    """The logits of one block of queries and one of keys, float32 [B, K, (N/K)·size, size]."""
+    size = examples.shape[2]
+    queries, keys = _at(examples, index), _at(examples, j)
     slots = jnp.arange(size)
     distance = (index - j) * size + slots[:, None] - slots[None]
     visible = (queries[:, :, None] == keys[:, None]) & (keys != 0)[:, None]
@@ -156,7 +156,7 @@ def _logits(own, k, rows, window, index, j):
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """For each line and group, the sum over a's last axis and b's `axis`, in float32."""
+    """For each sequence and group, the sum over a's last axis and b's `axis`, in float32."""
     dims = (((3,), (axis,)), ((0, 1), (0, 1)))
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 

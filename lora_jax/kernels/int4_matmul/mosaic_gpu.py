@@ -1,8 +1,8 @@
-"""Decode with 4-bit weights on Hopper: a Pallas Mosaic GPU kernel for up to 64 rows of x.
+"""y = x · W on a Hopper GPU, for up to 64 rows of x and W in symmetric int4: a Pallas kernel.
 
 The weight is the left operand of the tensor cores, outᵀ[N, M] = W[N, K] · xᵀ: its nibbles go from
-shared memory to registers, become bfloat16 there and are never written back. It therefore has to
-lie with K minor, as `k_minor` derives it from the stored words, once for many tokens.
+shared memory to registers, become bfloat16 there and are never written back. This needs a layout
+with K minor, which `k_minor` makes from the stored words, once for many tokens.
 """
 
 import math
@@ -17,17 +17,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int4, Num, UInt32
 
 MOST_ROWS = 64  # of x
-_PROCESSORS = 132  # of an H100 or H200 SXM; each holds two or three blocks of threads at a time
-_MIN_STEPS = 2  # of a block that shares its columns with others along K
+_PROCESSORS = 132  # of an H100 or H200 SXM; each runs two or three blocks of threads at a time
+_MIN_STEPS = 2  # the fewest steps along K of a block that shares its columns with others
 
 
 def k_minor(q: UInt32[Array, "L words N"]) -> Int4[Array, "L N K"]:
-    """The weights as int4 [L, N, K], which a GPU keeps in 4 bits each; to be called under jit.
+    """The weights as int4 [L, N, K], which take 4 bits each on a GPU; call it under jit.
 
-    Nibble i of word j is row 8j+i (kernels/packed.py). One transposition of words, no temporaries.
+    Nibble i of word j is row 8j+i (kernels/packed.py). Transposes words once, without temporaries.
     """
     words = jnp.swapaxes(q, 1, 2)
-    # Left to itself XLA transposes the nibbles, byte by byte, instead of the words.
+    # Without the constraint, XLA transposes the nibbles, byte by byte, instead of the words.
     words = layout.with_layout_constraint(words, layout.Layout(major_to_minor=(0, 1, 2)))
     return lax.bitcast_convert_type(words, jnp.int4).reshape(*words.shape[:2], -1)
 
@@ -40,7 +40,7 @@ def refusal(
     dtype: jax.typing.DTypeLike,
     scale_dtype: jax.typing.DTypeLike,
 ) -> str | None:
-    """Why the kernel does not take this product, or None when it does."""
+    """Why the kernel does not take this product, or None if it does."""
     if not 1 <= num_rows <= MOST_ROWS:
         return f"{num_rows} rows of x: from 1 to {MOST_ROWS}"
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -66,7 +66,7 @@ def matmul(
     """y = x · (code · scale · column_scale)[layer], symmetric int4, accumulated in float32.
 
     code · scale is rounded to bfloat16, as a dequantized weight would be; column_scale multiplies
-    the sum. The layer's arrays are read where they lie in the stack.
+    the sum. The layer's arrays are read in place, from the stack.
 
     Raises: ValueError for what `refusal` names.
     """
@@ -84,7 +84,7 @@ def matmul(
 
 
 def _partial_products(x, weight, scale, layer) -> jax.Array:
-    """float32 [splits, N, M]: what each part of K adds to outᵀ."""
+    """float32 [splits, N, M]: the contribution of each part of K to outᵀ."""
     rows, k = x.shape
     columns = weight.shape[1]
     group = k // scale.shape[1]
@@ -150,7 +150,7 @@ def _partial_products(x, weight, scale, layer) -> jax.Array:
 
 
 class _Tile(NamedTuple):
-    """What a block of threads takes at a time, and how many such steps are in flight."""
+    """The part that a block of threads takes in one step, and the number of steps in flight."""
 
     columns: int
     step: int  # rows of K
@@ -158,24 +158,24 @@ class _Tile(NamedTuple):
 
 
 def _tile(num_rows: int, k: int, n: int, group: int, scale_dtype) -> _Tile | None:
-    # x is read again for every tile of columns: with many rows, wider tiles read it less often.
+    # Every tile of columns reads x again: with many rows, wider tiles read it less often.
     wide = num_rows > 16
     columns = 128 if wide and n % 128 == 0 else 64
     for step, stages in ((128, 3), (256, 2)) if wide else ((256, 4), (128, 6)):
         scale_bytes = step // group * columns * jnp.dtype(scale_dtype).itemsize
-        if k % step == 0 and scale_bytes % 128 == 0:  # the least that one copy moves
+        if k % step == 0 and scale_bytes % 128 == 0:  # the smallest size of a copy
             return _Tile(columns, step, stages)
     return None
 
 
 def _splits(tiles: int, num_steps: int, rows: int, k: int) -> int:
-    # The partial sums, 4 · rows bytes a column each, are to stay below half of the weight's bytes.
+    # The partial sums, each 4 · rows bytes per column, must stay below half of the weight's bytes.
     most = max(1, min(num_steps // _MIN_STEPS, k // (16 * rows)))
     busy = [s for s in range(1, most + 1) if tiles * s > 1.5 * _PROCESSORS]
-    # Of the few that give every processor enough to do, the one that deals blocks out evenly.
+    # Of the few that give every processor enough work, the one that spreads blocks most evenly.
     return min(busy[:3] or [most], key=lambda s: math.ceil(tiles * s / _PROCESSORS) / s)
 
 
 def _swizzled(*, bits: int, swizzle: int) -> tuple:
-    """Tiles of 8 rows × `swizzle` bytes, as the tensor cores and the copies want them."""
+    """Tiles of 8 rows × `swizzle` bytes, as the tensor cores and the copies need them."""
     return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)

@@ -8,29 +8,29 @@ from jaxtyping import Array, Float
 from lora_jax.kernels import matmul as dense
 from lora_jax.kernels import packed as packing
 
-_BLOCK = 256  # rows of W, at most, that `blocked` dequantizes at a time
+_BLOCK = 256  # the most rows of W that `blocked` dequantizes at a time
 
 
 def matmul(
     x: Float[Array, "M C"], packed: packing.Packed, *, codes: str, transpose: bool = False
 ) -> Float[Array, "M O"]:
-    """x · W or, transposed, x · Wᵀ for one weight [K, N], in x's dtype.
+    """x · W or, with transpose, x · Wᵀ for one weight [K, N], in x's dtype.
 
-    The dense weight is temporary, in x's dtype; its scales are applied in float32.
+    The dense weight is a temporary in x's dtype; the scales are applied in float32.
     """
     weight = packing.dequantize(packed, codes, x.dtype)
     return dense.contract(x, weight, -1, 1 if transpose else 0).astype(x.dtype)
 
 
 def blocked(x: Float[Array, "M K"], packed: packing.Packed, *, codes: str) -> Float[Array, "M N"]:
-    """x · W for few rows of x, in x's dtype: W is dequantized in float32 block by block of rows.
+    """x · W for few rows of x, in x's dtype; W is dequantized in blocks of rows, in float32.
 
     On a CPU a block's dense weight stays in cache, and a float32 product is exact and has no slow
-    path for one row.
+    path for a single row.
     """
     groups, columns = packed.scale.shape
     size = packed.q.shape[0] * 8 // groups
-    # The scales of all blocks at once, each with its column's: they are few.
+    # The few scales are computed for all blocks at once, including the column scales.
     packed = packing.Packed(packed.q, packing.scales(packed), group_bias=packed.group_bias)
     together = next(n for n in range(max(1, _BLOCK // size), 0, -1) if groups % n == 0)
     x_blocks = x.astype(jnp.float32).reshape(len(x), -1, together * size).swapaxes(0, 1)
@@ -45,10 +45,11 @@ def blocked(x: Float[Array, "M K"], packed: packing.Packed, *, codes: str) -> Fl
 
 
 def int8_activations(x: Float[Array, "M K"], packed: packing.Packed) -> Float[Array, "M N"]:
-    """x · W with x rounded to int8, a scale for each row and group: products of whole numbers.
+    """x · W with x rounded to int8, with one scale for each row and group: integer products.
 
-    Adds about 0.7 % of relative error. Codes are two's complement; sums in int32, scales in
-    float32, y in x's dtype. Slower than `blocked` on most CPUs' shapes: see benchmarks/cpu.md.
+    Adds about 0.7 % of relative error. Codes are two's complement; sums are in int32, scales in
+    float32, y in x's dtype. On a CPU it is slower than `blocked` for most shapes, see
+    benchmarks/cpu.md.
     """
     rows, groups = max(2, len(x)), packed.scale.shape[0]  # one row: as in kernels/matmul.py
     wide = jnp.pad(x.astype(jnp.float32), ((0, rows - len(x)), (0, 0)))

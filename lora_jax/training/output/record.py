@@ -9,7 +9,7 @@ import lora_jax
 from lora_jax import errors
 from lora_jax.checkpoints import loader
 from lora_jax.parallel import devices, processes
-from lora_jax.planning import memory as planning
+from lora_jax.planning import memory as device_memory
 from lora_jax.training import monitor, setup
 from lora_jax.training.output import run_folder
 from lora_jax.training.report import page
@@ -21,7 +21,7 @@ _MAX_REASON = 200  # characters of a failure in run.json
 def make(job: setup.Job) -> run_folder.Record:
     settings, architecture = job.settings, job.base.architecture
     plan, target = setup.to_plan(settings, architecture, job.mesh)
-    planned = planning.memory(plan, dict(job.mesh.shape), target.chip).total
+    planned = device_memory.memory(plan, dict(job.mesh.shape), target.chip).total
     if target.platform == "cpu":  # where peak_bytes measures the process, not a device
         planned *= len(job.mesh.local_devices)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}

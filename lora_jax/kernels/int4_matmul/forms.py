@@ -1,0 +1,154 @@
+"""The 4-bit product in each of its implementations, each device computing its part on a mesh."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from lora_jax.kernels import packed as packing
+from lora_jax.kernels import partition as dealing
+from lora_jax.kernels.int4_matmul import xla, xla_gpu
+
+
+class Forms(NamedTuple):
+    """The product in each of its forms, all (x [M, C], packed, layer) → [M, O]."""
+
+    codes: str
+    partition: dealing.Partition
+    transpose: bool
+
+    def xla(self, x, packed, layer):
+        product = functools.partial(xla.matmul, codes=self.codes, transpose=self.transpose)
+        return self._of_one_layer(product, x, packed, layer)
+
+    def blocked(self, x, packed, layer):
+        product = functools.partial(xla.blocked, codes=self.codes)
+        return self._of_one_layer(product, x, packed, layer)
+
+    def summed(self, x, packed, layer):
+        product = functools.partial(xla_gpu.matvec, codes=self.codes)
+        return self._of_one_layer(product, x, packed, layer)
+
+    def int8_activations(self, x, packed, layer):
+        return self._of_one_layer(xla.int8_activations, x, packed, layer)
+
+    def _of_one_layer(self, product, x, packed, layer):
+        def form(x, packed, layer):
+            return product(x, packing.layer(packed, layer))
+
+        return self._dealt_out(form, x, *_stacked(packed, layer))
+
+    # The imports of the two kernels take a second, so each method does them itself.
+
+    def tpu(self, x, packed, layer, interpret=False):
+        from lora_jax.kernels.int4_matmul import pallas_tpu
+
+        def kernel(x, packed, layer):
+            y = pallas_tpu.matmul(
+                x, packed.q, packed.scale, packed.column_scale, layer,
+                transpose=self.transpose, interpret=interpret,
+            )  # fmt: skip
+            return self._with_group_bias(y, x, packed, layer)
+
+        return self._dealt_out(kernel, x, *_stacked(packed, layer))
+
+    def mosaic(self, x, packed, layer):
+        from lora_jax.kernels.int4_matmul import mosaic_gpu
+
+        packed, layer = _stacked(packed, layer)
+        packed = packed._replace(q=mosaic_gpu.k_minor(packed.q))
+        return self.from_k_minor(x, packed, layer)
+
+    def from_k_minor(self, x, packed, layer):
+        from lora_jax.kernels.int4_matmul import mosaic_gpu
+
+        def kernel(x, packed, layer):
+            y = mosaic_gpu.matmul(x, packed.q, packed.scale, packed.column_scale, layer)
+            return self._with_group_bias(y, x, packed, layer)
+
+        return self._dealt_out(kernel, x, packed, layer)
+
+    def tpu_refusal(self, x, packed) -> str | None:
+        from lora_jax.kernels.int4_matmul import pallas_tpu
+
+        return self.unreadable() or pallas_tpu.refusal(
+            *self._sizes(x, packed), x.dtype, packed.scale.dtype, transpose=self.transpose
+        )
+
+    def mosaic_refusal(self, x, packed) -> str | None:
+        from lora_jax.kernels.int4_matmul import mosaic_gpu
+
+        return self.unreadable() or mosaic_gpu.refusal(
+            *self._sizes(x, packed), x.dtype, packed.scale.dtype
+        )
+
+    def unreadable(self) -> str | None:
+        """Why the kernels, which decode two's complement, cannot read the weight, or None."""
+        return None if self.codes == "int4" else f"codes {self.codes!r}"
+
+    def _sizes(self, x, packed) -> tuple[int, int, int, int]:
+        """(M, K, N, group) of one device's part."""
+        axes = dealing.open_axes()
+        over = self.partition.computed(len(x))
+        k, n = packed.q.shape[-2] * 8, packed.q.shape[-1]
+        group = k // packed.scale.shape[-2]
+        rows = len(x) // math.prod(axes[axis] for axis in over.rows)
+        return rows, k // axes.get(over.k, 1), n // axes.get(over.n, 1), group
+
+    def _dealt_out(self, form, x, packed, layer):
+        """form(x, packed, layer), with each device computing its part."""
+        if self.partition == dealing.WHOLE or dealing.num_devices() == 1:
+            return form(x, packed, layer)
+        over, (k, n) = self.partition.computed(len(x)), self.partition.stored()
+        gathered = self.partition.gathered
+        words = (k, n) if packed.q.dtype == jnp.uint32 else (n, k)
+        specs = packing.Packed((None, *words), (None, k, n), (None, None, n), (None, k, n))
+        specs = packing.Packed(
+            *(None if a is None else PartitionSpec(*s) for a, s in zip(packed, specs, strict=True))
+        )
+        summed, kept = (over.n, over.k) if self.transpose else (over.k, over.n)
+
+        def whole(part, spec):
+            if gathered not in spec:
+                return part
+            return lax.all_gather(part, gathered, axis=spec.index(gathered), tiled=True)
+
+        def each(x, packed, layer):
+            if gathered and gathered in (k, n):
+                packed, layer = _stacked(packing.layer(packed, layer), None)
+                packed = jax.tree.map(whole, packed, specs)
+            y = form(x, packed, layer)
+            return lax.psum(y, summed) if summed else y
+
+        return jax.shard_map(
+            each,
+            in_specs=(PartitionSpec(over.rows, summed), specs, PartitionSpec()),
+            out_specs=PartitionSpec(over.rows, kept),
+            axis_names=set(dealing.open_axes()),
+            check_vma=False,
+        )(x, packed, layer)
+
+    def _with_group_bias(self, y, x, packed, layer):
+        """y plus the asymmetric term: the sum of x over each group, times the group's bias."""
+        if packed.group_bias is None:
+            return y
+        bias = lax.dynamic_index_in_dim(packed.group_bias, layer, keepdims=False)
+        x, bias = x.astype(jnp.float32), bias.astype(jnp.float32)
+        if self.transpose:
+            each = jnp.dot(x, bias.T, precision="highest")
+            extra = jnp.repeat(each, y.shape[1] // len(bias), axis=1)
+        else:
+            sums = x.reshape(len(x), len(bias), -1).sum(axis=2)
+            extra = jnp.dot(sums, bias, precision="highest")
+        return (y.astype(jnp.float32) + extra).astype(y.dtype)
+
+
+def _stacked(packed: packing.Packed, layer: jax.Array | None):
+    """(a stack [L, …], the index in it), from a stack or from a single weight."""
+    if layer is not None:
+        return packed, layer
+    return jax.tree.map(lambda a: a[None], packed), jnp.zeros((), jnp.int32)
