@@ -8,6 +8,7 @@ import io
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -64,15 +65,22 @@ def _once(make: Any) -> Any:
     return made
 
 
+@contextlib.contextmanager
+def kept_programs() -> Iterator[pytest.MonkeyPatch]:
+    """Inside, a program is made once for equal arguments, as in `run`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for maker in _kept():
+            patch.setattr(*maker)
+        yield patch
+
+
 def run(script: str, *flags: object) -> Ended:
     """Runs scripts/`script`.py to its end; an exception that it lets through passes through."""
     module = importlib.import_module(f"lora_jax.cli.{VERBS.get(script, script)}")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        with kept_programs() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", [f"scripts/{script}.py", *map(str, flags)])
-            for maker in _kept():
-                patch.setattr(*maker)
             arguments.run(module.main)
     return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())
 

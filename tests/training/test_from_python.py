@@ -44,7 +44,8 @@ def command(tmp_path_factory):
 def test_a_run_from_python_is_the_command_s(command, tmp_path):
     settings, run = command
     made = training.settings.build(**settings, output_dir=str(tmp_path / "run"))
-    yielded = list(training.run(made))
+    with cli.kept_programs():
+        yielded = list(training.run(made))
     assert numbers(tmp_path / "run") == numbers(run)
     assert [line["step"] for line in yielded] == [line["step"] for line in numbers(run)]
     assert all((tmp_path / "run" / name).read_bytes() == (run / name).read_bytes() for name in SAME)
@@ -69,14 +70,16 @@ def test_a_run_s_own_config_repeats_it_and_flags_win(command, tmp_path):
 def test_to_stop_iterating_saves_and_resume_goes_on_exactly(command, tmp_path):
     settings, run = command
     folder = tmp_path / "run"
-    steps = training.run(training.settings.build(**settings, output_dir=str(folder)))
-    for metrics in itertools.takewhile(lambda line: line["step"] < 3, steps):
-        assert metrics["step"] < 3
-    steps.close()
+    with cli.kept_programs():
+        steps = training.run(training.settings.build(**settings, output_dir=str(folder)))
+        for metrics in itertools.takewhile(lambda line: line["step"] < 3, steps):
+            assert metrics["step"] < 3
+        steps.close()
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped at step 3"
     assert not (folder / "adapter").exists()
-    for _ in training.resume(str(folder)):
-        pass
+    with cli.kept_programs():
+        for _ in training.resume(str(folder)):
+            pass
     assert numbers(folder) == numbers(run)
     assert all((folder / name).read_bytes() == (run / name).read_bytes() for name in SAME)
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
