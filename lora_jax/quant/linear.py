@@ -114,7 +114,7 @@ class QuantLayer(nnx.Module):
     """
 
     def __call__(self, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Float[Array, "..."]:
-        how, shape = registry.layout_of(self), self.quantized_shape
+        how, shape = registry.linear_map_of(self), self.quantized_shape
         dtype = getattr(self, "dtype", None) or x.dtype
         y = how.multiply(x.astype(dtype), self.quantized.product, shape=shape)
         if (bias := getattr(self, "bias", None)) is None:
@@ -122,9 +122,10 @@ class QuantLayer(nnx.Module):
         return y + how.spread(bias[...].reshape(-1).astype(y.dtype), y.ndim, shape)
 
     def __getattr__(self, name: str) -> Rounded:
-        if name != registry.kind_of(type(self)).weight or "quantized_shape" not in vars(self):
+        known = registry.registration_of(type(self))
+        if name != known.weight or "quantized_shape" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return Rounded(self.quantized, self.quantized_shape, registry.layout_of(self))
+        return Rounded(self.quantized, self.quantized_shape, registry.linear_map_of(self))
 
 
 def packed_of(layer: Any) -> QuantLinear | None:
@@ -142,7 +143,7 @@ def quantize_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
 
 def quantize_layer(layer: nnx.Module, fmt: str) -> None:
     """Makes a QuantLayer of a LinearGeneral, an Einsum or a layer of a registered kind."""
-    how, name = registry.layout_of(layer), registry.kind_of(type(layer)).weight
+    how, name = registry.linear_map_of(layer), registry.registration_of(type(layer)).weight
     weight = getattr(layer, name)[...]
     matrix = how.matrix(weight)
     linear = nnx.eval_shape(
@@ -160,7 +161,7 @@ def make_dense(layer: nnx.Module, weight: Float[Array, "..."]) -> None:
     """The reverse of quantize_layer, with that weight."""
     dtype = layer.quantized.param_dtype
     mixin.leave(layer, "quantized", "quantized_shape")
-    setattr(layer, registry.kind_of(type(layer)).weight, nnx.Param(weight.astype(dtype)))
+    setattr(layer, registry.registration_of(type(layer)).weight, nnx.Param(weight.astype(dtype)))
 
 
 def quantize_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("lm_head",)) -> None:
@@ -172,9 +173,9 @@ def quantize_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("
     layers = [
         (path, node)
         for path, node in nnx.iter_graph(model)
-        if (kind := registry.kind_of(type(node))) and packed_of(node) is None
+        if (known := registry.registration_of(type(node))) and packed_of(node) is None
         and path and path[-1] not in exclude and "quantized" not in path
-        and isinstance(how := kind.layout(node), linear_map.Einsum) and not how.batch
+        and isinstance(how := known.linear_map_of(node), linear_map.Einsum) and not how.batch
     ]  # fmt: skip
     adapted = [".".join(map(str, path)) for path, node in layers if hasattr(node, "lora_ranks")]
     if not layers or adapted:
@@ -239,4 +240,4 @@ def _each_layer(function, weights, ndim: int):
     return function(weights) if ndim == 2 else lax.map(function, weights)
 
 
-registry.KINDS[QuantLinear] = registry.Kind("q", lambda _: linear_map.LINEAR)
+registry.REGISTRATIONS[QuantLinear] = registry.Registration("q", lambda _: linear_map.LINEAR)

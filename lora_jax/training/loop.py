@@ -16,14 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 import lora_jax
-from lora_jax import console, errors, hub, tokenizer
+from lora_jax import console, errors, hub, lora, tokenizer
 from lora_jax.checkpoints import loader, safetensors_files
 from lora_jax.console import say
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
 from lora_jax.generation import weights as decode_weights
 from lora_jax.lora import config, peft
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.optim import adamw

@@ -11,11 +11,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lora_jax import errors
+from lora_jax import errors, lora
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import peft
-from lora_jax.lora.linen import adapted as linen
-from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora import linen, peft
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 
@@ -310,7 +308,7 @@ def test_a_class_of_one_s_own_says_its_einsum():
     y, base = adapted.apply(variables, x), module.apply({"params": params}, x)
     assert np.abs(y - base)[1].max() > 0.1
     np.testing.assert_allclose(module.apply({"params": adapted.merge(variables)}, x), y, atol=1e-4)
-    with pytest.raises(errors.UserError, match=r"(?s)calls of a layer that agree.*kv"):
+    with pytest.raises(errors.UserError, match=r"(?s)calls of a layer that multiply.*kv"):
         linen.find(Projections(twice=True), x)
 
 
@@ -346,11 +344,11 @@ def test_what_cannot_be_adapted_is_never_skipped_silently():
     module, x = Awkward(), jnp.ones((1, 5, 4))
     linen.adapt(module, config(targets=("a",)), x)
     linen.adapt(module, config(targets="all-linear", exclude=("shared",)), x)
-    misplaced = "shared holds a Misplaced without the parameter 'w' of its kind"
+    misplaced = "shared holds a Misplaced without its registered parameter 'w'"
     for targets, found in (
         (("a", "groups"), "groups has feature_group_count 2"),
         (("a", "mask"), "mask has a mask"),
-        ("a|norm", "norm is of class RMSNorm, which is of no known kind"),
+        ("a|norm", "norm is of class RMSNorm, which is not registered"),
         (("a", "shared"), misplaced),
         ("all-linear", misplaced),
     ):
@@ -386,11 +384,11 @@ def test_lora_dense_is_a_layer_to_import():
 @pytest.mark.parametrize(
     ("of_file", "here", "found"),
     [
-        (dict(alpha=5), {}, "layers_0 is scaled by 2.5, here by 8"),
+        (dict(alpha=5), {}, "layers_0 is scaled by 2.5, in this model by 8"),
         (dict(use_dora=True), {}, "use_dora = True"),
         ({}, dict(use_dora=True), "use_dora = False"),
         (dict(rank=4, alpha=32), dict(parts={"layers_0": (1, -1, 1)}),
-         "layers_0 has B beyond the parts that are adapted"),
+         "layers_0 has B outside the adapted parts"),
     ],
 )  # fmt: skip
 def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
@@ -404,7 +402,7 @@ def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
         adapted.attach(params, adapter)
     assert raised.value.found == found
     theirs = dataclasses.replace(adapter.config, targets=("layers_0", "c_attn"))
-    with pytest.raises(errors.UserError, match="'c_attn' matches none"):
+    with pytest.raises(errors.UserError, match="'c_attn' matches nothing"):
         linen.adapt(module, theirs, x)
     again = linen.adapt(module, theirs, x, strict=False)
     np.testing.assert_allclose(
@@ -416,9 +414,9 @@ def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
 
 def test_what_does_not_fit_is_told_at_once():
     module, params = made()
-    with pytest.raises(errors.UserError, match=r"(?s)'q_proj' matches none.*query"):
+    with pytest.raises(errors.UserError, match=r"(?s)'q_proj' matches nothing.*query"):
         linen.adapt(module, config(targets=("q_proj",)), IDS)
-    with pytest.raises(errors.UserError, match="scale matches none"):
+    with pytest.raises(errors.UserError, match="scale matches nothing"):
         linen.adapt(module, config(modules_to_save=("scale",)), IDS)
     adapted = linen.adapt(module, config(targets=("query", "up")), IDS)
     adapter = linen.adapt(module, config(targets=("query", "mix")), IDS)

@@ -14,11 +14,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import errors
+from lora_jax import errors, lora
 from lora_jax.checkpoints import loader
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import peft
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
@@ -336,7 +335,7 @@ def test_tensors_that_do_not_fit_are_all_listed(adapter):
         "layers.0.mlp.up_proj.lora_A has no target in its config",
         "layers.7.self_attn.q_proj.lora_B has no layer",
         "layers.0.self_attn.q_proj.lora_B has shape (4, 32), expected (32, 4)",
-        "its own base: llama",
+        "the model that it was trained on: llama",
     ):
         assert problem in message
     assert message.count("\n            ") == 4
@@ -500,7 +499,7 @@ def test_an_adapter_of_another_model_is_told_by_its_layers(adapter):
     with pytest.raises(errors.UserError) as raised:
         llama(adapter)
     message = str(raised.value)
-    assert "model.layers.N.self_attn.q_proj" in message and "its own base: gpt2" in message
+    assert "model.layers.N.self_attn.q_proj" in message and "trained on: gpt2" in message
     assert "transformer.h.0.attn.c_attn.lora_A has no layer in this model" in message
 
 
