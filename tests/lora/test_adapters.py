@@ -1,4 +1,4 @@
-"""Many adapters on one base: switched without compiling, weighted, forgotten."""
+"""Several adapters on one base: switched without recompiling, combined, unloaded."""
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +184,7 @@ def test_dora_adapters_switch_among_themselves():
     assert shelf.names == ["one", "two"]
 
 
-def test_names_that_are_taken_or_unknown_are_told():
+def test_names_that_are_taken_or_unknown_are_reported():
     shelf = adapters.Adapters(net())
     shelf.load("one", made(1)[0])
     with pytest.raises(errors.UserError, match="an adapter 'one'"):

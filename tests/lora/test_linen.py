@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Embedding, a scanned stack of rematerialised blocks, another stack by vmap, a head."""
+    """Embedding, a scanned stack of rematerialized blocks, another stack by vmap, a head."""
 
     axis: int = 0
 
@@ -70,7 +70,7 @@ def config(**settings):
 
 
 def moved(variables, scale=0.1, seed=3):
-    """The variables with what is trained changed, but for the padding of unequal ranks."""
+    """The variables with `lora` changed."""
     rng = np.random.default_rng(seed)
     change = jax.tree.map(
         lambda p: p + scale * rng.normal(size=p.shape).astype(np.float32), variables["lora"]
@@ -162,7 +162,7 @@ def test_dropout_differs_between_keys_and_layers_and_is_off_without_one():
 @pytest.mark.parametrize(
     "fmt, use_dora", [("int8", False), ("int4", True), ("nf4-dq", False), ("nf4-dq", True)]
 )
-def test_a_quantized_base_computes_with_what_it_stands_for(fmt, use_dora):
+def test_a_quantized_base_computes_with_the_dequantized_weights(fmt, use_dora):
     module, params = made()
     adapted = linen.adapt(module, config(use_dora=use_dora), IDS, quant=fmt, exclude=("lm_head",))
     variables = moved(adapted.init(jax.random.key(1), params))
@@ -197,7 +197,7 @@ def test_pissa_and_parts_are_those_of_nnx():
     np.testing.assert_allclose(plain.apply(plain.attach(params, adapter), IDS), expected, atol=1e-4)
 
 
-def test_modules_saved_whole_are_trained_beside(tmp_path):
+def test_fully_trained_modules_are_trained_with_the_adapters(tmp_path):
     module, params = made()
     settings = config(targets=("query",), modules_to_save=("lm_head", "norm", "conv"))
     adapted = linen.adapt(module, settings, IDS)
@@ -258,8 +258,8 @@ class Jitted(nn.Module):
         return nn.Dense(3, name="out")(x)
 
 
-def test_a_module_that_jits_itself_is_traced_anew():
-    """Or flax would take what it has traced without adapters, or with others."""
+def test_a_module_that_jits_itself_is_traced_again():
+    """Otherwise Flax would use what it traced without adapters, or with others."""
     module, x = Jitted(), jnp.ones((2, 4))
     params = module.init(jax.random.key(0), x)["params"]
     for dropout in (0.0, 0.9):
@@ -276,7 +276,7 @@ def test_a_module_that_jits_itself_is_traced_anew():
 
 
 class Projection(nn.Module):
-    """In the manner of Gemma's: the einsum is an argument of the call, before x."""
+    """Like Gemma's: the einsum is an argument of the call, before x."""
 
     shape: tuple[int, ...]
 
@@ -298,7 +298,7 @@ class Projections(nn.Module):
         return (y, kv("bsd,ckdh->bsckh", x)) if self.twice else y
 
 
-def test_a_class_of_one_s_own_says_its_einsum():
+def test_a_registered_class_names_its_einsum():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
     module = Projections()
     params = module.init(jax.random.key(0), x)["params"]
@@ -313,7 +313,7 @@ def test_a_class_of_one_s_own_says_its_einsum():
 
 
 class Shared(nn.Module):
-    """In the manner of Gemma's feed-forward: its layer's weight lies among its own."""
+    """Like Gemma's feed-forward: the weight of its layer is among its own parameters."""
 
     @nn.compact
     def __call__(self, x):
@@ -360,7 +360,7 @@ def test_what_cannot_be_adapted_is_never_skipped_silently():
     linen.adapt(module, None, x, quant="int8", exclude=("shared",))
 
 
-def test_lora_dense_is_a_layer_to_import():
+def test_lora_dense_is_a_dense_layer_with_an_adapter():
     class Mine(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -392,7 +392,7 @@ def test_lora_dense_is_a_layer_to_import():
     ],
 )  # fmt: skip
 def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
-    """Its arrays fit, but would compute something else here."""
+    """Its arrays fit, but would compute something else in this model."""
     module, x = nn.Sequential([nn.Dense(6)]), jnp.ones((2, 4))
     params = module.init(jax.random.key(0), x)["params"]
     other = linen.adapt(module, config(targets=("layers_0",), **of_file), x)
@@ -412,7 +412,7 @@ def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
     )
 
 
-def test_what_does_not_fit_is_told_at_once():
+def test_everything_that_does_not_fit_is_reported():
     module, params = made()
     with pytest.raises(errors.UserError, match=r"(?s)'q_proj' matches nothing.*query"):
         linen.adapt(module, config(targets=("q_proj",)), IDS)

@@ -1,4 +1,4 @@
-"""Adapters: the algebra they obey, which layers they take, and their dropout."""
+"""Adapters: their algebra, which layers get one, and their dropout."""
 
 import functools
 import pathlib
@@ -33,7 +33,7 @@ class Block(nnx.Module):
 
 
 class Net(nnx.Module):
-    """No LLaMA: a plain linear layer, a list of blocks, and three blocks stacked by vmap."""
+    """Not a LLaMA: a plain linear layer, a list of blocks, and three blocks stacked by vmap."""
 
     def __init__(self, rngs):
         @nnx.split_rngs(splits=3)
@@ -56,7 +56,7 @@ class Net(nnx.Module):
 
 
 class Masks(nnx.Module):
-    """With the weights that `read_masks` gives it, every layer returns its dropout mask."""
+    """With the weights that `masks` sets, every layer returns its dropout mask."""
 
     def __init__(self, width, rngs):
         @nnx.split_rngs(splits=3)
@@ -82,7 +82,7 @@ NET_NAMES = (
 
 
 def net(fmt="none"):
-    """A fresh Net with every linear layer, lm_head excepted, quantized to fmt."""
+    """A fresh Net with every linear layer except lm_head quantized to fmt."""
     return nnx.merge(*split_net(fmt), copy=True)
 
 
@@ -205,7 +205,7 @@ def test_merging_keeps_quantized_layers_without_an_adapter():
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_delta_is_scaling_times_x_a_b(rslora):
-    """Unequal ranks and alphas in one stack; a layer left out is left alone."""
+    """Unequal ranks and alphas in one stack; a layer without an adapter does not change."""
     settings = config(
         ("up",),
         rank=4,

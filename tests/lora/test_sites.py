@@ -1,4 +1,4 @@
-"""Which layers are adapted, whatever their axes: delta, merge and files of each kind."""
+"""Layers of all classes and axes: how they are adapted, merged, saved and loaded."""
 
 import dataclasses
 import functools
@@ -78,11 +78,11 @@ def test_einsums_that_are_no_matrix_product_are_refused(text, found):
         linear_map.parse(text)
 
 
-# ------------------------------------------------------------------------- kinds of layers
+# ------------------------------------------------------------------------- layer classes
 
 
 class Heads(nnx.Module):
-    """A layer of one's own, with a bias and its weight under a name of its own."""
+    """A class of our own, with a bias, and with its weight under another name."""
 
     def __init__(self, rngs):
         self.w = nnx.Param(jax.random.normal(rngs.params(), (6, 2, 5)))
@@ -96,7 +96,7 @@ lora.register(Heads, "btd,dnh->btnh", weight="w")
 
 
 class Layers(nnx.Module):
-    """One of each kind, the outputs side by side."""
+    """A layer of each class, with concatenated outputs."""
 
     def __init__(self, rngs):
         self.general = nnx.LinearGeneral(6, (2, 5), rngs=rngs)
@@ -268,7 +268,7 @@ def test_layers_of_one_shape_are_merged_by_one_program(monkeypatch):
 
 
 class Gate(nnx.Module):
-    """Of no kind that is registered."""
+    """A class that is not registered."""
 
     def __init__(self, rngs):
         self.w = nnx.Param(jnp.ones((4, 4)))
@@ -321,7 +321,7 @@ def test_a_refusal_lists_all_and_leaves_the_model_as_it_was(settings, found):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
 
-def test_what_cannot_be_adapted_may_lie_beside_or_around_what_is_or_be_excluded():
+def test_what_cannot_be_adapted_may_be_in_the_model_if_it_is_not_targeted():
     for settings, paths in (
         (dict(targets=("a",)), {"a"}),
         (dict(targets="all-linear"), {"a", "b.gate.up", "b.attn.q", "packed"}),
@@ -344,7 +344,7 @@ lora.register(Unnamed, "...i,io->...o")  # its weight is no `kernel`
 lora.register(Flat, "...D,DNH->...NH", weight="w")
 
 
-def test_layers_that_are_not_as_registered_are_refused_only_where_they_are_targeted():
+def test_layers_unlike_their_registration_are_refused_only_if_they_are_targeted():
     rngs = nnx.Rngs(0)
     model = nnx.Dict(
         a=nnx.Linear(4, 4, rngs=rngs), unnamed=Unnamed(), flat=Flat(),
@@ -424,7 +424,7 @@ def test_convolutions_and_embeddings_equal_pefts(name, tmp_path):
 
 
 def test_parts_of_a_fused_layer_are_adapted_alone(tmp_path):
-    """Q and V of four query heads and a shared K and V: K's columns stay as they were."""
+    """Q and V of four query heads and a shared K and V: K's columns do not change."""
     model = nnx.Dict(qkv=nnx.Linear(8, 12, rngs=nnx.Rngs(0)))
     plain, x = nnx.clone(model), rand(3, 8)
     settings = adapted(model, targets=("qkv",), parts={"qkv": (4, -1, 1)}, use_rslora=True)
@@ -505,7 +505,7 @@ def test_pissa_of_parts_takes_each_part_s_own(tmp_path):
     np.testing.assert_allclose(rest, [*whole[2:], 0, 0], atol=1e-5)
 
 
-def test_pissa_takes_no_more_ranks_than_a_weight_has():
+def test_pissa_takes_no_larger_rank_than_a_weight_has():
     model = nnx.Dict(a=nnx.Linear(8, 32, rngs=nnx.Rngs(0)), b=nnx.Linear(32, 6, rngs=nnx.Rngs(0)))
     before = jax.tree.map(np.asarray, nnx.state(model))
     config = lora_config.LoRAConfig(
@@ -526,7 +526,7 @@ def test_pissa_takes_no_more_ranks_than_a_weight_has():
         adapted.init(jax.random.key(0), params)
 
 
-def test_pissa_of_rounded_weights_is_refused():
+def test_pissa_of_quantized_weights_is_refused():
     model = nnx.Dict(a=nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
     dense = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
     quant_linear.quantize_model(model, "int4")
@@ -589,7 +589,7 @@ def test_dora_is_its_equation_in_training_too(fmt, dropout):
 
 
 def test_dora_on_packed_weights_writes_no_dense_one(monkeypatch):
-    """Its norm comes from ‖W‖², which is kept, and Aᵀ W, a product with the packed words."""
+    """Its norm is computed from ‖W‖², a constant, and Aᵀ W, a product with the packed words."""
     model, calls = nnx.Dict(a=nnx.Linear(256, 64, use_bias=False, rngs=nnx.Rngs(0))), []
     quant_linear.quantize_model(model, "int4")
     adapted(model, targets=("a",), use_dora=True)

@@ -23,7 +23,6 @@ from flax import traverse_util
 from jaxtyping import PRNGKeyArray
 
 from lora_jax import errors
-from lora_jax.layers import linear_map
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, pissa, targets
 from lora_jax.lora import config as lora_config
@@ -62,28 +61,15 @@ def adapt(
         found = lora_site.select(sites, config, others, strict=strict)
         chosen = {site.path: own for site, own in zip(sites, found, strict=True) if any(own)}
         saved = linen_saved.choose(params, config.modules_to_save)
-    astray = [
-        f"{path} {other.problem}" for path, other in others.items()
-        if quant != "none" and other.kind == "linear" and not targets.matches(path, exclude)
-    ]  # fmt: skip
-    if astray:
-        raise errors.UserError(
-            expected=f"layers that can be quantized to {quant}",
-            found=astray,
-            do="leave them dense with `exclude`",
-        )
-    packs = {
-        site.path for site in sites
-        if quant != "none" and isinstance(site.linear_map, linear_map.Einsum)
-        and not site.linear_map.batch and not targets.matches(".".join(site.path), exclude)
-        and site.path not in saved
-    }  # fmt: skip
-    if quant != "none" and not packs:
-        raise errors.UserError(
-            expected=f"linear layers to quantize to {quant}",
-            found="none that is not excluded",
-            where=", ".join(".".join(site.path) for site in sites) or type(module).__name__,
-        )
+    packs: set[Path] = set()
+    if quant != "none":
+        packs = weights.to_pack(sites, others, quant, exclude) - set(saved)
+        if not packs:
+            raise errors.UserError(
+                expected=f"linear layers to quantize to {quant}",
+                found="none that is not excluded",
+                where=", ".join(".".join(site.path) for site in sites) or type(module).__name__,
+            )
     return Adapted(module, config, quant, sites, chosen, frozenset(packs), saved)
 
 

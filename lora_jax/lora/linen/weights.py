@@ -1,6 +1,6 @@
 """The weights of a Flax Linen model's sites in its params: read, replaced and quantized."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,9 @@ from flax import traverse_util
 
 from lora_jax import errors
 from lora_jax.kernels import packed as packing
+from lora_jax.layers import linear_map
 from lora_jax.lora import site as lora_site
+from lora_jax.lora import targets
 from lora_jax.lora.linen.sites import Params, Path, Site
 from lora_jax.quant import formats
 
@@ -41,6 +43,33 @@ def check(sites: Sequence[Site], params: Params, model: str) -> Flat:
             do='pass the collection itself, such as module.init(…)["params"]',
         )
     return base
+
+
+def to_pack(
+    sites: Sequence[Site],
+    others: Mapping[str, targets.Layer],
+    fmt: str,
+    exclude: Sequence[str],
+) -> set[Path]:
+    """The paths of the linear layers that are to be quantized: all but those in `exclude`.
+
+    Raises: UserError if the weight of such a layer was not found. others: see sites.survey.
+    """
+    problems = [
+        f"{path} {other.problem}" for path, other in others.items()
+        if other.kind == "linear" and not targets.matches(path, exclude)
+    ]  # fmt: skip
+    if problems:
+        raise errors.UserError(
+            expected=f"layers that can be quantized to {fmt}",
+            found=problems,
+            do="leave them dense with `exclude`",
+        )
+    return {
+        site.path for site in sites
+        if isinstance(site.linear_map, linear_map.Einsum) and not site.linear_map.batch
+        and not targets.matches(".".join(site.path), exclude)
+    }  # fmt: skip
 
 
 def matrix(site: Site, base: Flat, fmt: str) -> jax.Array:
