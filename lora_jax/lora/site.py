@@ -37,7 +37,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """ "linear", "embedding" or "conv"."""
+        """One of "linear", "embedding" and "conv"."""
         kinds = {linear_map.Embedding: "embedding", linear_map.Conv: "conv"}
         return kinds.get(type(self.linear_map), "linear")
 
