@@ -26,12 +26,12 @@ import quiet
 import safetensors.numpy
 from flax import nnx
 
+from lora_jax import lora
 from lora_jax.checkpoints import loader
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
 from lora_jax.generation import weights as decode_weights
 from lora_jax.lora import config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.optim import adamw

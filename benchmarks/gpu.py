@@ -23,6 +23,7 @@ import memory
 import numpy as np
 from flax import nnx
 
+from lora_jax import lora
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
 from lora_jax.generation import weights as decode_weights
@@ -30,7 +31,6 @@ from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels.int4_matmul import mosaic_gpu, xla, xla_gpu
 from lora_jax.lora import config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
 from lora_jax.optim import adamw

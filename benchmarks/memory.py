@@ -6,9 +6,8 @@ python benchmarks/memory.py
 import jax
 from flax import nnx
 
-from lora_jax import quant
+from lora_jax import lora, quant
 from lora_jax.lora import config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.models import llama

@@ -24,10 +24,9 @@ import memory
 import numpy as np
 from flax import nnx
 
-from lora_jax import assets
+from lora_jax import assets, lora
 from lora_jax.checkpoints import loader
 from lora_jax.lora import config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw, sweep
 from lora_jax.optim import config as optim_config

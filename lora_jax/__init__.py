@@ -13,7 +13,7 @@ _ROOMS = (
     *("assets", "console", "errors", "hub", "tokenizer"),
 )
 _INSIDE = {  # used so often that they have a name of their own
-    "adapters": "lora.many",
+    "adapters": "lora.adapters",
     "config": "lora.config",
     "linen": "lora.linen",
     "peft": "lora.peft",

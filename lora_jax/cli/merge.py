@@ -132,8 +132,8 @@ def predicted(
     """
     import jax
 
+    from lora_jax import lora
     from lora_jax.checkpoints import loader
-    from lora_jax.lora.nnx import inject as lora
     from lora_jax.parallel import devices
     from lora_jax.parallel import mesh as sharding
     from lora_jax.training import evaluate

@@ -1,4 +1,4 @@
-"""What a linear layer is: how it multiplies, by which weight, and how a stack of layers is scanned.
+"""Linear layers in general: how they multiply, by which weight, and how a stack is scanned.
 
 May import `kernels`.
 """

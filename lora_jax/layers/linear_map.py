@@ -1,10 +1,11 @@
 """How a layer multiplies its input by its weight: any linear map, seen as x · W with W [K, N].
 
-A layer of LoRA's needs that view only: K numbers go in, N come out. What the axes of the real
-weight mean is said by an einsum ("BTD,DNH->BTNH": K = D, N = N·H), by `Embedding`, or by `Conv`.
-Leading axes of a weight that its layout does not know are those of stacked layers.
+LoRA and quantization need this view only: K numbers go in, and N come out. An `Einsum`
+("BTD,DNH->BTNH": K = D, N = N·H), an `Embedding` or a `Conv` says what the axes of the real weight
+mean. Further axes at the front of a weight are those of stacked layers.
 """
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -23,13 +24,50 @@ from lora_jax.kernels import matmul
 Factor = Num[Array, "*batch _ _"] | Callable[[jax.Array], jax.Array]
 
 
+class LinearMap(abc.ABC):
+    """How a layer multiplies: y = x · W, where W of any number of axes is seen as a matrix [K, N].
+
+    `shape` is always the shape of the real weight, with the axes of stacked layers first.
+    """
+
+    ndim: int  # the number of axes of one layer's weight
+
+    def lead(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of the axes that are not part of a matrix: those of stacked layers first."""
+        return tuple(shape[: len(shape) - self.ndim])
+
+    @abc.abstractmethod
+    def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(K, N)."""
+
+    def matrix(self, weight: Num[Array, "..."]) -> Num[Array, "*lead K N"]:
+        """The weight as matrices."""
+        return weight.reshape(*self.lead(weight.shape), *self.sizes(weight.shape))
+
+    def tensor(self, matrix: Num[Array, "*lead K N"], shape: Sequence[int]) -> Num[Array, "..."]:
+        """The inverse of `matrix`: the weight of that shape."""
+        return matrix.reshape(*shape)
+
+    @abc.abstractmethod
+    def multiply(
+        self, x: Num[Array, "..."], *factors: Factor, shape: Sequence[int]
+    ) -> Num[Array, "..."]:
+        """x · factor · factor …, from the first factor's K to the last one's N, in x's dtype."""
+
+    def spread(
+        self, values: Num[Array, "*batch N"], ndim: int, shape: Sequence[int]
+    ) -> Num[Array, "..."]:
+        """One number for each of the N outputs, with axes that broadcast to a y of `ndim` axes."""
+        return jnp.expand_dims(values, range(ndim - 1))
+
+
 @dataclasses.dataclass(frozen=True)
-class Einsum:
+class Einsum(LinearMap):
     """y = einsum(x, W), such as "...D,DNH->...NH".
 
-    inputs are the axes of W that are summed with x's, outputs those that are new in y, both in
-    W's order; batch are the axes that x, W and y share, such as experts: each has a matrix of its
-    own. An ellipsis stands for any further axes of x.
+    inputs: the axes of W that are summed with x's. outputs: those that are new in y. Both are in
+    W's order. batch: the axes that x, W and y share, such as experts, each with its own matrix.
+    An ellipsis stands for any further axes of x.
     """
 
     x: str
@@ -50,26 +88,22 @@ class Einsum:
 
     @property
     def ndim(self) -> int:
-        """Axes of W."""
         return len(self.w)
 
     def lead(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of a weight's shape: the axes of stacked layers and those of the batch."""
+        """The sizes of the axes of stacked layers, then of the batch axes."""
         sizes = dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
         return (*shape[: len(shape) - self.ndim], *(sizes[axis] for axis in self.batch))
 
     def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
-        """(K, N) of a weight's shape."""
         sizes = dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
         k, n = (math.prod(sizes[axis] for axis in axes) for axes in (self.inputs, self.outputs))
         return k, n
 
     def matrix(self, weight: Num[Array, "..."]) -> Num[Array, "*lead K N"]:
-        """The weight as matrices."""
         return self._turned(weight).reshape(*self.lead(weight.shape), *self.sizes(weight.shape))
 
     def tensor(self, matrix: Num[Array, "*lead K N"], shape: Sequence[int]) -> Num[Array, "..."]:
-        """The weight of that shape that `matrix` came from."""
         turned = jax.eval_shape(self._turned, jax.ShapeDtypeStruct(tuple(shape), matrix.dtype))
         stacked = len(shape) - self.ndim
         order = self.batch + self.inputs + self.outputs
@@ -84,10 +118,6 @@ class Einsum:
     def multiply(
         self, x: Num[Array, "..."], *factors: Factor, shape: Sequence[int]
     ) -> Num[Array, "..."]:
-        """x · factor · factor …, from the first's K to the last's N, in x's dtype.
-
-        shape: the weight's, to know how N is cut into the axes of y.
-        """
         axes_x, axes_y = _expanded(self.x, x.ndim), _expanded(self.y, x.ndim, like=self.x)
         free = [axis for axis in axes_x if axis not in self.w]
         order = [*self.batch, *free, *self.inputs]
@@ -104,7 +134,6 @@ class Einsum:
     def spread(
         self, values: Num[Array, "*batch N"], ndim: int, shape: Sequence[int]
     ) -> Num[Array, "..."]:
-        """One number for each of the N, so that it meets a y of `ndim` axes."""
         sizes = dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
         own = self.batch + self.outputs
         values = values.reshape([sizes[axis] for axis in own])
@@ -115,8 +144,8 @@ class Einsum:
 
 
 @dataclasses.dataclass(frozen=True)
-class Embedding:
-    """y = W[ids], W [K, N]: x · W where ids stand for rows of zeros and a one.
+class Embedding(LinearMap):
+    """y = W[ids], W [K, N]: x · W where x is the one-hot encoding of ids.
 
     take: (table, ids) → table[ids].
     """
@@ -126,17 +155,8 @@ class Embedding:
     )
     ndim = 2
 
-    def lead(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(shape[:-2])
-
     def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
         return shape[-2], shape[-1]
-
-    def matrix(self, weight: Num[Array, "*lead K N"]) -> Num[Array, "*lead K N"]:
-        return weight
-
-    def tensor(self, matrix: Num[Array, "*lead K N"], shape: Sequence[int]):
-        return matrix
 
     def multiply(
         self, ids: Int[Array, "*B"], first: Num[Array, "K _"], *factors: Factor, shape
@@ -146,13 +166,10 @@ class Embedding:
             x = _product(x, factor)
         return x
 
-    def spread(self, values: Num[Array, " N"], ndim: int, shape: Sequence[int]):
-        return jnp.expand_dims(values, range(ndim - 1))
-
 
 @dataclasses.dataclass(frozen=True)
-class Conv:
-    """y = conv(x, W), W [*window, C, N]: K = window · C. Of factors of W the first one slides.
+class Conv(LinearMap):
+    """y = conv(x, W), W [*window, C, N], K = window · C; of several factors the first convolves.
 
     slide: (x, W) → y without a bias, with the layer's own strides and padding.
     """
@@ -164,17 +181,8 @@ class Conv:
     def ndim(self) -> int:
         return len(self.window) + 2
 
-    def lead(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(shape[: len(shape) - self.ndim])
-
     def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
         return math.prod(shape[len(shape) - self.ndim : -1]), shape[-1]
-
-    def matrix(self, weight: Num[Array, "..."]) -> Num[Array, "*lead K N"]:
-        return weight.reshape(*self.lead(weight.shape), *self.sizes(weight.shape))
-
-    def tensor(self, matrix: Num[Array, "*lead K N"], shape: Sequence[int]):
-        return matrix.reshape(*shape)
 
     def multiply(
         self, x: Num[Array, "..."], first: Num[Array, "K _"], *factors: Factor, shape
@@ -184,20 +192,16 @@ class Conv:
             x = _product(x, factor)
         return x
 
-    def spread(self, values: Num[Array, " N"], ndim: int, shape: Sequence[int]):
-        return jnp.expand_dims(values, range(ndim - 1))
 
-
-Layout = Einsum | Embedding | Conv
 LINEAR = Einsum("...i", "io", "...o")
 
 
 @functools.cache
 def parse(text: str) -> Einsum:
-    """The layout that an einsum of x and W describes.
+    """The linear map that an einsum of x and W describes.
 
-    Raises: UserError for an einsum that is no linear map with a matrix: an axis twice in an
-    operand, an axis of x or of W alone that is summed, an ellipsis in W.
+    Raises: UserError if the einsum is not a product of x with a matrix: an operand has an axis
+    twice, an axis of x alone or of W alone is summed, or W has an ellipsis.
     """
     match = re.fullmatch(r"([\w.]+),(\w+)->([\w.]+)", text.replace(" ", ""))
     problems = [] if match else ["not of the form x,W->y, with no ellipsis in W"]
@@ -222,10 +226,10 @@ def parse(text: str) -> Einsum:
 
 
 def general(axis: Sequence[int], num_outputs: int, batch: Sequence[int] = ()) -> Einsum:
-    """The layout of a LinearGeneral or DenseGeneral: W [*batch, *axis, *outputs].
+    """The linear map of a LinearGeneral or DenseGeneral: W [*batch, *axis, *outputs].
 
-    axis: x's axes that are summed, either all counted from the front or all from the back; batch:
-    the first axes of x, of which y keeps the order.
+    axis: x's axes that are summed, all counted from the front or all from the back. batch: the
+    first axes of x, which are the first axes of y in the same order.
     """
     letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     shared = [next(letters) for _ in batch]
@@ -253,9 +257,9 @@ def _product(x, matrix, batch=0):
 
 
 def _expanded(axes: str, ndim: int, like: str | None = None) -> list[str]:
-    """The axes one by one; an ellipsis becomes as many numbered ones as there are for it.
+    """The axes one by one; an ellipsis becomes as many numbered axes as it stands for.
 
-    like: the operand that has `ndim` axes, where it is another one.
+    like: the axes of the operand that has `ndim` axes, if that is another one.
     """
     if "..." not in axes:
         return list(axes)

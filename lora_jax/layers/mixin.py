@@ -1,4 +1,4 @@
-"""A second class for a layer that is there already: it stays what it was, and where it was."""
+"""Give an existing layer a second class; it stays the same object, in the same place."""
 
 import functools
 
@@ -6,12 +6,12 @@ from flax import nnx
 
 
 def become(layer: nnx.Module, kind: type[nnx.Module]) -> None:
-    """Makes `layer` an instance of `kind` as well, whose methods go first."""
+    """Makes `layer` an instance of `kind`, too, whose methods take precedence."""
     object.__setattr__(layer, "__class__", _both(kind, type(layer)))
 
 
 def leave(layer: nnx.Module, *added: str) -> None:
-    """The reverse: the layer is of its own class alone, without the attributes `added`."""
+    """The inverse of `become`; also deletes the attributes `added`."""
     for name in added:
         delattr(layer, name)
     object.__setattr__(layer, "__class__", type(layer).__mro__[2])

@@ -1,4 +1,4 @@
-"""Linear layers that share their input, such as q, k and v: one product instead of several."""
+"""Linear layers with the same input, such as q, k and v: one product instead of several."""
 
 from collections.abc import Callable
 
@@ -17,8 +17,8 @@ def project(
 ) -> list[Float[Array, "*B _"]]:
     """[linear(x) for linear in linears].
 
-    form: x → the products with all their frozen weights, side by side on the last axis, without
-    biases and adapters. Those stay the layers' own: an adapted one is given its product.
+    form: x → the products with all the frozen weights, concatenated on the last axis, without
+    biases and adapters. Each layer adds its own bias and adapter to its product.
     """
     if form is None:
         return [ad_checkpoint.checkpoint_name(linear(x), matmul.PRODUCT) for linear in linears]

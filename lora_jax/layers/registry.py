@@ -1,4 +1,4 @@
-"""Kinds of Flax NNX layers that multiply by a weight: by which, and how."""
+"""The classes of Flax NNX layers that multiply by a weight: which weight, and how."""
 
 import functools
 from collections.abc import Callable
@@ -9,27 +9,27 @@ from flax import nnx
 from lora_jax.layers import linear_map
 
 
-class Kind(NamedTuple):
-    """The attribute that holds a layer's weight, and how the layer multiplies by it."""
+class Registration(NamedTuple):
+    """Of a layer class: the attribute that holds the weight, and how a layer multiplies by it."""
 
     weight: str
-    layout: Callable[[Any], linear_map.Layout]
+    linear_map_of: Callable[[Any], linear_map.LinearMap]
 
 
-KINDS: dict[type, Kind] = {}
+REGISTRATIONS: dict[type, Registration] = {}
 
 
 def register(
     cls: type[nnx.Module], einsum: str | Callable[[Any], str], *, weight: str = "kernel"
 ) -> None:
-    """Has layers of a class of your own adapted and quantized.
+    """Makes layers of your own class adaptable and quantizable.
 
     Args:
       cls: its `__call__(x)` returns einsum(x, W), plus a bias if it has an attribute `bias`.
-      einsum: such as "...D,DNH->...NH", or a function from the layer to that.
+      einsum: such as "...D,DNH->...NH", or a function that returns it for a layer.
       weight: the attribute that holds W.
 
-    Raises: UserError for an einsum that is no product of x with a matrix.
+    Raises: UserError if the einsum is not a product of x with a matrix.
     """
     if isinstance(einsum, str):
         linear_map.parse(einsum)
@@ -37,24 +37,24 @@ def register(
     def described(layer):
         return linear_map.parse(einsum if isinstance(einsum, str) else einsum(layer))
 
-    KINDS[cls] = Kind(weight, described)
-    kind_of.cache_clear()
+    REGISTRATIONS[cls] = Registration(weight, described)
+    registration_of.cache_clear()
 
 
-def layout_of(layer: nnx.Module) -> linear_map.Layout:
+def linear_map_of(layer: nnx.Module) -> linear_map.LinearMap:
     """How the layer multiplies."""
-    return kind_of(type(layer)).layout(layer)
+    return registration_of(type(layer)).linear_map_of(layer)
 
 
 def weight_of(layer: nnx.Module) -> nnx.Variable:
-    """The variable that holds its weight, or a packed weight's words."""
-    return getattr(layer, kind_of(type(layer)).weight)
+    """The variable that holds the layer's weight; of a packed weight, its words."""
+    return getattr(layer, registration_of(type(layer)).weight)
 
 
 @functools.cache
-def kind_of(cls: type) -> Kind | None:
-    """Of a class or of the nearest that it inherits from; None: it is not registered."""
-    return next((KINDS[base] for base in cls.__mro__ if base in KINDS), None)
+def registration_of(cls: type) -> Registration | None:
+    """The registration of a class or of its nearest base class; None if there is none."""
+    return next((REGISTRATIONS[base] for base in cls.__mro__ if base in REGISTRATIONS), None)
 
 
 def _general(layer: nnx.LinearGeneral) -> linear_map.Einsum:
@@ -76,10 +76,10 @@ _CONV = (
     *("strides", "padding", "input_dilation", "kernel_dilation", "dtype", "param_dtype"),
     *("precision", "conv_general_dilated", "promote_dtype", "preferred_element_type"),
 )
-KINDS |= {
-    nnx.Linear: Kind("kernel", lambda _: linear_map.LINEAR),
-    nnx.LinearGeneral: Kind("kernel", _general),
-    nnx.Einsum: Kind("kernel", lambda layer: linear_map.parse(layer.einsum_str)),
-    nnx.Embed: Kind("embedding", lambda _: linear_map.Embedding()),
-    nnx.Conv: Kind("kernel", _conv),
+REGISTRATIONS |= {
+    nnx.Linear: Registration("kernel", lambda _: linear_map.LINEAR),
+    nnx.LinearGeneral: Registration("kernel", _general),
+    nnx.Einsum: Registration("kernel", lambda layer: linear_map.parse(layer.einsum_str)),
+    nnx.Embed: Registration("embedding", lambda _: linear_map.Embedding()),
+    nnx.Conv: Registration("kernel", _conv),
 }

@@ -1,8 +1,7 @@
-"""Layers stacked on a leading axis [L, …], and what of them a scan must not slice.
+"""Layers stacked on a leading axis [L, …], and which of their arrays a scan must not slice.
 
-A scan hands each layer its slice of every array. For a kernel of our own that slice would be
-copied out first; so an array of type `Whole` stays as it is, and the layer's `LayerIndex`, which is
-sliced, says where in it to read.
+A scan gives each layer its slice of every array. Our own kernels would need a copy of that slice.
+So an array of type `Whole` is not sliced; the layer's `LayerIndex` is, and says where to read.
 """
 
 from typing import Any

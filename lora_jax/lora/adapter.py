@@ -1,8 +1,8 @@
-"""An adapter as arrays on the host, whichever model it came from or goes to. Imports no jax."""
+"""An adapter as arrays on the host, for a model of any framework. Imports no jax."""
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,8 @@ from lora_jax.lora import targets
 class Factors(NamedTuple):
     """A [K, R] and B [R, N] of one layer, float32, and DoRA's magnitude [N] if it has one.
 
-    kind: "linear", "embedding", or "conv" with its window, K then being window · channels.
-    None where a file lacks one.
+    kind: "linear", "embedding", or "conv" with its window; K is then window · channels.
+    An array that a file lacks is None.
     """
 
     A: np.ndarray | None
@@ -26,24 +26,16 @@ class Factors(NamedTuple):
     window: tuple[int, ...] = ()
 
 
-class Shape(NamedTuple):
-    """Of a layer that could take an adapter: its kind, as in `Factors`, K and N."""
-
-    kind: str
-    k: int
-    n: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What a LoRA run makes of a model.
+    """The result of LoRA training.
 
     Args:
-      config: what it is for; its rank and patterns say the rank and the scaling of every layer.
+      config: its rank, alpha and patterns set the rank and the scaling of every layer.
       factors: {dotted path of the layer: its A and B}.
-      saved: {name in PEFT's file, without its prefix: array as it lies there} of all else: modules
-        trained whole (`lm_head.weight`), and the base of an adapted embedding.
-      base_model: the name of the model that it was trained on.
+      saved: {name in PEFT's file, without the prefix: array as in the file} of everything else:
+        fully trained modules (`lm_head.weight`), and the base weight of an adapted embedding.
+      base_model: the name of the model it was trained on.
     """
 
     config: lora_config.LoRAConfig
@@ -57,29 +49,29 @@ class Adapter:
 
     def check(
         self,
-        choices: Mapping[str, targets.Choice],
-        shapes: Mapping[str, Shape],
+        configs: Mapping[str, targets.LayerConfig],
+        layers: Mapping[str, targets.Layer],
         saved: Mapping[str, tuple[int, ...]],
         where: str,
     ) -> None:
-        """That it fits a model: every array has its place there, and every place its array.
+        """Checks that the adapter and a model have the same arrays, of the same shapes.
 
-        choices: what its config targets there; shapes: of all layers by path; saved: what modules
-        trained whole look like there.
-        Raises: UserError that lists all that does not fit.
+        configs: the layers of the model that the adapter's config targets. layers: all its layers.
+        saved: the shapes of its fully trained modules. Each is by path.
+        Raises: UserError that lists everything that does not fit.
         """
-        problems = [*self._misfits(choices, shapes), *self._misfits_of_saved(shapes, saved)]
+        problems = [*self._misfits(configs, layers), *self._misfits_of_saved(layers, saved)]
         if problems:
             raise errors.UserError(
-                expected="an adapter for this base model, whose layers are such as "
-                + ", ".join(_some(shapes)),
+                expected="an adapter for this base model, with layers such as "
+                + ", ".join(_some(layers)),
                 found=problems,
                 where=where,
-                do=f"load it on its own base: {self.base_model or 'which it does not name'}",
+                do=f"load it on the model that it was trained on: {self.base_model or 'unknown'}",
             )
 
     def check_effect(self, where: str) -> None:
-        """Raises: UserError for an adapter that changes nothing."""
+        """Raises: UserError if the adapter changes nothing."""
         idle = all(not (own.A.any() and own.B.any()) for own in self.factors.values())
         if idle and not self.config.use_dora and not self.saved:
             raise errors.UserError(
@@ -89,14 +81,14 @@ class Adapter:
                 do="save the adapter after it was trained",
             )
 
-    def _misfits(self, choices, shapes) -> Iterator[str]:
-        for path in sorted(choices.keys() | self.factors.keys()):
+    def _misfits(self, configs, layers) -> Iterator[str]:
+        for path in sorted(configs.keys() | self.factors.keys()):
             own = self.factors.get(path, Factors(None, None))
-            if path not in choices:
-                why = "no layer in this model" if path not in shapes else "no target in its config"
+            if path not in configs:
+                why = "no layer in this model" if path not in layers else "no target in its config"
                 yield from (f"{path}.{name} has {why}" for name, a in _stored(own) if a is not None)
                 continue
-            rank, (kind, k, n) = choices[path].rank, shapes[path]
+            rank, (kind, k, n, _) = configs[path].rank, layers[path]
             wanted = {"lora_A": (rank, k), "lora_B": (n, rank)}
             if self.config.use_dora:
                 wanted["lora_magnitude_vector"] = (n,)
@@ -109,19 +101,19 @@ class Adapter:
                     shape = array.T.shape
                     yield f"{path}.{name} has shape {shape}, expected {wanted[name]}"
             if own.A is not None and own.kind != kind:
-                yield f"{path} is of a layer of kind {own.kind}, here it is {kind}"
+                yield f"{path} is for a layer of kind {own.kind}; in this model it is {kind}"
 
-    def _misfits_of_saved(self, shapes, saved) -> Iterator[str]:
+    def _misfits_of_saved(self, layers, saved) -> Iterator[str]:
         for name in sorted(saved.keys() - self.saved.keys()):
             yield f"{name} is missing"
         for name, array in self.saved.items():
             expected = saved.get(name)
             if base := re.fullmatch(r"(.+)\.base_layer\.weight", name):
-                shape = shapes.get(base[1])
-                expected = shape and ((shape.k, shape.n) if shape.kind == "embedding"
-                                      else (shape.n, shape.k))  # fmt: skip
+                layer = layers.get(base[1])
+                sizes = layer and (layer.in_features, layer.out_features)
+                expected = sizes if sizes is None or layer.kind == "embedding" else sizes[::-1]
             if expected is None:
-                yield f"{name} has no module in this model, or its config does not save it"
+                yield f"{name} has no module in this model, or the config does not save it"
             elif array.shape != tuple(expected):
                 yield f"{name} has shape {array.shape}, expected {tuple(expected)}"
 
@@ -130,16 +122,16 @@ def _stored(own: Factors) -> list[tuple[str, Any]]:
     return [("lora_A", own.A), ("lora_B", own.B), ("lora_magnitude_vector", own.magnitude)]
 
 
-def _some(shapes: Mapping[str, Any]) -> list[str]:
-    """The paths of a model's layers, those that differ in a number once."""
-    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", path) for path in shapes))[:8]
+def _some(paths: Iterable[str]) -> list[str]:
+    """Some of the paths; those that differ only in a number are listed once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", path) for path in paths))[:8]
 
 
 def combined(parts: Sequence[tuple[Adapter, float]], *, rank: int | None = None) -> Adapter:
-    """The adapter with ΔW = Σ weight · ΔW of the parts: exact, its rank the sum of theirs.
+    """The adapter with ΔW = Σ weight · ΔW of the parts, exactly: its rank is the sum of theirs.
 
-    rank: at most so large, by the largest singular values of each ΔW.
-    Raises: UserError for DoRA, whose change is no sum, for modules saved whole, and for no parts.
+    rank: the largest rank; each ΔW keeps its largest singular values.
+    Raises: UserError for DoRA, whose ΔW do not add up, for fully trained modules, and for no parts.
     """
     if not parts:
         raise errors.UserError(expected="adapters to combine", found="none")
@@ -157,11 +149,11 @@ def combined(parts: Sequence[tuple[Adapter, float]], *, rank: int | None = None)
 
 
 def aligned(adapters: Mapping[str, Adapter], *, rank: int = 1) -> dict[str, Adapter]:
-    """The same adapters with one config: on the same layers, of the same ranks, with scaling 1.
+    """The same adapters under one config: on the same layers, of the same ranks, with scaling 1.
 
-    What each lacks is zero. Models adapted with them have arrays of the same shapes, so what is
-    compiled for one serves all. rank: at least so large, to leave room for others.
-    Raises: UserError where some are DoRA and some not, and for modules saved whole.
+    Arrays are padded with zeros. Models with any of these adapters have arrays of the same shapes,
+    so a function compiled for one runs with all. rank: the smallest rank, to leave room for others.
+    Raises: UserError if only some are DoRA, and for fully trained modules.
     """
     _refuse_unlike(list(adapters.values()), dora=False)
     largest: dict[str, Factors] = {}
@@ -197,7 +189,7 @@ def aligned(adapters: Mapping[str, Adapter], *, rank: int = 1) -> dict[str, Adap
 
 
 def _plain(factors: Mapping[str, Factors]) -> lora_config.LoRAConfig:
-    """A config of plain LoRA, of exactly these layers with these ranks, with scaling 1."""
+    """A config of plain LoRA for exactly these layers, with these ranks and scaling 1."""
     ranks = {path: own.A.shape[1] for path, own in factors.items()}
     most = max(ranks.values(), default=1)
     config = lora_config.LoRAConfig(rank=most, alpha=most, targets=tuple(factors) or ("none",))
@@ -205,7 +197,7 @@ def _plain(factors: Mapping[str, Factors]) -> lora_config.LoRAConfig:
 
 
 def _nearest(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of that rank whose product is nearest to A B."""
+    """The factors of that rank whose product is nearest to A B."""
     (Q, R), (P, S) = np.linalg.qr(A), np.linalg.qr(B.T)
     U, values, Vt = np.linalg.svd(R @ S.T)
     root = np.sqrt(values[:rank])
@@ -215,13 +207,13 @@ def _nearest(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.nd
 def _refuse_unlike(adapters: Sequence[Adapter], *, dora: bool) -> None:
     problems = []
     if any(adapter.saved for adapter in adapters):
-        problems.append("modules saved whole, or the base of an embedding")
+        problems.append("fully trained modules, or the base weight of an embedding")
     kinds = {adapter.config.use_dora for adapter in adapters}
     if len(kinds) > 1 or (dora and kinds == {True}):
         problems.append("DoRA" + ("" if dora else " beside plain LoRA"))
     if problems:
         raise errors.UserError(
-            expected="adapters of A and B alone" + ("" if dora else ", or all with DoRA"),
+            expected="adapters of only A and B" + ("" if dora else ", or all with DoRA"),
             found=problems,
-            do="merge such an adapter into a base of its own, with scripts/merge.py",
+            do="merge such an adapter into its own copy of the base, with scripts/merge.py",
         )

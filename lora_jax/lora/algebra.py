@@ -1,27 +1,26 @@
 """LoRA's algebra on a weight seen as a matrix W [K, N]: A [K, R], B [R, N], y = x W + s · (x A) B.
 
-All in float32 unless it says otherwise; s is the scaling, alpha / R. With DoRA (Liu et al. 2024,
-https://arxiv.org/abs/2402.09353, eq. 5) each column of W + s · A B has the length that the
-magnitude m [N] says: y = m / ‖W + s · A B‖ · x (W + s · A B), and the norm is a constant to the
-gradient (§4.3).
+All is in float32 unless stated otherwise; s is the scaling, alpha / R. With DoRA (Liu et al. 2024,
+https://arxiv.org/abs/2402.09353, eq. 5) the magnitude m [N] sets the length of each column of
+W + s · A B: y = m / ‖W + s · A B‖ · x (W + s · A B). The gradient treats the norm as a constant
+(§4.3).
 """
 
-import functools
 import math
-import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-PISSA = re.compile(r"pissa(?:_niter_(\d+))?")
+from lora_jax.layers import linear_map
 
 
 def initial(
     key: PRNGKeyArray, lead: tuple[int, ...], k: int, rank: int
 ) -> Float[Array, "*lead K R"]:
-    """A ~ U(−1/√K, 1/√K), to go with B = 0, as in PEFT."""
+    """A ~ U(−1/√K, 1/√K) for B = 0, as in PEFT."""
     bound = 1 / math.sqrt(k)
     return jax.random.uniform(key, (*lead, k, rank), minval=-bound, maxval=bound)
 
@@ -29,7 +28,7 @@ def initial(
 def initial_of_embedding(
     key: PRNGKeyArray, lead: tuple[int, ...], rank: int, n: int
 ) -> Float[Array, "*lead R N"]:
-    """B ~ N(0, 1), to go with A = 0, as in PEFT."""
+    """B ~ N(0, 1) for A = 0, as in PEFT."""
     return jax.random.normal(key, (*lead, rank, n))
 
 
@@ -62,14 +61,14 @@ def norm(
     B: Float[Array, "*batch R N"],
     scaling: Float[Array, "*batch 1 1"],
 ) -> Float[Array, "*batch N"]:
-    """`lengths` from ‖W‖² and Aᵀ W, so that of a packed W nothing dense is needed.
+    """`lengths` from ‖W‖² and Aᵀ W, so that a packed W need not become dense.
 
     ‖w + s A b‖² = ‖w‖² + 2 s bᵀ (Aᵀ w) + s² bᵀ (Aᵀ A) b.
     """
     B = B * scaling
     gram = jnp.matmul(A.mT, A, precision="highest")
     both = 2 * crossed.astype(jnp.float32) + jnp.matmul(gram, B, precision="highest")
-    # Rounding may leave less than nothing of a column that B takes away.
+    # Rounding may leave a negative number where B cancels a column.
     return jnp.sqrt(jnp.maximum(square + (B * both).sum(axis=-2), jnp.finfo(jnp.float32).tiny))
 
 
@@ -85,7 +84,7 @@ def stretch(
     length: Float[Array, "*lead N"],
     scaling: Float[Array, "*lead 1 1"],
 ) -> Float[Array, "*lead N"]:
-    """magnitude / length, by which DoRA multiplies; 1 in a layer of a stack without an adapter."""
+    """magnitude / length, DoRA's factor; 1 in a layer of a stack that has no adapter."""
     return jnp.where(scaling[..., 0] == 0, 1, magnitude / length)
 
 
@@ -96,7 +95,7 @@ def merged(
     scaling: Float[Array, "*lead 1 1"],
     magnitude: Float[Array, "*lead N"] | None = None,
 ) -> Float[Array, "*lead K N"]:
-    """W + s · A B, its columns stretched to `magnitude` if there is one; in W's dtype."""
+    """W + s · A B in W's dtype; with DoRA its columns have the length `magnitude`."""
     whole = weight.astype(jnp.float32) + delta(A, B, scaling)
     if magnitude is not None:
         length = jnp.sqrt(squares(whole))
@@ -120,36 +119,45 @@ def effect(
     return jnp.linalg.norm(change) / jnp.maximum(jnp.linalg.norm(weight), 1e-30)
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "scaling", "init"))
-def pissa(
-    weight: Float[Array, "K N"], rank: int, scaling: float, init: str
-) -> tuple[Float[Array, "K R"], Float[Array, "R N"]]:
-    """(A, B) with s · A B = the part of W with the largest `rank` singular values.
+def output(
+    how: linear_map.LinearMap,
+    shape: Sequence[int],
+    x: jax.Array,
+    y: jax.Array,
+    factors: Sequence[jax.Array],
+    *,
+    dropped: jax.Array,
+    weight: linear_map.Factor,
+    square: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """The output of an adapted layer: y + s · x' A B.
 
-    W = U S Vᵀ: A = U √(S / s), B = √(S / s) Vᵀ. The base keeps W − s · A B.
-    init: "pissa", or "pissa_niter_N": by N steps of subspace iteration, much sooner done.
-    Source: Meng et al. 2024, https://arxiv.org/abs/2404.02948, eq. 2-4.
+    With a magnitude m: y + (r − 1) · x' W + r · s · x' A B, r = m / ‖W + s A B‖.
+
+    Args:
+      how, shape: how the layer multiplies, and the shape of its weight.
+      x, y: the layer's input and its output without the adapter.
+      factors: A, B, the scaling s, and with DoRA the magnitude, of a single layer.
+      dropped: x' = dropout(x), or x itself. As in PEFT, DoRA uses it for the base's change, too.
+      weight, square: W as a matrix and None; or a function that multiplies by a packed W, and ‖W‖².
+      bias: the layer's.
     """
-    weight = weight.astype(jnp.float32)
-    if steps := PISSA.fullmatch(init)[1]:
-        U, S, Vt = _few_singular(weight, rank, int(steps))
+    A, B, scaling, *magnitude = factors
+    extra = how.multiply(dropped, A, B * scaling, shape=shape).astype(y.dtype)
+    if not magnitude:
+        return y + extra
+    if square is None:
+        square, product = squares(weight), crossed(A, weight)
     else:
-        U, S, Vt = jnp.linalg.svd(weight, full_matrices=False)
-    root = jnp.sqrt(S[:rank] / scaling)
-    return U[:, :rank] * root[None], root[:, None] * Vt[:rank]
-
-
-def _few_singular(weight: jax.Array, rank: int, steps: int):
-    """The largest singular values: Halko et al. 2011, https://arxiv.org/abs/0909.4061, alg. 4.4."""
-    dot = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
-    seen = min(rank + max(8, rank // 2), *weight.shape)
-    start = jax.random.normal(jax.random.key(0), (weight.shape[1], seen))
-    Q = jnp.linalg.qr(dot(weight, start))[0]
-
-    def iterate(_, Q):
-        Q = jnp.linalg.qr(dot(weight.T, Q))[0]
-        return jnp.linalg.qr(dot(weight, Q))[0]
-
-    Q = lax.fori_loop(0, steps, iterate, Q)
-    U, S, Vt = jnp.linalg.svd(dot(Q.T, weight), full_matrices=False)
-    return dot(Q, U), S, Vt
+        product = weight(A.T.astype(y.dtype))
+    length = lax.stop_gradient(norm(square, product, A, B, scaling))
+    ratio = how.spread(stretch(*magnitude, length, scaling), y.ndim, shape)
+    if bias is not None:
+        bias = how.spread(bias.reshape(-1), y.ndim, shape).astype(y.dtype)
+    if dropped is not x:
+        plain = how.multiply(dropped, weight, shape=shape).astype(y.dtype)
+        return (y + (ratio - 1) * plain + ratio * extra).astype(y.dtype)
+    whole = y + extra if bias is None else y - bias + extra
+    whole = (ratio * whole).astype(y.dtype)
+    return whole if bias is None else whole + bias

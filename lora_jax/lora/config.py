@@ -1,4 +1,4 @@
-"""What LoRA adapts, and how. Imports no jax: `--help` reads these defaults."""
+"""The settings of LoRA. Imports no jax, because `--help` reads these defaults."""
 
 import dataclasses
 import re
@@ -9,28 +9,28 @@ from lora_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """What to adapt and how: y = base(x) + scale · B(A(dropout(x))), scale = alpha / rank.
+    """Which layers to adapt, and how: y = base(x) + scale · B(A(dropout(x))), scale = alpha / rank.
 
     Args:
       rank: the inner dimension R of A [d_in, R] and B [R, d_out].
-      alpha: numerator of the scale. It stays 16 whatever the rank, so that a learning rate found
-        at one rank is a fair start at another.
+      alpha: the numerator of the scale. The default does not depend on the rank, so that a
+        learning rate found at one rank is a good start at another.
       dropout: probability of dropping an input of A, in training only.
       targets: names (`q_proj`: a path that equals it or ends in `.q_proj`), one regex string
         (full match on the path, e.g. `model.layers.0.self_attn.q_proj`), or "all-linear" (every
-        linear except lm_head). An embedding is adapted where it is named.
-      exclude: paths or names left out, in the same language as a list of targets or a regex.
+        linear layer except lm_head). An embedding is adapted only if a name or regex matches it.
+      exclude: what not to adapt, as names or one regex string, like targets.
       layers: indices of the layers to adapt (PEFT: layers_to_transform); None means all.
       layers_pattern: name or names before such an index; None: the first number in the path.
       rank_pattern, alpha_pattern: {regex on the end of the path: value} overrides.
-      parts: {regex on the end of the path: proportions} of a layer whose output is several side by
-        side, such as q, k and v: each positive part gets rank columns of A of its own, a negative
-        one is left as it is. (1, -1, 1) adapts q and v, and (4, -1, 1) with grouped heads.
-      modules_to_save: ends of the names of modules that are trained and saved whole.
+      parts: {regex on the end of the path: proportions} of a layer whose output consists of several
+        parts, such as q, k and v. Each positive part gets its own `rank` columns of A; a negative
+        part is not adapted. (1, -1, 1) adapts q and v; (4, -1, 1) does so with grouped heads.
+      modules_to_save: ends of the paths of modules that are fully trained and saved.
       use_rslora: scale = alpha / √rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
-      use_dora: magnitude and direction apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
-      init_lora_weights: "default" (B = 0), or "pissa" or "pissa_niter_N": the principal part of the
-        weight, which the base then lacks (Meng et al. 2024, https://arxiv.org/abs/2404.02948).
+      use_dora: train magnitude and direction separately (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+      init_lora_weights: "default" (B = 0), or "pissa" or "pissa_niter_N": A B is the principal part
+        of the weight, and is subtracted from the base (Meng et al. 2024, https://arxiv.org/abs/2404.02948).
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3; semantics as in PEFT.
     """
@@ -61,18 +61,18 @@ class LoRAConfig:
             problems.append("no targets")
         if not re.fullmatch(INITS, self.init_lora_weights):
             problems.append(f"init_lora_weights {self.init_lora_weights}")
-        problems += self._no_expressions()
+        problems += self._invalid_expressions()
         if problems:
             raise errors.UserError(
                 expected="rank ≥ 1, 0 ≤ dropout < 1, at least one target, init_lora_weights "
-                "default, pissa or pissa_niter_N, and regular expressions where one is read",
+                "default, pissa or pissa_niter_N, and valid regular expressions",
                 found=problems,
                 where="the LoRA settings",
                 do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",
             )
 
-    def _no_expressions(self) -> Iterator[str]:
-        """What is read as a regular expression, and is none."""
+    def _invalid_expressions(self) -> Iterator[str]:
+        """The settings that must be regular expressions and are not."""
         whole = (text for text in (self.targets, self.exclude) if isinstance(text, str))
         patterns = {**self.rank_pattern, **self.alpha_pattern, **self.parts}
         for text in (*whole, *patterns, *self.modules_to_save):

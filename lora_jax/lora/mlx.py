@@ -1,4 +1,4 @@
-"""An adapter folder of mlx-lm: adapter_config.json of another kind, and adapters.safetensors."""
+"""An adapter folder of mlx-lm: its own kind of adapter_config.json, and adapters.safetensors."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.lora import adapter as host
+from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
 
 FILE = "adapters.safetensors"
@@ -16,16 +16,16 @@ _NAME = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 
 
 def is_settings(raw: Mapping[str, Any]) -> bool:
-    """Whether that is the adapter_config.json of mlx-lm."""
+    """Whether `raw` is the adapter_config.json of mlx-lm."""
     return "lora_parameters" in raw or "fine_tune_type" in raw
 
 
 def adapter(
     raw: Mapping[str, Any], arrays: Mapping[str, np.ndarray], *, where: pathlib.Path
-) -> host.Adapter:
+) -> lora_adapter.Adapter:
     """The adapter: y = W x + scale · B A x, so alpha = scale · rank.
 
-    Raises: UserError for what is no LoRA or DoRA of linear layers and embeddings.
+    Raises: UserError if it is not LoRA or DoRA of linear layers and embeddings.
     """
     kind, own = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters") or {}
     own = own if isinstance(own, dict) else {}
@@ -49,7 +49,7 @@ def adapter(
             where=str(where),
             do="fuse it into its base with mlx_lm.fuse, and load the fused model",
         )
-    return host.Adapter(
+    return lora_adapter.Adapter(
         lora_config.LoRAConfig(
             rank=own["rank"],
             alpha=own["scale"] * own["rank"],
@@ -58,7 +58,7 @@ def adapter(
             use_dora=kind == "dora",
         ),
         {
-            path: host.Factors(
+            path: lora_adapter.Factors(
                 found.get("lora_a"),
                 found.get("lora_b"),
                 found.get("m"),

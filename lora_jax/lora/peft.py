@@ -1,4 +1,4 @@
-"""A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, both ways."""
+"""Read and write PEFT adapter folders: adapter_config.json and adapter_model.safetensors."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import safetensors.numpy
 from flax import nnx
 
 from lora_jax import errors, hub
-from lora_jax.lora import adapter as host
+from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import mlx
-from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import collect, inject
 
 _PREFIX = "base_model.model."
 _READ = {
@@ -24,14 +24,14 @@ _READ = {
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("use_rslora", "use_dora", "base_model_name_or_path", "bias", "init_lora_weights"),
 }
-# Keys that do not change what a trained adapter computes, whatever their value.
+# Keys whose value does not change what a trained adapter computes.
 _INERT = {
     *("task_type", "revision", "inference_mode", "peft_version", "auto_mapping"),
     *("fan_in_fan_out", "qalora_group_size", "megatron_core", "ensure_weight_tying"),
     *("loftq_config", "runtime_config"),
 }
 _NUMBER = (int, float)
-_TYPES = {  # of settings that are read: their own, and of what they hold
+_TYPES = {  # of the settings that are read: the type of a value, and of its elements
     "r": (int, ()),
     "lora_alpha": (_NUMBER, ()),
     "lora_dropout": (_NUMBER, ()),
@@ -45,7 +45,7 @@ _TYPES = {  # of settings that are read: their own, and of what they hold
     "base_model_name_or_path": (str, ()),
 }
 _EMPTY = (None, False, 0, "", [], {})
-_INITS = (True, False, "gaussian", "loftq", "orthogonal", "eva")  # these leave the base as it is
+_INITS = (True, False, "gaussian", "loftq", "orthogonal", "eva")  # these do not change the base
 
 
 # ---------------------------------------------------------------------------------- NNX models
@@ -54,12 +54,12 @@ _INITS = (True, False, "gaussian", "loftq", "orthogonal", "eva")  # these leave 
 def load(
     model: nnx.Module, folder: pathlib.Path | str, *, untrained: bool = False
 ) -> lora_config.LoRAConfig:
-    """Puts the adapter in `folder` into `model`, and gives its settings.
+    """The settings of the adapter in `folder`, which it puts into `model`.
 
-    Raises: UserError, see `read` and lora.attach.
+    Raises: UserError as `read` and lora.attach.
     """
     adapter = read(folder)
-    lora.attach(model, adapter, untrained=untrained, where=str(folder))
+    inject.attach(model, adapter, untrained=untrained, where=str(folder))
     return adapter.config
 
 
@@ -71,23 +71,23 @@ def save(
     base_model: str | None = None,
     revision: str | None = None,
 ) -> None:
-    """Writes the model's adapters so that PEFT, vLLM and `load` read them."""
-    write(folder, lora.collect(model, config, base_model=base_model), revision=revision)
+    """Writes the model's adapters in the format that PEFT, vLLM and `load` read."""
+    write(folder, collect.collect(model, config, base_model=base_model), revision=revision)
 
 
 # ---------------------------------------------------------------------------------- writing
 
 
 def write(
-    folder: pathlib.Path | str, adapter: host.Adapter, *, revision: str | None = None
+    folder: pathlib.Path | str, adapter: lora_adapter.Adapter, *, revision: str | None = None
 ) -> None:
-    """Writes the folder; A, B and magnitudes in float32, the rest as it is."""
+    """Writes the folder; A, B and magnitudes in float32, the other arrays in their own dtype."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{_PREFIX}{name}": array for name, array in adapter.saved.items()}
     for path, own in adapter.factors.items():
         tensors |= {f"{_PREFIX}{path}.{name}": array for name, array in _tensors(own).items()}
-    # Under other names first: a process killed here leaves what was there whole.
+    # Under other names first, so that a killed process leaves the old files intact.
     new = {
         name: folder / f"{name}.new"
         for name in ("adapter_model.safetensors", "adapter_config.json")
@@ -102,8 +102,8 @@ def write(
         os.replace(path, folder / name)
 
 
-def _tensors(own: host.Factors) -> dict[str, np.ndarray]:
-    """{the end of its name: array} of a layer's tensors, as they lie in the file."""
+def _tensors(own: lora_adapter.Factors) -> dict[str, np.ndarray]:
+    """{end of the name in the file: array} of a layer's tensors."""
     A, B, magnitude = own.A.T, own.B.T, own.magnitude
     if own.kind == "conv":
         ones = (1,) * len(own.window)
@@ -117,7 +117,7 @@ def _tensors(own: host.Factors) -> dict[str, np.ndarray]:
     return tensors if magnitude is None else {**tensors, "lora_magnitude_vector": magnitude}
 
 
-def _settings(adapter: host.Adapter, revision: str | None) -> dict[str, Any]:
+def _settings(adapter: lora_adapter.Adapter, revision: str | None) -> dict[str, Any]:
     config = adapter.config
 
     def as_list(names):
@@ -125,7 +125,7 @@ def _settings(adapter: host.Adapter, revision: str | None) -> dict[str, Any]:
 
     targets, layers, layers_pattern = config.targets, config.layers, config.layers_pattern
     if isinstance(targets, str) and layers is not None:
-        # PEFT has no layers_to_transform beside a regex.
+        # PEFT does not accept layers_to_transform with a regex.
         targets, layers, layers_pattern = tuple(adapter.factors), None, None
     return {
         "peft_type": "LORA",
@@ -156,11 +156,11 @@ def _settings(adapter: host.Adapter, revision: str | None) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- reading
 
 
-def read(folder: pathlib.Path | str) -> host.Adapter:
+def read(folder: pathlib.Path | str) -> lora_adapter.Adapter:
     """The adapter in `folder`: PEFT's, or mlx-lm's (adapters.safetensors).
 
-    Raises: UserError for files that are missing, damaged, pickles or git-lfs pointers; for an
-    adapter that is no LoRA, or with settings that change the mathematics and are not implemented.
+    Raises: UserError if a file is missing, damaged, a pickle or a git-lfs pointer; if the adapter
+    is not LoRA, or has settings that change the mathematics and are not implemented.
     """
     folder = pathlib.Path(folder)
     raw = settings(folder)
@@ -175,18 +175,18 @@ def read(folder: pathlib.Path | str) -> host.Adapter:
         if match := _NAME.fullmatch(name):
             factors.setdefault(match["path"], {})[match["part"] or match["magnitude"]] = array
         elif "lora_" in name:
-            problems.append(f"{name}, whose kind is not known")
+            problems.append(f"{name}, of an unknown kind")
         else:
             saved[name.replace(".modules_to_save.default.", ".")] = array
     if problems:
         raise errors.UserError(
             expected="tensors lora_A, lora_B, lora_embedding_A, lora_embedding_B, "
-            "lora_magnitude_vector, or of modules saved whole",
+            "lora_magnitude_vector, or of fully trained modules",
             found=problems,
             where=str(folder),
             do="use PEFT to merge this adapter into its base, and load the merged model",
         )
-    return host.Adapter(
+    return lora_adapter.Adapter(
         own,
         {path: _factors(parts) for path, parts in factors.items()},
         saved,
@@ -200,8 +200,8 @@ _NAME = re.compile(
 )
 
 
-def _factors(parts: Mapping[str, np.ndarray]) -> host.Factors:
-    """A layer's tensors, from as they lie in the file."""
+def _factors(parts: Mapping[str, np.ndarray]) -> lora_adapter.Factors:
+    """The inverse of `_tensors`."""
     kind = "embedding" if any("embedding" in name for name in parts) else "linear"
     A, B = (parts.get(f"lora_embedding_{x}", parts.get(f"lora_{x}")) for x in "AB")
     magnitude, window = parts.get("lora_magnitude_vector"), ()
@@ -213,18 +213,18 @@ def _factors(parts: Mapping[str, np.ndarray]) -> host.Factors:
     A, B = (None if part is None else part.astype(np.float32).T for part in (A, B))
     if magnitude is not None:
         magnitude = magnitude.astype(np.float32).reshape(-1)
-    return host.Factors(A, B, magnitude, kind, window)
+    return lora_adapter.Factors(A, B, magnitude, kind, window)
 
 
 def settings(folder: pathlib.Path | str) -> dict[str, Any]:
-    """The parsed adapter_config.json. Raises: UserError when there is none, or no JSON object."""
+    """The parsed adapter_config.json. Raises: UserError if it is missing or not a JSON object."""
     path = pathlib.Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise errors.UserError(
             expected="an adapter folder with adapter_config.json and adapter_model.safetensors",
             found="no adapter_config.json",
             where=str(folder),
-            do="pass the folder a training run wrote as OUTPUT_DIR/adapter",
+            do="pass the folder that a training run wrote as OUTPUT_DIR/adapter",
         )
     hub.refuse_lfs_pointer(path)
     try:
@@ -241,7 +241,7 @@ def settings(folder: pathlib.Path | str) -> dict[str, Any]:
 def config(folder: pathlib.Path | str) -> lora_config.LoRAConfig:
     """The LoRAConfig in adapter_config.json.
 
-    Raises: UserError naming every key that changes the mathematics and is not implemented.
+    Raises: UserError that names every key that changes the mathematics and is not implemented.
     """
     raw = settings(folder)
     kind = raw.get("peft_type")
@@ -283,7 +283,7 @@ def config(folder: pathlib.Path | str) -> lora_config.LoRAConfig:
         return _config(raw)
     except errors.UserError as error:
         raise errors.UserError(
-            expected="settings of LoRA in their range",
+            expected="LoRA settings in their valid range",
             found=error.found,
             where=where,
             do="copy the file again, or correct it",
@@ -291,7 +291,7 @@ def config(folder: pathlib.Path | str) -> lora_config.LoRAConfig:
 
 
 def _malformed(raw: Mapping[str, Any]) -> list[str]:
-    """The settings of other types than PEFT writes."""
+    """The settings whose type is not the one PEFT writes."""
     found = []
     for key, (own, of_each) in _TYPES.items():
         value = raw.get(key)
@@ -322,7 +322,7 @@ def _config(raw: Mapping[str, Any]) -> lora_config.LoRAConfig:
 
 
 def _arrays(folder: pathlib.Path, file: str) -> dict[str, np.ndarray]:
-    """{name: array} of a safetensors file. Raises: UserError when it is missing or damaged."""
+    """{name: array} of a safetensors file. Raises: UserError if it is missing or damaged."""
     path = folder / file
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").exists()
@@ -339,7 +339,7 @@ def _arrays(folder: pathlib.Path, file: str) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise errors.UserError(
-            expected="a whole safetensors file",
+            expected="a complete safetensors file",
             found=str(error),
             where=str(path),
             do="copy or download it again",

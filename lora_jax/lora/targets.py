@@ -1,4 +1,4 @@
-"""Which layers a LoRAConfig is for, with what rank and scaling: PEFT's rules on dotted paths."""
+"""Which layers a LoRAConfig adapts, with what rank and scaling: PEFT's rules on dotted paths."""
 
 import collections
 import dataclasses
@@ -11,11 +11,25 @@ from lora_jax import errors
 from lora_jax.lora import config as lora_config
 
 
-class Choice(NamedTuple):
-    """How a layer is adapted: rank R of A and B, and the scaling of their product.
+class Layer(NamedTuple):
+    """What target selection and adapter checks need to know of a layer of a model.
 
-    kept: the columns [start, stop) of the layer's output that are adapted, None for all; each range
-    has a rank of its own, and R is their sum.
+    kind: "linear", "embedding" or "conv", see adapter.Factors; "" for a module whose class is not
+    registered. in_features, out_features: K and N. problem: why the layer cannot be adapted, in
+    words that continue its path; "" if it can.
+    """
+
+    kind: str
+    in_features: int = 0
+    out_features: int = 0
+    problem: str = ""
+
+
+class LayerConfig(NamedTuple):
+    """A LoRAConfig resolved for one layer: the rank R of A and B, and the scaling of A B.
+
+    kept: the columns [start, stop) of the layer's output that are adapted, None for all. Each range
+    has its own rank, and R is their sum.
     """
 
     rank: int
@@ -23,46 +37,34 @@ class Choice(NamedTuple):
     kept: tuple[tuple[int, int], ...] | None = None
 
 
-class Candidate(NamedTuple):
-    """A layer that could be adapted: its kind (see adapter.Factors) and number of outputs.
-
-    problem: why it cannot be adapted after all, said of its path; a module of no known kind has one
-    and the kind "".
-    """
-
-    kind: str
-    width: int
-    problem: str = ""
-
-
 def select(
-    candidates: Mapping[str, Candidate], config: lora_config.LoRAConfig, *, strict: bool = True
-) -> dict[str, Choice]:
-    """{path: how to adapt it} of the layers that `config` targets among the candidates, by path.
+    layers: Mapping[str, Layer], config: lora_config.LoRAConfig, *, strict: bool = True
+) -> dict[str, LayerConfig]:
+    """{path: its LayerConfig} of the layers that `config` targets, among `layers` by path.
 
-    strict: a setting that matches nothing is an error. Other programs write such settings.
-    Raises: UserError that lists all that matches nothing, with the names that exist, and all that
-    is targeted and cannot be adapted.
+    strict: a setting that matches nothing is an error. Files of other programs have such settings.
+    Raises: UserError that lists every setting that matches nothing, with the names that exist, and
+    every targeted module that cannot be adapted.
     """
-    taken = [p for p, c in candidates.items() if c.kind == "linear" or config.targets != ALL_LINEAR]
+    taken = [p for p, c in layers.items() if c.kind == "linear" or config.targets != ALL_LINEAR]
     chosen = [path for path in taken if is_chosen(path, config)]
     unmatched = list(_unmatched(taken, config)) if strict else []
-    refused = [f"{path} {candidates[path].problem}" for path in chosen if candidates[path].problem]
+    refused = [f"{path} {layers[path].problem}" for path in chosen if layers[path].problem]
     if strict and config.targets != ALL_LINEAR:
-        refused += [f"{path} is no layer itself" for path in _around(candidates, chosen, config)]
+        refused += [f"{path} is not a layer itself" for path in _around(layers, chosen, config)]
     if unmatched or refused:
-        names = {p.split(".")[-1] for p, own in candidates.items() if not own.problem}
+        names = {p.split(".")[-1] for p, own in layers.items() if not own.problem}
         do = f'choose among these, or use "{ALL_LINEAR}"'
         more = "; exclude what cannot be adapted, or register its class with the einsum it computes"
-        # Of many layers those once that differ in their number.
+        # Layers that differ only in their number are listed once.
         alike = dict.fromkeys(re.sub(r"\.\d+\b", ".N", line) for line in refused)
         raise errors.UserError(
-            expected="settings that name layers of the model, which can be adapted",
+            expected="settings that name layers of the model that can be adapted",
             found=[*unmatched, *(refused if len(alike) == len(refused) else alike)],
             where="names that exist: " + ", ".join(sorted(names)),
             do=do + (more if refused else ""),
         )
-    return {path: choice(path, candidates[path].width, config) for path in chosen}
+    return {path: layer_config(path, layers[path].out_features, config) for path in chosen}
 
 
 ALL_LINEAR = "all-linear"
@@ -77,17 +79,17 @@ def is_chosen(path: str, config: lora_config.LoRAConfig) -> bool:
     if config.layers is None:
         return True
     if not isinstance(config.targets, str) and path in config.targets:
-        return True  # PEFT takes a path that is given whole in any layer
+        return True  # PEFT takes a whole path in any layer
     return _layer(path, config.layers_pattern) in config.layers
 
 
 def matches(path: str, targets: Sequence[str] | str) -> bool:
-    """Whether PEFT would take `path` for one of `targets`: see LoRAConfig."""
+    """Whether `path` matches one of `targets` by PEFT's rules: see LoRAConfig."""
     if targets == ALL_LINEAR:
         return path.split(".")[-1] != "lm_head"
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
-    layer = re.sub(r"(\.\d+)+$", "", path)  # of which a stack holds several
+    layer = re.sub(r"(\.\d+)+$", "", path)  # the path of a stack of layers
     return any(
         name == target or name.endswith("." + target)
         for target in targets
@@ -96,7 +98,7 @@ def matches(path: str, targets: Sequence[str] | str) -> bool:
 
 
 def saves(path: str, config: lora_config.LoRAConfig) -> bool:
-    """Whether the module at `path`, or one around it, is one of config.modules_to_save."""
+    """Whether the module at `path`, or one that contains it, is in config.modules_to_save."""
     return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save)
 
 
@@ -107,7 +109,7 @@ def scaling(path: str, rank: int, config: lora_config.LoRAConfig) -> float:
 
 
 def with_ranks(config: lora_config.LoRAConfig, ranks: Mapping[str, int]) -> lora_config.LoRAConfig:
-    """A config of plain LoRA that gives every path the rank in `ranks`, and the scaling it had."""
+    """A config of plain LoRA in which each path has its rank in `ranks` and the same scaling."""
     plain = dataclasses.replace(config, parts={}, init_lora_weights="default")
     if all(rank == _rank(path, config) for path, rank in ranks.items()):
         return plain
@@ -131,9 +133,9 @@ def _whole(number: float) -> float:
 
 
 def saves_base(path: str, config: lora_config.LoRAConfig) -> bool:
-    """Whether PEFT puts the base weight of the adapted layer at `path` into the adapter's file.
+    """Whether PEFT saves the base weight of the adapted layer at `path` with the adapter.
 
-    It does so for embeddings and a head that are targeted by name.
+    It does so for an embedding or a head that is targeted by name.
     """
     names = ("embed_tokens", "lm_head")
     if path.split(".")[-1] not in names:
@@ -147,23 +149,23 @@ def _rank(path: str, config: lora_config.LoRAConfig) -> int:
     return _pattern(path, config.rank_pattern, config.rank)
 
 
-def choice(path: str, width: int, config: lora_config.LoRAConfig) -> Choice:
-    """How the layer at `path`, with so many outputs, is adapted if it is chosen."""
+def layer_config(path: str, out_features: int, config: lora_config.LoRAConfig) -> LayerConfig:
+    """`config` resolved for the layer at `path`. Raises: UserError if `parts` do not fit it."""
     rank = _rank(path, config)
     parts = _pattern(path, config.parts, None)
     if parts is None:
-        return Choice(rank, scaling(path, rank, config))
-    unit, rest = divmod(width, sum(map(abs, parts)))
+        return LayerConfig(rank, scaling(path, rank, config))
+    unit, rest = divmod(out_features, sum(map(abs, parts)))
     if rest or not any(part > 0 for part in parts):
         raise errors.UserError(
-            expected=f"parts that divide the {width} outputs, at least one of them adapted",
+            expected=f"parts that divide the {out_features} outputs, at least one of them adapted",
             found=f"parts {parts}",
             where=path,
             do="such as (1, -1, 1) for q and v of a layer that makes q, k and v",
         )
     ends = [unit * sum(map(abs, parts[:i])) for i in range(len(parts) + 1)]
     kept = tuple((ends[i], ends[i + 1]) for i, part in enumerate(parts) if part > 0)
-    return Choice(rank * len(kept), scaling(path, rank, config), kept)
+    return LayerConfig(rank * len(kept), scaling(path, rank, config), kept)
 
 
 def _unmatched(paths: list[str], config: lora_config.LoRAConfig):
@@ -172,33 +174,33 @@ def _unmatched(paths: list[str], config: lora_config.LoRAConfig):
 
     for target in each(config.targets):
         if not any(is_chosen(p, config) and matches(p, target) for p in paths):
-            yield f"target {_shown(target)} matches none"
+            yield f"target {_shown(target)} matches nothing"
     for name in each(config.exclude):
         if not any(matches(path, name) for path in paths):
-            yield f"exclude {_shown(name)} matches none"
+            yield f"exclude {_shown(name)} matches nothing"
     present = {_layer(path, config.layers_pattern) for path in paths}
     for layer in config.layers or ():
         if layer not in present:
             yield f"layer {layer} does not exist"
     for pattern in {**config.rank_pattern, **config.alpha_pattern, **config.parts}:
         if not any(_is_pattern_of(pattern, path) for path in paths):
-            yield f"pattern {pattern!r} matches none"
+            yield f"pattern {pattern!r} matches nothing"
 
 
-def _around(candidates: Iterable[str], chosen: Iterable[str], config: lora_config.LoRAConfig):
-    """The modules that are targeted, but are no layers, and hold none that is chosen."""
-    idle = _outer(candidates) - _outer(chosen) - set(candidates)
+def _around(layers: Iterable[str], chosen: Iterable[str], config: lora_config.LoRAConfig):
+    """The targeted modules that are not layers and contain no chosen layer."""
+    idle = _outer(layers) - _outer(chosen) - set(layers)
     return (path for path in sorted(idle) if is_chosen(path, config))
 
 
 def _outer(paths: Iterable[str]) -> set[str]:
-    """The paths around these."""
+    """The paths of the modules that contain these."""
     split = [path.split(".") for path in paths]
     return {".".join(parts[:n]) for parts in split for n in range(1, len(parts))}
 
 
 def _layer(path: str, layers_pattern: Sequence[str] | str | None) -> int | None:
-    """The first number in the path; with a pattern, the one right behind it."""
+    """The first number in the path; with a pattern, the number right after it."""
     if not layers_pattern:
         return next((int(part) for part in path.split(".") if part.isdigit()), None)
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern

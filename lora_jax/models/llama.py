@@ -404,6 +404,6 @@ def _rematerialised(layer, remat: str):
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-registry.KINDS[Embedding] = registry.Kind(
+registry.REGISTRATIONS[Embedding] = registry.Registration(
     "embedding", lambda layer: linear_map.Embedding(layer.lookup)
 )

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lora_jax import lora
 from lora_jax.data import encoding
 from lora_jax.kernels import cross_entropy
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import dpo
 from lora_jax.parallel import mesh as sharding

@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
+from lora_jax import lora
 from lora_jax.kernels import platform
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import loss as train_loss
 from lora_jax.parallel import mesh as sharding

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lora_jax import lora
 from lora_jax.kernels import platform
 from lora_jax.lora import config as lora_config
-from lora_jax.lora.nnx import inject as lora
-from lora_jax.lora.nnx import model_state
+from lora_jax.lora.nnx import inject, model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 from lora_jax.optim import loss as train_loss
@@ -163,7 +163,7 @@ def _sums(graphdef: nnx.GraphDef, count: int, beta: float | None) -> Callable[..
         )
         trained = jax.tree_util.tree_map_with_path(_placed, trained)
         model = nnx.merge(graphdef, trained, frozen.dropout_keys if keys is None else keys, base)
-        lora.put_beside(model, count)
+        inject.set_members(model, count)
         model.eval() if keys is None else model.train()
         repeated = jax.tree.map(lambda array: jnp.tile(array, (count, 1)), batch)
         return train_loss.losses(model, repeated, remat=remat).reshape(count, *batch.labels.shape)
@@ -196,7 +196,7 @@ def _stacked(*arrays: jax.Array) -> jax.Array:
 
 
 def _placed(path: Any, array: jax.Array) -> jax.Array:
-    """The array with its axis [S] where lora.put_beside expects it: after that of the layers."""
+    """The array with its axis [S] where inject.set_members has it: after that of the layers."""
     in_stack = any(getattr(part, "key", None) == _STACK for part in path)
     return jnp.moveaxis(array, 0, 1) if in_stack else array
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from lora_jax import lora
 from lora_jax.checkpoints import loader
 from lora_jax.lora import config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.models import quantization_config as model_quantization

@@ -1,4 +1,4 @@
-"""Frozen weights in int8, int4, NF4 or FP4: the formats, and the layers that compute with them.
+"""Frozen weights in int8, int4, NF4 or FP4: the formats, and layers that compute with them.
 
 May import `kernels`, `layers`. `formats` quantizes arrays; `linear` puts quantized layers into a
 Flax NNX model.

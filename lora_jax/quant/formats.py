@@ -1,4 +1,4 @@
-"""The formats of a quantized weight: quantize to int8, int4, NF4 or FP4, and dequantize again."""
+"""The formats of quantized weights: quantize to int8, int4, NF4 or FP4, and dequantize."""
 
 import functools
 from typing import NamedTuple
@@ -12,15 +12,20 @@ from jaxtyping import Array, Float, Num, UInt8
 from lora_jax import errors
 from lora_jax.kernels import packed as packing
 
-_COLUMNS = 512  # quantized at a time, so that temporaries stay small beside the weight
-# Fast mode: the largest |w| in steps, which is more than the 8 of its code, so that the rest of the
-# group gets finer ones. 823 is prime: no ratio of two bfloat16 numbers is then a tie, which would
-# fall with the last bit of the scale, so with how the code was compiled.
+_COLUMNS = 512  # quantized at a time, so that temporaries are small compared to the weight
+# Without search: the largest |w| of a group in steps. It is more than 8, the largest code, so that
+# the steps are finer for the other weights. 823 is prime, so no ratio of two bfloat16 numbers lies
+# halfway between two codes. How such a tie is rounded would depend on the last bit of the scale,
+# and so on how the code was compiled.
 _FAST = 8.23
 
 
 class Format(NamedTuple):
-    """What a nibble (int8: a byte) stands for, the rows that share a scale, and how it is kept."""
+    """How weights are quantized to codes of 4 bits, or of 8 for int8.
+
+    codes: what the codes mean. group: the number of rows that share a scale. nested: whether the
+    scales are quantized, too.
+    """
 
     codes: str
     group: int = 1
@@ -40,12 +45,12 @@ FORMATS = {
 
 
 def codes(fmt: str) -> str:
-    """What the format's codes stand for: "int8", or one of packing.CODES."""
+    """What the codes mean: "int8", or one of packing.CODES. Raises: UserError if unknown."""
     return _format(fmt).codes
 
 
 def bits_per_weight(packed: packing.Packed, rows: int) -> float:
-    """Bits that the arrays take for each of the weight's `rows` × N entries: padding counts."""
+    """The bits of the arrays, with padding, per entry of the weight [rows, N]."""
     arrays = jax.tree.leaves(packed)
     num_bytes = sum(array.size * array.dtype.itemsize for array in arrays)
     return 8 * num_bytes / (rows * packed.q.size // packed.q.shape[-2])
@@ -62,13 +67,13 @@ def quantize(
 ) -> packing.Packed:
     """The packed weight nearest to `weight` in one of FORMATS.
 
-    int8: absmax a column. int4: symmetric, signed scale (so that the largest |w| can sit on −8)
-    chosen by search for the least squared error, then refitted and rounded to int8 × one float32 a
-    column; without `search` the largest |w| sits on −8: sooner done, up to 5 % more error.
-    nf4, fp4 and their -dq: bitsandbytes' codes and nested codes bit for bit where K is a multiple
-    of 64 and nothing is padded. K is padded with zeros to the group × `multiple` (the shards of its
-    axis).
-    transposed: `weight` is [N, K], as on disk; it is turned block by block, so never copied whole.
+    int8: absmax per column. int4: symmetric, with a signed scale, so that the largest |w| can have
+    the code −8. A search finds the scale with the least squared error; it is then refitted, and
+    rounded to int8 × one float32 per column. Without `search` the largest |w| has the code −8,
+    which is faster and has up to 5 % more error.
+    nf4, fp4 and their -dq: the same bits as bitsandbytes if K is a multiple of 64 and nothing is
+    padded. K is padded with zeros to a multiple of the group × `multiple`, the number of shards.
+    transposed: `weight` is [N, K], as on disk; it is transposed block by block, never as a whole.
     """
     form = _format(fmt)
     rows, columns = weight.shape[::-1] if transposed else weight.shape
@@ -82,7 +87,7 @@ def quantize(
     }[form.codes]
 
     def quantize_block(index, packed):
-        # The last block starts early enough to fit: its overlap is computed twice, to the same end.
+        # The last block starts early enough to fit; the overlap is computed twice, equally.
         start = jnp.minimum(index * block, columns - block)
         part = lax.dynamic_slice_in_dim(weight, start, block, axis=0 if transposed else 1)
         part = (part.T if transposed else part).astype(jnp.float32)
@@ -102,7 +107,7 @@ def quantize(
 def dequantize(
     packed: packing.Packed, fmt: str, rows: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "K N"]:
-    """The first `rows` rows of the weight that `packed` stands for."""
+    """The first `rows` rows of the weight that `packed` represents."""
     if codes(fmt) == "int8":
         return (packed.q.astype(jnp.float32) * packed.column_scale).astype(dtype)[:rows]
     return packing.dequantize(packed, codes(fmt), dtype)[:rows]
@@ -113,8 +118,8 @@ def asymmetric(
 ) -> packing.Packed:
     """The weight (codes − zero) · scale as int4: codes − 8, with the group bias (8 − zero) · scale.
 
-    codes and zero are 0 … 15. Exact in float32 where scale · 15 is, as for scales in float16 or
-    bfloat16. Raises: ValueError for groups that are no multiple of 8 rows, or do not divide K.
+    codes and zero are 0 … 15. Exact in float32 if scale · 15 is, as for scales in float16 or
+    bfloat16. Raises: ValueError if the groups are not equal multiples of 8 rows.
     """
     if codes.shape[0] % (8 * scale.shape[0]):
         raise ValueError(
@@ -138,7 +143,7 @@ def squares(
     """(‖W − Ŵ‖², ‖W‖²), dequantized a block of columns at a time."""
     rows, columns = weight.shape
     block = min(_COLUMNS, columns)
-    if codes(fmt) != "int8":  # nested scales run across the columns
+    if codes(fmt) != "int8":  # blocks of nested scales span several columns
         packed = packing.Packed(packed.q, packing.scales(packed), group_bias=packed.group_bias)
 
     def add(index, sums):
@@ -147,7 +152,7 @@ def squares(
             lambda whole: lax.dynamic_slice_in_dim(whole, start, block, axis=1), (weight, packed)
         )
         part = part.astype(jnp.float32)
-        new = start + jnp.arange(block) >= index * block  # not counted by the block before
+        new = start + jnp.arange(block) >= index * block  # not counted in the previous block
         lost = dequantize(cut, fmt, rows) - part
         each = (jnp.square(lost).sum(axis=0), jnp.square(part).sum(axis=0))
         return jax.tree.map(lambda sum, more: sum + jnp.where(new, more, 0).sum(), sums, each)
@@ -189,9 +194,9 @@ def _searched(grouped: jax.Array, codes) -> jax.Array:
     largest = jnp.abs(grouped).max(axis=1, keepdims=True)
 
     def try_scale(index, best):
-        # 2 signs × 24 magnitudes, from a range wider than the group to one that clips its ends.
-        # The steps miss half-integers: there the largest weight is a tie, which falls one way or
-        # the other with the last bit, so with how the loop was compiled.
+        # 2 signs × 24 magnitudes, from a range wider than the group's to one that clips its ends.
+        # The divisors are never half-integers, with which the largest weight would lie halfway
+        # between two codes: how such a tie is rounded depends on how the loop was compiled.
         error, scale = best
         candidate = largest / (6.55 + (index // 2) / 6.0) * (1 - 2 * (index % 2))
         new_error = jnp.square(codes(candidate) * candidate - grouped).sum(axis=1, keepdims=True)
@@ -208,7 +213,7 @@ def _signed(grouped: jax.Array) -> jax.Array:
 
 
 def _table(weight: jax.Array, *, table: np.ndarray, group: int) -> packing.Packed:
-    """The nearest codes of a table, of two as near that of the lower value."""
+    """The nearest codes of a table; of two equally near, that of the lower value."""
     grouped = weight.reshape(-1, group, weight.shape[1])
     absmax = jnp.abs(grouped).max(axis=1)
     scaled = grouped * jnp.where(absmax == 0, 0, 1 / absmax)[:, None]
@@ -221,19 +226,19 @@ def _table(weight: jax.Array, *, table: np.ndarray, group: int) -> packing.Packe
 
 
 def _nest(packed: packing.Packed, used: int) -> packing.Packed:
-    """`packed` with its scales as 8-bit codes of the dynamic map, less their mean.
+    """`packed` with its scales, minus their mean, as 8-bit codes of the dynamic map.
 
-    used: the groups that are not padding, which takes no part in the mean and the maxima.
+    used: the number of groups without padding; padding does not count in the mean and the maxima.
     """
     groups, columns = packed.scale.shape
     offset = _sum(packed.scale[:used].reshape(-1)) / (used * columns)
     centred = jnp.where(jnp.arange(groups)[:, None] < used, packed.scale - offset, 0)
-    flat = centred.T.reshape(-1)  # in the order of [out, in], as bitsandbytes counts its blocks
+    flat = centred.T.reshape(-1)  # in the order of [out, in], like the blocks of bitsandbytes
     blocks = jnp.pad(flat, (0, -flat.size % packing.NESTED_BLOCK)).reshape(-1, packing.NESTED_BLOCK)
     largest = jnp.abs(blocks).max(axis=1)
     scaled = blocks * jnp.where(largest == 0, 0, 1 / largest)[:, None]
     values = packing.dynamic_map()
-    bounds = jnp.asarray((values[1:] + values[:-1]) / 2)  # at one, the lower value
+    bounds = jnp.asarray((values[1:] + values[:-1]) / 2)  # a tie takes the lower value
     code = jnp.searchsorted(bounds, scaled.reshape(-1)).astype(jnp.uint8)
     return packed._replace(
         scale=code[: flat.size].reshape(columns, groups).T,
@@ -243,7 +248,7 @@ def _nest(packed: packing.Packed, used: int) -> packing.Packed:
 
 
 def _sum(values: jax.Array) -> jax.Array:
-    """The sum in a fixed order, by halves: a reduction's own varies with how it is compiled."""
+    """The sum in a fixed order, by halves; that of a reduction depends on how it is compiled."""
     while values.size > 1:
         values = jnp.pad(values, (0, values.size % 2))
         half = values.size // 2

@@ -1,4 +1,4 @@
-"""A linear layer that computes with a packed weight, and how it takes a dense layer's place."""
+"""Layers that compute with a packed weight, and the conversion from and to dense layers."""
 
 import functools
 from typing import Any
@@ -19,11 +19,11 @@ from lora_jax.quant import formats
 
 
 class QuantWeight(stack.Whole):
-    """A packed array: part of the model's state, but never of its parameters."""
+    """A packed array: part of the model's state, but not a parameter."""
 
 
 class Rounded:
-    """What is there of a packed weight: its shape and dtype, and dense, by [...] or .value, itself.
+    """A packed weight as a variable: its shape and dtype; [...] and .value dequantize it.
 
     Models read the sizes of their layers from their weights.
     """
@@ -43,12 +43,12 @@ class Rounded:
 class QuantLinear(nnx.Module):
     """y = x · dequantize(W) + b, with W frozen in one of formats.FORMATS.
 
-    fmt says what the codes mean; how many rows share a scale, the arrays themselves.
+    fmt says what the codes mean; the shapes of the arrays say how many rows share a scale.
 
-    Takes the place of `linear`, of which it keeps the bias, the dtype to compute in (None: x's),
-    and what it needs to become dense again. Its arrays may carry a leading layer axis, as in a
-    stacked module; it is then called with `layer` a scalar, and its packed arrays whole or sliced.
-    partition: how a mesh splits the product, where kernels of our own need to be told.
+    Replaces `linear`. It keeps the bias, the dtype to compute in (None: x's), and what it needs to
+    become dense again. In a stacked module its arrays have a leading layer axis. It is then called
+    in a scan, where `layer` is a scalar and the packed arrays are whole or sliced.
+    partition: how a mesh splits the product, for our own kernels.
     """
 
     def __init__(
@@ -74,20 +74,20 @@ class QuantLinear(nnx.Module):
 
     @property
     def packed(self) -> Packed:
-        """The packed weight's arrays."""
+        """The arrays of the packed weight."""
         arrays = (getattr(self, name) for name in Packed._fields)
         return Packed(*(None if array is None else array[...] for array in arrays))
 
     @property
     def kernel(self) -> Rounded:
-        """The weight that it stands for."""
+        """The weight that the layer represents."""
         shape = (*self.q.shape[:-2], self.in_features, self.out_features)
         return Rounded(self, shape, linear_map.LINEAR)
 
     def __call__(
         self, x: Float[Array, "*B d_in"], out_sharding: Any = None
     ) -> Float[Array, "*B d_out"]:
-        """out_sharding: of y, on a mesh with explicit axes, as nnx.Linear has it."""
+        """out_sharding: of y, on a mesh with explicit axes, as in nnx.Linear."""
         y = projections.with_bias(self, self.product(x.astype(self.dtype or x.dtype)))
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
@@ -107,14 +107,14 @@ class QuantLinear(nnx.Module):
 
 
 class QuantLayer(nnx.Module):
-    """y = einsum(x, dequantize(W)) + b: what a layer that is no nnx.Linear becomes as well.
+    """y = einsum(x, dequantize(W)) + b: a second class that a layer other than nnx.Linear gets.
 
-    It keeps all but its weight. `quantized` is the matrix of it, see layout.py; `quantized_shape`
-    the weight's shape, with the axes of a stack first.
+    The layer keeps everything but its weight. `quantized` is the weight as a matrix, see
+    linear_map.py; `quantized_shape` is the weight's shape, with the axes of a stack first.
     """
 
     def __call__(self, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Float[Array, "..."]:
-        how, shape = registry.layout_of(self), self.quantized_shape
+        how, shape = registry.linear_map_of(self), self.quantized_shape
         dtype = getattr(self, "dtype", None) or x.dtype
         y = how.multiply(x.astype(dtype), self.quantized.product, shape=shape)
         if (bias := getattr(self, "bias", None)) is None:
@@ -122,13 +122,14 @@ class QuantLayer(nnx.Module):
         return y + how.spread(bias[...].reshape(-1).astype(y.dtype), y.ndim, shape)
 
     def __getattr__(self, name: str) -> Rounded:
-        if name != registry.kind_of(type(self)).weight or "quantized_shape" not in vars(self):
+        known = registry.registration_of(type(self))
+        if name != known.weight or "quantized_shape" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return Rounded(self.quantized, self.quantized_shape, registry.layout_of(self))
+        return Rounded(self.quantized, self.quantized_shape, registry.linear_map_of(self))
 
 
 def packed_of(layer: Any) -> QuantLinear | None:
-    """What holds the layer's weight, if it is quantized."""
+    """The QuantLinear that holds the layer's weight; None if the weight is not quantized."""
     if isinstance(layer, QuantLayer):
         return layer.quantized
     return layer if isinstance(layer, QuantLinear) else None
@@ -141,8 +142,8 @@ def quantize_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
 
 
 def quantize_layer(layer: nnx.Module, fmt: str) -> None:
-    """Makes a QuantLayer of a LinearGeneral, an Einsum or a layer of a registered kind."""
-    how, name = registry.layout_of(layer), registry.kind_of(type(layer)).weight
+    """Makes a LinearGeneral, an Einsum or a layer of a registered class a QuantLayer."""
+    how, name = registry.linear_map_of(layer), registry.registration_of(type(layer)).weight
     weight = getattr(layer, name)[...]
     matrix = how.matrix(weight)
     linear = nnx.eval_shape(
@@ -157,29 +158,29 @@ def quantize_layer(layer: nnx.Module, fmt: str) -> None:
 
 
 def make_dense(layer: nnx.Module, weight: Float[Array, "..."]) -> None:
-    """The reverse of quantize_layer, with that weight."""
+    """The inverse of quantize_layer, with that weight."""
     dtype = layer.quantized.param_dtype
     mixin.leave(layer, "quantized", "quantized_shape")
-    setattr(layer, registry.kind_of(type(layer)).weight, nnx.Param(weight.astype(dtype)))
+    setattr(layer, registry.registration_of(type(layer)).weight, nnx.Param(weight.astype(dtype)))
 
 
 def quantize_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("lm_head",)) -> None:
     """Quantizes every linear layer whose name is not in `exclude`: nnx.Linear, LinearGeneral, …
 
-    An nnx.Linear is replaced by a QuantLinear; others become a QuantLayer as well.
-    Raises: UserError when there is none, or one has an adapter already.
+    A QuantLinear replaces an nnx.Linear; a layer of another class becomes a QuantLayer.
+    Raises: UserError if there is no such layer, or if one has an adapter already.
     """
     layers = [
         (path, node)
         for path, node in nnx.iter_graph(model)
-        if (kind := registry.kind_of(type(node))) and packed_of(node) is None
+        if (known := registry.registration_of(type(node))) and packed_of(node) is None
         and path and path[-1] not in exclude and "quantized" not in path
-        and isinstance(how := kind.layout(node), linear_map.Einsum) and not how.batch
+        and isinstance(how := known.linear_map_of(node), linear_map.Einsum) and not how.batch
     ]  # fmt: skip
     adapted = [".".join(map(str, path)) for path, node in layers if hasattr(node, "lora_ranks")]
     if not layers or adapted:
         raise errors.UserError(
-            expected="a model with linear layers to quantize, before they are adapted",
+            expected="a model with linear layers to quantize, without adapters",
             found=[f"{name} has an adapter" for name in adapted] or "none",
             where=str(type(model)),
         )
@@ -202,13 +203,13 @@ def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> 
 
 
 def dequantize_linear(layer: QuantLinear) -> nnx.Linear:
-    """The dense layer that `layer` stands for, in the dtype its weight had."""
+    """The dense layer that `layer` represents, in the original dtype of its weight."""
     kernel = _dequantize(layer.packed, layer.fmt, layer.in_features, layer.param_dtype)
     return as_linear(layer, kernel)
 
 
 def as_linear(layer: QuantLinear, kernel: Float[Array, "*L d_in d_out"]) -> nnx.Linear:
-    """A dense layer in the place of `layer`, with that kernel in the dtype its weight had."""
+    """A dense layer to replace `layer`, with that kernel in the original dtype of its weight."""
     linear = nnx.eval_shape(
         lambda: nnx.Linear(
             layer.in_features,
@@ -239,4 +240,4 @@ def _each_layer(function, weights, ndim: int):
     return function(weights) if ndim == 2 else lax.map(function, weights)
 
 
-registry.KINDS[QuantLinear] = registry.Kind("q", lambda _: linear_map.LINEAR)
+registry.REGISTRATIONS[QuantLinear] = registry.Registration("q", lambda _: linear_map.LINEAR)

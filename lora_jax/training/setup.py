@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lora_jax import console, hub, tokenizer
+from lora_jax import console, hub, lora, tokenizer
 from lora_jax.checkpoints import loader, safetensors_files
 from lora_jax.console import say
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.parallel import devices, processes

@@ -15,11 +15,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import assets, errors
+from lora_jax import assets, errors, lora
 from lora_jax.checkpoints import copy, loader, merge, safetensors_files
 from lora_jax.lora import adapter as host
 from lora_jax.lora import peft
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.parallel import mesh as sharding
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -91,7 +90,7 @@ def test_onto_a_rounded_base_it_is_what_was_trained_there(fmt, tmp_path):
 def test_a_checkpoint_of_bitsandbytes_is_dequantized_to_merge(tmp_path):
     base = GOLDEN / "quantized" / "stories260K-bnb-nf4"
     model = load(base)
-    config = lora.lora_config.LoRAConfig(rank=2)
+    config = lora.LoRAConfig(rank=2)
     lora.inject(model, config, rngs=nnx.Rngs(0))
     for name in ("q_proj", "v_proj"):
         B = getattr(model.model.layers.self_attn, name).lora_B
@@ -109,7 +108,7 @@ def test_what_was_quantized_gets_the_dtype_of_config_json(told, stored, tmp_path
     raw = json.loads((base / "config.json").read_text())
     raw.pop("dtype", None)
     (base / "config.json").write_text(json.dumps(raw | {"torch_dtype": told}))
-    adapter = host.Adapter(lora.lora_config.LoRAConfig(), {})
+    adapter = host.Adapter(lora.LoRAConfig(), {})
     kinds = {name: kind for part in merge.plan(base, adapter).parts
              for name, kind in part.kinds.items()}  # fmt: skip
     assert kinds["model.layers.0.mlp.up_proj.weight"].dtype == stored
@@ -138,7 +137,7 @@ def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
 def adapter(tmp_path):
     """A folder with an adapter of stories260K that has an effect."""
     model = load(cli.BASE)
-    config = lora.lora_config.LoRAConfig(rank=2, targets=("q_proj", "down_proj"))
+    config = lora.LoRAConfig(rank=2, targets=("q_proj", "down_proj"))
     lora.inject(model, config, rngs=nnx.Rngs(0))
     B = model.model.layers.mlp.down_proj.lora_B
     B.set_value(0.2 * jax.random.normal(jax.random.key(1), B.shape))

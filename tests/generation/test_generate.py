@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import errors
+from lora_jax import errors, lora
 from lora_jax.checkpoints import loader
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
 from lora_jax.generation import sampling as samplers
 from lora_jax.lora import config as lora_config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.parallel import mesh as sharding
 

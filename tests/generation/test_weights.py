@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lora_jax import lora
 from lora_jax.checkpoints import loader
 from lora_jax.generation import weights as decode_weights
 from lora_jax.lora import config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import sites
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
@@ -59,7 +59,7 @@ def test_steps_with_the_dense_form_give_the_same_logits(fmt):
 
 def test_the_bytes_of_the_dense_form():
     whole = model("int4")
-    weights = sum(site.place.k * site.place.n for site in sites.find(whole) if site.place.lead)
+    weights = sum(site.in_features * site.out_features for site in sites.find(whole) if site.lead)
     layers = whole.config.num_hidden_layers
     assert decode_weights.num_bytes(whole, "dense") == 4 * weights * layers
     assert decode_weights.num_bytes(whole, "k_minor") == 0  # no kernel takes float32

@@ -1,4 +1,4 @@
-"""Many adapters on one base: switched without compiling, weighted, forgotten."""
+"""Several adapters on one base: switched without recompiling, combined, unloaded."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import errors
-from lora_jax.lora import adapter as host
+from lora_jax import errors, lora
+from lora_jax.lora import adapter as lora_adapter
+from lora_jax.lora import adapters, peft
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import many, peft
-from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import layer as lora_layer
+from lora_jax.lora.nnx import sites
 from lora_jax.quant import linear as quant_linear
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32)), jnp.float32)
@@ -44,11 +45,11 @@ def made(seed, fmt="none", **settings):
     model = net(fmt)
     settings = lora_config.LoRAConfig(**{"rank": 2, "targets": ("layers", "out"), **settings})
     lora.inject(model, settings, rngs=nnx.Rngs(seed))
-    for site in lora.sites.find(model):
+    for site in sites.find(model):
         if isinstance(site.module, lora.LoRALayer):
-            _, B = lora.factors(site.module)
+            _, B = lora_layer.factors(site.module)
             used = np.arange(B.shape[-2]) < np.array(site.module.lora_ranks).reshape(-1, 1)
-            used = used.reshape(*site.place.lead, -1, 1)
+            used = used.reshape(*site.lead, -1, 1)
             new = 0.1 * np.random.default_rng(seed).normal(size=B.shape) * used
             B.set_value(jnp.asarray(new, jnp.float32))
     return lora.collect(model, settings), model(X)
@@ -63,7 +64,7 @@ def test_switching_gives_each_adapter_s_own_output_and_compiles_once(fmt, tmp_pa
         "partial": made(3, fmt, targets=("layers",), layers=(1,), alpha=4),
     }
     peft.write(tmp_path, ours["small"][0])
-    shelf = many.Adapters(model, rank=6)
+    shelf = adapters.Adapters(model, rank=6)
     shelf.load("small", tmp_path)
     shelf.load("wide", ours["wide"][0])
     shelf.load("partial", ours["partial"][0])
@@ -98,7 +99,7 @@ def test_switching_gives_each_adapter_s_own_output_and_compiles_once(fmt, tmp_pa
 
 def test_an_adapter_that_is_larger_makes_room():
     model = net()
-    shelf = many.Adapters(model)
+    shelf = adapters.Adapters(model)
     (small, with_small), (wide, with_wide) = made(1, targets=("out",)), made(2, rank=5)
     shelf.load("small", small)
     shelf.activate("small")
@@ -111,7 +112,7 @@ def test_an_adapter_that_is_larger_makes_room():
 def test_an_adapter_that_does_not_fit_leaves_all_as_it_was(tmp_path):
     """Whether it has other layers, which take other arrays, or the same of other sizes."""
     model = net()
-    shelf = many.Adapters(model)
+    shelf = adapters.Adapters(model)
     shelf.activate(None)
     assert not jax.tree.leaves(shelf.state(None))
     with pytest.raises(errors.UserError, match="adapters to combine"):
@@ -126,11 +127,11 @@ def test_an_adapter_that_does_not_fit_leaves_all_as_it_was(tmp_path):
     ):
         config = lora_config.LoRAConfig(rank=2, targets=("layers", "out", "elsewhere"))
         with pytest.raises(errors.UserError, match=r"(?s)has (no layer|shape).*bad"):
-            shelf.load("bad", host.Adapter(config, factors))
+            shelf.load("bad", lora_adapter.Adapter(config, factors))
         assert shelf.names == ["small"] and shelf.active == "small"
         np.testing.assert_allclose(model(X), with_small, atol=1e-4)
     idle = {path: own._replace(B=0 * own.B) for path, own in small.factors.items()}
-    peft.write(tmp_path, host.Adapter(small.config, idle))
+    peft.write(tmp_path, lora_adapter.Adapter(small.config, idle))
     with pytest.raises(errors.UserError, match="an adapter that has an effect"):
         shelf.load("idle", tmp_path)
     shelf.activate(None)
@@ -140,7 +141,7 @@ def test_an_adapter_that_does_not_fit_leaves_all_as_it_was(tmp_path):
 def test_a_weighted_sum_is_that_of_the_changes():
     (one, _), (two, _) = made(1), made(2, rank=3, alpha=5, targets=("out",))
     model, plain = net(), net()
-    shelf = many.Adapters(model)
+    shelf = adapters.Adapters(model)
     shelf.load("one", one)
     shelf.load("two", two)
     shelf.combine("both", {"one": 0.25, "two": -2.0})
@@ -158,7 +159,7 @@ def test_a_weighted_sum_is_that_of_the_changes():
     # The nearest of a smaller rank: what is left out are the smallest singular values.
     whole = shelf.adapter("both").factors["out"]
     assert whole.A.shape[1] == 5
-    cut = host.combined([(one, 0.25), (two, -2.0)], rank=3).factors["out"]
+    cut = lora_adapter.combined([(one, 0.25), (two, -2.0)], rank=3).factors["out"]
     assert cut.A.shape[1] == 3
     lost = np.linalg.svd(whole.A @ whole.B - cut.A @ cut.B, compute_uv=False)
     values = np.linalg.svd(whole.A @ whole.B, compute_uv=False)
@@ -168,7 +169,7 @@ def test_a_weighted_sum_is_that_of_the_changes():
 def test_dora_adapters_switch_among_themselves():
     model, base = net(), net()(X)
     (one, with_one), (two, with_two) = (made(n, use_dora=True, rank=n + 1) for n in (1, 2))
-    shelf = many.Adapters(model)
+    shelf = adapters.Adapters(model)
     shelf.load("one", one)
     shelf.load("two", two)
     np.testing.assert_allclose(model(X), base, atol=1e-5)
@@ -183,11 +184,11 @@ def test_dora_adapters_switch_among_themselves():
     assert shelf.names == ["one", "two"]
 
 
-def test_names_that_are_taken_or_unknown_are_told():
-    shelf = many.Adapters(net())
+def test_names_that_are_taken_or_unknown_are_reported():
+    shelf = adapters.Adapters(net())
     shelf.load("one", made(1)[0])
     with pytest.raises(errors.UserError, match="an adapter 'one'"):
         shelf.load("one", made(1)[0])
     for call in (shelf.activate, shelf.unload, shelf.adapter, shelf.state):
-        with pytest.raises(errors.UserError, match=r"(?s)'two'.*loaded are: one"):
+        with pytest.raises(errors.UserError, match=r"(?s)'two'.*loaded: one"):
             call("two")

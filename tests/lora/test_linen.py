@@ -11,11 +11,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lora_jax import errors
+from lora_jax import errors, lora
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import peft
-from lora_jax.lora.linen import adapted as linen
-from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora import linen, peft
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 
@@ -32,7 +30,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Embedding, a scanned stack of rematerialised blocks, another stack by vmap, a head."""
+    """Embedding, a scanned stack of rematerialized blocks, another stack by vmap, a head."""
 
     axis: int = 0
 
@@ -72,7 +70,7 @@ def config(**settings):
 
 
 def moved(variables, scale=0.1, seed=3):
-    """The variables with what is trained changed, but for the padding of unequal ranks."""
+    """The variables with `lora` changed."""
     rng = np.random.default_rng(seed)
     change = jax.tree.map(
         lambda p: p + scale * rng.normal(size=p.shape).astype(np.float32), variables["lora"]
@@ -164,7 +162,7 @@ def test_dropout_differs_between_keys_and_layers_and_is_off_without_one():
 @pytest.mark.parametrize(
     "fmt, use_dora", [("int8", False), ("int4", True), ("nf4-dq", False), ("nf4-dq", True)]
 )
-def test_a_quantized_base_computes_with_what_it_stands_for(fmt, use_dora):
+def test_a_quantized_base_computes_with_the_dequantized_weights(fmt, use_dora):
     module, params = made()
     adapted = linen.adapt(module, config(use_dora=use_dora), IDS, quant=fmt, exclude=("lm_head",))
     variables = moved(adapted.init(jax.random.key(1), params))
@@ -199,7 +197,7 @@ def test_pissa_and_parts_are_those_of_nnx():
     np.testing.assert_allclose(plain.apply(plain.attach(params, adapter), IDS), expected, atol=1e-4)
 
 
-def test_modules_saved_whole_are_trained_beside(tmp_path):
+def test_fully_trained_modules_are_trained_with_the_adapters(tmp_path):
     module, params = made()
     settings = config(targets=("query",), modules_to_save=("lm_head", "norm", "conv"))
     adapted = linen.adapt(module, settings, IDS)
@@ -260,8 +258,8 @@ class Jitted(nn.Module):
         return nn.Dense(3, name="out")(x)
 
 
-def test_a_module_that_jits_itself_is_traced_anew():
-    """Or flax would take what it has traced without adapters, or with others."""
+def test_a_module_that_jits_itself_is_traced_again():
+    """Otherwise Flax would use what it traced without adapters, or with others."""
     module, x = Jitted(), jnp.ones((2, 4))
     params = module.init(jax.random.key(0), x)["params"]
     for dropout in (0.0, 0.9):
@@ -278,7 +276,7 @@ def test_a_module_that_jits_itself_is_traced_anew():
 
 
 class Projection(nn.Module):
-    """In the manner of Gemma's: the einsum is an argument of the call, before x."""
+    """Like Gemma's: the einsum is an argument of the call, before x."""
 
     shape: tuple[int, ...]
 
@@ -300,7 +298,7 @@ class Projections(nn.Module):
         return (y, kv("bsd,ckdh->bsckh", x)) if self.twice else y
 
 
-def test_a_class_of_one_s_own_says_its_einsum():
+def test_a_registered_class_names_its_einsum():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
     module = Projections()
     params = module.init(jax.random.key(0), x)["params"]
@@ -310,12 +308,12 @@ def test_a_class_of_one_s_own_says_its_einsum():
     y, base = adapted.apply(variables, x), module.apply({"params": params}, x)
     assert np.abs(y - base)[1].max() > 0.1
     np.testing.assert_allclose(module.apply({"params": adapted.merge(variables)}, x), y, atol=1e-4)
-    with pytest.raises(errors.UserError, match=r"(?s)calls of a layer that agree.*kv"):
+    with pytest.raises(errors.UserError, match=r"(?s)calls of a layer that multiply.*kv"):
         linen.find(Projections(twice=True), x)
 
 
 class Shared(nn.Module):
-    """In the manner of Gemma's feed-forward: its layer's weight lies among its own."""
+    """Like Gemma's feed-forward: the weight of its layer is among its own parameters."""
 
     @nn.compact
     def __call__(self, x):
@@ -346,11 +344,11 @@ def test_what_cannot_be_adapted_is_never_skipped_silently():
     module, x = Awkward(), jnp.ones((1, 5, 4))
     linen.adapt(module, config(targets=("a",)), x)
     linen.adapt(module, config(targets="all-linear", exclude=("shared",)), x)
-    misplaced = "shared holds a Misplaced without the parameter 'w' of its kind"
+    misplaced = "shared holds a Misplaced without its registered parameter 'w'"
     for targets, found in (
         (("a", "groups"), "groups has feature_group_count 2"),
         (("a", "mask"), "mask has a mask"),
-        ("a|norm", "norm is of class RMSNorm, which is of no known kind"),
+        ("a|norm", "norm is of class RMSNorm, which is not registered"),
         (("a", "shared"), misplaced),
         ("all-linear", misplaced),
     ):
@@ -362,7 +360,7 @@ def test_what_cannot_be_adapted_is_never_skipped_silently():
     linen.adapt(module, None, x, quant="int8", exclude=("shared",))
 
 
-def test_lora_dense_is_a_layer_to_import():
+def test_lora_dense_is_a_dense_layer_with_an_adapter():
     class Mine(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -386,15 +384,15 @@ def test_lora_dense_is_a_layer_to_import():
 @pytest.mark.parametrize(
     ("of_file", "here", "found"),
     [
-        (dict(alpha=5), {}, "layers_0 is scaled by 2.5, here by 8"),
+        (dict(alpha=5), {}, "layers_0 is scaled by 2.5, in this model by 8"),
         (dict(use_dora=True), {}, "use_dora = True"),
         ({}, dict(use_dora=True), "use_dora = False"),
         (dict(rank=4, alpha=32), dict(parts={"layers_0": (1, -1, 1)}),
-         "layers_0 has B beyond the parts that are adapted"),
+         "layers_0 has B outside the adapted parts"),
     ],
 )  # fmt: skip
 def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
-    """Its arrays fit, but would compute something else here."""
+    """Its arrays fit, but would compute something else in this model."""
     module, x = nn.Sequential([nn.Dense(6)]), jnp.ones((2, 4))
     params = module.init(jax.random.key(0), x)["params"]
     other = linen.adapt(module, config(targets=("layers_0",), **of_file), x)
@@ -404,7 +402,7 @@ def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
         adapted.attach(params, adapter)
     assert raised.value.found == found
     theirs = dataclasses.replace(adapter.config, targets=("layers_0", "c_attn"))
-    with pytest.raises(errors.UserError, match="'c_attn' matches none"):
+    with pytest.raises(errors.UserError, match="'c_attn' matches nothing"):
         linen.adapt(module, theirs, x)
     again = linen.adapt(module, theirs, x, strict=False)
     np.testing.assert_allclose(
@@ -414,11 +412,11 @@ def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
     )
 
 
-def test_what_does_not_fit_is_told_at_once():
+def test_everything_that_does_not_fit_is_reported():
     module, params = made()
-    with pytest.raises(errors.UserError, match=r"(?s)'q_proj' matches none.*query"):
+    with pytest.raises(errors.UserError, match=r"(?s)'q_proj' matches nothing.*query"):
         linen.adapt(module, config(targets=("q_proj",)), IDS)
-    with pytest.raises(errors.UserError, match="scale matches none"):
+    with pytest.raises(errors.UserError, match="scale matches nothing"):
         linen.adapt(module, config(modules_to_save=("scale",)), IDS)
     adapted = linen.adapt(module, config(targets=("query", "up")), IDS)
     adapter = linen.adapt(module, config(targets=("query", "mix")), IDS)

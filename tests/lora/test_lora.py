@@ -1,4 +1,4 @@
-"""Adapters: the algebra they obey, which layers they take, and their dropout."""
+"""Adapters: their algebra, which layers get one, and their dropout."""
 
 import functools
 import pathlib
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax import errors
+from lora_jax import errors, lora
 from lora_jax.checkpoints import loader
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import targets as selection
-from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import sites
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import linear as quant_linear
@@ -33,7 +33,7 @@ class Block(nnx.Module):
 
 
 class Net(nnx.Module):
-    """No LLaMA: a plain linear layer, a list of blocks, and three blocks stacked by vmap."""
+    """Not a LLaMA: a plain linear layer, a list of blocks, and three blocks stacked by vmap."""
 
     def __init__(self, rngs):
         @nnx.split_rngs(splits=3)
@@ -56,7 +56,7 @@ class Net(nnx.Module):
 
 
 class Masks(nnx.Module):
-    """With the weights that `read_masks` gives it, every layer returns its dropout mask."""
+    """With the weights that `masks` sets, every layer returns its dropout mask."""
 
     def __init__(self, width, rngs):
         @nnx.split_rngs(splits=3)
@@ -82,7 +82,7 @@ NET_NAMES = (
 
 
 def net(fmt="none"):
-    """A fresh Net with every linear layer, lm_head excepted, quantized to fmt."""
+    """A fresh Net with every linear layer except lm_head quantized to fmt."""
     return nnx.merge(*split_net(fmt), copy=True)
 
 
@@ -105,7 +105,7 @@ def trained(model, config, scale=0.1):
         if isinstance(site.module, lora.LoRALayer):
             B = rng.normal(0, scale, site.module.lora_B.shape).astype(np.float32)
             for index, rank in enumerate(site.module.lora_ranks):
-                (B[index] if site.place.lead else B)[rank:] = 0
+                (B[index] if site.lead else B)[rank:] = 0
             site.module.lora_B.set_value(jnp.asarray(B))
     return model
 
@@ -191,7 +191,7 @@ def test_merged_weights_compute_what_the_adapters_did(fmt):
     adapted = run(model, x)
     assert np.abs(adapted - base).max() > 0.3
     lora.merge(model)
-    assert not lora.adapters(model)
+    assert not lora_layer.adapters(model)
     assert all(isinstance(site.module, nnx.Linear) for site in sites.find(model))
     np.testing.assert_allclose(run(model, x), adapted, atol=2e-5, rtol=0)
 
@@ -205,7 +205,7 @@ def test_merging_keeps_quantized_layers_without_an_adapter():
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_delta_is_scaling_times_x_a_b(rslora):
-    """Unequal ranks and alphas in one stack; a layer left out is left alone."""
+    """Unequal ranks and alphas in one stack; a layer without an adapter does not change."""
     settings = config(
         ("up",),
         rank=4,
@@ -251,7 +251,7 @@ def test_unequal_ranks_are_zero_outside_and_so_are_their_gradients():
     }
     assert lora.num_params(model) == 16 * sum(ranks.values())
     assert model.stack.up.lora_ranks == (3, 0, 5) and model.stack.down.lora_ranks == (1, 0, 3)
-    assert set(lora.adapters(model)) == set(ranks)
+    assert set(lora_layer.adapters(model)) == set(ranks)
     graphdef, params, rest = nnx.split(model, lora.LoRAParam, ...)
     x = inputs(7, 5)
 
@@ -334,7 +334,7 @@ def test_inject_takes_the_targeted_layers(settings, expected):
     model = net()
     ranks = lora.inject(model, lora_config.LoRAConfig(**settings), rngs=nnx.Rngs(0))
     assert sorted(ranks) == sorted(expected)
-    assert sorted(lora.adapters(model)) == sorted(expected)
+    assert sorted(lora_layer.adapters(model)) == sorted(expected)
 
 
 def test_find_names_every_linear_layer():
@@ -351,13 +351,13 @@ def test_targets_that_match_nothing_are_an_error_that_lists_the_names(targets):
     message = str(raised.value)
     assert "q_porj" in message and "down, first, lm_head, up" in message
     assert ("w1" in message and "'up'" not in message) or isinstance(targets, str)
-    assert not lora.adapters(model)
+    assert not lora_layer.adapters(model)
 
 
 def test_a_target_that_is_excluded_or_in_no_layer_is_an_error():
-    with pytest.raises(errors.UserError, match="'up' matches none"):
+    with pytest.raises(errors.UserError, match="'up' matches nothing"):
         lora.inject(net(), config(("up", "down"), exclude=("up",)), rngs=nnx.Rngs(0))
-    with pytest.raises(errors.UserError, match="'lm_head' matches none"):
+    with pytest.raises(errors.UserError, match="'lm_head' matches nothing"):
         lora.inject(net(), config(("up", "lm_head"), layers=(0,), exclude=("lm_head",)),
                     rngs=nnx.Rngs(0))  # fmt: skip
 
@@ -378,10 +378,13 @@ def test_a_second_adapter_on_a_layer_is_an_error():
 @pytest.mark.parametrize(
     "setting, found",
     [
-        (dict(exclude=("first.up",)), "exclude 'first.up' matches none"),
+        (dict(exclude=("first.up",)), "exclude 'first.up' matches nothing"),
         (dict(layers=(0, 99)), "layer 99 does not exist"),
-        (dict(rank_pattern={r"stack\.0": 2}), "matches none"),  # a pattern matches the path's end
-        (dict(alpha_pattern={"q_proj": 2}), "pattern 'q_proj' matches none"),
+        (
+            dict(rank_pattern={r"stack\.0": 2}),
+            "matches nothing",
+        ),  # a pattern matches the path's end
+        (dict(alpha_pattern={"q_proj": 2}), "pattern 'q_proj' matches nothing"),
     ],
 )
 def test_settings_without_effect_are_an_error(setting, found):

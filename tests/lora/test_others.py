@@ -16,10 +16,9 @@ import optax
 import pytest
 from flax import nnx
 
+from lora_jax import lora
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import peft
-from lora_jax.lora.linen import adapted as linen
-from lora_jax.lora.nnx import inject as lora
+from lora_jax.lora import linen, peft
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 from lora_jax.quant import linear as quant_linear
@@ -203,7 +202,7 @@ def test_their_linen_gemma_is_adapted(fmt, tmp_path):
     settings = lora_config.LoRAConfig(rank=4, targets=targets, parts={"kv_einsum": (-1, 1)})
     adapted = linen.adapt(module, settings, TOKENS, quant=fmt)
     variables = adapted.init(jax.random.key(1), params)
-    assert len(adapted.choices) == 6
+    assert len(adapted.layer_configs) == 6
     run = jax.jit(lambda variables: adapted.apply(variables, TOKENS).logits)
     plain = jax.jit(lambda params: module.apply({"params": params}, TOKENS).logits)
     base = plain(adapted.merge(variables))  # of the rounded weights, for B is zero

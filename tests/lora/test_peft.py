@@ -1,4 +1,4 @@
-"""PEFT's adapter folders: the runs it made, read, retraced and written back (tests/golden)."""
+"""PEFT's adapter folders: its runs (tests/golden) are read, repeated and written back."""
 
 import functools
 import json
@@ -14,11 +14,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lora_jax import errors
+from lora_jax import errors, lora
 from lora_jax.checkpoints import loader
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import peft
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
@@ -79,7 +78,7 @@ def check_logits(model, golden, name, tolerance):
 
 
 def check_gradients(model, config, gradient, golden, tolerance):
-    """gradient: as what is trained in `model`; golden: {PEFT's name: gradient}."""
+    """gradient: of the adapter state of `model`. golden: {PEFT's name: gradient}."""
     model = nnx.merge(*nnx.split(model), copy=True)
     nnx.update(model, jax.tree.map(jnp.asarray, gradient))
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +110,7 @@ def gradient_of(model, batch):
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request):
-    """(name, golden.json, metrics of each step, the trained model) of a run retraced."""
+    """(name, golden.json, metrics of each step, the trained model) of a repeated run."""
     name = request.param
     golden = json.loads((GOLDEN / name / "golden.json").read_text())
     c, batches = golden["config"], arrays(f"{name}/batches.npz")
@@ -183,7 +182,7 @@ def test_gradient_of_the_first_step_equals_pefts(name):
 
 
 def test_patterns_gradient_equals_pefts():
-    """Unequal ranks and alphas, layers left out: the padding of the stack has no gradient."""
+    """Unequal ranks and alphas, layers without an adapter: the stack's padding has no gradient."""
     golden = arrays("lora_patterns/grads.npz")
     model = llama(GOLDEN / "lora_patterns" / "adapter")
     value, gradient = gradient_of(model, batch_at(arrays("lora_patterns/batches.npz"), 0))
@@ -259,7 +258,7 @@ def test_config_round_trip_keeps_every_setting(tmp_path):
 
 
 def test_adapters_on_a_quantized_base_are_written_the_same(tmp_path):
-    """What is saved is A and B alone, so QLoRA's adapter is LoRA's."""
+    """Only A and B are saved, so QLoRA and LoRA write the same files."""
     one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     model = loader.load(GOLDEN / "models" / "llama", dtype="float32", quantization="int8", mesh=one)
     config = peft.load(model, GOLDEN / FINISHED[0])
@@ -282,7 +281,7 @@ def test_names_of_other_writers_are_read(tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """A copy of a good adapter, to be spoilt."""
+    """A copy of a valid adapter, for tests to damage."""
     return pathlib.Path(shutil.copytree(GOLDEN / FINISHED[0], tmp_path / "adapter"))
 
 
@@ -337,7 +336,7 @@ def test_tensors_that_do_not_fit_are_all_listed(adapter):
         "layers.0.mlp.up_proj.lora_A has no target in its config",
         "layers.7.self_attn.q_proj.lora_B has no layer",
         "layers.0.self_attn.q_proj.lora_B has shape (4, 32), expected (32, 4)",
-        "its own base: llama",
+        "the model that it was trained on: llama",
     ):
         assert problem in message
     assert message.count("\n            ") == 4
@@ -409,7 +408,7 @@ def test_settings_of_another_type_are_named(adapter, change):
     [{"lora_dropout": 2}, {"r": -1}, {"target_modules": "((("}, {"alpha_pattern": {"(((": 3}}],
     ids=str,
 )
-def test_settings_out_of_their_range_are_told_with_their_file(adapter, change):
+def test_settings_out_of_their_range_are_reported_with_their_file(adapter, change):
     edit_config(adapter, **change)
     with pytest.raises(errors.UserError, match=r"(?s)(dropout 2|rank -1|'\(\(\(').*adapter_config"):
         peft.read(adapter)
@@ -484,13 +483,13 @@ def test_configs_of_old_and_new_versions_are_read(adapter):
 
 
 def test_targets_of_other_models_beside_the_right_ones_are_ignored(adapter):
-    """PEFT takes what matches, and so do the many adapters that list names of several models."""
+    """PEFT ignores names without a match, and many adapters list the names of several models."""
     edit_config(adapter, target_modules=["q_proj", "v_proj", "c_attn"], exclude_modules=["lm_head"],
                 rank_pattern={"c_proj": 2})  # fmt: skip
     check_logits(llama(adapter), arrays("lora_qv/eval_logits.npz"), "logits", 1e-4)
 
 
-def test_an_adapter_of_another_model_is_told_by_its_layers(adapter):
+def test_an_adapter_of_another_model_is_refused_by_its_layers(adapter):
     path = adapter / "adapter_model.safetensors"
     tensors = {
         name.replace("model.layers", "transformer.h").replace("self_attn.q_proj", "attn.c_attn"): a
@@ -501,7 +500,7 @@ def test_an_adapter_of_another_model_is_told_by_its_layers(adapter):
     with pytest.raises(errors.UserError) as raised:
         llama(adapter)
     message = str(raised.value)
-    assert "model.layers.N.self_attn.q_proj" in message and "its own base: gpt2" in message
+    assert "model.layers.N.self_attn.q_proj" in message and "trained on: gpt2" in message
     assert "transformer.h.0.attn.c_attn.lora_A has no layer in this model" in message
 
 
@@ -517,7 +516,7 @@ def test_an_adapter_without_effect_is_an_error():
         peft.load(nnx.merge(*split_base("llama"), copy=True), GOLDEN / "lora_qv" / "init_adapter")
 
 
-def test_each_layers_effect_is_told():
+def test_the_effect_of_each_layer_is_reported():
     model = llama(GOLDEN / FINISHED[0])
     effects = lora.effects(model)
     assert set(effects) == set(peft.read(GOLDEN / FINISHED[0]).factors)
@@ -531,7 +530,7 @@ def test_each_layers_effect_is_told():
 
 
 def test_pissa_trains_as_in_peft(tmp_path):
-    """From the same beginning to the same losses, and to the same change of the base as it was."""
+    """The same initial values lead to the same losses and the same change of the original base."""
     golden = json.loads((GOLDEN / "lora_pissa" / "golden.json").read_text())
     steps, lr = golden["config"]["steps"], golden["config"]["lr"]
     model = llama()

@@ -1,4 +1,4 @@
-"""Which layers are adapted, whatever their axes: delta, merge and files of each kind."""
+"""Layers of all classes and axes: how they are adapted, merged, saved and loaded."""
 
 import dataclasses
 import functools
@@ -11,14 +11,13 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lora_jax import errors
+from lora_jax import errors, lora
 from lora_jax.kernels import int4_matmul
 from lora_jax.layers import linear_map
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import peft, site
-from lora_jax.lora.linen import adapted as linen
-from lora_jax.lora.nnx import inject as lora
-from lora_jax.lora.nnx import sites
+from lora_jax.lora import linen, peft, site
+from lora_jax.lora.nnx import collect, sites
+from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
@@ -43,7 +42,7 @@ EINSUMS = {  # einsum: shapes of x and W, K, N
 
 
 @pytest.mark.parametrize("text", EINSUMS)
-def test_a_layout_multiplies_as_its_einsum(text):
+def test_a_linear_map_multiplies_as_its_einsum(text):
     shape_x, shape_w, k, n = EINSUMS[text]
     how, x, w = linear_map.parse(text), rand(*shape_x), rand(*shape_w, seed=1)
     matrix = how.matrix(w)
@@ -79,11 +78,11 @@ def test_einsums_that_are_no_matrix_product_are_refused(text, found):
         linear_map.parse(text)
 
 
-# ------------------------------------------------------------------------- kinds of layers
+# ------------------------------------------------------------------------- layer classes
 
 
 class Heads(nnx.Module):
-    """A layer of one's own, with a bias and its weight under a name of its own."""
+    """A class of our own, with a bias, and with its weight under another name."""
 
     def __init__(self, rngs):
         self.w = nnx.Param(jax.random.normal(rngs.params(), (6, 2, 5)))
@@ -97,7 +96,7 @@ lora.register(Heads, "btd,dnh->btnh", weight="w")
 
 
 class Layers(nnx.Module):
-    """One of each kind, the outputs side by side."""
+    """A layer of each class, with concatenated outputs."""
 
     def __init__(self, rngs):
         self.general = nnx.LinearGeneral(6, (2, 5), rngs=rngs)
@@ -130,7 +129,7 @@ def adapted(model, scale=0.3, **settings):
     for found in sites.find(model):
         if len(set(ranks := getattr(found.module, "lora_ranks", ()))) > 1:
             used = (np.arange(max(ranks)) < np.array(ranks)[:, None])[:, None]
-            A, B = lora.factors(found.module)
+            A, B = lora_layer.factors(found.module)
             A.set_value(A[...] * used)
             B.set_value(B[...] * used.mT)
     return settings
@@ -163,7 +162,7 @@ def test_every_kind_is_adapted_merged_saved_and_loaded(use_dora, tmp_path):
     assert set(ratios) == set(ranks) and min(ratios.values()) > 0.05
 
     lora.merge(model)
-    assert not lora.adapters(model) and type(model.conv) is nnx.Conv
+    assert not lora_layer.adapters(model) and type(model.conv) is nnx.Conv
     np.testing.assert_allclose(model(x), expected, atol=2e-5)
     assert nnx.graphdef(model) == nnx.graphdef(plain)
     for path, weight in nnx.to_flat_state(nnx.state(plain, nnx.Param)):
@@ -239,7 +238,7 @@ def test_a_vmapped_stack_of_any_kind_has_a_name_for_each_layer(tmp_path):
     settings = adapted(model, targets=("stack",), use_dora=True, layers=(0, 2),
                        rank_pattern={r"stack\.2": 3})  # fmt: skip
     assert model.stack.lora_ranks == (2, 0, 3)
-    assert set(lora.adapters(model)) == {"stack.0", "stack.2"}
+    assert set(lora_layer.adapters(model)) == {"stack.0", "stack.2"}
     x = rand(3, 2, 4, 6)
 
     def run(model):
@@ -269,7 +268,7 @@ def test_layers_of_one_shape_are_merged_by_one_program(monkeypatch):
 
 
 class Gate(nnx.Module):
-    """Of no kind that is registered."""
+    """A class that is not registered."""
 
     def __init__(self, rngs):
         self.w = nnx.Param(jnp.ones((4, 4)))
@@ -294,12 +293,12 @@ def awkward():
     [
         (dict(targets=("a", "groups")), ["groups has feature_group_count 2"]),
         (dict(targets=("a", "mask")), ["mask has a mask"]),
-        (dict(targets=("a", "gate")), ["b.gate is of class Gate, which is of no known kind"]),
-        (dict(targets="a|.*norm"), ["b.gate.norm is of class RMSNorm, which is of no known kind"]),
-        (dict(targets="a|.*attn"), ["b.attn is no layer itself"]),
+        (dict(targets=("a", "gate")), ["b.gate is of class Gate, which is not registered"]),
+        (dict(targets="a|.*norm"), ["b.gate.norm is of class RMSNorm, which is not registered"]),
+        (dict(targets="a|.*attn"), ["b.attn is not a layer itself"]),
         (
             dict(targets=("a", "attn", "gate", "mask")),
-            ["'attn' matches none", "mask has", "b.gate is", "b.attn is no layer itself"],
+            ["'attn' matches nothing", "mask has", "b.gate is", "b.attn is not a layer itself"],
         ),
         (
             dict(rank=2, targets=("a", "packed"), init_lora_weights="pissa"),
@@ -322,7 +321,7 @@ def test_a_refusal_lists_all_and_leaves_the_model_as_it_was(settings, found):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
 
-def test_what_cannot_be_adapted_may_lie_beside_or_around_what_is_or_be_excluded():
+def test_what_cannot_be_adapted_may_be_in_the_model_if_it_is_not_targeted():
     for settings, paths in (
         (dict(targets=("a",)), {"a"}),
         (dict(targets="all-linear"), {"a", "b.gate.up", "b.attn.q", "packed"}),
@@ -345,7 +344,7 @@ lora.register(Unnamed, "...i,io->...o")  # its weight is no `kernel`
 lora.register(Flat, "...D,DNH->...NH", weight="w")
 
 
-def test_layers_that_are_not_as_registered_are_refused_only_where_they_are_targeted():
+def test_layers_unlike_their_registration_are_refused_only_if_they_are_targeted():
     rngs = nnx.Rngs(0)
     model = nnx.Dict(
         a=nnx.Linear(4, 4, rngs=rngs), unnamed=Unnamed(), flat=Flat(),
@@ -354,12 +353,12 @@ def test_layers_that_are_not_as_registered_are_refused_only_where_they_are_targe
     with pytest.raises(errors.UserError) as raised:
         lora.inject(model, lora_config.LoRAConfig(targets="all-linear"), rngs=rngs)
     assert sorted(raised.value.found.split("\n            ")) == [
-        "flat has a weight of 2 axes, where 3 are multiplied",
+        "flat has a weight of 2 axes, but multiplies by one of 3",
         "odd has an einsum that is not of the form x,W->y, with no ellipsis in W",
-        "unnamed has no 'kernel', where Unnamed was registered to have its weight",
+        "unnamed has no 'kernel', which Unnamed is registered to hold its weight in",
     ]
     lora.inject(model, lora_config.LoRAConfig(targets=("a",)), rngs=rngs)
-    assert set(lora.adapters(model)) == {"a"}
+    assert set(lora_layer.adapters(model)) == {"a"}
     for register, cls in ((lora.register, Gate), (linen.register, nn.Module)):
         with pytest.raises(errors.UserError, match="not of the form"):
             register(cls, "ab")
@@ -379,7 +378,7 @@ def test_grouped_convolutions_take_no_adapter_from_a_file():
     other = awkward()
     with pytest.raises(errors.UserError, match="groups has feature_group_count 2"):
         lora.attach(other, trained, untrained=True)
-    assert not lora.adapters(other)
+    assert not lora_layer.adapters(other)
 
 
 # ------------------------------------------------------------------------- PEFT's own
@@ -425,7 +424,7 @@ def test_convolutions_and_embeddings_equal_pefts(name, tmp_path):
 
 
 def test_parts_of_a_fused_layer_are_adapted_alone(tmp_path):
-    """Q and V of four query heads and a shared K and V: K's columns stay as they were."""
+    """Q and V of four query heads and a shared K and V: K's columns do not change."""
     model = nnx.Dict(qkv=nnx.Linear(8, 12, rngs=nnx.Rngs(0)))
     plain, x = nnx.clone(model), rand(3, 8)
     settings = adapted(model, targets=("qkv",), parts={"qkv": (4, -1, 1)}, use_rslora=True)
@@ -479,7 +478,7 @@ def test_pissa_moves_the_principal_part_into_a_and_b(init, use_dora, tmp_path):
     np.testing.assert_allclose(back.a.kernel[...], kernel, atol=1e-5)
     idle = nnx.clone(model)
     idle.a.lora_B.set_value(idle.a.lora_B[...] + 0.1)
-    nnx.update(idle, lora.idle(idle))
+    nnx.update(idle, collect.idle(idle))
     np.testing.assert_allclose(idle.a(rand(4, 20)), plain.a(rand(4, 20)), atol=1e-5)
 
     for part in (model.a.lora_A, model.a.lora_B, model.b.lora_B):  # trained
@@ -506,7 +505,7 @@ def test_pissa_of_parts_takes_each_part_s_own(tmp_path):
     np.testing.assert_allclose(rest, [*whole[2:], 0, 0], atol=1e-5)
 
 
-def test_pissa_takes_no_more_ranks_than_a_weight_has():
+def test_pissa_takes_no_larger_rank_than_a_weight_has():
     model = nnx.Dict(a=nnx.Linear(8, 32, rngs=nnx.Rngs(0)), b=nnx.Linear(32, 6, rngs=nnx.Rngs(0)))
     before = jax.tree.map(np.asarray, nnx.state(model))
     config = lora_config.LoRAConfig(
@@ -527,11 +526,11 @@ def test_pissa_takes_no_more_ranks_than_a_weight_has():
         adapted.init(jax.random.key(0), params)
 
 
-def test_pissa_of_rounded_weights_is_refused():
+def test_pissa_of_quantized_weights_is_refused():
     model = nnx.Dict(a=nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
     dense = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
     quant_linear.quantize_model(model, "int4")
-    with pytest.raises(errors.UserError, match=r"(?s)before they were rounded.*int4"):
+    with pytest.raises(errors.UserError, match=r"(?s)before quantization.*int4"):
         lora.inject(model, lora_config.LoRAConfig(targets=("a",), init_lora_weights="pissa"),
                     rngs=nnx.Rngs(0))  # fmt: skip
     given = {"a": (rand(32, 8), rand(8, 8))}
@@ -590,7 +589,7 @@ def test_dora_is_its_equation_in_training_too(fmt, dropout):
 
 
 def test_dora_on_packed_weights_writes_no_dense_one(monkeypatch):
-    """Its norm comes from ‖W‖², which is kept, and Aᵀ W, a product with the packed words."""
+    """Its norm is computed from ‖W‖², a constant, and Aᵀ W, a product with the packed words."""
     model, calls = nnx.Dict(a=nnx.Linear(256, 64, use_bias=False, rngs=nnx.Rngs(0))), []
     quant_linear.quantize_model(model, "int4")
     adapted(model, targets=("a",), use_dora=True)

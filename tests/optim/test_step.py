@@ -13,11 +13,10 @@ import pytest
 import tiny_tokenizer
 from flax import nnx
 
-from lora_jax import tokenizer
+from lora_jax import lora, tokenizer
 from lora_jax.checkpoints import loader
 from lora_jax.data import batches, encoding
 from lora_jax.lora import config as lora_config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config

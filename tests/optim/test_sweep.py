@@ -8,9 +8,9 @@ import test_mesh
 import test_step
 from flax import nnx
 
+from lora_jax import lora
 from lora_jax.checkpoints import loader
 from lora_jax.lora import config as lora_config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw, sweep
 from lora_jax.optim import config as optim_config

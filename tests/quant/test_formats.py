@@ -1,4 +1,4 @@
-"""Formats: error bounds, bitsandbytes' codes, exact asymmetry, and what the arrays hold."""
+"""Formats: error bounds, bitsandbytes' codes, exact asymmetric weights, and stored arrays."""
 
 import functools
 import pathlib
@@ -314,7 +314,7 @@ def test_asymmetric_weights_are_exact(dtype):
     assert packed.scale.dtype == dtype and packed.group_bias.dtype == jnp.float32
 
 
-def test_asymmetric_groups_of_rows_that_are_no_words_are_an_error():
+def test_asymmetric_groups_that_do_not_fill_words_are_an_error():
     codes = jnp.zeros((36, 2), jnp.uint8)
     with pytest.raises(ValueError, match="multiple of 8"):
         formats.asymmetric(codes, jnp.ones((3, 2)), jnp.ones((3, 2)))

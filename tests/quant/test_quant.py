@@ -1,4 +1,4 @@
-"""A linear layer that computes with a packed weight, and how it takes a dense layer's place."""
+"""Layers that compute with a packed weight, and the conversion from and to dense layers."""
 
 import functools
 
@@ -27,7 +27,7 @@ def relative_error(found, weight):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_layer_computes_with_the_weight_it_stands_for(fmt, bias):
+def test_layer_computes_with_the_dequantized_weight(fmt, bias):
     linear = nnx.Linear(44, 13, use_bias=bias, rngs=nnx.Rngs(0))
     if bias:
         linear.bias.set_value(jnp.arange(13.0))
@@ -74,7 +74,7 @@ def test_dense_layer_has_the_dtype_its_weight_had():
     assert dense(jnp.ones((2, 32), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_packed_arrays_are_state_but_no_parameters():
+def test_packed_arrays_are_state_but_not_parameters():
     layer = quant_linear.quantize_linear(
         nnx.Linear(32, 8, use_bias=False, rngs=nnx.Rngs(0)), "int4"
     )
@@ -109,7 +109,7 @@ def test_the_weight_stays_readable(stack):
     np.testing.assert_allclose(layer.kernel[...], kernel, atol=0.02)
 
 
-def test_the_sharding_of_the_output_may_be_told_as_to_a_dense_layer():
+def test_the_sharding_of_the_output_can_be_given_as_for_a_dense_layer():
     # A size of its own: what was compiled under another mesh would give arrays of that one.
     linear = nnx.Linear(34, 10, rngs=nnx.Rngs(0))
     layer, x = quant_linear.quantize_linear(linear, "int8"), jnp.ones((4, 34))

@@ -1,9 +1,14 @@
-"""LoRA in Flax Linen models: the user's module unedited (`adapt`), or `LoRADense` in it."""
+"""LoRA in Flax Linen models: in an unedited module by `adapt`, or as the layer `LoRADense`."""
 
 from lora_jax import lazy
 
 __getattr__, __all__ = lazy.names(
     __name__,
-    {name: f"{__name__}.adapted:{name}" for name in ("adapt", "Adapted", "LoRADense")}
-    | {"register": f"{__name__}.sites:register"},
+    {
+        "Adapted": f"{__name__}.adapted:Adapted",
+        "LoRADense": f"{__name__}.dense:LoRADense",
+        "adapt": f"{__name__}.adapted:adapt",
+        "find": f"{__name__}.sites:find",
+        "register": f"{__name__}.registry:register",
+    },
 )

@@ -1,9 +1,10 @@
-"""The layers of a Flax Linen model that LoRA can adapt: found by watching a call of it."""
+"""The layers of a Flax Linen model that LoRA can adapt: found by tracing a call of it."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,50 +15,37 @@ from jaxtyping import Array, Num
 
 from lora_jax import errors
 from lora_jax.layers import linear_map
-from lora_jax.lora import site, targets
+from lora_jax.lora import site as lora_site
+from lora_jax.lora import targets
+from lora_jax.lora.linen import registry
 
 Path = tuple[str, ...]
-Params = Mapping[str, Any]  # nested, as a Linen model's collections are
+Params = Mapping[str, Any]  # nested, as the collections of a Linen model are
 
 
-class _Kind(NamedTuple):
-    """How layers of a class multiply: (layer, *arguments of a call) → layout."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site(lora_site.Site):
+    """Where an adapter can go in a Linen model: the layer's path in params, and its weight.
 
-    layout: Callable[..., linear_map.Layout]
-    weight: str = "kernel"
-    input: int = 0  # which argument of the call is x
-
-
-_KINDS: dict[type, _Kind] = {}
-
-
-def register(
-    cls: type[nn.Module],
-    einsum: str | Callable[..., str],
-    *,
-    weight: str = "kernel",
-    input: int = 0,
-) -> None:
-    """Has layers of a class of your own adapted.
-
-    Args:
-      cls: its __call__ returns einsum(x, W), plus a bias if it has a parameter `bias`.
-      einsum: such as "...D,DNH->...NH", or (layer, *arguments of __call__) → that.
-      weight: the name of the parameter W.
-      input: which argument of __call__ is x.
-
-    Raises: UserError for an einsum that is no product of x with a matrix.
+    weight, shape: the name of the weight, and its shape in a call. axis: the axis of the stack in
+    each parameter; 0, unless nn.scan uses another. depth: where in the path the number of a stacked
+    layer is inserted. stack: the sizes of the stack's axes.
     """
-    if isinstance(einsum, str):
-        linear_map.parse(einsum)
 
-    def described(layer, *args, **kwargs):
-        return linear_map.parse(
-            einsum if isinstance(einsum, str) else einsum(layer, *args, **kwargs)
-        )
+    path: Path
+    weight: str
+    shape: tuple[int, ...]
+    axis: int
+    depth: int | None
+    stack: tuple[int, ...]
 
-    _KINDS[cls] = _Kind(described, weight, input)
-    kind_of.cache_clear()
+    def in_params(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
+        """An array whose first axis is the stack's, with its axes ordered as in params."""
+        return jnp.moveaxis(array, 0, self.axis) if self.axis else array
+
+    def out_of_params(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
+        """The inverse of `in_params`."""
+        return jnp.moveaxis(array, self.axis, 0) if self.axis else array
 
 
 _tracing_for = jax.make_user_context(default_value=None)
@@ -65,95 +53,32 @@ _tracing_for = jax.make_user_context(default_value=None)
 
 @contextlib.contextmanager
 def intercepted(interceptor: Callable, own: Hashable) -> Iterator[None]:
-    """As flax.linen.intercept_methods, and inside of what nn.jit has traced before, too.
+    """As flax.linen.intercept_methods, also in functions that nn.jit has traced before.
 
-    own: by this JAX tells the interceptor from others, and traces anew.
+    own: identifies the interceptor, so that JAX traces again for another one.
     """
     with _tracing_for(own), nn.intercept_methods(interceptor):
         yield
 
 
-@functools.cache
-def kind_of(cls: type) -> _Kind | None:
-    return next((_KINDS[base] for base in cls.__mro__ if base in _KINDS), None)
-
-
-def _tuple(sizes: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (sizes,) if isinstance(sizes, int) else tuple(sizes)
-
-
-def _general(layer: nn.DenseGeneral, x: jax.Array) -> linear_map.Einsum:
-    outputs = len(_tuple(layer.features))
-    return linear_map.general(_tuple(layer.axis), outputs, _tuple(layer.batch_dims))
-
-
-def _einsum(layer: nn.Einsum, x: jax.Array, einsum_str: str | None = None) -> linear_map.Einsum:
-    return linear_map.parse(einsum_str or layer.einsum_str)
-
-
-def _conv(layer: nn.Conv, x: jax.Array) -> linear_map.Conv:
-    def slide(x, kernel):
-        narrow = layer.clone(features=kernel.shape[-1], use_bias=False, parent=None, name=None)
-        return narrow.apply({"params": {"kernel": kernel.astype(x.dtype)}}, x)
-
-    return linear_map.Conv(slide, _tuple(layer.kernel_size))
-
-
-_KINDS |= {
-    nn.Dense: _Kind(lambda layer, x: linear_map.LINEAR),
-    nn.DenseGeneral: _Kind(_general),
-    nn.Einsum: _Kind(_einsum),
-    nn.Embed: _Kind(lambda layer, ids: linear_map.Embedding(), "embedding"),
-    nn.Conv: _Kind(_conv),
-}
-
-
-class Site(NamedTuple):
-    """A layer of a model: its path in params, its place, its weight's name and shape in a call.
-
-    axis: the one of a stack in each parameter: 0, unless nn.scan was told another.
-    """
-
-    path: Path
-    place: site.Place
-    weight: str
-    shape: tuple[int, ...]
-    axis: int
-    depth: int | None  # where in the path the number of a layer stands
-    stack: tuple[int, ...]  # sizes
-
-    def in_params(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
-        """An array that is stacked on its first axes as it lies in params."""
-        return jnp.moveaxis(array, 0, self.axis) if self.axis else array
-
-    def out_of_params(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
-        """The reverse."""
-        return jnp.moveaxis(array, self.axis, 0) if self.axis else array
-
-
-class Found(NamedTuple):
-    """A model's layers, what else has parameters in it, by dotted path, and the shapes of all.
-
-    Among the others: a layer whose weight is not where its kind has it (nn.share_scope).
-    """
-
-    sites: tuple[Site, ...]
-    others: dict[str, targets.Candidate]
-    params: Params
-
-
 def find(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
-    """Every layer of `module` that can be adapted, as it is called by `module(*args, **kwargs)`.
+    """Every site of `module`, as it is called by `module(*args, **kwargs)`.
 
     args: arrays, or their shapes; nothing is computed.
-    Raises: UserError for a layer whose calls differ in what its weight's axes are for.
+    Raises: UserError if the calls of a layer differ in how they multiply.
     """
-    return survey(module, *args, **kwargs).sites
+    return survey(module, *args, **kwargs)[0]
 
 
-def survey(module: nn.Module, *args: Any, **kwargs: Any) -> Found:
-    """The same, and what else there is in `module`."""
-    calls: dict[Path, list[tuple[nn.Module, linear_map.Layout, str, tuple[int, ...]]]] = {}
+def survey(
+    module: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[tuple[Site, ...], dict[str, targets.Layer], Params]:
+    """(sites, others, params): as `find`, the other modules by path, and the shapes of params.
+
+    Only others that have parameters; among them layers whose weight is not where their class is
+    registered to have it (nn.share_scope).
+    """
+    calls: dict[Path, list[tuple[nn.Module, linear_map.LinearMap, str, tuple[int, ...]]]] = {}
     classes: dict[Path, str] = {}
     astray: dict[Path, str] = {}
 
@@ -161,22 +86,22 @@ def survey(module: nn.Module, *args: Any, **kwargs: Any) -> Found:
         y, layer = call(*args, **kwargs), context.module
         if context.method_name != "__call__" or layer.scope is None:
             return y
-        kind, cls = kind_of(type(layer)), type(layer).__name__
+        known, cls = registry.registration_of(type(layer)), type(layer).__name__
         classes.setdefault(layer.path, cls)
-        if kind and layer.has_variable("params", kind.weight):
-            weight = nn.meta.unbox(layer.get_variable("params", kind.weight))
+        if known and layer.has_variable("params", known.weight):
+            weight = nn.meta.unbox(layer.get_variable("params", known.weight))
             try:
-                how = kind.layout(layer, *args, **kwargs)
-                misfit = site.misfit(how, weight.shape)
-            except errors.UserError as error:  # of an einsum that is no product with a matrix
+                how = known.linear_map_of(layer, *args, **kwargs)
+                misfit = lora_site.misfit(how, weight.shape)
+            except errors.UserError as error:  # the einsum is not a product with a matrix
                 misfit = f"has an einsum that is {error.found}"
             if misfit:
                 astray[layer.path] = misfit
             else:
-                seen = layer, how, kind.weight, weight.shape
+                seen = layer, how, known.weight, weight.shape
                 calls.setdefault(layer.path, []).append(seen)
-        elif kind:
-            astray[layer.path] = f"holds a {cls} without the parameter {kind.weight!r} of its kind"
+        elif known:
+            astray[layer.path] = f"holds a {cls} without its registered parameter {known.weight!r}"
         return y
 
     params = shapes(module, args, kwargs, record)
@@ -185,10 +110,10 @@ def survey(module: nn.Module, *args: Any, **kwargs: Any) -> Found:
         layer, how, name, shape = seen[0]
         if any(other[1] != how for other in seen):
             raise errors.UserError(
-                expected="calls of a layer that agree on what its weight's axes are for",
+                expected="calls of a layer that multiply by its weight in the same way",
                 found=sorted({str(other[1]) for other in seen}),
                 where=".".join(path),
-                do="leave it out of the model's layers, or of the targets by its own class",
+                do="leave its class unregistered, or use a separate layer for each way",
             )
         whole = nn.meta.unbox(_at(params, path))[name].shape
         lead, axis = _stack(shape, whole, path)
@@ -196,21 +121,35 @@ def survey(module: nn.Module, *args: Any, **kwargs: Any) -> Found:
         inner = how.lead(shape)
         names = tuple(numbered(path, depth, index[: len(lead)], index[len(lead) :])
                       for index in np.ndindex(*lead, *inner))  # fmt: skip
-        problem = site.problem(layer, how)
-        where = site.Place(names, (*lead, *inner), *how.sizes(shape), how, problem)
-        sites.append(Site(path, where, name, shape, axis, depth, lead))
+        in_features, out_features = how.sizes(shape)
+        sites.append(
+            Site(
+                names=names,
+                lead=(*lead, *inner),
+                linear_map=how,
+                in_features=in_features,
+                out_features=out_features,
+                problem=lora_site.problem(layer, how),
+                path=path,
+                weight=name,
+                shape=shape,
+                axis=axis,
+                depth=depth,
+                stack=lead,
+            )
+        )
     owners = {path[:-1] for path in traverse_util.flatten_dict(nn.meta.unbox(params))} - {()}
-    others = {".".join(path): site.unknown(classes.get(path, "unknown"))
+    others = {".".join(path): lora_site.unregistered(classes.get(path, "unknown"))
               for path in owners - calls.keys()}  # fmt: skip
-    others |= {".".join(path): targets.Candidate("linear", 0, problem)
+    others |= {".".join(path): targets.Layer("linear", problem=problem)
                for path, problem in astray.items()}  # fmt: skip
-    return Found(tuple(sites), others, params)
+    return tuple(sites), others, params
 
 
 def shapes(
     module: nn.Module, args: tuple, kwargs: Mapping[str, Any], interceptor: Callable | None = None
 ) -> Params:
-    """The shapes of module's params; each call of a layer goes through the interceptor."""
+    """The shapes of the module's params. interceptor: is called for each call of a layer."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     dynamic = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 
@@ -230,7 +169,7 @@ def shapes(
 
 
 def _stack(shape, whole, path) -> tuple[tuple[int, ...], int]:
-    """(sizes, axis) of the stack that a weight of that shape in a call is part of."""
+    """(sizes, axis) of the stack. shape: of the weight in a call; whole: of the parameter."""
     more = len(whole) - len(shape)
     if whole[more:] == shape:
         return whole[:more], 0
@@ -238,15 +177,15 @@ def _stack(shape, whole, path) -> tuple[tuple[int, ...], int]:
         if more == 1 and whole[:axis] + whole[axis + 1 :] == shape:
             return (whole[axis],), axis
     raise errors.UserError(
-        expected="a stack of layers on one axis, or on the first ones",
-        found=f"a weight {whole} that a call sees as {shape}",
+        expected="a stack of layers on one axis, or on the first axes",
+        found=f"a weight of shape {whole} that has shape {shape} in a call",
         where=".".join(path),
         do="use 0 for params in variable_axes",
     )
 
 
 def _depth(params: Params, path: Path, lead: tuple[int, ...], axis: int) -> int | None:
-    """The length of the shortest part of `path` below which all parameters are on the stack."""
+    """The length of the shortest part of `path` below which all parameters are stacked."""
     if not lead:
         return None
 
@@ -260,65 +199,10 @@ def _depth(params: Params, path: Path, lead: tuple[int, ...], axis: int) -> int 
 
 
 def numbered(path: Path, depth: int | None, lead: tuple[int, ...], batch: tuple[int, ...]) -> str:
-    """The dotted path of one layer: its number in the stack at `depth`, that in a batch last."""
+    """The dotted path of one layer: its number in the stack at `depth`, that in the batch last."""
     parts = path if depth is None else (*path[:depth], *map(str, lead), *path[depth:])
     return ".".join((*parts, *map(str, batch)))
 
 
 def _at(tree: Params, path: Path) -> Any:
     return functools.reduce(lambda part, name: part[name], path, tree)
-
-
-def whole(params: Params, ends: tuple[str, ...]) -> tuple[Path, ...]:
-    """The paths of the modules whose names end so. Raises: UserError for an end without one."""
-    modules = {path[:n] for path in traverse_util.flatten_dict(params) for n in range(1, len(path))}
-    found = {path for path in modules if ".".join(path).endswith(tuple(ends)) and ends}
-    missing = [end for end in ends if not any(".".join(path).endswith(end) for path in found)]
-    if missing:
-        raise errors.UserError(
-            expected="modules_to_save that are modules of the model",
-            found=[f"{end} matches none" for end in missing],
-            where="modules that exist: " + ", ".join(sorted({path[-1] for path in modules})),
-        )
-    inside = {path for path in found for n in range(1, len(path)) if path[:n] in found}
-    return tuple(sorted(found - inside))
-
-
-class Tensor(NamedTuple):
-    """A parameter of one module that is trained whole, as it lies in PEFT's file.
-
-    end: its path in the module; whole, axis, index: the shape of the parameter with its stack,
-    where the stack is, and which of it this is.
-    """
-
-    name: str
-    path: Path
-    end: Path
-    whole: tuple[int, ...]
-    axis: int
-    index: tuple[int, ...]
-    convolution: bool
-
-    @property
-    def turn(self) -> tuple[int, ...]:
-        """The order of its axes in the file: torch has outputs first, then inputs."""
-        ndim = len(self.whole) - len(self.index)
-        if self.end[-1] == "kernel" and (ndim == 2 or self.convolution):
-            return (ndim - 1, ndim - 2, *range(ndim - 2))
-        return tuple(range(ndim))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """In the file."""
-        own = jax.eval_shape(self.layer, jax.ShapeDtypeStruct(self.whole, jnp.float32)).shape
-        return tuple(own[axis] for axis in self.turn)
-
-    def layer(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
-        """Its part of the whole parameter."""
-        return (jnp.moveaxis(array, self.axis, 0) if self.axis else array)[self.index]
-
-    def filled(self, array: Num[Array, "..."], new: Num[np.ndarray, "..."]) -> Num[Array, "..."]:
-        """The whole parameter with `new` in its part."""
-        turned = jnp.moveaxis(array, self.axis, 0) if self.axis else array
-        turned = turned.at[self.index].set(new)
-        return jnp.moveaxis(turned, 0, self.axis) if self.axis else turned

@@ -1,16 +1,27 @@
-"""An adapted NNX model as pure dicts: what is trained, and what is frozen."""
+"""The state of an adapted Flax NNX model: the types of its variables, and the split by them."""
 
 from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lora_jax.lora.nnx import variables
+
+@nnx.register_variable_name("lora", overwrite=True)
+class LoRAParam(nnx.Param):
+    """What is trained, in the collection `lora`: A, B, magnitudes, and fully trained modules."""
+
+
+class LoRAConstant(nnx.Variable):
+    """What belongs to an adapter and is not trained, such as its scaling."""
+
+
+class DropoutKey(nnx.Variable):
+    """The key data of a layer's dropout mask, or of each row's mask; `lora.reseed` renews it."""
 
 
 class Frozen(NamedTuple):
-    """What training leaves alone: the base model, and the shapes of the dropout keys.
+    """What training does not change: the base model, and the shapes of the dropout keys.
 
-    reference: for preferences, A and B as they were before training, when they had no effect.
+    reference: for preferences, the initial A and B, which have no effect.
     """
 
     base: Any
@@ -20,6 +31,6 @@ class Frozen(NamedTuple):
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Frozen]:
     """(graphdef, lora, frozen): the model as pure dicts, which jit dispatches fastest."""
-    graphdef, trained, keys, base = nnx.split(model, variables.LoRAParam, variables.DropoutKey, ...)
+    graphdef, trained, keys, base = nnx.split(model, LoRAParam, DropoutKey, ...)
     trained, keys, base = (nnx.to_pure_dict(part) for part in (trained, keys, base))
     return graphdef, trained, Frozen(base, keys)

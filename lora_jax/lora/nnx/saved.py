@@ -1,4 +1,4 @@
-"""Modules of a Flax NNX model that are trained and saved whole: PEFT's modules_to_save."""
+"""Modules of a Flax NNX model that are fully trained and saved: PEFT's modules_to_save."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,20 +12,20 @@ from jaxtyping import Array, Float
 
 from lora_jax import errors
 from lora_jax.layers import mixin
-from lora_jax.lora import side_by_side
+from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import sites
-from lora_jax.lora.nnx.variables import LoRAParam
+from lora_jax.lora.nnx.model_state import LoRAParam
 from lora_jax.quant import linear as quant_linear
 
 
 class SavedLayer(nnx.Module):
-    """y = copy(x): what a module becomes an instance of as well, whose copy is trained whole.
+    """y = copy(x): a second class that a fully trained module gets; its copy is trained.
 
-    The copy is `modules_to_save`, its parameters in float32; it computes with them in the module's
-    own dtypes. The module's parameters stay as they were, for others that use them.
+    The copy is `modules_to_save`. Its parameters are in float32, and it computes with them in the
+    module's own dtypes. The module's own parameters do not change, for others that use them.
     """
 
-    lora_members = 0  # see beside.py
+    lora_members = 0  # see layer.per_member
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         graphdef, state = nnx.split(self.modules_to_save)
@@ -37,22 +37,22 @@ class SavedLayer(nnx.Module):
             *args, state = args
             return nnx.merge(graphdef, state)(*args, **kwargs)
 
-        return side_by_side.each(output, self.lora_members, args, nnx.from_flat_state(cast))
+        return lora_layer.per_member(output, self.lora_members, args, nnx.from_flat_state(cast))
 
     def with_product(self, x: Float[Array, "..."], product: Any) -> jax.Array:
-        """The same: the product is that of the module's own weight, which is of no use here."""
+        """The same output: `product` is of the module's own weight, which is not used."""
         return self(x)
 
 
 class Saved(NamedTuple):
-    """A module that is, or is to be, a SavedLayer; a stack of them has its number at `depths`."""
+    """A module that is or becomes a SavedLayer; depths: as of a Site."""
 
     path: tuple[str | int, ...]
     module: nnx.Module
     depths: tuple[int, ...]
 
     def begin(self, given: Mapping[str, np.ndarray] | None = None) -> None:
-        """Makes a SavedLayer of the module; its copy has the values `given`, or the module's."""
+        """Makes the module a SavedLayer; its copy has the values `given`, or the module's own."""
         copied = nnx.clone(self.module)
         for path, variable in list(nnx.iter_graph(copied)):
             if isinstance(variable, nnx.Param):
@@ -66,11 +66,11 @@ class Saved(NamedTuple):
             variable.set_value(variable[...].at[index].set(array))
 
     def end(self) -> None:
-        """Makes the module again what it was, without its copy."""
+        """Makes the module what it was before, without its copy."""
         mixin.leave(self.module, "modules_to_save")
 
     def merge(self) -> None:
-        """The same, with the values of its copy."""
+        """The same as `end`, but the module takes the values of its copy."""
         copied = nnx.to_flat_state(nnx.state(self.module.modules_to_save, LoRAParam))
         self.end()
         own = dict(nnx.to_flat_state(nnx.state(self.module)))
@@ -104,17 +104,17 @@ class Saved(NamedTuple):
 
 
 def find(model: nnx.Module) -> list[Saved]:
-    """The modules of `model` that are saved whole."""
+    """The fully trained modules of `model`."""
     depths = _depths(list(sites.find(model)))
     return [Saved(path, node, depths(path)) for path, node in nnx.iter_graph(model)
             if isinstance(node, SavedLayer)]  # fmt: skip
 
 
 def choose(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> list[Saved]:
-    """The modules whose paths end in one of `ends`, as PEFT takes modules_to_save.
+    """The modules whose paths end in one of `ends`, which PEFT's modules_to_save are.
 
     found: the model's sites.
-    Raises: UserError for an end that matches nothing, and for quantized modules.
+    Raises: UserError if an end matches nothing, and for quantized modules.
     """
     depths, taken, matched, problems = _depths(found), [], set(), []
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: len(item[0])):
@@ -126,27 +126,27 @@ def choose(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> l
         if any(quant_linear.packed_of(part) for _, part in nnx.iter_graph(node)):
             problems.append(f"{sites.dotted(path)} is quantized")
         taken.append(Saved(path, node, depths(path)))
-    problems += [f"{end} matches none" for end in ends if end not in matched]
+    problems += [f"{end} matches nothing" for end in ends if end not in matched]
     if problems:
         names = {str(path[-1]) for path, node in nnx.iter_graph(model)
                  if path and isinstance(node, nnx.Module)}  # fmt: skip
         raise errors.UserError(
-            expected="modules_to_save that are modules of the model, and not quantized",
+            expected="modules_to_save that are unquantized modules of the model",
             found=problems,
             where="modules that exist: " + ", ".join(sorted(names)),
-            do="choose among embeddings, head and norms, and adapt the others",
+            do="choose embeddings, the head and norms, and adapt the others",
         )
     return taken
 
 
 def _depths(found: list[sites.Site]) -> Callable[[tuple[str | int, ...]], tuple[int, ...]]:
-    """Of a path: where the number of a stack around it stands, by the model's sites."""
+    """Returns `depths` of a module by its path, from those of the model's sites."""
     stacks = {site.path[: site.depths[0]]: site.depths[:1] for site in found if site.depths}
     return lambda path: next((d for outer, d in stacks.items() if path[: len(outer)] == outer), ())
 
 
 def _turn(module: nnx.Module, path: tuple, ndim: int) -> tuple[int, ...]:
-    """The order of a parameter's axes in a file: torch has outputs first, then inputs."""
+    """The order of a parameter's axes in a file: outputs first, then inputs, as in PyTorch."""
     owner = functools.reduce(getattr, path[:-1], module)
     if path[-1] == "kernel" and (ndim == 2 or isinstance(owner, nnx.Conv)):
         return (ndim - 1, ndim - 2, *range(ndim - 2))

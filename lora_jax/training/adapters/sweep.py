@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lora_jax import lora
 from lora_jax.console import say
 from lora_jax.lora import config as lora_config
-from lora_jax.lora.nnx import inject as lora
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import step as train_step
 from lora_jax.optim import sweep as side_by_side

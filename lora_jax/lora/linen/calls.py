@@ -1,0 +1,76 @@
+"""A call of a Flax Linen layer whose weight is quantized or adapted."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.kernels import int4_matmul, int8_matmul
+from lora_jax.kernels import packed as packing
+from lora_jax.lora import algebra
+from lora_jax.lora import site as lora_site
+from lora_jax.lora.linen import registry
+from lora_jax.lora.linen.sites import Site
+from lora_jax.lora.linen.weights import PACKED
+from lora_jax.quant import formats
+
+
+def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
+    """A function for nn.intercept_methods, which computes with what lies beside a layer's weight.
+
+    sites: the model's. fmt: the format of its packed weights. dropout: the rate.
+    """
+
+    def intercept(call, args, kwargs, context):
+        layer = context.module
+        known = registry.registration_of(type(layer))
+        if known is None or context.method_name != "__call__" or layer.scope is None:
+            return call(*args, **kwargs)
+        own = layer.variables.get("params", {})
+        if "lora_A" not in own and PACKED not in own:
+            return call(*args, **kwargs)
+        how = known.linear_map_of(layer, *args, **kwargs)
+        bound = inspect.signature(type(layer).__call__).bind(layer, *args, **kwargs)
+        x = list(bound.arguments.values())[1 + known.input]
+        bias = own.get("bias")
+        site = next(site for site in sites if site.path == layer.path)
+        if PACKED in own:
+            packed = packing.Packed(
+                **{name: own[PACKED].get(name) for name in packing.Packed._fields}
+            )
+            weight = functools.partial(_product, packed=packed, fmt=fmt)
+            dtype = getattr(layer, "dtype", None) or jnp.result_type(x)
+            y = how.multiply(x.astype(dtype), weight, shape=site.shape)
+            if bias is not None:
+                y = y + how.spread(bias.reshape(-1).astype(y.dtype), y.ndim, site.shape)
+        else:
+            weight, y = how.matrix(own[known.weight]), call(*args, **kwargs)
+        if "lora_A" not in own:
+            return y
+        B = own["lora_B"] * own["lora_mask"] if "lora_mask" in own else own["lora_B"]
+        magnitude = [own[name] for name in ("lora_magnitude_vector",) if name in own]
+        dropped = x
+        if "lora_dropout_key" in own:
+            dropped = lora_site.dropped(own["lora_dropout_key"], dropout, x)
+        return algebra.output(
+            how,
+            site.shape,
+            x,
+            y,
+            (own["lora_A"], B, own["lora_scaling"], *magnitude),
+            dropped=dropped,
+            weight=weight,
+            square=own.get("lora_square"),
+            bias=bias,
+        )
+
+    return intercept
+
+
+def _product(x: jax.Array, packed: packing.Packed, fmt: str) -> jax.Array:
+    codes = formats.codes(fmt)
+    if codes == "int8":
+        return int8_matmul.int8_matmul(x, packed.q, packed.column_scale)
+    return int4_matmul.int4_matmul(x, packed, codes=codes)

@@ -1,0 +1,105 @@
+"""Modules of a Flax Linen model that are fully trained and saved: PEFT's modules_to_save."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Num
+
+from lora_jax import errors
+from lora_jax.layers import linear_map
+from lora_jax.lora.linen import sites as linen_sites
+from lora_jax.lora.linen.sites import Params, Path
+from lora_jax.lora.linen.weights import Flat
+
+
+def choose(params: Params, ends: tuple[str, ...]) -> tuple[Path, ...]:
+    """The paths of the modules that end in one of `ends`, which PEFT's modules_to_save are.
+
+    Raises: UserError if an end matches nothing.
+    """
+    modules = {path[:n] for path in traverse_util.flatten_dict(params) for n in range(1, len(path))}
+    found = {path for path in modules if ".".join(path).endswith(tuple(ends)) and ends}
+    missing = [end for end in ends if not any(".".join(path).endswith(end) for path in found)]
+    if missing:
+        raise errors.UserError(
+            expected="modules_to_save that are modules of the model",
+            found=[f"{end} matches nothing" for end in missing],
+            where="modules that exist: " + ", ".join(sorted({path[-1] for path in modules})),
+        )
+    inside = {path for path in found for n in range(1, len(path)) if path[:n] in found}
+    return tuple(sorted(found - inside))
+
+
+class Tensor(NamedTuple):
+    """A parameter of one fully trained module, which has its own name in PEFT's file.
+
+    path, end: of the module, and of the parameter in it. whole: the shape of the parameter with its
+    stack. axis, index: the axis of the stack, and the layer's index there.
+    """
+
+    name: str
+    path: Path
+    end: Path
+    whole: tuple[int, ...]
+    axis: int
+    index: tuple[int, ...]
+    convolution: bool
+
+    @property
+    def turn(self) -> tuple[int, ...]:
+        """The order of its axes in the file: outputs first, then inputs, as in PyTorch."""
+        ndim = len(self.whole) - len(self.index)
+        if self.end[-1] == "kernel" and (ndim == 2 or self.convolution):
+            return (ndim - 1, ndim - 2, *range(ndim - 2))
+        return tuple(range(ndim))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the file."""
+        own = jax.eval_shape(self.layer, jax.ShapeDtypeStruct(self.whole, jnp.float32)).shape
+        return tuple(own[axis] for axis in self.turn)
+
+    def layer(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
+        """The layer's part of the whole parameter."""
+        return (jnp.moveaxis(array, self.axis, 0) if self.axis else array)[self.index]
+
+    def filled(self, array: Num[Array, "..."], new: Num[np.ndarray, "..."]) -> Num[Array, "..."]:
+        """The whole parameter with `new` as the layer's part."""
+        turned = jnp.moveaxis(array, self.axis, 0) if self.axis else array
+        turned = turned.at[self.index].set(new)
+        return jnp.moveaxis(turned, 0, self.axis) if self.axis else turned
+
+
+def tensors(
+    modules: Iterable[Path], sites: Sequence[linen_sites.Site], base: Flat
+) -> Iterator[Tensor]:
+    """The parameters of fully trained modules. base: the model's params, flat."""
+    for path in modules:
+        around = (s for s in sites if s.depth is not None and path[: s.depth] == s.path[: s.depth])
+        stack = next(around, None)
+        for key in sorted(key for key in base if key[: len(path)] == path):
+            lead, axis = (stack.stack, stack.axis) if stack else ((), 0)
+            end, whole = key[len(path) :], base[key].shape
+            convolution = any(
+                site.path == key[:-1] and isinstance(site.linear_map, linear_map.Conv)
+                for site in sites
+            )
+            leaf = "weight" if end[-1] in ("kernel", "embedding", "scale") else end[-1]
+            for index in np.ndindex(*lead):
+                name = linen_sites.numbered(path, stack and stack.depth, index, ())
+                name = ".".join((name, *end[:-1], leaf))
+                yield Tensor(name, path, end, whole, axis, index, convolution)
+
+
+def copies(modules: Iterable[Path], trained: Flat) -> list[tuple[Path, Path]]:
+    """(path in params, path in lora) of each parameter of fully trained modules."""
+    return [
+        ((*path, *key[len(path) + 1 :]), key)
+        for path in modules
+        for key in trained
+        if key[: len(path) + 1] == (*path, "modules_to_save")
+    ]
