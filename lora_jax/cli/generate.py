@@ -67,7 +67,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
     import jax
 
     from lora_jax import assets, hub, tokenizer
-    from lora_jax.checkpoints import loader
+    from lora_jax.checkpoints import inventory, loader
     from lora_jax.generation import continuation
     from lora_jax.generation import weights as decode_weights
     from lora_jax.lora import peft
@@ -98,7 +98,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
     architecture = model_config.load(folder)
     settings["quant"] = training_settings.resolved_quant(settings, architecture, folder)
     loaded = {"dtype": settings.get("dtype"), "quantization": settings["quant"]}
-    mesh = sharding.choose(settings.get("mesh"), loader.loaded_bytes(folder, **loaded))
+    mesh = sharding.choose(settings.get("mesh"), inventory.loaded_bytes(folder, **loaded))
     reader = tokenizer.load(folder)
     texts = prompts
     if settings.get("chat"):
@@ -115,7 +115,7 @@ def continuations(prompts: list[str], settings: dict[str, Any], sampling) -> Ite
             search=not settings.get("quant_fast"),
             mesh=mesh,
         )
-        if processes.leads() and (note := loader.dense_note(settings["quant"], model)):
+        if processes.leads() and (note := inventory.dense_note(settings["quant"], model)):
             print(note, file=sys.stderr)
         if adapter:
             peft.load(model, adapter)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax import errors
 
-OWN = ("int8", "int4", "int4-g64", "int4-g128")  # formats in a layout of our own
+NATIVE = ("int8", "int4", "int4-g64", "int4-g128")  # formats stored in lora_jax's own layout
 VERSION = 1  # of that layout
 
 
@@ -147,8 +147,8 @@ def _lora_jax(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     problems = []
     if raw.get("version") != VERSION:
         problems.append(f"version {raw.get('version')!r} (this lora_jax reads {VERSION})")
-    if raw.get("format") not in OWN:
-        problems.append(f"format {raw.get('format')!r} ({', '.join(OWN)} are known)")
+    if raw.get("format") not in NATIVE:
+        problems.append(f"format {raw.get('format')!r} ({', '.join(NATIVE)} are known)")
     return Quantization("lora_jax", str(raw.get("format"))), problems
 
 

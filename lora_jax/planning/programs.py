@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
-from lora_jax.checkpoints import loader
+from lora_jax.checkpoints import inventory
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
 from lora_jax.generation import weights as decode_weights
@@ -139,7 +139,7 @@ def model_parts(
     made = []
 
     def build():
-        model = loader.skeleton(
+        model = inventory.skeleton(
             job.architecture, dtype=jnp.dtype(job.dtype), quantization=job.quant, mesh=mesh
         )
         # PiSSA begins with values, of which there are none here.

@@ -17,7 +17,7 @@ from flax import nnx
 
 import lora_jax
 from lora_jax import console, errors, hub, tokenizer
-from lora_jax.checkpoints import loader, safetensors_files
+from lora_jax.checkpoints import fingerprints, inventory, loader, safetensors_files
 from lora_jax.console import say
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import continuation
@@ -61,7 +61,7 @@ def run(
     architecture = model_config.load(base)
     settings["quant"] = training_settings.resolved_quant(settings, architecture, base)
     loaded = {"dtype": settings.get("dtype"), "quantization": settings["quant"]}
-    mesh = sharding.choose(settings.get("mesh"), loader.loaded_bytes(base, **loaded))
+    mesh = sharding.choose(settings.get("mesh"), inventory.loaded_bytes(base, **loaded))
     if training and default_batch:
         settings["batch_size"] = sharding.round_up(settings["batch_size"], mesh)
     if training:
@@ -155,7 +155,7 @@ class Job:
         self.trained, self.frozen = sharding.place(state, self.mesh)
         if self.beta is not None:  # a step takes over the memory of what it trains
             self.frozen = self.frozen._replace(reference=jax.tree.map(jnp.copy, self.trained))
-        total = loader.num_params(self.architecture)
+        total = inventory.num_params(self.architecture)
         trainable = lora.num_params(self.model)
         before = sum(tensor.num_bytes for tensor in stored)
         after = sum(array.nbytes for array in jax.tree.leaves(self.frozen.base))
@@ -164,7 +164,7 @@ class Job:
             f"{console.near(settings['model'])}")  # fmt: skip
         say("base", f"{console.size(before)} on disk, {console.size(after)} loaded "
             f"(quant {settings['quant']})")  # fmt: skip
-        if note := loader.dense_note(settings["quant"], self.model):
+        if note := inventory.dense_note(settings["quant"], self.model):
             say("base", note)
         self.seconds["load"] = time.time() - start
 
@@ -430,7 +430,7 @@ class Job:
             "device": devices.describe(),
             "mesh": dict(self.mesh.shape),
             "memory": {"planned_bytes": self._planned_bytes(), "bytes_before": self.held},
-            "base": {"id": self.settings["model"], **loader.fingerprint(self.base)},
+            "base": {"id": self.settings["model"], **fingerprints.fingerprint(self.base)},
             "data": self.data.fingerprints,
             "samples": {},
         }

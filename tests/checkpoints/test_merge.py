@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import nnx
 
 from lora_jax import assets, errors
-from lora_jax.checkpoints import copy, loader, merge, safetensors_files
+from lora_jax.checkpoints import loader, merge, safetensors_files, writer
 from lora_jax.lora import adapter as host
 from lora_jax.lora import peft
 from lora_jax.lora.nnx import inject as lora
@@ -24,7 +24,7 @@ from lora_jax.parallel import mesh as sharding
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = GOLDEN / "models"
-ADAPTERS = {  # whose merged logits PEFT has told: its base
+ADAPTERS = {  # adapter whose merged logits PEFT computed: its base
     "lora_all_rslora": "llama",
     "lora_dora": "llama_bias",
     "lora_dora_embedding": "llama_tied_hd16",
@@ -34,9 +34,9 @@ ADAPTERS = {  # whose merged logits PEFT has told: its base
 }
 
 
-def write(base, adapter, into, shard=copy.SHARD, **how):
+def write(base, adapter, into, shard=writer.SHARD, **how):
     plan = merge.plan(base, adapter, **how)
-    with copy.new_folder(into, 0) as written:
+    with writer.new_folder(into, 0) as written:
         return list(merge.write(base, written, plan, shard=shard))
 
 
@@ -110,14 +110,14 @@ def test_what_was_quantized_gets_the_dtype_of_config_json(told, stored, tmp_path
     raw.pop("dtype", None)
     (base / "config.json").write_text(json.dumps(raw | {"torch_dtype": told}))
     adapter = host.Adapter(lora.lora_config.LoRAConfig(), {})
-    kinds = {name: kind for part in merge.plan(base, adapter).parts
-             for name, kind in part.kinds.items()}  # fmt: skip
-    assert kinds["model.layers.0.mlp.up_proj.weight"].dtype == stored
-    assert kinds["model.norm.weight"].dtype == "F32"
+    specs = {name: spec for part in merge.plan(base, adapter).parts
+             for name, spec in part.specs.items()}  # fmt: skip
+    assert specs["model.layers.0.mlp.up_proj.weight"].dtype == stored
+    assert specs["model.norm.weight"].dtype == "F32"
 
 
 def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
-    alive, value = [], safetensors_files.Stored.value
+    alive, value = [], safetensors_files.StoredTensor.value
 
     def watched(stored):
         assert sum(ref() is not None for ref in alive) <= 1
@@ -125,7 +125,7 @@ def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
         alive.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr(safetensors_files.Stored, "value", watched)
+    monkeypatch.setattr(safetensors_files.StoredTensor, "value", watched)
     adapter = peft.read(GOLDEN / "lora_all_rslora" / "final_adapter")
     names = write(MODELS / "llama", adapter, tmp_path / "merged")
     assert len(alive) == len(names) > 20
@@ -162,9 +162,9 @@ def test_the_script_merges_compares_and_leaves_a_model_to_generate_with(adapter,
 
 
 def test_a_merge_that_predicts_otherwise_leaves_nothing(adapter, tmp_path, monkeypatch):
-    folded = merge._folded
-    monkeypatch.setattr(merge, "_folded", lambda name, source, own, scaling, base:
-                        folded(name, source, own, 2 * scaling, base))  # fmt: skip
+    merged = merge._merged
+    monkeypatch.setattr(merge, "_merged", lambda name, source, own, scaling, base:
+                        merged(name, source, own, 2 * scaling, base))  # fmt: skip
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
     assert "within 0.01 nats a token" in message
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -174,7 +174,7 @@ def test_ctrl_c_leaves_nothing(adapter, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "_folded", interrupted)
+    monkeypatch.setattr(merge, "_merged", interrupted)
     ended = cli.run("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
     assert ended.code == 130 and "Traceback" not in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -183,7 +183,7 @@ def test_ctrl_c_leaves_nothing(adapter, tmp_path, monkeypatch):
 def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
     assert "no --adapter no --output-dir" in cli.refused("merge")
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", adapter)
-    assert "one that holds files" in message
+    assert "a folder that holds files" in message
     flags = ("--adapter", adapter, "--output-dir", tmp_path / "merged")
     message = cli.refused("merge", *flags, "--model", assets.FOLDER)
     assert "down_proj.lora_A has shape" in message
@@ -194,9 +194,9 @@ def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
 
 def test_a_disk_without_room_is_told_in_whole_mebibytes(monkeypatch, tmp_path):
     usage = collections.namedtuple("Usage", "total used free")(2**40, 2**40, 100)
-    monkeypatch.setattr(copy.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(errors.UserError, match=r"(?s)at least 1 MiB free.*0 MiB free"):
-        with copy.new_folder(tmp_path / "into", 101):
+        with writer.new_folder(tmp_path / "into", 101):
             pass
     assert not any(tmp_path.iterdir())
 
