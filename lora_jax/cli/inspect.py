@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> dict[str, Any]:
 def main() -> None:
     settings = parse()
     from lora_jax import hub, tokenizer
-    from lora_jax.data import batches, encoding, mixture, sources
+    from lora_jax.data import encoding, mixture, packing, sources
     from lora_jax.models import config as model_config
 
     pairs = arguments.columns(settings["columns"]) if "columns" in settings else None
@@ -78,17 +78,17 @@ def main() -> None:
         encode = encoding.encode_pairs if settings.get("dpo") else encoding.encode
         encoded = encode(rows, reader, seq_len, eos)
         how = {"packing": bool(settings.get("packing")), "in_pairs": bool(settings.get("dpo"))}
-        lines = batches.arrange(encoded.rows, seq_len, **how)
+        lines = packing.arrange(encoded.examples, seq_len, **how)
         which = "its first rows, " if streaming and label == "data" else ""
         summarise(label, which + console.near(source), encoded, seq_len)
         length = training_settings.line_length(settings)
         if not which:
-            length = min(length, batches.longest(lines))
+            length = min(length, packing.longest(lines))
         what = "packed on" if how["packing"] else "paired on" if how["in_pairs"] else "padded to"
         console.say("lines", f"{len(lines)} {what} lines of {length} tokens, "
-                    f"{batches.filled(lines, length):.1%} filled")  # fmt: skip
+                    f"{packing.filled(lines, length):.1%} filled")  # fmt: skip
         sizes.append(len(lines))
-        named = zip(encoded.rows, encoded.origins, strict=True)
+        named = zip(encoded.examples, encoded.origins, strict=True)
         origins = {id(ids): origin for (ids, _), origin in named}
         first = settings.get("first", 1)
         if settings["rows"] and first > len(lines):
@@ -111,8 +111,8 @@ def main() -> None:
 
 def summarise(label: str, source: str, encoded, seq_len: int) -> None:
     """What is in the data, in a few lines."""
-    sizes = [len(ids) for ids, _ in encoded.rows]
-    trained = sum(int(trained[1:].sum()) for _, trained in encoded.rows)
+    sizes = [len(ids) for ids, _ in encoded.examples]
+    trained = sum(int(trained[1:].sum()) for _, trained in encoded.examples)
     console.say(label, f"{len(sizes)} rows, {sum(sizes)} tokens: {source}")
     console.say("cut", f"{encoded.num_cut} at {seq_len} tokens; {encoded.num_skipped} "
                 "skipped, with nothing to train in what is left")  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax import console, errors, tokenizer
 from lora_jax.console import say
-from lora_jax.data import batches, encoding, mixture, sources, stream
+from lora_jax.data import batches, encoding, mixture, packing, sources, stream
 from lora_jax.training import settings as training_settings
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Data:
         self._seq_len = settings["seq_len"] = training_settings.sequence_length(settings, context)
         self._in_pairs = bool(settings.get("dpo"))
         self._arrange = functools.partial(
-            batches.arrange,
+            packing.arrange,
             seq_len=self._seq_len,
             packing=bool(settings.get("packing")),
             in_pairs=self._in_pairs,
@@ -65,10 +65,10 @@ class Data:
         self._streaming = bool(settings.get("streaming"))
         label = "stream" if self._streaming else "data"
         encoded = [
-            self._encode(label, source, part).rows
+            self._encode(label, source, part).examples
             for source, part in zip(settings["dataset"], rows.train, strict=True)
         ]
-        self.held_out: list[batches.Line] | None = None
+        self.held_out: list[packing.TokenSequence] | None = None
         self.scored: list[tuple[Any, str]] | None = None
         self.longest_answer = 0  # tokens
         if rows.held_out:
@@ -104,33 +104,33 @@ class Data:
         for number, each in enumerate(self._streams):
             each.keep(folder / f"{number}.jsonl", write=write)
 
-    def _deal_out(self, encoded: list[list[encoding.Row]]) -> batches.Batches:
+    def _deal_out(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
         """Batches of the rows of each source, shuffled."""
         settings, weights = self._settings, self._settings.get("weights")
         if weights is None:  # as one source: each row once an epoch
             encoded = [list(itertools.chain(*encoded))]
         parts = [self._arrange(rows) for rows in encoded]
         lines = list(itertools.chain(*parts))
-        length = min(training_settings.line_length(settings), batches.longest(lines))
+        length = min(training_settings.line_length(settings), packing.longest(lines))
         if settings.get("packing"):
             say("packed", f"{len(lines)} lines of {length} tokens, "
-                f"{batches.filled(lines, length):.1%} filled")  # fmt: skip
+                f"{packing.filled(lines, length):.1%} filled")  # fmt: skip
         seed = settings["seed"]
         return self._batches(
             [batches.Shuffled(part, seed, number) for number, part in enumerate(parts)], length
         )
 
-    def _stream_out(self, encoded: list[list[encoding.Row]]) -> batches.Batches:
+    def _stream_out(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
         """Batches of streams, of which `encoded` are the first rows."""
         settings, length = self._settings, training_settings.line_length(self._settings)
         lines = [line for rows in encoded for line in self._arrange(rows)]
-        say("streaming", f"lines of {length} tokens, {batches.filled(lines, length):.1%} filled by "
+        say("streaming", f"lines of {length} tokens, {packing.filled(lines, length):.1%} filled by "
             f"these; in blocks of {stream.BLOCK} rows, which are shuffled")  # fmt: skip
         encode = encoding.encode_pairs if self._in_pairs else encoding.encode
 
-        def arrange(rows: "datasets.Dataset") -> list[batches.Line]:
+        def arrange(rows: "datasets.Dataset") -> list[packing.TokenSequence]:
             made = encode(rows, self._reader, self._seq_len, self._eos, may_be_empty=True)
-            return self._arrange(made.rows)
+            return self._arrange(made.examples)
 
         self._streams = [
             stream.Stream(
@@ -155,7 +155,7 @@ class Data:
         )
 
     def _say_mixture(self) -> None:
-        mixed = self.batches.lines
+        mixed = self.batches.sequences
         if isinstance(mixed, mixture.Mixture):
             sizes = None if self._streaming else [*map(len, mixed.sources)]
             shown = self.num_steps * self.batches.step_size
@@ -166,7 +166,7 @@ class Data:
         settings, own = self._settings, self._settings.get("eval_dataset")
         names = [own] if own else [f"held out of {console.near(n)}" for n in settings["dataset"]]
         encoded = (self._encode("held out", *of) for of in zip(names, parts, strict=True))
-        self.held_out = self._arrange([row for each in encoded for row in each.rows])
+        self.held_out = self._arrange([row for each in encoded for row in each.examples])
         if not settings["exact_match"]:
             return
         # As many of each source.
@@ -190,7 +190,8 @@ class Data:
         first = "of its first rows " if label == "stream" else ""
         say(
             label,
-            f"{first}{len(encoded.rows)} rows, {sum(len(ids) for ids, _ in encoded.rows)} tokens, "
+            f"{first}{len(encoded.examples)} rows, "
+            f"{sum(len(ids) for ids, _ in encoded.examples)} tokens, "
             f"{encoded.num_cut} cut at {self._seq_len}, {encoded.num_skipped} skipped: "
             f"{console.near(source)}",
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import batches, mixture, sources
+from lora_jax.data import batches, mixture, packing, sources
 
 from lora_jax.training import prepare  # isort: skip (scripts/, which cli puts on the path)
 from lora_jax.cli import train  # isort: skip
@@ -22,19 +22,19 @@ from lora_jax.cli import train  # isort: skip
 def test_in_every_prefix_each_source_has_its_share_to_within_a_line(weights):
     period = sum(weights)
     mixed = mixture.Mixture([range(10**9)] * len(weights), weights)
-    of = np.array([mixed.place(n)[0] for n in range(period)])
+    of = np.array([mixed.locate(n)[0] for n in range(period)])
     places = np.arange(1, period + 1)
     for source, weight in enumerate(weights):
         shown = (of == source).cumsum()
         assert np.abs(shown - places * weight / period).max() < 1
         assert shown[-1] == weight  # and so on for ever
-    assert mixed.place(5 * period)[0] == of[0]
+    assert mixed.locate(5 * period)[0] == of[0]
 
 
 def numbered(*sizes):
     """Sources of rows whose tokens are 1000 · source + row."""
     return [
-        batches.alone([(np.full(4, 1000 * number + row, np.int32), np.ones(4, bool))
+        packing.alone([(np.full(4, 1000 * number + row, np.int32), np.ones(4, bool))
                        for row in range(size)])
         for number, size in enumerate(sizes)
     ]  # fmt: skip
@@ -112,7 +112,7 @@ def test_a_packed_mixture_of_other_kinds_of_rows(files, reader, capsys):
     for count in itertools.accumulate([1] * len(lines)):
         assert abs(sum(lines[:count]) - count / 4) < 1
     assert packed > 0.9 * len(lines)
-    sizes = [len(source) for source in made.batches.lines.sources]
+    sizes = [len(source) for source in made.batches.sequences.sources]
     assert made.num_steps == -(-2 * sum(sizes) // 16)
     told = " ".join(capsys.readouterr().out.split())
     for name, size, share in zip(files, sizes, (0.75, 0.25), strict=True):
@@ -131,7 +131,7 @@ def test_each_source_is_held_out_from_and_scored(tmp_path, reader):
     paths = [cli.write_rows(tmp_path / f"{n}.jsonl", 100, first=100 * n) for n in (1, 2)]
     flags = ("--dataset", *paths, "--eval-every", 1, "--exact-match", 3)
     made, weighted = data_of(reader, *flags), data_of(reader, *flags, "--weights", "1,3")
-    assert len(made.held_out) == 4 and len(made.batches.lines) == 196
+    assert len(made.held_out) == 4 and len(made.batches.sequences) == 196
     numbers = [int(re.search(r"\d+", reader.decode(ids))[0]) // 100 for ids, _ in made.scored]
     assert numbers == [1, 2, 1]
     assert weighted.fingerprints == made.fingerprints
