@@ -236,7 +236,7 @@ def test_what_a_quantized_checkpoint_cannot_be_is_refused(trained, script, tmp_p
         "plan": ("--model", NF4, "--no-compile", "--target", "cpu:1"),
     }[script]
     message = refused(script, *flags, "--quant", "fp4")
-    assert "expected: --quant nf4, which the checkpoint is in, or none" in message
+    assert "expected: --quant nf4, the checkpoint's format, or none" in message
     assert not (tmp_path / "run").exists()
 
 
