@@ -1,10 +1,11 @@
-"""The one exception for what a user can put right: expected, found, where, what to do."""
+"""The one exception for problems that a user can fix."""
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A problem the caller can fix, told in one message: expected, found, where, what to do.
+    """A problem the caller can fix; the message says what was expected, what was found, where, and
+    what to do.
 
     `found` and `where` may be lists, so that all occurrences of a problem are reported at once.
     """

@@ -1,4 +1,4 @@
-"""A model's name → the local folder that holds its files. Imports no jax."""
+"""A model's name → the local folder with its files, downloaded if necessary. Imports no jax."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from lora_jax import errors
 
-# Root-level files only: what the loaders read. Never a pickle (*.bin, *.pth), never code (*.py).
+# Root-level files that the loaders read. Never a pickle (*.bin, *.pth), never code (*.py).
 _BESIDE_WEIGHTS = [
     "generation_config.json",
     "tokenizer*",
@@ -32,21 +32,22 @@ _MODEL_FILES = (".safetensors", ".gguf", ".json", *_PICKLES)
 def model_folder(
     name: str, revision: str | None = None, *, named_by: pathlib.Path | None = None
 ) -> pathlib.Path:
-    """The folder with the files of model `name`, downloaded first when it is a hub id.
+    """The folder with the files of model `name`; a hub id is downloaded first.
 
     Args:
       name: an existing local folder, or a Hugging Face id such as `huggyllama/llama-7b`.
       revision: branch, tag or commit on the hub; None means main.
-      named_by: the adapter whose base it is, if the name is from there.
+      named_by: the adapter that names it as its base, if so.
 
     Raises:
-      errors.UserError: no such folder, no such repository, gated, unreachable, only pickles, …
+      errors.UserError: the folder or repository does not exist, is gated or cannot be reached, has
+        only pickles, …
     """
     return _local_folder(name, "model", named_by) or _downloaded(name, revision, "model")
 
 
 def adapter_folder(name: str, revision: str | None = None) -> pathlib.Path:
-    """The same for an adapter."""
+    """As `model_folder`, for an adapter."""
     return _local_folder(name, "adapter") or _downloaded(name, revision, "adapter")
 
 
@@ -71,7 +72,7 @@ def _downloaded(name: str, revision: str | None, kind: str) -> pathlib.Path:
 
 
 def config_folder(name: str, revision: str | None = None) -> pathlib.Path:
-    """As `model_folder`, but of a hub id config.json is all that is downloaded."""
+    """As `model_folder`, but of a hub id only config.json is downloaded."""
     if local := _local_folder(name):
         return local
 
@@ -84,7 +85,7 @@ def config_folder(name: str, revision: str | None = None) -> pathlib.Path:
 
 
 def tokenizer_folder(name: str, revision: str | None = None) -> pathlib.Path:
-    """As `model_folder`, but of a hub id no weights are downloaded."""
+    """As `model_folder`, but of a hub id only config.json and the tokenizer are downloaded."""
     if local := _local_folder(name):
         return local
 
@@ -102,13 +103,13 @@ def tokenizer_folder(name: str, revision: str | None = None) -> pathlib.Path:
 
 
 def beside_weights(folder: pathlib.Path) -> list[pathlib.Path]:
-    """A model folder's files of the tokenizer and of generation; no code, no pickles."""
+    """The tokenizer and generation files in a model folder; no code, no pickles."""
     found = {path for pattern in _BESIDE_WEIGHTS for path in folder.glob(pattern)}
     return sorted(path for path in found
                   if path.is_file() and path.suffix not in (".py", *_PICKLES))  # fmt: skip
 
 
-_LOCAL = {  # what a folder holds, how to find it, and an id like it
+_LOCAL = {  # what such a folder holds, which folder to pass, and an example id
     "model": ("config.json and *.safetensors", "that holds the model's files",
               "huggyllama/llama-7b"),
     "adapter": ("adapter_config.json and adapter_model.safetensors",
@@ -119,13 +120,13 @@ _LOCAL = {  # what a folder holds, how to find it, and an id like it
 def _local_folder(
     name: str, kind: str = "model", named_by: pathlib.Path | None = None
 ) -> pathlib.Path | None:
-    """The existing folder `name`; None if it can be a hub id. Raises: UserError if neither."""
+    """The existing folder `name`; None if it may be a hub id. Raises: UserError if neither."""
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file() or looks_like_path(name) or folder.suffix in _MODEL_FILES:
         holds, which, such_as = _LOCAL[kind]
-        do = f"give the folder {which}, or an id such as {such_as}"
+        do = f"pass the folder {which}, or an id such as {such_as}"
         raise errors.UserError(
             expected=f"a folder with {holds}, or a Hugging Face id",
             found="a file" if folder.is_file() else "no such folder",
@@ -136,7 +137,7 @@ def _local_folder(
 
 
 def commit(folder: str | pathlib.Path) -> str | None:
-    """The commit hash of a folder in the hub's cache, None for any other folder."""
+    """The commit hash of a folder in the hub's cache; None for any other folder."""
     folder = pathlib.Path(folder).resolve()
     is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
     return folder.name if is_snapshot else None
@@ -155,7 +156,7 @@ def refuse_lfs_pointer(path: str | pathlib.Path) -> None:
 
 
 def looks_like_path(name: str) -> bool:
-    """True if `name` cannot be meant as a hub id (`name` or `owner/name`)."""
+    """Whether `name` cannot be a hub id (`name` or `owner/name`)."""
     first = pathlib.Path(name).parts[:1]
     return (
         name.startswith(("/", ".", "~"))
@@ -167,7 +168,7 @@ def looks_like_path(name: str) -> bool:
 
 @contextlib.contextmanager
 def readable_errors(name: str, revision: str | None, kind: str) -> Iterator[None]:
-    """Turns what the hub's client raises for the repository `name` into errors.UserError.
+    """Converts errors of the hub's client about the repository `name` into errors.UserError.
 
     kind: "model", "adapter" or "dataset".
     """
@@ -176,31 +177,31 @@ def readable_errors(name: str, revision: str | None, kind: str) -> Iterator[None
     except errors.UserError:
         raise
     except Exception as error:
-        told = _explain(error, name, revision, kind)
-        if told is None:
+        explained = _explain(error, name, revision, kind)
+        if explained is None:
             raise
-        raise told from error
+        raise explained from error
 
 
 def _explain(
     error: Exception, name: str, revision: str | None, kind: str
 ) -> errors.UserError | None:
-    """What `error`, or one of those behind it, means to the user; None if it is none of ours."""
+    """A UserError for `error` or one that caused it; None if it is not about the hub."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub_errors
 
-    behind = _chain(error)
+    causes = _chain(error)
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     where = f"{name} (revision {revision or 'main'}) at {constants.ENDPOINT}"
-    network = next((e for e in reversed(behind) if _is_network(e)), None)
+    network = next((e for e in reversed(causes) if _is_network(e)), None)
 
     def seen(kind_of_error: type[Exception]) -> bool:
-        return any(isinstance(e, kind_of_error) for e in behind)
+        return any(isinstance(e, kind_of_error) for e in causes)
 
     if seen(hub_errors.HFValidationError):
         found = "neither a local path nor a valid id (owner/name)"
         do = "check the spelling"
-    elif seen(hub_errors.GatedRepoError):  # before RepositoryNotFoundError, which it also is
+    elif seen(hub_errors.GatedRepoError):  # a subclass of RepositoryNotFoundError, so first
         found = "a gated repository that this account may not read"
         do = f"accept the licence at {page}, then run `hf auth login` or set HF_TOKEN"
     elif seen(hub_errors.RepositoryNotFoundError):
@@ -209,20 +210,20 @@ def _explain(
     elif seen(hub_errors.RevisionNotFoundError):
         found = "no such revision"
         do = f"choose a branch, tag or commit from {page}/tree/main"
-    elif any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in behind):
+    elif any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in causes):
         found = "no space left on the disk"
         where = f"the download cache {constants.HF_HUB_CACHE}"
         do = "free some space, or set HF_HOME to a folder on a larger disk"
     elif network is not None and constants.HF_HUB_OFFLINE:
         found = "HF_HUB_OFFLINE is set, and the files are not (all) in the cache"
         where = f"{name} in {constants.HF_HUB_CACHE}"
-        do = f"unset HF_HUB_OFFLINE, or give a local {kind}"
+        do = f"unset HF_HUB_OFFLINE, or pass a local {kind}"
     elif network is not None:
         reason = f"{type(network).__name__}: {_first_line(network)}"
         found = f"no such local path, and the hub cannot be reached or refused: {reason}"
         do = (
             "check the network, HTTPS_PROXY and HF_ENDPOINT and run again (a download resumes), "
-            f"or give a local {kind}"
+            f"or pass a local {kind}"
         )
     else:
         return None
@@ -235,7 +236,7 @@ def _explain(
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """`error` and what it was raised from, nearest first (`datasets` raises in circles)."""
+    """`error` and its causes, nearest first. (The chains of `datasets` have cycles.)"""
     chain: list[BaseException] = []
     ahead: list[BaseException | None] = [error]
     while ahead:
@@ -255,7 +256,7 @@ def _is_network(error: BaseException) -> bool:
         hub_errors.HfHubHTTPError,
         hub_errors.LocalEntryNotFoundError,
     )
-    # The HTTP library below huggingface_hub changed its name more than once.
+    # huggingface_hub has changed its HTTP library more than once.
     return isinstance(error, known) or type(error).__module__.startswith(("httpx", "requests"))
 
 
@@ -264,7 +265,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _other_weights(name: str, revision: str | None) -> list[str]:
-    """Names of weight files that are not safetensors, from the listing that the download left."""
+    """Names of weight files that are not safetensors, from the cached listing of the repository."""
     import huggingface_hub
 
     tree = huggingface_hub.get_cached_repo_tree(name, revision=revision)

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used, so that importing one is cheap."""
+"""Packages that import their contents on first use, so that importing a package is cheap."""
 
 import importlib
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
-"""A model's folder → its tokenizer, and text → ids as both training and generation see them.
+"""A model folder → its tokenizer, and text → ids for both training and generation.
 
-Imports no jax; transformers takes seconds to import and is imported when a tokenizer is loaded.
+Imports no jax. transformers, which takes seconds to import, is imported when a tokenizer is loaded.
 """
 
 import json
@@ -21,13 +21,13 @@ if typing.TYPE_CHECKING:
 def load(folder: str | pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of the model in `folder`.
 
-    tokenizer.json is read as it stands, whatever tokenizer_class says: transformers 5.23's
+    tokenizer.json is used as it is, whatever tokenizer_class says: transformers 5.23's
     LlamaTokenizer (AutoTokenizer's choice) rebuilds it and encodes runs of spaces differently from
     the model's own SentencePiece. tokenizer_config.json (add_bos_token, special tokens) and the
     chat template are respected. Without tokenizer.json, tokenizer.model is converted.
 
     Raises:
-      errors.UserError: no tokenizer, an unreadable one, or sentencepiece is missing.
+      errors.UserError: the tokenizer is missing or unreadable, or sentencepiece is not installed.
     """
     folder = pathlib.Path(folder)
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -48,11 +48,11 @@ def load(folder: str | pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
 def eos_ids(
     tokenizer: "transformers.PreTrainedTokenizerBase", folder: str | pathlib.Path
 ) -> tuple[int, ...]:
-    """The ids that end a text: the tokenizer's own first (training appends it), then those of
+    """The ids that end a text: first the tokenizer's, which training appends, then those of
     generation_config.json and config.json in `folder`.
 
     Raises:
-      errors.UserError: there is none.
+      errors.UserError: none of them has one.
     """
     found = [tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
@@ -70,15 +70,15 @@ def eos_ids(
 
 
 def chat_prompt(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> str:
-    """`text` as a user's turn in the chat template, with the assistant's turn begun.
+    """`text` as a user's turn in the chat template, followed by the start of the assistant's turn.
 
-    Raises: UserError when the tokenizer has no chat template.
+    Raises: UserError if the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise errors.UserError(
             expected="a tokenizer with a chat template",
             found="none",
-            do="leave --chat out, or use a chat model",
+            do="omit --chat, or use a chat model",
         )
     turn = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
@@ -87,10 +87,10 @@ def chat_prompt(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) ->
 def encode(
     tokenizer: "transformers.PreTrainedTokenizerBase", texts: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of each text as a model's input: one BOS if the tokenizer adds one, then the text.
+    """The ids of each text as a model's input: one BOS if the tokenizer adds one, then the text.
 
-    Never an EOS at the end, even where the tokenizer would add one (a prompt must stay open), and
-    no second BOS where the text starts with one.
+    There is never an EOS at the end, even if the tokenizer adds one, because a prompt must stay
+    open; and no second BOS if the text starts with one.
     """
     if not texts:
         return []
@@ -109,9 +109,9 @@ def encode(
 def continuation(
     tokenizer: "transformers.PreTrainedTokenizerBase", prompt: Sequence[int], new: Sequence[int]
 ) -> str:
-    """The text that the ids `new` add behind `prompt`.
+    """The text that the ids `new` add after `prompt`.
 
-    Decoded together: alone, SentencePiece tokens lose a space in front.
+    They are decoded together, because SentencePiece tokens on their own lose a leading space.
     """
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
@@ -133,13 +133,13 @@ def _read_json(path: pathlib.Path) -> dict:
 def _from_json(
     folder: pathlib.Path, origin: pathlib.Path
 ) -> "transformers.PreTrainedTokenizerBase":
-    """Reads tokenizer.json in `folder`; `origin` is the folder that messages name."""
+    """The tokenizer in `folder`/tokenizer.json. origin: the folder that error messages name."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     import transformers
 
     config = _read_json(folder / "tokenizer_config.json")
-    # transformers 5 drops these two from the file where there is a tokenizer.json; it did not
-    # before, and models were trained with them: what the file says explicitly is meant.
+    # transformers 5 ignores these two if there is a tokenizer.json. Older versions did not, and
+    # models were trained with them, so explicit values are passed on.
     explicit = {k: config[k] for k in ("add_bos_token", "add_eos_token") if k in config}
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -159,7 +159,7 @@ def _from_json(
 
 
 def _from_sentencepiece(folder: pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
-    """Converts tokenizer.model in a temporary folder and reads the result with its neighbours."""
+    """The tokenizer from tokenizer.model, converted, with the other tokenizer files of `folder`."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = pathlib.Path(temporary)
         for name in (
@@ -173,7 +173,7 @@ def _from_sentencepiece(folder: pathlib.Path) -> "transformers.PreTrainedTokeniz
         backend, named = _convert(folder / "tokenizer.model")
         backend.save(str(copy / "tokenizer.json"))
         path = copy / "tokenizer_config.json"
-        # LLaMA's own default where the file is silent: a BOS in front.
+        # LLaMA's own default if the file does not say: a BOS in front.
         config = {"add_bos_token": True, **named, **_read_json(path)}
         path.write_text(json.dumps(config), encoding="utf-8")
         return _from_json(copy, folder)
@@ -182,9 +182,9 @@ def _from_sentencepiece(folder: pathlib.Path) -> "transformers.PreTrainedTokeniz
 def _convert(path: pathlib.Path) -> tuple["tokenizers.Tokenizer", dict[str, str]]:
     """A SentencePiece BPE model as a tokenizers.Tokenizer, and its bos, eos and unk tokens.
 
-    A merge is any split of a piece into two pieces, in the order of the pieces' scores. The dummy
-    space and the spaces are put in by the normaliser, as SentencePiece does (transformers 5.23's
-    own converter puts no dummy space in front of a leading space).
+    Every split of a piece into two pieces is a merge, in the order of the pieces' scores. The
+    normaliser adds the dummy space and replaces spaces, as SentencePiece does (transformers 5.23's
+    converter adds no dummy space before a leading space).
     """
     try:
         import sentencepiece
@@ -217,7 +217,7 @@ def _convert(path: pathlib.Path) -> tuple["tokenizers.Tokenizer", dict[str, str]
         splits = [(a, b) for a, b in splits if a in pieces and b in pieces]
         splits.sort(key=lambda ab: (pieces[ab[0]], pieces[ab[1]]))
         merges += [(model.get_score(i), ab) for ab in splits]
-    merges.sort(key=lambda scored: -scored[0])  # stable: equal scores stay in the pieces' order
+    merges.sort(key=lambda scored: -scored[0])  # stable: equal scores keep the order of the pieces
 
     unk = model.id_to_piece(model.unk_id())
     backend = tokenizers.Tokenizer(
@@ -254,7 +254,7 @@ def _convert(path: pathlib.Path) -> tuple["tokenizers.Tokenizer", dict[str, str]
     ours = backend.encode(probe, add_special_tokens=False).ids
     if ours != model.encode(probe):
         raise errors.UserError(
-            expected="a SentencePiece model of type BPE without a text normaliser, as LLaMA's",
+            expected="a SentencePiece model of type BPE without a text normaliser, like LLaMA's",
             found="another type: the converted tokenizer encodes differently",
             where=str(path),
             do="copy tokenizer.json of the base model into the folder",

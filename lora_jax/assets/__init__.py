@@ -1,4 +1,4 @@
-"""The small base model, task and settings that ship with the package. Imports no jax."""
+"""The demo: a small base model, data and settings that ship with the package. Imports no jax."""
 
 import json
 import pathlib
@@ -10,5 +10,5 @@ EVAL = FOLDER / "eval.jsonl"
 
 
 def settings() -> dict[str, Any]:
-    """What replaces the defaults of scripts/train.py when neither model nor data are given."""
+    """The defaults of scripts/train.py when neither a model nor data are given."""
     return json.loads((FOLDER / "settings.json").read_text())

@@ -1,4 +1,4 @@
-"""Model folders: reading, writing, quantizing and merging them, tensor by tensor.
+"""Model folders: load, quantize, merge and write them, tensor by tensor.
 
 May import `hub`, `lora`, `models`, `parallel`, `quant`.
 """
@@ -8,7 +8,9 @@ from lora_jax import lazy
 __getattr__, __all__ = lazy.names(
     __name__,
     {
-        name: f"{__name__}.loader:{name}"
-        for name in ("load", "num_params", "loaded_bytes", "fingerprint")
+        "load": f"{__name__}.loader:load",
+        "num_params": f"{__name__}.inventory:num_params",
+        "loaded_bytes": f"{__name__}.inventory:loaded_bytes",
+        "fingerprint": f"{__name__}.fingerprints:fingerprint",
     },
 )

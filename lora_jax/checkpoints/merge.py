@@ -1,4 +1,4 @@
-"""A model's folder with an adapter folded into its weights, for programs that know no adapters."""
+"""A model folder with an adapter merged into its weights, for programs without adapters."""
 
 import functools
 import json
@@ -10,37 +10,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.checkpoints import copy, loader, safetensors_files, storage
-from lora_jax.checkpoints.safetensors_files import Kind, Stored
+from lora_jax.checkpoints import inventory, safetensors_files, storage, writer
+from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
+from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
 from lora_jax.lora import algebra
 from lora_jax.models import config as model_config
-from lora_jax.models import quantization_config as model_quantization
+from lora_jax.models import quantization_config
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 
 
 class Merge(NamedTuple):
-    """What `write` does: its parts, and the config.json of the result."""
+    """What `write` will write: tensors and config.json."""
 
-    parts: list[copy.Part]
+    parts: list[writer.Part]
     config: dict[str, Any]
 
 
 class _Source(NamedTuple):
-    """A dense tensor of the base, however it is stored. rounded: to this format first, if any."""
+    """A tensor of the base. rounded: the format to round it to before merging, if any."""
 
-    tensor: Stored | storage.Weight
-    dtype: str  # by safetensors' names, in the result
+    tensor: StoredTensor | StoredLinear
+    dtype: str  # in the result, as safetensors names it
     rounded: str | None
     search: bool
 
     def value(self) -> jax.Array:
-        """[N, K] as in a dense model's file, on one device."""
+        """The dense tensor, [N, K] for a linear layer, on one device."""
         dtype = jnp.float32 if self.rounded else _NAMES[self.dtype]
-        if isinstance(self.tensor, storage.Weight):
+        if isinstance(self.tensor, StoredLinear):
             one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
-            raw = self.tensor.read(one, (None, None))
+            raw = storage.read(self.tensor, one, (None, None))
             return _dequantized(raw, storage.Dequantize(self.tensor.recipe), dtype).T
         value = jnp.asarray(self.tensor.value())
         if self.rounded is None:
@@ -64,32 +65,32 @@ def plan(
     quantization: str | None = None,
     search: bool = True,
 ) -> Merge:
-    """What there is to write of the model in `folder` with `adapter`, which fits it.
+    """What to write to merge `adapter`, which fits the model in `folder`, into it.
 
-    quantization: None takes the weights as they are stored, dequantized if they are quantized;
-    a format rounds them to it first, so that the result is what was trained on such a base.
+    quantization: None takes the weights as they are stored, dequantized if necessary; a format
+    rounds them to it first, so that the result equals an adapter trained on a base in that format.
     Tensors keep their dtype; dequantized ones get config.json's.
     """
     config = model_config.load(folder)
     raw = json.loads((folder / "config.json").read_text())
     raw.pop("quantization_config", None)
-    fmt = model_quantization.choose(quantization, config.quantization, str(folder))
+    fmt = quantization_config.choose(quantization, config.quantization, str(folder))
     rounded = fmt if config.quantization is None and fmt != "none" else None
-    linears, others = loader.contents(folder, config)
+    linears, others = inventory.contents(folder, config)
     default = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
     parts = []
     for name, tensor in (linears | others).items():
-        dense = isinstance(tensor, Stored)
+        dense = isinstance(tensor, StoredTensor)
         dtype = tensor.dtype if dense else default[model_config.stored_dtype(raw)]
         source = _Source(tensor, dtype, rounded if name in linears else None, search)
         parts.append(_part(name, source, adapter))
     if config.tie_word_embeddings and _changes_embedding(adapter):
-        # Its head stays tied to the embedding as it was: it gets a tensor of its own.
+        # The head keeps the values of the original embedding, so it needs a tensor of its own.
         embedding = others["model.embed_tokens.weight"]
         base = adapter.saved.get("model.embed_tokens.base_layer.weight")
         head = "lm_head.weight"
         if base is None:
-            parts.append(copy.unchanged(embedding, head))
+            parts.append(writer.unchanged(embedding, head))
         else:
             parts.append(_given(head, base))
         raw["tie_word_embeddings"] = False
@@ -97,53 +98,53 @@ def plan(
 
 
 def write(
-    folder: pathlib.Path, written: pathlib.Path, merge: Merge, *, shard: int = copy.SHARD
+    folder: pathlib.Path, written: pathlib.Path, merge: Merge, *, shard: int = writer.SHARD
 ) -> Iterator[str]:
-    """Writes `plan(folder, …)` into the folder `written`, see copying.new_folder.
+    """Writes `plan(folder, …)` into the folder `written`; see writer.new_folder.
 
-    Yields the name of each tensor when it is done.
+    Yields the name of each tensor when it is written.
     """
-    yield from copy.write(folder, written, merge.parts, merge.config, shard=shard)
+    yield from writer.write(folder, written, merge.parts, merge.config, shard=shard)
 
 
-def _part(name: str, source: _Source, adapter: host.Adapter) -> copy.Part:
+def _part(name: str, source: _Source, adapter: host.Adapter) -> writer.Part:
     path = name.removesuffix(".weight")
     if name in adapter.saved:
         return _given(name, adapter.saved[name])
     own = adapter.factors.get(path)
     base = adapter.saved.get(f"{path}.base_layer.weight")
     if own is None:
-        if isinstance(source.tensor, Stored) and source.rounded is None:
-            return copy.unchanged(source.tensor)
+        if isinstance(source.tensor, StoredTensor) and source.rounded is None:
+            return writer.unchanged(source.tensor)
         make = functools.partial(_dense, name, source)
-        return copy.Part(name, {name: Kind(source.dtype, _shape(source.tensor))}, make)
-    make = functools.partial(_folded, name, source, own, adapter.scaling(path), base)
-    return copy.Part(name, {name: Kind(source.dtype, _shape(source.tensor))}, make)
+        return writer.Part(name, {name: TensorSpec(source.dtype, _shape(source.tensor))}, make)
+    make = functools.partial(_merged, name, source, own, adapter.scaling(path), base)
+    return writer.Part(name, {name: TensorSpec(source.dtype, _shape(source.tensor))}, make)
 
 
-def _given(name: str, array: np.ndarray) -> copy.Part:
-    return copy.Part(name, {name: safetensors_files.kind(array)}, lambda: {name: array})
+def _given(name: str, array: np.ndarray) -> writer.Part:
+    return writer.Part(name, {name: safetensors_files.spec_of(array)}, lambda: {name: array})
 
 
 def _dense(name: str, source: _Source) -> dict[str, np.ndarray]:
     return {name: np.asarray(source.value().astype(_NAMES[source.dtype]))}
 
 
-def _folded(
+def _merged(
     name: str, source: _Source, own: host.Factors, scaling: float, base: np.ndarray | None
 ) -> dict[str, np.ndarray]:
     weight = source.value() if base is None else jnp.asarray(base)
-    turned = own.kind != "embedding"  # in the file a linear layer's weight is [N, K]
-    weight = weight.T if turned else weight
+    transposed = own.kind != "embedding"  # in the file a linear layer's weight is [N, K]
+    weight = weight.T if transposed else weight
     factors = jnp.asarray(own.A), jnp.asarray(own.B), jnp.full((1, 1), scaling, jnp.float32)
     magnitude = () if own.magnitude is None else (jnp.asarray(own.magnitude),)
     whole = jax.jit(algebra.merged)(weight.astype(jnp.float32), *factors, *magnitude)
-    whole = whole.T if turned else whole
+    whole = whole.T if transposed else whole
     return {name: np.asarray(whole.astype(_NAMES[source.dtype]))}
 
 
-def _shape(tensor: Stored | storage.Weight) -> tuple[int, ...]:
-    if isinstance(tensor, Stored):
+def _shape(tensor: StoredTensor | StoredLinear) -> tuple[int, ...]:
+    if isinstance(tensor, StoredTensor):
         return tensor.shape
     return tensor.recipe.columns, tensor.recipe.rows
 

@@ -1,6 +1,7 @@
-"""A quantized copy of a dense checkpoint, which later loads in seconds.
+"""A quantized copy of a dense checkpoint, which loads in seconds.
 
-int8 and int4 in a layout of our own; NF4 and FP4 in bitsandbytes', which transformers reads too.
+int8 and int4 are stored in lora_jax's own layout, NF4 and FP4 in bitsandbytes', which transformers
+reads too.
 """
 
 import functools
@@ -12,30 +13,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.checkpoints import copy as copying
-from lora_jax.checkpoints import loader, storage
-from lora_jax.checkpoints.safetensors_files import Stored
+from lora_jax.checkpoints import inventory, storage, writer
+from lora_jax.checkpoints.safetensors_files import StoredTensor
+from lora_jax.checkpoints.storage import bitsandbytes
 from lora_jax.models import config as model_config
-from lora_jax.models import quantization_config as model_quantization
+from lora_jax.models import quantization_config
 
 
 class Copy(NamedTuple):
-    """What `write` does: its parts, and how many of them load dense all the same.
+    """What `write` will write.
 
-    Those are linear layers in which blocks of NF4 or FP4 reach from one row into the next.
-    num_bytes: of the tensors as they are in the source.
+    num_crossing: how many linear layers will load dense nevertheless, because their blocks of NF4
+    or FP4 reach from one row into the next. num_bytes: of the tensors in the source.
     """
 
     fmt: str
-    parts: list[copying.Part]
+    parts: list[writer.Part]
     num_crossing: int
     num_bytes: int
 
 
 def plan(folder: pathlib.Path, fmt: str, *, search: bool = True) -> Copy:
-    """What there is to write of the model in `folder`. search: see formats.quantize.
+    """What to write for the model in `folder`. search: see formats.quantize.
 
-    Raises: UserError for what checkpoint.load refuses, and a model that is quantized already.
+    Raises: UserError if the model is quantized already, or loader.load would raise one.
     """
     config = model_config.load(folder)
     if config.quantization is not None:
@@ -43,52 +44,52 @@ def plan(folder: pathlib.Path, fmt: str, *, search: bool = True) -> Copy:
             expected="a model that is not quantized yet",
             found=f"{config.quantization.fmt} ({config.quantization.method})",
             where=str(folder),
-            do="name the model before it was quantized",
+            do="pass the model before quantization",
         )
-    linears, others = (part.values() for part in loader.contents(folder, config))
-    parts, crossing = [copying.unchanged(stored) for stored in others], 0
+    linears, others = (part.values() for part in inventory.contents(folder, config))
+    parts, crossing = [writer.unchanged(stored) for stored in others], 0
     for stored in linears:
         columns, rows = stored.shape
-        kinds = {f"{_module(stored)}.{name}": kind
-                 for name, kind in storage.kinds(fmt, rows, columns).items()}  # fmt: skip
-        known = {name: kind for name, kind in kinds.items() if kind is not None}
+        specs = {f"{_module(stored)}.{name}": spec
+                 for name, spec in storage.tensor_specs(fmt, rows, columns).items()}  # fmt: skip
+        known = {name: spec for name, spec in specs.items() if spec is not None}
         make = functools.partial(_quantized, stored, fmt, search)
-        parts.append(copying.Part(stored.name, known, make, kinds.keys() - known.keys()))
-        crossing += fmt not in model_quantization.OWN and rows % storage.BNB_BLOCK != 0
+        parts.append(writer.Part(stored.name, known, make, specs.keys() - known.keys()))
+        crossing += fmt not in quantization_config.NATIVE and rows % bitsandbytes.BLOCK != 0
     return Copy(fmt, parts, crossing, sum(stored.num_bytes for stored in (*linears, *others)))
 
 
 def write(
-    folder: pathlib.Path, into: pathlib.Path, copy: Copy, *, shard: int = copying.SHARD
+    folder: pathlib.Path, into: pathlib.Path, copy: Copy, *, shard: int = writer.SHARD
 ) -> Iterator[str]:
-    """Writes `plan(folder, …)` to the new folder `into`, which is there only once it is whole.
+    """Writes `plan(folder, …)` to the new folder `into`, which appears only when it is complete.
 
-    Yields the name of each tensor of the source when it is done.
-    Raises: UserError for values that are not finite, a full disk, a folder that holds anything.
+    Yields the name of each tensor of the source when it is written.
+    Raises: UserError if a value is not finite, the disk is full or `into` holds files.
     """
     raw = json.loads((folder / "config.json").read_text())
     raw["quantization_config"] = _declaration(copy.fmt, raw)
-    with copying.new_folder(into, sum(part.num_bytes for part in copy.parts)) as written:
-        yield from copying.write(folder, written, copy.parts, raw, shard=shard)
+    with writer.new_folder(into, sum(part.num_bytes for part in copy.parts)) as written:
+        yield from writer.write(folder, written, copy.parts, raw, shard=shard)
 
 
-def _quantized(stored: Stored, fmt: str, search: bool) -> dict[str, np.ndarray]:
-    """The tensors of one linear layer. Raises: UserError for a NaN or infinity."""
-    found = storage.store(fmt, stored.value(), search=search)
+def _quantized(stored: StoredTensor, fmt: str, search: bool) -> dict[str, np.ndarray]:
+    """The tensors of one linear layer. Raises: UserError if a value is NaN or infinite."""
+    found = storage.quantize(fmt, stored.value(), search=search)
     if not all(np.isfinite(a).all() for a in found.values() if a.dtype == np.float32):
         raise errors.UserError(
             expected="finite weights",
             found=f"NaN or infinity in {stored.name}",
             where=str(stored.path),
-            do="take another revision of the model",
+            do="use another revision of the model",
         )
     return {f"{_module(stored)}.{name}": array for name, array in found.items()}
 
 
 def _declaration(fmt: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json's quantization_config."""
-    if fmt in model_quantization.OWN:
-        version = model_quantization.VERSION
+    """The quantization_config for config.json."""
+    if fmt in quantization_config.NATIVE:
+        version = quantization_config.VERSION
         return {"quant_method": "lora_jax", "format": fmt, "version": version}
     return {
         "quant_method": "bitsandbytes",
@@ -102,5 +103,5 @@ def _declaration(fmt: str, raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _module(stored: Stored) -> str:
+def _module(stored: StoredTensor) -> str:
     return stored.name.removesuffix(".weight")

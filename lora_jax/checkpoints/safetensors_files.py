@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: found by their headers, read part by part, written in a stream."""
+"""Tensors in safetensors files: listed from the headers, read in parts, written one by one."""
 
 import contextlib
 import functools
@@ -26,8 +26,8 @@ _NUMPY = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32
           "int32": "I32", "int8": "I8", "uint8": "U8"}  # fmt: skip
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies on disk, and its shape and dtype there."""
+class StoredTensor(NamedTuple):
+    """A tensor on disk: its file, name, shape and dtype."""
 
     path: pathlib.Path
     name: str
@@ -44,10 +44,11 @@ class Stored(NamedTuple):
             return reader.get_tensor(self.name)
 
 
-def tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """{name: Stored} of every tensor in the folder's safetensors files, from their headers alone.
+def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
+    """{name: tensor} of the folder's safetensors files, from their headers alone.
 
-    Raises: UserError for pickles without safetensors, missing shards, truncated files, pointers.
+    Raises: UserError if there are only pickles, or a shard is missing, truncated or a git-lfs
+    pointer.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -69,20 +70,22 @@ def tensors(folder: pathlib.Path) -> dict[str, Stored]:
         pickles = [p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern)]
         raise errors.UserError(
             expected="weights in *.safetensors",
-            found=f"only {', '.join(pickles)}, a pickle, which can run code and is not read"
+            found=f"only {', '.join(pickles)}: a pickle can run code, so it is not read"
             if pickles
             else "no weights",
             where=str(folder),
-            do="take a revision with safetensors, or convert with transformers' save_pretrained",
+            do="use a revision with safetensors, or convert with transformers' save_pretrained",
         )
     stored, damaged = {}, []
     for file in files:
         hub.refuse_lfs_pointer(file)
         try:
             with safetensors.safe_open(file, "numpy") as reader:
-                for name in reader.keys():  # noqa: SIM118 (no dict: it has no __iter__)
+                for name in reader.keys():  # noqa: SIM118 (not a dict: it has no __iter__)
                     part = reader.get_slice(name)
-                    stored[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                    stored[name] = StoredTensor(
+                        file, name, tuple(part.get_shape()), part.get_dtype()
+                    )
         except (safetensors.SafetensorError, OSError) as error:
             damaged.append(f"{file.name}: {error}")
     if damaged:
@@ -108,17 +111,17 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def opened(stored: Stored) -> Iterator[Any]:
-    """What is indexed to read a part of the tensor."""
-    # Opened anew for each tensor: a mapped file's pages count as memory until it is closed.
+def opened(stored: StoredTensor) -> Iterator[Any]:
+    """A slice of the file: index it to read a part of the tensor."""
+    # The file is opened for each tensor, as mapped pages count as memory until it is closed.
     with safetensors.safe_open(stored.path, "numpy") as reader:
         yield reader.get_slice(stored.name)
 
 
-def read(stored: Stored, mesh: Mesh, spec: Sequence[str | None]) -> jax.Array:
-    """The tensor as it lies on disk, cut over the mesh as `place` does.
+def read(stored: StoredTensor, mesh: Mesh, spec: Sequence[str | None]) -> jax.Array:
+    """The tensor as it is on disk, cut over the mesh as in `place`.
 
-    Of it only the parts are read that devices of this process hold, each once.
+    Reads only the parts that devices of this process hold, each once.
     """
     with opened(stored) as part:
         return place(
@@ -132,9 +135,10 @@ def place(
     spec: Sequence[str | None],
     part: Callable[..., np.ndarray],
 ) -> jax.Array:
-    """The array whose `part((start, stop), …)` each device of the mesh gets, by axes of `spec`.
+    """An array of this shape, cut over the mesh axes in `spec`; a device's part is
+    `part((start, stop), …)`, with one pair an axis.
 
-    An axis that the mesh does not divide stays whole: one may be padded later, and cut then.
+    An axis that the mesh does not divide stays whole; it may be padded and cut later.
     """
     spec = PartitionSpec(
         *(None if name and size % mesh.shape[name] else name
@@ -148,8 +152,8 @@ def place(
     )
 
 
-class Kind(NamedTuple):
-    """A tensor's dtype, by safetensors' name, and its shape."""
+class TensorSpec(NamedTuple):
+    """A tensor's dtype, as safetensors names it, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -159,37 +163,38 @@ class Kind(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype]
 
 
-def kind(array: np.ndarray | jax.ShapeDtypeStruct) -> Kind:
-    """What an array is in a file."""
-    return Kind(_NUMPY[np.dtype(array.dtype).name], tuple(array.shape))
+def spec_of(array: np.ndarray | jax.ShapeDtypeStruct) -> TensorSpec:
+    """The dtype and shape that an array has in a file."""
+    return TensorSpec(_NUMPY[np.dtype(array.dtype).name], tuple(array.shape))
 
 
 class Writer:
-    """A safetensors file whose tensors are written as they come, in any order.
+    """Writes a safetensors file, with its tensors in any order.
 
-    kinds: of all of them but those `late`, short texts whose length is not known before.
+    specs: of all tensors except the late ones. late: names of short texts whose lengths are not
+    known in advance.
     """
 
-    def __init__(self, path: pathlib.Path, kinds: Mapping[str, Kind], late: Collection[str]):
+    def __init__(self, path: pathlib.Path, specs: Mapping[str, TensorSpec], late: Collection[str]):
         self._entries: dict[str, Any] = {}
         self._late, self._end = set(late), 0
-        # The widest first: each then lies at a multiple of its dtype's size.
-        for name, each in sorted(kinds.items(), key=lambda item: (-DTYPES[item[1].dtype], item[0])):
+        # The widest dtype first, so that each tensor starts at a multiple of its dtype's size.
+        for name, each in sorted(specs.items(), key=lambda item: (-DTYPES[item[1].dtype], item[0])):
             self._add(name, each)
-        late_entries = {name: _entry(Kind("U8", (0,)), self._end) for name in late}
-        # Room for the header, which is written last, and filled up with blanks.
+        late_entries = {name: _entry(TensorSpec("U8", (0,)), self._end) for name in late}
+        # Room for the header, which is written last and padded with blanks.
         room = len(_header(self._entries | late_entries)) + 32 * len(late_entries)
         self._room = room + -room % 8
-        self._left = kinds.keys() | late
+        self._left = specs.keys() | late
         self._file = path.open("wb")
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Raises: ValueError for another dtype or shape than the one that was told."""
+        """Raises: ValueError if the dtype or shape differs from the tensor's spec."""
         if name in self._late:
-            self._add(name, kind(array))
+            self._add(name, spec_of(array))
         entry = self._entries[name]
-        if entry != _entry(kind(array), entry["data_offsets"][0]):
-            raise ValueError(f"expected {name} as {entry}, found {kind(array)}")
+        if entry != _entry(spec_of(array), entry["data_offsets"][0]):
+            raise ValueError(f"expected {name} as {entry}, found {spec_of(array)}")
         self._file.seek(8 + self._room + entry["data_offsets"][0])
         self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._left = self._left - {name}
@@ -206,12 +211,12 @@ class Writer:
                 header = _header(self._entries).ljust(self._room)
                 self._file.write(len(header).to_bytes(8, "little") + header)
 
-    def _add(self, name: str, each: Kind) -> None:
+    def _add(self, name: str, each: TensorSpec) -> None:
         self._entries[name] = _entry(each, self._end)
         self._end += each.num_bytes
 
 
-def _entry(each: Kind, start: int) -> dict[str, Any]:
+def _entry(each: TensorSpec, start: int) -> dict[str, Any]:
     offsets = [start, start + each.num_bytes]
     return {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": offsets}
 

@@ -109,7 +109,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
     import jax
 
     from lora_jax import hub, tokenizer
-    from lora_jax.checkpoints import loader
+    from lora_jax.checkpoints import inventory, loader
     from lora_jax.generation import continuation
     from lora_jax.generation import weights as decode_weights
     from lora_jax.lora import peft
@@ -139,7 +139,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
     folder = hub.model_folder(name, revision, named_by=named_by)
     architecture = model_config.load(folder)
     quant, dtype = settings.base.resolve_quant(architecture, folder), settings.base.dtype
-    num_bytes = loader.loaded_bytes(folder, dtype=dtype, quantization=quant)
+    num_bytes = inventory.loaded_bytes(folder, dtype=dtype, quantization=quant)
     mesh = sharding.choose(settings.base.mesh, num_bytes)
     reader = tokenizer.load(folder)
     texts = list(settings.prompts)
@@ -157,7 +157,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
             search=not settings.base.quant_fast,
             mesh=mesh,
         )
-        if processes.leads() and (note := loader.dense_note(quant, model)):
+        if processes.leads() and (note := inventory.dense_note(quant, model)):
             print(note, file=sys.stderr)
         if adapter:
             peft.load(model, adapter)

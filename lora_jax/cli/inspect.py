@@ -79,7 +79,7 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
 def main() -> None:
     settings = settings_of(parse())
     from lora_jax import hub, tokenizer
-    from lora_jax.data import batches, encoding, mixture, sources
+    from lora_jax.data import encoding, mixture, packing, sources
     from lora_jax.models import config as model_config
 
     data = settings.data
@@ -97,17 +97,19 @@ def main() -> None:
     for (label, source), examples in zip(files, loaded, strict=True):
         encode = encoding.encode_pairs if data.dpo else encoding.encode
         encoded = encode(examples, reader, seq_len, eos)
-        sequences = batches.arrange(encoded.rows, seq_len, packing=data.packing, in_pairs=data.dpo)
+        sequences = packing.arrange(
+            encoded.examples, seq_len, packing=data.packing, in_pairs=data.dpo
+        )
         which = "its first examples, " if data.streaming and label == "data" else ""
         summarize(label, which + console.near(source), encoded, seq_len)
         length = seq_len * (2 if data.dpo else 1)
         if not which:
-            length = min(length, batches.longest(sequences))
+            length = min(length, packing.longest(sequences))
         what = "packed" if data.packing else "pairs" if data.dpo else "padded"
         console.say("sequences", f"{len(sequences)} ({what}) of {length} tokens, "
-                    f"{batches.filled(sequences, length):.1%} filled")  # fmt: skip
+                    f"{packing.filled(sequences, length):.1%} filled")  # fmt: skip
         sizes.append(len(sequences))
-        named = zip(encoded.rows, encoded.origins, strict=True)
+        named = zip(encoded.examples, encoded.origins, strict=True)
         origins = {id(ids): origin for (ids, _), origin in named}
         first = settings.first
         if settings.rows and first > len(sequences):
@@ -131,8 +133,8 @@ def main() -> None:
 
 def summarize(label: str, source: str, encoded, seq_len: int) -> None:
     """What is in the data, in a few lines."""
-    sizes = [len(ids) for ids, _ in encoded.rows]
-    trained = sum(int(trained[1:].sum()) for _, trained in encoded.rows)
+    sizes = [len(ids) for ids, _ in encoded.examples]
+    trained = sum(int(trained[1:].sum()) for _, trained in encoded.examples)
     console.say(label, f"{len(sizes)} examples, {sum(sizes)} tokens: {source}")
     console.say("cut", f"{encoded.num_cut} at {seq_len} tokens; {encoded.num_skipped} "
                 "skipped, with nothing to train in what is left")  # fmt: skip

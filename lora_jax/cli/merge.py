@@ -64,10 +64,10 @@ def main() -> int:
     arguments.check_quant_fast(settings.get("quant"), bool(settings.get("quant_fast")))
     into = pathlib.Path(settings["output_dir"])
     from lora_jax import hub
-    from lora_jax.checkpoints import copy
+    from lora_jax.checkpoints import writer
     from lora_jax.lora import peft
 
-    copy.refuse_occupied(into)  # before a model is downloaded
+    writer.refuse_occupied(into)  # before a model is downloaded
     source = hub.adapter_folder(settings["adapter"])
     adapter = peft.read(source)
     name = settings.get("model") or adapter.base_model
@@ -90,8 +90,8 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     import tqdm
 
     from lora_jax import tokenizer
-    from lora_jax.checkpoints import copy
     from lora_jax.checkpoints import merge as merged
+    from lora_jax.checkpoints import writer
     from lora_jax.training import evaluate
 
     encoded = tokenizer.encode(tokenizer.load(folder), settings.get("prompt") or list(PROMPTS))
@@ -102,7 +102,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed
     num_bytes = sum(part.num_bytes for part in plan.parts)
     bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}
-    with copy.new_folder(into, num_bytes) as written:
+    with writer.new_folder(into, num_bytes) as written:
         with contextlib.closing(merged.write(folder, written, plan)) as names:
             for _ in tqdm.tqdm(names, total=len(plan.parts), **bar):
                 pass

@@ -134,9 +134,9 @@ def main() -> int:
     from lora_jax import assets, hub
 
     if into is not None:  # before a model is downloaded
-        from lora_jax.checkpoints import copy
+        from lora_jax.checkpoints import writer
 
-        copy.refuse_occupied(into)
+        writer.refuse_occupied(into)
     folder = hub.model_folder(settings.get("model") or str(assets.FOLDER), settings.get("revision"))
     if into is not None:
         write(folder, into, chosen[0], search=not settings.get("fast"))

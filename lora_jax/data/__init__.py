@@ -1,4 +1,4 @@
-"""Files and hub datasets → examples as token ids with loss masks → batches. Imports no jax.
+"""Files and hub data sets → examples → token ids with loss masks → batches. Imports no jax.
 
 May import `hub`, `tokenizer`.
 """

@@ -1,4 +1,4 @@
-"""Data files, row by row, from any position on. Imports no jax."""
+"""Data files, read example by example from any position. Imports no jax."""
 
 import codecs
 import csv
@@ -10,27 +10,27 @@ from collections.abc import Callable, Iterator
 
 from lora_jax import errors, hub
 
-# The field of a line of a .txt file.
+# The field that holds a line of a .txt file.
 STREAM = "_stream"
 
-# Where a row begins: (byte, lines before it) of a text file, (0, rows before it) of another.
+# Where an example starts: (byte, lines before it) in a text file, else (0, examples before it).
 Position = tuple[typing.Any, int]
 START = (0, 0)
 
 
-class Found(typing.NamedTuple):
-    """A row, or what is wrong with it; its number from 1; and the position after it."""
+class Record(typing.NamedTuple):
+    """An example, or what is wrong with it; its number from 1; and the position after it."""
 
     number: int
-    row: dict[str, typing.Any] | str
+    example: dict[str, typing.Any] | str
     after: Position
 
 
-def rows(path: pathlib.Path, start: Position = START) -> Iterator[Found]:
-    """The rows from `start` on, which is START or what came with a row of this file.
+def read(path: pathlib.Path, start: Position = START) -> Iterator[Record]:
+    """The examples from `start`, which is START or the `after` of a record of this file.
 
     Raises:
-      errors.UserError: a suffix that is not known, not UTF-8, not a parquet file, …
+      errors.UserError: the suffix is unknown, a text file is not UTF-8, …
     """
     if path.suffix not in FORMATS:
         raise errors.UserError(
@@ -43,8 +43,8 @@ def rows(path: pathlib.Path, start: Position = START) -> Iterator[Found]:
     return FORMATS[path.suffix].read(path, start)
 
 
-def refuse(path: pathlib.Path, bad: list[Found]) -> typing.NoReturn:
-    """Raises: UserError with all rows of `bad`, in which something is wrong."""
+def refuse(path: pathlib.Path, bad: list[Record]) -> typing.NoReturn:
+    """Raises: UserError with all of `bad`, which are records with a problem."""
     form = FORMATS[path.suffix]
     raise errors.UserError(
         expected=form.expected,
@@ -55,15 +55,15 @@ def refuse(path: pathlib.Path, bad: list[Found]) -> typing.NoReturn:
 
 
 def is_array(path: pathlib.Path) -> bool:
-    """Whether a .json file is one array, which is read whole, and not a row a line."""
+    """Whether a .json file is one array, which is read whole, instead of one object a line."""
     if path.suffix != ".json":
         return False
     with path.open("rb") as file:
         return file.read(4096).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"[")
 
 
-def _lines(path: pathlib.Path, start: Position, *, returns: bool) -> Iterator[Found]:
-    """Lines with their ends, which are \\n and, with `returns`, \\r, too."""
+def _lines(path: pathlib.Path, start: Position, *, returns: bool) -> Iterator[Record]:
+    """Lines with their line ends: \\n, and with `returns` also \\r."""
     byte, number = start
     with path.open("rb") as file:
         file.seek(byte)
@@ -83,23 +83,24 @@ def _lines(path: pathlib.Path, start: Position, *, returns: bool) -> Iterator[Fo
             pieces = [*io.StringIO(text, newline="")] if returns else [text]
             for piece in pieces[:-1]:
                 byte, number = byte + len(piece.encode()), number + 1
-                yield Found(number, piece, (byte, number))
+                yield Record(number, piece, (byte, number))
             byte, number = end, number + 1
-            yield Found(number, pieces[-1], (byte, number))
+            yield Record(number, pieces[-1], (byte, number))
 
 
-def _jsonl(path: pathlib.Path, start: Position) -> Iterator[Found]:
+def _jsonl(path: pathlib.Path, start: Position) -> Iterator[Record]:
     for number, line, after in _lines(path, start, returns=False):
         if line.strip():
             try:
-                row = json.loads(line)
-                wrong = "" if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
+                example = json.loads(line)
+                is_object = isinstance(example, dict)
+                wrong = "" if is_object else f"a {type(example).__name__}, not an object"
             except ValueError as error:
                 wrong = str(error)
-            yield Found(number, wrong or row, after)
+            yield Record(number, wrong or example, after)
 
 
-def _json(path: pathlib.Path, start: Position) -> Iterator[Found]:
+def _json(path: pathlib.Path, start: Position) -> Iterator[Record]:
     if not is_array(path):
         yield from _jsonl(path, start)
         return
@@ -112,7 +113,7 @@ def _json(path: pathlib.Path, start: Position) -> Iterator[Found]:
             where=f"{path}:{error.lineno}",
             do="correct the file",
         ) from error
-    bad = [n for n, row in enumerate(array, start=1) if not isinstance(row, dict)]
+    bad = [n for n, each in enumerate(array, start=1) if not isinstance(each, dict)]
     if bad:
         raise errors.UserError(
             expected="a JSON array of objects",
@@ -120,12 +121,12 @@ def _json(path: pathlib.Path, start: Position) -> Iterator[Found]:
             where=[f"{path}, element {n}" for n in bad],
             do="correct these elements",
         )
-    for number, row in enumerate(array[start[1] :], start=start[1] + 1):
-        yield Found(number, row, (0, number))
+    for number, example in enumerate(array[start[1] :], start=start[1] + 1):
+        yield Record(number, example, (0, number))
 
 
-def _csv(path: pathlib.Path, start: Position) -> Iterator[Found]:
-    # All values stay text: a column of numbers is as good a completion as any other.
+def _csv(path: pathlib.Path, start: Position) -> Iterator[Record]:
+    # All values stay strings: a column of numbers is as good a completion as any other.
     at = START
 
     def reader(start):
@@ -143,15 +144,15 @@ def _csv(path: pathlib.Path, start: Position) -> Iterator[Found]:
     try:
         for fields in rows:
             if len(fields) == len(header):
-                yield Found(at[1], dict(zip(header, fields, strict=True)), at)
+                yield Record(at[1], dict(zip(header, fields, strict=True)), at)
             elif fields:
                 wrong = f"{len(fields)} fields, {len(header)} in the header"
-                yield Found(at[1], wrong, at)
+                yield Record(at[1], wrong, at)
     except csv.Error as error:
-        yield Found(at[1], str(error), at)
+        yield Record(at[1], str(error), at)
 
 
-def _parquet(path: pathlib.Path, start: Position) -> Iterator[Found]:
+def _parquet(path: pathlib.Path, start: Position) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -166,9 +167,9 @@ def _parquet(path: pathlib.Path, start: Position) -> Iterator[Found]:
                 for batch in file.iter_batches(1024, row_groups=[group]):
                     before = min(max(0, start[1] - number), len(batch))
                     number += before
-                    for row in batch.slice(before).to_pylist():
+                    for example in batch.slice(before).to_pylist():
                         number += 1
-                        yield Found(number, row, (0, number))
+                        yield Record(number, example, (0, number))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise errors.UserError(
             expected="a parquet file",
@@ -178,15 +179,15 @@ def _parquet(path: pathlib.Path, start: Position) -> Iterator[Found]:
         ) from error
 
 
-def _txt(path: pathlib.Path, start: Position) -> Iterator[Found]:
+def _txt(path: pathlib.Path, start: Position) -> Iterator[Record]:
     for number, line, after in _lines(path, start, returns=True):
-        yield Found(number, {STREAM: line}, after)
+        yield Record(number, {STREAM: line}, after)
 
 
 class _Format(typing.NamedTuple):
-    """How files of a kind are read, and what to say of rows with something wrong."""
+    """How files with a suffix are read, and what errors say about records with a problem."""
 
-    read: Callable[[pathlib.Path, Position], Iterator[Found]]
+    read: Callable[[pathlib.Path, Position], Iterator[Record]]
     expected: str = ""
     do: str = ""
 
@@ -200,7 +201,7 @@ FORMATS = {
     ".json": _Format(_json, *_JSON),
     ".csv": _Format(
         _csv,
-        "a header and comma-separated rows with as many fields",
+        "a header, and rows with as many comma-separated fields",
         "correct these lines (a field with commas, quotes or newlines needs quotes)",
     ),
     ".parquet": _Format(_parquet),

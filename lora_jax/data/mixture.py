@@ -1,4 +1,4 @@
-"""Several sources dealt out in fixed shares, in any order of asking. No jax here."""
+"""Several sources of sequences mixed in fixed shares. Imports no jax."""
 
 import typing
 from collections.abc import Sequence
@@ -8,50 +8,50 @@ import numpy as np
 
 @typing.runtime_checkable
 class Source(typing.Protocol):
-    """source[n]: the n-th of its lines, which have no end: it begins anew."""
+    """source[n]: its n-th sequence, for any n; it starts again at its end."""
 
     def __getitem__(self, n: int, /) -> typing.Any: ...
 
 
 class Mixture:
-    """mixture[n]: the n-th line, of sources that each have a share of weight / Σ weights.
+    """mixture[n]: the n-th sequence, from sources that each have the share weight / Σ weights.
 
-    Of any first n lines, a source has its share of n to within one line. The lines of a source come
-    in its own order, however the others are weighted.
+    In every prefix a source has its share, to within one sequence. Its sequences come in its own
+    order, whatever the weights.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[int]):
-        """weights: whole numbers; so many lines of each come in every Σ weights lines."""
+        """weights: whole numbers; how many of Σ weights sequences come from each source."""
         self.sources, self.weights = sources, weights
         self._dealt = deal(weights)
         each = self._dealt[:, None] == np.arange(len(weights))
         self._before = (each.cumsum(axis=0) - each)[np.arange(len(each)), self._dealt]
 
     def __getitem__(self, n: int) -> typing.Any:
-        source, number = self.place(n)
+        source, number = self.locate(n)
         return self.sources[source][number]
 
     def __len__(self) -> int:
-        """Lines of an epoch: as many as the sources have together."""
+        """Sequences in an epoch: as many as all sources have together."""
         return sum(map(len, self.sources))
 
-    def place(self, n: int) -> tuple[int, int]:
-        """(source, number): the n-th line is this source's line of this number."""
+    def locate(self, n: int) -> tuple[int, int]:
+        """(source, number): the n-th sequence is sequence `number` of this source."""
         again, at = divmod(n, len(self._dealt))
         source = int(self._dealt[at])
         return source, again * self.weights[source] + int(self._before[at])
 
 
 def shares(weights: Sequence[int]) -> list[float]:
-    """Of all lines, those of each source."""
+    """The share of each source in all sequences."""
     return [weight / sum(weights) for weight in weights]
 
 
 def deal(weights: Sequence[int]) -> np.ndarray:
-    """Which source comes where in Σ weights lines; then each has come as often as its weight.
+    """The source of each of Σ weights sequences; each source occurs as often as its weight.
 
-    Source: Balinski and Young's quota method, https://doi.org/10.2307/2318729: the source that has
-    the most weight for each line it would then have had, of those that are behind their share.
+    Source: Balinski and Young's quota method, https://doi.org/10.2307/2318729: among the sources
+    that are behind their share, the one with the largest weight per sequence it would then have.
     """
     total, had = sum(weights), [0] * len(weights)
     dealt = np.empty(total, np.int32)

@@ -1,4 +1,4 @@
-"""Lines of a source of any size, read block by block as they are needed. No jax here."""
+"""Sequences of a source of any size, read block by block as needed. Imports no jax."""
 
 import bisect
 import json
@@ -12,144 +12,149 @@ from concurrent import futures
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.data import batches, files, sources
+from lora_jax.data import files, sources
+from lora_jax.data.packing import TokenSequence
 
 if typing.TYPE_CHECKING:
     import datasets
 
-BLOCK = 4096  # rows that are read, arranged and shuffled together
-MOST = 2**25  # characters of a block's texts, more or less: of long rows it has fewer
+BLOCK = 4096  # examples that are read, arranged and shuffled together
+MAX_CHARACTERS = 2**25  # roughly, in a block: blocks of long examples have fewer
 
 
 class Start(typing.NamedTuple):
-    """Where a block begins: lines before it, and the position of its first row in the source."""
+    """Where a block starts: the number of its first sequence, and the position of its first example
+    in the source."""
 
-    line: int
+    sequence: int
     position: files.Position
 
 
 class Stream:
-    """stream[n]: the n-th line of a source that is read in its order, over and over.
+    """stream[n]: the n-th sequence of a source that is read in its order, over and over.
 
-    The rows of a block become lines together, and these are shuffled: default_rng([seed, number,
-    block]). So a line is a function of its number, whatever was asked for before. Where a block
-    begins is known once the ones before were read; `keep` writes it down, so that a resumed run
-    need not read them. A thread makes a block ahead; in memory are about the last `window` lines
-    and two blocks.
+    The examples of a block are arranged into sequences together, which are then shuffled with
+    default_rng([seed, number, block]). So a sequence depends on its number alone, not on what was
+    requested before. Where a block starts is known once all blocks before it were read; `keep`
+    saves it, so that a resumed run need not read them again. A thread prepares one block ahead;
+    memory holds about the last `window` sequences and two blocks.
     """
 
     def __init__(
         self,
         source: str,
-        arrange: "Callable[[datasets.Dataset], Sequence[batches.Line]]",
+        arrange: "Callable[[datasets.Dataset], Sequence[TokenSequence]]",
         *,
         columns: Mapping[str, str] | None,
         seed: int,
         number: int,
         window: int,
     ):
-        """arrange: the lines of a block's rows, maybe none. number: of this source in a mixture."""
+        """arrange: a block's examples → its sequences, perhaps none. number: of this source in a
+        mixture."""
         self._source, self._columns = source, columns
         self._arrange, self._seed, self._number = arrange, (seed, number), number
         self._window = window
         self._starts = [Start(0, files.START)]
-        self._blocks: dict[int, futures.Future[Sequence[batches.Line]]] = {}
+        self._blocks: dict[int, futures.Future[Sequence[TokenSequence]]] = {}
         self._lock = threading.Lock()
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="stream")
-        self._rows: Iterator[files.Found] = iter(())  # at the position _at
+        self._records: Iterator[files.Record] = iter(())  # at the position _at
         self._at: files.Position | None = None
         self._file: pathlib.Path | None = None
 
-    def __getitem__(self, n: int) -> batches.Line:
-        while True:  # until n lies in a block that is known
+    def __getitem__(self, n: int) -> TokenSequence:
+        while True:  # until n is in a block whose start is known
             with self._lock:
-                block = bisect.bisect_right(self._starts, n, key=lambda start: start.line) - 1
-                made = self._at_hand(n, block)
-            lines, first = made.result(), self._starts[block].line
-            if n < first + len(lines):
-                return lines[n - first]
+                block = bisect.bisect_right(self._starts, n, key=lambda start: start.sequence) - 1
+                made = self._prepared(n, block)
+            sequences, first = made.result(), self._starts[block].sequence
+            if n < first + len(sequences):
+                return sequences[n - first]
 
     def keep(self, file: pathlib.Path, *, write: bool) -> None:
-        """Takes from `file` where blocks begin, as a run before has left it, and goes on in it.
+        """Takes the starts of blocks that an earlier run saved in `file`; with `write`, adds new
+        ones.
 
-        Whatever is missing in it is read again; what is of another stream is left out.
+        Blocks that are missing there are read again; those of another stream are ignored.
         """
         with self._lock:
-            told = list(_told(file))
-            known = min(len(told), len(self._starts))
-            if told[:known] == self._starts[:known]:
-                self._starts += told[known:]
+            saved = list(_saved(file))
+            known = min(len(saved), len(self._starts))
+            if saved[:known] == self._starts[:known]:
+                self._starts += saved[known:]
             if write:
                 file.parent.mkdir(exist_ok=True)
                 new = file.with_suffix(".new")
-                new.write_text("".join(map(_line, self._starts)))
+                new.write_text("".join(map(_text, self._starts)))
                 os.replace(new, file)
                 self._file = file
 
-    def _at_hand(self, n: int, block: int) -> "futures.Future[Sequence[batches.Line]]":
-        """The block, which is to be made if need be, and the next; drops those far from n."""
+    def _prepared(self, n: int, block: int) -> "futures.Future[Sequence[TokenSequence]]":
+        """The block; starts preparing it and the next if necessary, and drops those far from n."""
         for each in (block, block + 1):
             if each not in self._blocks:
                 self._blocks[each] = self._thread.submit(self._make, each)
         for each in [*self._blocks]:
-            before = each < block and self._starts[each + 1].line <= n - self._window
+            before = each < block and self._starts[each + 1].sequence <= n - self._window
             known = each < len(self._starts)
-            after = each > block + 1 and known and self._starts[each].line > n + self._window
+            after = each > block + 1 and known and self._starts[each].sequence > n + self._window
             if before or after:
                 del self._blocks[each]
         return self._blocks[block]
 
-    def _make(self, block: int) -> Sequence[batches.Line]:
-        """The lines of a block, of which the ones before are known."""
+    def _make(self, block: int) -> Sequence[TokenSequence]:
+        """The sequences of a block whose start is known."""
         start = self._starts[block]
-        found, after = self._read(start.position)
-        lines: Sequence[batches.Line] = ()
-        if found:
-            lines = self._arrange(sources.table(found, self._columns, self._source))
-        if after == files.START and start.line + len(lines) == 0:
+        records, after = self._read(start.position)
+        sequences: Sequence[TokenSequence] = ()
+        if records:
+            sequences = self._arrange(sources.table(records, self._columns, self._source))
+        if after == files.START and start.sequence + len(sequences) == 0:
             raise errors.UserError(
-                expected="at least one row with a token to train on",
+                expected="at least one example with a token to train on",
                 found="none in the whole stream",
                 where=self._source,
                 do="raise --seq-len if the prompts fill it, or check the completions",
             )
         with self._lock:
             if block + 1 == len(self._starts):
-                self._starts.append(Start(start.line + len(lines), after))
+                self._starts.append(Start(start.sequence + len(sequences), after))
                 if self._file:
                     with self._file.open("a") as file:
-                        file.write(_line(self._starts[-1]))
-        order = np.random.default_rng([*self._seed, block]).permutation(len(lines))
-        return [lines[i] for i in order]
+                        file.write(_text(self._starts[-1]))
+        order = np.random.default_rng([*self._seed, block]).permutation(len(sequences))
+        return [sequences[i] for i in order]
 
-    def _read(self, position: files.Position) -> tuple[list[files.Found], files.Position]:
-        """A block's rows, and where the next one begins: anew, if these are the last ones."""
+    def _read(self, position: files.Position) -> tuple[list[files.Record], files.Position]:
+        """A block's records, and where the next block starts: files.START after the last one."""
         if position != self._at:
-            self._rows = sources.stream(self._source, position)
+            self._records = sources.stream(self._source, position)
         self._at, found, size = None, [], 0
-        for row in self._rows:
-            found.append(row)
-            size += _size(row.row)
-            if len(found) == BLOCK or size >= MOST:
-                self._at = row.after
-                return found, row.after
+        for record in self._records:
+            found.append(record)
+            size += _size(record.example)
+            if len(found) == BLOCK or size >= MAX_CHARACTERS:
+                self._at = record.after
+                return found, record.after
         return found, files.START
 
 
-def _size(row: dict[str, typing.Any] | str) -> int:
-    """Characters of a row's texts."""
-    return sum(len(v) for v in row.values() if isinstance(v, str)) if isinstance(row, dict) else 0
+def _size(example: dict[str, typing.Any] | str) -> int:
+    """Characters in an example's strings."""
+    values = example.values() if isinstance(example, dict) else ()
+    return sum(len(value) for value in values if isinstance(value, str))
 
 
-def _line(start: Start) -> str:
+def _text(start: Start) -> str:
     return json.dumps(start) + "\n"
 
 
-def _told(file: pathlib.Path) -> Iterator[Start]:
-    """What a file tells, up to a line that is damaged or was cut off by a kill."""
+def _saved(file: pathlib.Path) -> Iterator[Start]:
+    """The starts in a file, up to a line that is damaged or was cut off when a run was killed."""
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
-            first, (at, number) = json.loads(line)
+            sequence, (at, number) = json.loads(line)
         except (ValueError, TypeError):
             return
-        yield Start(first, (at, number))
+        yield Start(sequence, (at, number))

@@ -1,4 +1,4 @@
-"""config.json of a LLaMA and its relatives → one checked, frozen dataclass. Imports no jax."""
+"""config.json of LLaMA and its relatives → one checked, frozen dataclass. Imports no jax."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.models import quantization_config as model_quantization
 
-REMAT = ("full", "dots", "none")  # what the backward pass recomputes: all, all but dots, nothing
+REMAT = ("full", "dots", "none")  # the backward pass recomputes all, all but dots, nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class RopeConfig:
 class LlamaConfig:
     """The architecture of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM.
 
-    Hugging Face's field names. `qkv_bias`, `o_bias`, `qk_norm` and `sliding_windows` (one entry a
-    layer, None = full attention) say what the model types differ in. `dtype` is the checkpoint's,
-    with float16 read as bfloat16 (same size, and no overflow in training). `quantization` says how
-    the checkpoint stores its linear layers (None: dense).
+    Field names are Hugging Face's. The model types differ in `qkv_bias`, `o_bias`, `qk_norm` and
+    `sliding_windows` (one entry a layer; None: full attention). `dtype` is the checkpoint's, with
+    float16 read as bfloat16 (same size, but no overflow in training). `quantization` says how the
+    checkpoint stores its linear layers (None: dense).
     """
 
     vocab_size: int
@@ -68,7 +68,7 @@ class LlamaConfig:
             )
 
 
-_ROPE_TYPES = {  # type → keys it needs
+_ROPE_TYPES = {  # type → required keys
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -91,7 +91,7 @@ _READ = {
     *("initializer_range", "dtype", "torch_dtype", "hidden_act", "model_type"),
     "quantization_config",
 }
-# Keys that do not change what the forward pass computes.
+# Keys that do not change the forward pass.
 _INERT = {
     *("architectures", "transformers_version", "_name_or_path", "_commit_hash", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp"),
@@ -100,7 +100,7 @@ _INERT = {
     *("tokenizer_class", "num_labels", "max_length", "auto_map", "unsloth_version"),
     *("unsloth_fixed", "max_sequence_length", "tie_encoder_decoder", "torchscript"),
     *("_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled"),
-    # text-generation settings that old transformers wrote into config.json
+    # text-generation settings that old versions of transformers wrote into config.json
     *("temperature", "top_p", "top_k", "typical_p", "do_sample", "num_beams", "min_length"),
     *("repetition_penalty", "length_penalty", "diversity_penalty", "num_return_sequences"),
     *("num_beam_groups", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size"),
@@ -108,7 +108,7 @@ _INERT = {
 _INERT_VALUES = (None, False, 0, 0.0, "", [], {})
 
 
-_ABSENT = {  # what transformers takes a key for that config.json leaves out
+_DEFAULTS = {  # what transformers assumes for keys that config.json leaves out
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
@@ -117,11 +117,11 @@ _ABSENT = {  # what transformers takes a key for that config.json leaves out
 
 
 def _get(raw: dict[str, Any], key: str, model_type: str) -> Any:
-    return raw.get(key, _ABSENT[model_type].get(key))
+    return raw.get(key, _DEFAULTS[model_type].get(key))
 
 
 def load(folder: pathlib.Path) -> LlamaConfig:
-    """The architecture in `folder/config.json`. Raises: UserError naming every key at fault."""
+    """The architecture in `folder/config.json`. Raises: UserError with every key that is wrong."""
     path = pathlib.Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -140,9 +140,9 @@ def load(folder: pathlib.Path) -> LlamaConfig:
 
 
 def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-    """LlamaConfig from a parsed config.json, in transformers 5's form or the older one.
+    """LlamaConfig from a parsed config.json, as transformers 5 or older versions write it.
 
-    A key that changes the mathematics and is not implemented is an error that names it.
+    Raises: UserError with every key that changes the computation and is not implemented.
     """
     model_type = raw.get("model_type")
     if model_type not in _MODEL_TYPES:
@@ -164,7 +164,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
                "mistral": ("attention_bias", "mlp_bias", "use_sliding_window"),
                "qwen2": ("attention_bias", "mlp_bias"),
                "qwen3": ("mlp_bias",)}[model_type]  # fmt: skip
-    problems += [f"{key} = {raw[key]!r} is no key of model_type {model_type}"
+    problems += [f"{key} = {raw[key]!r} is not a key of model_type {model_type}"
                  for key in foreign if raw.get(key)]  # fmt: skip
     problems += [
         f"layer type {kind!r} is not implemented"
@@ -248,7 +248,7 @@ def _sliding_windows(raw: dict[str, Any], model_type: str) -> tuple[int | None, 
 
 
 def stored_dtype(raw: dict[str, Any]) -> str:
-    """The dtype that a config.json names, such as "float16"."""
+    """The dtype in a config.json, such as "float16"."""
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
 
 

@@ -3,8 +3,8 @@
 Axes: B batch · T query tokens · S key tokens · D hidden · F ffn · N heads · K kv-heads ·
 H head_dim · V vocab · L layers. Names are Hugging Face's. The decoder layers are one module whose
 arrays are stacked [L, …] and run by `lax.scan`, so that compile time does not grow with depth;
-whatever wraps a projection (LoRA, a quantized weight) is scanned with it. On a CPU, which it knows
-by the ambient mesh (jax.set_mesh), it unrolls the scan where that is faster.
+whatever wraps a projection (LoRA, a quantized weight) is scanned with it. On a CPU the scan is
+unrolled where that is faster; the platform follows from the ambient mesh (jax.set_mesh).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from lora_jax.layers import linear_map, projections, registry, stack
 from lora_jax.models import config as model_config
 from lora_jax.models import rope
 
-LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the leading layers
+LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the leading layer axis
     "embed_tokens": ("vocab", "embed"),
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "heads"),
@@ -40,11 +40,11 @@ LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the lead
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen, for all layers; returned by whoever extends it.
+    """Keys and values of the tokens so far, in all layers; `extend` returns a new cache.
 
     k, v: [L, B, S, K, H]; valid [B, S]: the slot holds a real token; length: slots used so far.
-    On a CPU bfloat16 is kept as its bits: to write one token XLA would convert the whole cache to
-    float32 and back.
+    On a CPU bfloat16 is stored as its bits, because XLA would convert the whole cache to float32
+    and back to write one token.
     """
 
     k: Num[Array, "L B S K H"]
@@ -54,7 +54,7 @@ class KVCache(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """Functions x → x · W of a layer's frozen weights, where they were derived: see decode.py."""
+    """Functions x → x · W for a layer's frozen weights; None where the layer itself is called."""
 
     qkv: Callable | None = None
     o: Callable | None = None
@@ -86,8 +86,8 @@ class LlamaForCausalLM(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits in float32. attention_mask [B, T]: 0 on padding, on any side, 1 on real tokens.
 
-        Several rows packed into one have 1, 2, 3, … on their tokens: each sees its own alone, and
-        its positions begin at 0.
+        In a sequence of packed examples it is 1, 2, 3, … on their tokens: attention stays within an
+        example, whose positions start at 0.
         """
         return self.logits(self.hidden_states(input_ids, attention_mask, remat=remat))
 
@@ -98,13 +98,13 @@ class LlamaForCausalLM(nnx.Module):
         *,
         remat: str = "none",
     ) -> Float[Array, "B T D"]:
-        """The last layer's normalised output, from which `logits` follow."""
-        rows = None if attention_mask is None else attention_mask.astype(jnp.int32)
-        if rows is None:
+        """The normalised output of the last layer, the input of `logits`."""
+        examples = None if attention_mask is None else attention_mask.astype(jnp.int32)
+        if examples is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         else:
-            positions = _positions(rows != 0, -_before(rows))
-        hidden, _ = self.model(input_ids, positions, rows, remat=remat)
+            positions = _positions(examples != 0, -_before(examples))
+        hidden, _ = self.model(input_ids, positions, examples, remat=remat)
         return hidden
 
     def extend(
@@ -117,7 +117,7 @@ class LlamaForCausalLM(nnx.Module):
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Logits of the last token, and the cache with these T tokens appended.
 
-        forms: of every layer's weights, or a function from the layer's index to them.
+        forms: one for each layer, or a function from the layer's index.
         """
         real = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
         positions = _positions(real, cache.valid.sum(axis=1)[:, None])
@@ -133,13 +133,13 @@ class LlamaForCausalLM(nnx.Module):
         return self.lm_head(hidden)
 
     def frozen_head(self) -> Float[Array, "D V"] | None:
-        """W_vocab, by which hidden states become logits; None where an adapter is part of it."""
+        """W_vocab, which maps hidden states to logits; None if an adapter is part of it."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.embedding[...].T
         return self.lm_head.kernel[...] if type(self.lm_head) is nnx.Linear else None
 
     def untie(self) -> None:
-        """Gives it a vocabulary projection of its own, equal to the embedding it was tied to."""
+        """Replaces the tied vocabulary projection by one of its own with the same values."""
         embedding = self.model.embed_tokens.embedding[...]
         head = nnx.eval_shape(lambda: _head(self.config, dtype=embedding.dtype, rngs=nnx.Rngs(0)))
         head.kernel = nnx.Param(embedding.T)
@@ -147,7 +147,7 @@ class LlamaForCausalLM(nnx.Module):
         self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
 
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """A cache with room for max_length tokens a row."""
+        """A cache with room for max_length tokens in each sequence."""
         c = self.config
         shape = (c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim)
         dtype = self.model.embed_tokens.embedding.dtype
@@ -181,16 +181,18 @@ class LlamaModel(nnx.Module):
         self.layers = layers(rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, input_ids, positions, rows=None, cache=None, *, remat="none", forms=None):
-        """(normalised hidden [B, T, D], cache), of tokens that see their own row's or the cache's.
+    def __call__(
+        self, input_ids, positions, examples=None, cache=None, *, remat="none", forms=None
+    ):
+        """(normalised hidden [B, T, D], cache). Attention is within examples, or to the cache.
 
-        rows [B, T]: numbers of the rows, 0 on padding (None: each line is one).
+        examples [B, T]: the number of each token's example, 0 on padding; None: one a sequence.
         """
         c = self.config
         hidden = self.embed_tokens(input_ids)
         cos, sin = rope.cos_sin(positions, c.head_dim, c.rope, c.max_position_embeddings)
         graphdef, whole, sliced = stack.split(self.layers)
-        attend = _among(rows, c) if cache is None else _to(cache, input_ids.shape[1], c)
+        attend = _within(examples, c) if cache is None else _to(cache, input_ids.shape[1], c)
 
         def layer(carry, xs, form=None):
             hidden, kv = carry
@@ -203,11 +205,11 @@ class LlamaModel(nnx.Module):
 
         xs = (sliced, jnp.arange(c.num_hidden_layers))
         carry = (hidden, None if cache is None else (cache.k, cache.v))
-        if isinstance(forms, Sequence):  # arrays of their own, which no scan could slice
+        if isinstance(forms, Sequence):  # each has its own arrays, which a scan cannot slice
             for index, form in enumerate(forms):
                 carry, _ = layer(carry, jax.tree.map(lambda a: a[index], xs), form)  # noqa: B023
         elif remat == "none" and platform.on_cpu():
-            # XLA's CPU backend converts the stacks of what a scan keeps to float32 and back, whole.
+            # XLA's CPU backend converts the whole stacks that a scan keeps to float32 and back.
             each = jax.jit(layer)  # traced once for all layers
             for index in range(c.num_hidden_layers):
                 carry, _ = each(carry, jax.tree.map(lambda a: a[index], xs))  # noqa: B023
@@ -234,7 +236,7 @@ class LlamaDecoderLayer(nnx.Module):
 
 
 class LlamaAttention(nnx.Module):
-    """partition: how a mesh deals out the lines, and the heads."""
+    """partition: how a mesh shards the sequences and the heads."""
 
     partition = dealing.WHOLE
 
@@ -278,7 +280,7 @@ class LlamaMLP(nnx.Module):
 
 
 class Embedding(nnx.Embed):
-    """y = W[ids]. partition: how a mesh deals out W, and the rows of ids."""
+    """y = W[ids]. partition: how a mesh shards W and the rows of ids."""
 
     partition = dealing.WHOLE
 
@@ -286,7 +288,7 @@ class Embedding(nnx.Embed):
         return embedding.lookup(self.embedding[...], ids, partition=self.partition)
 
     def lookup(self, table: Float[Array, "V _"], ids: Int[Array, "B T"]) -> Float[Array, "B T _"]:
-        """table[ids], of a small table that every device has whole."""
+        """table[ids] for a small table that is replicated on every device."""
         rows = dealing.Partition(self.partition.rows)
         return embedding.lookup(table, ids, partition=rows)
 
@@ -309,11 +311,11 @@ class RMSNorm(nnx.Module):
 
 
 def _as(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The same bits."""
+    """The same bits in another dtype."""
     return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
 
 
-# What nnx.Linear calls, always to contract x's last axis with the kernel's first.
+# For nnx.Linear, which always contracts x's last axis with the kernel's first.
 def _dot_general(x, kernel, dimension_numbers, **_):
     return matmul.matmul(x, kernel)
 
@@ -341,32 +343,33 @@ def _head(config, *, dtype, rngs):
 
 
 def _positions(real: jax.Array, offset: jax.Array | int) -> jax.Array:
-    """Index of each real token in its row; padding on the left gets 0."""
+    """The index of each real token in its sequence; padding on the left gets 0."""
     return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0) + offset
 
 
-def _before(rows: jax.Array) -> jax.Array:
-    """How many real tokens stand before the first of a token's own packed row. rows [B, T]: 1, 2, …
-    on the tokens of each, 0 on padding."""
-    highest = lax.cummax(rows, axis=1)
+def _before(examples: jax.Array) -> jax.Array:
+    """How many real tokens precede the first token of each token's example.
+
+    examples [B, T]: 1, 2, … on the tokens of each, 0 on padding.
+    """
+    highest = lax.cummax(examples, axis=1)
     begins = highest > jnp.pad(highest, ((0, 0), (1, 0)))[:, :-1]
-    return lax.cummax(jnp.where(begins, jnp.cumsum(rows != 0, axis=1) - 1, 0), axis=1)
+    return lax.cummax(jnp.where(begins, jnp.cumsum(examples != 0, axis=1) - 1, 0), axis=1)
 
 
-def _among(rows: jax.Array | None, config: model_config.LlamaConfig) -> Callable:
-    """How a layer's tokens attend to those of their rows: (index, kv, q, k, v, partition) →
-    (attended, kv)."""
+def _within(examples: jax.Array | None, config: model_config.LlamaConfig) -> Callable:
+    """Attention within examples: (layer index, kv, q, k, v, partition) → (attended, kv)."""
     windows, kinds = _windows(config)
 
     def attend(index, kv, q, k, v, partition):
         how = {"windows": windows, "kind": kinds[index], "partition": partition}
-        return attention.self_attention(q, k, v, rows, **how), kv
+        return attention.self_attention(q, k, v, examples, **how), kv
 
     return attend
 
 
 def _to(cache: KVCache, num_tokens: int, config: model_config.LlamaConfig) -> Callable:
-    """How a layer's tokens, written into the cache, attend to what is in it: see _among."""
+    """Attention to the cache, into which the layer's tokens are written first; see _within."""
     windows, kinds = _windows(config)
     slots = jnp.arange(cache.k.shape[2])
     distance = (cache.length + jnp.arange(num_tokens))[:, None] - slots[None]
@@ -387,7 +390,7 @@ def _to(cache: KVCache, num_tokens: int, config: model_config.LlamaConfig) -> Ca
 
 
 def _windows(config: model_config.LlamaConfig) -> tuple[tuple[int | None, ...], jax.Array]:
-    """(the sliding windows that differ, which of them each layer has [L])."""
+    """(the distinct sliding windows, the index of each layer's window [L])."""
     of_layers = config.sliding_windows or (None,) * config.num_hidden_layers
     windows = tuple(dict.fromkeys(of_layers))
     return windows, jnp.asarray([windows.index(window) for window in of_layers], jnp.int32)
@@ -398,7 +401,7 @@ def _rematerialised(layer, remat: str):
         raise ValueError(f"expected remat among {model_config.REMAT}, found {remat!r}")
     if remat == "none":
         return layer
-    # By name: no policy of JAX's sees into the products' own derivative rules.
+    # By name: JAX's policies do not see into custom derivative rules.
     saved = jax.checkpoint_policies.save_only_these_names(matmul.PRODUCT)
     policy = saved if remat == "dots" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)

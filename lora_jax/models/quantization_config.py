@@ -1,4 +1,4 @@
-"""What config.json says of a checkpoint that is quantized already. Imports no jax."""
+"""`quantization_config` in the config.json of a quantized checkpoint. Imports no jax."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,18 +6,18 @@ from typing import Any
 
 from lora_jax import errors
 
-OWN = ("int8", "int4", "int4-g64", "int4-g128")  # formats in a layout of our own
-VERSION = 1  # of that layout
+NATIVE = ("int8", "int4", "int4-g64", "int4-g128")  # formats stored in lora_jax's own layout
+VERSION = 1  # of lora_jax's layout
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint stores its linear layers, as its `quantization_config` says.
+    """How a checkpoint stores its linear layers.
 
-    method: "bitsandbytes", "gptq", "awq" or "lora_jax": whose tensors, by name and layout.
-    fmt: the format as --quant calls it. group: rows that share a scale; −1: all of a column.
-    zero_points: w = (code − zero) · scale, with zeros other than 8. zero_offset: what is added to
-    a zero point as it is stored. act_order: the rows of a group may lie apart.
+    method: "bitsandbytes", "gptq", "awq" or "lora_jax", which determines tensor names and layout.
+    fmt: the format, as a value of --quant. group: how many rows share a scale; −1: all rows.
+    zero_points: w = (code − zero) · scale with zeros other than 8. zero_offset: what is added to a
+    stored zero point. act_order: the rows of a group may be anywhere in the weight.
     dense: names of modules that are not quantized. only: names of those that are (None: all).
     """
 
@@ -31,12 +31,12 @@ class Quantization:
     only: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        for name in ("dense", "only"):  # from JSON they come as lists
+        for name in ("dense", "only"):  # JSON has lists
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def skips(self, module: str) -> bool:
-        """Whether the linear layer at this dotted path is said to be dense."""
+        """Whether the linear layer at this dotted path is dense according to the config."""
 
         def among(names: tuple[str, ...]) -> bool:
             return any(f".{name}." in f".{module}." for name in names)
@@ -45,10 +45,11 @@ class Quantization:
 
 
 def choose(asked: str | None, stored: Quantization | None, where: str) -> str:
-    """What the weights become in memory, as --quant calls it: what was asked for, if it can be.
+    """The format of the weights in memory, as a value of --quant.
 
-    asked: None means as the checkpoint is; "none" makes a quantized one dense. stored: None is a
-    dense checkpoint. Raises: UserError for another format than the checkpoint's.
+    asked: None keeps the checkpoint's format; "none" makes a quantized checkpoint dense. stored:
+    None means a dense checkpoint.
+    Raises: UserError if a quantized checkpoint is in another format than the one asked for.
     """
     if stored is None:
         return asked or "none"
@@ -56,11 +57,11 @@ def choose(asked: str | None, stored: Quantization | None, where: str) -> str:
         return asked or stored.fmt
     if asked not in (stored.fmt, stored.fmt.removesuffix("-dq")):
         raise errors.UserError(
-            expected=f"--quant {stored.fmt}, which the checkpoint is in, or none",
+            expected=f"--quant {stored.fmt}, the checkpoint's format, or none",
             found=f"--quant {asked}",
-            where=f"{where}: quantized already ({stored.method})",
-            do="leave --quant out to use it as it is; --quant none dequantizes it; for another "
-            "format take the model before it was quantized",
+            where=f"{where}: already quantized ({stored.method})",
+            do="omit --quant to keep the checkpoint's format; --quant none dequantizes it; for "
+            "another format, pass the model before quantization",
         )
     return stored.fmt
 
@@ -68,8 +69,8 @@ def choose(asked: str | None, stored: Quantization | None, where: str) -> str:
 def parse(raw: Mapping[str, Any], where: str) -> Quantization:
     """Quantization from config.json's `quantization_config`.
 
-    Read are the keys that say what the codes mean; the others say how they were found, or what to
-    compute with. Raises: UserError that names what is not implemented.
+    Reads only the keys that say what the codes mean; the others say how the codes were computed or
+    which dtype to compute in. Raises: UserError with everything that is not implemented.
     """
     if not isinstance(raw, Mapping):
         raise errors.UserError(
@@ -77,13 +78,13 @@ def parse(raw: Mapping[str, Any], where: str) -> Quantization:
         )
     method = raw.get("quant_method")
     if method is None and (raw.get("load_in_4bit") or raw.get("load_in_8bit")):
-        method = "bitsandbytes"  # as before there were others
+        method = "bitsandbytes"  # old files do not name it
     if method not in _READERS:
         raise errors.UserError(
             expected=f"a checkpoint that is dense or quantized by {', '.join(_READERS)}",
             found=f"quant_method {method!r}",
             where=where,
-            do="take the model before it was quantized: --quant rounds it while it loads",
+            do="pass the model before quantization: --quant rounds it while it loads",
         )
     found, problems = _READERS[method](raw)
     if problems:
@@ -91,7 +92,7 @@ def parse(raw: Mapping[str, Any], where: str) -> Quantization:
             expected=f"a quantized checkpoint as lora_jax reads it ({method})",
             found=problems,
             where=f"{where}: quantization_config",
-            do="take the model before it was quantized: --quant rounds it while it loads",
+            do="pass the model before quantization: --quant rounds it while it loads",
         )
     return found
 
@@ -119,7 +120,7 @@ def _gptq(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     if raw.get("pack_dtype", "int32") != "int32":
         problems.append(f"pack_dtype {raw['pack_dtype']!r} is not implemented (int32 is)")
     if raw.get("dynamic"):
-        problems.append("dynamic, with settings of its own for some modules, is not implemented")
+        problems.append("dynamic, different settings for some modules, is not implemented")
     only = raw.get("modules_in_block_to_quantize")
     return Quantization(
         "gptq",
@@ -147,8 +148,8 @@ def _lora_jax(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     problems = []
     if raw.get("version") != VERSION:
         problems.append(f"version {raw.get('version')!r} (this lora_jax reads {VERSION})")
-    if raw.get("format") not in OWN:
-        problems.append(f"format {raw.get('format')!r} ({', '.join(OWN)} are known)")
+    if raw.get("format") not in NATIVE:
+        problems.append(f"format {raw.get('format')!r} ({', '.join(NATIVE)} are known)")
     return Quantization("lora_jax", str(raw.get("format"))), problems
 
 

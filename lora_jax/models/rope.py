@@ -15,7 +15,7 @@ def cos_sin(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of positions · inv_freq, times the attention factor; float32.
 
-    `context` is max_position_embeddings, beyond which "dynamic" stretches its base.
+    context: max_position_embeddings, beyond which "dynamic" scales its base.
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34.
     """
     inv_freq, attention_factor = _inv_freq(positions, head_dim, rope, context)
@@ -30,7 +30,7 @@ def apply(
 ) -> Float[Array, "B T heads head_dim"]:
     """x · cos + rotate_half(x) · sin, computed in float32 and returned in x's dtype."""
     wide = x.astype(jnp.float32)
-    # The halves change places as a whole, which a CPU does several times faster than to join them.
+    # A roll swaps the halves; on a CPU it is several times faster than a concatenation.
     swapped = jnp.roll(wide, x.shape[-1] // 2, axis=-1)
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
     return (wide * cos[:, :, None] + swapped * sin[:, :, None]).astype(x.dtype)
@@ -57,7 +57,7 @@ def _inv_freq(
 
 
 def _llama3(inv_freq: jax.Array, rope: config.RopeConfig) -> jax.Array:
-    """Long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    """inv_freq / factor for long waves, inv_freq for short ones, interpolated in between."""
     wavelength = 2 * math.pi / inv_freq
     original = rope.original_max_position_embeddings
     low, high = rope.low_freq_factor, rope.high_freq_factor
@@ -71,7 +71,7 @@ def _yarn(inv_freq: jax.Array, dim: int, rope: config.RopeConfig) -> tuple[jax.A
     def mscale(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
 
-    def dimension(rotations: float) -> float:  # at which a wave makes so many rotations
+    def dimension(rotations: float) -> float:  # at which a wave makes this many rotations
         original = rope.original_max_position_embeddings
         return (dim * math.log(original / (rotations * 2 * math.pi))) / (
             2 * math.log(rope.rope_theta)

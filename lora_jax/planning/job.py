@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from lora_jax import lora
-from lora_jax.checkpoints import loader
+from lora_jax.checkpoints import inventory
 from lora_jax.lora import config
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
@@ -99,7 +99,7 @@ def model_parts(
     made = []
 
     def build():
-        model = loader.skeleton(
+        model = inventory.skeleton(
             job.architecture, dtype=jnp.dtype(job.dtype), quantization=job.quant, mesh=mesh
         )
         # PiSSA starts from the values of the weights, and there are none here.

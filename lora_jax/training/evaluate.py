@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from lora_jax.data import batches
+from lora_jax.data import batches, packing
 from lora_jax.generation import continuation
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
@@ -30,13 +30,13 @@ def means(
     eval_loss: Callable,
     trained: Any,
     frozen: model_state.Frozen,
-    lines: Sequence[batches.Line],
+    lines: Sequence[packing.TokenSequence],
     batch_size: int,
     mesh: Mesh,
 ) -> dict[str, float]:
     """What `eval_loss` sums, over all of the set, divided once by all that it counts."""
     where = sharding.rows(batch_size, mesh)
-    length = batches.longest(lines)
+    length = packing.longest(lines)
     total, count = collections.Counter(), 0
     for first in range(0, len(lines), batch_size):
         chunk = lines[first : first + batch_size]

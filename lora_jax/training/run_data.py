@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax import console, errors, tokenizer
 from lora_jax.console import say
-from lora_jax.data import batches, encoding, mixture, sources, stream
+from lora_jax.data import batches, encoding, mixture, packing, sources, stream
 from lora_jax.training.settings import groups
 
 if TYPE_CHECKING:
@@ -58,17 +58,17 @@ class RunData:
         self._settings, self._reader, self._eos, self._context = settings, reader, eos, context
         self._data, self._loop = settings.data, settings.loop
         self._arrange = functools.partial(
-            batches.arrange,
+            packing.arrange,
             seq_len=self._data.seq_len,
             packing=self._data.packing,
             in_pairs=self._data.dpo,
         )
         label = "stream" if self._data.streaming else "data"
         encoded = [
-            self._encode(label, source, part).rows
+            self._encode(label, source, part).examples
             for source, part in zip(self._data.dataset, found.train, strict=True)
         ]
-        self.held_out: list[batches.Line] | None = None
+        self.held_out: list[packing.TokenSequence] | None = None
         self.scored: list[tuple[Any, str]] | None = None
         self.longest_answer = 0  # tokens
         if found.held_out:
@@ -82,7 +82,7 @@ class RunData:
             self.batches = batches.ByLength(self.batches, self.num_steps, self._loop.seed)
             lengths = ", ".join(map(str, self.batches.used))
             say("grouped", f"sequences of {lengths} tokens, each length compiled once, "
-                f"{self.batches.filled:.1%} filled")  # fmt: skip
+                f"{self.packing.filled:.1%} filled")  # fmt: skip
         self._check_warmup()
         self.fingerprints = self._fingerprints(found)
 
@@ -108,32 +108,32 @@ class RunData:
         of_held_out = sources.fingerprint(*found.held_out) if found.held_out else None
         return {"train": of_train, "held out": of_held_out}
 
-    def _deal_out(self, encoded: list[list[encoding.Row]]) -> batches.Batches:
+    def _deal_out(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
         """Batches of the examples of each source, shuffled."""
         if self._data.weights is None:  # as one source: each example once an epoch
             encoded = [list(itertools.chain(*encoded))]
         parts = [self._arrange(examples) for examples in encoded]
         sequences = list(itertools.chain(*parts))
-        length = min(self._settings.sequence_length, batches.longest(sequences))
+        length = min(self._settings.sequence_length, packing.longest(sequences))
         if self._data.packing:
             say("packed", f"{len(sequences)} sequences of {length} tokens, "
-                f"{batches.filled(sequences, length):.1%} filled")  # fmt: skip
+                f"{packing.filled(sequences, length):.1%} filled")  # fmt: skip
         seed = self._loop.seed
         return self._batches(
             [batches.Shuffled(part, seed, number) for number, part in enumerate(parts)], length
         )
 
-    def _stream_out(self, encoded: list[list[encoding.Row]]) -> batches.Batches:
+    def _stream_out(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
         """Batches of streams, of which `encoded` are the first examples."""
         length = self._settings.sequence_length
         first = [sequence for examples in encoded for sequence in self._arrange(examples)]
-        say("streaming", f"sequences of {length} tokens, {batches.filled(first, length):.1%} filled"
+        say("streaming", f"sequences of {length} tokens, {packing.filled(first, length):.1%} filled"
             f" by these; in blocks of {stream.BLOCK} examples, which are shuffled")  # fmt: skip
         encode = encoding.encode_pairs if self._data.dpo else encoding.encode
 
-        def arrange(examples: "datasets.Dataset") -> list[batches.Line]:
+        def arrange(examples: "datasets.Dataset") -> list[packing.TokenSequence]:
             made = encode(examples, self._reader, self._data.seq_len, self._eos, may_be_empty=True)
-            return self._arrange(made.rows)
+            return self._arrange(made.examples)
 
         self._streams = [
             stream.Stream(
@@ -158,7 +158,7 @@ class RunData:
         )
 
     def _say_mixture(self) -> None:
-        mixed = self.batches.lines
+        mixed = self.batches.sequences
         if isinstance(mixed, mixture.Mixture):
             sizes = None if self._data.streaming else [*map(len, mixed.sources)]
             shown = self.num_steps * self.batches.step_size
@@ -169,7 +169,7 @@ class RunData:
         own = self._data.eval_dataset
         names = [own] if own else [f"held out of {console.near(n)}" for n in self._data.dataset]
         encoded = (self._encode("held out", *of) for of in zip(names, parts, strict=True))
-        self.held_out = self._arrange([example for each in encoded for example in each.rows])
+        self.held_out = self._arrange([example for each in encoded for example in each.examples])
         count = self._settings.eval.exact_match
         if not count:
             return
@@ -192,10 +192,10 @@ class RunData:
         encode = encoding.encode_pairs if self._data.dpo else encoding.encode
         encoded = encode(examples, self._reader, self._data.seq_len, self._eos)
         first = "of its first examples " if label == "stream" else ""
-        num_tokens = sum(len(ids) for ids, _ in encoded.rows)
+        num_tokens = sum(len(ids) for ids, _ in encoded.examples)
         say(
             label,
-            f"{first}{len(encoded.rows)} examples, {num_tokens} tokens, {encoded.num_cut} cut at "
-            f"{self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
+            f"{first}{len(encoded.examples)} examples, {num_tokens} tokens, "
+            f"{encoded.num_cut} cut at {self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
         )
         return encoded

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lora_jax import console, hub, lora, tokenizer
-from lora_jax.checkpoints import loader, safetensors_files
+from lora_jax.checkpoints import inventory, loader, safetensors_files
 from lora_jax.console import say
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
@@ -57,7 +57,7 @@ def fit(
     A batch size that was not given grows until it is split evenly.
     """
     settings = settings.replace(quant=settings.model.resolve_quant(architecture, folder))
-    num_bytes = loader.loaded_bytes(
+    num_bytes = inventory.loaded_bytes(
         folder, dtype=settings.model.dtype, quantization=settings.model.quant
     )
     mesh = sharding.choose(settings.model.mesh, num_bytes)
@@ -159,7 +159,7 @@ def load(settings: groups.TrainSettings, base: Base, mesh: Mesh) -> Adapters:
 
 
 def _say_sizes(settings: groups.TrainSettings, base: Base, adapter: one_adapter.OneAdapter) -> None:
-    total = loader.num_params(base.architecture)
+    total = inventory.num_params(base.architecture)
     trainable = lora.num_params(adapter.model)
     before = sum(t.num_bytes for t in safetensors_files.tensors(base.folder).values())
     after = sum(array.nbytes for array in jax.tree.leaves(adapter.frozen.base))
@@ -168,7 +168,7 @@ def _say_sizes(settings: groups.TrainSettings, base: Base, adapter: one_adapter.
         f"{console.near(settings.model.model)}")  # fmt: skip
     say("base", f"{console.size(before)} on disk, {console.size(after)} loaded "
         f"(quant {settings.model.quant})")  # fmt: skip
-    if note := loader.dense_note(settings.model.quant, adapter.model):
+    if note := inventory.dense_note(settings.model.quant, adapter.model):
         say("base", note)
 
 

@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import nnx
 
 from lora_jax import assets, errors, lora
-from lora_jax.checkpoints import copy, loader, merge, safetensors_files
+from lora_jax.checkpoints import loader, merge, safetensors_files, writer
 from lora_jax.lora import adapter as host
 from lora_jax.lora import peft
 from lora_jax.parallel import mesh as sharding
@@ -33,9 +33,9 @@ ADAPTERS = {  # whose merged logits PEFT has told: its base
 }
 
 
-def write(base, adapter, into, shard=copy.SHARD, **how):
+def write(base, adapter, into, shard=writer.SHARD, **how):
     plan = merge.plan(base, adapter, **how)
-    with copy.new_folder(into, 0) as written:
+    with writer.new_folder(into, 0) as written:
         return list(merge.write(base, written, plan, shard=shard))
 
 
@@ -110,7 +110,7 @@ def test_what_was_quantized_gets_the_dtype_of_config_json(told, stored, tmp_path
     (base / "config.json").write_text(json.dumps(raw | {"torch_dtype": told}))
     adapter = host.Adapter(lora.LoRAConfig(), {})
     kinds = {name: kind for part in merge.plan(base, adapter).parts
-             for name, kind in part.kinds.items()}  # fmt: skip
+             for name, kind in part.specs.items()}  # fmt: skip
     assert kinds["model.layers.0.mlp.up_proj.weight"].dtype == stored
     assert kinds["model.norm.weight"].dtype == "F32"
 
@@ -193,9 +193,9 @@ def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
 
 def test_a_disk_without_room_is_told_in_whole_mebibytes(monkeypatch, tmp_path):
     usage = collections.namedtuple("Usage", "total used free")(2**40, 2**40, 100)
-    monkeypatch.setattr(copy.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(errors.UserError, match=r"(?s)at least 1 MiB free.*0 MiB free"):
-        with copy.new_folder(tmp_path / "into", 101):
+        with writer.new_folder(tmp_path / "into", 101):
             pass
     assert not any(tmp_path.iterdir())
 

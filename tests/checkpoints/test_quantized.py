@@ -20,9 +20,8 @@ from cli import BASE, ROOT, metrics, refused, run, write_rows
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.checkpoints import copy as copying
-from lora_jax.checkpoints import loader, quantize, safetensors_files, storage
-from lora_jax.models import quantization_config as model_quantization
+from lora_jax.checkpoints import inventory, loader, quantize, safetensors_files, storage, writer
+from lora_jax.models import quantization_config
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 
@@ -31,33 +30,33 @@ NF4 = ROOT / "tests" / "golden" / "quantized" / "stories260K-bnb-nf4"
 TINY = MODELS / "llama"
 
 
-def write(into, fmt, folder=TINY, *, shard=copying.SHARD, **how):
+def write(into, fmt, folder=TINY, *, shard=writer.SHARD, **how):
     return list(quantize.write(folder, into, quantize.plan(folder, fmt, **how), shard=shard))
 
 
 @pytest.mark.parametrize("fmt", formats.FORMATS)
 def test_a_matrix_is_read_as_it_was_quantized(tmp_path, fmt):
-    """formats.quantize → store → a file → survey → unpack: the same arrays."""
+    """formats.quantize → tensors → a file → find → unpack: the same arrays."""
     weight = np.random.default_rng(0).normal(size=(24, 128)).astype(np.float32)
-    tensors = {f"m.{name}": array for name, array in storage.store(fmt, weight).items()}
-    kinds = {f"m.{name}": kind for name, kind in storage.kinds(fmt, 128, 24).items()}
-    assert kinds.keys() == tensors.keys()
-    known = {name: kind for name, kind in kinds.items() if kind is not None}
+    tensors = {f"m.{name}": array for name, array in storage.quantize(fmt, weight).items()}
+    specs = {f"m.{name}": spec for name, spec in storage.tensor_specs(fmt, 128, 24).items()}
+    assert specs.keys() == tensors.keys()
+    known = {name: spec for name, spec in specs.items() if spec is not None}
     path = tmp_path / "model.safetensors"
-    with safetensors_files.Writer(path, known, kinds.keys() - known.keys()) as writer:
+    with safetensors_files.Writer(path, known, specs.keys() - known.keys()) as file:
         for name, array in tensors.items():
-            writer.write(name, array)
-    own = fmt in model_quantization.OWN
-    told = model_quantization.Quantization("lora_jax" if own else "bitsandbytes", fmt)
-    found = storage.survey(told, {"m": (128, 24)}, (), safetensors_files.tensors(tmp_path))
+            file.write(name, array)
+    native = fmt in quantization_config.NATIVE
+    declared = quantization_config.Quantization("lora_jax" if native else "bitsandbytes", fmt)
+    found = storage.find(declared, {"m": (128, 24)}, (), safetensors_files.tensors(tmp_path))
     assert not found.problems and found.claimed == tensors.keys()
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     recipe = found.weights["m"].recipe
     packed = jax.jit(storage.Unpack(recipe, 1).__call__)(
-        found.weights["m"].read(mesh, (None, None))
+        storage.read(found.weights["m"], mesh, (None, None))
     )
     expected = formats.quantize(jnp.asarray(weight), fmt, transposed=True)
-    assert recipe.form.fmt == fmt
+    assert recipe.packed.fmt == fmt
     for name, array in expected._asdict().items():
         if array is None:
             assert getattr(packed, name) is None
@@ -93,10 +92,10 @@ def test_tensors_lie_at_multiples_of_their_dtypes_size(tmp_path):
     path = tmp_path / "x.safetensors"
     arrays = {"a": np.arange(3, dtype=np.uint8), "b": np.arange(5, dtype=np.float32),
               "c": np.arange(7, dtype=np.float16)}  # fmt: skip
-    kinds = {name: safetensors_files.kind(array) for name, array in arrays.items()}
-    with safetensors_files.Writer(path, kinds, ["late"]) as writer:
+    specs = {name: safetensors_files.spec_of(array) for name, array in arrays.items()}
+    with safetensors_files.Writer(path, specs, ["late"]) as file:
         for name, array in (arrays | {"late": np.arange(9, dtype=np.uint8)}).items():
-            writer.write(name, array)
+            file.write(name, array)
     for name, array in safetensors.numpy.load_file(path).items():
         np.testing.assert_array_equal(array, arrays.get(name, np.arange(9)))
     data = path.read_bytes()
@@ -109,12 +108,12 @@ def test_tensors_lie_at_multiples_of_their_dtypes_size(tmp_path):
     for entry in header.values():
         assert entry["data_offsets"][0] % safetensors_files.DTYPES[entry["dtype"]] == 0
     with pytest.raises(ValueError, match="'b'"):
-        with safetensors_files.Writer(path, kinds, []) as writer:
-            writer.write("a", arrays["a"])
-            writer.write("c", arrays["c"])
+        with safetensors_files.Writer(path, specs, []) as file:
+            file.write("a", arrays["a"])
+            file.write("c", arrays["c"])
     with pytest.raises(ValueError, match="expected a as"):
-        with safetensors_files.Writer(path, kinds, []) as writer:
-            writer.write("a", arrays["b"])
+        with safetensors_files.Writer(path, specs, []) as file:
+            file.write("a", arrays["b"])
 
 
 def test_tokenizer_and_generation_come_along_and_code_does_not(tmp_path):
@@ -237,7 +236,7 @@ def test_what_a_quantized_checkpoint_cannot_be_is_refused(trained, script, tmp_p
         "plan": ("--model", NF4, "--no-compile", "--target", "cpu:1"),
     }[script]
     message = refused(script, *flags, "--quant", "fp4")
-    assert "expected: --quant nf4, which the checkpoint is in, or none" in message
+    assert "expected: --quant nf4, the checkpoint's format, or none" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -248,7 +247,7 @@ def test_a_plan_knows_the_format_from_config_json_alone(tmp_path):
     assert found["job"]["quant"] == "nf4"
     resident = found["memory"]["resident"]
     parts = ("packed words", "scales", "linear layers", "embedding, head, norms, biases")
-    loaded = loader.loaded_bytes(NF4, dtype=None, quantization=None)
+    loaded = inventory.loaded_bytes(NF4, dtype=None, quantization=None)
     indices = 2 * 5 * 4  # of the layers, in the adapters
     assert sum(resident[part] for part in parts) == loaded + indices
     assert resident["linear layers"] == 4 * 5 * 64 * 172  # down_proj

@@ -16,11 +16,11 @@ import safetensors.numpy
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.checkpoints import loader, safetensors_files, storage
+from lora_jax.checkpoints import inventory, loader, safetensors_files, storage
 from lora_jax.kernels import packed as packing
 from lora_jax.lora import peft
 from lora_jax.lora.nnx import model_state
-from lora_jax.models import quantization_config as model_quantization
+from lora_jax.models import quantization_config
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 from lora_jax.optim import loss as train_loss
@@ -111,7 +111,7 @@ def state_of(golden, kind, shape):
 
 
 def write_matrix(folder, golden, kind, held_as=np.uint8):
-    """One matrix as bitsandbytes saves it, and what the survey finds."""
+    """One matrix as bitsandbytes saves it, and what storage.find returns."""
     shape = golden["dequant"].shape
     tensors = {
         "m.weight": golden["packed"].reshape(-1).view(held_as)[:, None],
@@ -125,9 +125,9 @@ def write_matrix(folder, golden, kind, held_as=np.uint8):
         tensors["m.weight.nested_absmax"] = golden["nested_absmax"]
         tensors["m.weight.nested_quant_map"] = golden["nested_code"]
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    told = model_quantization.Quantization("bitsandbytes", kind)
+    declared = quantization_config.Quantization("bitsandbytes", kind)
     stored = safetensors_files.tensors(folder)
-    return storage.survey(told, {"m": shape[::-1]}, (), stored), set(stored)
+    return storage.find(declared, {"m": shape[::-1]}, (), stored), set(stored)
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ def test_a_matrix_of_bitsandbytes_is_read_bit_for_bit(tmp_path, case, kind, fmt)
     found, names = write_matrix(tmp_path, golden, kind)
     assert not found.problems and found.claimed == names
     weight = found.weights["m"]
-    raw = weight.read(mesh_of(*ONE), (None, None))
+    raw = storage.read(weight, mesh_of(*ONE), (None, None))
     dtype = jnp.bfloat16 if case.startswith("bf16") else jnp.float32
     unpacked = unpack(storage.Dequantize(weight.recipe), raw, dtype)
     np.testing.assert_array_equal(unpacked.astype(jnp.float32).T, golden["dequant"])
-    form = weight.recipe.form
-    assert (form.fmt if form else None) == fmt
-    if form:
+    spec = weight.recipe.packed
+    assert (spec.fmt if spec else None) == fmt
+    if spec:
         packed = unpack(storage.Unpack(weight.recipe, 1), raw)
         np.testing.assert_array_equal(
             dequantize(packed, fmt, golden["dequant"].shape[1], dtype), unpacked
@@ -167,7 +167,7 @@ def test_any_dtype_may_hold_the_bytes(tmp_path, held_as):
     golden = golden_matrix("bf16_nf4")
     found, _ = write_matrix(tmp_path, golden, "nf4", held_as)
     weight = found.weights["m"]
-    raw = weight.read(mesh_of(*ONE), (None, None))
+    raw = storage.read(weight, mesh_of(*ONE), (None, None))
     unpacked = unpack(storage.Dequantize(weight.recipe), raw, jnp.bfloat16)
     np.testing.assert_array_equal(unpacked.astype(jnp.float32).T, golden["dequant"])
 
@@ -180,10 +180,10 @@ def test_logits_are_those_of_bitsandbytes_weights():
     np.testing.assert_allclose(found, golden["logits"], atol=2e-4)
     # Blocks of 64 do not fit into its 172 inputs.
     expected = [f"model.layers.{i}.mlp.down_proj" for i in range(5)]
-    assert loader.dense_linears(model) == (expected, 35)
+    assert inventory.dense_linears(model) == (expected, 35)
     assert model.model.layers.self_attn.q_proj.fmt == "nf4-dq"
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    assert size == loader.loaded_bytes(NF4_DQ, dtype="float32", quantization=None)
+    assert size == inventory.loaded_bytes(NF4_DQ, dtype="float32", quantization=None)
 
 
 def test_training_follows_pefts_losses_on_bitsandbytes_weights():
@@ -242,7 +242,7 @@ def test_weights_are_code_less_zero_times_scale_bit_for_bit(foreign, name):
     assert_same_weights(model, weights)
     packed = model.model.layers.mlp.down_proj.packed
     assert model.model.layers.mlp.down_proj.fmt == "int4"
-    assert loader.dense_linears(model) == ([], 14)
+    assert inventory.dense_linears(model) == ([], 14)
     assert (packed.group_bias is None) == ("sym" in name)
     assert (packed.order is None) == ("act-order" not in name)
     assert packed.scale.dtype == jnp.float32
@@ -252,7 +252,7 @@ def test_none_makes_them_dense_and_products_are_the_same(foreign):
     folder, weights = foreign("gptq-act-order")
     model = load(folder, "none")
     assert_same_weights(model, weights)
-    assert len(loader.dense_linears(model)[0]) == 14
+    assert len(inventory.dense_linears(model)[0]) == 14
     ids = np.arange(24).reshape(2, 12)
     expected = logits(model, ids)
     np.testing.assert_allclose(logits(load(folder), ids), expected, atol=1e-5 * abs(expected).max())
@@ -313,7 +313,7 @@ def test_of_bytes_only_a_devices_rows_are_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors_files, "opened", contextlib.contextmanager(counting))
     weight = found.weights["m"]
-    raw = weight.read(mesh_of(2, 2, 2), ("fsdp", "tensor"))
+    raw = storage.read(weight, mesh_of(2, 2, 2), ("fsdp", "tensor"))
     columns, rows = golden["dequant"].shape
     half = columns * rows // 4
     assert {*asked} == {(0, half), (half, 2 * half)}
@@ -343,16 +343,16 @@ def test_of_bytes_only_a_devices_rows_are_read(tmp_path, monkeypatch):
     ],
 )
 def test_quant_of_a_quantized_checkpoint(stored, asked, expected):
-    stored = stored and model_quantization.Quantization("gptq", stored)
+    stored = stored and quantization_config.Quantization("gptq", stored)
     if expected:
-        assert model_quantization.choose(asked, stored, "folder") == expected
+        assert quantization_config.choose(asked, stored, "folder") == expected
         return
     with pytest.raises(errors.UserError, match=rf"found:\s+--quant {asked}\s.*gptq"):
-        model_quantization.choose(asked, stored, "folder")
+        quantization_config.choose(asked, stored, "folder")
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("raw", "message"),
     [
         *(({"quant_method": name}, name) for name in
           ("fp8", "compressed-tensors", "aqlm", "hqq", "mxfp4", "torchao", "auto-round")),
@@ -369,9 +369,9 @@ def test_quant_of_a_quantized_checkpoint(stored, asked, expected):
         ({}, "None"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_refused_by_name(told, message):
+def test_what_cannot_be_read_is_refused_by_name(raw, message):
     with pytest.raises(errors.UserError, match=r"config\.json") as raised:
-        model_quantization.parse(told, "config.json")
+        quantization_config.parse(raw, "config.json")
     assert message in raised.value.found
 
 
@@ -409,13 +409,13 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
         loader.load(spoilt(tmp_path / "model", change))
     message = str(raised.value)
     for problem in (
-        f"{prefix}q_proj.{STATE}nf4 is no JSON",
+        f"{prefix}q_proj.{STATE}nf4 is not JSON",
         f"{prefix}o_proj.{STATE}nf4: shape is [64, 32], expected [64, 64]",
         f"{prefix}o_proj.{STATE}nf4: blocksize is 0",
         f"{prefix}k_proj.weight.absmax is missing",
         f"{prefix}v_proj.weight has shape [1023, 1], expected [1024, 1]",
         f"{prefix}v_proj.weight.extra is unexpected",
-        "model.layers.1.mlp.up_proj.weight.nested_absmax is there, but",
+        "model.layers.1.mlp.up_proj.weight.nested_absmax is present, but",
         f"model.layers.1.mlp.gate_proj.{STATE}fp4: quant_type is 'nf4', expected 'fp4'",
         "model.layers.1.mlp.down_proj.weight.quant_map is not nf4's",
         "model.norm.weight has shape [3]",
@@ -439,11 +439,11 @@ def test_contradicting_tensors_of_gptq_are_told(tmp_path):
         loader.load(tmp_path)
     message = str(raised.value)
     for problem in (
-        f"{prefix}q_proj.g_idx does not deal 64 rows out into groups of 32",
+        f"{prefix}q_proj.g_idx does not divide 64 rows into groups of 32",
         f"{prefix}k_proj.scales has dtype F32, expected BF16 or F16",
         f"{prefix}v_proj.qweight has shape [4, 64], expected [8, 64]",
         f"{prefix}o_proj.qzeros is missing",
-        f"{prefix}o_proj.weight is there besides, dense",
+        f"{prefix}o_proj.weight is present too, dense",
         "model.layers.1.mlp.down_proj.bias is unexpected",
     ):
         assert problem in message
@@ -474,7 +474,7 @@ def test_a_layer_that_was_left_dense_makes_its_kind_dense(tmp_path):
         tensors[f"{name}.weight"] = original[f"{name}.weight"]
 
     model = loader.load(spoilt(tmp_path / "model", change))
-    assert {path.split(".")[-1] for path in loader.dense_linears(model)[0]} == {
+    assert {path.split(".")[-1] for path in inventory.dense_linears(model)[0]} == {
         "q_proj", "down_proj",
     }  # fmt: skip
     expected = dense(load(NF4)) | {name: original[f"{name}.weight"].T}

@@ -176,7 +176,7 @@ def test_hub_datasets(tmp_path):
         "tell('o/d@dev')\n"
         "found = [*sources.stream('o/many')]\n"
         "state, number = json.loads(json.dumps(found[3].after))\n"
-        "rest = [each.row['text'] for each in sources.stream('o/many', (state, number))]\n"
+        "rest = [each.example['text'] for each in sources.stream('o/many', (state, number))]\n"
         "print('rest', number, *rest, sources.version('o/many'), end='')\n"
         "tell('o/gated')\n"
         "tell('o/missing')\n"
@@ -206,7 +206,7 @@ def test_hub_datasets(tmp_path):
 def test_prompt_completion_trains_completion_and_eos(tok):
     prompt, completion = "ab cd?", " cd ab"
     encoded = encoding.encode(dataset({"prompt": prompt, "completion": completion}), tok, 64, EOS)
-    ((ids, trained),) = encoded.rows
+    ((ids, trained),) = encoded.examples
     prompt_ids = tok(prompt).input_ids
     assert ids.dtype == np.int32 and trained.dtype == bool
     # What generation starts from is exactly the untrained part.
@@ -221,7 +221,7 @@ def test_a_token_across_the_border_is_not_merged(tok):
     # "ab" is one token, but generation will see the prompt "xa" alone.
     ((ids, trained),) = encoding.encode(
         dataset({"prompt": "xa", "completion": "b"}), tok, 64, EOS
-    ).rows
+    ).examples
     prompt_ids = tok("xa").input_ids
     assert tok("xab").input_ids[: len(prompt_ids)] != prompt_ids
     assert ids[: len(prompt_ids)].tolist() == prompt_ids
@@ -232,7 +232,7 @@ def test_a_token_across_the_border_is_not_merged(tok):
 def test_a_space_at_the_border(tok):
     ((ids, trained),) = encoding.encode(
         dataset({"prompt": "x ", "completion": "ab"}), tok, 64, EOS
-    ).rows
+    ).examples
     assert tok.decode(ids[1:-1]) == "x ab"
     assert tok.convert_ids_to_tokens(ids[trained]) == ["ab", "</s>"]
 
@@ -244,7 +244,7 @@ def test_alpaca_rows_use_the_template(tok):
         {"instruction": "Say b.", "input": None, "output": "b"},
     ]
     encoded = encoding.encode(dataset(*rows), tok, 512, EOS)
-    texts = [tok.decode(ids[1:]) for ids, _ in encoded.rows]
+    texts = [tok.decode(ids[1:]) for ids, _ in encoded.examples]
     assert texts[0] == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -254,17 +254,17 @@ def test_alpaca_rows_use_the_template(tok):
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nSay a.\n\n### Response:a</s>"
     )
-    assert [trained_text(tok, row) for row in encoded.rows] == ["3</s>", "a</s>", "b</s>"]
+    assert [trained_text(tok, row) for row in encoded.examples] == ["3</s>", "a</s>", "b</s>"]
 
 
 def test_braces_in_a_row_are_text(tok):
     row = {"instruction": "{input} {x}", "input": "{instruction}", "output": "{}"}
-    ((ids, _),) = encoding.encode(dataset(row), tok, 512, EOS).rows
+    ((ids, _),) = encoding.encode(dataset(row), tok, 512, EOS).examples
     assert "### Instruction:\n{input} {x}\n\n### Input:\n{instruction}\n" in tok.decode(ids)
 
 
 def test_text_rows_train_everything(tok):
-    ((ids, trained),) = encoding.encode(dataset({"text": "ab cd"}), tok, 64, EOS).rows
+    ((ids, trained),) = encoding.encode(dataset({"text": "ab cd"}), tok, 64, EOS).examples
     assert ids.tolist() == [*tok("ab cd").input_ids, EOS]
     assert (ids[0], ids[-1]) == (BOS, EOS)
     assert trained.all()
@@ -273,7 +273,7 @@ def test_text_rows_train_everything(tok):
 @pytest.mark.parametrize("template", [CHATML, GENERATION], ids=["prefix", "generation"])
 def test_chats_train_the_assistant_only(tmp_path, template):
     tok = chat_tokenizer(tmp_path, template)
-    ((ids, trained),) = encoding.encode(dataset({"messages": CHAT}), tok, 256, EOS).rows
+    ((ids, trained),) = encoding.encode(dataset({"messages": CHAT}), tok, 256, EOS).examples
     whole = tok.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
     assert ids.tolist() == whole
     spans = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)
@@ -290,7 +290,7 @@ def test_optionalfields_of_a_message_stay_absent(tmp_path):
         {"messages": [{"role": "user", "content": "a", "name": "b"}] * 2},
     ]
     encoded = encoding.encode(dataset(*rows), tok, 64, EOS)
-    assert [trained_text(tok, row) for row in encoded.rows] == ["22", "33"]
+    assert [trained_text(tok, row) for row in encoded.examples] == ["22", "33"]
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_kinds_are_looked_for_in_order(tok):
     row = {"text": "no", "prompt": "x", "completion": "ab", "instruction": "no", "output": "no"}
     encoded = encoding.encode(dataset(row, {**row, "completion": None}), tok, 512, EOS)
     # Rows decide for themselves: without a completion, Alpaca's fields are next.
-    assert [trained_text(tok, row) for row in encoded.rows] == ["ab</s>", "no</s>"]
+    assert [trained_text(tok, row) for row in encoded.examples] == ["ab</s>", "no</s>"]
 
 
 def test_missing_fields_are_named_with_file_and_row(tok, tmp_path):
@@ -351,7 +351,7 @@ def test_cuts_and_skips_are_counted(tok):
         {"prompt": "xyzxyz", "completion": "a"},  # only the prompt would remain
     ]
     encoded = encoding.encode(dataset(*rows), tok, 5, EOS)
-    assert [tok.decode(ids[1:]) for ids, _ in encoded.rows] == ["xy</s>", "xyz"]
+    assert [tok.decode(ids[1:]) for ids, _ in encoded.examples] == ["xy</s>", "xyz"]
     assert (encoded.num_cut, encoded.num_skipped) == (2, 1)
     with pytest.raises(errors.UserError, match="--seq-len"):
         encoding.encode(dataset(rows[2]), tok, 5, EOS)
@@ -363,13 +363,13 @@ def test_txt_is_one_stream_in_blocks(tok, tmp_path):
     path.write_bytes(text.encode())
     encoded = encoding.encode(sources.load(str(path)), tok, 16, EOS)
     stream = tok(text).input_ids
-    assert np.concatenate([ids for ids, _ in encoded.rows]).tolist() == stream
-    assert [len(ids) for ids, _ in encoded.rows[:-1]] == [16] * (len(stream) // 16)
-    assert all(trained.all() for _, trained in encoded.rows)
+    assert np.concatenate([ids for ids, _ in encoded.examples]).tolist() == stream
+    assert [len(ids) for ids, _ in encoded.examples[:-1]] == [16] * (len(stream) // 16)
+    assert all(trained.all() for _, trained in encoded.examples)
     assert (encoded.num_cut, encoded.num_skipped) == (0, 0)
     # A single last token predicts nothing.
     tail = encoding.encode(sources.load(str(path)), tok, len(stream) - 1, EOS)
-    assert [len(ids) for ids, _ in tail.rows] == [len(stream) - 1]
+    assert [len(ids) for ids, _ in tail.examples] == [len(stream) - 1]
 
 
 def test_prompts_for_exact_match(tok):
@@ -377,7 +377,7 @@ def test_prompts_for_exact_match(tok):
         {"prompt": "xa", "completion": "b", "instruction": None, "output": None},
         {"prompt": None, "completion": None, "instruction": "Say.", "output": "ok"},
     ]
-    encoded = encoding.encode(dataset(*rows), tok, 512, EOS).rows
+    encoded = encoding.encode(dataset(*rows), tok, 512, EOS).examples
     for (ids, expected), (trained_ids, trained), text in zip(
         encoding.prompts(dataset(*rows), tok), encoded, ("b", "ok"), strict=True
     ):
@@ -398,7 +398,7 @@ def test_holdout_is_a_seeded_partition():
     assert sources.holdout(whole, 0.02, seed=3)[1]["text"] == evaluation["text"]
     assert sources.holdout(whole, 0.02, seed=4)[1]["text"] != evaluation["text"]
     assert len(sources.holdout(dataset({"text": "a"}, {"text": "b"}), 0.02, 0)[1]) == 1
-    with pytest.raises(errors.UserError, match="two rows"):
+    with pytest.raises(errors.UserError, match="two examples"):
         sources.holdout(dataset({"text": "a"}), 0.02, 0)
 
 
@@ -406,9 +406,9 @@ def test_holdout_of_a_txt_file_is_its_end(tok, tmp_path):
     lines = [f"line {i}" for i in range(50)]
     whole = sources.load(write(tmp_path / "x.txt", *lines))
     train, evaluation = sources.holdout(whole, 0.1, seed=0)
-    ((ids, _),) = encoding.encode(evaluation, tok, 4096, EOS).rows
+    ((ids, _),) = encoding.encode(evaluation, tok, 4096, EOS).examples
     assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[45:])
-    ((ids, _),) = encoding.encode(train, tok, 4096, EOS).rows
+    ((ids, _),) = encoding.encode(train, tok, 4096, EOS).examples
     assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[:45])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import batches, mixture, sources
+from lora_jax.data import batches, mixture, packing, sources
 from lora_jax.training import run_data
 from lora_jax.training import settings as train_settings
 
@@ -35,7 +35,7 @@ def test_in_every_prefix_each_source_has_its_share_to_within_a_line(weights):
 def numbered(*sizes):
     """Sources of rows whose tokens are 1000 · source + row."""
     return [
-        batches.alone([(np.full(4, 1000 * number + row, np.int32), np.ones(4, bool))
+        packing.alone([(np.full(4, 1000 * number + row, np.int32), np.ones(4, bool))
                        for row in range(size)])
         for number, size in enumerate(sizes)
     ]  # fmt: skip

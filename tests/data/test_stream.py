@@ -11,8 +11,8 @@ import pytest
 import test_mixture
 
 from lora_jax import errors
-from lora_jax.data import batches, sources, stream
 from lora_jax.data import files as reading
+from lora_jax.data import packing, sources, stream
 
 reader = test_mixture.reader
 files = test_mixture.files
@@ -44,11 +44,11 @@ def every_kind(tmp_path):
 
 def test_from_the_position_after_any_row_on_come_the_others(tmp_path):
     for path in every_kind(tmp_path):
-        whole = [*reading.rows(path)]
-        assert len(whole) >= 3 and not any(isinstance(each.row, str) for each in whole)
+        whole = [*reading.read(path)]
+        assert len(whole) >= 3 and not any(isinstance(each.example, str) for each in whole)
         for number, found in enumerate(whole, start=1):
             after = tuple(json.loads(json.dumps(found.after)))
-            assert [*reading.rows(path, after)] == whole[number:], path
+            assert [*reading.read(path, after)] == whole[number:], path
 
 
 def test_a_json_array_is_not_streamed(tmp_path):
@@ -66,7 +66,7 @@ def numbered(path, count):
 
 
 def alone(rows):
-    return batches.alone([(np.array([n]), np.array([True])) for n in rows["n"]])
+    return packing.alone([(np.array([n]), np.array([True])) for n in rows["n"]])
 
 
 def opened(source, *, arrange=alone, window=6, number=0):
@@ -128,7 +128,7 @@ def test_rows_that_make_no_line_and_long_rows_change_nothing_but_the_blocks(
     source = numbered(tmp_path / "x.jsonl", 40)
     expected = [n for n in range(40) if n % 2 and n // 10 != 1]
     assert sorted(shown(opened(source, arrange=odd), range(15))) == expected
-    monkeypatch.setattr(stream, "MOST", 3)  # of the one character of each row
+    monkeypatch.setattr(stream, "MAX_CHARACTERS", 3)  # of the one character of each row
     assert shown(opened(source, window=1), range(40)) != [*range(40)]
     starts = opened(source)
     shown(starts, range(10))

@@ -15,7 +15,7 @@ from flax import nnx
 from test_run import comparable
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import batches, encoding
+from lora_jax.data import batches, encoding, packing
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import loss as train_loss
@@ -30,7 +30,7 @@ def pairs(seed, *lengths):
     """Sequences of two examples of these lengths, trained from their fourth token on."""
     rng = np.random.default_rng(seed)
     rows = [rng.integers(3, test_step.VOCAB, n).astype(np.int32) for n in lengths]
-    return batches.pairs([(ids, np.arange(len(ids)) > 2) for ids in rows])
+    return packing.pairs([(ids, np.arange(len(ids)) > 2) for ids in rows])
 
 
 def test_the_step_is_that_of_the_equation():
@@ -43,7 +43,7 @@ def test_the_step_is_that_of_the_equation():
     lines = pairs(0, 9, 12, 7, 5, 14, 6, 10, 11)
 
     rows = [row for line in lines for row in line]
-    alone = train_loss.Batch(**jax.tree.map(jnp.asarray, batches.pad(batches.alone(rows), 16)))
+    alone = train_loss.Batch(**jax.tree.map(jnp.asarray, batches.pad(packing.alone(rows), 16)))
 
     def log_p(weights):
         """log p of each example, in a sequence of its own."""
@@ -96,10 +96,10 @@ def encode(tok, *rows, seq_len=64):
 def test_both_answers_follow_the_prompt(tok):
     row = {"prompt": "ab?", "chosen": " cd", "rejected": " ab ab"}
     encoded = encode(tok, row, row)
-    assert len(encoded.rows) == 4 and encoded.origins == ["a row built in memory"] * 4
-    for (ids, trained), answer in zip(encoded.rows[:2], (" cd", " ab ab"), strict=True):
+    assert len(encoded.examples) == 4 and encoded.origins == ["a row built in memory"] * 4
+    for (ids, trained), answer in zip(encoded.examples[:2], (" cd", " ab ab"), strict=True):
         alone = {"prompt": "ab?", "completion": answer}
-        ((same, mask),) = encoding.encode(datasets.Dataset.from_list([alone]), tok, 64, 2).rows
+        ((same, mask),) = encoding.encode(datasets.Dataset.from_list([alone]), tok, 64, 2).examples
         assert ids.tolist() == same.tolist() and trained.tolist() == mask.tolist()
 
 
@@ -112,7 +112,7 @@ def test_messages_are_joined(tok):
         "rejected": [{"role": "assistant", "content": "ab"}],
     }
     encoded = encode(tok, row)
-    texts = [tok.decode(ids[trained]) for ids, trained in encoded.rows]
+    texts = [tok.decode(ids[trained]) for ids, trained in encoded.examples]
     assert texts == ["cd</s>", "ab</s>"]
 
 
@@ -120,7 +120,7 @@ def test_a_pair_is_skipped_whole(tok):
     short = {"prompt": "ab", "chosen": "cd", "rejected": "ab"}
     long = {"prompt": "ab cd " * 20, "chosen": "x", "rejected": "y"}
     encoded = encode(tok, long, short, seq_len=16)
-    assert (len(encoded.rows), encoded.num_skipped, encoded.num_cut) == (2, 1, 2)
+    assert (len(encoded.examples), encoded.num_skipped, encoded.num_cut) == (2, 1, 2)
     with pytest.raises(errors.UserError, match="a token to train on"):
         encode(tok, long, seq_len=16)
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from lora_jax import lora, tokenizer
 from lora_jax.checkpoints import loader
-from lora_jax.data import batches, encoding
+from lora_jax.data import batches, encoding, packing
 from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
@@ -201,10 +201,10 @@ def test_a_model_whose_padding_is_its_eos_learns_to_stop(tmp_path):
     texts = [{"prompt": "ab" * (n % 3), "completion": "cd" * n + "."} for n in range(ROWS)]
     encoded = encoding.encode(datasets.Dataset.from_list(texts), tok, TOKENS, tiny_tokenizer.EOS)
     # Renumbered to as few ids as the model has, in the same order.
-    known = np.unique(np.concatenate([ids for ids, _ in encoded.rows]))
+    known = np.unique(np.concatenate([ids for ids, _ in encoded.examples]))
     eos = int(np.searchsorted(known, tiny_tokenizer.EOS))
-    rows = [(np.searchsorted(known, ids), trained) for ids, trained in encoded.rows]
-    arrays = batches.pad(batches.alone(rows), TOKENS)
+    rows = [(np.searchsorted(known, ids), trained) for ids, trained in encoded.examples]
+    arrays = batches.pad(packing.alone(rows), TOKENS)
     batch = train_loss.Batch(*(jnp.asarray(arrays[name].reshape(MICRO_BATCHES, -1, TOKENS))
                           for name in train_loss.Batch._fields))  # fmt: skip
     assert (batch.labels == eos).sum() == ROWS and not batch.attention_mask[0, 0, -1]

@@ -7,7 +7,7 @@ import pytest
 import tiny_tokenizer
 
 from lora_jax import tokenizer
-from lora_jax.data import batches, encoding
+from lora_jax.data import encoding, packing
 from lora_jax.generation import continuation
 from lora_jax.lora.nnx import model_state
 from lora_jax.parallel import mesh as sharding
@@ -47,7 +47,7 @@ shapes: list[tuple[int, ...]] = []
 def test_mean_loss_is_one_mean_over_all_trained_tokens(batch_size):
     shapes.clear()
     held_out = rows(4, 9, 17, 3, 6)
-    found = evaluate.means(sum_of_labels, None, FROZEN, batches.alone(held_out), batch_size, MESH)
+    found = evaluate.means(sum_of_labels, None, FROZEN, packing.alone(held_out), batch_size, MESH)
     tokens = [id_ for ids, trained in held_out for id_ in ids[trained]]
     assert found == {
         "eval_loss": pytest.approx(np.mean(tokens))

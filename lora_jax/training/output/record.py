@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import lora_jax
 from lora_jax import errors
-from lora_jax.checkpoints import loader
+from lora_jax.checkpoints import fingerprints
 from lora_jax.parallel import devices, processes
 from lora_jax.planning import memory as device_memory
 from lora_jax.training import monitor, setup
@@ -33,7 +33,7 @@ def make(job: setup.Job) -> run_folder.Record:
         device=devices.describe(),
         mesh=dict(job.mesh.shape),
         memory={"planned_bytes": planned, "bytes_before": job.held},
-        base={"id": settings.model.model, **loader.fingerprint(job.base.folder)},
+        base={"id": settings.model.model, **fingerprints.fingerprint(job.base.folder)},
         data=job.data.fingerprints,
     )
 

@@ -1,4 +1,4 @@
-"""A changed copy of a model's folder, written tensor by tensor; it is there once it is whole."""
+"""Writing a model folder tensor by tensor; the folder appears only when it is complete."""
 
 import contextlib
 import itertools
@@ -14,39 +14,40 @@ import numpy as np
 
 from lora_jax import errors, hub
 from lora_jax.checkpoints import safetensors_files
-from lora_jax.checkpoints.safetensors_files import Kind
+from lora_jax.checkpoints.safetensors_files import TensorSpec
 
-SHARD = 5 * 10**9  # bytes of a file, at most, unless one part has more
+SHARD = 5 * 10**9  # the most bytes of a file, unless a single part is larger
 
 
 class Part(NamedTuple):
-    """Tensors that are made together.
+    """Tensors that are computed together.
 
-    name: for who watches; kinds: what they will be; late: those of a length that is not yet known;
-    make: computes them.
+    name: what progress reports show. specs: their dtypes and shapes. make: computes them.
+    late: the names of those whose length is not known in advance.
     """
 
     name: str
-    kinds: Mapping[str, Kind]
+    specs: Mapping[str, TensorSpec]
     make: Callable[[], Mapping[str, np.ndarray]]
     late: Collection[str] = ()
 
     @property
     def num_bytes(self) -> int:
-        return sum(kind.num_bytes for kind in self.kinds.values())
+        return sum(spec.num_bytes for spec in self.specs.values())
 
 
-def unchanged(stored: safetensors_files.Stored, name: str | None = None) -> Part:
-    """A tensor as it is in the source, under its own name or another."""
+def unchanged(stored: safetensors_files.StoredTensor, name: str | None = None) -> Part:
+    """A tensor of the source, not changed, under its own name or another."""
     name = name or stored.name
-    return Part(name, {name: Kind(stored.dtype, stored.shape)}, lambda: {name: stored.value()})
+    spec = TensorSpec(stored.dtype, stored.shape)
+    return Part(name, {name: spec}, lambda: {name: stored.value()})
 
 
 @contextlib.contextmanager
 def new_folder(into: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-    """A folder under another name, which becomes `into` at the end, or is removed.
+    """A temporary folder that is renamed to `into` at the end, or removed after an error.
 
-    Raises: UserError for a full disk, and a folder that holds anything.
+    Raises: UserError if the disk is full or `into` holds files.
     """
     refuse_occupied(into)
     try:
@@ -62,7 +63,7 @@ def new_folder(into: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
         written = pathlib.Path(tempfile.mkdtemp(prefix=f"{into.name}.part-", dir=into.parent))
         try:
             yield written
-            written.chmod(0o755)  # tempfile's are for one user
+            written.chmod(0o755)  # mkdtemp's folder is readable by its owner only
             os.replace(written, into)
         finally:
             shutil.rmtree(written, ignore_errors=True)
@@ -83,9 +84,9 @@ def write(
     *,
     shard: int = SHARD,
 ) -> Iterator[str]:
-    """Writes the parts and a config.json to `folder`, and what lies beside weights in `source`.
+    """Writes the parts, a config.json and a copy of the tokenizer files in `source` to `folder`.
 
-    Yields the name of each part when it is done.
+    Yields the name of each part when it is written.
     """
     yield from _write_weights(folder, parts, shard)
     for file in hub.beside_weights(source):
@@ -94,11 +95,11 @@ def write(
 
 
 def refuse_occupied(into: pathlib.Path) -> None:
-    """Raises: UserError unless `into` is a new or an empty folder."""
+    """Raises: UserError unless `into` is new or an empty folder."""
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise errors.UserError(
             expected="a new or an empty folder to write to",
-            found="one that holds files" if into.is_dir() else "a file",
+            found="a folder that holds files" if into.is_dir() else "a file",
             where=str(into),
             do="choose another --output-dir, or remove this one",
         )
@@ -110,20 +111,20 @@ def _write_weights(folder: pathlib.Path, parts: Sequence[Part], shard: int) -> I
         if files[-1] and sum(p.num_bytes for p in files[-1]) + part.num_bytes > shard:
             files.append([])
         files[-1].append(part)
-    places: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     total = 0
     for number, held in enumerate(files, start=1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
         name = name if len(files) > 1 else "model.safetensors"
-        kinds = dict(itertools.chain.from_iterable(part.kinds.items() for part in held))
+        specs = dict(itertools.chain.from_iterable(part.specs.items() for part in held))
         late = [text for part in held for text in part.late]
-        with safetensors_files.Writer(folder / name, kinds, late) as writer:
+        with safetensors_files.Writer(folder / name, specs, late) as writer:
             for part in held:
                 for tensor, array in part.make().items():
                     writer.write(tensor, array)
-                    places[tensor] = name
+                    file_of[tensor] = name
                     total += array.nbytes
                 yield part.name
     if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

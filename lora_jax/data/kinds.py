@@ -1,0 +1,89 @@
+"""The kinds of examples, by their fields, and the prompt and completion of one.
+
+  messages                        a chat; the loss is on the assistant's turns
+  prompt, completion              joined as they are; the loss is on completion + EOS
+  instruction, [input,] output    Alpaca's template; the loss is on output + EOS
+  text                            the loss is on everything, EOS included
+
+An example is of the first kind whose fields are all present. For DPO it is a preference instead:
+prompt, chosen and rejected, all strings or all message lists.
+"""
+
+import typing
+from collections.abc import Iterable, Mapping
+
+from lora_jax import errors
+
+KINDS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("text",),
+)
+PREFERENCE = ("prompt", "chosen", "rejected")
+FIELDS = ("messages", "prompt", "completion", "instruction", "input", "output", "text",
+          "chosen", "rejected")  # fmt: skip
+# The field that says where an example is from ("train.jsonl:17"), for messages. Not content.
+ORIGIN = "_origin"
+
+# https://github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+
+Fields = Mapping[str, typing.Any]
+
+
+def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
+    """The kind of each example.
+
+    Raises: UserError with all examples that are of no kind or whose fields are not strings.
+    """
+    kinds, found, where = [], [], []
+    for example in examples:
+        present = fields_present(example)
+        kind = next((kind for kind in KINDS if set(kind) <= set(present)), ())
+        kinds.append(kind)
+        wrong = [f for f in kind if f != "messages" and not isinstance(example[f], str)]
+        if not kind or wrong:
+            found.append(
+                ", ".join(f"{f} is a {type(example[f]).__name__}" for f in wrong)
+                or f"only the fields {', '.join(present) or '(none)'}"
+            )
+            where.append(origin(example))
+    if found:
+        known = ", or ".join(" + ".join(kind) for kind in KINDS)
+        raise errors.UserError(
+            expected=f"in each example the strings of {known}",
+            found=found,
+            where=where,
+            do="train on preferences with --dpo"
+            if all("chosen, rejected" in fields for fields in found)
+            else "correct these examples, or map their fields, e.g. --columns "
+            "prompt=question,completion=answer",
+        )
+    return kinds
+
+
+def prompt_and_completion(example: Fields, kind: tuple[str, ...]) -> tuple[str, str]:
+    """(prompt, completion) of an example that is neither a text nor a chat."""
+    if kind == ("prompt", "completion"):
+        return example["prompt"], example["completion"]
+    template = ALPACA_INPUT if example.get("input") else ALPACA_NO_INPUT
+    return template.format_map(example), example["output"]
+
+
+def fields_present(example: Fields) -> list[str]:
+    """The names of the fields that have a value."""
+    return [name for name, value in example.items() if value is not None and name != ORIGIN]
+
+
+def origin(example: Fields) -> str:
+    """Where an example is from, for messages."""
+    return example.get(ORIGIN, "an example built in memory")
