@@ -196,6 +196,7 @@ class RunData:
         say(
             label,
             f"{first}{len(encoded.examples)} examples, {num_tokens} tokens, "
-            f"{encoded.num_cut} cut at {self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
+            f"{encoded.num_cut} cut at {self._data.seq_len}, {encoded.num_skipped} skipped: "
+            f"{console.near(source)}",
         )
         return encoded
