@@ -1,0 +1,194 @@
+"""Sources: files and hub data sets → examples; held-out examples; fingerprints."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import datasets
+import hub_server
+import pytest
+import test_encoding
+from test_encoding import EOS, dataset, write
+
+from lora_jax import errors
+from lora_jax.data import encoding, sources
+
+tok = test_encoding.tok
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    rows = [{"prompt": "a, b", "completion": "1"}, {"prompt": 'say "c"\nd', "completion": "2"}]
+    lines = [json.dumps(row) for row in rows]
+    files = [
+        write(tmp_path / "x.jsonl", lines[0], "", lines[1]),
+        write(tmp_path / "x.json", json.dumps(rows, indent=1)),
+        write(tmp_path / "lines.json", *lines),
+        write(tmp_path / "x.csv", "prompt,completion", '"a, b",1', '"say ""c""\nd",2'),
+    ]
+    dataset(*rows).to_parquet(tmp_path / "x.parquet")
+    loaded = [sources.load(file) for file in [*files, str(tmp_path / "x.parquet")]]
+    for one in loaded:
+        assert sources.fields_of(one) == ["prompt", "completion"]
+        assert [{k: row[k] for k in rows[0]} for row in one] == rows
+    # The origin is no part of the content: equal rows have equal fingerprints.
+    assert len({sources.fingerprint(one) for one in loaded}) == 1
+
+
+def test_malformed_lines_are_all_named(tmp_path):
+    path = write(
+        tmp_path / "x.jsonl", '{"text": "a"}', '{"text": ', "[1]", "", '{"text": "b"}', "x"
+    )
+    with pytest.raises(errors.UserError) as caught:
+        sources.load(path)
+    for number in (2, 3, 6):
+        assert f"x.jsonl:{number}" in str(caught.value)
+    assert "x.jsonl:1" not in str(caught.value)
+    assert "x.jsonl:5" not in str(caught.value)
+
+    path = write(tmp_path / "many.jsonl", *["broken"] * 30)
+    with pytest.raises(errors.UserError) as caught:
+        sources.load(path)
+    assert "many.jsonl:20" in str(caught.value)
+    assert "many.jsonl:21" not in str(caught.value)
+    assert "10 more" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"", "empty"),
+        ("x.jsonl", b"\n\n", "empty"),
+        ("x.txt", b"", "empty"),
+        ("x.csv", b"text\n", "empty"),
+        ("x.csv", b"a,b\n1,2\n1,2,3\n", r"x\.csv:3"),
+        ("x.csv", b'a,b\n1,"2\n', r"x\.csv:2"),
+        ("x.json", b'[{"text": "a"},\n 1,]', r"x\.json:2"),
+        ("x.json", b'[{"text": "a"}, 1]', "element 2"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": 5}\n', "one type"),
+        ("x.parquet", b"not parquet", r"x\.parquet"),
+        ("x.xml", b"<a/>", r"\.jsonl"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(errors.UserError, match=message):
+        sources.load(str(tmp_path / name))
+
+
+def test_missing_files(tmp_path):
+    for name in ("missing.jsonl", str(tmp_path / "missing"), "./missing", str(tmp_path)):
+        with pytest.raises(errors.UserError, match=r"no such file|a folder"):
+            sources.load(name)
+
+
+def test_reading_leaves_no_files(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    one = sources.load(write(tmp_path / "x.jsonl", *['{"text": "a"}'] * 9))
+    sources.holdout(one, 0.5, 0)
+    assert list(cache.iterdir()) == []
+    assert one.cache_files == []
+
+
+def test_columns_are_renamed(tmp_path):
+    path = write(
+        tmp_path / "x.jsonl",
+        json.dumps({"question": "q", "answer": "a", "text": "t", "completion": "old", "id": 1}),
+    )
+    mapped = sources.load(path, columns={"prompt": "question", "completion": "answer"})
+    # The mapped kind wins: text is dropped, the old completion is replaced, id stays.
+    assert sorted(sources.fields_of(mapped)) == ["completion", "id", "prompt"]
+    assert (mapped[0]["prompt"], mapped[0]["completion"]) == ("q", "a")
+
+    swapped = sources.load(path, columns={"prompt": "completion", "completion": "question"})
+    assert (swapped[0]["prompt"], swapped[0]["completion"]) == ("old", "q")
+
+
+def test_unknown_columns_list_what_there_is(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"question": "q", "answer": "a"}')
+    with pytest.raises(errors.UserError) as caught:
+        sources.load(path, columns={"prompt": "Question", "reply": "answer"})
+    for words in ("question, answer", "no column Question", "no field reply", "--columns"):
+        assert words in str(caught.value)
+
+
+def test_hub_datasets(tmp_path):
+    """Found, and each way of not finding it; in a process that knows only the loopback hub."""
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    write(repo / "train.jsonl", '{"question": "a", "answer": "b"}')
+    write(repo / "test.jsonl", '{"question": "c", "answer": "d"}')
+    many = tmp_path / "many"
+    many.mkdir()
+    write(many / "train.jsonl", *(json.dumps({"text": f"row {n}"}) for n in range(6)))
+    script = (
+        "import json\n"
+        "from lora_jax import errors; from lora_jax.data import sources\n"
+        "def tell(*args, **options):\n"
+        "    try: print(sources.load(*args, **options)[0])\n"
+        "    except errors.UserError as error: print(str(error))\n"
+        "tell('o/d@test', columns={'prompt': 'question', 'completion': 'answer'})\n"
+        "tell('o/d@dev')\n"
+        "found = [*sources.stream('o/many')]\n"
+        "state, number = json.loads(json.dumps(found[3].after))\n"
+        "rest = [each.example['text'] for each in sources.stream('o/many', (state, number))]\n"
+        "print('rest', number, *rest, sources.version('o/many'), end='')\n"
+        "tell('o/gated')\n"
+        "tell('o/missing')\n"
+    )
+    with hub_server.serve({"o/d": repo, "o/many": many}, gated=("o/gated",)) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=server.environment(tmp_path / "home"),
+            cwd=pathlib.Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+    found, no_split, gated, missing = done.stdout.replace("\n\n", "\n").split("\n  expected:")
+    assert "'prompt': 'c', 'completion': 'd'" in found
+    assert "train" in no_split and "test" in no_split
+    # Streamed, and from a position on.
+    assert f"rest 4 row 4 row 5 commit {hub_server.COMMIT}" in no_split
+    assert "licence" in gated and "/datasets/o/gated" in gated
+    assert "no such repository" in missing
+
+
+# ---------------------------------------------------------------------------------- splits, order
+
+
+def test_holdout_is_a_seeded_partition():
+    whole = dataset(*({"text": f"row {i}"} for i in range(100)))
+    train, evaluation = sources.holdout(whole, 0.02, seed=3)
+    assert (len(train), len(evaluation)) == (98, 2)
+    assert sorted([*train["text"], *evaluation["text"]]) == sorted(whole["text"])
+    assert sources.holdout(whole, 0.02, seed=3)[1]["text"] == evaluation["text"]
+    assert sources.holdout(whole, 0.02, seed=4)[1]["text"] != evaluation["text"]
+    assert len(sources.holdout(dataset({"text": "a"}, {"text": "b"}), 0.02, 0)[1]) == 1
+    with pytest.raises(errors.UserError, match="two examples"):
+        sources.holdout(dataset({"text": "a"}), 0.02, 0)
+
+
+def test_holdout_of_a_txt_file_is_its_end(tok, tmp_path):
+    lines = [f"line {i}" for i in range(50)]
+    whole = sources.load(write(tmp_path / "x.txt", *lines))
+    train, evaluation = sources.holdout(whole, 0.1, seed=0)
+    ((ids, _),) = encoding.encode(evaluation, tok, 4096, EOS).examples
+    assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[45:])
+    ((ids, _),) = encoding.encode(train, tok, 4096, EOS).examples
+    assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[:45])
+
+
+def test_fingerprint_follows_the_content():
+    rows = [{"text": "a"}, {"text": "b"}]
+    same = sources.fingerprint(dataset(*rows))
+    assert sources.fingerprint(dataset(*rows)) == same
+    assert sources.fingerprint(dataset(*rows[::-1])) != same
+    assert sources.fingerprint(dataset(rows[0], {"text": "c"})) != same
