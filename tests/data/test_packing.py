@@ -52,7 +52,7 @@ def test_packed_examples_have_the_logits_of_hugging_face(name):
     mask = np.concatenate(
         [*(np.full(len(ids), n) for n, (ids, _) in enumerate(prompts, 1)), np.zeros(3, np.int32)]
     )
-    if name != "qwen2_window":  # whose windows count what stands between
+    if name != "qwen2_window":  # whose windows count the padding in between
         ids, mask = (np.insert(array, 4, [fill, fill]) for array, fill in ((ids, 9), (mask, 0)))
     found = test_models.logits_of(name, ids[None], mask[None])[0]
     for number, (_, expected) in enumerate(prompts, 1):
