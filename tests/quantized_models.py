@@ -1,6 +1,6 @@
-"""Writes small checkpoints in GPTQ's and AWQ's storage, from the definitions, with numpy alone.
+"""Writes small checkpoints in GPTQ's and AWQ's formats, from the definitions, with numpy alone.
 
-Codes and zero points are drawn, not found: what a checkpoint means is what is to be read.
+Codes and zero points are random: the tests are about reading them, not about finding good ones.
 """
 
 import json
@@ -110,12 +110,12 @@ def write(
         for name, array in tensors.items()
     }
     if method == "gptq":
-        told = {"desc_act": act_order, "sym": symmetric}
-        told |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
+        declared = {"desc_act": act_order, "sym": symmetric}
+        declared |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
     else:
-        told = {"version": "gemm", "zero_point": True}
-    told = {"quant_method": method, "bits": 4, "group_size": group, **told, **settings}
+        declared = {"version": "gemm", "zero_point": True}
+    declared = {"quant_method": method, "bits": 4, "group_size": group, **declared, **settings}
     folder.mkdir(exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": told}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": declared}))
     return weights

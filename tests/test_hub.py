@@ -55,7 +55,7 @@ def test_an_id_downloads_safetensors_and_tokenizer_and_no_pickle(model, tmp_path
             "tokenizer_config.json",
         }
         assert set(server.requested("GET")) == wanted
-        # The pickles and original/ are not even asked about.
+        # The pickles and original/ are not even requested.
         assert set(server.requested("HEAD")) <= wanted
         assert {path.name for path in folder.iterdir()} == wanted
         for name in wanted:
@@ -66,7 +66,7 @@ def test_an_id_downloads_safetensors_and_tokenizer_and_no_pickle(model, tmp_path
         again, _ = download(server, tmp_path, ID)
         assert again == folder
         assert server.requested("GET") == []
-    # With the hub gone, the cache answers.
+    # Without the hub, the cache serves.
     offline, _ = download(server, tmp_path, ID, HF_HUB_OFFLINE="1")
     assert offline == folder
 
@@ -85,7 +85,7 @@ def test_an_adapter_s_id_downloads_pefts_files_or_mlx_lms(tmp_path):
             assert "the adapter owner/none" in message
 
 
-def test_to_plan_takes_config_json_alone(model, tmp_path):
+def test_planning_downloads_config_json_alone(model, tmp_path):
     with hub_server.serve({ID: model}) as server:
         folder, _ = download(server, tmp_path, ID, function="config_folder")
         assert server.requested("GET") == ["config.json"]
@@ -94,7 +94,7 @@ def test_to_plan_takes_config_json_alone(model, tmp_path):
         assert "no such repository" in message
 
 
-def test_to_look_at_data_takes_no_weights(model, tmp_path):
+def test_inspecting_data_downloads_no_weights(model, tmp_path):
     with hub_server.serve({ID: model}) as server:
         folder, _ = download(server, tmp_path, ID, function="tokenizer_folder")
         asked = server.requested("GET")
@@ -103,7 +103,7 @@ def test_to_look_at_data_takes_no_weights(model, tmp_path):
     assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
-def test_a_commit_can_be_asked_for(model, tmp_path):
+def test_a_commit_can_be_requested(model, tmp_path):
     with hub_server.serve({ID: model}) as server:
         folder, _ = download(server, tmp_path, ID, revision=hub_server.COMMIT)
     assert hub.commit(folder) == hub_server.COMMIT

@@ -37,7 +37,7 @@ def sentencepiece_model(tmp_path_factory):
     return path.with_suffix(".model")
 
 
-def test_tokenizer_json_is_read_as_it_stands(folder):
+def test_tokenizer_json_is_read_as_it_is(folder):
     import tokenizers
 
     loaded = tokenizer.load(folder)
@@ -143,6 +143,6 @@ def test_missing_and_broken_tokenizers(tmp_path):
         tokenizer.load(tmp_path)
 
 
-def test_text_that_is_no_unicode_is_told(folder):
+def test_text_that_is_not_unicode_is_reported(folder):
     with pytest.raises(errors.UserError, match="UTF-8"):
         tokenizer.encode(tokenizer.load(folder), ["ab", "caf\udce9"])

@@ -68,7 +68,7 @@ def plan(
     """What to write to merge `adapter`, which fits the model in `folder`, into it.
 
     quantization: None takes the weights as they are stored, dequantized if necessary; a format
-    rounds them to it first, so that the result equals an adapter trained on a base in that format.
+    rounds them to it first, for an adapter that was trained on a base in that format.
     Tensors keep their dtype; dequantized ones get config.json's.
     """
     config = model_config.load(folder)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: every fault is named, quantizing happens on the way, memory stays small."""
+"""Loading a checkpoint: all faults are named, weights are quantized on the way, memory is small."""
 
 import functools
 import json
@@ -41,7 +41,7 @@ def tensors_of(name):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of a good checkpoint, to be spoilt."""
+    """A copy of a good checkpoint, to be damaged."""
     return pathlib.Path(shutil.copytree(MODELS / "llama", tmp_path / "model"))
 
 
@@ -69,7 +69,7 @@ def assert_same_model(one, two):
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "qwen3"])
-def test_every_tensor_is_in_its_place(name):
+def test_every_tensor_is_in_its_slot(name):
     """Layer i of a stacked kernel is the transposed weight of layer i; the rest is as on disk."""
     flat = dict(nnx.to_flat_state(nnx.state(load(name))))
     tensors, seen = tensors_of(name), 0
@@ -89,7 +89,7 @@ def test_every_tensor_is_in_its_place(name):
     assert has_bias == (name == "llama_bias")
 
 
-def test_shards_load_as_one_file_does(folder):
+def test_shards_load_like_one_file(folder):
     write_shards(folder, tensors_of("llama"))
     model = loader.load(folder, dtype="float32", mesh=one_device())
     assert_same_model(model, load("llama"))
@@ -104,7 +104,7 @@ def test_shards_load_as_one_file_does(folder):
         (np.float16, None, "bfloat16"),  # float16's range is too small to train in
     ],
 )
-def test_dtype_is_the_configs_or_what_was_asked_for(folder, stored, asked, expected):
+def test_the_dtype_is_the_configs_unless_another_is_asked_for(folder, stored, asked, expected):
     tensors = {name: tensor.astype(stored) for name, tensor in tensors_of("llama").items()}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -120,7 +120,7 @@ def test_dtype_is_the_configs_or_what_was_asked_for(folder, stored, asked, expec
 @pytest.mark.parametrize(
     "name, fmt", [("llama_bias", "int8"), ("llama_tied_hd16", "int4"), ("llama_bias", "nf4")]
 )
-def test_loading_quantized_is_quantizing_what_was_loaded(name, fmt):
+def test_loading_quantized_equals_quantizing_after_loading(name, fmt):
     """Linear layers are packed, lm_head, embeddings, norms and biases stay as they are."""
     model, dense = load(name, fmt), load(name)
     pairs = {".".join(map(str, s.path)): (s.module, d.module)
@@ -137,7 +137,7 @@ def test_loading_quantized_is_quantizing_what_was_loaded(name, fmt):
         packed = quantize(linear.kernel[...])
         np.testing.assert_array_equal(layer.packed.q, packed.q)
         for found, expected in zip(layer.packed[1:], packed[1:], strict=True):
-            if expected is not None:  # compiled apart: the last bit of a float may differ
+            if expected is not None:  # compiled separately: the last bit of a float may differ
                 np.testing.assert_allclose(found, expected, rtol=1e-6)
         if linear.bias is None:
             assert layer.bias is None
@@ -153,7 +153,7 @@ def test_loading_quantized_is_quantizing_what_was_loaded(name, fmt):
     )
 
 
-def test_loading_without_the_search_rounds_otherwise():
+def test_loading_without_the_search_rounds_differently():
     fast = loader.load(MODELS / "llama_bias", quantization="int4", search=False,
                            mesh=one_device())  # fmt: skip
     layer, dense = fast.model.layers.mlp.up_proj, load("llama_bias").model.layers.mlp.up_proj
@@ -180,7 +180,7 @@ def test_a_mesh_holds_the_same_model():
     np.testing.assert_array_equal(embedding, alone.model.embed_tokens.embedding[...])
 
 
-def test_of_a_tensor_only_the_parts_that_devices_hold_are_read_each_once(monkeypatch):
+def test_only_the_parts_that_devices_hold_are_read_each_once(monkeypatch):
     (name, stored), *_ = (
         item for item in safetensors_files.tensors(MODELS / "llama").items() if "q_proj" in item[0]
     )
@@ -240,7 +240,7 @@ def test_tensors_that_do_not_fit_are_all_listed(folder):
         assert problem in message
 
 
-def test_what_older_files_have_besides_is_ignored(folder):
+def test_extra_tensors_of_older_files_are_ignored(folder):
     """The rotary frequencies as buffers, and lm_head beside tied embeddings."""
     tensors = tensors_of("llama_tied_hd16")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
@@ -312,7 +312,7 @@ import sys, jax, jax.numpy as jnp
 from flax import nnx
 from lora_jax import checkpoints
 jax.block_until_ready(jnp.ones(8) + 1)
-def memory(name):  # not getrusage: its peak includes that of the process this one came from
+def memory(name):  # not getrusage: its peak includes the parent process
     return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name))
 base = memory("VmRSS:")
 model = checkpoints.load(sys.argv[1], quantization=sys.argv[2])
@@ -374,7 +374,7 @@ def test_host_memory_stays_near_the_packed_model(tmp_path):
     assert peak <= packed + 3 * largest, f"{peak / 1e6:.0f} MB, model {packed / 1e6:.0f} MB"
 
 
-def test_an_index_that_is_no_index_is_named(folder):
+def test_a_malformed_index_is_named(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(errors.UserError, match="weight_map"):
         safetensors_files.tensors(folder)

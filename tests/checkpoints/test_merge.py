@@ -1,4 +1,4 @@
-"""Adapters folded into their base's folder: what other programs then load predicts the same."""
+"""Adapters merged into their base's folder: other programs load a model with the same outputs."""
 
 import collections
 import functools
@@ -23,7 +23,7 @@ from lora_jax.parallel import mesh as sharding
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = GOLDEN / "models"
-ADAPTERS = {  # whose merged logits PEFT has told: its base
+ADAPTERS = {  # adapter whose merged logits PEFT computed: its base
     "lora_all_rslora": "llama",
     "lora_dora": "llama_bias",
     "lora_dora_embedding": "llama_tied_hd16",
@@ -63,7 +63,7 @@ def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
     adapter = peft.read(GOLDEN / name / "final_adapter")
     names = write(base, adapter, tmp_path / "merged", shard=30_000)
     config = json.loads((tmp_path / "merged/config.json").read_text())
-    # PEFT changes the head that is tied to an embedding, too; here it is as it was.
+    # PEFT also changes a head that is tied to an embedding; here the head stays as it was.
     tied = name == "lora_dora_embedding"
     assert config["tie_word_embeddings"] is False and ("lm_head.weight" in names)
     expected = golden["logits" if tied else "merged_logits"]
@@ -76,7 +76,7 @@ def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
 
 
 @pytest.mark.parametrize("fmt", ["int4", "nf4-dq"])
-def test_onto_a_rounded_base_it_is_what_was_trained_there(fmt, tmp_path):
+def test_merging_into_a_rounded_base_equals_the_adapter_on_it(fmt, tmp_path):
     adapter = peft.read(GOLDEN / "lora_dora" / "final_adapter")
     base, golden = MODELS / "llama_bias", golden_logits("lora_dora")
     model = load(base, quantization=fmt)
@@ -84,10 +84,10 @@ def test_onto_a_rounded_base_it_is_what_was_trained_there(fmt, tmp_path):
     write(base, adapter, tmp_path / "merged", quantization=fmt)
     found = logits(load(tmp_path / "merged"), golden)
     np.testing.assert_allclose(found, logits(model, golden), atol=2e-4)
-    assert np.abs(found - golden["merged_logits"]).max() > 0.01  # it is not the original
+    assert np.abs(found - golden["merged_logits"]).max() > 0.01  # not the original base
 
 
-def test_a_checkpoint_of_bitsandbytes_is_dequantized_to_merge(tmp_path):
+def test_a_checkpoint_of_bitsandbytes_is_dequantized_for_merging(tmp_path):
     base = GOLDEN / "quantized" / "stories260K-bnb-nf4"
     model = load(base)
     config = lora.LoRAConfig(rank=2)
@@ -101,22 +101,22 @@ def test_a_checkpoint_of_bitsandbytes_is_dequantized_to_merge(tmp_path):
     np.testing.assert_allclose(load(tmp_path / "merged")(ids), model(ids), atol=1e-4)
 
 
-@pytest.mark.parametrize(("told", "stored"), [("float16", "F16"), ("torch.bfloat16", "BF16")])
-def test_what_was_quantized_gets_the_dtype_of_config_json(told, stored, tmp_path):
-    """Though float16 is computed with as bfloat16, it holds what that would round."""
+@pytest.mark.parametrize(("declared", "stored"), [("float16", "F16"), ("torch.bfloat16", "BF16")])
+def test_dequantized_tensors_get_the_dtype_of_config_json(declared, stored, tmp_path):
+    """float16, too, although lora_jax computes in bfloat16, which would lose bits."""
     base = shutil.copytree(GOLDEN / "quantized" / "stories260K-bnb-nf4", tmp_path / "base")
     raw = json.loads((base / "config.json").read_text())
     raw.pop("dtype", None)
-    (base / "config.json").write_text(json.dumps(raw | {"torch_dtype": told}))
+    (base / "config.json").write_text(json.dumps(raw | {"torch_dtype": declared}))
     adapter = host.Adapter(lora.LoRAConfig(), {})
-    kinds = {name: kind for part in merge.plan(base, adapter).parts
-             for name, kind in part.specs.items()}  # fmt: skip
-    assert kinds["model.layers.0.mlp.up_proj.weight"].dtype == stored
-    assert kinds["model.norm.weight"].dtype == "F32"
+    specs = {name: spec for part in merge.plan(base, adapter).parts
+             for name, spec in part.specs.items()}  # fmt: skip
+    assert specs["model.layers.0.mlp.up_proj.weight"].dtype == stored
+    assert specs["model.norm.weight"].dtype == "F32"
 
 
 def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
-    alive, value = [], safetensors_files.Stored.value
+    alive, value = [], safetensors_files.StoredTensor.value
 
     def watched(stored):
         assert sum(ref() is not None for ref in alive) <= 1
@@ -124,7 +124,7 @@ def test_one_tensor_is_in_memory_at_a_time(monkeypatch, tmp_path):
         alive.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr(safetensors_files.Stored, "value", watched)
+    monkeypatch.setattr(safetensors_files.StoredTensor, "value", watched)
     adapter = peft.read(GOLDEN / "lora_all_rslora" / "final_adapter")
     names = write(MODELS / "llama", adapter, tmp_path / "merged")
     assert len(alive) == len(names) > 20
@@ -160,10 +160,10 @@ def test_the_script_merges_compares_and_leaves_a_model_to_generate_with(adapter,
     assert cli.run("generate", "--model", into, *flags).out == with_adapter != plain
 
 
-def test_a_merge_that_predicts_otherwise_leaves_nothing(adapter, tmp_path, monkeypatch):
-    folded = merge._folded
-    monkeypatch.setattr(merge, "_folded", lambda name, source, own, scaling, base:
-                        folded(name, source, own, 2 * scaling, base))  # fmt: skip
+def test_a_merge_with_other_predictions_leaves_nothing(adapter, tmp_path, monkeypatch):
+    merged = merge._merged
+    monkeypatch.setattr(merge, "_merged", lambda name, source, own, scaling, base:
+                        merged(name, source, own, 2 * scaling, base))  # fmt: skip
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
     assert "within 0.01 nats a token" in message
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -173,16 +173,16 @@ def test_ctrl_c_leaves_nothing(adapter, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "_folded", interrupted)
+    monkeypatch.setattr(merge, "_merged", interrupted)
     ended = cli.run("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
     assert ended.code == 130 and "Traceback" not in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
+def test_what_cannot_be_merged_is_reported_at_once(adapter, tmp_path):
     assert "no --adapter no --output-dir" in cli.refused("merge")
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", adapter)
-    assert "one that holds files" in message
+    assert "a folder that holds files" in message
     flags = ("--adapter", adapter, "--output-dir", tmp_path / "merged")
     message = cli.refused("merge", *flags, "--model", assets.FOLDER)
     assert "down_proj.lora_A has shape" in message
@@ -191,7 +191,7 @@ def test_what_cannot_be_merged_is_told_at_once(adapter, tmp_path):
     assert "found: -1" in cli.refused("merge", *flags, "--max-kl", -1)
 
 
-def test_a_disk_without_room_is_told_in_whole_mebibytes(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported_in_whole_mebibytes(monkeypatch, tmp_path):
     usage = collections.namedtuple("Usage", "total used free")(2**40, 2**40, 100)
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(errors.UserError, match=r"(?s)at least 1 MiB free.*0 MiB free"):
@@ -201,7 +201,7 @@ def test_a_disk_without_room_is_told_in_whole_mebibytes(monkeypatch, tmp_path):
 
 
 def test_transformers_loads_what_was_merged(tmp_path):
-    """Live, where torch is there: the same logits as the model in JAX with its adapter."""
+    """If torch is installed: the same logits as the model in JAX with its adapter."""
     torch = pytest.importorskip("torch", reason="compares with torch: pip install torch")
     transformers = pytest.importorskip("transformers")
     for name in ("lora_dora_embedding", "lora_saved", "lora_dora"):
@@ -217,7 +217,7 @@ def test_transformers_loads_what_was_merged(tmp_path):
         np.testing.assert_allclose(found[real], golden["logits"][real], atol=1e-4)
 
 
-def test_files_are_what_safetensors_reads(tmp_path):
+def test_safetensors_reads_the_files(tmp_path):
     adapter = peft.read(GOLDEN / "lora_all_rslora" / "final_adapter")
     write(MODELS / "llama", adapter, tmp_path / "merged")
     before, after = (safetensors.numpy.load_file(folder / "model.safetensors")

@@ -1,8 +1,8 @@
-"""A quantized copy on disk: the same model as when it is quantized on loading, whole or not there.
+"""A quantized copy on disk: the same model as when quantized on loading; complete or absent.
 
-What is written as NF4 and FP4 was loaded by transformers 5.23 with bitsandbytes 0.50.2: each weight
+transformers 5.23 with bitsandbytes 0.50.2 loaded what is written as NF4 and FP4: each weight
 dequantizes to the same float32 there and here, and the codes and scales are those that bitsandbytes
-itself makes of the dense weights (with double quantization but for the last bit of the scales'
+computes from the dense weights (with double quantization, except for the last bit of the scales'
 mean, which torch sums in another order).
 """
 
@@ -65,7 +65,7 @@ def test_a_matrix_is_read_as_it_was_quantized(tmp_path, fmt):
 
 
 def test_a_copy_in_shards_loads_as_what_is_quantized_on_loading(tmp_path):
-    """Bit for bit; the tensors that stay as they are, too."""
+    """Bit for bit, including the tensors that do not change."""
     names = write(tmp_path / "copy", "int8", BASE, shard=10**5)
     assert sorted(names) == sorted(safetensors_files.tensors(BASE))
     files = sorted(path.name for path in (tmp_path / "copy").glob("*.safetensors"))
@@ -88,7 +88,7 @@ def test_a_copy_in_shards_loads_as_what_is_quantized_on_loading(tmp_path):
         np.testing.assert_array_equal(found[path][...], variable[...], err_msg=".".join(path))
 
 
-def test_tensors_lie_at_multiples_of_their_dtypes_size(tmp_path):
+def test_tensors_start_at_multiples_of_their_dtypes_size(tmp_path):
     path = tmp_path / "x.safetensors"
     arrays = {"a": np.arange(3, dtype=np.uint8), "b": np.arange(5, dtype=np.float32),
               "c": np.arange(7, dtype=np.float16)}  # fmt: skip
@@ -116,7 +116,7 @@ def test_tensors_lie_at_multiples_of_their_dtypes_size(tmp_path):
             file.write("a", arrays["b"])
 
 
-def test_tokenizer_and_generation_come_along_and_code_does_not(tmp_path):
+def test_tokenizer_and_generation_files_are_copied_and_code_is_not(tmp_path):
     folder = pathlib.Path(shutil.copytree(TINY, tmp_path / "model"))
     for name in ("tokenizer.py", "modeling.py", "pytorch_model.bin", "tokenizer.pth", "notes.txt",
                  "tokenizer.json", "generation_config.json"):  # fmt: skip
@@ -127,14 +127,14 @@ def test_tokenizer_and_generation_come_along_and_code_does_not(tmp_path):
     }
 
 
-def test_what_is_interrupted_leaves_nothing(tmp_path):
+def test_an_interrupted_copy_leaves_nothing(tmp_path):
     names = quantize.write(TINY, tmp_path / "copy", quantize.plan(TINY, "int8"))
     for _ in range(10):
         next(names)
     (part,) = tmp_path.iterdir()
-    assert part.name.startswith("copy.part-")  # if the process ends at once, this stays …
+    assert part.name.startswith("copy.part-")  # if the process is killed, this stays …
     with pytest.raises(errors.UserError, match=r"no config\.json"):
-        loader.load(part)  # … and is no model
+        loader.load(part)  # … and is not a model
     names.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -200,7 +200,7 @@ def test_nf4_is_written_as_bitsandbytes_writes_it(copy):
 
 @pytest.fixture(scope="module")
 def trained(copy, tmp_path_factory):
-    """(folder, flags, how it ended) of a short run on the copy, --quant not given."""
+    """(folder, flags, how it ended) of a short run on the copy, without --quant."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     rows = write_rows(folder.parent / "rows.jsonl", 16)
     flags = ("--model", copy, "--dataset", rows, "--rank", 2, "--max-steps", 2, "--seq-len", 32,
@@ -208,7 +208,7 @@ def trained(copy, tmp_path_factory):
     return folder, flags, run("train", *flags, "--output-dir", folder)
 
 
-def test_a_run_tells_and_records_what_the_base_is(trained):
+def test_a_run_reports_and_records_what_the_base_is(trained):
     folder, _, ended = trained
     assert ended.code == 0, ended
     text = " ".join(ended.out.split())
@@ -229,7 +229,7 @@ def test_a_run_on_a_quantized_base_is_resumed(trained):
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "plan"])
-def test_what_a_quantized_checkpoint_cannot_be_is_refused(trained, script, tmp_path):
+def test_a_quantized_checkpoint_in_another_format_is_refused(trained, script, tmp_path):
     flags = {
         "train": (*trained[1], "--output-dir", tmp_path / "run"),
         "generate": ("--model", NF4, "--prompt", "x"),

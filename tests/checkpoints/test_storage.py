@@ -1,4 +1,4 @@
-"""Checkpoints that others quantized: their weights bit for bit, on a mesh, and what is refused."""
+"""Quantized checkpoints of other programs: the same weights bit for bit, also on a mesh; errors."""
 
 import contextlib
 import functools
@@ -143,7 +143,7 @@ def write_matrix(folder, golden, kind, held_as=np.uint8):
     ],
 )
 def test_a_matrix_of_bitsandbytes_is_read_bit_for_bit(tmp_path, case, kind, fmt):
-    """Also in blocks of 128, and where they reach from row to row: those stay dense."""
+    """Also in blocks of 128, and in blocks that reach across rows, which make the weight dense."""
     golden = golden_matrix(case)
     found, names = write_matrix(tmp_path, golden, kind)
     assert not found.problems and found.claimed == names
@@ -178,7 +178,7 @@ def test_logits_are_those_of_bitsandbytes_weights():
     model = load(NF4_DQ)
     found = logits(model, golden["input_ids"])[:, golden["positions"]]
     np.testing.assert_allclose(found, golden["logits"], atol=2e-4)
-    # Blocks of 64 do not fit into its 172 inputs.
+    # Blocks of 64 do not divide its 172 inputs.
     expected = [f"model.layers.{i}.mlp.down_proj" for i in range(5)]
     assert inventory.dense_linears(model) == (expected, 35)
     assert model.model.layers.self_attn.q_proj.fmt == "nf4-dq"
@@ -186,8 +186,8 @@ def test_logits_are_those_of_bitsandbytes_weights():
     assert size == inventory.loaded_bytes(NF4_DQ, dtype="float32", quantization=None)
 
 
-def test_training_follows_pefts_losses_on_bitsandbytes_weights():
-    """To rounding, for the first steps; the golden values go on for 50."""
+def test_training_on_bitsandbytes_weights_has_pefts_losses():
+    """Up to rounding, for the first steps; the golden values cover 50."""
     golden = json.loads((GOLDEN / "qlora_nf4" / "golden.json").read_text())
     with np.load(GOLDEN / "qlora_nf4" / "batches.npz") as arrays:
         rows = arrays["input_ids"].astype(np.int32)[:STEPS]
@@ -248,7 +248,7 @@ def test_weights_are_code_less_zero_times_scale_bit_for_bit(foreign, name):
     assert packed.scale.dtype == jnp.float32
 
 
-def test_none_makes_them_dense_and_products_are_the_same(foreign):
+def test_quantization_none_makes_them_dense_with_the_same_products(foreign):
     folder, weights = foreign("gptq-act-order")
     model = load(folder, "none")
     assert_same_weights(model, weights)
@@ -278,7 +278,7 @@ def test_the_derivative_with_rows_in_act_order(foreign):
 
 @pytest.mark.parametrize("name", ["stories260K-bnb-nf4-dq", "gptq-act-order"])
 def test_a_mesh_holds_the_same_model(foreign, name):
-    """Inputs cut in two, so padded to whole groups; each device reads its part."""
+    """The input axis is cut in two and padded to whole groups; each device reads its part."""
     folder = NF4_DQ if name == NF4_DQ.name else foreign(name)[0]
     alone, dealt = load(folder), load(folder, mesh=(2, 2, 2))
     q = dealt.model.layers.self_attn.q_proj.q[...]
@@ -293,7 +293,7 @@ def test_a_mesh_holds_the_same_model(foreign, name):
     np.testing.assert_allclose(found, expected, atol=2e-5 * abs(expected).max())
 
 
-def test_of_bytes_only_a_devices_rows_are_read(tmp_path, monkeypatch):
+def test_only_the_bytes_of_a_devices_rows_are_read(tmp_path, monkeypatch):
     golden = golden_matrix("bf16_nf4")
     found, _ = write_matrix(tmp_path, golden, "nf4")
     asked, opened = [], safetensors_files.opened
@@ -333,7 +333,7 @@ def spoilt(folder, change):
     return folder
 
 
-def test_everything_that_is_wrong_is_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     prefix = "model.layers.0.self_attn."
 
     def text(**state):
@@ -372,7 +372,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
         assert problem in message
 
 
-def test_contradicting_tensors_of_gptq_are_told(tmp_path):
+def test_contradictory_tensors_of_gptq_are_reported(tmp_path):
     quantized_models.write(tmp_path, "gptq")
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     prefix = "model.layers.0.self_attn."
@@ -381,7 +381,7 @@ def test_contradicting_tensors_of_gptq_are_told(tmp_path):
     tensors[f"{prefix}v_proj.qweight"] = tensors[f"{prefix}v_proj.qweight"][:4]
     del tensors[f"{prefix}o_proj.qzeros"]
     tensors[f"{prefix}o_proj.weight"] = np.zeros((64, 64), np.float16)
-    tensors["model.layers.1.mlp.up_proj.bias"] = np.zeros(128, np.float16)  # some programs' way
+    tensors["model.layers.1.mlp.up_proj.bias"] = np.zeros(128, np.float16)  # as some programs write
     tensors["model.layers.1.mlp.down_proj.bias"] = np.ones(64, np.float16)
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(errors.UserError) as raised:
@@ -400,8 +400,8 @@ def test_contradicting_tensors_of_gptq_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_symmetric_zero_points_must_be_so(tmp_path, version):
-    """Some programs write the zero points of gptq_v2 and do not say so."""
+def test_zero_points_declared_symmetric_must_be_8(tmp_path, version):
+    """Some programs write the zero points of gptq_v2 without declaring it."""
     quantized_models.write(tmp_path, "gptq", symmetric=True, version=2)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace("gptq_v2", {1: "gptq", 2: "gptq_v2"}[version]))
@@ -412,8 +412,8 @@ def test_symmetric_zero_points_must_be_so(tmp_path, version):
         loader.load(tmp_path)
 
 
-def test_a_layer_that_was_left_dense_makes_its_kind_dense(tmp_path):
-    """As llm_int8_skip_modules leaves them: the layers of a kind lie in one array."""
+def test_one_dense_layer_makes_its_stack_dense(tmp_path):
+    """As llm_int8_skip_modules leaves them: the layers of a stack are one array."""
     name = "model.layers.2.self_attn.q_proj"
     original = safetensors.numpy.load_file(MODELS / "stories260K" / "model.safetensors")
 

@@ -42,16 +42,16 @@ def test_chats_train_the_assistant_only(tmp_path, template):
     assert "yes" not in "".join(tok.decode(span) for span in spans[0::2])
 
 
-def test_optionalfields_of_a_message_stay_absent(tmp_path):
-    # In Arrow the second row's `name` exists in the first one too, as None.
+def test_optional_fields_of_a_message_stay_absent(tmp_path):
+    # In Arrow the second example's `name` exists in the first one too, as None.
     template = "{% for m in messages %}{{ m.keys() | list | length }}{% endfor %}"
     tok = chat_tokenizer(tmp_path, "{% generation %}" + template + "{% endgeneration %}")
-    rows = [
+    examples = [
         {"messages": [{"role": "user", "content": "a"}] * 2},
         {"messages": [{"role": "user", "content": "a", "name": "b"}] * 2},
     ]
-    encoded = encoding.encode(dataset(*rows), tok, 64, EOS)
-    assert [trained_text(tok, row) for row in encoded.examples] == ["22", "33"]
+    encoded = encoding.encode(dataset(*examples), tok, 64, EOS)
+    assert [trained_text(tok, example) for example in encoded.examples] == ["22", "33"]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ def tok(tmp_path_factory):
     return tokenizer.load(tiny_tokenizer.save(tmp_path_factory.mktemp("tokenizer")))
 
 
-def dataset(*rows):
-    return datasets.Dataset.from_list(list(rows))
+def dataset(*examples):
+    return datasets.Dataset.from_list(list(examples))
 
 
 def write(path, *lines):
@@ -25,8 +25,8 @@ def write(path, *lines):
     return str(path)
 
 
-def trained_text(tok, row):
-    ids, trained = row
+def trained_text(tok, example):
+    ids, trained = example
     return tok.decode(ids[trained])
 
 
@@ -64,13 +64,13 @@ def test_a_space_at_the_border(tok):
     assert tok.convert_ids_to_tokens(ids[trained]) == ["ab", "</s>"]
 
 
-def test_alpaca_rows_use_the_template(tok):
-    rows = [
+def test_alpaca_examples_use_the_template(tok):
+    examples = [
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
         {"instruction": "Say a.", "input": "", "output": "a"},
         {"instruction": "Say b.", "input": None, "output": "b"},
     ]
-    encoded = encoding.encode(dataset(*rows), tok, 512, EOS)
+    encoded = encoding.encode(dataset(*examples), tok, 512, EOS)
     texts = [tok.decode(ids[1:]) for ids, _ in encoded.examples]
     assert texts[0] == (
         "Below is an instruction that describes a task, paired with an input that provides further "
@@ -81,30 +81,34 @@ def test_alpaca_rows_use_the_template(tok):
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nSay a.\n\n### Response:a</s>"
     )
-    assert [trained_text(tok, row) for row in encoded.examples] == ["3</s>", "a</s>", "b</s>"]
+    assert [trained_text(tok, example) for example in encoded.examples] == [
+        "3</s>",
+        "a</s>",
+        "b</s>",
+    ]
 
 
-def test_braces_in_a_row_are_text(tok):
-    row = {"instruction": "{input} {x}", "input": "{instruction}", "output": "{}"}
-    ((ids, _),) = encoding.encode(dataset(row), tok, 512, EOS).examples
+def test_braces_in_a_field_are_text(tok):
+    fields = {"instruction": "{input} {x}", "input": "{instruction}", "output": "{}"}
+    ((ids, _),) = encoding.encode(dataset(fields), tok, 512, EOS).examples
     assert "### Instruction:\n{input} {x}\n\n### Input:\n{instruction}\n" in tok.decode(ids)
 
 
-def test_text_rows_train_everything(tok):
+def test_text_examples_train_everything(tok):
     ((ids, trained),) = encoding.encode(dataset({"text": "ab cd"}), tok, 64, EOS).examples
     assert ids.tolist() == [*tok("ab cd").input_ids, EOS]
     assert (ids[0], ids[-1]) == (BOS, EOS)
     assert trained.all()
 
 
-def test_kinds_are_looked_for_in_order(tok):
-    row = {"text": "no", "prompt": "x", "completion": "ab", "instruction": "no", "output": "no"}
-    encoded = encoding.encode(dataset(row, {**row, "completion": None}), tok, 512, EOS)
-    # Rows decide for themselves: without a completion, Alpaca's fields are next.
-    assert [trained_text(tok, row) for row in encoded.examples] == ["ab</s>", "no</s>"]
+def test_kinds_have_an_order(tok):
+    fields = {"text": "no", "prompt": "x", "completion": "ab", "instruction": "no", "output": "no"}
+    encoded = encoding.encode(dataset(fields, {**fields, "completion": None}), tok, 512, EOS)
+    # Each example has its own kind: without a completion, Alpaca's fields are next.
+    assert [trained_text(tok, example) for example in encoded.examples] == ["ab</s>", "no</s>"]
 
 
-def test_missing_fields_are_named_with_file_and_row(tok, tmp_path):
+def test_missing_fields_are_named_with_file_and_line(tok, tmp_path):
     path = write(
         tmp_path / "x.jsonl",
         '{"prompt": "a", "completion": "b"}',
@@ -117,33 +121,33 @@ def test_missing_fields_are_named_with_file_and_row(tok, tmp_path):
         assert words in str(caught.value)
     assert "x.jsonl:1" not in str(caught.value)
 
-    # Also after a split, the lines are the file's.
+    # After a split, too, the line numbers are those of the file.
     train, evaluation = sources.holdout(sources.load(path), 0.34, 0)
     with pytest.raises(errors.UserError, match=r"x\.jsonl:[23]"):
         encoding.encode(train, tok, 64, EOS)
     assert len(evaluation) == 1
 
 
-def test_a_field_that_is_no_text(tok, tmp_path):
+def test_a_field_that_is_not_a_string(tok, tmp_path):
     path = write(tmp_path / "x.jsonl", '{"prompt": "a", "completion": 5}')
     with pytest.raises(errors.UserError, match=r"completion is a int[\s\S]*x\.jsonl:1"):
         encoding.encode(sources.load(path), tok, 64, EOS)
 
 
 def test_cuts_and_skips_are_counted(tok):
-    rows = [
+    examples = [
         {"prompt": "x", "completion": "y"},  # BOS ▁ x y EOS
         {"prompt": "x", "completion": "yzyzyz"},  # loses its end
         {"prompt": "xyzxyz", "completion": "a"},  # only the prompt would remain
     ]
-    encoded = encoding.encode(dataset(*rows), tok, 5, EOS)
+    encoded = encoding.encode(dataset(*examples), tok, 5, EOS)
     assert [tok.decode(ids[1:]) for ids, _ in encoded.examples] == ["xy</s>", "xyz"]
     assert (encoded.num_cut, encoded.num_skipped) == (2, 1)
     with pytest.raises(errors.UserError, match="--seq-len"):
-        encoding.encode(dataset(rows[2]), tok, 5, EOS)
+        encoding.encode(dataset(examples[2]), tok, 5, EOS)
 
 
-def test_txt_is_one_stream_in_blocks(tok, tmp_path):
+def test_a_txt_file_is_one_stream_in_blocks(tok, tmp_path):
     text = "ab cd\n\n  ef\r\ngh " * 5
     path = tmp_path / "x.txt"
     path.write_bytes(text.encode())
@@ -159,13 +163,13 @@ def test_txt_is_one_stream_in_blocks(tok, tmp_path):
 
 
 def test_prompts_for_exact_match(tok):
-    rows = [
+    examples = [
         {"prompt": "xa", "completion": "b", "instruction": None, "output": None},
         {"prompt": None, "completion": None, "instruction": "Say.", "output": "ok"},
     ]
-    encoded = encoding.encode(dataset(*rows), tok, 512, EOS).examples
+    encoded = encoding.encode(dataset(*examples), tok, 512, EOS).examples
     for (ids, expected), (trained_ids, trained), text in zip(
-        encoding.prompts(dataset(*rows), tok), encoded, ("b", "ok"), strict=True
+        encoding.prompts(dataset(*examples), tok), encoded, ("b", "ok"), strict=True
     ):
         assert ids.tolist() == trained_ids[~trained].tolist()
         assert expected == text

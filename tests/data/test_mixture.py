@@ -20,31 +20,31 @@ from lora_jax.cli import train  # isort: skip
 @pytest.mark.parametrize(
     "weights", [(1, 1), (3, 1), (5, 2, 1), (1, 97, 1, 1), (7, 7, 7), (333, 500, 167), (1, 9999)]
 )
-def test_in_every_prefix_each_source_has_its_share_to_within_a_line(weights):
+def test_in_every_prefix_each_source_has_its_share_to_within_a_sequence(weights):
     period = sum(weights)
     mixed = mixture.Mixture([range(10**9)] * len(weights), weights)
-    of = np.array([mixed.place(n)[0] for n in range(period)])
+    of = np.array([mixed.locate(n)[0] for n in range(period)])
     places = np.arange(1, period + 1)
     for source, weight in enumerate(weights):
         shown = (of == source).cumsum()
         assert np.abs(shown - places * weight / period).max() < 1
-        assert shown[-1] == weight  # and so on for ever
-    assert mixed.place(5 * period)[0] == of[0]
+        assert shown[-1] == weight  # and so on forever
+    assert mixed.locate(5 * period)[0] == of[0]
 
 
 def numbered(*sizes):
-    """Sources of rows whose tokens are 1000 · source + row."""
+    """Sources of examples whose tokens are 1000 · source + example."""
     return [
-        packing.alone([(np.full(4, 1000 * number + row, np.int32), np.ones(4, bool))
-                       for row in range(size)])
+        packing.alone([(np.full(4, 1000 * number + example, np.int32), np.ones(4, bool))
+                       for example in range(size)])
         for number, size in enumerate(sizes)
     ]  # fmt: skip
 
 
 def mixed(weights, *sizes, seed=0, batch_size=4, grad_accum=2):
     shuffled = [batches.Shuffled(part, seed, n) for n, part in enumerate(numbered(*sizes))]
-    lines = mixture.Mixture(shuffled, weights)
-    return batches.Batches(lines, batch_size=batch_size, grad_accum=grad_accum, length=16)
+    sequences = mixture.Mixture(shuffled, weights)
+    return batches.Batches(sequences, batch_size=batch_size, grad_accum=grad_accum, length=16)
 
 
 def shown(made, steps):
@@ -53,19 +53,21 @@ def shown(made, steps):
 
 def test_each_source_comes_in_permutations_of_its_own():
     made = mixed((3, 1), 10, 10)
-    lines = shown(made, range(10))
+    numbers = shown(made, range(10))
     for source, count in ((0, 60), (1, 20)):
-        own = [line % 1000 for line in lines if line // 1000 == source]
+        own = [number % 1000 for number in numbers if number // 1000 == source]
         assert len(own) == count
         epochs = [tuple(own[n : n + 10]) for n in range(0, count, 10)]
         assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
         assert len(set(epochs)) == len(epochs)
-    first = [[line % 1000 for line in lines if line // 1000 == source][:10] for source in (0, 1)]
+    first = [
+        [number % 1000 for number in numbers if number // 1000 == source][:10] for source in (0, 1)
+    ]
     assert first[0] != first[1]
-    assert made.num_steps(1) == 3  # of 8 lines each, of the 20 that there are
+    assert made.num_steps(1) == 3  # of 8 sequences each; there are 20
 
 
-def test_any_order_of_asking_and_any_split_gives_the_same_steps():
+def test_steps_depend_neither_on_the_order_of_requests_nor_on_the_split():
     straight = [mixed((5, 2, 1), 9, 4, 7).batch(step) for step in range(7)]
     again, other = mixed((5, 2, 1), 9, 4, 7), mixed((5, 2, 1), 9, 4, 7, batch_size=8, grad_accum=1)
     for step in (6, 2, 5):
@@ -80,7 +82,7 @@ def test_any_order_of_asking_and_any_split_gives_the_same_steps():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Paths of 90 rows with prompts, and of 60 with stories."""
+    """Paths of 90 examples with prompts, and of 60 with stories."""
     folder = tmp_path_factory.mktemp("data")
     stories = [json.dumps({"story": f"Once there were {n} dogs."}) for n in range(60)]
     (folder / "stories.jsonl").write_text("\n".join(stories))
@@ -98,41 +100,43 @@ def data_of(reader, *flags):
     return run_data.RunData(settings, run_data.read(settings), reader, 2, 512)
 
 
-def test_a_packed_mixture_of_other_kinds_of_rows(files, reader, capsys):
+def test_a_packed_mixture_of_different_kinds_of_examples(files, reader, capsys):
     flags = ("--dataset", *files, "--columns", "text=story", "--seq-len", 64, "--packing")
     made = data_of(reader, *flags, "--weights", "0.75,0.25", "--epochs", 2)
-    lines, packed = [], 0
+    kinds, packed = [], 0
     for step in range(made.num_steps):
         batch = made.batches.batch(step)
         for ids, mask in zip(*(batch[name].reshape(-1, 64) for name in
                                ("input_ids", "attention_mask")), strict=True):  # fmt: skip
             texts = [reader.decode(ids[mask == n]) for n in range(1, mask.max() + 1)]
-            (kind,) = {"dogs" in text for text in texts}  # those of a line are of one source
-            lines.append(kind)
+            (kind,) = {"dogs" in text for text in texts}  # a sequence has examples of one source
+            kinds.append(kind)
             packed += len(texts) > 1
-    for count in itertools.accumulate([1] * len(lines)):
-        assert abs(sum(lines[:count]) - count / 4) < 1
-    assert packed > 0.9 * len(lines)
-    sizes = [len(source) for source in made.batches.lines.sources]
+    for count in itertools.accumulate([1] * len(kinds)):
+        assert abs(sum(kinds[:count]) - count / 4) < 1
+    assert packed > 0.9 * len(kinds)
+    sizes = [len(source) for source in made.batches.sequences.sources]
     assert made.num_steps == -(-2 * sum(sizes) // 16)
-    told = " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
     for name, size, share in zip(files, sizes, (0.75, 0.25), strict=True):
-        assert f"{share:.1%} of {name}, seen {len(lines) * share / size:.2g} times" in told
+        assert f"{share:.1%} of {name}, seen {len(kinds) * share / size:.2g} times" in out
 
 
-def test_without_weights_an_epoch_shows_all_rows_of_all_sources_once(files, reader):
+def test_without_weights_an_epoch_shows_all_examples_of_all_sources_once(files, reader):
     flags = ("--dataset", *files, "--columns", "text=story,prompt=prompt")
     made = data_of(reader, *flags, "--batch-size", 15, "--grad-accum", 1)
     assert made.num_steps == 10
-    rows = [tuple(ids) for step in range(10) for ids in made.batches.batch(step)["input_ids"][0]]
-    assert max(collections.Counter(rows).values()) == 1 and len(rows) == 150
+    examples = [
+        tuple(ids) for step in range(10) for ids in made.batches.batch(step)["input_ids"][0]
+    ]
+    assert max(collections.Counter(examples).values()) == 1 and len(examples) == 150
 
 
-def test_each_source_is_held_out_from_and_scored(tmp_path, reader):
+def test_examples_of_each_source_are_held_out_and_scored(tmp_path, reader):
     paths = [cli.write_rows(tmp_path / f"{n}.jsonl", 100, first=100 * n) for n in (1, 2)]
     flags = ("--dataset", *paths, "--eval-every", 1, "--exact-match", 3)
     made, weighted = data_of(reader, *flags), data_of(reader, *flags, "--weights", "1,3")
-    assert len(made.held_out) == 4 and len(made.batches.lines) == 196
+    assert len(made.held_out) == 4 and len(made.batches.sequences) == 196
     numbers = [int(re.search(r"\d+", reader.decode(ids))[0]) // 100 for ids, _ in made.scored]
     assert numbers == [1, 2, 1]
     assert weighted.fingerprints == made.fingerprints

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lora_jax.data import batches, packing
 from lora_jax.lora.nnx import model_state
-from lora_jax.optim import step as train_step
+from lora_jax.optim import loss as train_loss
 
 
 def of_lengths(*lengths):
@@ -52,7 +52,7 @@ def test_packed_examples_have_the_logits_of_hugging_face(name):
     mask = np.concatenate(
         [*(np.full(len(ids), n) for n, (ids, _) in enumerate(prompts, 1)), np.zeros(3, np.int32)]
     )
-    if name != "qwen2_window":  # whose windows count what stands between
+    if name != "qwen2_window":  # whose windows count the padding in between
         ids, mask = (np.insert(array, 4, [fill, fill]) for array, fill in ((ids, 9), (mask, 0)))
     found = test_models.logits_of(name, ids[None], mask[None])[0]
     for number, (_, expected) in enumerate(prompts, 1):
@@ -70,14 +70,14 @@ def test_a_packed_sequence_has_the_loss_and_gradient_of_its_examples():
     def of(trained, batch):
         def sums(trained):
             model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-            each = train_step.losses(model, batch, remat="full")
-            return each.sum(), (each, train_step.loss(model, batch)[1])
+            each = train_loss.losses(model, batch, remat="full")
+            return each.sum(), (each, train_loss.loss(model, batch)[1])
 
         return jax.value_and_grad(sums, has_aux=True)(trained)
 
     def of_sequences(sequences, length):
         return of(
-            trained, train_step.Batch(**jax.tree.map(jnp.asarray, batches.pad(sequences, length)))
+            trained, train_loss.Batch(**jax.tree.map(jnp.asarray, batches.pad(sequences, length)))
         )
 
     (packed, (each, count)), gradient = of_sequences([examples], 64)

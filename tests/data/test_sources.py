@@ -19,21 +19,21 @@ tok = test_encoding.tok
 # ---------------------------------------------------------------------------------- reading
 
 
-def test_every_format_gives_the_same_rows(tmp_path):
-    rows = [{"prompt": "a, b", "completion": "1"}, {"prompt": 'say "c"\nd', "completion": "2"}]
-    lines = [json.dumps(row) for row in rows]
+def test_every_format_gives_the_same_examples(tmp_path):
+    examples = [{"prompt": "a, b", "completion": "1"}, {"prompt": 'say "c"\nd', "completion": "2"}]
+    lines = [json.dumps(example) for example in examples]
     files = [
         write(tmp_path / "x.jsonl", lines[0], "", lines[1]),
-        write(tmp_path / "x.json", json.dumps(rows, indent=1)),
+        write(tmp_path / "x.json", json.dumps(examples, indent=1)),
         write(tmp_path / "lines.json", *lines),
         write(tmp_path / "x.csv", "prompt,completion", '"a, b",1', '"say ""c""\nd",2'),
     ]
-    dataset(*rows).to_parquet(tmp_path / "x.parquet")
+    dataset(*examples).to_parquet(tmp_path / "x.parquet")
     loaded = [sources.load(file) for file in [*files, str(tmp_path / "x.parquet")]]
     for one in loaded:
         assert sources.fields_of(one) == ["prompt", "completion"]
-        assert [{k: row[k] for k in rows[0]} for row in one] == rows
-    # The origin is no part of the content: equal rows have equal fingerprints.
+        assert [{k: example[k] for k in examples[0]} for example in one] == examples
+    # The origin is not content: equal examples have equal fingerprints.
     assert len({sources.fingerprint(one) for one in loaded}) == 1
 
 
@@ -119,7 +119,7 @@ def test_unknown_columns_list_what_there_is(tmp_path):
 
 
 def test_hub_datasets(tmp_path):
-    """Found, and each way of not finding it; in a process that knows only the loopback hub."""
+    """Found, or missing in each possible way; in a process that knows only the loopback hub."""
     repo = tmp_path / "repo"
     repo.mkdir()
     write(repo / "train.jsonl", '{"question": "a", "answer": "b"}')
@@ -155,7 +155,7 @@ def test_hub_datasets(tmp_path):
     found, no_split, gated, missing = done.stdout.replace("\n\n", "\n").split("\n  expected:")
     assert "'prompt': 'c', 'completion': 'd'" in found
     assert "train" in no_split and "test" in no_split
-    # Streamed, and from a position on.
+    # Streamed, also from a position.
     assert f"rest 4 row 4 row 5 commit {hub_server.COMMIT}" in no_split
     assert "licence" in gated and "/datasets/o/gated" in gated
     assert "no such repository" in missing
@@ -186,9 +186,9 @@ def test_holdout_of_a_txt_file_is_its_end(tok, tmp_path):
     assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[:45])
 
 
-def test_fingerprint_follows_the_content():
-    rows = [{"text": "a"}, {"text": "b"}]
-    same = sources.fingerprint(dataset(*rows))
-    assert sources.fingerprint(dataset(*rows)) == same
-    assert sources.fingerprint(dataset(*rows[::-1])) != same
-    assert sources.fingerprint(dataset(rows[0], {"text": "c"})) != same
+def test_the_fingerprint_depends_on_the_content():
+    examples = [{"text": "a"}, {"text": "b"}]
+    same = sources.fingerprint(dataset(*examples))
+    assert sources.fingerprint(dataset(*examples)) == same
+    assert sources.fingerprint(dataset(*examples[::-1])) != same
+    assert sources.fingerprint(dataset(examples[0], {"text": "c"})) != same

@@ -1,4 +1,4 @@
-"""Streams: any line at any time, from files that are read in part, in memory that does not grow."""
+"""Streams: any sequence at any time, from files read in part, in memory that does not grow."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def every_kind(tmp_path):
     ]
 
 
-def test_from_the_position_after_any_row_on_come_the_others(tmp_path):
+def test_reading_continues_from_the_position_after_any_example(tmp_path):
     for path in every_kind(tmp_path):
         whole = [*reading.read(path)]
         assert len(whole) >= 3 and not any(isinstance(each.example, str) for each in whole)
@@ -57,7 +57,7 @@ def test_a_json_array_is_not_streamed(tmp_path):
         sources.stream(str(path))
 
 
-# ------------------------------------------------------------------------- lines
+# ------------------------------------------------------------------------- sequences
 
 
 def numbered(path, count):
@@ -65,8 +65,8 @@ def numbered(path, count):
     return str(path)
 
 
-def alone(rows):
-    return packing.alone([(np.array([n]), np.array([True])) for n in rows["n"]])
+def alone(examples):
+    return packing.alone([(np.array([n]), np.array([True])) for n in examples["n"]])
 
 
 def opened(source, *, arrange=alone, window=6, number=0):
@@ -74,8 +74,8 @@ def opened(source, *, arrange=alone, window=6, number=0):
     return stream.Stream(source, arrange, **how)
 
 
-def shown(lines, numbers):
-    return [int(lines[n][0][0][0]) for n in numbers]
+def shown(sequences, numbers):
+    return [int(sequences[n][0][0][0]) for n in numbers]
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def read(monkeypatch):
-    """The numbers of all rows that are read."""
+    """The numbers of all examples that are read."""
     numbers, original = [], sources.stream
 
     def watched(*how):
@@ -97,11 +97,11 @@ def read(monkeypatch):
     return numbers
 
 
-@pytest.mark.parametrize("count", [34, 30, 3])  # also where the last block is full
-def test_a_stream_shows_all_rows_again_and_again_shuffled_in_blocks(small, tmp_path, count):
+@pytest.mark.parametrize("count", [34, 30, 3])  # also if the last block is full
+def test_a_stream_repeats_all_examples_shuffled_in_blocks(small, tmp_path, count):
     source = numbered(tmp_path / "x.jsonl", count)
-    lines = shown(opened(source), range(3 * count))
-    passes = [lines[n : n + count] for n in range(0, 3 * count, count)]
+    numbers = shown(opened(source), range(3 * count))
+    passes = [numbers[n : n + count] for n in range(0, 3 * count, count)]
     for each in passes:
         blocks = [each[n : n + 10] for n in range(0, count, 10)]
         assert [sorted(block) for block in blocks] == [
@@ -111,67 +111,66 @@ def test_a_stream_shows_all_rows_again_and_again_shuffled_in_blocks(small, tmp_p
     assert shown(opened(source, number=1), range(count)) != passes[0]
 
 
-def test_any_line_may_be_asked_for_at_any_time(small, tmp_path):
+def test_sequences_may_be_requested_in_any_order(small, tmp_path):
     source = numbered(tmp_path / "x.jsonl", 34)
     straight = shown(opened(source), range(200))
-    asked = [*range(200)]
-    random.Random(0).shuffle(asked)
-    assert shown(opened(source), asked) == [straight[n] for n in asked]
+    numbers = [*range(200)]
+    random.Random(0).shuffle(numbers)
+    assert shown(opened(source), numbers) == [straight[n] for n in numbers]
 
 
-def test_rows_that_make_no_line_and_long_rows_change_nothing_but_the_blocks(
-    small, tmp_path, monkeypatch
-):
-    def odd(rows):
-        return [line for line in alone(rows) if line[0][0][0] % 2 and line[0][0][0] // 10 != 1]
+def test_skipped_and_long_examples_change_only_the_blocks(small, tmp_path, monkeypatch):
+    def odd(examples):
+        made = ((int(sequence[0][0][0]), sequence) for sequence in alone(examples))
+        return [sequence for n, sequence in made if n % 2 and n // 10 != 1]
 
     source = numbered(tmp_path / "x.jsonl", 40)
     expected = [n for n in range(40) if n % 2 and n // 10 != 1]
     assert sorted(shown(opened(source, arrange=odd), range(15))) == expected
-    monkeypatch.setattr(stream, "MAX_CHARACTERS", 3)  # of the one character of each row
+    monkeypatch.setattr(stream, "MAX_CHARACTERS", 3)  # each example has one character
     assert shown(opened(source, window=1), range(40)) != [*range(40)]
     starts = opened(source)
     shown(starts, range(10))
-    assert [line for line, _ in starts._starts][:4] == [0, 3, 6, 9]
+    assert [sequence for sequence, _ in starts._starts][:4] == [0, 3, 6, 9]
 
 
-def test_a_stream_without_lines_is_told_and_does_not_go_on_for_ever(small, tmp_path):
+def test_a_stream_without_sequences_is_an_error_and_ends(small, tmp_path):
     with pytest.raises(errors.UserError, match="none in the whole stream"):
-        opened(numbered(tmp_path / "x.jsonl", 34), arrange=lambda rows: [])[0]
+        opened(numbered(tmp_path / "x.jsonl", 34), arrange=lambda examples: [])[0]
 
 
-def test_a_damaged_line_is_told_when_it_is_reached(small, tmp_path):
+def test_a_damaged_line_is_reported_when_it_is_reached(small, tmp_path):
     source = numbered(tmp_path / "x.jsonl", 34)
     with open(source, "a") as file:
         file.write("broken\n")
-    lines = opened(source)
-    assert sorted(shown(lines, range(30))) == [*range(30)]
+    sequences = opened(source)
+    assert sorted(shown(sequences, range(30))) == [*range(30)]
     with pytest.raises(errors.UserError, match=r"x\.jsonl:35"):
-        lines[30]
+        sequences[30]
 
 
-# ------------------------------------------------------------------------- going on
+# ------------------------------------------------------------------------- resuming
 
 
-def test_a_resumed_stream_reads_from_the_block_on_in_which_it_goes_on(small, tmp_path, read):
+def test_a_resumed_stream_reads_from_the_block_where_it_continues(small, tmp_path, read):
     source, file = numbered(tmp_path / "x.jsonl", 1000), tmp_path / "streams/0.jsonl"
     first = opened(source)
     first.keep(file, write=True)
     straight = shown(first, range(640))
     first._thread.shutdown()
-    told = file.read_text()
+    saved = file.read_text()
     read.clear()
     again = opened(source)
     again.keep(file, write=True)
     assert shown(again, range(603, 608)) == straight[603:608]
-    again[608]  # until the block ahead is made, too
+    again[608]  # so that the block ahead is prepared, too
     again._thread.shutdown()
     assert min(read) == 601 and max(read) <= 620
-    assert file.read_text() == told  # what was known is not told again
+    assert file.read_text() == saved  # known starts are not saved again
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off", "garbage", "another stream's"])
-def test_whatever_is_kept_the_lines_are_the_same(small, tmp_path, damage):
+def test_the_sequences_do_not_depend_on_what_was_saved(small, tmp_path, damage):
     source, file = numbered(tmp_path / "x.jsonl", 100), tmp_path / "streams/0.jsonl"
     first = opened(source)
     first.keep(file, write=True)
@@ -204,17 +203,17 @@ def test_memory_does_not_grow_with_the_file(small, tmp_path, count):
         nonlocal alive
         alive -= 1
 
-    def watched(rows):
+    def watched(examples):
         nonlocal alive, most
-        made = alone(rows)
+        made = alone(examples)
         alive += len(made)
         most = max(most, alive)
         for ((ids, _),) in made:
             weakref.finalize(ids, gone)
         return made
 
-    lines = opened(numbered(tmp_path / "x.jsonl", count), arrange=watched, window=25)
-    shown(lines, range(count))
+    sequences = opened(numbered(tmp_path / "x.jsonl", count), arrange=watched, window=25)
+    shown(sequences, range(count))
     assert 25 <= most <= 25 + 4 * 10
 
 
@@ -242,7 +241,7 @@ def test_processes_and_restarts_make_the_same_batches_of_a_packed_mixture(
             np.testing.assert_array_equal(part[name], array[:, first : first + 2])
 
 
-def test_a_stream_that_grew_or_begins_otherwise_has_another_fingerprint(reader, tmp_path):
+def test_a_stream_that_grew_or_starts_differently_has_another_fingerprint(reader, tmp_path):
     path = cli.write_rows(tmp_path / "x.jsonl", 20)
     flags = ("--dataset", path, "--streaming", "--max-steps", 3)
     prints = [test_mixture.data_of(reader, *flags).fingerprints["train"]]

@@ -57,7 +57,7 @@ def with_rope(form, **rope):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_hugging_face(name):
-    ids, expected = prompts(name)[-1]  # the longest; the others stand in the padded batch
+    ids, expected = prompts(name)[-1]  # the longest; the others are in the padded batch
     np.testing.assert_allclose(logits_of(name, ids[None])[0], expected, atol=TOLERANCE, rtol=0)
 
 
@@ -117,7 +117,7 @@ def test_both_forms_of_config_json_mean_the_same(name):
     assert new.num_attention_heads == 4 and new.vocab_size == 96
 
 
-def test_config_says_what_the_model_types_differ_in():
+def test_config_has_what_the_model_types_differ_in():
     configs = {name: model_config.from_dict(read_config(name)) for name in TINY}
     assert configs["qwen2_window"].sliding_windows == (None, 8, 8)
     assert configs["mistral"].sliding_windows == (8, 8)
@@ -159,7 +159,7 @@ def test_unknown_rope_type_is_named(form, key):
         ({"full_attention": {"rope_type": "default"}}, "full_attention"),
     ],
 )
-def test_rope_parameters_at_fault_are_named(form, rope, named):
+def test_wrong_rope_parameters_are_named(form, rope, named):
     with pytest.raises(errors.UserError, match=named):
         model_config.from_dict(with_rope(form, **rope))
 
@@ -174,7 +174,7 @@ def test_rope_parameters_at_fault_are_named(form, rope, named):
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
     ],
 )
-def test_config_settings_at_fault_are_named(change, named):
+def test_wrong_config_settings_are_named(change, named):
     with pytest.raises(errors.UserError, match=named):
         model_config.from_dict(read_config("llama") | change)
 

@@ -74,7 +74,7 @@ def _of_kind(given: Any, kind: Any) -> Any:
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list",
-          dict: "a mapping"}  # fmt: skip
+          Sequence: "a list", dict: "a mapping"}  # fmt: skip
 
 
 def names(name: str, text: str) -> tuple[str, ...] | str:
