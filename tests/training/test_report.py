@@ -11,8 +11,8 @@ import subprocess
 import cli
 import pytest
 
-from lora_jax.training.report import curves  # isort: skip
-from lora_jax.training.report import page as report  # isort: skip (scripts/, which cli puts on the path)
+from lora_jax.training.report import curves, formatting, style
+from lora_jax.training.report import page as report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 EVIL = "</pre><script>alert('1')</script><img src=x onerror=alert(2)> & \"\ud800\x00"
@@ -126,12 +126,12 @@ def test_a_curve_has_axes_and_the_held_out_points_lie_on_the_loss():
 
 
 def test_axis_labels_tell_their_ticks_apart():
-    assert curves.shorts(curves.axis(0, 0.9).ticks) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
-    assert curves.shorts(curves.axis(0, 2e-4).ticks) == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]
-    assert curves.shorts(curves.axis(0, 100_000, whole=True).ticks)[-2:] == ["80k", "100k"]
+    assert formatting.ticks(curves.axis(0, 0.9).ticks) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert formatting.ticks(curves.axis(0, 2e-4).ticks) == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]
+    assert formatting.ticks(curves.axis(0, 100_000, whole=True).ticks)[-2:] == ["80k", "100k"]
     assert curves.axis(0, 3, whole=True).ticks == [0, 1, 2, 3]
     near = curves.axis(1.23456, 1.23462)
-    assert len(set(curves.shorts(near.ticks))) == len(near.ticks) > 2
+    assert len(set(formatting.ticks(near.ticks))) == len(near.ticks) > 2
     assert near.low < 1.234561 and near.high > 1.234619
     for value in (0.0, 1e-300, 1e300, -2.0):
         assert curves.axis(value, value).high > value
@@ -289,7 +289,7 @@ def test_a_page_that_cannot_be_written_is_told(tmp_path):
 
 def colours():
     """{scheme: {name: colour}} of the style."""
-    light, dark = re.findall(r":root \{(.*?)\}", report.STYLE, re.DOTALL)
+    light, dark = re.findall(r":root \{(.*?)\}", style.STYLE, re.DOTALL)
     found = {"light": re.findall(r"--(\w+): (#\w{6})", light)}
     found["dark"] = re.findall(r"--(\w+): (#\w{6})", dark)
     return {scheme: dict(pairs) for scheme, pairs in found.items()}

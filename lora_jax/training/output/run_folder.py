@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax import errors
@@ -18,8 +19,8 @@ _SPACE = 64 * 2**20  # bytes that must be free before anything is known of the m
 _TRACES = (".lock", "run.new")  # of a run that was killed before it had begun
 _FULL = ("No space left on device", "Disk quota exceeded")
 
-
 Metrics = dict[str, Any]  # a line of metrics.jsonl: {name: number, or None if not finite}
+RunJson = Mapping[str, Any]  # run.json as read back; another version may have written it
 
 
 @dataclasses.dataclass

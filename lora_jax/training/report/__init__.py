@@ -1,1 +1,1 @@
-"""The page report.html, made of run.json and metrics.jsonl."""
+"""The report.html of a run, made from its run.json and metrics.jsonl."""
