@@ -1,6 +1,6 @@
-"""A Gemma in the style of flax's examples, whose Einsum is a class of its own: one line about it.
+"""A Gemma as in the examples of flax, with an Einsum class of its own, which one line describes.
 
-The base has learned to name the largest token so far; A and B teach it the least one.
+The base has learned to predict the largest token so far; the adapter learns the smallest one.
 """
 
 import sys
@@ -14,7 +14,7 @@ from jax import numpy as jnp
 
 from lora_jax import config, lora, peft
 
-# The model, which knows nothing of LoRA.
+# The model, which has no LoRA code.
 
 
 class Einsum(nnx.Module):

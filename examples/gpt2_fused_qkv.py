@@ -1,6 +1,6 @@
-"""A GPT-2, whose c_attn makes q, k and v in one product: adapters on Q and V alone.
+"""A GPT-2 whose c_attn computes q, k and v in one product: adapters for q and v only.
 
-The base has learned to repeat six digits; A and B teach it to repeat them backwards.
+The base has learned to repeat six digits; the adapter learns to repeat them backwards.
 """
 
 import sys
@@ -16,7 +16,7 @@ from lora_jax import config, lora, peft
 
 WIDTH, NUM_TOKENS = 32, 6
 
-# The model, which knows nothing of LoRA.
+# The model, which has no LoRA code.
 
 
 class Attention(nnx.Module):
@@ -59,7 +59,7 @@ class GPT2(nnx.Module):
 
 
 def fit(model, wrt, direction, num_steps):
-    """An ordinary training loop; `wrt` is the type of what it trains."""
+    """An ordinary training loop; `wrt` is the type of the variables that it trains."""
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=wrt)
 
     @nnx.jit
@@ -84,14 +84,14 @@ def main(folder: str | None = None, num_steps: int = 100) -> list[float]:
     fit(model, nnx.Param, 1, 80)
     before = [block.attn.c_attn.kernel[...] for block in model.h]
 
-    # A and B of rank 8 for q and for v each, none for k. Four query heads to one: (4, -1, 1).
+    # A and B of rank 8 for q and for v, none for k. With four query heads per key: (4, -1, 1).
     settings = config.LoRAConfig(rank=8, targets=("c_attn",), parts={"c_attn": (1, -1, 1)})
     lora.inject(model, settings, rngs=nnx.Rngs(1))
     losses = fit(model, lora.LoRAParam, -1, num_steps)
     print("loss", *(f"{loss:.3f}" for loss in losses[::20]), f"{losses[-1]:.3f}")
 
     folder = folder or tempfile.mkdtemp()
-    peft.save(folder, model, settings)  # as an adapter of rank 16, which PEFT reads like any other
+    peft.save(folder, model, settings)  # an adapter of rank 16, which PEFT can read
     lora.strip(model)
     peft.load(model, folder)
     lora.merge(model)

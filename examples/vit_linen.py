@@ -1,6 +1,6 @@
-"""A ViT in Flax Linen, under nn.scan and nn.remat, unedited: adapters on an int8 base.
+"""A ViT in Flax Linen, with nn.scan and nn.remat, unchanged: adapters on an int8 base.
 
-The base tells the direction of stripes; A and B teach it to do so for a camera lying on its side.
+The base recognizes the direction of stripes; the adapter learns to do so for rotated images.
 """
 
 import sys
@@ -15,7 +15,7 @@ from lora_jax import config, linen, optim, peft
 
 WIDTH, NUM_CLASSES = 32, 8
 
-# The model, which knows nothing of LoRA.
+# The model, which has no LoRA code.
 
 
 class Block(nn.Module):
@@ -40,7 +40,7 @@ class ViT(nn.Module):
 
 
 def stripes(rng, on_its_side):
-    """24 images [16, 16, 1], and the direction of each."""
+    """24 images [16, 16, 1], and the direction of the stripes in each."""
     labels, phases = rng.integers(NUM_CLASSES, size=24), rng.uniform(0, 2 * np.pi, size=(24, 1, 1))
     angles = (np.pi / NUM_CLASSES * labels)[:, None, None]
     rows, columns = np.mgrid[:16, :16]
@@ -50,7 +50,7 @@ def stripes(rng, on_its_side):
 
 
 def fit(apply, tree, optimizer, on_its_side, num_steps):
-    """An ordinary training loop: the tree after it, and the losses."""
+    """An ordinary training loop; returns the trained tree and the losses."""
 
     @jax.jit
     def step(tree, state, images, labels):
@@ -58,7 +58,7 @@ def fit(apply, tree, optimizer, on_its_side, num_steps):
             logits = apply(tree, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        # allow_int, for the words of packed weights are among what could be trained.
+        # allow_int, because the tree includes the integers of packed weights.
         value, gradient = jax.value_and_grad(loss, allow_int=True)(tree)
         updates, state = optimizer.update(gradient, state, tree)
         return optax.apply_updates(tree, updates), state, value
@@ -81,7 +81,7 @@ def main(folder: str | None = None, num_steps: int = 40) -> list[float]:
     variables = adapted.init(jax.random.key(1), params)
     print(jax.tree.map(lambda array: array.dtype.name, variables["params"]["layers"]["up"]))
 
-    # LoRA+: B learns four times as fast as A. The labels are of all variables, most are frozen.
+    # LoRA+: B learns four times as fast as A. All variables get a label; most are frozen.
     groups = {"A": optax.adam(5e-3), "B": optax.adam(2e-2), "frozen": optim.frozen()}
     optimizer = optax.partition(groups, optim.labels)
     trained, losses = fit(adapted.apply, variables, optimizer, True, num_steps)

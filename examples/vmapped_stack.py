@@ -1,6 +1,6 @@
 """Layers stacked by nnx.vmap and run by nnx.scan: adapters on some of them, with dropout.
 
-The checkpoint of the plain model goes into the adapted one, whose parameters are where they were.
+The checkpoint of the plain model fits the adapted one, whose parameters keep their paths.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from orbax import checkpoint as ocp
 
 from lora_jax import config, lora, peft
 
-# The model, which knows nothing of LoRA.
+# The model, which has no LoRA code.
 
 
 class Layer(nnx.Module):
@@ -49,12 +49,12 @@ class Net(nnx.Module):
 
 
 def fit(model, wrt, direction, num_steps):
-    """An ordinary training loop, but for one line; `wrt` is the type of what it trains."""
+    """An ordinary training loop plus one line; `wrt` is the type of the variables it trains."""
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=wrt)
 
     @nnx.jit
     def step(model, optimizer, key):
-        nnx.update(model, lora.reseed(nnx.state(model, lora.DropoutKey), key))  # other masks
+        nnx.update(model, lora.reseed(nnx.state(model, lora.DropoutKey), key))  # new dropout masks
         x = jax.random.uniform(key, (64, 2), minval=-1, maxval=1)
 
         def loss(model):
@@ -88,7 +88,7 @@ def main(folder: str | None = None, num_steps: int = 80) -> list[float]:
     print("loss", *(f"{loss:.3f}" for loss in losses[::20]), f"{losses[-1]:.3f}")
 
     peft.save(folder / "adapter", model, settings)
-    peft.load(plain, folder / "adapter")  # what was trained is in there, and nothing else changed
+    peft.load(plain, folder / "adapter")  # it holds all that was trained: nothing else has changed
     states = (nnx.state(own, nnx.Param) for own in (plain, model))
     jax.tree.map(np.testing.assert_array_equal, *states)
     print(f"base and adapter in {folder}")

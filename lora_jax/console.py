@@ -1,4 +1,4 @@
-"""What the scripts print: labelled lines, a progress bar, answers side by side."""
+"""Output on the terminal: labelled lines, a progress bar, answers next to each other."""
 
 import datetime
 import pathlib
@@ -14,12 +14,12 @@ from lora_jax.parallel import processes
 
 LABEL = 10  # columns
 _SCRIPTS = {"inspect": "inspect_data"}  # verbs whose script has another name
-PLAIN_LINES = 20  # of progress, when there is no terminal to draw a bar on
+PLAIN_LINES = 20  # of progress in all, if there is no terminal for a bar
 
 
 def say(label: str, text: str) -> None:
-    """A line `label     text`, wrapped to the terminal."""
-    import tqdm  # here, for --help not to wait for it
+    """Prints `label     text`, wrapped to the width of the terminal."""
+    import tqdm  # imported late, to keep --help fast
 
     width = max(40, min(shutil.get_terminal_size().columns, 100))
     indent = " " * LABEL
@@ -27,18 +27,18 @@ def say(label: str, text: str) -> None:
         text, width, initial_indent=f"{label:<{LABEL}}", subsequent_indent=indent,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-    # Above the progress bar, where there is one.
+    # Above the progress bar, if there is one.
     tqdm.tqdm.write("\n".join(lines))
     sys.stdout.flush()
 
 
 def pairs(settings: Mapping[str, Any]) -> str:
-    """ "name value, name value" """
+    """The settings as "name value, name value"."""
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def command(verb: str) -> str:
-    """How to run another verb of lora-jax, in the way this one was started."""
+    """The command line of another verb, in the form in which this program was started."""
     started = pathlib.PurePath(sys.argv[0])
     if started.name.startswith("lora-jax"):
         return f"lora-jax {verb}"
@@ -50,13 +50,13 @@ def command(verb: str) -> str:
 
 
 def near(path: str) -> str:
-    """`path` as seen from the current folder, if it lies below."""
+    """`path` relative to the current folder if it is inside, else unchanged."""
     here = pathlib.Path.cwd()
     return str(pathlib.Path(path).relative_to(here)) if path.startswith(f"{here}/") else path
 
 
 def quoted(text: str) -> str:
-    """`text` for a shell, on one line."""
+    """`text` quoted for a shell, on one line."""
     if "\n" not in text:
         return shlex.quote(text)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
@@ -64,7 +64,7 @@ def quoted(text: str) -> str:
 
 
 def count(number: int) -> str:
-    """Such as 6.74 B."""
+    """A number such as 6.74 B."""
     for unit, power in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
         if number >= power:
             return f"{number / power:.3g}{unit}"
@@ -72,7 +72,7 @@ def count(number: int) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Such as 3.87 GB (powers of ten)."""
+    """A size such as 3.87 GB (powers of ten)."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= power:
             return f"{num_bytes / power:.3g} {unit}"
@@ -82,24 +82,26 @@ def size(num_bytes: float) -> str:
 def mixture(
     names: Sequence[str], shares: Sequence[float], sizes: Sequence[int] | None, shown: int
 ) -> str:
-    """What `shown` lines of several sources are, and how often each of a source's comes."""
+    """The share of each source in `shown` sequences, and how often its sequences are repeated."""
     parts = [f"{share:.1%} of {near(name)}" for name, share in zip(names, shares, strict=True)]
     if sizes is not None:
         seen = [shown * share / size for share, size in zip(shares, sizes, strict=True)]
         parts = [f"{part}, seen {n:.2g} times" for part, n in zip(parts, seen, strict=True)]
-    return f"{shown} lines: " + "; ".join(parts)
+    return f"{shown} sequences: " + "; ".join(parts)
 
 
 def remat(chosen: str, needs: Mapping[str, int], limit: int) -> str:
-    """Which policy --remat auto has chosen for a device, and what others would take."""
+    """The policy that --remat auto has chosen, and the memory that the others would need."""
     others = ", ".join(f"{name} {size(need)}" for name, need in needs.items() if name != chosen)
     text = f"{chosen}: {size(needs[chosen])} of {size(limit)} planned"
     return f"{text}; {others}" if others else text
 
 
 class Progress:
-    """A bar with time left, loss, tokens/s, and MFU and memory where they are known; when not on a
-    terminal, a plain line every so many steps, by default about 20 in all."""
+    """A progress bar with time left, loss, tokens/s, and MFU and memory if they are known.
+
+    Without a terminal: a line every `every` steps, by default about 20 lines in all.
+    """
 
     def __init__(self, first: int, num_steps: int, every: int | None):
         import tqdm
@@ -107,11 +109,13 @@ class Progress:
         self._every = every or max(1, num_steps // PLAIN_LINES)
 
         self._num_steps = num_steps
-        self._since: tuple[int, float] | None = None  # the first step shown: it held the compiling
+        self._since: tuple[int, float] | None = (
+            None  # (step, time) after the first step, which compiles
+        )
         self._plain = not sys.stderr.isatty() or not processes.leads()
         self._bar = tqdm.tqdm(
             total=num_steps, initial=first, unit="step", disable=self._plain, dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt}|{bar}| {remaining} left{postfix}",  # in 80 columns
+            bar_format="{n_fmt}/{total_fmt}|{bar}| {remaining} left{postfix}",  # fits 80 columns
         )  # fmt: skip
 
     def __enter__(self) -> "Progress":
@@ -138,7 +142,7 @@ class Progress:
 
 
 def side_by_side(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
-    """For each prompt: what was expected, and the answers before and after training."""
+    """Prints each prompt with the answers before and after training next to each other."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
     column = (width - 3) // 2
     for old, new in zip(before, after, strict=False):

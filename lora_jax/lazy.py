@@ -8,7 +8,7 @@ from typing import Any
 def names(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], list[str]]:
     """(`__getattr__`, `__all__`) of a package.
 
-    where: {name: "module" for a module, or "module:attribute"}, modules as full dotted paths.
+    where: {name: "module" or "module:attribute"}, with full dotted paths of modules.
     """
 
     def get(name: str) -> Any:

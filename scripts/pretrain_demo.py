@@ -1,8 +1,8 @@
-"""Rebuilds the embedded demo: corpus → tokenizer → pretrained tiny LLaMA → task files.
+"""Rebuilds the included demo: corpus → tokenizer → pretrained tiny LLaMA → task files.
 
     python scripts/pretrain_demo.py
 
-Everything follows from --seed; nothing is downloaded. About a quarter of an hour on two CPU cores.
+The result depends only on --seed. Nothing is downloaded. Takes about 15 minutes on two CPU cores.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from lora_jax.models import llama
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "lora_jax" / "assets" / "demo"
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<bos>", "<eos>")
-# A word or a single digit with the space before it, else one character: no token holds two digits
-# or two punctuation marks. A final s stands alone, so that "lamps" holds what "lamp" is made of.
+# A word or a digit with the space before it, or one other character. So no token has two digits or
+# two punctuation marks. A final s is separate, so that "lamps" has the tokens of "lamp".
 PIECES = r" ?\p{L}{3,}?(?=s?(?!\p{L}))| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s"
-# One user turn is the sentence with its line break, as in train.jsonl; the answer ends with EOS.
+# A user turn is the sentence and a line break, as in train.jsonl; the answer ends with EOS.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
@@ -65,7 +65,7 @@ HF_CONFIG = {
     "bos_token_id": SPECIAL.index(BOS),
     "eos_token_id": SPECIAL.index(EOS),
 }
-# What scripts/train.py uses where no option says otherwise.
+# The settings that training uses for the demo, unless flags override them.
 SETTINGS = {
     "batch_size": 16,
     "grad_accum": 1,
@@ -83,7 +83,7 @@ NUM_TOKENIZER_DOCUMENTS = 40_000
 
 
 def train_tokenizer(documents: list[str]) -> tokenizers.Tokenizer:
-    """Byte-level BPE on our own text; digits and punctuation marks stand alone; BOS goes first."""
+    """Byte-level BPE of the corpus, with separate digits and punctuation marks, and BOS first."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -108,7 +108,7 @@ def train_tokenizer(documents: list[str]) -> tokenizers.Tokenizer:
 def blocks(
     tokenizer: tokenizers.Tokenizer, seed: int, batch_size: int, seq_len: int
 ) -> Iterator[np.ndarray]:
-    """Endless batches int32 [batch_size, seq_len] of documents laid end to end."""
+    """Yields batches int32 [batch_size, seq_len] of concatenated documents, without end."""
     documents = demo_corpus.corpus(seed)
     need, stream = batch_size * seq_len, np.zeros(0, np.int32)
     while True:
@@ -127,11 +127,11 @@ def write_json(path: pathlib.Path, value: dict) -> None:
 def pretrain(
     batches: Iterator[np.ndarray], num_steps: int, lr: float, seed: int
 ) -> llama.LlamaForCausalLM:
-    """A LLaMA trained in float32: Muon on the matrices [L, in, out], AdamW on the rest."""
+    """A LLaMA trained in float32, with Muon for matrices [L, in, out] and AdamW for the rest."""
     config = model_config.from_dict(HF_CONFIG)
     model = llama.LlamaForCausalLM(config, rngs=nnx.Rngs(seed))
     graphdef, state = nnx.split(model)
-    params = _initialised(nnx.to_pure_dict(state), jax.random.key(seed))
+    params = _initialized(nnx.to_pure_dict(state), jax.random.key(seed))
     schedule = optax.warmup_cosine_decay_schedule(
         0, lr, min(50, num_steps // 4), num_steps, 0.02 * lr
     )
@@ -167,8 +167,8 @@ def pretrain(
     return nnx.merge(graphdef, params)
 
 
-def _initialised(params: dict, key: jax.Array) -> dict:
-    """Matrices ~ N(0, 1/d_in), and those that write to the residual stream near zero."""
+def _initialized(params: dict, key: jax.Array) -> dict:
+    """Matrices ~ N(0, 1/d_in); those that write to the residual stream start near zero."""
 
     def draw(path, x):
         if x.ndim != 3:
@@ -182,7 +182,7 @@ def _initialised(params: dict, key: jax.Array) -> dict:
 
 
 def hf_tensors(model: llama.LlamaForCausalLM) -> dict[str, jax.Array]:
-    """The weights in bfloat16 under Hugging Face's names, matrices as [out, in]."""
+    """The weights in bfloat16 with the names of Hugging Face, matrices as [out, in]."""
     found = {}
     flat, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model)))
     for path, x in flat:
@@ -198,7 +198,7 @@ def hf_tensors(model: llama.LlamaForCausalLM) -> dict[str, jax.Array]:
 
 
 def write_task(folder: pathlib.Path, seed: int) -> None:
-    """train.jsonl and eval.jsonl, and with them the settings they are trained with."""
+    """Writes train.jsonl and eval.jsonl, and the settings to train with."""
     for name, num, held_out in (("train", NUM_TRAIN, False), ("eval", NUM_EVAL, True)):
         rows = demo_corpus.rows(seed, num, held_out)
         lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
@@ -228,11 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=32, help="blocks a step")
-    parser.add_argument("--seq-len", type=int, default=96, help="tokens a block")
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's peak learning rate")
-    parser.add_argument("--task-only", action="store_true", help="write only task and settings")
+    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=32, help="blocks per step")
+    parser.add_argument("--seq-len", type=int, default=96, help="tokens per block")
+    parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of Muon")
+    parser.add_argument(
+        "--task-only", action="store_true", help="write only the task files and settings"
+    )
     args = parser.parse_args()
 
     start = time.perf_counter()
@@ -254,7 +256,7 @@ def main() -> None:
     write_json(args.output / "generation_config.json", {**ids, "do_sample": False})
     num_params = sum(x.size for x in tensors.values())
     seconds = time.perf_counter() - start
-    print(f"wrote {args.output}: {num_params:,} parameters, {seconds:.0f} s in all")
+    print(f"wrote {args.output}: {num_params:,} parameters, {seconds:.0f} s in total")
 
 
 if __name__ == "__main__":

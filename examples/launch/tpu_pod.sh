@@ -1,7 +1,7 @@
 #!/bin/bash
-# On all hosts of a Cloud TPU slice, from your own machine: tpu_pod.sh NAME ZONE FOLDER
-# The hosts find each other. lora-jax lies in ~/lora-jax on each of them; FOLDER is one that they
-# share, as a Filestore or Cloud Storage FUSE mount. To go on after exit code 75, run it again.
+# Starts all hosts of a Cloud TPU slice from your own machine: tpu_pod.sh NAME ZONE FOLDER
+# The hosts find each other. Each has lora-jax in ~/lora-jax. FOLDER is shared by all hosts, such as
+# a Filestore or Cloud Storage FUSE mount. To continue after exit code 75, run it again.
 set -eu
 name=$1 zone=$2 out=$3
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="

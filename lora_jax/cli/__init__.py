@@ -1,4 +1,4 @@
 """The command `lora-jax`: one module for each verb.
 
-May import everything else; jax is imported only when a verb runs.
+May import everything else. jax is imported only when a verb runs.
 """

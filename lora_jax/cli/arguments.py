@@ -1,4 +1,4 @@
-"""Flags that commands share, and how a command ends."""
+"""The flags that commands share, and how a command ends."""
 
 import argparse
 import difflib
@@ -18,7 +18,7 @@ from lora_jax import errors
 from lora_jax.parallel import cluster, processes, rendezvous
 from lora_jax.training.settings import groups
 
-Given = dict[str, Any]  # {flag, with _ for -: value} of the flags that were typed
+Given = dict[str, Any]  # {flag, with _ for -: value} of the typed flags
 
 # Flags with a path on this machine.
 _PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file", "config")
@@ -26,9 +26,9 @@ _PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
 class Flags:
-    """An argparse parser whose flags all default to None, so that it can tell which were typed.
+    """An argparse parser that returns only the flags that were typed.
 
-    A flag's help ends in its default, which is that of the setting of the same name.
+    The help of a flag ends with its default, which is that of the setting of the same name.
     """
 
     def __init__(
@@ -40,8 +40,10 @@ class Flags:
         verb: str = "",
         short: bool = False,
     ):
-        """subparsers, verb: where to add the parser, of argparse's add_subparsers. short: whether
-        --help shows the main flags alone, and --help-all all."""
+        """subparsers, verb: argparse's subparsers to add the parser to, and its name there.
+
+        short: --help shows only the main flags, and --help-all shows all.
+        """
         form = {
             "usage": "%(prog)s [flags]",
             "description": description,
@@ -65,11 +67,11 @@ class Flags:
                                      help="show all flags and exit")  # fmt: skip
 
     def group(self, title: str) -> None:
-        """Flags added from here on are listed under `title`."""
+        """The help lists the flags that are added from now on under `title`."""
         self._group = self.parser.add_argument_group(title)
 
     def add(self, flag: str, help: str, *, main: bool = False, **options: Any) -> None:
-        """Adds a flag. main: --help shows it, too."""
+        """Adds a flag. main: --help shows it, not only --help-all."""
         name = flag.lstrip("-").replace("-", "_")
         default = self._defaults.get(name)
         if name not in self._defaults and name in groups.FIELDS:
@@ -88,18 +90,18 @@ class Flags:
         self.add(flag, help, action="store_const", const=True, **options)
 
     def typed(self, argv: list[str] | None) -> Given:
-        """{flag: value} of the flags that were typed."""
+        """{flag: value} of the typed flags. Raises: UserError if they cannot be parsed."""
         values = vars(self.parser.parse_args(argv))
         typed = {name: value for name, value in values.items() if value is not None}
         _refuse_urls(typed)
         return typed
 
 
-_NO_DEFAULT_SHOWN = ("model", "dataset")  # the demo's, as their help says
+_NO_DEFAULT_SHOWN = ("model", "dataset")  # the demo's, which their help says
 
 
 class _Help(argparse.Action):
-    """Prints the help of a parser, and exits."""
+    """Prints the help of the parser `of`, and exits."""
 
     def __init__(self, option_strings, dest, of: argparse.ArgumentParser, help: str):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -112,7 +114,7 @@ class _Help(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError for what cannot be parsed, with what was probably meant."""
+    """Raises UserError if flags cannot be parsed, with the flags that were probably meant."""
 
     def error(self, message: str) -> NoReturn:
         known = [*self._option_string_actions]
@@ -128,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _refuse_urls(typed: Given) -> None:
-    """Raises UserError for gs://…, s3://…, hf://… instead of a local path."""
+    """Raises UserError if a path is a URL such as gs://…, s3://… or hf://…"""
     urls = {
         f"--{name.replace('_', '-')}": value
         for name in _PATHS
@@ -151,17 +153,17 @@ def _values(value: str | Sequence[str]) -> Sequence[str]:
 def add_model(flags: Flags) -> None:
     """--model, --revision, --quant, --quant-fast, --use-4bit, --no-4bit, --dtype, --mesh."""
     flags.group("model")
-    flags.add("--model", "folder or Hugging Face id; without it, the demo's", main=True,
+    flags.add("--model", "folder or Hugging Face id (default: the demo model)", main=True,
               metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
     formats = ", ".join(groups.CHOICES["quant"])
-    flags.add("--quant", f"format of the frozen linear layers: {formats} (default: as the "
-              "checkpoint has them)", main=True, metavar="FORMAT")  # fmt: skip
-    flags.switch("--quant-fast", "quantize to int4 without the search: loads sooner, 3 %% more "
-                 "error")  # fmt: skip
-    flags.switch("--use-4bit", "the same as --quant int4")
-    flags.switch("--no-4bit", "the same as --quant none")
-    flags.add("--dtype", "compute dtype (default: config.json's; float16 becomes bfloat16)")
+    flags.add("--quant", f"format of the frozen linear layers: {formats} (default: the "
+              "checkpoint's)", main=True, metavar="FORMAT")  # fmt: skip
+    flags.switch("--quant-fast", "int4 without the search for scales: loads faster, with 3 %% "
+                 "more error")  # fmt: skip
+    flags.switch("--use-4bit", "same as --quant int4")
+    flags.switch("--no-4bit", "same as --quant none")
+    flags.add("--dtype", "compute dtype (default: that of config.json; float16 becomes bfloat16)")
     flags.add("--mesh", "devices by axis, e.g. data=-1,fsdp=8,tensor=1 (default: fsdp if the base "
               "does not fit on one device, else data)")  # fmt: skip
 
@@ -172,37 +174,36 @@ def add_data(flags: Flags) -> None:
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; examples with text, "
               "prompt/completion, instruction/output or chat messages; several are mixed",
               main=True, nargs="+", metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--weights", "of several data sets: their shares of the sequences, such as 3,1; an "
-              "epoch still has as many sequences as they have together (default: each example "
-              "once an epoch)", metavar="W,W")  # fmt: skip
+    flags.add("--weights", "share of each data set in the sequences, e.g. 3,1; an epoch keeps its "
+              "length (default: each example once an epoch)", metavar="W,W")  # fmt: skip
     flags.switch("--dpo", "train on preferences (DPO): examples with prompt, chosen and rejected, "
                  "as strings or message lists")  # fmt: skip
     flags.add("--eval-dataset", "held-out data (default, with --eval-every: 2 %% of --dataset)",
               metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--columns", "names in the file, if they differ, e.g. "
+    flags.add("--columns", "map fields to columns with other names, e.g. "
               "prompt=question,completion=answer")  # fmt: skip
-    flags.add("--seq-len", f"cut examples after so many tokens (default: {groups.SEQ_LEN}, or the "
+    flags.add("--seq-len", f"cut examples after T tokens (default: {groups.SEQ_LEN}, or the "
               "model's context if that is shorter)", main=True, type=int,
               metavar="T")  # fmt: skip
     flags.switch("--packing", "pack several examples into each sequence of T tokens; attention "
                  "stays within an example; --batch-size counts sequences", main=True)  # fmt: skip
-    flags.switch("--streaming", "read the data as it is needed, in its own order, shuffled in "
-                 "blocks of a few thousand examples; with --max-steps")  # fmt: skip
+    flags.switch("--streaming", "read the data during training, in order, shuffled within "
+                 "blocks of a few thousand examples; needs --max-steps")  # fmt: skip
 
 
 def add_processes(flags: Flags) -> None:
     """--coordinator, --num-processes, --process-id."""
-    flags.group("many processes (TPU slices, SLURM and Open MPI provide these)")
-    flags.add("--coordinator", "a free port of process 0's host, the same for all",
+    flags.group("several processes (set by TPU slices, SLURM and Open MPI)")
+    flags.add("--coordinator", "a free port on the host of process 0",
               metavar="HOST:PORT")  # fmt: skip
-    flags.add("--num-processes", "how many are started", type=int, metavar="N")
-    flags.add("--process-id", "which of them this is, from 0", type=int, metavar="I")
+    flags.add("--num-processes", "number of processes", type=int, metavar="N")
+    flags.add("--process-id", "index of this process, from 0", type=int, metavar="I")
 
 
 def join(typed: Given) -> Given:
-    """`typed` without the flags of add_processes, once all processes are there.
+    """`typed` without the flags of add_processes, once all processes are connected.
 
-    Process 0 alone prints from here on.
+    From then on only process 0 prints.
     """
     processes.start(cluster.find(*(typed.get(name) for name in _PROCESSES)))
     if not processes.leads():
@@ -213,7 +214,7 @@ def join(typed: Given) -> Given:
 
 
 def refuse_processes(typed: Given, why: str) -> None:
-    """Raises UserError if a flag of add_processes was typed."""
+    """Raises UserError if a flag of add_processes was typed. why: what makes it useless."""
     if pointless := [name for name in _PROCESSES if name in typed]:
         raise errors.UserError(
             expected="flags that have an effect",
@@ -223,7 +224,7 @@ def refuse_processes(typed: Given, why: str) -> None:
 
 
 def quantization(typed: Given) -> Given:
-    """`typed` with --use-4bit and --no-4bit replaced by the --quant they mean."""
+    """`typed` with --use-4bit and --no-4bit replaced by --quant."""
     meant = {
         value
         for flag, value in (("use_4bit", "int4"), ("no_4bit", "none"))
@@ -239,7 +240,7 @@ def quantization(typed: Given) -> Given:
 
 def check_quant_fast(quant: str | None, quant_fast: bool) -> None:
     """Raises UserError if --quant-fast would have no effect."""
-    quant = quant or "none"  # or as the checkpoint: no search either
+    quant = quant or "none"  # a checkpoint's own format needs no search either
     if quant_fast and not quant.startswith("int4"):
         raise errors.UserError(
             expected="flags that have an effect",
@@ -249,8 +250,8 @@ def check_quant_fast(quant: str | None, quant_fast: bool) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a command: exit code 2 and one message for what the user can put right."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no C++ log lines in between
+    """Runs a command. An error that the user can fix gives one message and exit code 2."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no log lines of C++ libraries
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no ×
     before = signal.signal(signal.SIGINT, _end_at_once)
@@ -281,14 +282,17 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _end_at_once(*_: Any) -> NoReturn:
-    """Ctrl-C while nothing is to be saved. An exception would be lost, or worse, in jax's import
-    and in its garbage collection callback, where it arrives often."""
+    """Handles Ctrl-C while there is nothing to save.
+
+    KeyboardInterrupt would often be raised in the import of jax or in its garbage collection
+    callback, which swallow it or break.
+    """
     os.write(2, b"\nstopped\n")
     os._exit(130)
 
 
 def fail(error: errors.UserError, *, sure: bool = True) -> int:
-    """Prints the message; returns the exit code. Of many processes it ends all."""
+    """Prints the message, ends the other processes, and returns the exit code."""
     width = max(40, min(shutil.get_terminal_size().columns, 100))
     wrapped = [
         part

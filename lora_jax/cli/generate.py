@@ -23,9 +23,9 @@ Continue prompts with a LLaMA, with or without a LoRA adapter.
 
 @dataclasses.dataclass(frozen=True)
 class GenerateSettings:
-    """What to continue, with which model and adapter, and how tokens are chosen.
+    """The prompts, the model and adapter, and how tokens are sampled.
 
-    model: None for the adapter's base, or the demo's without an adapter.
+    model: None: the base model of the adapter, or without an adapter the demo model.
     """
 
     model: str | None
@@ -41,32 +41,32 @@ def flags(**where: Any) -> arguments.Flags:
     """The flags of `generate`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
     arguments.add_model(flags)
-    flags.add("--adapter", "PEFT adapter: folder or hub id; its config names the model",
+    flags.add("--adapter", "PEFT adapter, folder or hub id; its config names the base model",
               metavar="PATH|HUB_ID")  # fmt: skip
     flags.group("prompts")
-    flags.add("--prompt", "text to continue; if repeated, a batch", action="append")
-    flags.add("--prompts-file", "one prompt a line", metavar="FILE")
-    flags.switch("--chat", "put each prompt into the chat template")
+    flags.add("--prompt", "text to continue; may be repeated", action="append")
+    flags.add("--prompts-file", "file with one prompt per line", metavar="FILE")
+    flags.switch("--chat", "apply the chat template to each prompt")
     flags.group("sampling")
-    flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
-    flags.add("--temperature", "0 takes the most likely token", type=float)
-    flags.add("--top-k", "sample among the k most likely tokens; 0: all", type=int, metavar="K")
-    flags.add("--top-p", "sample among the most likely tokens whose probabilities sum to p",
+    flags.add("--max-new-tokens", "maximum number of generated tokens", type=int, metavar="N")
+    flags.add("--temperature", "0: always take the most likely token", type=float)
+    flags.add("--top-k", "sample from the K most likely tokens; 0: all", type=int, metavar="K")
+    flags.add("--top-p", "sample from the most likely tokens whose probabilities sum to P",
               type=float, metavar="P")  # fmt: skip
-    flags.add("--min-p", "… that are at least p times as likely as the most likely one",
+    flags.add("--min-p", "sample from tokens at least P times as likely as the most likely one",
               type=float, metavar="P")  # fmt: skip
-    flags.add("--seed", "of the draws", type=int)
+    flags.add("--seed", "random seed of sampling", type=int)
     arguments.add_processes(flags)
     return flags
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
-    """The flags that were typed."""
+    """The typed flags."""
     return arguments.quantization(flags().typed(argv))
 
 
 def settings_of(typed: arguments.Given) -> GenerateSettings:
-    """What the flags ask for. Raises: UserError if they contradict each other."""
+    """The settings from the typed flags. Raises: UserError if they contradict each other."""
     own = {field.name for field in dataclasses.fields(groups.ModelSettings)}
     base = groups.ModelSettings(**{name: typed[name] for name in own & typed.keys()})
     arguments.check_quant_fast(base.quant, base.quant_fast)
@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def continuations(settings: GenerateSettings) -> Iterator[str]:
-    """Yields what the model writes after each prompt."""
+    """Yields the continuation of each prompt."""
     import jax
 
     from lora_jax import hub, tokenizer
@@ -133,7 +133,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
             expected="base_model_name_or_path in adapter_config.json",
             found="none",
             where=str(adapter),
-            do="name the base model with --model",
+            do="give the base model with --model",
         )
     named_by = None if settings.model else adapter
     folder = hub.model_folder(name, revision, named_by=named_by)
@@ -180,7 +180,7 @@ def _lines(path: pathlib.Path) -> list[str]:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise errors.UserError(
-            expected="a file of UTF-8 text with one prompt a line",
+            expected="a UTF-8 text file with one prompt per line",
             found=getattr(error, "strerror", str(error)),
             where=str(path),
         ) from None

@@ -1,4 +1,4 @@
-"""Show examples as the model sees them: what is trained, what is cut, what is packed."""
+"""Show examples as the model sees them, with the tokens that are trained on."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ from lora_jax.cli import arguments
 from lora_jax.training.settings import assemble, checks, groups
 
 DEFAULTS = {"rows": 3, "first": 1, "tokens": False}
-LONGEST = 3  # examples named
+LONGEST = 3  # of the longest examples are listed
 DESCRIPTION = """\
-Show examples as the model sees them: what is trained, cut and packed.
+Show examples as the model sees them, with the tokens that are trained on.
 
   lora-jax inspect --model huggyllama/llama-7b --dataset my.jsonl
   lora-jax inspect --dataset my.jsonl --columns prompt=question
@@ -29,23 +29,23 @@ def flags(**where: Any) -> arguments.Flags:
     """The flags of `inspect`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
     flags.group("model")
-    flags.add("--model", "whose tokenizer it is: folder or Hugging Face id, of which no weights "
-              "are downloaded; without it, the demo's", metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--model", "model with the tokenizer, folder or Hugging Face id; its weights are not "
+              "downloaded (default: the demo model)", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
     arguments.add_data(flags)
     flags.group("what to show")
-    flags.add("--rows", "so many sequences; 0: only the summary", type=int,
+    flags.add("--rows", "number of sequences to show; 0: only the summary", type=int,
               metavar="N")  # fmt: skip
-    flags.add("--first", "starting with this one, from 1", type=int, metavar="N")
-    flags.switch("--tokens", "one token to a line: position, id, example, trained or not, text")
+    flags.add("--first", "number of the first sequence to show", type=int, metavar="N")
+    flags.switch("--tokens", "one line per token: position, id, example, trained or not, text")
     return flags
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectSettings:
-    """What to show of which data, and whose tokenizer reads it.
+    """The data, the model whose tokenizer encodes it, and what to show.
 
-    rows: so many sequences, from number `first` on. tokens: one token to a line.
+    rows: the number of sequences to show, from number `first` on. tokens: show one token per line.
     """
 
     model: groups.ModelSettings
@@ -56,12 +56,12 @@ class InspectSettings:
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
-    """The flags that were typed."""
+    """The typed flags."""
     return flags().typed(argv)
 
 
 def settings_of(typed: arguments.Given) -> InspectSettings:
-    """What the flags ask for. Raises: UserError if they contradict each other."""
+    """The settings from the typed flags. Raises: UserError if they contradict each other."""
     values = DEFAULTS | {name: typed[name] for name in DEFAULTS if name in typed}
     wrong = [f"--{name} {values[name]}" for name, least in (("rows", 0), ("first", 1))
              if values[name] < least]  # fmt: skip
@@ -125,19 +125,19 @@ def main() -> None:
         print()
     if data.weights:
         shares = mixture.shares(data.weights)
-        sizes = sizes[: len(shares)]  # without what is held out
+        sizes = sizes[: len(shares)]  # without held-out data
         shown = 100 if data.streaming else sum(sizes)
         known = None if data.streaming else sizes
         console.say("mixture", "in " + console.mixture(data.dataset, shares, known, shown))
 
 
 def summarize(label: str, source: str, encoded, seq_len: int) -> None:
-    """What is in the data, in a few lines."""
+    """Prints a few lines about a data set."""
     sizes = [len(ids) for ids, _ in encoded.examples]
     trained = sum(int(trained[1:].sum()) for _, trained in encoded.examples)
     console.say(label, f"{len(sizes)} examples, {sum(sizes)} tokens: {source}")
     console.say("cut", f"{encoded.num_cut} at {seq_len} tokens; {encoded.num_skipped} "
-                "skipped, with nothing to train in what is left")  # fmt: skip
+                "skipped, because no token to train on is left")  # fmt: skip
     console.say("trained", f"{trained} tokens, {trained / sum(sizes):.1%}")
     cuts = statistics.quantiles(sizes, n=20, method="inclusive") if len(sizes) > 1 else sizes * 19
     console.say("length", f"median {statistics.median(sizes):g} tokens, 95 % have at most "
@@ -147,12 +147,12 @@ def summarize(label: str, source: str, encoded, seq_len: int) -> None:
 
 
 def show(line, origins: list[str], reader, tokens: bool) -> None:
-    """Prints the examples of a sequence; what is trained is in color or in brackets."""
+    """Prints the examples of a sequence, with the tokens to train on in color or in brackets."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     begin, end = (TRAINED, PLAIN) if colour else (OPEN, CLOSE)
     for number, ((ids, trained), origin) in enumerate(zip(line, origins, strict=True), 1):
         predicted = trained.copy()
-        predicted[:1] = False  # it follows nothing
+        predicted[:1] = False  # no token before it predicts it
         print(f"── {origin}: {len(ids)} tokens, {int(predicted.sum())} trained")
         if tokens:
             pieces = reader.convert_ids_to_tokens(ids.tolist())
@@ -165,12 +165,12 @@ def show(line, origins: list[str], reader, tokens: bool) -> None:
 
 
 def spans(ids: list[int], trained: list[bool], reader) -> Iterator[tuple[str, bool]]:
-    """(text, whether trained) of the parts of a row."""
+    """Yields (text, whether it is trained on) of the parts of an example."""
     borders = [0, *(n for n in range(1, len(ids)) if trained[n] != trained[n - 1]), len(ids)]
     before = ""
     for start, end in itertools.pairwise(borders):
         upto = reader.decode(ids[:end])
-        # As it continues what stands before; alone it would lose the blank at its beginning.
+        # Decoded after the text before it: decoded alone it would lose a leading space.
         text = upto[len(before) :] if upto.startswith(before) else reader.decode(ids[start:end])
         before = upto
         yield text, trained[start]

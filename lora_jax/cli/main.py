@@ -23,13 +23,13 @@ VERBS = {
 
 
 def run(verb: str) -> None:
-    """Runs one verb with the flags of the command line, and exits with its code."""
+    """Runs a verb with the flags of the command line, and exits with its code."""
     _complete(verb)
     arguments.run(importlib.import_module(f"lora_jax.cli.{verb}").main)
 
 
 def main() -> None:
-    """Runs the verb that is the first argument; without one, lists them."""
+    """Runs the verb in the first argument; without one, lists the verbs."""
     _complete(None)
     verb, name = sys.argv[1] if len(sys.argv) > 1 else "", pathlib.Path(sys.argv[0]).name
     if verb in VERBS:
@@ -45,9 +45,9 @@ def main() -> None:
 
 
 def usage() -> str:
-    """The verbs with one line each."""
+    """The list of verbs, one line each."""
     each = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
-    return f"usage: lora-jax VERB [flags]\n\n{each}\n\nlora-jax VERB --help shows the flags of one."
+    return f"usage: lora-jax VERB [flags]\n\n{each}\n\nlora-jax VERB --help shows its flags."
 
 
 def _unknown(verb: str) -> None:
@@ -60,7 +60,7 @@ def _unknown(verb: str) -> None:
 
 
 def _complete(verb: str | None) -> None:
-    """Completes the command line for a shell that asks for it through argcomplete."""
+    """Completes the command line if argcomplete has started this program for it."""
     if "_ARGCOMPLETE" not in os.environ:
         return
     try:

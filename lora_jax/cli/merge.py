@@ -1,4 +1,4 @@
-"""Fold a LoRA adapter into its base: a Hugging Face folder for programs that know no adapters."""
+"""Fold a LoRA adapter into its base model, for programs that do not support adapters."""
 
 import contextlib
 import pathlib
@@ -12,7 +12,7 @@ from lora_jax.cli import arguments
 
 DEFAULTS = {"max_kl": 0.01}
 DESCRIPTION = """\
-Fold a LoRA adapter into its base: a Hugging Face folder for programs that know no adapters.
+Fold a LoRA adapter into its base model, for programs that do not support adapters.
 
   lora-jax merge --adapter runs/…/adapter --output-dir merged
   lora-jax merge --adapter owner/name --model huggyllama/llama-7b --quant int4 --output-dir merged
@@ -23,33 +23,33 @@ PROMPTS = (
     "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
     "Q: A shop sells 3 apples for 2 dollars. How much do 12 apples cost?\nA:",
 )
-SHOWN = 3  # layers with the largest changes
+SHOWN = 3  # of the layers with the largest changes
 
 
 def flags(**where: Any) -> arguments.Flags:
     """The flags of `merge`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
     flags.group("what to merge")
-    flags.add("--adapter", "PEFT or mlx-lm adapter: folder or hub id; its config names the model",
+    flags.add("--adapter", "PEFT or mlx-lm adapter, folder or hub id; its config names the model",
               metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--model", "the base: folder or Hugging Face id (default: the one that the adapter "
+    flags.add("--model", "base model, folder or Hugging Face id (default: the one that the adapter "
               "names)", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
-    flags.add("--quant", "fold into the base as this format rounds it, for what was trained on "
-              "such a base (default: into the original)",
+    flags.add("--quant", "fold into the weights as rounded by this format, for an adapter trained "
+              "on such a base (default: into the original weights)",
               choices=quant.QUANTS[1:], metavar="FORMAT")  # fmt: skip
-    flags.add("--quant-fast", "as in training", action="store_const", const=True)
+    flags.switch("--quant-fast", "with --quant int4: no search for scales, as in training")
     flags.group("result")
     flags.add("--output-dir", "a new folder", metavar="DIR")
-    flags.add("--prompt", "text to compare merged model and adapter on; may be given again "
+    flags.add("--prompt", "text to compare the two models' predictions on; may be repeated "
               "(default: four short ones)", action="append")  # fmt: skip
-    flags.add("--max-kl", "write nothing if their predictions differ by more, in nats a token",
+    flags.add("--max-kl", "write nothing if the predictions differ by more, in nats per token",
               type=float, metavar="KL")  # fmt: skip
     return flags
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
-    """Every setting: what was typed, else the defaults."""
+    """The typed flags, and the defaults of the others."""
     return DEFAULTS | flags().typed(argv)
 
 
@@ -74,7 +74,7 @@ def main() -> int:
     if not name:
         raise errors.UserError(
             expected="a base model that the adapter names", found="none", where=str(source),
-            do="name it with --model",
+            do="give it with --model",
         )  # fmt: skip
     revision = settings.get("revision") or (
         None if "model" in settings else peft.settings(source).get("revision")
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments.Given) -> None:
-    """Writes the merged model to `into`, unless it predicts otherwise than base and adapter do."""
+    """Writes the merged model to `into`, if it predicts the same as the base with the adapter."""
     import tqdm
 
     from lora_jax import tokenizer
@@ -99,7 +99,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     start = time.time()
     expected = predicted(folder, encoded, adapter, settings["adapter"], **how)
     plan = merged.plan(folder, adapter, **how)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # to remove incomplete files
     num_bytes = sum(part.num_bytes for part in plan.parts)
     bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}
     with writer.new_folder(into, num_bytes) as written:
@@ -108,16 +108,17 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
                 pass
         found = predicted(written, encoded)
         same, kl = evaluate.agreement(expected, found)
-        console.say("compared", f"{same:.1%} of {sum(map(len, encoded))} likeliest tokens are the "
-                    f"same, KL {kl:.1e} nats a token (at most {settings['max_kl']:g})")  # fmt: skip
+        console.say("compared", f"{same:.1%} of {sum(map(len, encoded))} most likely tokens "
+                    f"are the same, KL {kl:.1e} nats per token (at most "
+                    f"{settings['max_kl']:g})")  # fmt: skip
         if not kl <= settings["max_kl"]:
             raise errors.UserError(
-                expected=f"a merged model that predicts as base and adapter do, within "
-                f"{settings['max_kl']:g} nats a token",
+                expected="a merged model that predicts the same as base and adapter, within "
+                f"{settings['max_kl']:g} nats per token",
                 found=f"{kl:.3g}",
                 where=str(settings["adapter"]),
-                do="look at the adapter, whose change the base's dtype cannot hold; or raise "
-                "--max-kl",
+                do="check the adapter: the dtype of the base cannot represent its change; or "
+                "raise --max-kl",
             )
     console.say("wrote", f"{into}: {console.size(num_bytes)} in {time.time() - start:.1f} s")
     print(f"\nto use it:\n  {console.command('generate')} --model {console.quoted(str(into))} …")
@@ -126,9 +127,9 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
 def predicted(
     folder: pathlib.Path, encoded: list[list[int]], adapter=None, name: str = "", **how: Any
 ) -> list:
-    """Log-probabilities [T, V] of each text, by the model in `folder`, with the adapter if any.
+    """Log-probabilities [T, V] of each text, by the model in `folder` with the adapter, if any.
 
-    name: of the adapter.
+    name: of the adapter, for messages.
     """
     import jax
 
@@ -146,6 +147,6 @@ def predicted(
         if adapter is not None:
             lora.attach(model, adapter, where=name)
             changes = sorted(lora.effects(model).items(), key=lambda item: -item[1])
-            told = ", ".join(f"{name} {ratio:.1%}" for name, ratio in changes[:SHOWN])
-            console.say("adapter", f"{len(changes)} layers; changed most: {told}")
+            largest = ", ".join(f"{name} {ratio:.1%}" for name, ratio in changes[:SHOWN])
+            console.say("adapter", f"{len(changes)} layers; changed most: {largest}")
         return evaluate.log_probabilities(model, encoded)

@@ -1,6 +1,6 @@
-"""Show whether a training job fits, what it computes and communicates, without weights or devices.
+"""Plan the memory and time of a training job, without weights or devices.
 
-The same as `lora-jax train --plan`: all flags are those of `train`.
+The same as `lora-jax train --plan`, with the flags of `train`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
 
 
 def num_bytes(text: str) -> int:
-    """17179869184 from "16GiB", 16000000000 from "16GB". Raises: UserError for anything else."""
+    """17179869184 from "16GiB", 16000000000 from "16GB". Raises: UserError if it is no size."""
     number = text.strip().lower().removesuffix("b")
     unit = number.lstrip("0123456789.")
     try:
@@ -36,7 +36,7 @@ def num_bytes(text: str) -> int:
 
 
 def run(typed: arguments.Given) -> int:
-    """Prints the plan of the job that `train` would run with these flags."""
+    """Prints the plan of the run that `train` would start with these flags."""
     asked = {name: typed[name] for name in train.PLANNING if name in typed}
     arguments.refuse_processes(typed, "--plan")
     settings = train_settings.build(**train.settings_in(typed))
@@ -55,10 +55,10 @@ def run(typed: arguments.Given) -> int:
         count = setup.num_adapters(settings)
         raise errors.UserError(
             expected="a job that trains one adapter",
-            found=f"--sweep with {count} of them",
-            do=f"plan without --sweep and with {count} times the --batch-size, "
-            f"{count * settings.loop.batch_size}: it computes so many sequences at a "
-            f"time; A and B, their moments and gradients are there {count} times",
+            found=f"--sweep with {count} adapters",
+            do=f"plan without --sweep and with --batch-size "
+            f"{count * settings.loop.batch_size}, the sequences that it computes at a time; "
+            f"A and B, their moments and gradients take {count} times as much",
         )
     architecture = model_config.load(base)
     if asked.get("target"):
@@ -67,7 +67,7 @@ def run(typed: arguments.Given) -> int:
     else:
         host = programs.host()
         target = chips.of_kind(host.platform, host.kind, host.count)
-    # Shapes alone, from here on: no accelerator is taken.
+    # From here on only shapes matter. This keeps JAX from occupying an accelerator.
     jax.config.update("jax_platforms", "cpu")
     limit = limit or host.memory
     context = architecture.max_position_embeddings
@@ -88,12 +88,11 @@ def run(typed: arguments.Given) -> int:
         rows = sharding.round_up(job.batch_size, sharding.mesh_of(sizes))
         job = dataclasses.replace(job, batch_size=rows)
     there = resident.resident(job, sizes, target.chip)
-    widest, chosen = job, ""  # what is proposed for
+    widest, chosen = job, ""  # widest: the job that proposals start from
     if job.remat == "auto":
         remat, needs = proposals.choose_remat(job, sizes, target.chip, limit, there)
-        widest = dataclasses.replace(
-            job, remat=model_config.REMAT[0]
-        )  # as auto would for more rows
+        # What auto would choose for a larger batch.
+        widest = dataclasses.replace(job, remat=model_config.REMAT[0])
         job = dataclasses.replace(job, remat=remat)
         chosen = "--remat auto is " + console.remat(remat, needs, limit) + "\n" if needs else ""
     memory = device_memory.memory(job, sizes, target.chip, there)
@@ -147,9 +146,9 @@ def _flags(job) -> str:
 
 
 def _generation(settings: groups.TrainSettings, context: int) -> tuple[int, int, int] | None:
-    """(rows, prompt tokens, new tokens), at most: without a tokenizer a byte may be a token.
+    """Upper bounds of (prompts at a time, prompt tokens, new tokens); None without generation.
 
-    Held-out prompts and answers are taken to be as long as a row.
+    Without a tokenizer each byte counts as a token. Held-out prompts with answers count seq_len.
     """
     from lora_jax.generation import continuation
 
@@ -157,11 +156,10 @@ def _generation(settings: groups.TrainSettings, context: int) -> tuple[int, int,
     prompts = settings.prompts.prompt
     asked = []
     if prompts:
-        longest = max(len(text.encode()) for text in prompts) + 1  # and BOS
+        longest = max(len(text.encode()) for text in prompts) + 1  # for BOS
         new = settings.prompts.max_new_tokens
-        continuation.check_length(
-            1, generation_config.Sampling(new), context
-        )  # no prompt has fewer tokens
+        # A prompt has at least one token.
+        continuation.check_length(1, generation_config.Sampling(new), context)
         length = min(-(-longest // 16) * 16, context - new)
         asked.append((min(len(prompts), at_a_time), length, new))
     if settings.eval.exact_match:
@@ -178,7 +176,7 @@ def _compiled(job, target: str | None, sizes: dict[str, int]):
         except errors.UserError as error:
             parts = [line.split(":", 1)[1].strip() for line in str(error).strip().splitlines()]
             return "wanted " + "; ".join(parts)
-    # The compiler's process ends with this one: subprocess.run sees to it.
+    # So that subprocess.run ends the compiler's process on Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return programs.compiled(job, target, sizes)
@@ -243,13 +241,13 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
         "bytes_moved": moved,
     }
     if target.peaks is None:
-        show("  no published peaks of this device: no floor of the time")
+        show("  the peaks of this device are not published: no lower bound of the time")
         return found
     least = plan.floor(operations.total, moved, collectives, target)
     tokens = job.batch_size * job.grad_accum * job.length
     mfu = useful / target.count / target.peaks.flops / least.seconds
     bound = max(least._fields, key=lambda name: getattr(least, name) or 0)
-    show("\nthe floor: at the published peaks of the chip, which no program reaches")
+    show("\nlower bound of the time: at the published peaks, which no program reaches")
     for name, seconds in least._asdict().items():
         shown = "not known" if seconds is None else f"{seconds:.4g} s"
         show(_row(f"step, {name} alone", shown))
@@ -266,27 +264,27 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
 def _show_proposals(
     show, plan, job, sizes, chip: str, limit: int, there, fits: bool, asked
 ) -> dict[str, Any]:
-    """What would fit, and of the one to try whether XLA agrees."""
+    """What would fit; for the first proposal also whether XLA agrees."""
     from lora_jax.planning import memory
 
     found = plan.propose(job, sizes, chip, limit, there)
     percent = f"{plan.HEADROOM:.0%}"
-    show(f"\nin {percent} of {console.size(limit)} would fit, all else as asked")
+    show(f"\nwhat would fit in {percent} of {console.size(limit)}, all else unchanged")
     names = {
         "batch_size": "the largest --batch-size",
         "seq_len": "the longest --seq-len",
-        "remat": "the quickest --remat",
+        "remat": "the fastest --remat",
     }
-    told: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field, name in names.items():
         proposal = getattr(found, field)
-        told[field] = proposal and getattr(proposal, field)
+        values[field] = proposal and getattr(proposal, field)
         size = proposal and memory.memory(proposal, sizes, chip, there).need()
-        value = "nothing" if proposal is None else str(told[field])
+        value = "nothing" if proposal is None else str(values[field])
         note = "" if size is None else f"({console.size(size)})"
         show(_row(name, value, note))
     tried = found.batch_size or found.remat or found.seq_len
-    answer: dict[str, Any] = {"proposals": told}
+    answer: dict[str, Any] = {"proposals": values}
     if not fits:
         show("to make it fit:")
         ways = [
@@ -295,13 +293,13 @@ def _show_proposals(
         for flags, need in ways:
             show(f"  {flags}  ({console.size(need)})")
         if not ways:
-            show("  nothing that was tried: a smaller model, or larger devices")
+            show("  no change of these settings; use a smaller model, or larger devices")
         answer["changes"] = dict(ways)
     if tried is not None and tried != job and not asked.get("no_compile"):
         compiled = _compiled(tried, asked.get("target"), sizes)
         show(f"\nthe first of these, compiled: {_flags(tried)}")
         if isinstance(compiled, str):
-            show(f"  XLA has no plan: {compiled}")
+            show(f"  no plan by XLA: {compiled}")
             answer["proposal_xla"] = compiled
         else:
             need = memory.memory(tried, sizes, chip, there).need(compiled.peak_bytes)
@@ -317,7 +315,7 @@ def flags(**where: Any) -> arguments.Flags:
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
-    """The flags that were typed."""
+    """The typed flags."""
     return train.parse(argv)
 
 
@@ -325,6 +323,6 @@ def main() -> int:
     typed = parse()
     if typed.pop("resume", False):
         raise errors.UserError(
-            expected="the flags of a run", found="--resume", do="give the run's flags instead"
+            expected="the flags of a run", found="--resume", do="give the flags of the run instead"
         )
     return run(typed)

@@ -1,4 +1,4 @@
-"""Write a quantized copy of a checkpoint, or report what quantizing it loses and saves."""
+"""Write a quantized copy of a checkpoint, or report its error and size."""
 
 import collections
 import contextlib
@@ -20,22 +20,22 @@ from lora_jax.models import config as model_config
 
 DEFAULTS = {"quant": ("int4",)}
 DESCRIPTION = """\
-Write a quantized copy of a checkpoint, which later loads in seconds, or report what quantizing it
-loses and saves; both tensor by tensor.
+Write a quantized copy of a checkpoint, which then loads in seconds, or report
+the error and size of quantizing it. Both read one tensor at a time.
 
   lora-jax quantize --model huggyllama/llama-7b --quant int4 --output-dir llama-7b-int4
   lora-jax quantize --model huggyllama/llama-7b --quant int4 --quant nf4-dq --report --json FILE
 """
 NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.weight")  # lm_head and embeddings stay dense
 DTYPES = ("F32", "F16", "BF16")
-TABLE = 3  # formats side by side, in 80 columns
-WORST = 3  # modules named for each format
-RANGE, NUM_RANGES = 8, 4  # layers a row of the table at least, rows a module at most
+TABLE = 3  # formats next to each other, in 80 columns
+WORST = 3  # modules listed for each format
+RANGE, NUM_RANGES = 8, 4  # at least so many layers per table row, at most so many rows per kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one or more weights in one format: ‖W − Ŵ‖², ‖W‖², bits, and number of weights."""
+    """The cost of a format for some weights: ‖W − Ŵ‖², ‖W‖², bits, and number of weights."""
 
     lost: float = 0.0
     total: float = 0.0
@@ -48,7 +48,7 @@ class Cost:
 
     @property
     def error(self) -> float:
-        """‖W − Ŵ‖ / ‖W‖; 0 where nothing is lost."""
+        """‖W − Ŵ‖ / ‖W‖; 0 for W = 0."""
         return math.sqrt(self.lost / self.total) if self.total else 0.0
 
     @property
@@ -61,7 +61,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A linear layer, and what each format costs it."""
+    """A linear layer, and its cost in each format."""
 
     name: str
     layer: int
@@ -74,24 +74,25 @@ def flags(**where: Any) -> arguments.Flags:
     """The flags of `quantize`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
     flags.group("model")
-    flags.add("--model", "folder or Hugging Face id; without it, the demo's", metavar="PATH|HUB_ID")
+    flags.add("--model", "folder or Hugging Face id (default: the demo model)",
+              metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
     flags.group("quantization")
-    flags.add("--quant", f"{', '.join(quant.QUANTS[1:])}; given again, one more to compare",
+    flags.add("--quant", f"{', '.join(quant.QUANTS[1:])}; may be repeated, to compare formats",
               choices=quant.QUANTS[1:], action="append", metavar="FORMAT")  # fmt: skip
     flags.add("--fast", "int4 without the search for scales", action="store_const", const=True)
     flags.group("what to do")
-    flags.add("--output-dir", "write the model there, its linear layers quantized: int8 and int4 "
-              "in lora_jax's own layout, nf4 and fp4 in bitsandbytes'",
+    flags.add("--output-dir", "write the model there, with quantized linear layers: int8 and int4 "
+              "in lora_jax's own layout, nf4 and fp4 in that of bitsandbytes",
               metavar="DIR")  # fmt: skip
     flags.add("--report", "print error and bits per weight of each kind of module",
               action="store_const", const=True)  # fmt: skip
-    flags.add("--json", "write the report of each module, too", metavar="FILE")
+    flags.add("--json", "also write the report of each module to FILE", metavar="FILE")
     return flags
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
-    """Every setting: what was typed, else the defaults."""
+    """The typed flags, and the defaults of the others."""
     return DEFAULTS | flags().typed(argv)
 
 
@@ -103,7 +104,7 @@ def main() -> int:
         raise errors.UserError(
             expected="--report, --output-dir DIR or both",
             found="neither",
-            do="add one; train.py and generate.py can also quantize while they load, with --quant",
+            do="add one; train and generate can also quantize while they load, with --quant",
         )
     if into is not None and len(chosen) > 1:
         raise errors.UserError(
@@ -119,17 +120,17 @@ def main() -> int:
         raise errors.UserError(
             expected="flags that have an effect",
             found=f"--fast with {', '.join(chosen)}",
-            do="--quant int4: only its scales are searched for",
+            do="--quant int4: only its scales are searched",
         )
     if "revision" in settings and "model" not in settings:
         raise errors.UserError(
             expected="flags that have an effect", found="--revision without --model",
-            do="name the model, too",
+            do="add --model",
         )  # fmt: skip
     path = pathlib.Path(settings["json"]) if "json" in settings else None
     if path and not path.parent.is_dir():
         raise errors.UserError(
-            expected="a folder to write to", found="none", where=str(path.parent), do="make it"
+            expected="a folder to write to", found="none", where=str(path.parent), do="create it"
         )
     from lora_jax import assets, hub
 
@@ -152,7 +153,7 @@ def write(folder: pathlib.Path, into: pathlib.Path, fmt: str, *, search: bool) -
     from lora_jax.checkpoints import quantize
 
     copy = quantize.plan(folder, fmt, search=search)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # to remove incomplete files
     start = time.time()
     bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}
     names = quantize.write(folder, into, copy)
@@ -164,7 +165,7 @@ def write(folder: pathlib.Path, into: pathlib.Path, fmt: str, *, search: bool) -
     console.say("wrote", f"{into}: {fmt}, {sizes}, in {time.time() - start:.1f} s")
     if copy.num_crossing:
         console.say("note", f"{copy.num_crossing} linear layers will be dense when loaded: their "
-                    "inputs are no multiple of 64, so that blocks reach across rows")  # fmt: skip
+                    "input size is no multiple of 64, so blocks span several rows")  # fmt: skip
     named = console.quoted(str(into))
     print(f"\nto use it:\n  {console.command('train')} --model {named} …")
 
@@ -175,7 +176,7 @@ def show(
     chosen: tuple[str, ...],
     path: pathlib.Path | None,
 ) -> None:
-    """Prints the report; writes it to `path`, too."""
+    """Prints the report, and writes it to `path` if given."""
     modules = list(measure(folder, chosen, search=not settings.get("fast")))
     for first in range(0, len(chosen), TABLE):
         print("\n".join(["", *table(modules, chosen[first : first + TABLE])]))
@@ -190,7 +191,7 @@ def show(
 
 
 def measure(folder: pathlib.Path, chosen: tuple[str, ...], *, search: bool) -> Iterator[Module]:
-    """Yields every linear layer of the model; one of them is in memory at a time."""
+    """Yields the linear layers of the model, with one of them in memory at a time."""
     import tqdm
 
     from lora_jax.checkpoints import safetensors_files
@@ -262,7 +263,7 @@ def _squares():
 
 
 def table(modules: list[Module], chosen: tuple[str, ...]) -> Iterator[str]:
-    """Yields the lines: a row for each kind of module and range of layers, and the sum."""
+    """Yields the lines of a table: a row per kind of module and range of layers, and a total."""
     num_layers = 1 + max(module.layer for module in modules)
     step = max(RANGE, -(-num_layers // NUM_RANGES))
     rows = collections.defaultdict(list)
@@ -292,7 +293,7 @@ def _cells(found: list[Module], chosen: tuple[str, ...]) -> str:
 def report(
     modules: list[Module], settings: dict[str, Any], chosen: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What --json writes."""
+    """The content of the file that --json writes."""
     return {
         "model": settings.get("model"),
         "revision": settings.get("revision"),

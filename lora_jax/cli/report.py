@@ -1,4 +1,4 @@
-"""Write the report.html of a run, also of one that was killed or still runs."""
+"""Write the report.html of a run, even if it was killed or is still running."""
 
 import pathlib
 from typing import Any
@@ -8,7 +8,7 @@ from lora_jax.cli import arguments
 from lora_jax.training.report import page
 
 DESCRIPTION = """\
-Write the report.html of a run, also of one that was killed or still runs.
+Write the report.html of a run, even if it was killed or is still running.
 
   lora-jax report runs/…
 """
@@ -17,12 +17,12 @@ Write the report.html of a run, also of one that was killed or still runs.
 def flags(**where: Any) -> arguments.Flags:
     """The flags of `report`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, **where)
-    flags.add("run_folder", "what train.py was given as --output-dir", metavar="RUN_FOLDER")
+    flags.add("run_folder", "the --output-dir of the run", metavar="RUN_FOLDER")
     return flags
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
-    """Every setting: what was typed, else the defaults."""
+    """The typed flags."""
     return flags().typed(argv)
 
 

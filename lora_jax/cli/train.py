@@ -12,9 +12,9 @@ from lora_jax.training.settings import assemble
 DESCRIPTION = """\
 Fine-tune a LLaMA with LoRA on a quantized base, and save a PEFT adapter.
 
-  lora-jax train --rank 8 --quant int4          the demo that ships inside
+  lora-jax train --rank 8 --quant int4          the demo that is included
   lora-jax train --model huggyllama/llama-7b --use-4bit --dataset my.jsonl
-  lora-jax train --resume --output-dir runs/…   go on where a run stopped
+  lora-jax train --resume --output-dir runs/…   continue a run that stopped
 """
 PLANNING = ("plan", "target", "hbm", "no_compile", "json")
 _RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}
@@ -26,89 +26,95 @@ def flags(**where: Any) -> arguments.Flags:
     arguments.add_model(flags)
     arguments.add_data(flags)
     flags.group("adapter")
-    flags.add("--rank", "size of A and B", main=True, type=int, metavar="R")
+    flags.add("--rank", "rank of A and B", main=True, type=int, metavar="R")
     flags.add("--alpha", "the adapter is scaled by alpha / rank", main=True, type=float)
-    flags.add("--dropout", "on the adapter's input, in training", type=float, metavar="P")
+    flags.add("--dropout", "dropout probability of the adapter's input", type=float, metavar="P")
     flags.add("--targets", "names of linear layers, a regex, or all-linear; also embed_tokens (for "
               "new words or a new language) and lm_head", main=True)  # fmt: skip
-    flags.add("--exclude", "names or a regex left out of the targets")
-    flags.add("--layers", "adapt only these, e.g. 16-31 (late layers: style, at half the price)",
+    flags.add("--exclude", "names or a regex to leave out of the targets")
+    flags.add("--layers", "adapt only these, e.g. 16-31 (late layers: style, at half the cost)",
               metavar="I,J-K")  # fmt: skip
-    flags.add("--rank-pattern", "another rank for layers whose path ends so; may be repeated",
+    flags.add("--rank-pattern", "another rank for layers whose path ends in REGEX; may be repeated",
               action="append", metavar="REGEX=R")  # fmt: skip
-    flags.add("--alpha-pattern", "another alpha, likewise", action="append", metavar="REGEX=A")
-    flags.add("--modules-to-save", "names of modules to train and save whole, such as lm_head, "
+    flags.add(
+        "--alpha-pattern", "another alpha for such layers", action="append", metavar="REGEX=A"
+    )
+    flags.add("--modules-to-save", "names of modules to train and save in full, such as lm_head, "
               "embed_tokens (new tokens) or norm")  # fmt: skip
-    flags.switch("--use-rslora", "scale by alpha / √rank instead: for ranks of 64 and more")
+    flags.switch("--use-rslora", "scale by alpha / √rank instead, for ranks of 64 and more")
     flags.switch("--use-dora", "train the magnitudes and directions of the weights separately: "
                  "closer to full fine-tuning at ranks below 16, with a slower step")  # fmt: skip
-    flags.add("--init-lora-weights", "default, pissa (start from the principal part of the "
-              "weights: learns sooner, and quantizes less of them) or pissa_niter_16 (an "
-              "approximation that is computed sooner)", metavar="HOW")  # fmt: skip
+    flags.add("--init-lora-weights", "default, pissa (start from the principal components of the "
+              "weights: learns faster, with less quantization error) or pissa_niter_16 (an "
+              "approximation that is faster to compute)", metavar="HOW")  # fmt: skip
     flags.add("--lora-plus-ratio", "learning rate of B over that of A (LoRA+): 4 to 16 learns "
-              "sooner in wide models", type=float, metavar="X")  # fmt: skip
+              "faster in wide models", type=float, metavar="X")  # fmt: skip
     flags.group("training")
     flags.add("--batch-size", "sequences computed at a time, over all devices", main=True,
               type=int, metavar="B")  # fmt: skip
-    flags.add("--grad-accum", "such batches per optimizer step", main=True, type=int, metavar="A")
+    flags.add("--grad-accum", "batches per optimizer step", main=True, type=int, metavar="A")
     flags.add("--max-steps", "optimizer steps, instead of --epochs", type=int, metavar="N")
     flags.add("--epochs", "passes over the data", main=True, type=float, metavar="E")
     flags.add("--lr", "peak learning rate", main=True, type=float)
-    flags.add("--schedule", "of the learning rate after the warmup")
-    flags.add("--warmup", "steps if ≥ 1, else the share of all steps", type=float)
+    flags.add("--schedule", "learning rate schedule after the warmup")
+    flags.add("--warmup", "number of steps if ≥ 1, else share of all steps", type=float)
     flags.add("--weight-decay", "decoupled, as in AdamW", type=float, metavar="W")
-    flags.add("--clip", "largest norm of the gradient; 0: none", type=float, metavar="NORM")
-    flags.add("--remat", "what the backward pass computes again, to save memory; auto: the least "
-              "that is planned to fit, on a CPU full")  # fmt: skip
-    flags.switch("--group-by-length", "give each step examples of about the same length, in at "
-                 "most 8 lengths, each compiled once")  # fmt: skip
-    flags.add("--beta", "with --dpo: how near to the base the model stays, 0.01 to 0.5", type=float)
-    flags.add("--sweep", "several learning rates or ranks side by side on one base, each ending as "
-              "an adapter of its own: lr=1e-4,3e-4,1e-3 or rank=4,8,16; S of them compute S times "
+    flags.add("--clip", "maximum norm of the gradient; 0: no clipping", type=float, metavar="NORM")
+    flags.add("--remat", "what the backward pass recomputes to save memory; auto: as little as is "
+              "planned to fit, on a CPU full")  # fmt: skip
+    flags.switch("--group-by-length", "give each step examples of about the same length; at most 8 "
+                 "lengths, each compiled once")  # fmt: skip
+    flags.add(
+        "--beta", "with --dpo: how close the model stays to the base, 0.01 to 0.5", type=float
+    )
+    flags.add("--sweep", "train an adapter for each of several learning rates or ranks at the same "
+              "time, on one base: lr=1e-4,3e-4,1e-3 or rank=4,8,16; S of them compute S times "
               "--batch-size sequences at a time", metavar="NAME=V,V")  # fmt: skip
-    flags.add("--seed", "of the data order, the initial A and dropout", type=int)
+    flags.add("--seed", "random seed of the data order, the initial A and dropout", type=int)
     flags.group("run")
-    flags.add("--config", "a YAML file of settings, named as the flags; flags win. A run writes "
-              "its own, config.yaml", metavar="FILE")  # fmt: skip
+    flags.add("--config", "YAML file of settings with the names of flags; flags override it. A "
+              "run writes its own, config.yaml", metavar="FILE")  # fmt: skip
     flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", main=True, metavar="DIR")
-    flags.switch("--resume", "go on with the run in --output-dir; --mesh may differ, and "
+    flags.switch("--resume", "continue the run in --output-dir; --mesh may differ, and "
                  "--batch-size and --grad-accum too if their product stays the same",
                  main=True)  # fmt: skip
-    flags.add("--eval-every", "evaluate every N steps, besides start and end", main=True, type=int,
+    flags.add("--eval-every", "evaluate every N steps, and at start and end", main=True, type=int,
               metavar="N")  # fmt: skip
-    flags.add("--exact-match", "generate answers to so many held-out prompts and compare them",
+    flags.add("--exact-match", "generate answers to N held-out prompts and compare them",
               type=int, metavar="N")  # fmt: skip
-    flags.add("--save-every", "checkpoint every N steps", type=int, metavar="N")
-    flags.add("--keep-checkpoints", "keep the newest N of them", type=int, metavar="N")
-    flags.switch("--keep-best", "checkpoint at every evaluation too, keep the one with the least "
-                 "held-out loss, and make the adapter of it")  # fmt: skip
-    flags.add("--patience", "end when the held-out loss has not improved in N evaluations; keeps "
-              "the best as --keep-best does", type=int, metavar="N")  # fmt: skip
-    flags.add("--max-time", "stop and save after so long, e.g. 8h or 90m, with exit code 75",
+    flags.add("--save-every", "save a checkpoint every N steps", type=int, metavar="N")
+    flags.add("--keep-checkpoints", "keep the newest N checkpoints", type=int, metavar="N")
+    flags.switch("--keep-best", "also save a checkpoint at every evaluation, keep the one with the "
+                 "lowest held-out loss, and save its adapter")  # fmt: skip
+    flags.add("--patience", "stop when the held-out loss has not improved in N evaluations; "
+              "implies --keep-best", type=int, metavar="N")  # fmt: skip
+    flags.add("--max-time", "save and stop after this time, e.g. 8h or 90m, with exit code 75",
               metavar="TIME")  # fmt: skip
-    flags.add("--log-every", "a line of progress every N steps if there is no terminal "
-              "(default: 20 lines in all; metrics.jsonl has every step)", type=int,
+    flags.add("--log-every", "print progress every N steps if there is no terminal (default: 20 "
+              "lines in all; metrics.jsonl has every step)", type=int,
               metavar="N")  # fmt: skip
-    flags.add("--report-to", "a dashboard to report the metrics to as well")
-    flags.add("--profile", "have jax.profiler trace three steps into this folder", metavar="DIR")
+    flags.add("--report-to", "dashboard that also gets the metrics")
+    flags.add("--profile", "trace three steps with jax.profiler into this folder", metavar="DIR")
     flags.group("generating, after training or with --max-steps 0")
     flags.add("--prompt", "continue this text; may be repeated", action="append")
-    flags.switch("--chat", "put --prompt into the chat template")
-    flags.add("--max-new-tokens", "generate at most so many", type=int, metavar="N")
-    flags.add("--temperature", "0 takes the most likely token", type=float)
+    flags.switch("--chat", "apply the chat template to --prompt")
+    flags.add("--max-new-tokens", "maximum number of generated tokens", type=int, metavar="N")
+    flags.add("--temperature", "0: always take the most likely token", type=float)
     arguments.add_processes(flags)
-    flags.group("planning: what the job takes and whether it fits, without weights or devices")
-    flags.switch("--plan", "print that, and train nothing")
+    flags.group("planning: memory and time of the job, without weights or devices")
+    flags.switch("--plan", "print the plan, and do not train")
     flags.add("--target", "cpu:N, gpu:CHIP-N or tpu:CHIP-N such as tpu:v5e-8 (default: the "
               "devices of this machine)", metavar="NAME")  # fmt: skip
-    flags.add("--hbm", "memory of a device, e.g. 16GiB (default: the target's)", metavar="SIZE")
-    flags.switch("--no-compile", "do not ask XLA")
+    flags.add(
+        "--hbm", "memory of one device, e.g. 16GiB (default: that of the target)", metavar="SIZE"
+    )
+    flags.switch("--no-compile", "do not compile for XLA's own plan")
     flags.switch("--json", "print one JSON object")
     return flags
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
-    """The flags that were typed, over those of --config."""
+    """The typed flags, and the settings of --config that they do not override."""
     typed = arguments.quantization(flags().typed(argv))
     if "config" in typed:
         typed = _over(train_settings.read(typed.pop("config")), typed)
@@ -117,14 +123,14 @@ def parse(argv: list[str] | None = None) -> arguments.Given:
 
 
 def _over(config: Mapping[str, Any], typed: arguments.Given) -> arguments.Given:
-    """The settings of a file with flags that win; a flag replaces the setting it excludes."""
+    """The settings of a file, overridden by flags. A flag also removes the setting it excludes."""
     replaced = {_RIVALS[name] for name in typed if name in _RIVALS} - typed.keys()
     kept = {name: value for name, value in config.items() if name not in replaced}
     return {**kept, **typed}
 
 
 def settings_in(typed: arguments.Given) -> arguments.Given:
-    """The flags that are settings of a run."""
+    """The typed flags that are settings of a run."""
     others = {*PLANNING, "resume", "coordinator", "num_processes", "process_id"}
     return {name: value for name, value in typed.items() if name not in others}
 
@@ -146,7 +152,7 @@ def main() -> int:
     del typed["resume"]
     if resume and "output_dir" not in typed:
         raise errors.UserError(
-            expected="the folder of the run to go on with",
+            expected="the folder of the run to continue",
             found="--resume alone",
             do="--resume --output-dir runs/…",
         )
@@ -157,7 +163,7 @@ def main() -> int:
 
 
 def _end(steps: Any) -> int:
-    """Runs to the end, shows how it ended, and returns the exit code."""
+    """Runs all steps, prints the outcome, and returns the exit code."""
     try:
         while True:
             next(steps)
@@ -165,7 +171,7 @@ def _end(steps: Any) -> int:
         outcome = end.value
     if not outcome.finished:
         where = console.quoted(str(outcome.folder))
-        print(f"\nstopped after step {outcome.step} of {outcome.num_steps}; to go on:\n"
+        print(f"\nstopped after step {outcome.step} of {outcome.num_steps}; to continue:\n"
               f"  {console.command('train')} --resume --output-dir {where}")  # fmt: skip
         return outcome.code
     if outcome.num_steps:
@@ -177,7 +183,7 @@ def _end(steps: Any) -> int:
 
 
 def _show(outcome: Any) -> None:
-    """Answers before and after, where everything is, and how to generate with the adapter."""
+    """Prints answers before and after, where the files are, and how to use the adapter."""
     if outcome.table:
         print("\n".join(outcome.table))
     console.side_by_side(outcome.samples.get("before", []), outcome.samples.get("after", []))

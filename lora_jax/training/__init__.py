@@ -1,4 +1,4 @@
-"""A training run: settings, data, the loop, evaluation, checkpoints, and the folder it leaves.
+"""A training run: settings, data, the loop, evaluation, checkpoints, and the output folder.
 
 May import `planning` and below.
 """

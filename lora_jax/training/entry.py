@@ -1,4 +1,4 @@
-"""Starts a run, new or resumed. The folder is checked before jax is imported."""
+"""Starts or resumes a run. The output folder is checked before jax is imported."""
 
 import pathlib
 from typing import TYPE_CHECKING
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def run(settings: groups.TrainSettings) -> "loop.Steps":
-    """Yields the metrics of each step and evaluation of a new run; returns its Outcome.
+    """Starts a new run: yields the metrics of each step and evaluation, and returns its Outcome.
 
-    The output folder is what `lora-jax train` leaves with the same settings. To stop iterating is
-    to stop the run: it saves a checkpoint first, and `resume` goes on from there.
+    The output folder gets the same files as from `lora-jax train` with these settings. If the
+    caller stops iterating, the run saves a checkpoint and stops; `resume` continues from there.
     Raises: UserError if the settings do not suit the model, the data or the devices.
     """
     path = settings.run.output_dir or str(run_folder.default_path())
@@ -34,9 +34,9 @@ def run(settings: groups.TrainSettings) -> "loop.Steps":
 
 
 def resume(output_dir: str, **given: groups.Value) -> "loop.Steps":
-    """Yields what `run` does, of a run that goes on in its folder.
+    """Resumes the run in `output_dir`: yields and returns the same as `run`.
 
-    given: settings that may be given anew, see settings.resumed.
+    given: settings that may change when a run is resumed, see settings.resumed.
     """
     path = pathlib.Path(processes.told(output_dir))
     with run_folder.opened(path, resume=True) as folder:

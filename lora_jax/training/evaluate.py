@@ -1,4 +1,4 @@
-"""Held-out loss, exact match, and how alike two models predict."""
+"""Held-out loss, exact match, and the agreement of two models' predictions."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from lora_jax.parallel import mesh as sharding
 
 
 class Answer(NamedTuple):
-    """A held-out prompt, what was expected, and what the model wrote."""
+    """A held-out prompt, the expected answer, and the answer of the model."""
 
     prompt: str
     expected: str
@@ -30,16 +30,19 @@ def means(
     eval_loss: Callable,
     trained: Any,
     frozen: model_state.Frozen,
-    lines: Sequence[packing.TokenSequence],
+    sequences: Sequence[packing.TokenSequence],
     batch_size: int,
     mesh: Mesh,
 ) -> dict[str, float]:
-    """What `eval_loss` sums, over all of the set, divided once by all that it counts."""
+    """{metric: mean over all of `sequences`}.
+
+    `eval_loss` returns sums and a count per batch. Both are added up before one division.
+    """
     where = sharding.rows(batch_size, mesh)
-    length = packing.longest(lines)
+    length = packing.longest(sequences)
     total, count = collections.Counter(), 0
-    for first in range(0, len(lines), batch_size):
-        chunk = lines[first : first + batch_size]
+    for first in range(0, len(sequences), batch_size):
+        chunk = sequences[first : first + batch_size]
         padded = batches.pad([*chunk, *[()] * (batch_size - len(chunk))], length)
         batch = sharding.put(train_loss.Batch(**padded), where)
         values, counted = eval_loss(trained, frozen, batch)
@@ -56,7 +59,10 @@ def answers(
     reader: Any,
     **how: Any,
 ) -> list[Answer]:
-    """What the model answers to each (prompt ids, expected text); see generate.continuations."""
+    """The model's answer to each (prompt ids, expected text).
+
+    how: see continuation.continuations.
+    """
     ids = [prompt.tolist() for prompt, _ in prompts]
     found = continuation.continuations(continue_, trained, frozen, ids, reader, **how)
     return [
@@ -66,7 +72,7 @@ def answers(
 
 
 def exact_match(found: Sequence[Answer]) -> float:
-    """Share of the answers that equal what was expected, surrounding blanks aside."""
+    """The share of answers that equal the expected text, apart from surrounding whitespace."""
     return sum(a.text.strip() == a.expected.strip() for a in found) / len(found)
 
 
@@ -87,11 +93,11 @@ def log_probabilities(
 def agreement(
     expected: Sequence[Float[np.ndarray, "_ V"]], found: Sequence[Float[np.ndarray, "_ V"]]
 ) -> tuple[float, float]:
-    """(share of places with the same likeliest token, mean KL(expected ‖ found) in nats).
+    """(share of positions with the same most likely token, mean KL(expected ‖ found) in nats).
 
-    Both: log-probabilities of the same texts, as log_probabilities gives them.
+    expected, found: log-probabilities of the same texts, as log_probabilities returns them.
     """
     p, q = np.concatenate(expected), np.concatenate(found)
     same = (p.argmax(axis=-1) == q.argmax(axis=-1)).mean()
     kl = (np.exp(p) * (p - q)).sum(axis=-1).mean()
-    return float(same), max(0.0, float(kl))  # but for rounding it is not negative
+    return float(same), max(0.0, float(kl))  # rounding can make it negative

@@ -29,10 +29,10 @@ from lora_jax.training.settings import groups
 class Outcome:
     """How a run ended.
 
-    code: the exit code of the command: 0, or if it was stopped 130 (Ctrl-C) or 75 (SIGTERM,
-    max_time: to be started again). step: the last one done. samples: answers "before" and "after"
-    training. table: lines that compare the adapters of a sweep. report: what is said of
-    report.html. continuations: of the prompts.
+    code: the exit code of the command: 0, or 130 after Ctrl-C, or 75 after SIGTERM or max_time
+    (start it again). step: the last completed step. samples: answers "before" and "after" training.
+    table: lines that compare the adapters of a sweep. report: the path of report.html, or why it
+    was not written. continuations: one for each prompt.
     """
 
     settings: groups.TrainSettings
@@ -54,26 +54,26 @@ Steps = Generator[run_folder.Metrics, None, Outcome]
 def load_and_run(
     settings: groups.TrainSettings, folder: run_folder.RunFolder, *, resuming: bool
 ) -> Steps:
-    """Yields the metrics of a run in its folder; see entry.run."""
+    """Yields the metrics of a run, and returns its Outcome; see entry.run."""
     if warning := devices.unused_accelerator():
         say("warning", warning)
     devices.keep_freed_memory()
     devices.keep_compiled()
     begun = time.monotonic()
     trains = settings.loop.max_steps != 0
-    found = run_data.read(settings) if trains else None  # before a model is downloaded
+    found = run_data.read(settings) if trains else None  # fails before a model is downloaded
     base_folder, architecture = setup.find(settings.model)
     settings, mesh = setup.fit(settings, base_folder, architecture, resume=resuming)
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say("devices", f"{devices.describe()}, mesh {axes}")
     where = console.quoted(str(folder.path))
-    processes.when_lost(f"start all again with --resume --output-dir {where}")
+    processes.when_lost(f"start all of them again with --resume --output-dir {where}")
     steps = _on_mesh(settings, folder, base_folder, architecture, mesh, found, begun, resuming)
     return (yield from _with_mesh(mesh, steps))
 
 
 def _with_mesh(mesh: Mesh, steps: Steps) -> Steps:
-    """`steps` with `mesh` as the ambient mesh, which the caller does not see between them."""
+    """`steps` with `mesh` as the ambient mesh; it is not set while the caller handles a step."""
     try:
         while True:
             with jax.set_mesh(mesh):
@@ -118,14 +118,14 @@ def _on_mesh(
 
 
 def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
-    """Trains from the start or the newest checkpoint."""
+    """Trains from the first step or from the newest checkpoint, and saves the adapter."""
     settings, folder = job.settings, job.folder
     state, step = job.adapters.begin(job.num_steps)
-    # The checkpoints kept, the one being written, and the adapter.
+    # For the checkpoints that are kept, the one being written, and the adapter.
     keep, best = settings.run.keep_checkpoints, settings.eval.keep_best
     folder.check_space((keep + best + 2) * sum(a.nbytes for a in jax.tree.leaves(state)))
     record = records.make(job)
-    if not resuming:  # before there is a file in it that a new run would be refused for
+    if not resuming:  # written first, so that a folder with any other file can be resumed
         record.status = "running"
         folder.write_run(record)
         folder.write_config(settings)
@@ -149,7 +149,7 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
         evaluator = scoring.Evaluator(job, log, patience)
         if first == 0:
             try:
-                with stop.interruptible():  # there is a folder now
+                with stop.interruptible():  # there is a run to resume now
                     evaluation = evaluator.evaluate(0, state.lora, score=True)
                     record.samples = {"before": evaluation.samples}
                     folder.write_run(record)
@@ -197,11 +197,11 @@ def _train(
     evaluator: scoring.Evaluator,
     compilations: monitor.Compilations,
 ) -> Generator[run_folder.Metrics, None, train_step.State]:
-    """Yields metrics; returns the state after the last step, or at which it was asked to stop."""
+    """Yields metrics; returns the state after the last step, or after the step it stopped at."""
     settings, patience = job.settings, evaluator.patience
     every = settings.eval.eval_every or job.num_steps
     start = clock = time.time()
-    until = 0 if patience.spent else job.num_steps  # resumed, it may have been already
+    until = 0 if patience.spent else job.num_steps  # it may have run out before the run stopped
     steps = train_step.steps(
         step, state, job.adapters.frozen, functools.partial(_batch, job), until
     )
@@ -233,10 +233,10 @@ def _train(
                         say("patience", f"no better held-out loss in {patience.limit} "
                             "evaluations: ending here")  # fmt: skip
                     last = last or patience.spent
-                    if last:  # before its checkpoint: a run resumed there has these to show
+                    if last:  # before the checkpoint, for a run that is resumed from it
                         record.samples["after"] = evaluation.samples
                         job.folder.write_run(record)
-                # Once: what ends the loop must have been saved.
+                # Asked once, so that the step that ends the loop is also the one that is saved.
                 late = time.monotonic() - job.begun > (settings.run.max_time or math.inf)
                 stopping = processes.anyone(stopper.asked or late)
                 if traced := profile.done(number, last or stopping):
@@ -263,7 +263,7 @@ def _train(
 
 
 def _batch(job: setup.Job, index: int) -> train_loss.Batch:
-    """The batch of a step, of which this process makes the parts of its own devices."""
+    """The batch of a step; each process makes the parts for its own devices."""
     where, shape = sharding.batch(job.mesh), job.data.batches.shape(index)
     parts = functools.cache(lambda *bounds: job.data.batches.batch(index, slice(*bounds)))
 

@@ -1,4 +1,4 @@
-"""What looks on while a run trains: losses that stand out, lost patience, profiles, dashboards."""
+"""Monitoring of a run: loss spikes, early stopping, MFU, compilations, profiles, dashboards."""
 
 import collections
 import functools
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from lora_jax.training import setup
     from lora_jax.training.output import run_folder
 
-REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # to which, by which package
+REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # {dashboard: the package it needs}
 
 
 class Patience:
-    """spent: for `limit` evaluations the loss has not been less than before; None: never."""
+    """Early stopping: `spent` after `limit` evaluations without a lower loss; None: never."""
 
     def __init__(self, limit: int | None):
         self.limit, self.since, self.least = limit, 0, math.inf
 
     def note(self, loss: float | None) -> None:
-        """An evaluation's loss; None where it was not finite."""
+        """Takes the loss of an evaluation; None if it is not finite."""
         better = loss is not None and loss < self.least
         self.since = 0 if better else self.since + 1
         self.least = loss if better else self.least
@@ -40,24 +40,25 @@ class Patience:
 
 
 class Spikes:
-    """Tells losses that stand out of those before."""
+    """Finds losses that are far above the previous ones."""
 
     def __init__(self):
         self._before: collections.deque[float] = collections.deque(maxlen=50)
 
     def note(self, loss: float) -> str:
-        """What to tell of a step's loss, if anything."""
-        told = ""
+        """A warning if the loss of a step is a spike, else ""."""
+        warning = ""
         if len(self._before) >= 20:
             mean, spread = statistics.mean(self._before), statistics.stdev(self._before)
             if loss > mean + max(6 * spread, 0.5 * mean):
-                told = f"loss {loss:.3g}, after {mean:.3g} on average; look at its rows, or at --lr"
+                warning = (f"loss {loss:.3g}, after {mean:.3g} on average; check its examples, "
+                           "or lower --lr")  # fmt: skip
         self._before.append(loss)
-        return told
+        return warning
 
 
 class Utilisation:
-    """MFU: what a step usefully computes, as a share of what its devices could in the same time."""
+    """MFU: the useful operations of a step over what its devices could do in the same time."""
 
     def __init__(self, job: "jobs.Job", target: "chips.Target"):
         from lora_jax.planning import operations
@@ -66,18 +67,19 @@ class Utilisation:
         self._useful = functools.cache(lambda tokens: operations.useful(job.of_length(tokens)))
 
     def share(self, tokens: int, seconds: float) -> float | None:
-        """Of a step with lines of so many tokens; None where the devices' peak is not known."""
+        """The MFU of a step with sequences of `tokens`; None if the devices' peak is unknown."""
         return round(self._useful(tokens) / (seconds * self._peak), 4) if self._peak else None
 
 
 class Compilations:
-    """Hears what JAX compiles, and tells when a function is compiled again for the same shape."""
+    """Listens to compilations, and warns if a function is compiled again for the same shape."""
 
     EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __init__(self):
-        self.seconds = 0.0  # of all programs
-        self._own: dict[str, float] = collections.defaultdict(float)  # since it was asked for
+        self.seconds = 0.0  # spent compiling all programs
+        # {function: seconds} since `done` was last called for it
+        self._own: dict[str, float] = collections.defaultdict(float)
         self._shapes: set[tuple[int, ...]] = set()
 
     def __enter__(self) -> "Compilations":
@@ -97,7 +99,7 @@ class Compilations:
             self._own[about.get("fun_name", "")] += seconds
 
     def done(self, step: int, function: Callable, shape: tuple[int, ...]) -> str:
-        """To be told of every step that `function` has done; what to tell of it, if anything."""
+        """A warning if this step compiled `function` again, else "". Call it after every step."""
         seconds = self._own.pop(f"jit({function.__name__})", None)
         before = shape in self._shapes
         self._shapes.add(shape)
@@ -108,13 +110,13 @@ class Compilations:
 
 
 class Profile:
-    """Has jax.profiler trace a few steps into a folder: the third one of a run and the next two."""
+    """Traces three steps with jax.profiler, from the third step of a run on."""
 
     def __init__(self, folder: str | None, first: int):
-        self._folder, self._first = folder, first + 2  # the first ones compile
+        self._folder, self._first = folder, first + 2  # the first steps compile
 
     def done(self, step: int, last: bool) -> str:
-        """To be told of every step that is done; what to tell when the trace is written."""
+        """A message if the trace was written after this step, else "". Call it after every step."""
         import jax
 
         if self._folder is None or step < self._first:
@@ -123,13 +125,13 @@ class Profile:
             jax.profiler.start_trace(self._folder)
         elif self._first < step and (last or step == self._first + 3):
             jax.profiler.stop_trace()
-            told, self._folder = f"steps {self._first + 1} to {step}: {self._folder}", None
-            return told
+            message, self._folder = f"steps {self._first + 1} to {step}: {self._folder}", None
+            return message
         return ""
 
 
 def check_report_to(to: str) -> None:
-    """Raises: UserError where the package that reports there is missing."""
+    """Raises: UserError if the package for this dashboard is not installed."""
     package = REPORTS[to]
     if importlib.util.find_spec(package) is None:
         raise errors.UserError(
@@ -140,10 +142,10 @@ def check_report_to(to: str) -> None:
 
 
 class Dashboard:
-    """A dashboard to which all numbers of metrics.jsonl go as well."""
+    """A dashboard that gets the same numbers as metrics.jsonl."""
 
     def __init__(self, to: str, folder: pathlib.Path, settings: Mapping[str, Any], first: int):
-        """first: the step from which a run goes on; of later ones nothing must remain."""
+        """first: the step the run is resumed from; what was logged of later steps is dropped."""
         if to == "tensorboard":
             import tensorboardX
 
@@ -154,7 +156,7 @@ class Dashboard:
         else:
             import wandb
 
-            # The same run when it goes on.
+            # The id stays the same when the run is resumed.
             own = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
             self._run = wandb.init(
                 project="lora_jax", name=folder.name, id=own, resume="allow", dir=str(folder),
@@ -173,10 +175,10 @@ class Dashboard:
 
 
 class Log:
-    """Where metrics go: metrics.jsonl, and a dashboard if there is one."""
+    """Writes metrics to metrics.jsonl, and to a dashboard if the settings name one."""
 
     def __init__(self, job: "setup.Job", first: int):
-        """first: the step from which the run goes on."""
+        """first: the step the run is resumed from, or 0."""
         self._job, self._dashboard = job, None
         if job.settings.run.report_to and processes.leads():
             self._dashboard = Dashboard(
@@ -191,7 +193,7 @@ class Log:
             self._dashboard.close()
 
     def add(self, metrics: "run_folder.Metrics") -> "run_folder.Metrics":
-        """Logs the metrics, and returns what was logged."""
+        """Logs the metrics; returns those that were logged."""
         logged = self._job.adapters.to_log(metrics)
         self._job.folder.log(logged)
         if self._dashboard:

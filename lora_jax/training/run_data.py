@@ -1,4 +1,4 @@
-"""The data of a run: read, encoded, held out, and arranged in batches."""
+"""The data of a run: read, split into training and held-out data, encoded, and batched."""
 
 import functools
 import itertools
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     import datasets
     import transformers
 
-HELD_OUT = 0.02  # share of the examples, if --eval-every has no --eval-dataset
-AT_HAND = 8  # steps whose sequences of a stream stay in memory: more than are made ahead
+HELD_OUT = 0.02  # share of the examples, with --eval-every and without --eval-dataset
+AT_HAND = 8  # steps of a stream whose sequences stay in memory: more than are prefetched
 
 
 class Read(NamedTuple):
-    """The data sets as read: those to train on, and those held out, one for each source."""
+    """The data sets as read, one per source: those to train on, and those held out."""
 
     train: "list[datasets.Dataset]"
     held_out: "list[datasets.Dataset]"
 
 
 def read(settings: groups.TrainSettings) -> Read:
-    """The examples to train on, of streams the first ones, and those held out, if any."""
+    """The training data and the held-out data; of a stream only its first examples."""
     data = settings.data
     names, own = list(data.dataset), data.eval_dataset
     counts = [sources.HEAD if data.streaming else None] * len(names)
@@ -44,7 +44,7 @@ def read(settings: groups.TrainSettings) -> Read:
 
 
 class RunData:
-    """What a run trains on, step by step, and what it is evaluated on."""
+    """The batches that a run trains on, and its held-out data."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class RunData:
         eos: int,
         context: int,
     ):
-        """settings: with seq_len resolved. context: the most tokens that the model takes."""
+        """settings: with seq_len resolved. context: the model's maximum number of tokens."""
         self._settings, self._reader, self._eos, self._context = settings, reader, eos, context
         self._data, self._loop = settings.data, settings.loop
         self._arrange = functools.partial(
@@ -82,12 +82,12 @@ class RunData:
             self.batches = batches.ByLength(self.batches, self.num_steps, self._loop.seed)
             lengths = ", ".join(map(str, self.batches.used))
             say("grouped", f"sequences of {lengths} tokens, each length compiled once, "
-                f"{self.packing.filled:.1%} filled")  # fmt: skip
+                f"{self.batches.filled:.1%} filled")  # fmt: skip
         self._check_warmup()
         self.fingerprints = self._fingerprints(found)
 
     def keep(self, folder: pathlib.Path, *, write: bool) -> None:
-        """Keeps in files where the blocks of the streams begin, for a run that goes on."""
+        """Records in files where each block of a stream begins, so that a run can be resumed."""
         for number, each in enumerate(self._streams):
             each.keep(folder / f"{number}.jsonl", write=write)
 
@@ -109,8 +109,8 @@ class RunData:
         return {"train": of_train, "held out": of_held_out}
 
     def _deal_out(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
-        """Batches of the examples of each source, shuffled."""
-        if self._data.weights is None:  # as one source: each example once an epoch
+        """Batches of the shuffled examples of each source."""
+        if self._data.weights is None:  # one source: each example once an epoch
             encoded = [list(itertools.chain(*encoded))]
         parts = [self._arrange(examples) for examples in encoded]
         sequences = list(itertools.chain(*parts))
@@ -124,11 +124,11 @@ class RunData:
         )
 
     def _stream_out(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
-        """Batches of streams, of which `encoded` are the first examples."""
+        """Batches of streams. encoded: the first examples of each."""
         length = self._settings.sequence_length
         first = [sequence for examples in encoded for sequence in self._arrange(examples)]
         say("streaming", f"sequences of {length} tokens, {packing.filled(first, length):.1%} filled"
-            f" by these; in blocks of {stream.BLOCK} examples, which are shuffled")  # fmt: skip
+            f" by these; shuffled in blocks of {stream.BLOCK} examples")  # fmt: skip
         encode = encoding.encode_pairs if self._data.dpo else encoding.encode
 
         def arrange(examples: "datasets.Dataset") -> list[packing.TokenSequence]:
@@ -173,12 +173,12 @@ class RunData:
         count = self._settings.eval.exact_match
         if not count:
             return
-        # As many of each source.
+        # The same number from each source.
         turns = itertools.zip_longest(*parts)
         examples = itertools.islice((e for turn in turns for e in turn if e), count)
         self.scored = encoding.prompts(list(examples), self._reader)
         answers = tokenizer.encode(self._reader, [text for _, text in self.scored])
-        self.longest_answer = max(map(len, answers)) + 1  # and EOS
+        self.longest_answer = max(map(len, answers)) + 1  # for EOS
         longest = max(len(ids) for ids, _ in self.scored) + self.longest_answer
         if longest > self._context:
             raise errors.UserError(
@@ -195,8 +195,7 @@ class RunData:
         num_tokens = sum(len(ids) for ids, _ in encoded.examples)
         say(
             label,
-            f"{first}{len(encoded.examples)} examples, {num_tokens} tokens, "
-            f"{encoded.num_cut} cut at {self._data.seq_len}, {encoded.num_skipped} skipped: "
-            f"{console.near(source)}",
+            f"{first}{len(encoded.examples)} examples, {num_tokens} tokens, {encoded.num_cut} cut "
+            f"at {self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
         )
         return encoded

@@ -1,4 +1,4 @@
-"""What a run generates and scores while it trains: held-out loss, answers, continuations."""
+"""Evaluation during a run, held-out loss and exact match, and the continuation of prompts."""
 
 import dataclasses
 import time
@@ -21,7 +21,7 @@ from lora_jax.training.settings import groups
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Of one evaluation: the metrics, the loss that checkpoints are compared by, two answers."""
+    """One evaluation: its metrics, the loss that checkpoints are compared by, and two answers."""
 
     metrics: run_folder.Metrics = dataclasses.field(default_factory=dict)
     loss: float | None = None
@@ -29,7 +29,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates the adapter on the held-out data, with programs that are made once."""
+    """Evaluates the adapter on the held-out data; its programs are compiled once."""
 
     def __init__(self, job: setup.Job, log: monitor.Log, patience: monitor.Patience):
         self._job, self._log, self.patience = job, log, patience
@@ -41,7 +41,7 @@ class Evaluator:
             self._answer = _generation(job.base, job.mesh, job.adapters, sampling)
 
     def evaluate(self, number: int, trained: Any, *, score: bool) -> Evaluation:
-        """Logs the held-out loss after step `number`, and with `score` the exact match."""
+        """Logs the held-out loss after step `number`. score: logs the exact match as well."""
         job = self._job
         if job.data.held_out is None:
             return Evaluation()
@@ -74,7 +74,7 @@ def _generation(
 
 
 def encoded_prompts(settings: groups.TrainSettings, base: setup.Base) -> list[list[int]]:
-    """The ids of the prompts. Raises: UserError for one that is too long."""
+    """The token ids of the prompts. Raises: UserError if one is too long."""
     texts = list(settings.prompts.prompt)
     if settings.prompts.chat:
         texts = [tokenizer.chat_prompt(base.tokenizer, text) for text in texts]
@@ -94,7 +94,7 @@ def continuations(
     trained: Any,
     frozen: model_state.Frozen,
 ) -> list[str]:
-    """What the model makes of each prompt."""
+    """The model's continuation of each prompt."""
     if not prompts:
         return []
     continue_ = _generation(base, mesh, adapters, settings.prompts.sampling)

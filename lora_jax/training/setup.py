@@ -1,4 +1,4 @@
-"""What a run loads before its first step: the base model, its tokenizer, and the adapters in it."""
+"""Loads what a run needs before its first step: base model, tokenizer, adapters."""
 
 import dataclasses
 import pathlib
@@ -31,7 +31,7 @@ Adapters = one_adapter.OneAdapter | sweep.SweepAdapters
 
 
 class Base(NamedTuple):
-    """A base model's folder, its config.json, its tokenizer, and the tokens that end a text."""
+    """A base model: its folder, config.json, tokenizer, and end-of-text tokens."""
 
     folder: pathlib.Path
     architecture: model_config.LlamaConfig
@@ -40,7 +40,7 @@ class Base(NamedTuple):
 
 
 def find(settings: groups.ModelSettings) -> tuple[pathlib.Path, model_config.LlamaConfig]:
-    """(folder, config.json) of the base model, which is downloaded if it is a hub id."""
+    """(folder, config.json) of the base model; a hub id is downloaded first."""
     folder = hub.model_folder(settings.model, settings.revision)
     return folder, model_config.load(folder)
 
@@ -52,9 +52,9 @@ def fit(
     *,
     resume: bool,
 ) -> tuple[groups.TrainSettings, Mesh]:
-    """The settings with the format, dtype and batch size that the base and the devices call for.
+    """The settings with format, dtype and batch size resolved for this base and these devices.
 
-    A batch size that was not given grows until it is split evenly.
+    A default batch size is rounded up until it splits evenly over the devices.
     """
     settings = settings.replace(quant=settings.model.resolve_quant(architecture, folder))
     num_bytes = inventory.loaded_bytes(
@@ -73,13 +73,13 @@ def fit(
 
 
 def base(folder: pathlib.Path, architecture: model_config.LlamaConfig) -> Base:
-    """The base with its tokenizer."""
+    """The base model with its tokenizer."""
     reader = tokenizer.load(folder)
     return Base(folder, architecture, reader, tokenizer.eos_ids(reader, folder))
 
 
 def num_adapters(settings: groups.TrainSettings) -> int:
-    """How many adapters are trained side by side, each on examples of its own."""
+    """How many adapters are trained at the same time."""
     return len(sweep.values(settings.loop.sweep)) if settings.loop.sweep else 1
 
 
@@ -88,7 +88,7 @@ def planned_job(
     architecture: model_config.LlamaConfig,
     generation: tuple[int, int, int] | None = None,
 ) -> jobs.Job:
-    """What the settings mean for planning. generation: see jobs.Job."""
+    """The settings as planning takes them. generation: see jobs.Job."""
     loop = settings.loop
     return jobs.Job(
         architecture,
@@ -108,7 +108,7 @@ def planned_job(
 def to_plan(
     settings: groups.TrainSettings, architecture: model_config.LlamaConfig, mesh: Mesh
 ) -> tuple[jobs.Job, chips.Target]:
-    """The job as it is planned, and the devices."""
+    """(the job as planning takes it, the devices)."""
     first = mesh.devices.flat[0]
     job = planned_job(settings, architecture)
     job = dataclasses.replace(job, batch_size=job.batch_size * num_adapters(settings))
@@ -121,12 +121,12 @@ def choose_remat(
     mesh: Mesh,
     data: run_data.RunData,
 ) -> groups.TrainSettings:
-    """The settings with the remat policy that "auto" stands for on these devices."""
+    """The settings with the remat policy that "auto" chooses on these devices."""
     if settings.loop.remat != "auto":
         return settings
     job, target = to_plan(settings, architecture, mesh)
     limit = devices.memory_bytes(jax.local_devices()[0])
-    limit = processes.told(limit)  # hosts may report unequal memories
+    limit = processes.told(limit)  # hosts may report different amounts
     longest = job.of_length(data.batches.length)
     chosen, needs = proposals.choose_remat(longest, dict(mesh.shape), target.chip, limit)
     if needs:
@@ -135,7 +135,7 @@ def choose_remat(
 
 
 def load(settings: groups.TrainSettings, base: Base, mesh: Mesh) -> Adapters:
-    """The base on its devices, with the adapters that the run trains."""
+    """The base model on its devices, with the adapters that the run trains."""
     config = settings.lora
     principal = None
     if settings.model.quant != "none" and config.init_lora_weights != "default":
@@ -151,7 +151,7 @@ def load(settings: groups.TrainSettings, base: Base, mesh: Mesh) -> Adapters:
     lora.inject(model, config, rngs=nnx.Rngs(settings.loop.seed), principal=principal)
     graphdef, *state = model_state.split(model)
     trained, frozen = sharding.place(state, mesh)
-    if settings.beta is not None:  # a step takes over the memory of what it trains
+    if settings.beta is not None:  # a step reuses the memory of `trained`
         frozen = frozen._replace(reference=jax.tree.map(jnp.copy, trained))
     one = one_adapter.OneAdapter(settings, model, graphdef, trained, frozen, mesh)
     _say_sizes(settings, base, one)
@@ -173,18 +173,18 @@ def _say_sizes(settings: groups.TrainSettings, base: Base, adapter: one_adapter.
 
 
 class Stopwatch:
-    """Seconds by what they were spent on."""
+    """Adds up the seconds of each phase of a run."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def add(self, name: str, begun: float) -> None:
-        """Adds the time since `begun`, by time.time()."""
+        """Adds the time since `begun`, a time.time()."""
         self.seconds[name] = self.seconds.get(name, 0) + time.time() - begun
 
 
 class Job(NamedTuple):
-    """What a run works with, once all is loaded."""
+    """What a run works with once everything is loaded."""
 
     settings: groups.TrainSettings
     folder: run_folder.RunFolder
@@ -192,8 +192,8 @@ class Job(NamedTuple):
     mesh: Mesh
     data: run_data.RunData
     adapters: Adapters
-    begun: float  # by time.monotonic()
-    held: int  # bytes that were in use before the model was loaded
+    begun: float  # a time.monotonic()
+    held: int  # bytes in use before the model was loaded
     watch: Stopwatch
 
     @property

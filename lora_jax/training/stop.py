@@ -1,4 +1,4 @@
-"""How Ctrl-C or SIGTERM ends a run: after the step that is being done."""
+"""Ctrl-C and SIGTERM end a run after the current step."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from lora_jax.parallel import processes
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt inside, whatever it did before."""
+    """Within this context Ctrl-C raises KeyboardInterrupt."""
     if not _in_main_thread():
         yield
         return
@@ -25,11 +25,11 @@ def interruptible() -> Iterator[None]:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM asks to stop after this step; a second Ctrl-C ends at once.
+    """`asked` is set by Ctrl-C or SIGTERM; a second Ctrl-C raises KeyboardInterrupt.
 
-    code: 130 after Ctrl-C. After SIGTERM, of a machine that is wanted for something else, 75:
-    start again. Of many processes one is enough, and all stop after the same step, with 75.
-    Outside of the main thread, which alone may handle signals, nothing asks.
+    code: the exit code, 130 after Ctrl-C, 75 after SIGTERM: a machine that is preempted starts the
+    run again. With several processes a signal to one of them stops all after the same step, and
+    the code is always 75. Outside of the main thread signals cannot be handled, so nothing happens.
     """
 
     def __init__(self):
@@ -51,8 +51,8 @@ class Stop:
         self.asked = True
         if number == signal.SIGINT and jax.process_count() == 1:
             self.code = 130
-        # print() may not be entered again from a signal handler.
-        os.write(2, b"\nstopping after this step, to save; again to stop at once\n")
+        # print() is not reentrant: a signal handler must not call it.
+        os.write(2, b"\nstopping after this step, to save; press Ctrl-C to stop at once\n")
 
 
 def _in_main_thread() -> bool:

@@ -165,7 +165,7 @@ def test_a_merge_with_other_predictions_leaves_nothing(adapter, tmp_path, monkey
     monkeypatch.setattr(merge, "_merged", lambda name, source, own, scaling, base:
                         merged(name, source, own, 2 * scaling, base))  # fmt: skip
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
-    assert "within 0.01 nats a token" in message
+    assert "within 0.01 nats per token" in message
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

@@ -74,7 +74,7 @@ def test_the_parts_of_a_mixture_are_shown_and_how_often_they_come(rows, tmp_path
     other = cli.write_rows(tmp_path / "other.jsonl", 4)
     out = inspect("--dataset", rows, other, "--weights", "1,1", "--first", 4, "--rows", 1)
     assert out.count("\nsequence 4 of ") == 2 and "── other.jsonl:4: " in out
-    told = f"in 16 lines: 50.0% of {rows}, seen 0.67 times; 50.0% of {other}, seen 2 times"
+    told = f"in 16 sequences: 50.0% of {rows}, seen 0.67 times; 50.0% of {other}, seen 2 times"
     assert told in " ".join(out.split())
 
 

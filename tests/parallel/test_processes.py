@@ -86,7 +86,8 @@ def test_a_lost_process_and_sigterm_end_all_and_the_resumed_run_is_the_same(whol
     assert ended.codes[victim] == -signal.SIGKILL, (killed, ended.err)
     assert ended.codes[1 - victim] == processes.RESTART, (killed, ended.err)
     assert "4 × cpu (cpu) in 2 processes, mesh data=4" in ended.out[0] and ended.out[1] == ""
-    message = f"process {victim} of 2 was lost; start all again with --resume --output-dir {folder}"
+    advice = f"start all of them again with --resume --output-dir {folder}"
+    message = f"process {victim} of 2 was lost; {advice}"
     # Without process 0, jax's coordination service prints a message too.
     printed = ended.err[1 - victim]
     assert f"\n{message}\n" in printed and (victim == 0 or printed.count("\n") == 2), printed
@@ -276,7 +277,7 @@ def test_a_checkpoint_that_a_single_process_cannot_read_ends_all(tmp_path):
         processes=2,
     )
     assert ended.codes == [2, 2], ended.err
-    assert "a checkpoint that this process reads as process 0 does" in ended.err[0]
+    assert "a checkpoint that every process can read" in ended.err[0]
     assert "step 3: TypeError" in ended.err[0]
 
 

@@ -107,7 +107,7 @@ def test_past_a_damaged_checkpoint_a_run_goes_on_from_the_one_before(whole, tmp_
     folder = shutil.copytree(whole, tmp_path / "run")
     damage(folder, 6)
     out = resumed(folder)
-    assert re.search(r"resume the checkpoint of step 6 is damaged and left out: \w+", out)
+    assert re.search(r"resume the checkpoint of step 6 is damaged and skipped: \w+", out)
     assert "resume from step 4 of 6" in out
     assert comparable(folder) == comparable(whole) and checkpoints(folder) == [2, 4, 6]
     assert "from step 6 of 6" in resumed(folder)  # which was saved again
@@ -275,7 +275,7 @@ def test_a_run_stops_when_its_time_is_over_and_goes_on(whole, rows, tmp_path, mo
     at_step(monkeypatch, 1, lambda: time.sleep(1))
     flags = (*FLAGS, *rows, "--output-dir", folder, "--max-time", "1s")
     ended = cli.run("train", *flags, "--log-every", 1)
-    assert ended.code == 75 and "stopped after step 1 of 6; to go on:" in ended.out, ended
+    assert ended.code == 75 and "stopped after step 1 of 6; to continue:" in ended.out, ended
     assert status(folder) == "stopped at step 1" and "step 1 of 6: loss" in ended.out
     assert "from step 1 of 6" in resumed(folder, "--max-time", "1h")
     assert comparable(folder) == comparable(whole)

@@ -59,7 +59,7 @@ def test_a_folder_of_a_run_that_was_killed_before_it_had_begun_is_taken(tmp_path
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file/run"):
-        with pytest.raises(errors.UserError, match="an output folder that can be written"):
+        with pytest.raises(errors.UserError, match="a writable output folder"):
             opened(path)
 
 

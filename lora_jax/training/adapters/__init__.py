@@ -1,1 +1,1 @@
-"""What a run trains: one adapter, or the adapters of a sweep side by side."""
+"""What a run trains: one adapter, or all adapters of a sweep at the same time."""

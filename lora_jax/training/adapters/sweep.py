@@ -1,4 +1,4 @@
-"""A run with `--sweep`: several adapters side by side on one base, each as a run alone makes it."""
+"""Several adapters trained at the same time on one base, each with the result of its own run."""
 
 import dataclasses
 import math
@@ -24,12 +24,12 @@ from lora_jax.training.settings import convert
 
 
 def values(text: str) -> dict[str, float]:
-    """{name of a member: its value} of what --sweep asks for."""
+    """{name of a member: its value} from the text of --sweep."""
     return convert.sweep(text)[1]
 
 
 def adapters(one: one_adapter.OneAdapter) -> "SweepAdapters":
-    """The adapters of the sweep that one.settings ask for, in the base of `one`."""
+    """The adapters of the sweep in one.settings, in the base model of `one`."""
     settings, mesh = one.settings, one.mesh
     setting, each = convert.sweep(settings.loop.sweep)
     members = []
@@ -47,19 +47,19 @@ def adapters(one: one_adapter.OneAdapter) -> "SweepAdapters":
     trained, frozen = sharding.place(side_by_side.join(parts), mesh)
     if settings.beta is not None:
         frozen = frozen._replace(reference=jax.tree.map(jnp.copy, trained))
-    say("sweep", f"{len(members)} adapters side by side, {len(members)} × "
+    say("sweep", f"{len(members)} adapters at the same time, {len(members)} × "
         f"{settings.loop.batch_size} sequences at a time: {', '.join(each)}")  # fmt: skip
     return SweepAdapters(one, members, trained, frozen, injected)
 
 
 class _Injected:
-    """A model whose adapters change with the rank of a member."""
+    """A model whose adapters are replaced when a member has another rank."""
 
     def __init__(self, model: nnx.Module, config: lora_config.LoRAConfig, seed: int):
         self._model, self._config, self._seed = model, config, seed
 
     def state(self, config: lora_config.LoRAConfig) -> tuple[Any, model_state.Frozen]:
-        """(lora, frozen) of the model with adapters for `config`, as they begin."""
+        """(lora, frozen) of the model with newly initialized adapters for `config`."""
         if config != self._config:
             lora.strip(self._model)
             lora.inject(self._model, config, rngs=nnx.Rngs(self._seed))
@@ -68,7 +68,7 @@ class _Injected:
 
 
 class SweepAdapters:
-    """The adapters of a sweep, called members; the same methods as OneAdapter."""
+    """The adapters of a sweep, called members. Has the methods of OneAdapter."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class SweepAdapters:
             one.settings, one.model, one.graphdef, one.mesh
         )  # fmt: skip
         self._injected = injected
-        self._lost: dict[str, int] = {}  # the step at which a member's loss was not finite
+        self._lost: dict[str, int] = {}  # {member: the step at which its loss was not finite}
 
     def begin(self, num_steps: int) -> tuple[train_step.State, Callable]:
         """(the state before step 1, the jitted step)."""
@@ -96,25 +96,25 @@ class SweepAdapters:
         return sharding.place(start, self.mesh), step
 
     def resumed(self, state: train_step.State) -> None:
-        """Takes over from a checkpoint's state which members are lost."""
+        """Takes from a checkpoint which members are lost."""
         steps = jax.device_get(state.opt_state.lost).tolist()
         each = zip(self.members, steps, strict=True)
         self._lost = {member.name: step for member, step in each if step}
 
     def to_log(self, metrics: run_folder.Metrics) -> run_folder.Metrics:
-        """The metrics without those of members that are lost."""
+        """The metrics to log: those of members that are not lost."""
         return {name: value for name, value in metrics.items()
                 if name.partition("/")[2] not in self._lost}  # fmt: skip
 
     def loss(self, metrics: run_folder.Metrics) -> float | None:
-        """The least loss of the members; None if none is left whose loss is finite."""
+        """The lowest loss of the members; None if all members are lost."""
         losses = {}
         for name in self._left():
             losses[name] = metrics[f"loss/{name}"]
             if not math.isfinite(losses[name] + metrics[f"grad_norm/{name}"]):
                 self._lost[name] = metrics["step"]
-                say("lost", f"{name}: NaN or infinity at step {metrics['step']}; it stays as it "
-                    "was, and the others go on")  # fmt: skip
+                say("lost", f"{name}: NaN or infinity at step {metrics['step']}; it is no longer "
+                    "trained, the others continue")  # fmt: skip
         return min((losses[name] for name in self._left()), default=None)
 
     def _left(self) -> list[str]:
@@ -128,20 +128,20 @@ class SweepAdapters:
         return {name: means[f"eval_loss/{name}"] for name in self._left()}
 
     def eval_loss(self, means: Mapping[str, float]) -> float:
-        """The least held-out loss."""
+        """The lowest held-out loss of the members."""
         return min(self._eval_losses(means).values())
 
     def score(
         self, answer: Callable, trained: Any, prompts: one_adapter.Prompts, reader: Any, step: int,
         means: Mapping[str, float],
     ) -> tuple[run_folder.Metrics, list[evaluate.Answer]]:  # fmt: skip
-        """(exact match of each member, the answers of the one with the least held-out loss)."""
+        """(exact match of each member, the answers of the one with the lowest held-out loss)."""
         answers: dict[str, list[evaluate.Answer]] = {}
         left, losses = self._left(), self._eval_losses(means)
         for index, member in enumerate(self.members):
             if member.name not in left:
                 continue
-            if step == 0 and answers:  # nothing is trained yet: all answer alike
+            if step == 0 and answers:  # untrained, all give the same answers
                 answers[member.name] = answers[left[0]]
                 continue
             alone = side_by_side.one(trained, self.frozen, index)
@@ -153,7 +153,7 @@ class SweepAdapters:
         return matches, answers.get(min(left, key=losses.__getitem__), [])
 
     def evaluation_text(self, metrics: run_folder.Metrics, num_scored: int) -> str:
-        """What is printed of an evaluation."""
+        """The printed line of an evaluation."""
         losses = self._eval_losses(metrics)
         each = [f"{name} {loss:.4f}" + (
                     f" ({metrics[f'exact_match/{name}']:.1%} exact)"
@@ -165,7 +165,7 @@ class SweepAdapters:
         self, folder: run_folder.RunFolder, trained: Any, base: Any, num_steps: int,
         record: run_folder.Record,
     ) -> one_adapter.Saved:  # fmt: skip
-        """Saves an adapter of every member that is not lost; returns the best."""
+        """Saves the adapter of every member that is not lost; returns the best one."""
         found = processes.told(self._table(folder, num_steps))
         left = {index: member for index, member in enumerate(self.members)
                 if member.name not in self._lost}  # fmt: skip

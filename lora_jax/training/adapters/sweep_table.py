@@ -1,4 +1,4 @@
-"""What metrics.jsonl reports of each member of a sweep, as a table."""
+"""The scores of each member of a sweep, from metrics.jsonl, as a table."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +11,9 @@ _COLUMNS = {"first_loss": "first loss", "loss": "last loss", "eval_loss": "held-
 
 
 def table(names: Iterable[str], metrics: Sequence[run_folder.Metrics]) -> Table:
-    """{member: its first and last losses, and the last held-out scores}.
+    """{member: first and last training loss, last held-out scores}.
 
-    lost: the step at which it was not finite; of such a member there are no scores.
+    A member whose loss was not finite has "lost", the step of this, instead of held-out scores.
     """
     found: Table = {}
     for name in names:
@@ -26,15 +26,15 @@ def table(names: Iterable[str], metrics: Sequence[run_folder.Metrics]) -> Table:
                 found[name] = own | {"lost": losses[-1][0]}
                 continue
         for score in ("eval_loss", "exact_match"):
-            told = [row[f"{score}/{name}"] for row in metrics if f"{score}/{name}" in row]
-            own |= {score: told[-1]} if told else {}
+            logged = [row[f"{score}/{name}"] for row in metrics if f"{score}/{name}" in row]
+            own |= {score: logged[-1]} if logged else {}
         if (loss := own.get("eval_loss")) is not None and loss < 700:
             own["perplexity"] = math.exp(loss)
     return found
 
 
 def best(found: Table) -> str | None:
-    """The member with the least held-out loss, or training loss where nothing is held out."""
+    """The member with the lowest held-out loss, or training loss if there is no held-out data."""
     by = "eval_loss" if any("eval_loss" in own for own in found.values()) else "loss"
     known = {name: own[by] for name, own in found.items()
              if "lost" not in own and own.get(by) is not None}  # fmt: skip
@@ -42,14 +42,14 @@ def best(found: Table) -> str | None:
 
 
 def columns(found: Table, *, perplexity: bool) -> dict[str, str]:
-    """{key: heading} of what `table` has for any member."""
+    """{key: heading} of the scores that any member has."""
     return {key: heading for key, heading in _COLUMNS.items()
             if any(key in own for own in found.values())
             and (perplexity or key != "perplexity")}  # fmt: skip
 
 
 def cell(own: Mapping[str, float | None], key: str) -> str:
-    """A number of `table` as it is shown."""
+    """A score of a member as the table shows it."""
     value = own.get(key)
     if key == "loss" and "lost" in own:
         return f"not finite at step {own['lost']}"
@@ -61,14 +61,14 @@ def cell(own: Mapping[str, float | None], key: str) -> str:
 
 
 def lines(found: Table, *, perplexity: bool) -> list[str]:
-    """The table for a terminal, the best member marked."""
+    """The lines of the table, with the best member marked."""
     shown, first = columns(found, perplexity=perplexity), best(found)
     rows = [["", *shown.values()]]
     rows += [[name, *(cell(own, key) for key in shown)] for name, own in found.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    told = []
+    shown_rows = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
         cells += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        told.append("  ".join(cells) + ("  ← best" if row[0] and row[0] == first else ""))
-    return told
+        shown_rows.append("  ".join(cells) + ("  ← best" if row[0] and row[0] == first else ""))
+    return shown_rows

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, run.json, checkpoints, and how it goes on from them."""
+"""The output folder of a run: run.json, metrics, checkpoints, and how a run is resumed from it."""

@@ -1,4 +1,4 @@
-"""run.json and report.html of a run: what they hold when it begins, fails and ends."""
+"""run.json and report.html: what is written when a run starts, fails and ends."""
 
 import contextlib
 import importlib.metadata
@@ -15,14 +15,15 @@ from lora_jax.training.output import run_folder
 from lora_jax.training.report import page
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-_MAX_REASON = 200  # characters of a failure in run.json
+_MAX_REASON = 200  # characters of an error in run.json
 
 
 def make(job: setup.Job) -> run_folder.Record:
+    """The record of a run that starts."""
     settings, architecture = job.settings, job.base.architecture
     plan, target = setup.to_plan(settings, architecture, job.mesh)
     planned = device_memory.memory(plan, dict(job.mesh.shape), target.chip).total
-    if target.platform == "cpu":  # where peak_bytes measures the process, not a device
+    if target.platform == "cpu":  # there, peak_bytes is that of the process, not of one device
         planned *= len(job.mesh.local_devices)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return run_folder.Record(
@@ -46,6 +47,7 @@ def note_end(
     finished: bool,
     step: int,
 ) -> None:
+    """Writes how the run ended, and what it used, into run.json."""
     record.status = "finished" if finished else f"stopped at step {step}"
     record.seconds = {name: round(value, 2) for name, value in job.watch.seconds.items()}
     record.compile_seconds = round(compilations.seconds + (record.compile_seconds or 0), 2)
@@ -55,26 +57,26 @@ def note_end(
 
 @contextlib.contextmanager
 def failure_recorded(job: setup.Job, record: run_folder.Record) -> Iterator[None]:
-    """Has run.json say what ended the run, once it is this run's."""
+    """Writes an exception into run.json as the reason why the run ended, if it has started."""
     try:
         yield
     except Exception as error:
-        told = error if isinstance(error, errors.UserError) else devices.explain(error)
-        text = told.found if told else f"{type(error).__name__}: {error}"
+        known = error if isinstance(error, errors.UserError) else devices.explain(error)
+        text = known.found if known else f"{type(error).__name__}: {error}"
         if record.status == "running":
             shown = textwrap.shorten(str(text), _MAX_REASON, placeholder=" …")
             record.status = f"failed: {shown}"
-            with contextlib.suppress(OSError):  # such as a full disk: that is the error to report
+            with contextlib.suppress(OSError):  # such as a full disk, which is then `error` itself
                 job.folder.write_run(record)
                 report(job.folder)
         raise
 
 
 def report(folder: run_folder.RunFolder) -> str:
-    """Writes report.html; what to say of it. The adapter is worth a run without one."""
+    """Writes report.html; returns its path, or why it was not written, which is no failure."""
     if not processes.leads():
         return ""
     try:
         return str(page.write(folder.path))
     except errors.UserError as error:
-        return f"not written: {error.found}; lora-jax report makes it later"
+        return f"not written: {error.found}; to write it later, use lora-jax report"

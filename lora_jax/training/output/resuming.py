@@ -1,4 +1,4 @@
-"""What a run takes from its checkpoints: the newest to go on from, and the best for its adapter."""
+"""Restores the newest checkpoint to resume from it, and the best one to make the adapter of it."""
 
 from typing import Any
 
@@ -13,29 +13,29 @@ from lora_jax.training.output import run_folder, snapshots
 def restore(
     job: setup.Job, state: train_step.State, kept: snapshots.Snapshots, record: run_folder.Record
 ) -> train_step.State:
-    """The newest readable checkpoint's state, or `state` if there is none yet."""
+    """The state of the newest readable checkpoint, or `state` if there is none yet."""
     before = job.folder.read_run()
     _check_same(job, before, record)
     if before.get("status", "").startswith("failed"):
-        say("resume", f"the run ended before with: {before['status']}")
+        say("resume", f"the run had ended with: {before['status']}")
     if processes.told(kept.latest()) is None:
         say("resume", "no finished checkpoint: starting over")
         return state
     record.samples = before.get("samples", {})
-    for name, earlier in before.get("seconds", {}).items():  # all parts of the run add up
+    for name, earlier in before.get("seconds", {}).items():  # of the run before it was resumed
         job.watch.seconds[name] = job.watch.seconds.get(name, 0) + earlier
     record.compile_seconds = before.get("compile_seconds", 0)
     record.peak_bytes = before.get("peak_bytes", 0)
     state, damaged = kept.restore(state)
     _say_damaged(damaged)
-    kept.drop(damaged)  # they would count as the newest, and their steps come again
+    kept.drop(damaged)  # their steps are trained and saved again
     job.adapters.resumed(state)
     say("resume", f"from step {int(state.step)} of {job.num_steps}")
     return state
 
 
 def _check_same(job: setup.Job, before: dict[str, Any], record: run_folder.Record) -> None:
-    """Raises: UserError if the base or the data are not those the run was started with."""
+    """Raises: UserError if the base model or the data are not those the run was started with."""
     version = before.get("versions", {}).get("lora-jax")
     changed = [
         f"another {part} of the {name}"
@@ -55,16 +55,16 @@ def _check_same(job: setup.Job, before: dict[str, Any], record: run_folder.Recor
 
 
 def chosen(state: train_step.State, kept: snapshots.Snapshots, record: run_folder.Record) -> Any:
-    """A and B for the adapter: with keep_best those of the best step, else the last ones."""
+    """A and B of the adapter: with keep_best those of the best step, else those of `state`."""
     if not kept.losses:
         return state.lora
     try:
         state, damaged = kept.best(state)
     except errors.UserError as error:
-        say("best", f"the adapter is of the last step, for none is readable: {error.found}")
+        say("best", f"the adapter is of the last step, the best is not readable: {error.found}")
         return state.lora
     _say_damaged(damaged)
-    kept.drop(damaged)  # else they would be kept as the best ones
+    kept.drop(damaged)  # else they would still be kept as the best ones
     step = int(state.step)
     record.best = {"step": step, "eval_loss": kept.losses[step]}
     say("best", f"step {step}, held-out loss {kept.losses[step]:.4f}: "
@@ -74,4 +74,4 @@ def chosen(state: train_step.State, kept: snapshots.Snapshots, record: run_folde
 
 def _say_damaged(damaged: dict[int, str]) -> None:
     for step, what in damaged.items():
-        say("resume", f"the checkpoint of step {step} is damaged and left out: {what}")
+        say("resume", f"the checkpoint of step {step} is damaged and skipped: {what}")

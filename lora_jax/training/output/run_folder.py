@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: run.json, metrics.jsonl, adapter/, checkpoints/, …"""
+"""The output folder of a run: run.json, config.yaml, metrics.jsonl, adapter/, checkpoints/."""
 
 import dataclasses
 import datetime
@@ -15,8 +15,8 @@ from lora_jax import errors
 from lora_jax.parallel import processes
 from lora_jax.training.settings import files, groups
 
-_SPACE = 64 * 2**20  # bytes that must be free before anything is known of the model
-_TRACES = (".lock", "run.new")  # of a run that was killed before it had begun
+_SPACE = 64 * 2**20  # bytes that must be free, before the size of the model is known
+_TRACES = (".lock", "run.new")  # left by a run that was killed before it started
 _FULL = ("No space left on device", "Disk quota exceeded")
 
 Metrics = dict[str, Any]  # a line of metrics.jsonl: {name: number, or None if not finite}
@@ -25,9 +25,9 @@ RunJson = Mapping[str, Any]  # run.json as read back; another version may have w
 
 @dataclasses.dataclass
 class Record:
-    """What run.json holds: the settings, where and on what a run was computed, and how it ended.
+    """The content of run.json: settings, versions, devices, base model, data, and results.
 
-    None: not known yet, and not written.
+    What is None is not known yet, and is not written.
     """
 
     status: str
@@ -51,13 +51,13 @@ class Record:
 
 
 class RunFolder:
-    """An output folder that belongs to this process until it ends."""
+    """An output folder, locked by this process until the run ends."""
 
     def __init__(self, path: pathlib.Path, *, resume: bool):
-        """Makes the folder, or opens one to go on in it.
+        """Creates the folder, or with `resume` opens the folder of a run.
 
-        Raises: UserError when it is not empty (without `resume`), not writable, in use by another
-        run, or its disk is full.
+        Raises: UserError if it is not empty (without `resume`), not writable, in use by another
+        run, or on a full disk.
         """
         self.path = path
         self.adapter = path / "adapter"
@@ -70,14 +70,14 @@ class RunFolder:
                 expected="a new or empty output folder",
                 found="a folder with files in it",
                 where=str(path),
-                do="--resume to go on with the run in it, or another --output-dir",
+                do="--resume to continue the run in it, or another --output-dir",
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a")
         except OSError as error:
             raise errors.UserError(
-                expected="an output folder that can be written",
+                expected="a writable output folder",
                 found=error.strerror or str(error),
                 where=str(path),
                 do="choose another --output-dir, or change its permissions",
@@ -108,18 +108,18 @@ class RunFolder:
                 expected="space on the disk",
                 found=str(error).splitlines()[0],
                 where=str(self.path),
-                do="free some space, then --resume goes on from the newest checkpoint",
+                do="free some space, then --resume continues from the newest checkpoint",
             ) from error
 
     def _give_up(self) -> None:
-        """Ends the lock; a folder that nothing was written to is removed again."""
+        """Releases the lock; removes the folder if nothing was written to it."""
         if os.listdir(self.path) == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()
         self._lock.close()
 
     def check_space(self, num_bytes: int) -> None:
-        """Raises: UserError when fewer bytes are free."""
+        """Raises: UserError if fewer bytes are free."""
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             raise errors.UserError(
@@ -130,7 +130,7 @@ class RunFolder:
             )
 
     def read_run(self) -> dict[str, Any]:
-        """What run.json holds. Raises: UserError when there is none."""
+        """The content of run.json. Raises: UserError if there is none, or it is not JSON."""
         try:
             return json.loads(self._run.read_text())
         except FileNotFoundError:
@@ -138,48 +138,49 @@ class RunFolder:
                 expected="a folder that a run was started in, with run.json",
                 found="no run.json",
                 where=str(self.path),
-                do="check --output-dir, or start anew without --resume",
+                do="check --output-dir, or start a new run without --resume",
             ) from None
         except ValueError as error:
             raise errors.UserError(
                 expected="a JSON object",
                 found=str(error),
                 where=str(self._run),
-                do="start anew in another --output-dir",
+                do="start a new run in another --output-dir",
             ) from None
 
     def write_run(self, record: Record) -> None:
-        """Replaces run.json in one step, so that it is whole at every moment."""
+        """Replaces run.json atomically, so that it is complete at any time."""
         new = self._run.with_suffix(".new")
         new.write_text(json.dumps(record.as_json(), indent=2) + "\n")
         os.replace(new, self._run)
 
     def write_config(self, settings: groups.TrainSettings) -> None:
-        """Writes config.yaml, which `train --config` takes to repeat the run."""
+        """Writes config.yaml, with which `train --config` repeats the run."""
         files.save(settings, self.path / "config.yaml")
 
     def log(self, metrics: Metrics) -> None:
-        """Adds a line to metrics.jsonl; it is in the file when this returns.
+        """Appends a line to metrics.jsonl; it is in the file when this returns.
 
-        NaN and infinity become null: they are not JSON.
+        NaN and infinity become null, because JSON does not have them.
         """
         whole = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in metrics.items()}
         with self._metrics.open("a") as file:
             file.write(json.dumps(whole) + "\n")
 
     def metrics(self, step: int) -> list[Metrics]:
-        """What metrics.jsonl tells of the steps up to `step`, without a line cut off by a kill."""
-        return [json.loads(line) for line in self._told(step)]
+        """The metrics of the steps up to `step`, without an incomplete line of a killed run."""
+        return [json.loads(line) for line in self._lines(step)]
 
     def cut_back(self, step: int) -> None:
-        """Drops what metrics.jsonl tells of steps after `step`, and a line cut off by a kill."""
+        """Removes from metrics.jsonl the steps after `step` and an incomplete line."""
         if not self._metrics.exists():
             return
         new = self._metrics.with_suffix(".new")
-        new.write_text("".join(line + "\n" for line in self._told(step)))
+        new.write_text("".join(line + "\n" for line in self._lines(step)))
         os.replace(new, self._metrics)
 
-    def _told(self, step: int) -> list[str]:
+    def _lines(self, step: int) -> list[str]:
+        """The complete lines of metrics.jsonl up to `step`."""
         kept = []
         for line in self._metrics.read_text().splitlines() if self._metrics.exists() else ():
             try:
@@ -192,16 +193,16 @@ class RunFolder:
 
 
 class Followed(RunFolder):
-    """The folder as the processes besides the first see it: they read it, and write nothing."""
+    """The folder of process 0 in the other processes, which read it and write nothing."""
 
     def __init__(self, path: pathlib.Path):
-        """Raises: UserError where process 0's folder is not to be seen."""
+        """Raises: UserError if this process does not see the folder that process 0 has made."""
         if not (path / ".lock").exists():
             raise errors.UserError(
                 expected="an output folder that all processes share",
-                found="not what process 0 has made",
+                found="a folder without the files of process 0",
                 where=str(path),
-                do="choose an --output-dir on a file system that all hosts have",
+                do="choose an --output-dir on a file system that all hosts share",
             )
         self.path = path
         self.adapter = path / "adapter"
@@ -230,7 +231,7 @@ class Followed(RunFolder):
 
 
 def default_path() -> pathlib.Path:
-    """runs/DATE-TIME, with a number behind it when another run took the name this second."""
+    """runs/DATE-TIME, with a number appended if that folder exists."""
     name = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     path, number = pathlib.Path("runs") / name, 1
     while path.exists():
@@ -240,9 +241,9 @@ def default_path() -> pathlib.Path:
 
 
 def opened(path: pathlib.Path, *, resume: bool) -> RunFolder:
-    """The output folder: process 0's, or as the others see it once process 0 has it.
+    """The output folder; process 0 opens it first, and the other processes follow.
 
-    They end with process 0 if it is refused the folder.
+    All processes end if process 0 cannot open the folder.
     """
     if not processes.leads():
         processes.told(None)

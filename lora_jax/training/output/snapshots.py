@@ -1,4 +1,4 @@
-"""Training state on disk, so that a run that was stopped at any moment goes on exactly."""
+"""Checkpoints of the training state. A resumed run gives the same result as one without a stop."""
 
 import contextlib
 import logging
@@ -26,59 +26,59 @@ _SAVED = "saved"  # digests of the state's arrays, and the held-out loss if ther
 class Snapshots:
     """The checkpoints of one run: A, B, the moments and the step, one folder a step (Orbax).
 
-    A checkpoint appears under its name only when it is whole. The step is also the position in the
-    data and the seed of the dropout masks, which are functions of it. Each process reads all of a
-    checkpoint; process 0 decides which one is taken.
+    A checkpoint gets its final name only when it is complete. The position in the data and the seed
+    of the dropout masks are functions of the step. Each process reads a whole checkpoint; process 0
+    decides which one.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int, *, keep_best: bool = False):
-        """Opens or makes `folder`; of its checkpoints the newest `keep` stay.
+        """Opens or creates `folder`, which keeps the newest `keep` checkpoints.
 
-        keep_best: besides these, the one that was saved with the least held-out loss.
+        keep_best: it also keeps the checkpoint with the lowest held-out loss.
         """
-        # Orbax logs a failed write with its traceback, and raises it as well: once is enough.
+        # Orbax logs the traceback of a failed write, and also raises the exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._folder, self._keep_best = folder.absolute(), keep_best
         self.losses: dict[int, float] = {}  # held-out losses by step, with keep_best
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self.losses),
-            # What a killed run left half written goes, else it would stay for ever.
+            # Removes what a killed run left incomplete.
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # else a damaged file ends it here
+            lightweight_initialize=True,  # else a damaged file raises here
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        # Reads without the others: the manager's restore ends with a meeting of all, to which a
-        # process that could not read does not come.
+        # Reads in this process alone. The manager's restore ends with a barrier, which a process
+        # that cannot read would never reach.
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
         self._reader = ocp.Checkpointer(
             ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
         )
         for step in self._manager.all_steps() if keep_best else ():
-            with contextlib.suppress(Exception):  # damaged: told when it is restored
+            with contextlib.suppress(Exception):  # damaged: reported when it is restored
                 self._note(step, self._saved(step)["eval_loss"])
-        told = processes.told([*self.losses.items()])
+        agreed = processes.told([*self.losses.items()])
         self.losses.clear()
-        self.losses.update((step, loss) for step, loss in told)
+        self.losses.update((step, loss) for step, loss in agreed)
 
     def __enter__(self) -> "Snapshots":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if kind is not None and jax.process_count() > 1:
-            return  # to close is to wait for the others, who may have come elsewhere
+            return  # closing waits for the other processes, which may not get here
         try:
-            self._manager.close()  # waits for what is being written
+            self._manager.close()  # waits for pending writes
         except Exception:
-            if kind is None:  # else the first error is the one to tell
+            if kind is None:  # else the first error is the one to report
                 raise
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint."""
+        """The step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: train_step.State, eval_loss: float | None = None) -> None:
-        """Copies the state off its devices now and writes it in the background."""
+        """Copies the state from its devices now, and writes it in the background."""
         step = int(state.step)
         if step == self.latest():
             return
@@ -89,15 +89,15 @@ class Snapshots:
         self._manager.save(step, args=ocp.args.Composite(**parts))
 
     def restore(self, like: train_step.State) -> tuple[train_step.State, dict[int, str]]:
-        """(the newest readable state, {step: what is wrong} of the newer checkpoints).
+        """(the newest readable state, {step: problem} of the newer checkpoints).
 
-        The state has the structure of `like` and is where `like` is, on whatever mesh it was saved.
-        Raises: UserError when no checkpoint can be read.
+        The state has the structure and the sharding of `like`, whichever mesh it was saved from.
+        Raises: UserError if no checkpoint can be read.
         """
         return self._first(sorted(self._manager.all_steps(), reverse=True), like)
 
     def best(self, like: train_step.State) -> tuple[train_step.State, dict[int, str]]:
-        """As `restore`, of the checkpoints with a held-out loss, the one with the least first."""
+        """As `restore`, for the checkpoints with a held-out loss, from the lowest loss on."""
         return self._first(sorted(self.losses, key=self.losses.__getitem__), like)
 
     def drop(self, steps: Iterable[int]) -> None:
@@ -108,13 +108,13 @@ class Snapshots:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk."""
+        """Waits until everything saved is on disk."""
         self._manager.wait_until_finished()
 
     def _first(
         self, steps: Sequence[int], like: train_step.State
     ) -> tuple[train_step.State, dict[int, str]]:
-        """(the first state of `steps` that can be read, {step: what is wrong} of those before)."""
+        """(the first readable state of `steps`, {step: problem} of the steps before it)."""
         self.wait()
         tree, damaged = like._asdict(), {}
         for step in processes.told(steps):
@@ -132,17 +132,17 @@ class Snapshots:
                 continue
             if problem:
                 raise errors.UserError(
-                    expected="a checkpoint that this process reads as process 0 does",
+                    expected="a checkpoint that every process can read",
                     found=f"step {step}: {problem}",
                     where=str(self._folder),
-                    do="look at the disk that the processes share, and start all again",
+                    do="check the disk that the processes share, and start all of them again",
                 )
             state = jax.tree.map(_put, read, tree)
             found = _digests(state)
             wrong = [name for name in found if digests.get(name) != found[name]]
             if not wrong:
                 return train_step.State(**state), damaged
-            damaged[step] = f"other values than were saved in {len(wrong)} of {len(found)} arrays"
+            damaged[step] = f"other values than saved in {len(wrong)} of {len(found)} arrays"
         raise errors.UserError(
             expected="a checkpoint that can be read",
             found=[f"step {step}: {what}" for step, what in damaged.items()],
@@ -155,10 +155,10 @@ class Snapshots:
         return self._reader.restore(self._folder / str(step), args=part)[_SAVED]
 
     def _read(self, step: int, like: Any) -> Any:
-        """The arrays of a checkpoint in this host's memory. Raises: whatever is wrong with it."""
-        # Orbax reads all arrays at once, and when one read fails it leaves the others to fail as
-        # they end, each with a traceback on stderr. So first one by one. And it takes a value for
-        # good that lies in a file of its own whatever its bytes: hence the digests.
+        """The arrays of a checkpoint in this host's memory. Raises: anything, if it is damaged."""
+        # Orbax reads all arrays at once. When one read fails, the others fail later, each with a
+        # traceback on stderr. So this reads one by one first. Orbax also accepts any bytes in a
+        # file that holds one value, which is what the digests are for.
         base = {"driver": "file", "path": f"{self._folder / str(step) / _STATE}/"}
         store = {"driver": "ocdbt", "base": base}
         names = [name.decode() for name in tensorstore.KvStore.open(store).result().list().result()]
@@ -177,7 +177,7 @@ class Snapshots:
 
 
 class _NewestAndBest:
-    """Orbax's preservation policy: the newest `keep`, and the one with the least loss, if any."""
+    """Orbax's preservation policy: keeps the newest `keep` and the one with the lowest loss."""
 
     def __init__(self, keep: int, losses: dict[int, float]):
         self._keep, self._losses = keep, losses
@@ -199,16 +199,16 @@ def _put(read: Any, like: jax.Array) -> jax.Array:
 
 
 def _digests(tree: Any) -> dict[str, int]:
-    """{path: digest} of the arrays of `tree`, wherever their parts are."""
+    """{path: digest} of the arrays of `tree`, independent of their sharding."""
     found = jax.tree_util.tree_leaves_with_path(jax.tree.map(_digest, tree))
     return {jax.tree_util.keystr(path): int(digest) for path, digest in found}
 
 
 @jax.jit
 def _digest(array: jax.Array) -> jax.Array:
-    """Σ word · (2 · position + 1) mod 2³²: the same however the array is sharded.
+    """Σ word · (2 · position + 1) mod 2³², independent of the sharding.
 
-    An odd factor has an inverse, so a change of any one word changes the sum.
+    Odd factors have an inverse mod 2³², so a change of one word always changes the sum.
     """
     words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{array.dtype.itemsize * 8}"))
     position, stride = jnp.zeros(array.shape, jnp.uint32), 1

@@ -1,4 +1,4 @@
-"""The settings of a training run: typed, frozen, built and checked once. Imports no jax."""
+"""The settings of a training run: typed, frozen, and checked when built. Imports no jax."""
 
 from lora_jax.training.settings import assemble, files, groups, resume
 

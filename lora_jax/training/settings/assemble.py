@@ -1,4 +1,4 @@
-"""TrainSettings from values by name: read, completed with the demo's, composed and checked."""
+"""Builds TrainSettings from values by name: converts, completes, composes and checks them."""
 
 import dataclasses
 import difflib
@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from lora_jax import assets, errors
 from lora_jax.training.settings import checks, convert, groups
 
-_PATHS = ("model", "dataset", "eval_dataset")  # kept so that they are found from any folder
+_PATHS = ("model", "dataset", "eval_dataset")  # made absolute, to work from any folder
 
 
 def build(**given: groups.Value) -> groups.TrainSettings:
-    """The settings of a new run from what is given, by name; text is read as the flags read it.
+    """The settings of a new run from values by name; strings are parsed as those of flags.
 
-    Without a model and a dataset, those of the demo and its table of settings.
-    Raises: UserError for all that is unknown, out of range or contradictory, at once.
+    Without a model and a dataset, the model, data and settings of the demo are used.
+    Raises: UserError that lists all unknown names, values out of range, and contradictions.
     """
     values = converted(given)
     settings = compose(_with_demo(values), given=frozenset(values))
@@ -28,9 +28,9 @@ def build(**given: groups.Value) -> groups.TrainSettings:
 
 
 def converted(given: Mapping[str, groups.Value]) -> groups.Flat:
-    """The values with the types of their fields, without what is None.
+    """The values, converted to the types of their fields; None is dropped.
 
-    Raises: UserError for unknown names and for values that cannot be read, at once.
+    Raises: UserError that lists all unknown names and values that cannot be read.
     """
     problems, values = [], {}
     for name, value in given.items():
@@ -63,7 +63,7 @@ def converted(given: Mapping[str, groups.Value]) -> groups.Flat:
 
 
 def compose(values: Mapping[str, groups.Value], *, given: frozenset[str]) -> groups.TrainSettings:
-    """TrainSettings from {name: value}, the rest at its defaults. Raises: UserError, see parts."""
+    """TrainSettings from {name: value} and defaults. Raises: UserError if a part is not valid."""
     parts: dict[str, groups.Flat] = {}
     for name, value in values.items():
         parts.setdefault(groups.FIELDS[name].part, {})[name] = value
@@ -80,7 +80,7 @@ def compose(values: Mapping[str, groups.Value], *, given: frozenset[str]) -> gro
 
 
 def from_record(flat: Mapping[str, groups.Value], given: frozenset[str]) -> groups.TrainSettings:
-    """The settings of a run from its run.json, which may be of another version."""
+    """The settings of a run from its run.json, which another version may have written."""
     known = {name: value for name, value in flat.items() if name in groups.FIELDS}
     return compose(converted(known), given=given)
 
@@ -100,7 +100,7 @@ def _with_demo(values: groups.Flat) -> groups.Flat:
 
 
 def _found_anywhere(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """Paths that exist as absolute ones; hub ids as they are."""
+    """The absolute path if it exists; else as given, such as a hub id."""
     if isinstance(given, tuple):
         return tuple(typing.cast(str, _found_anywhere(each)) for each in given)
     path = pathlib.Path(given).expanduser()

@@ -1,4 +1,4 @@
-"""What settings contradict each other, are out of range, or have no effect."""
+"""Finds settings that contradict each other, are out of range, or have no effect."""
 
 import importlib.util
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from lora_jax import errors
 from lora_jax.training.settings import convert, groups
 
-_LEAST = {  # numbers, by the least value that makes sense
+_LEAST = {  # {lowest value: settings}
     0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature"),
     1e-6: ("epochs", "alpha", "lora_plus_ratio", "beta", "max_time"),
     1: ("batch_size", "grad_accum", "save_every", "eval_every", "keep_checkpoints",
@@ -24,7 +24,7 @@ def _needs_prompt(settings: groups.TrainSettings) -> bool:
     return bool(settings.prompts.prompt)
 
 
-# {setting: (what it needs to have an effect, whether that is there)}
+# {setting: (what it needs to have an effect, whether the settings have that)}
 _NEEDS: dict[str, tuple[str, Callable[[groups.TrainSettings], bool]]] = {
     "beta": ("--dpo", lambda settings: settings.data.dpo),
     "chat": ("a --prompt", _needs_prompt),
@@ -37,7 +37,7 @@ _NEEDS: dict[str, tuple[str, Callable[[groups.TrainSettings], bool]]] = {
 
 
 def is_inert(name: str, settings: groups.TrainSettings) -> bool:
-    """Whether a setting has no effect beside the others."""
+    """Whether a setting has no effect, given the others."""
     if name == "epochs":
         return settings.loop.max_steps is not None
     if name == settings.loop.swept:
@@ -46,7 +46,7 @@ def is_inert(name: str, settings: groups.TrainSettings) -> bool:
 
 
 def problems(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
-    """All that contradicts itself, is out of range, or has no effect."""
+    """Yields an error for each contradiction, value out of range, or setting without effect."""
     if {"max_steps", "epochs"} <= settings.given:
         yield errors.UserError(
             expected="one length of training",
@@ -75,6 +75,7 @@ def problems(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
 
 
 def out_of_range(values: Mapping[str, groups.Value]) -> Iterator[errors.UserError]:
+    """Yields one error that lists all numbers that are out of range, if there are any."""
     wrong = [
         f"{convert.flag(name)} {values[name]} (at least {least:g})"
         for least, names in _LEAST.items()
@@ -86,7 +87,7 @@ def out_of_range(values: Mapping[str, groups.Value]) -> Iterator[errors.UserErro
 
 
 def check_ranges(settings: groups.TrainSettings) -> None:
-    """Raises: UserError for numbers that are out of range."""
+    """Raises: UserError if numbers are out of range."""
     for problem in out_of_range(settings.flat()):
         raise problem
 
@@ -96,20 +97,21 @@ def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
     for name in sorted(settings.given & _NEEDS.keys(), key=groups.NAMES.index):
         if flat.get(name) != groups.FIELDS[name].default and is_inert(name, settings):
             yield f"{convert.flag(name)} without {_NEEDS[name][0]}"
-    fmt = settings.model.quant or "none"  # or as the checkpoint: no search either
+    fmt = settings.model.quant or "none"  # a checkpoint's own format needs no search either
     for text, is_so in (
         ("--max-steps 0 without a --prompt", loop.max_steps == 0 and not settings.prompts.prompt),
-        ("--packing with --dpo: each pair takes a sequence", settings.data.packing
+        ("--packing with --dpo: each pair is a sequence of its own", settings.data.packing
          and settings.data.dpo),
-        ("--group-by-length with --packing, whose sequences are full",
+        ("--group-by-length with --packing, which makes full sequences",
          settings.data.group_by_length and settings.data.packing),
         ("--exact-match with --dpo", settings.eval.exact_match and settings.data.dpo),
         (f"--{swept} with --sweep {swept}=…", swept in settings.given),
         ("--keep-best with --sweep: its adapters are of the last step", swept
          and settings.eval.keep_best),
-        ("--patience with --sweep, whose members end together", swept and settings.eval.patience),
+        ("--patience with --sweep: its adapters end at the same step", swept
+         and settings.eval.patience),
         ("--max-steps 0 with --sweep", swept and loop.max_steps == 0),
-        ("--init-lora-weights pissa with --sweep rank=…, of which each would change the base",
+        ("--init-lora-weights pissa with --sweep rank=…: each rank would change the base",
          swept == "rank" and settings.lora.init_lora_weights != "default"),
         ("--revision without --model", "revision" in settings.given
          and "model" not in settings.given),
@@ -122,22 +124,22 @@ def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
 
 def _streaming(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
     wrong = {
-        "--max-steps N, instead of --epochs": settings.loop.max_steps is None,
-        "no --group-by-length, but --packing": settings.data.group_by_length,
-        "an --eval-dataset of its own": settings.eval.eval_every and not settings.data.eval_dataset,
+        "--max-steps N instead of --epochs": settings.loop.max_steps is None,
+        "--packing instead of --group-by-length": settings.data.group_by_length,
+        "a separate --eval-dataset": settings.eval.eval_every and not settings.data.eval_dataset,
     }
     if found := [do for do, is_so in wrong.items() if is_so]:
         asked = [convert.flag(name) for name in ("epochs", "group_by_length", "eval_every")
                  if name in settings.given]  # fmt: skip
         yield errors.UserError(
-            expected="settings that suit data whose end is not known",
+            expected="settings for data whose end is not known",
             found=" ".join(["--streaming", *asked]),
             do=", and ".join(found),
         )
 
 
 def mixture(data: groups.DataSettings) -> Iterator[errors.UserError]:
-    """What the weights of several data sets contradict."""
+    """Yields an error if the weights do not match the data sets."""
     given, named = len(data.weights or ()), len(data.dataset)
     if (given and given != named) or given == 1:
         yield errors.UserError(

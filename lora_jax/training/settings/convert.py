@@ -1,4 +1,4 @@
-"""Values of settings from the text that a command line or a YAML file has for them."""
+"""Converts the values of settings from the strings of flags or of a YAML file."""
 
 import fractions
 import math
@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_jax import errors
 
-MAX_WEIGHT = 100_000  # sum of the weights of a mixture: after so many sequences its order repeats
-SWEPT = {"lr": float, "rank": int}  # what a sweep may vary
+MAX_WEIGHT = 100_000  # of the sum of weights: a mixture's order repeats after that many sequences
+SWEPT = {"lr": float, "rank": int}  # the settings that a sweep can vary
 _NUMBER = {float: r"\d*\.?\d+(?:[eE][-+]?\d+)?", int: r"\d+"}
 
 
@@ -21,9 +21,9 @@ def flag(name: str) -> str:
 
 
 def value(name: str, given: Any, hint: Any) -> Any:
-    """`given` as a value of the type `hint`; text in the form that the flag of that name takes.
+    """`given` as a value of the type `hint`; a string is parsed as the value of the flag `name`.
 
-    Raises: UserError for anything else.
+    Raises: UserError if it cannot be converted.
     """
     if given is None:
         return None
@@ -48,7 +48,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def _of_kind(given: Any, kind: Any) -> Any:
-    """`given` as a `kind`; None where it is none."""
+    """`given` as a `kind`; None if it cannot be one."""
     origin, (inner, *_) = typing.get_origin(kind), typing.get_args(kind) or (str,)
     if isinstance(origin, type) and issubclass(origin, Sequence):
         each = [given] if isinstance(given, str | int | float) else given
@@ -78,7 +78,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple
 
 
 def names(name: str, text: str) -> tuple[str, ...] | str:
-    """("q_proj", "v_proj") from "q_proj,v_proj"; a regular expression or all-linear as it is."""
+    """("q_proj", "v_proj") from "q_proj,v_proj"; regular expressions and all-linear unchanged."""
     if text == "all-linear":
         return text
     if all(c.isalnum() or c in "_,. " for c in text):
@@ -146,11 +146,11 @@ def weights(text: str) -> tuple[int, ...]:
     smallest = tuple(part // (math.gcd(*whole) or 1) for part in whole)
     if min(smallest) <= 0 or sum(smallest) > MAX_WEIGHT:
         raise errors.UserError(
-            expected="a positive number for each data set, such as 3,1 or 0.75,0.25, in whole "
-            f"numbers no more than {MAX_WEIGHT} together",
+            expected="a positive number for each data set, such as 3,1 or 0.75,0.25; as whole "
+            f"numbers, with a sum of at most {MAX_WEIGHT}",
             found=repr(text),
             where="--weights",
-            do="round them, or leave out what has no weight",
+            do="round them, or leave out data sets without weight",
         )
     return smallest
 
@@ -174,7 +174,7 @@ def seconds(text: str) -> float:
 def sweep(text: str) -> tuple[str, dict[str, float]]:
     """("lr", {"lr=1e-4": 1e-4, "lr=3e-4": 3e-4}) from "lr=1e-4,3e-4".
 
-    Raises: UserError for anything but two or more different positive numbers.
+    Raises: UserError unless these are two or more different positive numbers.
     """
     setting, _, rest = text.replace(" ", "").partition("=")
     values, kind = rest.split(","), SWEPT.get(setting)

@@ -1,4 +1,4 @@
-"""Settings in YAML files: `train --config FILE`, and the config.yaml of a run."""
+"""Reads and writes settings as YAML: `train --config FILE`, and the config.yaml of a run."""
 
 import pathlib
 
@@ -7,13 +7,13 @@ from lora_jax.training.settings import assemble, checks, groups
 
 
 def load(path: pathlib.Path | str) -> groups.TrainSettings:
-    """The settings in a YAML file, such as a run's config.yaml. Raises: UserError, see build."""
+    """The settings in a YAML file, such as a run's config.yaml. Raises: UserError as `build`."""
     return assemble.build(**read(path))
 
 
 def read(path: pathlib.Path | str) -> groups.Flat:
-    """{name: value} of a YAML file. Raises: UserError if it is not readable as such."""
-    import yaml  # here, for --help not to wait for it
+    """{name: value} of a YAML file. Raises: UserError if it cannot be read."""
+    import yaml  # imported late, to keep --help fast
 
     try:
         found = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def read(path: pathlib.Path | str) -> groups.Flat:
 
 
 def save(settings: groups.TrainSettings, path: pathlib.Path) -> None:
-    """Writes what `load` reads: all settings that have an effect, but for the output folder."""
+    """Writes all settings that have an effect, except output_dir, for `load` to read."""
     import yaml
 
     kept = {

@@ -1,7 +1,7 @@
 """One frozen dataclass for each concern of a training run, composed in TrainSettings.
 
-Every field has the name of its flag, and occurs once in all of TrainSettings; so a run's settings
-are also one flat mapping, as in run.json and YAML.
+Every field has the name of its flag, and no two fields of TrainSettings have the same name. So the
+settings of a run are also one flat mapping, as in run.json and YAML.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lora_jax.models import quantization_config as model_quantization
 from lora_jax.optim import config as optim_config
 from lora_jax.training.settings import convert
 
-SEQ_LEN = 1024  # tokens, unless the model's context is shorter
+SEQ_LEN = 1024  # tokens; less if the model's context is shorter
 REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # dashboard: the package it needs
 Flat = dict[str, "Value"]  # {name: value}
 Value = bool | int | float | str | Sequence[Any] | Mapping[str, Any] | None
@@ -31,7 +31,7 @@ class ModelSettings:
     Args:
       model: a folder or a Hugging Face id.
       revision: branch, tag or commit of a hub model.
-      quant: the format of the frozen linear layers, one of quant.QUANTS; None: as the checkpoint.
+      quant: the format of the frozen linear layers, one of quant.QUANTS; None: the checkpoint's.
       quant_fast: quantize to int4 without the search for scales.
       dtype: compute dtype; None: config.json's, with float16 read as bfloat16.
       mesh: devices by axis, such as "data=-1,fsdp=8"; None: fsdp if the base does not fit on one
@@ -46,9 +46,9 @@ class ModelSettings:
     mesh: str | None = None
 
     def resolve_quant(self, architecture: model_config.LlamaConfig, folder: pathlib.Path) -> str:
-        """The format that `quant` means for the model in `folder`.
+        """The format in which the model in `folder` is loaded.
 
-        Raises: UserError if the checkpoint cannot be loaded so, or if quant_fast has no effect.
+        Raises: UserError if the checkpoint cannot be loaded in it, or if quant_fast has no effect.
         """
         stored = architecture.quantization
         chosen = model_quantization.choose(self.quant, stored, str(folder))
@@ -71,10 +71,10 @@ class DataSettings:
       weights: their shares of the sequences; None: each example once an epoch.
       eval_dataset: held-out data; None: a share of `dataset` if eval_every is set.
       columns: {field: name of the column in the file}.
-      seq_len: tokens at which examples are cut; None: SEQ_LEN or the model's context.
+      seq_len: the number of tokens to cut examples at; None: SEQ_LEN or the model's context.
       packing: pack several examples into each sequence; attention stays within an example.
       group_by_length: give each step examples of about the same length.
-      streaming: read the data as it is needed.
+      streaming: read the data during training, not before it.
       dpo: train on preferences.
     """
 
@@ -105,14 +105,14 @@ class LoopSettings:
     """What a step computes, how many steps there are, and the random seed.
 
     Args:
-      batch_size: sequences computed at a time, over all devices.
+      batch_size: sequences per forward pass, over all devices.
       grad_accum: batches per optimizer step.
       max_steps: optimizer steps, instead of epochs.
       epochs: passes over the data.
-      remat: what the backward pass computes again: "full", "dots", "none", or "auto": the least
-        that is planned to fit.
-      beta: with DPO, how near the model stays to the base.
-      sweep: several learning rates or ranks side by side, such as "lr=1e-4,3e-4".
+      remat: what the backward pass recomputes: "full", "dots", "none", or "auto": as little as is
+        planned to fit.
+      beta: with DPO, how close the model stays to the base.
+      sweep: several learning rates or ranks trained at the same time, such as "lr=1e-4,3e-4".
       seed: of the data order, the initial A, and dropout.
     """
 
@@ -137,9 +137,9 @@ class EvalSettings:
 
     Args:
       eval_every: steps between evaluations, besides those at the start and the end.
-      exact_match: held-out prompts whose generated answers are compared; 0: none.
-      keep_best: keep the checkpoint with the least held-out loss, and make the adapter of it.
-      patience: end after so many evaluations without a lower held-out loss.
+      exact_match: the number of held-out prompts whose answers are generated and compared.
+      keep_best: keep the checkpoint with the lowest held-out loss, and save its adapter.
+      patience: stop after this many evaluations without a lower held-out loss.
     """
 
     eval_every: int | None = None
@@ -155,9 +155,9 @@ class RunSettings:
     Args:
       output_dir: a new folder; None: runs/DATE-TIME.
       save_every: steps between checkpoints.
-      keep_checkpoints: the number of checkpoints that are kept.
+      keep_checkpoints: the number of checkpoints to keep.
       max_time: seconds after which the run saves and stops.
-      log_every: steps between progress lines if there is no terminal; None: 20 lines in all.
+      log_every: steps between progress lines without a terminal; None: 20 lines in all.
       report_to: a dashboard, one of REPORTS.
       profile: a folder for a trace of three steps by jax.profiler.
     """
@@ -173,7 +173,7 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSettings:
-    """Prompts that the trained model continues at the end.
+    """Prompts that the model continues after training.
 
     Args:
       prompt: the prompts.
@@ -194,10 +194,10 @@ class PromptSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """All settings of a training run. `build` makes and checks them.
+    """All settings of a training run. `build` creates and checks them.
 
-    given: the names that the user has set. The other values are defaults, of which the batch size
-    may grow to suit the devices.
+    given: the names that the user has set. The others have defaults; a default batch size may be
+    rounded up to suit the devices.
     """
 
     model: ModelSettings = ModelSettings()
@@ -212,12 +212,12 @@ class TrainSettings:
 
     @property
     def beta(self) -> float | None:
-        """The beta of DPO; None if the run does not train on preferences."""
+        """The beta of DPO; None without DPO."""
         return self.loop.beta if self.data.dpo else None
 
     @property
     def sequence_length(self) -> int:
-        """The most tokens of a sequence, once seq_len is resolved: with DPO of a pair."""
+        """The maximum number of tokens in a sequence, which with DPO is a pair. Needs seq_len."""
         return (self.data.seq_len or SEQ_LEN) * (2 if self.data.dpo else 1)
 
     @property
@@ -226,7 +226,7 @@ class TrainSettings:
         return bool(self.data.eval_dataset or self.eval.eval_every)
 
     def replace(self, **changes: Value) -> "TrainSettings":
-        """The same settings with other values, by name."""
+        """A copy with other values, by name."""
         parts: dict[str, Flat] = {}
         for name, value in changes.items():
             parts.setdefault(FIELDS[name].part, {})[name] = value
@@ -237,7 +237,7 @@ class TrainSettings:
         )  # fmt: skip
 
     def flat(self) -> Flat:
-        """{name: value} in JSON's types, without what is not set."""
+        """{name: value} in the types of JSON, without values that are None."""
         values = {name: getattr(getattr(self, field.part), name) for name, field in FIELDS.items()}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -247,7 +247,7 @@ class TrainSettings:
 
 
 class Field(typing.NamedTuple):
-    """Where a setting stands: the part of TrainSettings, its type, and its default."""
+    """A setting: its part of TrainSettings, its type, and its default."""
 
     part: str
     hint: Any

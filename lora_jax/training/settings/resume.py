@@ -1,4 +1,4 @@
-"""The settings of a run that goes on: those of its run.json, and what may be given anew."""
+"""The settings of a resumed run: those of its run.json, some of which may be changed."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from lora_jax import errors
 from lora_jax.training.settings import assemble, checks, convert, groups
 
-# May change when a run goes on: what is shown and reported, and how a step is split.
+# What a resumed run may change: reporting, prompts, the mesh, and how a step is split.
 _ANEW = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature", "mesh", "max_time",
          "log_every", "report_to", "profile")  # fmt: skip
 _SPLIT = ("batch_size", "grad_accum")
@@ -15,14 +15,14 @@ _SPLIT = ("batch_size", "grad_accum")
 def resumed(
     record: Mapping[str, groups.Value], given: groups.Flat, where: str
 ) -> groups.TrainSettings:
-    """The settings of the run in run.json, with what may be given anew.
+    """The settings in run.json, with `given` in place of those that may change.
 
-    That is what is shown at the end, the mesh, and how a step is split: the batch size and the
-    number of batches, if their product stays the same. where: the path of run.json.
-    Raises: UserError for everything else that is given and differs.
+    These are reporting, prompts, the mesh, and how a step is split: batch_size and grad_accum, if
+    their product stays the same. where: the path of run.json.
+    Raises: UserError if another setting is given and differs.
     """
     before = assemble.from_record(record, frozenset(given))
-    if given.get("remat") == "auto":  # as it was chosen for the run
+    if given.get("remat") == "auto":  # as it was resolved for the run
         given = {**given, "remat": before.loop.remat}
     settings = before.replace(**given)
     examples, now = ((each.loop.batch_size, each.loop.grad_accum) for each in (before, settings))
@@ -31,7 +31,7 @@ def resumed(
         anew += _SPLIT
     elif any(name in given for name in _SPLIT):
         raise errors.UserError(
-            expected=f"{math.prod(examples)} sequences a step, as the run has them: "
+            expected=f"{math.prod(examples)} sequences a step, as in this run: "
             f"--batch-size {examples[0]} × --grad-accum {examples[1]}",
             found=f"{now[0]} × {now[1]}",
             where=where,
