@@ -183,7 +183,7 @@ def _convert(path: pathlib.Path) -> tuple["tokenizers.Tokenizer", dict[str, str]
     """A SentencePiece BPE model as a tokenizers.Tokenizer, and its bos, eos and unk tokens.
 
     Every split of a piece into two pieces is a merge, in the order of the pieces' scores. The
-    normaliser adds the dummy space and replaces spaces, as SentencePiece does (transformers 5.23's
+    normalizer adds the dummy space and replaces spaces, as SentencePiece does (transformers 5.23's
     converter adds no dummy space before a leading space).
     """
     try:
@@ -254,7 +254,7 @@ def _convert(path: pathlib.Path) -> tuple["tokenizers.Tokenizer", dict[str, str]
     ours = backend.encode(probe, add_special_tokens=False).ids
     if ours != model.encode(probe):
         raise errors.UserError(
-            expected="a SentencePiece model of type BPE without a text normaliser, like LLaMA's",
+            expected="a SentencePiece model of type BPE without a text normalizer, like LLaMA's",
             found="another type: the converted tokenizer encodes differently",
             where=str(path),
             do="copy tokenizer.json of the base model into the folder",

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Continue prompts with a model and its adapter: the same as `lora-jax generate`."""
 
 from lora_jax.cli import main

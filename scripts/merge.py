@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Fold an adapter into its base: the same as `lora-jax merge`."""
 
 from lora_jax.cli import main

@@ -136,7 +136,7 @@ def pretrain(
         0, lr, min(50, num_steps // 4), num_steps, 0.02 * lr
     )
     dims = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    optimiser = optax.contrib.muon(
+    optimizer = optax.contrib.muon(
         schedule,
         adam_learning_rate=lambda step: 0.2 * schedule(step),
         adam_b2=0.98,
@@ -153,10 +153,10 @@ def pretrain(
             return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
-        updates, moments = optimiser.update(gradient, moments, params)
+        updates, moments = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
-    moments, losses, start = optimiser.init(params), [], time.perf_counter()
+    moments, losses, start = optimizer.init(params), [], time.perf_counter()
     for number, ids in enumerate(itertools.islice(batches, num_steps), start=1):
         params, moments, value = step(params, moments, ids)
         losses.append(value)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Write a quantized copy of a model, or report its error: the same as `lora-jax quantize`."""
 
 from lora_jax.cli import main

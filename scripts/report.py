@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Write the report.html of a run: the same as `lora-jax report`."""
 
 from lora_jax.cli import main

@@ -203,7 +203,7 @@ def _questions(rng: random.Random, facts: Facts) -> str:
 
 
 def _record(rng: random.Random, facts: Facts) -> str:
-    """Fields with their values, in one of a few hundred storage; no braces here."""
+    """Fields with their values, in one of a few hundred layouts; no braces here."""
     layout = rng.choice(
         (
             "{0} = {1}",

@@ -41,7 +41,7 @@ def choose(model: llama.LlamaForCausalLM, mesh: Mesh) -> str | None:
         return None
     free = devices.free_bytes(device)
     fits = free is None or num_bytes(model, form) <= _SHARE * free
-    return form if processes.told(fits) else None  # all processes must run the same program
+    return form if processes.broadcast(fits) else None  # all processes must run the same program
 
 
 def best(device: Any) -> str | None:

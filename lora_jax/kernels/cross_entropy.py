@@ -46,20 +46,20 @@ def _each(logits, targets, axis=None):
     """
     vocabulary = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     if axis is None:
-        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     else:
         vocabulary += lax.axis_index(axis) * logits.shape[-1]
         top = lax.pmax(lax.stop_gradient(logits.max(axis=-1, keepdims=True)), axis)
         total = jnp.exp(logits - top).sum(axis=-1, keepdims=True)
-        normaliser = top + jnp.log(lax.psum(total, axis))
+        normalizer = top + jnp.log(lax.psum(total, axis))
     # Not a gather: for a sharded vocabulary, XLA's partitioner turns that into a sum anyway, and
     # within a shard_map over some axes it cannot (jaxlib 0.10.2 aborts).
     at_target = vocabulary == targets[..., None]
     chosen = jnp.where(at_target, logits, 0).sum(axis=-1, keepdims=True)
     if axis is not None:
         chosen = lax.psum(chosen, axis)
-    each = jnp.where((targets >= 0)[..., None], normaliser - chosen, 0)
-    return each, normaliser, at_target
+    each = jnp.where((targets >= 0)[..., None], normalizer - chosen, 0)
+    return each, normalizer, at_target
 
 
 def chunk_size(num_tokens: int) -> int:
@@ -97,10 +97,10 @@ def _compute(hidden, head, targets, *, with_gradient, axis=None):
         tokens = lax.dynamic_slice_in_dim(order, chunk * size, size)
         x, target = hidden[tokens], targets[tokens]
         logits = matmul.contract(x, head, -1, 0)
-        each, normaliser, at_target = _each(logits, target, axis)
+        each, normalizer, at_target = _each(logits, target, axis)
         new = (each[..., 0],)
         if with_gradient:
-            d_logits = jnp.exp(logits - normaliser) - at_target
+            d_logits = jnp.exp(logits - normalizer) - at_target
             d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(x.dtype)
             # head is on the left: on the right, XLA's CPU backend would transpose all of it first.
             d_x = matmul.contract(head, lax.optimization_barrier(d_logits), 1, 1).T

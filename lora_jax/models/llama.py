@@ -98,7 +98,7 @@ class LlamaForCausalLM(nnx.Module):
         *,
         remat: str = "none",
     ) -> Float[Array, "B T D"]:
-        """The normalised output of the last layer, the input of `logits`."""
+        """The normalized output of the last layer, the input of `logits`."""
         examples = None if attention_mask is None else attention_mask.astype(jnp.int32)
         if examples is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -184,7 +184,7 @@ class LlamaModel(nnx.Module):
     def __call__(
         self, input_ids, positions, examples=None, cache=None, *, remat="none", forms=None
     ):
-        """(normalised hidden [B, T, D], cache). Attention is within examples, or to the cache.
+        """(normalized hidden [B, T, D], cache). Attention is within examples, or to the cache.
 
         examples [B, T]: the number of each token's example, 0 on padding; None: one a sequence.
         """
@@ -214,7 +214,7 @@ class LlamaModel(nnx.Module):
             for index in range(c.num_hidden_layers):
                 carry, _ = each(carry, jax.tree.map(lambda a: a[index], xs))  # noqa: B023
         else:
-            carry, _ = lax.scan(_rematerialised(layer, remat), carry, xs)
+            carry, _ = lax.scan(_rematerialized(layer, remat), carry, xs)
         hidden, kv = carry
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + input_ids.shape[1])
@@ -294,7 +294,7 @@ class Embedding(nnx.Embed):
 
 
 class RMSNorm(nnx.Module):
-    """y = weight · x / √(mean(x²) + ε); normalised in float32, scaled in x's dtype.
+    """y = weight · x / √(mean(x²) + ε); normalized in float32, scaled in x's dtype.
 
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4.
     """
@@ -396,7 +396,7 @@ def _windows(config: model_config.LlamaConfig) -> tuple[tuple[int | None, ...], 
     return windows, jnp.asarray([windows.index(window) for window in of_layers], jnp.int32)
 
 
-def _rematerialised(layer, remat: str):
+def _rematerialized(layer, remat: str):
     if remat not in model_config.REMAT:
         raise ValueError(f"expected remat among {model_config.REMAT}, found {remat!r}")
     if remat == "none":

@@ -71,14 +71,14 @@ def choose(text: str | None, base_bytes: int) -> Mesh:
     count = jax.device_count()
     memory = devices.memory_bytes(jax.local_devices()[0])
     # Hosts may report different amounts of memory.
-    sizes = parse(text, count) if text else processes.told(default(count, base_bytes, memory))
+    sizes = parse(text, count) if text else processes.broadcast(default(count, base_bytes, memory))
     return make_mesh(sizes)
 
 
 def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor over the first devices of `among` (default: all).
 
-    Neighbours on the last axes are neighbours in the machine, as far as its network allows.
+    Neighbors on the last axes are neighbors in the machine, as far as its network allows.
     """
     shape = tuple(sizes[axis] for axis in AXES)
     used = (jax.devices() if among is None else among)[: math.prod(shape)]

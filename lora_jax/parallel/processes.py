@@ -65,16 +65,16 @@ def leads() -> bool:
     return _group is None or _group.process.process_id == 0
 
 
-def told(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The `value` of process 0, in every process; all must call it. For JSON's types."""
-    return value if _group is None else _group.told(value)
+    return value if _group is None else _group.broadcast(value)
 
 
 def same(name: str, value: Any) -> None:
     """Raises UserError if a process's `value` differs from process 0's; all must call it."""
     if _group is None:
         return
-    theirs = told(value)
+    theirs = broadcast(value)
     if json.dumps(theirs) != json.dumps(value):  # as strings, because NaN is not equal to itself
         raise errors.UserError(
             expected=f"the same {name} in all processes",
@@ -123,7 +123,7 @@ def leave() -> None:
 class _Group:
     """The connections of this process, and a thread that listens to them.
 
-    Process 0 sends {"told": value}, {"end": code} and {"bye": true}; the others send it
+    Process 0 sends {"broadcast": value}, {"end": code} and {"bye": true}; the others send it
     {"asks": true}, {"failed": code, "text": …} and {"bye": true}. A connection that closes without
     one of the last two means that its process was lost.
     """
@@ -131,7 +131,7 @@ class _Group:
     def __init__(self, process: cluster.Process, sockets: dict[int, socket.socket]):
         self.process, self.advice = process, "start all processes again"
         self._sockets = sockets
-        self._told: queue.Queue = queue.Queue()
+        self._broadcasts: queue.Queue = queue.Queue()
         self._asked = False  # by this process or, in process 0, by any
         self._silent = set(sockets)  # processes that have not announced their end
         self._all_said_bye = threading.Event()
@@ -146,10 +146,10 @@ class _Group:
     def _leads(self) -> bool:
         return self.process.process_id == 0
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         if not self._leads:
-            return self._told.get()
-        self._send({"told": value})
+            return self._broadcasts.get()
+        self._send({"broadcast": value})
         return json.loads(json.dumps(value))  # the same types in all processes
 
     def anyone(self, asks: bool) -> bool:
@@ -157,7 +157,7 @@ class _Group:
             self._asked = True
             if not self._leads:
                 self._send({"asks": True})
-        return self.told(self._asked)
+        return self.broadcast(self._asked)
 
     def end(self, code: int, text: str, sure: bool) -> NoReturn:
         if self._leads:
@@ -210,8 +210,8 @@ class _Group:
             yield [json.loads(line) for line in whole] + ([] if some else [None])
 
     def _hear(self, who: int, message: dict[str, Any]) -> None:
-        if "told" in message:
-            self._told.put(message["told"])
+        if "broadcast" in message:
+            self._broadcasts.put(message["broadcast"])
         elif "asks" in message:
             self._asked = True
         elif "end" in message:

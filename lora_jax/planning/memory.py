@@ -129,8 +129,8 @@ def kept_by_layer(job: jobs.Job, dims: Dims) -> int:
         return carry
     gate_up = dims.bytes(2 * dims.ffn)
     if job.remat == "dots":  # every product that a derivative needs
-        normaliser = 4 * dims.tokens * dims.heads
-        return carry + dims.bytes(2 * dims.q, 2 * dims.kv, dims.width) + normaliser + gate_up
+        normalizer = 4 * dims.tokens * dims.heads
+        return carry + dims.bytes(2 * dims.q, 2 * dims.kv, dims.width) + normalizer + gate_up
     # Each norm saves its input and its output, in float32.
     norms = 4 * 4 * dims.tokens * dims.width
     adapters = _adapter_inputs(job, dims) + _dora_outputs(job, dims)

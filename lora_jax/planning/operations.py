@@ -77,7 +77,7 @@ def operations(job: jobs.Job) -> Operations:
 def useful(job: jobs.Job) -> int:
     """Operations of an optimizer step that the model requires, whatever the implementation.
 
-    Model FLOP/s utilisation (MFU) counts these: no recomputation, the logits of all tokens, and
+    Model FLOP/s utilization (MFU) counts these: no recomputation, the logits of all tokens, and
     attention of each query to the keys up to its own position. The base weights have no gradient,
     so each weight takes 4 operations per token, not 6.
     Source: Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B.

@@ -22,7 +22,7 @@ def run(settings: groups.TrainSettings) -> "loop.Steps":
     Raises: UserError if the settings do not suit the model, the data or the devices.
     """
     path = settings.run.output_dir or str(run_folder.default_path())
-    with run_folder.opened(pathlib.Path(processes.told(path)), resume=False) as folder:
+    with run_folder.opened(pathlib.Path(processes.broadcast(path)), resume=False) as folder:
         if not {"model", "dataset"} & settings.given and settings.loop.max_steps != 0:
             flat = settings.flat()
             shown = {name: flat[name] for name in assets.settings()
@@ -38,7 +38,7 @@ def resume(output_dir: str, **given: groups.Value) -> "loop.Steps":
 
     given: settings that may change when a run is resumed, see settings.resumed.
     """
-    path = pathlib.Path(processes.told(output_dir))
+    path = pathlib.Path(processes.broadcast(output_dir))
     with run_folder.opened(path, resume=True) as folder:
         record, where = folder.read_run()["settings"], str(folder.path / "run.json")
         settings = resume_settings.resumed(record, {**given, "output_dir": output_dir}, where)

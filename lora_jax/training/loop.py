@@ -206,7 +206,7 @@ def _train(
         step, state, job.adapters.frozen, functools.partial(_batch, job), until
     )
     spikes, profile = monitor.Spikes(), monitor.Profile(settings.run.profile, int(state.step))
-    utilisation = monitor.Utilisation(*setup.to_plan(settings, job.base.architecture, job.mesh))
+    utilization = monitor.Utilization(*setup.to_plan(settings, job.base.architecture, job.mesh))
     try:
         with console.Progress(int(state.step), job.num_steps, settings.run.log_every) as progress:
             for state, metrics in steps:
@@ -214,7 +214,7 @@ def _train(
                 shape = job.data.batches.shape(number - 1)
                 metrics["tokens_per_second"] = round(metrics.pop("num_tokens") / took, 1)
                 metrics["data_wait"] = round(metrics.pop("waited") / took, 4)
-                share = utilisation.share(shape[-1], took)
+                share = utilization.share(shape[-1], took)
                 known = {"mfu": share, "peak_bytes": devices.device_peak_bytes()}
                 metrics |= {name: value for name, value in known.items() if value is not None}
                 metrics = log.add(metrics)

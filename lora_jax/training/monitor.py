@@ -57,7 +57,7 @@ class Spikes:
         return warning
 
 
-class Utilisation:
+class Utilization:
     """MFU: the useful operations of a step over what its devices could do in the same time."""
 
     def __init__(self, job: "jobs.Job", target: "chips.Target"):

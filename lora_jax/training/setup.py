@@ -126,7 +126,7 @@ def choose_remat(
         return settings
     job, target = to_plan(settings, architecture, mesh)
     limit = devices.memory_bytes(jax.local_devices()[0])
-    limit = processes.told(limit)  # hosts may report different amounts
+    limit = processes.broadcast(limit)  # hosts may report different amounts
     longest = job.of_length(data.batches.length)
     chosen, needs = proposals.choose_remat(longest, dict(mesh.shape), target.chip, limit)
     if needs:

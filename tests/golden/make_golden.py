@@ -238,7 +238,7 @@ def build(config, state=None):
     return model
 
 
-def randomise(model, seed):
+def randomize(model, seed):
     """Weights large enough that a wrong rope, mask, bias or norm shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -357,7 +357,7 @@ def make_tiny(name, seed):
     changes, lengths, contrast = TINY[name]
     config = tiny_config(changes)
     model = build(config)
-    randomise(model, seed)
+    randomize(model, seed)
     folder = MODELS / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)

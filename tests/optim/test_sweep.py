@@ -68,7 +68,7 @@ def of(state, index):
 
 
 def test_a_member_ends_as_the_adapter_of_a_run_alone():
-    """On a mesh, with a padded rank and a diverging neighbour, as alone on one device."""
+    """On a mesh, with a padded rank and a diverging neighbor, as alone on one device."""
     _, run, _, _ = swept()
     own = MEMBERS[1]
     ((graphdef, trained, frozen),) = parts_of([own], sharding.make_mesh(test_mesh.MESHES["1·1·1"]))

@@ -234,7 +234,7 @@ def test_one_process_s_error_ends_all_and_process_0_reports_it():
     began = time.monotonic()
     ended = several(
         f"{CONNECT}"
-        "assert processes.told(number) == 0\n"
+        "assert processes.broadcast(number) == 0\n"
         "if number == 1: processes.end(2, 'no such model')\n"
         "time.sleep(60)\n"
     )

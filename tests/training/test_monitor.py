@@ -38,14 +38,14 @@ def test_patience_counts_evaluations_without_a_better_loss(losses, spent):
     assert patience.spent == spent and not endless.spent
 
 
-def test_utilisation_is_what_is_useful_of_the_published_peak():
+def test_utilization_is_what_is_useful_of_the_published_peak():
     job, target = test_plan.LLAMA_7B, chips.parse("tpu:v5e-4")
-    share = monitor.Utilisation(job, target).share(512, 0.5)
+    share = monitor.Utilization(job, target).share(512, 0.5)
     useful = operations.useful(dataclasses.replace(job, seq_len=512))
     assert share == pytest.approx(useful / (0.5 * 4 * 197e12), abs=1e-4)
     base = 6738415616 - 32000 * 4096 - 65 * 4096  # what is multiplied by, of Llama-2-7B
     assert useful == pytest.approx(4 * base * 512, rel=0.05)
-    assert monitor.Utilisation(job, chips.parse("cpu:4")).share(512, 0.5) is None
+    assert monitor.Utilization(job, chips.parse("cpu:4")).share(512, 0.5) is None
 
 
 def test_what_is_compiled_again_for_the_same_shape_is_told():

@@ -104,25 +104,25 @@ def _forward(q, k, v, examples, window):
         return None, ((out / total).astype(v.dtype), top + jnp.log(total))
 
     _, found = lax.scan(block, None, jnp.arange(len(q)))
-    out, normaliser = (ad_checkpoint.checkpoint_name(a, matmul.PRODUCT) for a in found)
-    return out, (q, k, v, examples, out, normaliser)
+    out, normalizer = (ad_checkpoint.checkpoint_name(a, matmul.PRODUCT) for a in found)
+    return out, (q, k, v, examples, out, normalizer)
 
 
 def _backward(window, saved, d_out):
     # The barrier keeps XLA from saving the forward pass's float32 copies of these instead.
-    (q, k, v, examples, out, normaliser), d_out = lax.optimization_barrier((saved, d_out))
+    (q, k, v, examples, out, normalizer), d_out = lax.optimization_barrier((saved, d_out))
     first = _first(examples, window)
     # Σ over keys of p · dp, computed from the side with fewer terms.
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
     def block(carry, index):
-        own, d_own, own_normaliser, own_mean = (_at(a, index) for a in (q, d_out, normaliser, mean))
+        own, d_own, own_normalizer, own_mean = (_at(a, index) for a in (q, d_out, normalizer, mean))
         # XLA's CPU backend is slow if it sums over the rows of the left operand.
         own_t, d_own_t = lax.optimization_barrier((own.swapaxes(2, 3), d_own.swapaxes(2, 3)))
 
         def take(j, carry):
             d_q, d_k, d_v = carry
-            p = jnp.exp(_logits(own, k, examples, window, index, j) - own_normaliser)
+            p = jnp.exp(_logits(own, k, examples, window, index, j) - own_normalizer)
             d_logits = p * (_product(d_own, _at(v, j), 3) - own_mean)
             p, d_logits = lax.optimization_barrier((p.astype(v.dtype), d_logits.astype(q.dtype)))
             d_q += _product(d_logits, _at(k, j), 2)

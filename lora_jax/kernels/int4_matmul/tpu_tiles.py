@@ -62,7 +62,7 @@ def choose(num_rows, k, n, group, dtype, scale_dtype, transpose, chip) -> Tile |
         for width in _parts(outputs, units[0]):
             for depth in (*depths, contracted):
                 tile = Tile(rows, width, depth)
-                # Such a tile also unpacks its neighbours' scales, and nothing hides that time.
+                # Such a tile also unpacks its neighbors' scales, and nothing hides that time.
                 shares = transpose and width < outputs and width % whole_scales
                 scales = depth * whole_scales / group * bool(shares)
                 cycles = _cycles(tile, scales, num_rows, outputs, contracted, dtype, chip)

@@ -166,7 +166,7 @@ class SweepAdapters:
         record: run_folder.Record,
     ) -> one_adapter.Saved:  # fmt: skip
         """Saves the adapter of every member that is not lost; returns the best one."""
-        found = processes.told(self._table(folder, num_steps))
+        found = processes.broadcast(self._table(folder, num_steps))
         left = {index: member for index, member in enumerate(self.members)
                 if member.name not in self._lost}  # fmt: skip
         for index, member in left.items():

@@ -18,7 +18,7 @@ def restore(
     _check_same(job, before, record)
     if before.get("status", "").startswith("failed"):
         say("resume", f"the run had ended with: {before['status']}")
-    if processes.told(kept.latest()) is None:
+    if processes.broadcast(kept.latest()) is None:
         say("resume", "no finished checkpoint: starting over")
         return state
     record.samples = before.get("samples", {})

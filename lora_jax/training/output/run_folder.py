@@ -246,8 +246,8 @@ def opened(path: pathlib.Path, *, resume: bool) -> RunFolder:
     All processes end if process 0 cannot open the folder.
     """
     if not processes.leads():
-        processes.told(None)
+        processes.broadcast(None)
         return Followed(path)
     folder = RunFolder(path, resume=resume)
-    processes.told(None)
+    processes.broadcast(None)
     return folder

@@ -57,7 +57,7 @@ class Snapshots:
         for step in self._manager.all_steps() if keep_best else ():
             with contextlib.suppress(Exception):  # damaged: reported when it is restored
                 self._note(step, self._saved(step)["eval_loss"])
-        agreed = processes.told([*self.losses.items()])
+        agreed = processes.broadcast([*self.losses.items()])
         self.losses.clear()
         self.losses.update((step, loss) for step, loss in agreed)
 
@@ -117,7 +117,7 @@ class Snapshots:
         """(the first readable state of `steps`, {step: problem} of the steps before it)."""
         self.wait()
         tree, damaged = like._asdict(), {}
-        for step in processes.told(steps):
+        for step in processes.broadcast(steps):
             problem = None
             try:
                 digests = self._saved(step)["digests"]
@@ -127,7 +127,7 @@ class Snapshots:
             except Exception as error:
                 text = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 problem = textwrap.shorten(text, 200, placeholder=" …")
-            if found := processes.told(problem):
+            if found := processes.broadcast(problem):
                 damaged[step] = found
                 continue
             if problem:

@@ -144,7 +144,7 @@ def compared(metrics: run_files.Metrics, names: Mapping[str, str], title: str, w
 
 
 def hue(index: int) -> str:
-    """The colour of one of several curves; neighbours are easy to tell apart on both schemes."""
+    """The colour of one of several curves; neighbors are easy to tell apart on both schemes."""
     return f"hsl({(215 + 137 * index) % 360} 65% 50%)"
 
 
@@ -202,7 +202,7 @@ def _band(points: list[Point], x: Axis, y: Axis) -> str:
 
 
 def _single_points(points: list[Point], x: Axis, y: Axis) -> Iterable[Markup]:
-    """Dots for points without a neighbour, which a line would not show."""
+    """Dots for points without a neighbor, which a line would not show."""
     for run in _segments(points):
         if len(run) == 1:
             at = {"cx": f"{x.percent(run[0].step)}%", "cy": f"{y.down(run[0].mean)}%"}
