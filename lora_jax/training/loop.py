@@ -146,7 +146,7 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
                 patience.note(metrics["eval_loss"])
         record.status = "running"
         folder.write_run(record)
-        evaluator = scoring.Evaluator(job, log, patience)
+        evaluator, evaluation = scoring.Evaluator(job, log, patience), scoring.Evaluation()
         if first == 0:
             try:
                 with stop.interruptible():  # there is a run to resume now
@@ -156,10 +156,10 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
             except KeyboardInterrupt:
                 processes.end(130, "stopped")
                 return _stopped(job, 0, 130)
-            if evaluation.metrics:
-                yield evaluation.metrics
         with stop.Stop() as stopper:
             try:
+                if evaluation.metrics:
+                    yield evaluation.metrics
                 state = yield from _train(
                     job, step, state, kept, record, stopper, log, evaluator, compilations
                 )
@@ -193,7 +193,7 @@ def _train(
     kept: snapshots.Snapshots,
     record: run_folder.Record,
     stopper: stop.Stop,
-    log: "monitor.Log",
+    log: monitor.Log,
     evaluator: scoring.Evaluator,
     compilations: monitor.Compilations,
 ) -> Generator[run_folder.Metrics, None, train_step.State]:

@@ -77,6 +77,11 @@ def test_to_stop_iterating_saves_and_resume_goes_on_exactly(command, tmp_path):
         steps.close()
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped at step 3"
     assert not (folder / "adapter").exists()
+    with cli.kept_programs():  # at once, which has nothing to save
+        steps = training.run(training.settings.build(**settings, output_dir=str(tmp_path / "new")))
+        assert next(steps)["step"] == 0
+        steps.close()
+    assert json.loads((tmp_path / "new/run.json").read_text())["status"] == "stopped at step 0"
     with cli.kept_programs():
         for _ in training.resume(str(folder)):
             pass
