@@ -340,7 +340,7 @@ def test_launches_start_and_resume_with_flags_that_exist(name, tmp_path):
 def test_the_jobset_s_names_and_numbers_agree():
     whole, job, container = jobset()
     spec, name = job["template"]["spec"], whole["metadata"]["name"]
-    assert spec["parallelizm"] == spec["completions"]
+    assert spec["parallelism"] == spec["completions"]
     assert f"--num-processes {spec['completions']} " in container["args"][0]
     assert f"--coordinator {name}-{job['name']}-0-0.{name}:" in container["args"][0]
     (rule,) = spec["podFailurePolicy"]["rules"]
