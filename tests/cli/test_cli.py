@@ -1,4 +1,4 @@
-"""Flags of scripts/train.py and scripts/generate.py: their help, and what is refused at once."""
+"""The flags of train and generate: help, parsing, and what is refused before a run."""
 
 import os
 import re
@@ -9,10 +9,9 @@ import cli
 import pytest
 
 from lora_jax import errors
-
-from lora_jax.cli import arguments  # isort: skip (scripts/, which cli puts on the path)
-from lora_jax.cli import generate as generate_script  # isort: skip
-from lora_jax.cli import train as train_script  # isort: skip
+from lora_jax.cli import arguments
+from lora_jax.cli import generate as generate_script
+from lora_jax.cli import train as train_script
 from lora_jax.training import settings as train_settings
 from lora_jax.training.settings import convert, groups
 
@@ -28,7 +27,7 @@ def build(*flags):
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "plan", "inspect_data", "report"])
-def test_help_imports_nothing_heavy(script):
+def test_help_does_not_import_heavy_packages(script):
     code = (
         "import runpy, sys\n"
         "try: runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
@@ -63,7 +62,7 @@ def test_help_is_in_groups_and_shows_every_default(monkeypatch):
             assert said and said[1] == str(default), flag
 
 
-def test_a_default_is_overridden_by_what_is_typed_alone():
+def test_only_typed_flags_override_defaults():
     defaults = groups.TrainSettings().flat()
     assert settings() == {**defaults, "model": "m", "dataset": ["d.jsonl"]}
     found = settings("--rank", 4, "--lr", "1e-3", "--seq-len", 32, "--quant", "nf4")
@@ -73,14 +72,14 @@ def test_a_default_is_overridden_by_what_is_typed_alone():
 @pytest.mark.parametrize(
     ("flags", "quant"),
     [
-        ("", None),  # as the checkpoint has them
+        ("", None),  # the checkpoint's format
         ("--use-4bit", "int4"),
         ("--no-4bit", "none"),
         ("--use-4bit --quant int4", "int4"),
         ("--quant int8", "int8"),
     ],
 )
-def test_4bit_flags_are_names_for_quant(flags, quant):
+def test_4bit_flags_are_short_for_quant(flags, quant):
     found = settings(*flags.split())
     assert found.get("quant") == quant and "use_4bit" not in found and "no_4bit" not in found
 
@@ -128,7 +127,7 @@ def test_columns_are_pairs():
 
 @pytest.fixture
 def nothing_heavy(monkeypatch, tmp_path):
-    """An empty working folder in which no job may start, and no folder may be left."""
+    """An empty working folder in which no run may start, and no file may be left."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "lora_jax.training.loop", None)  # importing it fails
     yield
@@ -136,7 +135,7 @@ def nothing_heavy(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ("--rank 0", "rank 0"),
         ("--rank -1", "rank -1"),
@@ -210,17 +209,17 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--bits 4", "unrecognized arguments: --bits 4"),
     ],
 )
-def test_nonsense_is_refused_before_anything_heavy(nothing_heavy, flags, told):
-    assert told in cli.refused("train", *TRAIN, *flags.split())
+def test_invalid_flags_are_refused_before_heavy_imports(nothing_heavy, flags, message):
+    assert message in cli.refused("train", *TRAIN, *flags.split())
 
 
-def test_all_wrong_numbers_are_told_at_once(nothing_heavy):
+def test_all_wrong_numbers_are_in_one_error(nothing_heavy):
     message = cli.refused("train", *TRAIN, "--batch-size", 0, "--lr", -1, "--seed", -2)
-    assert all(told in message for told in ("--batch-size 0", "--lr -1.0", "--seed -2"))
+    assert all(part in message for part in ("--batch-size 0", "--lr -1.0", "--seed -2"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ("", "at least one prompt"),
         ("--prompts-file none.txt", "No such file"),
@@ -236,12 +235,12 @@ def test_all_wrong_numbers_are_told_at_once(nothing_heavy):
         ("--prompt a --adapter s3://bucket/adapter", "--adapter s3://bucket/adapter"),
     ],
 )
-def test_generate_refuses_nonsense(tmp_path, monkeypatch, flags, told):
+def test_generate_refuses_invalid_flags(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert told in cli.refused("generate", *flags.split())
+    assert message in cli.refused("generate", *flags.split())
 
 
-def test_prompts_file_of_another_encoding_is_told(tmp_path):
+def test_a_prompts_file_with_another_encoding_is_refused(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("naïve\n".encode("latin-1"))
     assert "can't decode" in cli.refused("generate", "--prompts-file", path)
@@ -253,7 +252,7 @@ def test_messages_are_wrapped(monkeypatch):
     assert ended.code == 2 and max(map(len, ended.lines)) <= 60
 
 
-def test_other_failures_keep_their_traceback(capsys):
+def test_other_errors_keep_their_traceback(capsys):
     def broken():
         raise ValueError("a bug")
 
@@ -261,7 +260,7 @@ def test_other_failures_keep_their_traceback(capsys):
         arguments.run(broken)
 
 
-def test_ctrl_c_while_loading_is_no_traceback(capsys):
+def test_ctrl_c_while_loading_prints_no_traceback(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -270,7 +269,7 @@ def test_ctrl_c_while_loading_is_no_traceback(capsys):
     assert ended.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
 
 
-def test_a_closed_pipe_is_no_traceback():
+def test_a_closed_pipe_prints_no_traceback():
     code = "from lora_jax.cli import arguments\narguments.run(lambda: print('line\\n' * 100000))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=cli.ROOT,
@@ -280,7 +279,7 @@ def test_a_closed_pipe_is_no_traceback():
         assert process.stderr.read() == "" and process.wait() == 1
 
 
-def test_ctrl_c_with_nothing_to_save_ends_at_once():
+def test_ctrl_c_with_nothing_to_save_stops_at_once():
     """Without an exception, which jax's import and its garbage collection callback swallow."""
     code = (
         "import gc, os, signal, time\nfrom lora_jax.cli import arguments\n"
@@ -293,7 +292,7 @@ def test_ctrl_c_with_nothing_to_save_ends_at_once():
     assert (ended.returncode, ended.stderr.strip()) == (130, "stopped")
 
 
-def test_local_paths_are_found_again_from_another_folder(tmp_path, monkeypatch):
+def test_local_paths_become_absolute(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
     typed = train_script.parse(["--dataset", "rows.jsonl", "o/d", "--model", "owner/name"])
@@ -301,7 +300,7 @@ def test_local_paths_are_found_again_from_another_folder(tmp_path, monkeypatch):
     assert typed["model"] == "owner/name"
 
 
-def test_weights_become_the_smallest_whole_numbers():
+def test_weights_become_the_smallest_integers():
     found = map(convert.weights, ("3,1", "0.75, 0.25", "6,2", "1e2,100", "1/3,2/3"))
     assert [*found] == [(3, 1), (3, 1), (3, 1), (1, 1), (1, 2)]
 

@@ -1,4 +1,4 @@
-"""scripts/inspect_data.py: rows as the model sees them."""
+"""inspect: examples as the model sees them."""
 
 import io
 import json
@@ -20,7 +20,7 @@ def inspect(*flags):
     return ended.out
 
 
-def test_what_is_trained_stands_in_brackets(rows):
+def test_tokens_to_train_on_are_in_brackets(rows):
     out = inspect("--dataset", rows, "--rows", 2, "--first", 3)
     assert "12 examples" in out and "0 at 256 tokens; 0 skipped" in " ".join(out.split())
     first, second = out.split("── ")[1:]
@@ -29,7 +29,7 @@ def test_what_is_trained_stands_in_brackets(rows):
     assert second.splitlines()[1] == "<bos>Tom has 3 cats.⟦ He likes cat 3.<eos>⟧"
 
 
-def test_on_a_terminal_it_is_in_colour(rows, monkeypatch):
+def test_on_a_terminal_they_are_in_colour(rows, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -43,7 +43,7 @@ def test_on_a_terminal_it_is_in_colour(rows, monkeypatch):
     assert "\033" not in inspect("--dataset", rows)
 
 
-def test_packed_lines_show_their_rows_and_tokens(rows):
+def test_packed_sequences_show_their_examples_and_tokens(rows):
     out = inspect("--dataset", rows, "--packing", "--rows", 1, "--tokens", "--seq-len", 64)
     assert "(packed) of 48 tokens" in out and "\nsequence 1 of " in out
     blocks = out.split("── ")[1:]
@@ -58,7 +58,7 @@ def test_packed_lines_show_their_rows_and_tokens(rows):
         assert tokens[0].endswith("'<bos>'") and tokens[-1].endswith("'<eos>'")
 
 
-def test_what_is_cut_skipped_and_longest_is_told(tmp_path):
+def test_cut_skipped_and_longest_examples_are_reported(tmp_path):
     made = [("a", "b"), ("Tom has cats. " * 40, "x"), ("c", "Tom has cats. " * 30)]
     path = tmp_path / "train.jsonl"
     lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in made]
@@ -70,15 +70,15 @@ def test_what_is_cut_skipped_and_longest_is_told(tmp_path):
     assert "a token to train on" in cli.refused("inspect_data", "--dataset", path, "--seq-len", 32)
 
 
-def test_the_parts_of_a_mixture_are_shown_and_how_often_they_come(rows, tmp_path):
+def test_the_shares_of_a_mixture_and_its_repetitions_are_shown(rows, tmp_path):
     other = cli.write_rows(tmp_path / "other.jsonl", 4)
     out = inspect("--dataset", rows, other, "--weights", "1,1", "--first", 4, "--rows", 1)
     assert out.count("\nsequence 4 of ") == 2 and "── other.jsonl:4: " in out
-    told = f"in 16 sequences: 50.0% of {rows}, seen 0.67 times; 50.0% of {other}, seen 2 times"
-    assert told in " ".join(out.split())
+    expected = f"in 16 sequences: 50.0% of {rows}, seen 0.67 times; 50.0% of {other}, seen 2 times"
+    assert expected in " ".join(out.split())
 
 
-def test_of_a_stream_the_first_rows_are_shown(rows, monkeypatch):
+def test_the_first_examples_of_a_stream_are_shown(rows, monkeypatch):
     monkeypatch.setattr(sources, "HEAD", 5)
     out = " ".join(inspect("--dataset", rows, "--streaming", "--rows", 1, "--first", 5).split())
     assert f"5 examples, 115 tokens: its first examples, {rows}" in out and "sequence 5 of 5" in out
@@ -86,6 +86,6 @@ def test_of_a_stream_the_first_rows_are_shown(rows, monkeypatch):
 
 
 def test_wrong_numbers_are_refused(rows):
-    told = cli.refused("inspect_data", "--dataset", rows, "--first", 13)
-    assert "one of the 12 sequences" in told and "--first 13" in told
+    expected = cli.refused("inspect_data", "--dataset", rows, "--first", 13)
+    assert "one of the 12 sequences" in expected and "--first 13" in expected
     assert "--rows -1" in cli.refused("inspect_data", "--dataset", rows, "--rows", "-1")

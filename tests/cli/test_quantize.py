@@ -1,4 +1,4 @@
-"""scripts/quantize.py: the report, its JSON, one tensor at a time, and what it refuses."""
+"""quantize: the report, its JSON, one tensor at a time, and what is refused."""
 
 import json
 import weakref
@@ -33,7 +33,7 @@ def reported(tmp_path_factory):
     return ended.out.splitlines(), json.loads(path.read_text())
 
 
-def test_report_is_what_the_formats_lose(reported):
+def test_the_report_has_error_and_bits_of_each_format(reported):
     _, report = reported
     assert len(report["modules"]) == NUM_LINEARS
     found = {module["name"]: module for module in report["modules"]}[DOWN]
@@ -48,7 +48,7 @@ def test_report_is_what_the_formats_lose(reported):
         }
 
 
-def test_totals_weigh_each_module_by_its_weights(reported):
+def test_totals_are_weighted_by_the_number_of_weights(reported):
     _, report = reported
     sizes = [np.prod(module["shape"]) for module in report["modules"]]
     for fmt, total in report["formats"].items():
@@ -59,7 +59,7 @@ def test_totals_weigh_each_module_by_its_weights(reported):
         assert min(errors) < total["error"] < max(errors)
 
 
-def test_table_has_a_row_a_kind_in_80_columns_and_names_the_worst(reported):
+def test_the_table_has_a_row_per_kind_in_80_columns_and_lists_the_worst(reported):
     lines, report = reported
     rows = {line.split()[0]: line for line in lines if line and line[0] != " "}
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,7 +75,7 @@ def test_table_has_a_row_a_kind_in_80_columns_and_names_the_worst(reported):
         assert f"worst {fmt}: {worst['name']} {worst['formats'][fmt]['error']:.2%}" in text
 
 
-def test_fast_loses_a_little_more(reported, tmp_path):
+def test_fast_has_a_slightly_larger_error(reported, tmp_path):
     path = tmp_path / "report.json"
     assert run("quantize", "--model", BASE, "--report", "--fast", "--json", path).code == 0
     fast = json.loads(path.read_text())
@@ -84,7 +84,7 @@ def test_fast_loses_a_little_more(reported, tmp_path):
     assert error < fast["formats"]["int4"]["error"] < 1.05 * error
 
 
-def test_many_layers_are_shown_in_ranges(tmp_path):
+def test_many_layers_are_grouped_into_ranges(tmp_path):
     tensors = {f"model__layers__{i}__mlp__up_proj__weight": np.ones((4, 8)) for i in range(40)}
     folder = write(tmp_path, **{name: a.astype(np.float32) for name, a in tensors.items()})
     ended = run("quantize", "--model", folder, "--report", "--quant", "int8")
@@ -109,7 +109,9 @@ def test_one_tensor_is_in_memory_at_a_time(monkeypatch):
             return getattr(self.reader, name)
 
         def get_tensor(self, name):
-            assert all(array() is None for array in alive), f"{name} is read beside another"
+            assert all(array() is None for array in alive), (
+                f"{name} is read while another is in memory"
+            )
             held.append(len(jax.live_arrays()))
             array = self.reader.get_tensor(name)
             alive.append(weakref.ref(array))
@@ -120,7 +122,7 @@ def test_one_tensor_is_in_memory_at_a_time(monkeypatch):
     assert len(held) == NUM_LINEARS and max(held) == held[0]
 
 
-def test_without_report_it_says_what_it_can_do():
+def test_it_needs_report_or_output_dir():
     assert "expected: --report" in refused("quantize", "--quant", "int4")
 
 
@@ -133,7 +135,7 @@ def test_without_report_it_says_what_it_can_do():
         (("--quant", "none"), "invalid choice: 'none'"),
     ],
 )
-def test_what_has_no_effect_is_refused(flags, message):
+def test_flags_without_effect_are_refused(flags, message):
     assert message in refused("quantize", "--report", *flags)
 
 

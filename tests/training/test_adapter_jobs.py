@@ -1,4 +1,4 @@
-"""Adapters of every kind by train.py's flags: trained, resumed, planned, generated with, merged."""
+"""All kinds of adapters by the flags of train: trained, resumed, planned, used and merged."""
 
 import json
 import shutil
@@ -40,15 +40,15 @@ def whole(tmp_path_factory):
     rows = cli.write_rows(folder / "train.jsonl", 40)
     ended = cli.run("train", *FLAGS, *KIND, "--dataset", rows, "--output-dir", folder / "run")
     assert ended.code == 0 and ended.err == "", ended
-    assert "8 sequences of 112 tokens, 9" in ended.out, ended.out  # filled to nine tenths and more
+    assert "8 sequences of 112 tokens, 9" in ended.out, ended.out  # at least 90 % filled
     return folder / "run"
 
 
-def test_all_kinds_at_once_train_and_are_saved(whole):
+def test_all_kinds_together_train_and_are_saved(whole):
     rows = [row["loss"] for row in cli.metrics(whole) if "loss" in row]
     assert rows[-1] < 0.9 * rows[0]
     adapter = peft.read(whole / "adapter")
-    # PiSSA is told as a change of the weights as they were: by twice the rank.
+    # PiSSA is saved as a change of the original weights, which has twice the rank.
     shapes = {path: own.A.shape for path, own in adapter.factors.items()}
     assert shapes["model.layers.0.self_attn.q_proj"] == (64, 4)
     assert shapes["model.layers.4.mlp.down_proj"] == (172, 2)
@@ -59,7 +59,7 @@ def test_all_kinds_at_once_train_and_are_saved(whole):
     assert set(adapter.saved) == {"model.norm.weight", "model.embed_tokens.base_layer.weight"}
 
 
-def test_resumed_it_goes_on_bit_by_bit(whole, tmp_path):
+def test_a_resumed_run_gives_identical_bytes(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints/4")
     run = json.loads((folder / "run.json").read_text())
@@ -69,7 +69,7 @@ def test_resumed_it_goes_on_bit_by_bit(whole, tmp_path):
     assert comparable(folder) == comparable(whole) and checkpoints(folder) == [2, 4]
 
 
-def test_it_generates_and_is_merged(whole, tmp_path):
+def test_the_adapter_generates_and_the_merged_model_writes_the_same(whole, tmp_path):
     flags = ("--prompt", "Tom has", "--max-new-tokens", 8)
     adapter = ("--adapter", whole / "adapter")
     with_adapter = cli.run("generate", *adapter, *flags)
@@ -80,7 +80,7 @@ def test_it_generates_and_is_merged(whole, tmp_path):
     assert merged.out == with_adapter.out
 
 
-def test_it_is_planned():
+def test_the_plan_counts_the_adapter():
     plain, planned = (
         json.loads(cli.run("plan", *FLAGS, *kind, "--no-compile", "--json").out)
         for kind in (KIND[:2], KIND)

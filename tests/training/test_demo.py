@@ -1,4 +1,4 @@
-"""The embedded demo: its task was never seen in pretraining, and the files are the program's."""
+"""The included demo: pretraining has not seen its task, and the program reproduces its files."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def person(row: dict) -> str:
 
 @functools.cache
 def documents() -> list[str]:
-    """Past the drills, so that all kinds of documents are there."""
+    """Enough documents to go beyond the drills, so that all kinds are included."""
     num = demo_corpus.NUM_DRILLS + 20_000
     return list(itertools.islice(demo_corpus.corpus(seed=0), num))
 
@@ -45,7 +45,7 @@ def held_out_people() -> set[str]:
     return {name for name in people if demo_corpus.is_held_out(name)}
 
 
-def test_evaluation_rows_are_about_people_never_trained_on():
+def test_evaluation_examples_are_about_people_not_in_the_training_data():
     train, evaluation = read("train.jsonl"), read("eval.jsonl")
     assert len(evaluation) >= 256
     assert len({row["prompt"] for row in evaluation}) == len(evaluation)
@@ -58,13 +58,13 @@ def test_pretraining_never_names_a_held_out_person():
     held_out = held_out_people()
     assert {person(row) for row in read("eval.jsonl")} <= held_out
     pairs = {pair for text in documents() for pair in re.findall(r"(?=\b(\w+ \w+)\b)", text)}
-    assert pairs & {person(row) for row in read("train.jsonl")}  # names are found this way
+    assert pairs & {person(row) for row in read("train.jsonl")}  # this pattern does find names
     assert not pairs & held_out
 
 
 def test_pretraining_never_shows_a_json_object():
     for text in documents():
-        assert not re.search(r'"\s*:', text), text  # no quoted key with its colon
+        assert not re.search(r'"\s*:', text), text  # no quoted key with a colon
         for braces in re.findall(r"\{[^{}]*\}", text):
             with pytest.raises(json.JSONDecodeError):
                 json.loads(braces)
@@ -85,7 +85,7 @@ def test_every_token_of_the_answers_occurs_in_pretraining():
 @pytest.mark.parametrize(
     "name, num, held_out", [("train", NUM_TRAIN, False), ("eval", NUM_EVAL, True)]
 )
-def test_the_program_writes_these_rows(name, num, held_out):
+def test_the_program_writes_these_examples(name, num, held_out):
     rows = demo_corpus.rows(seed=0, num=num, held_out=held_out)
     assert read(f"{name}.jsonl") == [dataclasses.asdict(row) for row in rows]
 
@@ -97,7 +97,7 @@ def test_answers_are_copied_from_the_sentence():
         assert all(str(value) in row["prompt"] for value in answer.values())
 
 
-def test_it_is_small():
+def test_the_demo_is_small():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
     with open(FOLDER / "model.safetensors", "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -119,7 +119,7 @@ def test_tokenizer_splits_digits_and_joins_back():
     assert not any(re.search(r"\d\d", token) for token in tokenizer.get_vocab())
 
 
-def test_chat_template_asks_as_the_rows_do():
+def test_the_chat_template_gives_the_text_of_an_example():
     import transformers
 
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(FOLDER)

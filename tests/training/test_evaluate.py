@@ -19,7 +19,7 @@ def reader(tmp_path_factory):
     return tokenizer.load(tiny_tokenizer.save(tmp_path_factory.mktemp("tokenizer")))
 
 
-def rows(*lengths):
+def examples(*lengths):
     """Rows of so many tokens, all trained but the first two."""
     made = [
         (np.arange(1, n + 1, dtype=np.int32), np.array([i > 1 for i in range(n)])) for n in lengths
@@ -30,9 +30,9 @@ def rows(*lengths):
 def sum_of_labels(trained, frozen, batch):
     """Stands for the loss: Σ labels, and how many there are, as train.loss counts them."""
     shapes.append(batch.input_ids.shape)
-    # Dealt out over data × fsdp where that is even, so that no device computes all rows.
-    rows = batch.input_ids.sharding.shard_shape(batch.input_ids.shape)[0]
-    assert rows == len(batch.input_ids) / (4 if len(batch.input_ids) % 4 == 0 else 1)
+    # Dealt out over data × fsdp where that is even, so that no device computes all examples.
+    per_device = batch.input_ids.sharding.shard_shape(batch.input_ids.shape)[0]
+    assert per_device == len(batch.input_ids) / (4 if len(batch.input_ids) % 4 == 0 else 1)
     kept = batch.labels[:, 1:] != encoding.IGNORED
     total = jnp.where(kept, batch.labels[:, 1:], 0).sum() * 1.0
     return {"eval_loss": total}, jnp.asarray(kept.sum())
@@ -44,9 +44,9 @@ shapes: list[tuple[int, ...]] = []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
-def test_mean_loss_is_one_mean_over_all_trained_tokens(batch_size):
+def test_the_mean_loss_is_over_all_tokens_to_train_on(batch_size):
     shapes.clear()
-    held_out = rows(4, 9, 17, 3, 6)
+    held_out = examples(4, 9, 17, 3, 6)
     found = evaluate.means(sum_of_labels, None, FROZEN, packing.alone(held_out), batch_size, MESH)
     tokens = [id_ for ids, trained in held_out for id_ in ids[trained]]
     assert found == {
@@ -56,7 +56,7 @@ def test_mean_loss_is_one_mean_over_all_trained_tokens(batch_size):
 
 
 def echo(answers):
-    """Stands for generation: each prompt's answer, the rows filled up with −1."""
+    """Stands for generation: each prompt's answer, the examples filled up with −1."""
     asked = []
 
     def continue_(trained, frozen, ids, mask, key):
@@ -90,7 +90,7 @@ def test_each_prompt_gets_its_own_answer_in_batches_of_one_shape(reader, batch_s
     assert len(set(asked)) == 1 and asked[0][0] == min(batch_size, len(prompts))
 
 
-def test_exact_match_is_the_share_of_equal_answers_blanks_aside():
+def test_exact_match_is_the_share_of_equal_answers_apart_from_whitespace():
     found = [
         evaluate.Answer("q", " yes", "yes\n"),
         evaluate.Answer("q", "yes", "Yes"),
@@ -100,7 +100,7 @@ def test_exact_match_is_the_share_of_equal_answers_blanks_aside():
     assert evaluate.exact_match(found) == 0.5
 
 
-def test_texts_keep_the_space_in_front_and_end_at_the_fill(reader):
+def test_texts_keep_their_leading_space_and_end_at_the_padding(reader):
     (prompt,) = tokenizer.encode(reader, ["ab"])
     (whole,) = tokenizer.encode(reader, ["ab cd"])
     for answer, text in ((whole[len(prompt) :], " cd"), ([], "")):

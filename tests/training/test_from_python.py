@@ -1,4 +1,4 @@
-"""A run from Python and from a config.yaml: the folder that the command leaves."""
+"""Runs from Python and from a config.yaml leave the same folder as the command."""
 
 import itertools
 import json
@@ -27,21 +27,21 @@ def flags(settings):
 
 
 def numbers(folder):
-    """metrics.jsonl without what differs from run to run: times."""
+    """metrics.jsonl without times, which differ between runs."""
     timed = ("tokens_per_second", "data_wait", "mfu", "peak_bytes")
     return [{k: v for k, v in line.items() if k not in timed} for line in cli.metrics(folder)]
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """(settings, the folder of a run by the command)."""
+    """(settings, the folder of a run of the command)."""
     folder = tmp_path_factory.mktemp("command")
     settings = given(folder)
     assert cli.run("train", *flags(settings), "--output-dir", folder / "run").code == 0
     return settings, folder / "run"
 
 
-def test_a_run_from_python_is_the_command_s(command, tmp_path):
+def test_a_run_from_python_gives_the_files_of_the_command(command, tmp_path):
     settings, run = command
     made = training.settings.build(**settings, output_dir=str(tmp_path / "run"))
     with cli.kept_programs():
@@ -54,7 +54,7 @@ def test_a_run_from_python_is_the_command_s(command, tmp_path):
     assert {"run.json", "config.yaml", "metrics.jsonl", "report.html"} <= files
 
 
-def test_a_run_s_own_config_repeats_it_and_flags_win(command, tmp_path):
+def test_the_config_of_a_run_repeats_it_and_flags_override_it(command, tmp_path):
     _, run = command
     again = cli.run("train", "--config", run / "config.yaml", "--output-dir", tmp_path / "again")
     assert again.code == 0 and numbers(tmp_path / "again") == numbers(run)
@@ -67,7 +67,7 @@ def test_a_run_s_own_config_repeats_it_and_flags_win(command, tmp_path):
     assert json.loads((tmp_path / "short/run.json").read_text())["num_steps"] == 1
 
 
-def test_to_stop_iterating_saves_and_resume_goes_on_exactly(command, tmp_path):
+def test_stopping_the_iteration_saves_and_resume_continues_exactly(command, tmp_path):
     settings, run = command
     folder = tmp_path / "run"
     with cli.kept_programs():

@@ -1,4 +1,4 @@
-"""What looks on while a run trains."""
+"""Monitoring: spikes, patience, MFU, compilations, dashboards, profiles."""
 
 import dataclasses
 import json
@@ -15,15 +15,14 @@ from test_run import at_step
 
 from lora_jax.parallel import devices
 from lora_jax.planning import chips, operations
+from lora_jax.training import monitor
 
-from lora_jax.training import monitor  # isort: skip (scripts/, which cli puts on the path)
 
-
-def test_losses_that_stand_out_are_told():
+def test_spikes_of_the_loss_are_reported():
     spikes = monitor.Spikes()
-    told = [spikes.note(2 + 0.1 * (step % 3) + 3 * (step == 40)) for step in range(60)]
-    assert [step for step, text in enumerate(told) if text] == [40]
-    assert told[40].startswith("loss 5.1, after 2.1 on average")
+    reports = [spikes.note(2 + 0.1 * (step % 3) + 3 * (step == 40)) for step in range(60)]
+    assert [step for step, text in enumerate(reports) if text] == [40]
+    assert reports[40].startswith("loss 5.1, after 2.1 on average")
 
 
 @pytest.mark.parametrize(
@@ -38,59 +37,59 @@ def test_patience_counts_evaluations_without_a_better_loss(losses, spent):
     assert patience.spent == spent and not endless.spent
 
 
-def test_utilization_is_what_is_useful_of_the_published_peak():
+def test_mfu_is_the_share_of_useful_operations_in_the_published_peak():
     job, target = test_plan.LLAMA_7B, chips.parse("tpu:v5e-4")
     share = monitor.Utilization(job, target).share(512, 0.5)
     useful = operations.useful(dataclasses.replace(job, seq_len=512))
     assert share == pytest.approx(useful / (0.5 * 4 * 197e12), abs=1e-4)
-    base = 6738415616 - 32000 * 4096 - 65 * 4096  # what is multiplied by, of Llama-2-7B
+    base = 6738415616 - 32000 * 4096 - 65 * 4096  # the weights in matrix products of Llama-2-7B
     assert useful == pytest.approx(4 * base * 512, rel=0.05)
     assert monitor.Utilization(job, chips.parse("cpu:4")).share(512, 0.5) is None
 
 
-def test_what_is_compiled_again_for_the_same_shape_is_told():
+def test_a_second_compilation_for_the_same_shape_is_reported():
     def double(x):
         return 2 * x
 
-    function, told, took = jax.jit(double), [], []
+    function, reports, took = jax.jit(double), [], []
     with monitor.Compilations() as compilations:
         for number, size in enumerate((4, 4, 6, 4, 6), start=1):
             if number == 5:
                 function.clear_cache()
             function(np.ones(size, np.float32))
-            jax.jit(lambda x: x + 1)(1.0)  # another function is its own affair
-            told.append(compilations.done(number, function, (1, 8, size)))
+            jax.jit(lambda x: x + 1)(1.0)  # another function does not count
+            reports.append(compilations.done(number, function, (1, 8, size)))
             took.append(compilations.seconds)
-    assert told[:4] == [""] * 4 and took[0] > 0
+    assert reports[:4] == [""] * 4 and took[0] > 0
     text = r"step 5 was compiled again \(\d\.\d s\), for a batch of 1 × 8 × 6 as before"
-    assert re.fullmatch(text, told[4])
+    assert re.fullmatch(text, reports[4])
     jax.jit(lambda x: x + 2)(1.0)
-    assert compilations.seconds == took[-1]  # it no longer listens
+    assert compilations.seconds == took[-1]  # no longer listening
 
 
 def stand_in(monkeypatch):
-    """A wandb that keeps what it is given."""
-    told = types.SimpleNamespace(settings=None, rows=[], finished=False)
+    """Replaces wandb; returns what it is called with."""
+    reported = types.SimpleNamespace(settings=None, rows=[], finished=False)
 
     class Run:
         def log(self, numbers, step):
-            told.rows.append({"step": step, **numbers})
+            reported.rows.append({"step": step, **numbers})
 
         def finish(self):
-            told.finished = True
+            reported.finished = True
 
     def init(**settings):
-        told.settings = settings
+        reported.settings = settings
         return Run()
 
     module = types.ModuleType("wandb")
     module.init, module.__spec__ = init, object()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    return told
+    return reported
 
 
-def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
-    told, folder = stand_in(monkeypatch), tmp_path / "run"
+def test_a_run_reports_to_a_dashboard_and_is_profiled(tmp_path, monkeypatch):
+    reported, folder = stand_in(monkeypatch), tmp_path / "run"
     monkeypatch.setitem(chips.PEAKS, "cpu", chips.Peaks(1e10, 1e11, 1e10))
     monkeypatch.setattr(devices, "device_peak_bytes", lambda: 5_670_000_000)
     compiled = monitor.Compilations.EVENT, 7.25
@@ -103,9 +102,9 @@ def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
         "--report-to", "wandb", "--profile", tmp_path / "trace",
     )  # fmt: skip
     assert ended.code == 0 and ended.err == "", ended
-    assert told.rows == cli.metrics(folder) and told.finished
-    assert told.settings["config"]["quant"] == "int4" and told.settings["resume"] == "allow"
-    steps = [row for row in told.rows if "loss" in row]
+    assert reported.rows == cli.metrics(folder) and reported.finished
+    assert reported.settings["config"]["quant"] == "int4" and reported.settings["resume"] == "allow"
+    steps = [row for row in reported.rows if "loss" in row]
     assert all(0 < row["mfu"] < 1 and row["peak_bytes"] == 5_670_000_000 for row in steps)
     assert ", MFU " in ended.out and "%, 5.67 GB" in ended.out
     run = json.loads((folder / "run.json").read_text())
@@ -117,7 +116,7 @@ def test_a_run_reports_and_is_profiled(tmp_path, monkeypatch):
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
-def test_tensorboard_shows_every_number(tmp_path):
+def test_tensorboard_gets_every_metric(tmp_path):
     pytest.importorskip("tensorboardX")
     dashboard = monitor.Dashboard("tensorboard", tmp_path, {}, 0)
     dashboard.log({"step": 1, "loss": 2.5, "grad_norm": 1.0})
@@ -126,7 +125,7 @@ def test_tensorboard_shows_every_number(tmp_path):
     assert b"loss" in file.read_bytes() and b"grad_norm" in file.read_bytes()
 
 
-def test_a_dashboard_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch):
+def test_a_missing_dashboard_package_is_reported_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor.importlib.util, "find_spec", lambda name: None)
-    told = cli.refused("train", "--report-to", "tensorboard", "--output-dir", tmp_path / "run")
-    assert "pip install tensorboardX" in told and not (tmp_path / "run").exists()
+    message = cli.refused("train", "--report-to", "tensorboard", "--output-dir", tmp_path / "run")
+    assert "pip install tensorboardX" in message and not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""scripts/report.py: the page of a run, from its run.json and metrics.jsonl alone."""
+"""report.html: the page of a run, made from its run.json and metrics.jsonl alone."""
 
 import html
 import html.parser
@@ -50,7 +50,7 @@ METRICS = [
 
 
 class Page(html.parser.HTMLParser):
-    """A page read strictly: every tag is closed where it must be."""
+    """Parses a page strictly: every tag must be closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -84,11 +84,11 @@ def page(record=RECORD, metrics=METRICS):
     return Page(report.render(record, metrics))
 
 
-# ------------------------------------------------------------------------- what it shows
+# ------------------------------------------------------------------------- content
 
 
 @pytest.mark.parametrize(
-    "told",
+    "shown",
     [
         "owner/model ✓ finished 60 steps · rank 2 · q_proj, v_proj · base in int4",
         "Held-out loss 0.0121 from 1.0906 at step 0",
@@ -109,11 +109,11 @@ def page(record=RECORD, metrics=METRICS):
         "step 30: held-out loss 0.5",
     ],
 )
-def test_it_tells(told):
-    assert told in page().text
+def test_the_page_shows(shown):
+    assert shown in page().text
 
 
-def test_a_curve_has_axes_and_the_held_out_points_lie_on_the_loss():
+def test_the_loss_has_axes_a_curve_and_held_out_points():
     found = page()
     figures = [with_["class"] for with_ in found.all("figure")]
     assert figures == ["chart loss", "chart lr", "chart grad_norm", "chart tokens_per_second"]
@@ -125,7 +125,7 @@ def test_a_curve_has_axes_and_the_held_out_points_lie_on_the_loss():
     assert label == "Loss. loss 1.98 at step 1, 1 at step 60"
 
 
-def test_axis_labels_tell_their_ticks_apart():
+def test_tick_labels_differ():
     assert formatting.ticks(curves.axis(0, 0.9).ticks) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     assert formatting.ticks(curves.axis(0, 2e-4).ticks) == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]
     assert formatting.ticks(curves.axis(0, 100_000, whole=True).ticks)[-2:] == ["80k", "100k"]
@@ -138,7 +138,7 @@ def test_axis_labels_tell_their_ticks_apart():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "shown"),
     [
         ({"status": "stopped at step 30"}, "■ stopped at step 30"),
         ({"status": "failed: no space: left"}, "✗ failed 60 steps"),
@@ -151,11 +151,11 @@ def test_axis_labels_tell_their_ticks_apart():
         ({"device": "1 × cpu (cpu)"}, "of this process"),
     ],
 )
-def test_it_tells_of_other_runs(change, told):
-    assert told in page(RECORD | change).text
+def test_the_page_of_other_runs_shows(change, shown):
+    assert shown in page(RECORD | change).text
 
 
-def test_it_tells_how_preferences_were_learnt():
+def test_the_page_shows_the_metrics_of_preferences():
     pairs = {"reward_accuracy": 0.75, "reward_margin": -0.5}
     held_out = {"eval_loss": 0.6, "eval_reward_accuracy": 0.5, "eval_reward_margin": 0.25}
     metrics = [{"step": 0, **held_out}, step(1) | pairs, {"step": 1, **held_out}]
@@ -167,7 +167,7 @@ def test_it_tells_how_preferences_were_learnt():
     assert "step 1: held-out share 0.5" in found.text
 
 
-# ------------------------------------------------------------------------- what must not break it
+# ------------------------------------------------------------------------- unusual input
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_nothing_in_the_data_is_html():
     assert "</pre><script>alert('1')</script><img src=x onerror=alert(2)> & \"" in found.text
 
 
-def test_it_needs_nothing_but_itself():
+def test_the_page_loads_no_other_file():
     text = report.render(RECORD, METRICS)
     assert "://" not in text and "url(" not in text and "@import" not in text
     for name, with_ in Page(text).elements:
@@ -254,7 +254,7 @@ def test_thinning_keeps_the_mean_and_the_extremes():
 
 def test_the_command_writes_the_page_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    record = RECORD | {"device": EVIL}  # with half a character, which no file can hold
+    record = RECORD | {"device": EVIL}  # with a surrogate, which cannot be encoded
     (tmp_path / "run.json").write_text(json.dumps(record))
     rows = [json.dumps(row) for row in METRICS]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 61, "lo')
@@ -271,24 +271,24 @@ def test_the_command_writes_the_page_of_a_folder(tmp_path, monkeypatch):
     ("run", "found"),
     [(None, "No such file"), ("{", "Expecting"), ("[]", "no JSON object"), ("1", "no JSON object")],
 )
-def test_a_folder_without_a_run_is_told(tmp_path, run, found):
+def test_a_folder_without_a_run_is_refused(tmp_path, run, found):
     if run:
         (tmp_path / "run.json").write_text(run)
     message = cli.refused("report", tmp_path)
     assert found in message and "the folder of a run" in message and "run.json" in message
 
 
-def test_a_page_that_cannot_be_written_is_told(tmp_path):
+def test_a_page_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RECORD))
     (tmp_path / "report.new").mkdir()
     assert "a run's folder that can be written" in cli.refused("report", tmp_path)
 
 
-# ------------------------------------------------------------------------- how it looks
+# ------------------------------------------------------------------------- look
 
 
 def colours():
-    """{scheme: {name: colour}} of the style."""
+    """{scheme: {name: colour}} of the style sheet."""
     light, dark = re.findall(r":root \{(.*?)\}", style.STYLE, re.DOTALL)
     found = {"light": re.findall(r"--(\w+): (#\w{6})", light)}
     found["dark"] = re.findall(r"--(\w+): (#\w{6})", dark)
@@ -302,8 +302,8 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_curves_stand_out(scheme):
-    """WCAG's 4.5 : 1, which it asks for text; curves need 3 : 1."""
+def test_text_and_curves_have_enough_contrast(scheme):
+    """WCAG asks for a contrast of 4.5 : 1 for text, and 3 : 1 for curves."""
     found = colours()[scheme]
     for name in ("text", "soft", "train", "held", "good", "bad", "warn"):
         for behind in ("page", "card"):

@@ -1,4 +1,4 @@
-"""Runs that were killed, damaged or moved to other devices go on as if they had not been."""
+"""Runs that were killed, damaged or moved to other devices are resumed without a difference."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(rows, tmp_path_factory):
-    """The folder of a run of six steps on eight devices that nothing interrupted."""
+    """The folder of an uninterrupted run of six steps on eight devices."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     ended = cli.run("train", *FLAGS, *rows, "--output-dir", folder)
     assert ended.code == 0 and checkpoints(folder) == [2, 4, 6], ended
@@ -45,7 +45,7 @@ def whole(rows, tmp_path_factory):
 
 
 def interrupted(whole, tmp_path, *, after=2):
-    """A copy of the run as it was left after step `after`."""
+    """A copy of the run as it was after step `after`."""
     folder = shutil.copytree(whole, tmp_path / "run")
     for step in checkpoints(folder):
         if step > after:
@@ -73,7 +73,7 @@ def status(folder):
 # ------------------------------------------------------------------------- killed
 
 
-def test_killed_at_any_moment_a_run_loses_no_saved_step(parent, rows, tmp_path):
+def test_a_run_killed_at_any_time_loses_no_saved_step(parent, rows, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     flags = (*MODEL, *rows, "--streaming", "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
              "--max-steps", MANY, "--save-every")  # fmt: skip
@@ -88,8 +88,8 @@ def test_killed_at_any_moment_a_run_loses_no_saved_step(parent, rows, tmp_path):
         code, log = parent.train(*typed, "--output-dir", folder, devices=1, kill=kill)
         assert code == (-signal.SIGKILL if kill else 0), log
         assert "damaged" not in log
-        if told := re.search(r"resume +(?:from step (\d+)|no finished)", log):
-            assert int(told[1] or 0) == max(saved, default=0)
+        if found := re.search(r"resume +(?:from step (\d+)|no finished)", log):
+            assert int(found[1] or 0) == max(saved, default=0)
     assert comparable(folder) == comparable(whole)
     assert checkpoints(folder) == [MANY - 1, MANY]
 
@@ -98,22 +98,22 @@ def test_killed_at_any_moment_a_run_loses_no_saved_step(parent, rows, tmp_path):
 
 
 def damage(folder, step):
-    """Halves all files with values: Orbax also leaves some that nothing refers to any more."""
+    """Truncates all files with values. Orbax also leaves files that are no longer in use."""
     for path in (folder / "checkpoints" / str(step) / "state").glob("**/d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_past_a_damaged_checkpoint_a_run_goes_on_from_the_one_before(whole, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     damage(folder, 6)
     out = resumed(folder)
     assert re.search(r"resume the checkpoint of step 6 is damaged and skipped: \w+", out)
     assert "resume from step 4 of 6" in out
     assert comparable(folder) == comparable(whole) and checkpoints(folder) == [2, 4, 6]
-    assert "from step 6 of 6" in resumed(folder)  # which was saved again
+    assert "from step 6 of 6" in resumed(folder)  # step 6 was saved again
 
 
-def test_a_run_without_a_readable_checkpoint_is_refused_and_left_as_it_is(whole, tmp_path):
+def test_a_run_without_a_readable_checkpoint_is_refused_and_not_changed(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     for step in (2, 4, 6):
         damage(folder, step)
@@ -123,25 +123,25 @@ def test_a_run_without_a_readable_checkpoint_is_refused_and_left_as_it_is(whole,
     assert status(folder) == "finished"
 
 
-# ------------------------------------------------------------------------- elsewhere
+# ------------------------------------------------------------------------- other devices
 
 
 def assert_as_uninterrupted(folder, whole):
     (ours, _), (theirs, _) = comparable(folder), comparable(whole)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     losses, expected = ([row["loss"] for row in part] for part in (ours, theirs))
-    assert losses[:2] == expected[:2]  # the steps before are as they were logged
+    assert losses[:2] == expected[:2]  # the logged steps before are kept
     np.testing.assert_allclose(losses, expected, atol=1e-4, rtol=0)
     print("largest difference:", max(abs(a - b) for a, b in zip(losses, expected, strict=True)))
 
 
-def test_a_run_goes_on_with_a_step_split_otherwise(whole, tmp_path):
+def test_a_run_is_resumed_with_another_split_of_a_step(whole, tmp_path):
     folder = interrupted(whole, tmp_path)
     assert "from step 2 of 6" in resumed(folder, "--batch-size", 16, "--grad-accum", 1)
     assert_as_uninterrupted(folder, whole)
 
 
-def test_a_run_goes_on_with_fewer_devices_and_another_mesh(parent, whole, tmp_path):
+def test_a_run_is_resumed_on_fewer_devices_and_another_mesh(parent, whole, tmp_path):
     folder = interrupted(whole, tmp_path)
     flags = ("--resume", "--output-dir", folder, "--mesh", "fsdp=2,tensor=2")
     code, log = parent.train(*flags, devices=4)
@@ -149,13 +149,15 @@ def test_a_run_goes_on_with_fewer_devices_and_another_mesh(parent, whole, tmp_pa
     assert_as_uninterrupted(folder, whole)
 
 
-def test_other_rows_a_step_are_refused(whole, tmp_path):
+def test_another_number_of_sequences_per_step_is_refused(whole, tmp_path):
     folder = interrupted(whole, tmp_path)
     message = cli.refused("train", "--resume", "--output-dir", folder, "--batch-size", 32)
     assert "16 sequences a step" in message and "32 × 2" in message
 
 
-def test_a_batch_that_other_devices_cannot_share_says_what_to_type(whole, tmp_path):
+def test_a_batch_size_that_other_devices_cannot_split_is_refused_with_the_flags_to_use(
+    whole, tmp_path
+):
     folder = interrupted(whole, tmp_path)
     change_run(folder, settings={"batch_size": 2, "grad_accum": 8})
     message = cli.refused("train", "--resume", "--output-dir", folder)
@@ -182,7 +184,7 @@ def test_a_base_with_other_values_is_refused(whole, tmp_path):
     assert (folder / "run.json").read_bytes() == before
 
 
-def test_a_run_json_of_an_earlier_version_is_told(whole, tmp_path):
+def test_a_run_json_of_an_earlier_version_is_refused(whole, tmp_path):
     folder = interrupted(whole, tmp_path)
     run = json.loads((folder / "run.json").read_text())
     del run["base"]["checksum"], run["data"], run["versions"]["lora-jax"]
@@ -208,17 +210,17 @@ def out_of_memory(_):
     raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
 
 
-def test_run_json_tells_failures_and_the_run_can_go_on_bit_by_bit(whole, tmp_path, monkeypatch):
-    folder, told = interrupted(whole, tmp_path), []
+def test_run_json_has_the_failure_and_the_run_is_resumed_exactly(whole, tmp_path, monkeypatch):
+    folder, found = interrupted(whole, tmp_path), []
     not_a_number = functools.partial(dict, loss=float("nan"))
     for fail in (not_a_number, out_of_memory):
         with monkeypatch.context() as patch:
             failing_at(patch, 3, fail)
             cli.refused("train", "--resume", "--output-dir", folder)
-        told.append(status(folder))
-    assert told == ["failed: NaN or infinity at step 3", "failed: 123 bytes wanted"]
+        found.append(status(folder))
+    assert found == ["failed: NaN or infinity at step 3", "failed: 123 bytes wanted"]
     out = resumed(folder)
-    assert told[-1] in out and "from step 2 of 6" in out
+    assert found[-1] in out and "from step 2 of 6" in out
     assert comparable(folder) == comparable(whole) and status(folder) == "finished"
 
 
@@ -248,14 +250,14 @@ def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
     assert json.loads((folder / "run.json").read_text())["best"] == best
     assert re.search(r"best +step 4, held-out loss 1.0000", ended.out)
 
-    shutil.rmtree(folder / "checkpoints/6")  # killed while it was saved
+    shutil.rmtree(folder / "checkpoints/6")  # as if it was killed while saving
     losses = iter([0.5])
     assert "best step 6, held-out loss 0.5000" in resumed(folder)
     assert checkpoints(folder) == [6]
     assert_the_adapter_is(folder, seen[6])
 
 
-def test_without_patience_left_a_run_ends_and_keeps_the_best(rows, tmp_path, monkeypatch):
+def test_a_run_stops_early_and_keeps_the_best_step(rows, tmp_path, monkeypatch):
     folder, losses = tmp_path / "run", iter([9, 3, 1, math.nan, 2])
     monkeypatch.setattr(evaluate, "means", lambda *_: {"eval_loss": float(next(losses))})
     flags = ("--output-dir", folder, "--eval-every", 1, "--exact-match", 1)
@@ -266,11 +268,11 @@ def test_without_patience_left_a_run_ends_and_keeps_the_best(rows, tmp_path, mon
     scored = [row["step"] for row in cli.metrics(folder) if "exact_match" in row]
     assert scored == [0, 4] and len(run["samples"]["after"]) == 1
     before = comparable(folder)
-    assert "from step 4 of 6" in resumed(folder)  # it has ended, and does not go on
+    assert "from step 4 of 6" in resumed(folder)  # a finished run does not train again
     assert comparable(folder) == before and checkpoints(folder) == [2, 3, 4]
 
 
-def test_a_run_stops_when_its_time_is_over_and_goes_on(whole, rows, tmp_path, monkeypatch):
+def test_a_run_stops_at_max_time_and_is_resumed(whole, rows, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     at_step(monkeypatch, 1, lambda: time.sleep(1))
     flags = (*FLAGS, *rows, "--output-dir", folder, "--max-time", "1s")

@@ -1,4 +1,4 @@
-"""Whole runs of scripts/train.py and scripts/generate.py on a small real model."""
+"""Whole runs of train and generate on a small real model."""
 
 import json
 import math
@@ -16,9 +16,8 @@ import jax
 import pytest
 import safetensors.numpy
 
+from lora_jax import console
 from lora_jax.optim import step as train_step
-
-from lora_jax import console  # isort: skip (scripts/, which cli puts on the path)
 
 STEPS = 6
 # dropout, a checkpoint every 2 steps
@@ -31,7 +30,7 @@ EVALUATED = ("--eval-every", 3, "--exact-match", 4)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Flags for a data set of 40 rows and a held-out one of 8."""
+    """Flags for a data set of 40 examples and a held-out one of 8."""
     folder = tmp_path_factory.mktemp("data")
     train = cli.write_rows(folder / "train.jsonl", 40)
     held_out = cli.write_rows(folder / "eval.jsonl", 8, first=40)
@@ -40,19 +39,19 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(data):
-    """Flags for the same with evaluations."""
+    """Flags of a run on it, with evaluations."""
     return (*FLAGS, *data, *EVALUATED)
 
 
 @pytest.fixture(scope="module")
 def plain(data):
-    """Flags for the data set alone."""
+    """Flags of a run without held-out data."""
     return (*FLAGS, *data[:2])
 
 
 @pytest.fixture(scope="module")
 def whole(evaluated, tmp_path_factory):
-    """(folder, how it ended) of a run that nothing interrupted, with short paths in its flags."""
+    """(folder, how it ended) of an uninterrupted run, with short paths in its flags."""
     folder = tmp_path_factory.mktemp("whole")
     flags = [*evaluated]
     for name in ("--model", "--dataset", "--eval-dataset"):
@@ -68,7 +67,7 @@ def whole(evaluated, tmp_path_factory):
 
 
 def comparable(folder):
-    """metrics.jsonl without what depends on the clock, and the adapter's bytes."""
+    """(metrics.jsonl without times, the bytes of the adapter)."""
     rows = cli.metrics(folder)
     for row in rows:
         row.pop("tokens_per_second", None)
@@ -82,7 +81,7 @@ def checkpoints(folder):
 
 
 def at_step(monkeypatch, number, act):
-    """Calls act() when step `number` is done and logged."""
+    """Calls act() after step `number` is logged."""
     show = console.Progress.show
 
     def shown(self, step, metrics):
@@ -93,7 +92,7 @@ def at_step(monkeypatch, number, act):
     monkeypatch.setattr(console.Progress, "show", shown)
 
 
-# ------------------------------------------------------------------------- what a run leaves
+# ------------------------------------------------------------------------- output
 
 
 def test_the_files_of_a_run(whole):
@@ -110,7 +109,7 @@ def test_the_files_of_a_run(whole):
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
-def test_metrics_are_one_json_object_a_line(whole):
+def test_metrics_are_one_json_object_per_line(whole):
     rows = cli.metrics(whole[0])
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
@@ -126,7 +125,7 @@ def test_metrics_are_one_json_object_a_line(whole):
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
 
 
-def test_run_json_tells_what_was_run_on_what(whole):
+def test_run_json_has_settings_versions_devices_and_results(whole):
     folder, _ = whole
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished" and run["num_steps"] == STEPS
@@ -138,18 +137,18 @@ def test_run_json_tells_what_was_run_on_what(whole):
     assert {"load", "evaluate", "train"} <= run["seconds"].keys()
     assert all(value > 0 for value in run["seconds"].values())
     assert run["peak_bytes"] > run["memory"]["bytes_before"] > 2**24
-    # XLA gives each of the eight devices 17.5 MB of this step, with the gaps between arrays.
+    # XLA plans 17.5 MB of this step for each of the eight devices, including gaps between arrays.
     planned = run["memory"]["planned_bytes"]
     assert 0.5 < planned / (8 * 17.5e6) < 1 and planned < run["peak_bytes"]
     assert [len(run["samples"][when]) for when in ("before", "after")] == [2, 2]
 
 
-def test_what_a_run_prints(whole):
+def test_the_output_of_a_run(whole):
     _, ended = whole
     assert "step 0: held-out loss" in ended.out and "exact match" in ended.out
     assert re.search(r"trainable \(0\.\d\d%\)", ended.out)
     assert "step 1 of 6: loss" in ended.out and "step 6 of 6: loss" in ended.out
-    assert "\r" not in ended.out  # no bar where there is no terminal
+    assert "\r" not in ended.out  # no progress bar without a terminal
     assert re.search(r"^adapter +run/adapter$", ended.out, re.MULTILINE)
     assert re.search(r"^report +run/report.html$", ended.out, re.MULTILINE)
     assert "scripts/generate.py" in ended.out and "--adapter run/adapter" in ended.out
@@ -164,10 +163,10 @@ def test_nothing_printed_is_wider_than_the_terminal(whole, plain, monkeypatch):
     assert again.code == 2 and max(map(len, again.lines)) <= 80
 
 
-# ------------------------------------------------------------------------- stop and go on
+# ------------------------------------------------------------------------- stop and resume
 
 
-def test_a_run_ended_before_its_first_checkpoint_starts_over_and_goes_on_where_ctrl_c_stopped_it(
+def test_resume_starts_over_without_a_checkpoint_and_continues_after_ctrl_c(
     whole, evaluated, tmp_path, monkeypatch, capfd
 ):
     folder = tmp_path / "run"
@@ -207,7 +206,7 @@ def assert_stopped(folder, ended, code, capfd):
     assert "■ stopped at step 3" in (folder / "report.html").read_text()
 
 
-def test_a_second_ctrl_c_ends_at_once(plain, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(plain, tmp_path, monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -222,7 +221,7 @@ def test_a_second_ctrl_c_ends_at_once(plain, tmp_path, monkeypatch):
     assert cli.metrics(tmp_path / "run")[-1]["step"] == 3
 
 
-def test_a_finished_run_is_shown_again_whatever_comes_of_its_report(whole, tmp_path):
+def test_resuming_a_finished_run_shows_it_even_if_the_report_fails(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "run")
     (folder / "report.new").mkdir()
     ended = cli.run("train", "--resume", "--output-dir", folder, "--prompt", "Once upon a time",
@@ -261,16 +260,16 @@ def test_resume_on_other_data_or_another_base_is_refused(whole, data, tmp_path, 
         run["settings"][name] = [other] if changed == "train" else other
     (folder / "run.json").write_text(json.dumps(run))
     message = cli.refused("train", "--resume", "--output-dir", folder)
-    told = {"base": "another config of the base", "train": "another train of the data",
-            "held out": "another held out of the data"}  # fmt: skip
-    assert told[changed] in message
+    expected = {"base": "another config of the base", "train": "another train of the data",
+                "held out": "another held out of the data"}  # fmt: skip
+    assert expected[changed] in message
     assert comparable(folder) == comparable(whole[0])
 
 
 # ------------------------------------------------------------------------- several adapters
 
 
-def test_a_sweep_ends_as_runs_alone_though_stopped_and_though_a_member_is_lost(
+def test_a_sweep_equals_separate_runs_even_if_stopped_and_with_a_lost_member(
     whole, evaluated, tmp_path, monkeypatch
 ):
     folder, steps = tmp_path / "run", train_step.steps
@@ -302,8 +301,8 @@ def test_a_sweep_ends_as_runs_alone_though_stopped_and_though_a_member_is_lost(
         for name, value in one.items():
             if name not in ("step", "tokens_per_second", "data_wait"):
                 assert row[f"{name}/lr=2e-4"] == pytest.approx(value, rel=1e-4)
-    told = [{name for name in row if name.endswith("lr=1e-3")} for row in rows]
-    assert all(told[:6]) and not any(told[6:])  # the first three steps, two evaluations, the fourth
+    logged = [{name for name in row if name.endswith("lr=1e-3")} for row in rows]
+    assert all(logged[:6]) and not any(logged[6:])  # four steps and two evaluations
     assert rows[5]["step"] == 4 and rows[5]["loss/lr=1e-3"] is None
 
     run = json.loads((folder / "run.json").read_text())
@@ -321,7 +320,7 @@ def test_a_sweep_ends_as_runs_alone_though_stopped_and_though_a_member_is_lost(
     assert page.count('class="line own"') == 4 * 3
 
 
-# ------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(("where", "value"), [("loss", math.nan), ("grad_norm", math.inf)])
@@ -353,7 +352,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_message(plain, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--batch-size", 4), "--batch-size 8"),
         (("--mesh", "data=3"), "3 devices"),
@@ -366,10 +365,12 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_message(plain, tmp_path, mon
         (("--prompt", "Tom", "--chat"), "chat template"),
     ],
 )
-def test_what_does_not_fit_is_told_and_leaves_no_folder(evaluated, tmp_path, flags, told):
+def test_settings_that_do_not_fit_are_refused_and_leave_no_folder(
+    evaluated, tmp_path, flags, message
+):
     folder = tmp_path / "run"
     typed = (*evaluated, *flags)
-    assert told in cli.refused("train", *typed, "--output-dir", folder)
+    assert message in cli.refused("train", *typed, "--output-dir", folder)
     assert not folder.exists()
 
 
@@ -381,10 +382,10 @@ def test_data_is_read_before_a_model_is_downloaded(tmp_path):
     assert "none.jsonl" in message
 
 
-# ------------------------------------------------------------------------- other ways to run
+# ------------------------------------------------------------------------- other runs
 
 
-def test_without_steps_it_only_generates(tmp_path, monkeypatch):
+def test_max_steps_0_only_generates(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompt = "Once upon a time"
     ended = cli.run(
@@ -395,7 +396,7 @@ def test_without_steps_it_only_generates(tmp_path, monkeypatch):
     assert f"\n{prompt}, there was" in ended.out
 
 
-def test_the_hub_s_llama_trains_in_4_bit_and_no_pickle_is_asked_for(tmp_path):
+def test_a_llama_of_the_hub_trains_in_4_bit_and_no_pickle_is_requested(tmp_path):
     name = "huggyllama/llama-7b"
     rows = cli.write_rows(tmp_path / "train.jsonl", 8)
     flags = ("--model", name, "--rank", 8, "--use-4bit", "--max-steps", 1, "--dataset", rows,
@@ -424,7 +425,7 @@ def texts(ended):
     return [text for text in ended.out.split("\n\n") if text.strip()]
 
 
-def test_generate_takes_the_base_that_the_adapter_names(whole, tmp_path):
+def test_generate_uses_the_base_that_the_adapter_names(whole, tmp_path):
     folder = whole[0] / "adapter"
     flags = ("--prompt", "Tom has 41 cats.", "--max-new-tokens", 16)
     (found,) = texts(cli.run("generate", "--adapter", folder, *flags))
@@ -440,7 +441,7 @@ def test_generate_takes_the_base_that_the_adapter_names(whole, tmp_path):
     assert texts(cli.run("generate", "--adapter", nameless, "--model", cli.BASE, *flags)) == [found]
 
 
-def test_several_prompts_are_a_batch_and_equal_the_single_ones(tmp_path):
+def test_a_batch_of_prompts_gives_the_same_texts_as_single_prompts(tmp_path):
     prompts = ["Once upon a time", "The little dog was very happy because"]
     flags = ("--model", cli.BASE, "--max-new-tokens", 16)
     single = [texts(cli.run("generate", *flags, "--prompt", prompt))[0] for prompt in prompts]
@@ -451,25 +452,25 @@ def test_several_prompts_are_a_batch_and_equal_the_single_ones(tmp_path):
     assert texts(batch) == single
 
 
-def test_draws_follow_the_seed():
+def test_sampling_depends_on_the_seed():
     flags = ("--model", cli.BASE, "--prompt", "Once", "--max-new-tokens", 16, "--temperature", 1.5)
     drawn = [cli.run("generate", *flags, "--seed", seed).out for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--prompt", "Tom " * 500), "context of 512 tokens"),
         (("--prompt", "Tom", "--max-new-tokens", 512), "--max-new-tokens 509"),
         (("--prompt", "Tom", "--chat"), "chat template"),
     ],
 )
-def test_generate_tells_what_does_not_fit(flags, told):
-    assert told in cli.refused("generate", "--model", cli.BASE, *flags)
+def test_generate_refuses_prompts_that_do_not_fit(flags, message):
+    assert message in cli.refused("generate", "--model", cli.BASE, *flags)
 
 
-def test_chat_puts_the_prompt_into_the_template(tmp_path):
+def test_chat_applies_the_template_to_the_prompt(tmp_path):
     base = pathlib.Path(shutil.copytree(cli.BASE, tmp_path / "base"))
     (base / "chat_template.jinja").write_text("Once upon {{ messages[0]['content'] }}")
     flags = ("--model", base, "--max-new-tokens", 8)
@@ -479,7 +480,7 @@ def test_chat_puts_the_prompt_into_the_template(tmp_path):
     assert answer.split("\n", 1) == ["> a time", plain.removeprefix("Once upon a time")]
 
 
-def test_the_default_batch_grows_to_one_row_a_device(plain, tmp_path):
+def test_the_default_batch_size_is_rounded_up_to_one_sequence_per_device(plain, tmp_path):
     flags = list(plain)
     at = flags.index("--batch-size")
     del flags[at : at + 2]

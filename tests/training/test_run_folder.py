@@ -1,4 +1,4 @@
-"""What a run leaves behind, and the folders that it refuses."""
+"""The output folder: its files, and the folders that are refused."""
 
 import collections
 import json
@@ -24,7 +24,7 @@ def record(status="running"):
     )  # fmt: skip
 
 
-def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path):
+def test_a_folder_without_output_is_removed_again(tmp_path):
     with opened(tmp_path / "a/run"):
         assert (tmp_path / "a/run").is_dir()
     assert not (tmp_path / "a/run").exists()
@@ -43,27 +43,27 @@ def test_a_folder_with_files_is_refused_without_resume(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_an_empty_folder_is_taken(tmp_path):
+def test_an_empty_folder_is_used(tmp_path):
     with opened(tmp_path) as folder:
         folder.write_run(record("running"))
         assert folder.read_run()["status"] == "running"
 
 
-def test_a_folder_of_a_run_that_was_killed_before_it_had_begun_is_taken(tmp_path):
+def test_the_folder_of_a_run_killed_before_it_started_is_used(tmp_path):
     for name in (".lock", "run.new"):
         (tmp_path / name).write_text("")
     with opened(tmp_path) as folder:
         folder.write_run(record())
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(errors.UserError, match="a writable output folder"):
             opened(path)
 
 
-def test_a_folder_without_permission_is_told(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     def forbidden(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -83,14 +83,14 @@ def test_two_runs_at_once_in_one_folder_are_refused(tmp_path):
         pass
 
 
-def test_a_full_disk_is_told_before_the_run(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(2**30, 2**30, 2**20))
     with pytest.raises(errors.UserError, match=r"(?s)64 MiB free.*1 MiB free"):
         opened(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_told(tmp_path, monkeypatch):
+def test_a_disk_too_small_for_the_checkpoints_is_reported(tmp_path, monkeypatch):
     with opened(tmp_path / "run") as folder:
         folder.check_space(2**20)
         monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(2**40, 0, 2**30))
@@ -99,7 +99,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_disk_that_fills_up_during_the_run_is_told(tmp_path):
+def test_a_disk_that_fills_up_during_the_run_is_reported(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(errors.UserError, match=r"(?s)space on the disk.*--resume"):
         with opened(tmp_path, resume=True) as folder:
@@ -112,7 +112,7 @@ def test_other_errors_pass_unchanged(tmp_path):
             raise ValueError("a bug")
 
 
-def test_metrics_are_json_also_when_they_are_not_finite(tmp_path):
+def test_metrics_are_json_even_if_not_finite(tmp_path):
     with opened(tmp_path) as folder:
         folder.log({"step": 1, "loss": 0.5})
         folder.log({"step": 2, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
@@ -123,14 +123,14 @@ def test_metrics_are_json_also_when_they_are_not_finite(tmp_path):
     ]
 
 
-def test_each_line_is_in_the_file_at_once(tmp_path):
+def test_each_line_is_written_at_once(tmp_path):
     with opened(tmp_path) as folder:
         folder.log({"step": 1})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 @pytest.mark.parametrize("damage", ["", '{"step": 3, "lo', "\0\0\0", '{"step": 3}\n{"step": 4}\n'])
-def test_cut_back_drops_later_steps_and_a_damaged_line(tmp_path, damage):
+def test_cut_back_removes_later_steps_and_a_damaged_line(tmp_path, damage):
     good = '{"step": 0, "eval_loss": 1}\n{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n'
     (tmp_path / "metrics.jsonl").write_text(good + damage)
     with opened(tmp_path, resume=True) as folder:
@@ -145,7 +145,7 @@ def test_cut_back_needs_no_metrics(tmp_path):
         folder.cut_back(3)
 
 
-def test_run_json_is_replaced_whole(tmp_path, monkeypatch):
+def test_run_json_is_replaced_atomically(tmp_path, monkeypatch):
     with opened(tmp_path) as folder:
         folder.write_run(record("running"))
 
@@ -158,7 +158,7 @@ def test_run_json_is_replaced_whole(tmp_path, monkeypatch):
         assert folder.read_run()["status"] == "running"
 
 
-def test_a_damaged_run_json_is_told(tmp_path):
+def test_a_damaged_run_json_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"settings": ')
     with opened(tmp_path, resume=True) as folder:
         with pytest.raises(errors.UserError, match=r"run\.json"):
@@ -182,7 +182,7 @@ def test_default_paths_do_not_collide(tmp_path, monkeypatch):
         path.mkdir(parents=True)
 
 
-def test_processes_that_follow_read_and_write_nothing(tmp_path):
+def test_the_other_processes_read_and_write_nothing(tmp_path):
     with opened(tmp_path / "run") as folder:
         folder.write_run(record("running"))
         before = {path: path.read_bytes() for path in folder.path.iterdir()}

@@ -1,4 +1,4 @@
-"""Settings by name: how they are read, completed, checked at once, written to YAML and resumed."""
+"""Settings by name: conversion, the demo's defaults, checks, YAML, and resumed runs."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def refused(**given):
     return " ".join(str(error.value).split())
 
 
-def test_without_model_and_data_they_are_the_demo_s():
+def test_without_model_and_data_the_settings_are_those_of_the_demo():
     found = settings.build(rank=4)
     assert found.model.model == str(assets.FOLDER) and found.lora.rank == 4
     assert found.data.dataset == (str(assets.TRAIN),) and found.data.eval_dataset
@@ -27,7 +27,7 @@ def test_without_model_and_data_they_are_the_demo_s():
     assert settings.build(**MINE).loop.max_steps is None
 
 
-def test_every_name_occurs_once_and_is_frozen():
+def test_every_name_is_unique_and_frozen():
     parts = [
         part for part in vars(groups.TrainSettings()).values() if dataclasses.is_dataclass(part)
     ]
@@ -46,7 +46,7 @@ def test_every_name_occurs_once_and_is_frozen():
         ({"targets": "all-linear"}, "targets", "all-linear"),
         ({"layers": "0,2-3"}, "layers", [0, 2, 3]),
         ({"layers": [0, 1]}, "layers", [0, 1]),
-        ({"lr": "1e-4"}, "lr", 1e-4),  # YAML 1.1 reads 1e-4 as text
+        ({"lr": "1e-4"}, "lr", 1e-4),  # YAML 1.1 reads 1e-4 as a string
         ({"lr": 1}, "lr", 1),
         ({"rank": "16"}, "rank", 16),
         ({"max_time": "1h30m"}, "max_time", 5400.0),
@@ -61,7 +61,7 @@ def test_every_name_occurs_once_and_is_frozen():
         ({"packing": True}, "packing", True),
     ],
 )
-def test_values_are_taken_as_text_and_as_what_they_are(given, name, value):
+def test_values_are_given_as_strings_or_in_their_types(given, name, value):
     assert settings.build(**{**MINE, **given}).flat()[name] == value
 
 
@@ -83,7 +83,7 @@ def test_values_are_taken_as_text_and_as_what_they_are(given, name, value):
         ({"weights": [1, 2]}, "2 in --weights, 1 in --dataset"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(given, message):
+def test_invalid_values_are_refused_with_their_name(given, message):
     assert message in refused(**{**MINE, **given})
 
 
@@ -111,13 +111,13 @@ def test_all_problems_are_in_one_error():
         {"prompt": ["Ünï: code", "# no comment"], "temperature": 0.5, "chat": True},
     ],
 )  # fmt: skip
-def test_yaml_gives_the_same_settings_back(given, tmp_path):
+def test_yaml_keeps_all_settings(given, tmp_path):
     made = settings.build(**{**MINE, **given, "output_dir": str(tmp_path / "run")})
     settings.save(made, tmp_path / "config.yaml")
     again = settings.load(tmp_path / "config.yaml")
     settings.save(again, tmp_path / "again.yaml")
     assert (tmp_path / "again.yaml").read_text() == (tmp_path / "config.yaml").read_text()
-    # What has no effect beside the others is not written.
+    # Settings without effect are not written.
     inert = {"output_dir", "beta", "epochs", "temperature", "max_new_tokens"} - given.keys()
     both = ({n: v for n, v in each.flat().items() if n not in inert} for each in (made, again))
     assert next(both) == next(both)
@@ -132,7 +132,7 @@ def test_yaml_gives_the_same_settings_back(given, tmp_path):
         ("\x00", "special characters"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused(text, message, tmp_path):
+def test_a_file_without_a_mapping_is_refused(text, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(errors.UserError, match="a YAML file of `name: value` lines") as error:
         settings.load(tmp_path / "mine.yaml")
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_mapping_is_refused(text, message, tmp_path):
         settings.load(tmp_path / "none.yaml")
 
 
-def test_an_empty_file_and_dashes_in_names_are_fine(tmp_path):
+def test_an_empty_file_and_names_with_dashes_are_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("")
     assert settings.read(path) == {}
@@ -149,7 +149,7 @@ def test_an_empty_file_and_dashes_in_names_are_fine(tmp_path):
     assert settings.load(path).loop.batch_size == 2
 
 
-def test_a_resumed_run_keeps_its_settings_but_for_what_may_change():
+def test_a_resumed_run_changes_only_the_settings_that_may_change():
     record = settings.build(**MINE, batch_size=4, grad_accum=2).flat()
     same = settings.resumed(
         record, {"batch_size": 2, "grad_accum": 4, "mesh": "data=2"}, "run.json"

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit by bit, where it was, whole or not at all."""
+"""Checkpoints are restored exactly and with their sharding, or reported as damaged."""
 
 import shutil
 
@@ -17,7 +17,7 @@ PATH = ("model", "layers", "self_attn", "q_proj")
 
 
 def state_at(step, mesh, seed=0, size=16):
-    """A state with the paths of a real one, sharded as a real one."""
+    """A state with the paths and the sharding of a real one."""
     key_a, key_b = jax.random.split(jax.random.key(seed))
     lora = {
         "lora_A": jax.random.normal(key_a, (2, size, 4 if size < 32 else size)),
@@ -42,7 +42,7 @@ def mesh():
     return sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 
 
-def test_a_state_comes_back_bit_by_bit_and_where_it_was(tmp_path, mesh):
+def test_a_state_is_restored_exactly_with_its_sharding(tmp_path, mesh):
     saved = state_at(7, mesh, seed=3)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         assert snapshots.latest() is None
@@ -55,7 +55,7 @@ def test_a_state_comes_back_bit_by_bit_and_where_it_was(tmp_path, mesh):
     assert "tensor" in str(q_proj["lora_B"].sharding.spec)
 
 
-def test_another_mesh_takes_it_as_well(tmp_path, mesh):
+def test_a_state_is_restored_on_another_mesh(tmp_path, mesh):
     saved = state_at(7, mesh, seed=3)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         snapshots.save(saved)
@@ -70,14 +70,14 @@ def test_the_newest_are_kept(tmp_path, mesh):
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         for step in (2, 4, 6):
             snapshots.save(state_at(step, mesh, seed=step))
-        snapshots.save(state_at(6, mesh, seed=1))  # there already: nothing happens
+        snapshots.save(state_at(6, mesh, seed=1))  # exists already: not saved again
     assert {path.name for path in tmp_path.iterdir()} == {"4", "6"}
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         equal(snapshots.restore(state_at(0, mesh))[0], state_at(6, mesh, seed=6))
 
 
-def test_what_is_saved_is_the_state_at_that_moment(tmp_path, mesh):
-    # The next step takes over the state's memory while the checkpoint is still being written.
+def test_the_saved_state_is_the_one_at_the_call(tmp_path, mesh):
+    # The next step reuses the memory of the state while the checkpoint is still being written.
     spoil = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         state = state_at(5, mesh, seed=5)
@@ -89,7 +89,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path, mesh):
         equal(snapshots.restore(state_at(0, mesh))[0], state_at(5, mesh, seed=5))
 
 
-def test_a_half_written_checkpoint_does_not_count(tmp_path, mesh):
+def test_an_incomplete_checkpoint_is_ignored(tmp_path, mesh):
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         snapshots.save(state_at(2, mesh, seed=2))
     half = tmp_path / "4.orbax-checkpoint-tmp"
@@ -101,7 +101,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, mesh):
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
 
 
-def test_the_first_error_is_the_one_that_is_told(tmp_path, mesh, monkeypatch):
+def test_the_first_error_is_the_one_that_is_raised(tmp_path, mesh, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -123,7 +123,7 @@ def truncated(folder):
 
 
 def flipped(folder):
-    """One bit of a value: what Orbax 0.12.8 reads as if nothing were wrong."""
+    """Flips one bit of a value, which Orbax 0.12.8 does not notice."""
     path = max((folder / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
     held = bytearray(path.read_bytes())
     held[len(held) // 2] ^= 1
@@ -148,7 +148,9 @@ def save(tmp_path, mesh, *steps):
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path, mesh, damage, capfd):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_restored(
+    tmp_path, mesh, damage, capfd
+):
     save(tmp_path, mesh, 2, 4)
     damage(tmp_path / "4")
     like = state_at(0, mesh, size=64)
@@ -167,7 +169,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path, mesh
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_when_no_checkpoint_can_be_read_all_are_told_and_stay(tmp_path, mesh):
+def test_if_no_checkpoint_is_readable_all_are_reported_and_kept(tmp_path, mesh):
     save(tmp_path, mesh, 2, 4)
     flipped(tmp_path / "4")
     truncated(tmp_path / "2")
@@ -177,7 +179,7 @@ def test_when_no_checkpoint_can_be_read_all_are_told_and_stay(tmp_path, mesh):
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
 
 
-def test_the_digest_sees_any_bit_and_no_sharding(mesh):
+def test_the_digest_depends_on_every_bit_and_not_on_the_sharding(mesh):
     state = state_at(3, mesh, seed=3)
     digests = snapshot._digests(state)
     other = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
@@ -199,7 +201,7 @@ def test_the_digest_sees_any_bit_and_no_sharding(mesh):
 # ------------------------------------------------------------------------- the best one
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path, mesh):
+def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path, mesh):
     losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: None, 10: float("nan"), 12: 1.5}
     like = state_at(0, mesh)
     with snapshot.Snapshots(tmp_path, keep=1, keep_best=True) as snapshots:
@@ -215,7 +217,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, mesh):
     assert {path.name for path in tmp_path.iterdir()} == {"14"}
 
 
-def test_a_damaged_best_is_told_and_the_next_best_is_taken(tmp_path, mesh):
+def test_a_damaged_best_checkpoint_is_reported_and_the_next_best_is_restored(tmp_path, mesh):
     with snapshot.Snapshots(tmp_path, keep=2, keep_best=True) as snapshots:
         for step, loss in ((2, 1.0), (4, 3.0), (6, 2.0)):
             snapshots.save(state_at(step, mesh, seed=step, size=64), loss)

@@ -7,7 +7,7 @@ from lora_jax import errors
 from lora_jax.training.settings import assemble, checks, convert, groups
 
 # What a resumed run may change: reporting, prompts, the mesh, and how a step is split.
-_ANEW = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature", "mesh", "max_time",
+_MAY_CHANGE = ("output_dir", "prompt", "chat", "max_new_tokens", "temperature", "mesh", "max_time",
          "log_every", "report_to", "profile")  # fmt: skip
 _SPLIT = ("batch_size", "grad_accum")
 
@@ -26,9 +26,9 @@ def resumed(
         given = {**given, "remat": before.loop.remat}
     settings = before.replace(**given)
     examples, now = ((each.loop.batch_size, each.loop.grad_accum) for each in (before, settings))
-    anew = _ANEW
+    may_change = _MAY_CHANGE
     if math.prod(examples) == math.prod(now):
-        anew += _SPLIT
+        may_change += _SPLIT
     elif any(name in given for name in _SPLIT):
         raise errors.UserError(
             expected=f"{math.prod(examples)} sequences a step, as in this run: "
@@ -41,7 +41,7 @@ def resumed(
     contradicting = [
         f"{convert.flag(name)} {_shown(new.get(name))}, but the run has {_shown(old.get(name))}"
         for name in given
-        if name not in anew and old.get(name) != new.get(name)
+        if name not in may_change and old.get(name) != new.get(name)
     ]
     if contradicting:
         raise errors.UserError(
