@@ -8,7 +8,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lora_jax.parallel import processes
 
@@ -32,7 +31,7 @@ def say(label: str, text: str) -> None:
     sys.stdout.flush()
 
 
-def pairs(settings: Mapping[str, Any]) -> str:
+def pairs(settings: Mapping[str, object]) -> str:
     """The settings as "name value, name value"."""
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 

@@ -16,6 +16,7 @@ from lora_jax.generation import config as generation_config
 from lora_jax.training import settings as train_settings
 from lora_jax.training.settings import groups
 
+Report = dict[str, Any]  # what --json prints, or a part of it
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
@@ -96,7 +97,7 @@ def run(typed: arguments.Given) -> int:
         job = dataclasses.replace(job, remat=remat)
         chosen = "--remat auto is " + console.remat(remat, needs, limit) + "\n" if needs else ""
     memory = device_memory.memory(job, sizes, target.chip, there)
-    found: dict[str, Any] = {
+    found: Report = {
         "model": settings.model.model,
         "job": _settings(job),
         "target": asked.get("target") or f"{host.count} × {host.kind}",
@@ -134,7 +135,7 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def _settings(job) -> dict[str, Any]:
+def _settings(job) -> Report:
     names = ("dtype", "quant", "remat", "batch_size", "grad_accum", "seq_len", "generation", "beta")
     return {name: getattr(job, name) for name in names} | {"rank": job.lora.rank}
 
@@ -220,7 +221,7 @@ def _show_verdict(show, need: int, limit: int, fits: bool, memory, compiled) -> 
         show(f"  barely: with the gaps between arrays it takes {console.size(laid_out)}")
 
 
-def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[str, Any]:
+def _show_operations(show, plan, job, sizes, there, target, compiled) -> Report:
     operations = plan.operations(job)
     useful = plan.useful(job)
     moved = plan.bytes_moved(job, sizes, there, target.platform)
@@ -263,7 +264,7 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> dict[st
 
 def _show_proposals(
     show, plan, job, sizes, chip: str, limit: int, there, fits: bool, asked
-) -> dict[str, Any]:
+) -> Report:
     """What would fit; for the first proposal also whether XLA agrees."""
     from lora_jax.planning import memory
 
@@ -275,7 +276,7 @@ def _show_proposals(
         "seq_len": "the longest --seq-len",
         "remat": "the fastest --remat",
     }
-    values: dict[str, Any] = {}
+    values: Report = {}
     for field, name in names.items():
         proposal = getattr(found, field)
         values[field] = proposal and getattr(proposal, field)
@@ -284,7 +285,7 @@ def _show_proposals(
         note = "" if size is None else f"({console.size(size)})"
         show(_row(name, value, note))
     tried = found.batch_size or found.remat or found.seq_len
-    answer: dict[str, Any] = {"proposals": values}
+    answer: Report = {"proposals": values}
     if not fits:
         show("to make it fit:")
         ways = [

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 from lora_jax import console, errors, quant
 from lora_jax.cli import arguments
@@ -68,6 +68,27 @@ class Module:
     kind: str
     shape: tuple[int, ...]
     costs: dict[str, Cost]
+
+
+Costs = dict[str, dict[str, float]]  # {format: Cost.as_json()}
+
+
+class ModuleReport(TypedDict):
+    """A linear layer in the file that --json writes."""
+
+    name: str
+    shape: list[int]
+    formats: Costs
+
+
+class Report(TypedDict):
+    """The content of the file that --json writes."""
+
+    model: str | None
+    revision: str | None
+    fast: bool
+    formats: Costs
+    modules: list[ModuleReport]
 
 
 def flags(**where: Any) -> arguments.Flags:
@@ -172,7 +193,7 @@ def write(folder: pathlib.Path, into: pathlib.Path, fmt: str, *, search: bool) -
 
 def show(
     folder: pathlib.Path,
-    settings: dict[str, Any],
+    settings: arguments.Given,
     chosen: tuple[str, ...],
     path: pathlib.Path | None,
 ) -> None:
@@ -290,9 +311,7 @@ def _cells(found: list[Module], chosen: tuple[str, ...]) -> str:
     return "".join(f"{each.error:>9.2%}{each.bits_per_weight:>7.3f}" for each in sums)
 
 
-def report(
-    modules: list[Module], settings: dict[str, Any], chosen: tuple[str, ...]
-) -> dict[str, Any]:
+def report(modules: list[Module], settings: arguments.Given, chosen: tuple[str, ...]) -> Report:
     """The content of the file that --json writes."""
     return {
         "model": settings.get("model"),

@@ -1,13 +1,15 @@
 """Fine-tune a LLaMA with LoRA on a quantized base, and save a PEFT adapter."""
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_jax import console, errors
 from lora_jax.cli import arguments
 from lora_jax.training import settings as train_settings
-from lora_jax.training.settings import assemble
+from lora_jax.training.settings import assemble, groups
+
+if TYPE_CHECKING:
+    from lora_jax.training import loop
 
 DESCRIPTION = """\
 Fine-tune a LLaMA with LoRA on a quantized base, and save a PEFT adapter.
@@ -122,7 +124,7 @@ def parse(argv: list[str] | None = None) -> arguments.Given:
     return {**{name: value for name, value in typed.items() if name not in values}, **values}
 
 
-def _over(config: Mapping[str, Any], typed: arguments.Given) -> arguments.Given:
+def _over(config: groups.Flat, typed: arguments.Given) -> arguments.Given:
     """The settings of a file, overridden by flags. A flag also removes the setting it excludes."""
     replaced = {_RIVALS[name] for name in typed if name in _RIVALS} - typed.keys()
     kept = {name: value for name, value in config.items() if name not in replaced}
@@ -162,7 +164,7 @@ def main() -> int:
     return _end(training.resume(**typed) if resume else training.run(settings))
 
 
-def _end(steps: Any) -> int:
+def _end(steps: "loop.Steps") -> int:
     """Runs all steps, prints the outcome, and returns the exit code."""
     try:
         while True:
@@ -182,7 +184,7 @@ def _end(steps: Any) -> int:
     return outcome.code
 
 
-def _show(outcome: Any) -> None:
+def _show(outcome: "loop.Outcome") -> None:
     """Prints answers before and after, where the files are, and how to use the adapter."""
     if outcome.table:
         print("\n".join(outcome.table))

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import pathlib
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lora_jax import errors
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_jax.planning import job as jobs
     from lora_jax.training import setup
     from lora_jax.training.output import run_folder
+    from lora_jax.training.settings import groups
 
 REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # {dashboard: the package it needs}
 
@@ -144,7 +145,7 @@ def check_report_to(to: str) -> None:
 class Dashboard:
     """A dashboard that gets the same numbers as metrics.jsonl."""
 
-    def __init__(self, to: str, folder: pathlib.Path, settings: Mapping[str, Any], first: int):
+    def __init__(self, to: str, folder: pathlib.Path, settings: "groups.Flat", first: int):
         """first: the step the run is resumed from; what was logged of later steps is dropped."""
         if to == "tensorboard":
             import tensorboardX
@@ -165,7 +166,7 @@ class Dashboard:
             self.close = self._run.finish
         self._to = to
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: "run_folder.Metrics") -> None:
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         if self._to == "tensorboard":
             for name, value in numbers.items():

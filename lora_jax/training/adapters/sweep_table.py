@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lora_jax.training.output import run_folder
 
-Table = dict[str, dict[str, float | None]]  # {member: {score: value}}
+Table = run_folder.Scores
 _COLUMNS = {"first_loss": "first loss", "loss": "last loss", "eval_loss": "held-out",
             "perplexity": "perplexity", "exact_match": "exact match"}  # fmt: skip
 
 
-def table(names: Iterable[str], metrics: Sequence[run_folder.Metrics]) -> Table:
+def table(names: Iterable[str], metrics: Sequence[run_folder.MetricsLine]) -> Table:
     """{member: first and last training loss, last held-out scores}.
 
     A member whose loss was not finite has "lost", the step of this, instead of held-out scores.

@@ -34,7 +34,7 @@ def restore(
     return state
 
 
-def _check_same(job: setup.Job, before: dict[str, Any], record: run_folder.Record) -> None:
+def _check_same(job: setup.Job, before: run_folder.RunJson, record: run_folder.Record) -> None:
     """Raises: UserError if the base model or the data are not those the run was started with."""
     version = before.get("versions", {}).get("lora-jax")
     changed = [

@@ -19,8 +19,11 @@ _SPACE = 64 * 2**20  # bytes that must be free, before the size of the model is 
 _TRACES = (".lock", "run.new")  # left by a run that was killed before it started
 _FULL = ("No space left on device", "Disk quota exceeded")
 
-Metrics = dict[str, Any]  # a line of metrics.jsonl: {name: number, or None if not finite}
-RunJson = Mapping[str, Any]  # run.json as read back; another version may have written it
+Metrics = dict[str, float]  # of a step or an evaluation: {name: value}, with its "step"
+Scores = dict[str, dict[str, float | None]]  # {member of a sweep: {score: value}}
+# Files as read back. Another version may have written them, so their values are not checked.
+RunJson = Mapping[str, Any]
+MetricsLine = Mapping[str, Any]  # of metrics.jsonl: as Metrics, but None for NaN and infinity
 
 
 @dataclasses.dataclass
@@ -41,12 +44,12 @@ class Record:
     data: dict[str, str | None]
     samples: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
     best: dict[str, float] | None = None
-    sweep: dict[str, Any] | None = None
+    sweep: dict[str, str | Scores] | None = None
     seconds: dict[str, float] | None = None
     compile_seconds: float | None = None
     peak_bytes: int | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> RunJson:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -129,7 +132,7 @@ class RunFolder:
                 do="free some space, or choose an --output-dir on another disk",
             )
 
-    def read_run(self) -> dict[str, Any]:
+    def read_run(self) -> RunJson:
         """The content of run.json. Raises: UserError if there is none, or it is not JSON."""
         try:
             return json.loads(self._run.read_text())
@@ -167,7 +170,7 @@ class RunFolder:
         with self._metrics.open("a") as file:
             file.write(json.dumps(whole) + "\n")
 
-    def metrics(self, step: int) -> list[Metrics]:
+    def metrics(self, step: int) -> list[MetricsLine]:
         """The metrics of the steps up to `step`, without an incomplete line of a killed run."""
         return [json.loads(line) for line in self._lines(step)]
 

@@ -6,7 +6,7 @@ import math
 import pathlib
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ from lora_jax.parallel import processes
 # The parts of a checkpoint.
 _STATE = "state"  # A, B, the moments and the step
 _SAVED = "saved"  # digests of the state's arrays, and the held-out loss if there is one
+
+
+class _Saved(TypedDict):
+    """What a checkpoint holds besides the arrays of the state."""
+
+    digests: dict[str, int]
+    eval_loss: float | None
 
 
 class Snapshots:
@@ -84,7 +91,7 @@ class Snapshots:
             return
         self._note(step, eval_loss)
         tree = state._asdict()
-        saved = {"digests": _digests(tree), "eval_loss": eval_loss}
+        saved = _Saved(digests=_digests(tree), eval_loss=eval_loss)
         parts = {_STATE: ocp.args.StandardSave(tree), _SAVED: ocp.args.JsonSave(saved)}
         self._manager.save(step, args=ocp.args.Composite(**parts))
 
@@ -150,7 +157,7 @@ class Snapshots:
             do="put the files back, or start a new run",
         )
 
-    def _saved(self, step: int) -> dict[str, Any]:
+    def _saved(self, step: int) -> "_Saved":
         part = ocp.args.Composite(**{_SAVED: ocp.args.JsonRestore()})
         return self._reader.restore(self._folder / str(step), args=part)[_SAVED]
 

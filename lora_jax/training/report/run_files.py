@@ -2,15 +2,14 @@
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lora_jax import errors
 from lora_jax.training.output import run_folder
 from lora_jax.training.report import formatting
 from lora_jax.training.settings import convert
 
-Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl as read back, unchecked
+Metrics = Sequence[run_folder.MetricsLine]
 
 
 def read(folder: pathlib.Path) -> tuple[run_folder.RunJson, Metrics]:

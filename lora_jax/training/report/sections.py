@@ -106,7 +106,7 @@ def scores(record: run_folder.RunJson, metrics: run_files.Metrics) -> Markup:
     return joined([table, tag("p", text, class_="note below") if text else ""])
 
 
-def _score(row: Values, name: str, shown: Callable[[float], str]) -> Markup:
+def _score(row: run_folder.MetricsLine, name: str, shown: Callable[[float], str]) -> Markup:
     value = formatting.finite(row.get(name))
     if value is None:
         return tag("td", "not finite" if name in row else "–")
