@@ -2,13 +2,12 @@
 
 import json
 import pathlib
-from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent / "demo"
 TRAIN = FOLDER / "train.jsonl"
 EVAL = FOLDER / "eval.jsonl"
 
 
-def settings() -> dict[str, Any]:
+def settings() -> dict[str, int | float | str]:
     """The defaults of scripts/train.py when neither a model nor data are given."""
     return json.loads((FOLDER / "settings.json").read_text())
