@@ -9,5 +9,5 @@ EVAL = FOLDER / "eval.jsonl"
 
 
 def settings() -> dict[str, int | float | str]:
-    """The defaults of scripts/train.py when neither a model nor data are given."""
+    """The defaults of `train` when neither a model nor data are given."""
     return json.loads((FOLDER / "settings.json").read_text())
