@@ -215,5 +215,5 @@ def _refuse_unlike(adapters: Sequence[Adapter], *, dora: bool) -> None:
         raise errors.UserError(
             expected="adapters of only A and B" + ("" if dora else ", or all with DoRA"),
             found=problems,
-            do="merge such an adapter into its own copy of the base, with scripts/merge.py",
+            do="merge such an adapter into its own copy of the base, with lora-jax merge",
         )

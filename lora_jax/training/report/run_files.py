@@ -26,7 +26,7 @@ def read(folder: pathlib.Path) -> tuple[run_folder.RunJson, Metrics]:
             expected="the folder of a run, with its run.json",
             found="no JSON object" if record is not None else found,
             where=str(folder / "run.json"),
-            do="name a folder that train.py has written, such as runs/…",
+            do="name a folder that lora-jax train has written, such as runs/…",
         )
     path, rows = folder / "metrics.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
