@@ -96,7 +96,7 @@ def encode(tok, *rows, seq_len=64):
 def test_both_answers_follow_the_prompt(tok):
     row = {"prompt": "ab?", "chosen": " cd", "rejected": " ab ab"}
     encoded = encode(tok, row, row)
-    assert len(encoded.examples) == 4 and encoded.origins == ["a row built in memory"] * 4
+    assert len(encoded.examples) == 4 and encoded.origins == ["an example built in memory"] * 4
     for (ids, trained), answer in zip(encoded.examples[:2], (" cd", " ab ab"), strict=True):
         alone = {"prompt": "ab?", "completion": answer}
         ((same, mask),) = encoding.encode(datasets.Dataset.from_list([alone]), tok, 64, 2).examples
