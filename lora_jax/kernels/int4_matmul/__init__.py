@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import platform
 from lora_jax.kernels.int4_matmul import xla as int4_xla
 from lora_jax.kernels.int4_matmul import xla_gpu
 
@@ -155,8 +156,7 @@ def _run(forms, x, packed, layer, implementation):
             gpu = forms.summed
         if len(x) <= _BLOCKED_ROWS:
             cpu = forms.blocked
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "cpu":
+    if platform.on_cpu():
         return cpu(*arguments)  # what follows would trace the kernels too, which takes time
     tpu = forms.tpu
     if reason := forms.tpu_refusal(x, packed):

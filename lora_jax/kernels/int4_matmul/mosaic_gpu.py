@@ -5,6 +5,7 @@ shared memory to registers, become bfloat16 there and are never written back. It
 lie with K minor, as `k_minor` derives it from the stored words, once for many tokens.
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from jaxtyping import Array, Float, Int, Int4, Num, UInt32
 MOST_ROWS = 64  # of x
 _PROCESSORS = 132  # of an H100 or H200 SXM; each holds two or three blocks of threads at a time
 _MIN_STEPS = 2  # of a block that shares its columns with others along K
+# jax 0.10.1 and older name the arguments of plgpu.kernel out_shape and scratch_shapes.
+_TYPE = "type" if "out_type" in inspect.signature(plgpu.kernel).parameters else "shape"
 
 
 def k_minor(q: UInt32[Array, "L words N"]) -> Int4[Array, "L N K"]:
@@ -140,12 +143,12 @@ def _partial_products(x, weight, scale, layer) -> jax.Array:
     staging = plgpu.SMEM(
         (block, rows), jnp.float32, transforms=_swizzled(bits=32, swizzle=min(4 * rows, 128))
     )
+    out = jax.ShapeDtypeStruct((splits, columns, rows), jnp.float32)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((splits, columns, rows), jnp.float32),
         grid=(splits, columns // block),
         grid_names=("split", "column"),
-        scratch_types=[staging],
+        **{f"out_{_TYPE}": out, f"scratch_{_TYPE}s": [staging]},
     )(jnp.reshape(layer, (1,)), x, weight, scale)
 
 
