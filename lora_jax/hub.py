@@ -63,7 +63,7 @@ def _downloaded(name: str, revision: str | None, kind: str) -> pathlib.Path:
     if not any(folder.glob("*.safetensors")):
         raise errors.UserError(
             expected="weights in *.safetensors files",
-            found=_other_weights(name, revision) or "no weights at all",
+            found=_other_weights(name, revision, kind) or "no weights at all",
             where=f"the hub repository {name} (revision {revision or 'main'})",
             do="pickles are never opened: choose a repository or a --revision with safetensors "
             "(often refs/pr/N), or convert the weights with safetensors elsewhere",
@@ -264,9 +264,11 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "")
 
 
-def _other_weights(name: str, revision: str | None) -> list[str]:
-    """Names of weight files that are not safetensors, from the cached listing of the repository."""
+def _other_weights(name: str, revision: str | None, kind: str) -> list[str]:
+    """Names of the repository's weight files that are not safetensors."""
     import huggingface_hub
 
-    tree = huggingface_hub.get_cached_repo_tree(name, revision=revision)
-    return [f.path for f in tree if f.path.endswith((".gguf", *_PICKLES)) and "/" not in f.path]
+    # Asked of the hub: huggingface_hub reads the listing in its cache only from 1.23 on.
+    with readable_errors(name, revision, kind=kind):
+        names = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
+    return [f for f in names if f.endswith((".gguf", *_PICKLES)) and "/" not in f]

@@ -118,6 +118,8 @@ def test_a_repository_with_pickles_only_is_refused(model, tmp_path):
     assert folder is None
     assert "pytorch_model-00001-of-00002.bin" in message
     assert "safetensors" in message
+    _, message = download(server, tmp_path / "home", "old/pickles", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE" in message
 
 
 @pytest.mark.parametrize(

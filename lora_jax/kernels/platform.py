@@ -10,7 +10,10 @@ import jax
 def platform_here() -> str | None:
     """cpu, gpu or tpu: the platform of the ambient mesh's devices; None without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return None if device is None else device.platform
+    if device is None:
+        return None
+    kind = device.device_kind.lower()  # jax 0.10.0 and older have no device.platform
+    return "cpu" if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
 
 
 def on_cpu() -> bool:

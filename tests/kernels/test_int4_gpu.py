@@ -88,6 +88,8 @@ def interpreted(monkeypatch):
     The interpreter lacks the arithmetic in registers; plain sums replace it.
     """
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    if not hasattr(params, "force_gpu_interpret_mode"):
+        pytest.skip("jax 0.10.1 and older cannot be told to interpret every kernel")
 
     def wgmma(acc, a, b):
         b = dataclasses.replace(b, transforms=b.transforms[:-1])[...].T  # it cannot transpose

@@ -1,6 +1,7 @@
 """The implementations of attention, SwiGLU and the cross-entropy, against their definitions."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,17 @@ def test_the_implementation_suits_the_platform(monkeypatch):
     for platform, form in (*forms.items(), (None, xla)):
         monkeypatch.setattr(platforms, "platform_here", lambda platform=platform: platform)
         assert attention._form(q, q, q) is form.attend
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform"),
+    [("cpu", "cpu"), ("TPU v5 lite", "tpu"), ("TPU7x", "tpu"), ("NVIDIA H100 80GB HBM3", "gpu")],
+)
+def test_the_platform_is_that_of_the_ambient_mesh(monkeypatch, kind, platform):
+    mesh = types.SimpleNamespace(abstract_device=types.SimpleNamespace(device_kind=kind))
+    assert platforms.platform_here() is None
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert platforms.platform_here() == platform
 
 
 def test_cudnn_refuses_what_it_cannot_take():

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import platform
 from lora_jax.kernels.int4_matmul import forms, xla_gpu
 
 IMPLEMENTATIONS = ("xla", "int8_activations", "pallas_tpu", "mosaic_gpu")
@@ -154,8 +155,7 @@ def _run(product, x, packed, layer, implementation):
             gpu = product.summed
         if len(x) <= _BLOCKED_ROWS:
             cpu = product.blocked
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "cpu":
+    if platform.on_cpu():
         return cpu(*arguments)  # the code below would also trace the kernels, which takes time
     tpu = product.tpu
     if reason := product.tpu_refusal(x, packed):

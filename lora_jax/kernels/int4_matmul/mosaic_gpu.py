@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int, Int4, Num, UInt32
 MOST_ROWS = 64  # of x
 _PROCESSORS = 132  # of an H100 or H200 SXM; each runs two or three blocks of threads at a time
 _MIN_STEPS = 2  # the fewest steps along K of a block that shares its columns with others
+# jax 0.10.1 and older name the arguments of plgpu.kernel out_shape and scratch_shapes.
+_TYPE = "type" if "out_type" in inspect.signature(plgpu.kernel).parameters else "shape"
 
 
 def k_minor(q: UInt32[Array, "L words N"]) -> Int4[Array, "L N K"]:
@@ -140,12 +142,12 @@ def _partial_products(x, weight, scale, layer) -> jax.Array:
     staging = plgpu.SMEM(
         (block, rows), jnp.float32, transforms=_swizzled(bits=32, swizzle=min(4 * rows, 128))
     )
+    out = jax.ShapeDtypeStruct((splits, columns, rows), jnp.float32)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((splits, columns, rows), jnp.float32),
         grid=(splits, columns // block),
         grid_names=("split", "column"),
-        scratch_types=[staging],
+        **{f"out_{_TYPE}": out, f"scratch_{_TYPE}s": [staging]},
     )(jnp.reshape(layer, (1,)), x, weight, scale)
 
 
