@@ -5,6 +5,7 @@ shared memory to registers, become bfloat16 there and are never written back. Th
 with K minor, which `k_minor` makes from the stored words, once for many tokens.
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
