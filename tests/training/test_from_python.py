@@ -77,7 +77,7 @@ def test_stopping_the_iteration_saves_and_resume_continues_exactly(command, tmp_
         steps.close()
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped at step 3"
     assert not (folder / "adapter").exists()
-    with cli.kept_programs():  # at once, which has nothing to save
+    with cli.kept_programs():  # closed before step 1: there is nothing to save
         steps = training.run(training.settings.build(**settings, output_dir=str(tmp_path / "new")))
         assert next(steps)["step"] == 0
         steps.close()
