@@ -12,10 +12,10 @@ from lora_jax.cli import arguments
 
 DEFAULTS = {"max_kl": 0.01}
 DESCRIPTION = """\
-Fold a LoRA adapter into its base model, for programs that do not support adapters.
+Fold a LoRA adapter into its base model, for programs without adapters.
 
   lora-jax merge --adapter runs/…/adapter --output-dir merged
-  lora-jax merge --adapter owner/name --model huggyllama/llama-7b --quant int4 --output-dir merged
+  lora-jax merge --adapter owner/name --quant int4 --output-dir merged
 """
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",

@@ -23,8 +23,8 @@ DESCRIPTION = """\
 Write a quantized copy of a checkpoint, which then loads in seconds, or report
 the error and size of quantizing it. Both read one tensor at a time.
 
-  lora-jax quantize --model huggyllama/llama-7b --quant int4 --output-dir llama-7b-int4
-  lora-jax quantize --model huggyllama/llama-7b --quant int4 --quant nf4-dq --report --json FILE
+  lora-jax quantize --model owner/name --quant int4 --output-dir name-int4
+  lora-jax quantize --model owner/name --quant int4 --quant nf4-dq --report
 """
 NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.weight")  # lm_head and embeddings stay dense
 DTYPES = ("F32", "F16", "BF16")
