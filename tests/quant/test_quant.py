@@ -111,8 +111,8 @@ def test_the_weight_stays_readable(stack):
 
 def test_the_sharding_of_the_output_can_be_given_as_for_a_dense_layer():
     # A size of its own: what was compiled under another mesh would give arrays of that one.
-    linear = nnx.Linear(34, 10, rngs=nnx.Rngs(0))
-    layer, x = quant_linear.quantize_linear(linear, "int8"), jnp.ones((4, 34))
+    linear = nnx.Linear(46, 22, rngs=nnx.Rngs(0))
+    layer, x = quant_linear.quantize_linear(linear, "int8"), jnp.ones((6, 46))
     np.testing.assert_array_equal(layer(x, out_sharding=None), layer(x))
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
