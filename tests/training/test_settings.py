@@ -129,6 +129,7 @@ def test_yaml_keeps_all_settings(given, tmp_path):
         ("- rank", "a list"),
         ("rank: [", "while parsing"),
         ("1: 2", "the key 1"),
+        ("rank: 8\nlr: 1\nrank: 9", "rank more than once"),
         ("\x00", "special characters"),
     ],
 )

@@ -16,7 +16,8 @@ def read(path: pathlib.Path | str) -> groups.Flat:
     import yaml  # imported late, to keep --help fast
 
     try:
-        found = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        found, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
         problem = None if isinstance(found, dict | None) else f"a {type(found).__name__}"
     except OSError as error:
         problem = error.strerror or str(error)
@@ -24,6 +25,10 @@ def read(path: pathlib.Path | str) -> groups.Flat:
         problem = " ".join(str(error).split())
     if problem is None and (odd := [key for key in found or {} if not isinstance(key, str)]):
         problem = f"the key {odd[0]!r}"
+    if problem is None and found:
+        names = [key.value for key, _ in root.value]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            problem = f"{', '.join(twice)} more than once"
     if problem:
         raise errors.UserError(
             expected="a YAML file of `name: value` lines, named as the flags, such as rank: 8",
