@@ -3,14 +3,12 @@
 import collections
 import functools
 import hashlib
-import importlib.util
 import math
 import pathlib
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lora_jax import errors
 from lora_jax.parallel import processes
 
 if TYPE_CHECKING:
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from lora_jax.training import setup
     from lora_jax.training.output import run_folder
     from lora_jax.training.settings import groups
-
-REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # {dashboard: the package it needs}
 
 
 class Patience:
@@ -129,17 +125,6 @@ class Profile:
             message, self._folder = f"steps {self._first + 1} to {step}: {self._folder}", None
             return message
         return ""
-
-
-def check_report_to(to: str) -> None:
-    """Raises: UserError if the package for this dashboard is not installed."""
-    package = REPORTS[to]
-    if importlib.util.find_spec(package) is None:
-        raise errors.UserError(
-            expected=f"the package {package}, for --report-to {to}",
-            found="it is not installed",
-            do=f"pip install {package}",
-        )
 
 
 class Dashboard:
