@@ -16,14 +16,18 @@ _SCRIPTS = {"inspect": "inspect_data"}  # verbs whose script has another name
 PLAIN_LINES = 20  # of progress in all, if there is no terminal for a bar
 
 
+def width() -> int:
+    """The columns of a line of text on this terminal: at least 40, at most 100."""
+    return max(40, min(shutil.get_terminal_size().columns, 100))
+
+
 def say(label: str, text: str) -> None:
     """Prints `label     text`, wrapped to the width of the terminal."""
     import tqdm  # imported late, to keep --help fast
 
-    width = max(40, min(shutil.get_terminal_size().columns, 100))
     indent = " " * LABEL
     lines = textwrap.wrap(
-        text, width, initial_indent=f"{label:<{LABEL}}", subsequent_indent=indent,
+        text, width(), initial_indent=f"{label:<{LABEL}}", subsequent_indent=indent,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
     # Above the progress bar, if there is one.

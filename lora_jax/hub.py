@@ -127,6 +127,8 @@ def _local_folder(
     if folder.is_file() or looks_like_path(name) or folder.suffix in _MODEL_FILES:
         holds, which, such_as = _LOCAL[kind]
         do = f"pass the folder {which}, or an id such as {such_as}"
+        if similar := errors.similar_path(folder):
+            do = f"{similar} Or {do}"
         raise errors.UserError(
             expected=f"a folder with {holds}, or a Hugging Face id",
             found="a file" if folder.is_file() else "no such folder",
@@ -214,6 +216,10 @@ def _explain(
         found = "no space left on the disk"
         where = f"the download cache {constants.HF_HUB_CACHE}"
         do = "free some space, or set HF_HOME to a folder on a larger disk"
+    elif denied := next((e for e in causes if isinstance(e, PermissionError)), None):
+        found = f"{denied.strerror or denied}: {denied.filename}"
+        where = f"the download cache {constants.HF_HUB_CACHE}"
+        do = "change its permissions, or set HF_HOME to a folder that can be written"
     elif network is not None and constants.HF_HUB_OFFLINE:
         found = "HF_HUB_OFFLINE is set, and the files are not (all) in the cache"
         where = f"{name} in {constants.HF_HUB_CACHE}"
@@ -227,6 +233,9 @@ def _explain(
         )
     else:
         return None
+    local = "no such local path" in found and errors.similar_path(name)
+    if local:
+        do = f"{local} Or {do}"
     return errors.UserError(
         expected=f"the {kind} {name}, from a local path or from the hub",
         found=found,

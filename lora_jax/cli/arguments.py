@@ -1,22 +1,21 @@
 """The flags that commands share, and how a command ends."""
 
 import argparse
-import difflib
 import io
 import os
 import pathlib
 import re
-import shutil
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from lora_jax import errors
+from lora_jax import console, errors
 from lora_jax.parallel import cluster, processes, rendezvous
-from lora_jax.training.settings import groups
+from lora_jax.training.output import run_folder
+from lora_jax.training.settings import assemble, groups, names
 
 Given = dict[str, Any]  # {flag, with _ for -: value} of the typed flags
 
@@ -38,11 +37,11 @@ class Flags:
         *,
         subparsers: Any = None,
         verb: str = "",
-        short: bool = False,
+        short: Collection[str] = (),
     ):
         """subparsers, verb: argparse's subparsers to add the parser to, and its name there.
 
-        short: --help shows only the main flags, and --help-all shows all.
+        short: the flags that --help shows; --help-all shows all. Empty: --help shows all.
         """
         form = {
             "usage": "%(prog)s [flags]",
@@ -55,13 +54,14 @@ class Flags:
         made = subparsers.add_parser(verb, **form) if subparsers else Parser(prog=name, **form)
         self.parser: argparse.ArgumentParser = made
         self._defaults, self._group = defaults or {}, self.parser
-        self._short: argparse.ArgumentParser | None = None
+        self._kinds: dict[str, Callable[[str], Any]] = {}
+        self._short = short
         if short:
-            self._short = Parser(prog=self.parser.prog, **{**form, "add_help": False})
-            self._main = self._short.add_argument_group(
+            page = Parser(prog=self.parser.prog, **{**form, "add_help": False})
+            self._main = page.add_argument_group(
                 "main flags (--help-all lists all; --config FILE reads them from YAML)"
             )
-            self.parser.add_argument("-h", "--help", action=_Help, of=self._short,
+            self.parser.add_argument("-h", "--help", action=_Help, of=page,
                                      help="show the main flags and exit")  # fmt: skip
             self.parser.add_argument("--help-all", action=_Help, of=self.parser,
                                      help="show all flags and exit")  # fmt: skip
@@ -70,8 +70,8 @@ class Flags:
         """The help lists the flags that are added from now on under `title`."""
         self._group = self.parser.add_argument_group(title)
 
-    def add(self, flag: str, help: str, *, main: bool = False, **options: Any) -> None:
-        """Adds a flag. main: --help shows it, not only --help-all."""
+    def add(self, flag: str, help: str, **options: Any) -> None:
+        """Adds a flag; options: those of argparse."""
         name = flag.lstrip("-").replace("-", "_")
         default = self._defaults.get(name)
         if name not in self._defaults and name in groups.FIELDS:
@@ -79,24 +79,56 @@ class Flags:
         if default not in (None, "", (), {}, False) and name not in _NO_DEFAULT_SHOWN:
             shown = ",".join(default) if isinstance(default, tuple) else default
             help = f"{help} (default: {shown})"
-        if name in groups.CHOICES:
-            options = {"choices": groups.CHOICES[name], **options}
-        parsers = [self._group, self._main] if main and self._short else [self._group]
-        for each in parsers:
-            each.add_argument(flag, help=help, default=None, **options)
+        # Values are converted later, so that one error has all that is wrong.
+        kind, choices = options.pop("type", None), groups.CHOICES.get(name)
+        if kind or (name in groups.FIELDS and "choices" not in options):
+            self._kinds[name] = kind or str
+        if choices and "choices" not in options:
+            options = {"metavar": f"{{{','.join(choices)}}}", **options}
+        for each in [self._group, *([self._main] if flag in self._short else [])]:
+            made = each.add_argument(flag, help=help, default=None, **options)
+            if choices and not made.choices:
+                made.completer = lambda choices=choices, **_: choices
 
     def switch(self, flag: str, help: str, **options: Any) -> None:
         """Adds a flag without a value."""
         self.add(flag, help, action="store_const", const=True, **options)
 
     def typed(self, argv: list[str] | None) -> Given:
-        """{flag: value} of the typed flags. Raises: UserError if they cannot be parsed."""
-        values = vars(self.parser.parse_args(argv))
-        typed = {name: value for name, value in values.items() if value is not None}
-        _refuse_urls(typed)
-        return typed
+        """{flag: value} of the typed flags. Raises: UserError that has all that cannot be read."""
+        values, problems = self.raw(argv)
+        for name in values.keys() & groups.FIELDS.keys() & self._kinds.keys():
+            with errors.noted(problems):
+                values[name] = assemble.one(name, values[name])
+        if problems:
+            raise errors.UserError.together(problems)
+        return values
+
+    def raw(self, argv: list[str] | None) -> tuple[Given, list[errors.UserError]]:
+        """(the typed flags, what is wrong so far). Settings of a run are still texts."""
+        known, unknown = self.parser.parse_known_args(argv)
+        typed = {name: value for name, value in vars(known).items() if value is not None}
+        problems: list[errors.UserError] = []
+        if unknown:
+            with errors.noted(problems):
+                self.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        with errors.noted(problems):
+            _refuse_urls(typed)
+        for name in typed.keys() & self._kinds.keys() - groups.FIELDS.keys():
+            try:
+                typed[name] = self._kinds[name](typed[name])
+            except ValueError:
+                problems.append(
+                    errors.UserError(
+                        expected=_KINDS[self._kinds[name]],
+                        found=repr(typed[name]),
+                        where=f"--{name.replace('_', '-')}",
+                    )
+                )
+        return typed, problems
 
 
+_KINDS = {int: "a whole number", float: "a number"}
 _NO_DEFAULT_SHOWN = ("model", "dataset")  # the demo's, which their help says
 
 
@@ -119,13 +151,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = [*self._option_string_actions]
         words = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
-        close = [difflib.get_close_matches(word, known, n=1) for word in words]
-        meant = ", ".join(found[0] for found in close if found)
+        meant = [names.meant_by_flag(word, known) for word in words]
         raise errors.UserError(
             expected="flags and values as in --help",
             found=message,
             where=self.prog,
-            do=f"did you mean {meant}?" if meant else None,
+            do="; ".join(each for each in meant if each) or None,
         )
 
 
@@ -153,12 +184,12 @@ def _values(value: str | Sequence[str]) -> Sequence[str]:
 def add_model(flags: Flags) -> None:
     """--model, --revision, --quant, --quant-fast, --use-4bit, --no-4bit, --dtype, --mesh."""
     flags.group("model")
-    flags.add("--model", "folder or Hugging Face id (default: the demo model)", main=True,
+    flags.add("--model", "folder or Hugging Face id (default: the demo model)",
               metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
     formats = ", ".join(groups.CHOICES["quant"])
     flags.add("--quant", f"format of the frozen linear layers: {formats} (default: the "
-              "checkpoint's)", main=True, metavar="FORMAT")  # fmt: skip
+              "checkpoint's)", metavar="FORMAT")  # fmt: skip
     flags.switch("--quant-fast", "int4 without the search for scales: loads faster, with 3 %% "
                  "more error")  # fmt: skip
     flags.switch("--use-4bit", "same as --quant int4")
@@ -173,7 +204,7 @@ def add_data(flags: Flags) -> None:
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; examples with text, "
               "prompt/completion, instruction/output or chat messages; several are mixed",
-              main=True, nargs="+", metavar="PATH|HUB_ID")  # fmt: skip
+              nargs="+", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--weights", "share of each data set in the sequences, e.g. 3,1; an epoch keeps its "
               "length (default: each example once an epoch)", metavar="W,W")  # fmt: skip
     flags.switch("--dpo", "train on preferences (DPO): examples with prompt, chosen and rejected, "
@@ -183,10 +214,9 @@ def add_data(flags: Flags) -> None:
     flags.add("--columns", "map fields to columns with other names, e.g. "
               "prompt=question,completion=answer")  # fmt: skip
     flags.add("--seq-len", f"cut examples after T tokens (default: {groups.SEQ_LEN}, or the "
-              "model's context if that is shorter)", main=True, type=int,
-              metavar="T")  # fmt: skip
+              "model's context if that is shorter)", type=int, metavar="T")  # fmt: skip
     flags.switch("--packing", "pack several examples into each sequence of T tokens; attention "
-                 "stays within an example; --batch-size counts sequences", main=True)  # fmt: skip
+                 "stays within an example; --batch-size counts sequences")  # fmt: skip
     flags.switch("--streaming", "read the data during training, in order, shuffled within "
                  "blocks of a few thousand examples; needs --max-steps")  # fmt: skip
 
@@ -238,15 +268,12 @@ def quantization(typed: Given) -> Given:
     return {**typed, "quant": meant.pop()} if meant else typed
 
 
-def check_quant_fast(quant: str | None, quant_fast: bool) -> None:
-    """Raises UserError if --quant-fast would have no effect."""
-    quant = quant or "none"  # a checkpoint's own format needs no search either
-    if quant_fast and not quant.startswith("int4"):
-        raise errors.UserError(
-            expected="flags that have an effect",
-            found=f"--quant-fast with --quant {quant}",
-            do="--quant int4, or leave it out",
-        )
+def note_other_base(adapter: pathlib.Path, quant: str) -> None:
+    """Prints how to use the base that a run's adapter was trained on, if `quant` is another."""
+    trained_on = run_folder.quantization_of(adapter)
+    if trained_on not in (None, quant):
+        print(f"note: the adapter was trained with --quant {trained_on}, and this is --quant "
+              f"{quant}; use --quant {trained_on} for the same base", file=sys.stderr)  # fmt: skip
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -293,13 +320,14 @@ def _end_at_once(*_: Any) -> NoReturn:
 
 def fail(error: errors.UserError, *, sure: bool = True) -> int:
     """Prints the message, ends the other processes, and returns the exit code."""
-    width = max(40, min(shutil.get_terminal_size().columns, 100))
+    width = console.width()
     wrapped = [
         part
         for line in f"error:{error}".splitlines()
         for part in textwrap.wrap(
             line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
         )
+        or [""]
     ]
     code = processes.RESTART if isinstance(error, rendezvous.Missing) else 2
     processes.end(code, "\n".join(wrapped), sure=sure)

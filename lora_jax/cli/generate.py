@@ -10,7 +10,7 @@ from lora_jax import assets, console, errors
 from lora_jax.cli import arguments
 from lora_jax.generation import config as generation_config
 from lora_jax.parallel import processes
-from lora_jax.training.settings import groups
+from lora_jax.training.settings import checks, groups
 
 DEFAULTS = {"seed": 0, **dataclasses.asdict(generation_config.Sampling())}
 DESCRIPTION = """\
@@ -69,26 +69,32 @@ def settings_of(typed: arguments.Given) -> GenerateSettings:
     """The settings from the typed flags. Raises: UserError if they contradict each other."""
     own = {field.name for field in dataclasses.fields(groups.ModelSettings)}
     base = groups.ModelSettings(**{name: typed[name] for name in own & typed.keys()})
-    arguments.check_quant_fast(base.quant, base.quant_fast)
+    problems = [*checks.quant_fast(base)]
     prompts = list(typed.get("prompt", []))
     if "prompts_file" in typed:
-        prompts += _lines(pathlib.Path(typed["prompts_file"]))
-    if not prompts:
-        raise errors.UserError(expected="at least one prompt", found="none", do='--prompt "…"')
-    values = DEFAULTS | typed
-    sampling = generation_config.Sampling(
-        **{
-            field.name: values[field.name]
-            for field in dataclasses.fields(generation_config.Sampling)
-        }
-    )
-    filters = [name for name in ("top_k", "top_p", "min_p") if values[name] != DEFAULTS[name]]
-    if filters and not sampling.temperature:
-        raise errors.UserError(
-            expected="flags that have an effect",
-            found=[f"--{name.replace('_', '-')} at temperature 0" for name in filters],
-            do="--temperature 1 to sample",
+        with errors.noted(problems):
+            prompts += _lines(pathlib.Path(typed["prompts_file"]))
+    elif not prompts:
+        problems.append(
+            errors.UserError(expected="at least one prompt", found="none", do='--prompt "…"')
         )
+    values = DEFAULTS | typed
+    sampling = generation_config.Sampling()
+    with errors.noted(problems):
+        sampling = generation_config.Sampling(
+            **{field.name: values[field.name] for field in dataclasses.fields(sampling)}
+        )
+    filters = [name for name in ("top_k", "top_p", "min_p") if values[name] != DEFAULTS[name]]
+    if filters and not values["temperature"]:
+        problems.append(
+            errors.UserError(
+                expected="flags that have an effect",
+                found=[f"--{name.replace('_', '-')} at temperature 0" for name in filters],
+                do="--temperature 1 to sample",
+            )
+        )
+    if problems:
+        raise errors.UserError.together(problems)
     return GenerateSettings(
         typed.get("model"), base, typed.get("adapter"), tuple(prompts),
         bool(typed.get("chat")), sampling, values["seed"],
@@ -139,6 +145,8 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
     folder = hub.model_folder(name, revision, named_by=named_by)
     architecture = model_config.load(folder)
     quant, dtype = settings.base.resolve_quant(architecture, folder), settings.base.dtype
+    if adapter and settings.base.quant is None and processes.leads():
+        arguments.note_other_base(adapter, quant)
     num_bytes = inventory.loaded_bytes(folder, dtype=dtype, quantization=quant)
     mesh = sharding.choose(settings.base.mesh, num_bytes)
     reader = tokenizer.load(folder)

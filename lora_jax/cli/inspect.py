@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax import console, errors
+from lora_jax import assets, console, errors
 from lora_jax.cli import arguments
 from lora_jax.training.settings import assemble, checks, groups
 
@@ -67,7 +67,9 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
              if values[name] < least]  # fmt: skip
     if wrong:
         raise errors.UserError(expected="numbers in their range", found=wrong)
-    own = assemble.converted({name: value for name, value in typed.items() if name not in DEFAULTS})
+    own = {name: value for name, value in typed.items() if name not in DEFAULTS}
+    if not {"model", "dataset"} & own.keys():
+        own = {"seq_len": assets.settings()["seq_len"], **own}
     settings = assemble.compose(own, given=frozenset(own))
     if settings.data.packing and settings.data.dpo:
         raise errors.UserError(expected="--packing or --dpo", found="both")

@@ -1,7 +1,6 @@
 # PYTHON_ARGCOMPLETE_OK
 """The command `lora-jax`."""
 
-import difflib
 import importlib
 import os
 import pathlib
@@ -31,14 +30,17 @@ def run(verb: str) -> None:
 def main() -> None:
     """Runs the verb in the first argument; without one, lists the verbs."""
     _complete(None)
-    verb, name = sys.argv[1] if len(sys.argv) > 1 else "", pathlib.Path(sys.argv[0]).name
+    name, words = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
+    if words[:1] == ["help"]:  # `help train` is `train --help`
+        words = [*words[1:2], "--help"]
+    verb = words[0] if words else ""
     if verb in VERBS:
         program = "python -m lora_jax" if name == "__main__.py" else name
-        sys.argv = [f"{program} {verb}", *sys.argv[2:]]
+        sys.argv = [f"{program} {verb}", *words[1:]]
         run(verb)
     elif verb in ("", "-h", "--help"):
         print(usage())
-    elif verb == "--version":
+    elif verb in ("-V", "--version"):
         print(lora_jax.__version__)
     else:
         arguments.run(lambda: _unknown(verb))
@@ -47,15 +49,17 @@ def main() -> None:
 def usage() -> str:
     """The list of verbs, one line each."""
     each = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
-    return f"usage: lora-jax VERB [flags]\n\n{each}\n\nlora-jax VERB --help shows its flags."
+    return (
+        f"usage: lora-jax VERB [flags]\n\n{each}\n\n"
+        "lora-jax VERB --help shows its flags; lora-jax --version shows the version."
+    )
 
 
 def _unknown(verb: str) -> None:
-    close = difflib.get_close_matches(verb, VERBS, n=1)
     raise errors.UserError(
         expected=f"one of {', '.join(VERBS)}",
         found=verb,
-        do=f"did you mean {close[0]}?" if close else None,
+        do=errors.did_you_mean(verb, VERBS),
     )
 
 

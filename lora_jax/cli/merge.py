@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_jax import console, errors, quant
 from lora_jax.cli import arguments
+from lora_jax.training.settings import checks, groups
 
 DEFAULTS = {"max_kl": 0.01}
 DESCRIPTION = """\
@@ -55,17 +56,24 @@ def parse(argv: list[str] | None = None) -> arguments.Given:
 
 def main() -> int:
     settings = parse()
+    base = groups.ModelSettings(
+        quant=settings.get("quant"), quant_fast=bool(settings.get("quant_fast"))
+    )
+    problems = [*checks.quant_fast(base)]
     missing = [f"no --{flag.replace('_', '-')}" for flag in ("adapter", "output_dir")
                if flag not in settings]  # fmt: skip
     if missing:
-        raise errors.UserError(expected="--adapter and --output-dir", found=missing)
+        problems.append(errors.UserError(expected="--adapter and --output-dir", found=missing))
     if not settings["max_kl"] >= 0:
-        raise errors.UserError(expected="--max-kl of 0 or more", found=f"{settings['max_kl']:g}")
-    arguments.check_quant_fast(settings.get("quant"), bool(settings.get("quant_fast")))
+        found = f"{settings['max_kl']:g}"
+        problems.append(errors.UserError(expected="--max-kl of 0 or more", found=found))
+    if problems:
+        raise errors.UserError.together(problems)
     into = pathlib.Path(settings["output_dir"])
     from lora_jax import hub
     from lora_jax.checkpoints import writer
     from lora_jax.lora import peft
+    from lora_jax.models import config as model_config
 
     writer.refuse_occupied(into)  # before a model is downloaded
     source = hub.adapter_folder(settings["adapter"])
@@ -81,6 +89,8 @@ def main() -> int:
     )
     named_by = None if "model" in settings else source
     folder = hub.model_folder(name, revision, named_by=named_by)
+    if base.quant is None:
+        arguments.note_other_base(source, base.resolve_quant(model_config.load(folder), folder))
     merge(folder, adapter, into, settings)
     return 0
 
@@ -94,7 +104,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     from lora_jax.checkpoints import writer
     from lora_jax.training import evaluate
 
-    encoded = tokenizer.encode(tokenizer.load(folder), settings.get("prompt") or list(PROMPTS))
+    encoded = tokenizer.encode(tokenizer.load(folder), list(settings.get("prompt", PROMPTS)))
     how = {"quantization": settings.get("quant"), "search": not settings.get("quant_fast")}
     start = time.time()
     expected = predicted(folder, encoded, adapter, settings["adapter"], **how)

@@ -7,15 +7,24 @@ import dataclasses
 import inspect
 import json
 import signal
-import sys
+import textwrap
 from typing import Any
 
 from lora_jax import console, errors, hub
 from lora_jax.cli import arguments, train
 from lora_jax.generation import config as generation_config
-from lora_jax.training import settings as train_settings
 from lora_jax.training.settings import groups
 
+DESCRIPTION = """\
+Plan the memory and time of a training job, without weights or devices.
+
+  lora-jax plan --model huggyllama/llama-7b --use-4bit --target gpu:h100
+  lora-jax plan --model owner/name --seq-len 4096 --target tpu:v5e-8
+
+The other flags are those of train, of which these change the plan most.
+"""
+MAIN = ("--target", "--hbm", "--no-compile", "--json", "--model", "--quant", "--mesh", "--seq-len",
+        "--rank", "--targets", "--batch-size", "--grad-accum", "--remat")  # fmt: skip
 Report = dict[str, Any]  # what --json prints, or a part of it
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
@@ -36,11 +45,10 @@ def num_bytes(text: str) -> int:
     return size
 
 
-def run(typed: arguments.Given) -> int:
+def run(of: train.Asked) -> int:
     """Prints the plan of the run that `train` would start with these flags."""
-    asked = {name: typed[name] for name in train.PLANNING if name in typed}
-    arguments.refuse_processes(typed, "--plan")
-    settings = train_settings.build(**train.settings_in(typed))
+    asked, settings = of.others, of.settings
+    arguments.refuse_processes(asked, "--plan")
     limit = num_bytes(asked["hbm"]) if "hbm" in asked else None
     base = hub.config_folder(settings.model.model, settings.model.revision)
 
@@ -131,8 +139,12 @@ def run(typed: arguments.Given) -> int:
 
 
 def _print(text: str) -> None:
-    print(text)
-    sys.stdout.flush()
+    """Prints the lines of `text`, wrapped to the width of the terminal."""
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        print(*textwrap.wrap(line, console.width(), subsequent_indent=indent,
+                             break_long_words=False, break_on_hyphens=False) or [""],
+              sep="\n", flush=True)  # fmt: skip
 
 
 def _settings(job) -> Report:
@@ -311,19 +323,23 @@ def _show_proposals(
 
 
 def flags(**where: Any) -> arguments.Flags:
-    """The flags of `plan`: those of `train`."""
-    return train.flags(**where)
+    """Its own flags, and those of `train`. where: see arguments.Flags."""
+    flags = arguments.Flags(DESCRIPTION, short=MAIN, **where)
+    flags.group("planning")
+    train.add_planning(flags)
+    train.add_run(flags)
+    return flags
 
 
-def parse(argv: list[str] | None = None) -> arguments.Given:
-    """The typed flags."""
-    return train.parse(argv)
+def parse(argv: list[str] | None = None) -> train.Asked:
+    """What the flags ask for."""
+    return train.asked(flags(), argv)
 
 
 def main() -> int:
-    typed = parse()
-    if typed.pop("resume", False):
+    asked = parse()
+    if asked.settings is None:
         raise errors.UserError(
             expected="the flags of a run", found="--resume", do="give the flags of the run instead"
         )
-    return run(typed)
+    return run(asked)

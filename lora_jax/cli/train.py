@@ -1,12 +1,11 @@
 """Fine-tune a LLaMA with LoRA on a quantized base, and save a PEFT adapter."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax import console, errors
 from lora_jax.cli import arguments
-from lora_jax.training import settings as train_settings
-from lora_jax.training.settings import assemble, groups
+from lora_jax.training.settings import assemble, files, groups
 
 if TYPE_CHECKING:
     from lora_jax.training import loop
@@ -18,21 +17,46 @@ Fine-tune a LLaMA with LoRA on a quantized base, and save a PEFT adapter.
   lora-jax train --model huggyllama/llama-7b --use-4bit --dataset my.jsonl
   lora-jax train --resume --output-dir runs/…   continue a run that stopped
 """
+MAIN = ("--model", "--quant", "--dataset", "--seq-len", "--packing", "--rank", "--alpha",
+        "--targets", "--batch-size", "--grad-accum", "--epochs", "--lr", "--output-dir",
+        "--resume", "--eval-every")  # fmt: skip
 PLANNING = ("plan", "target", "hbm", "no_compile", "json")
+_NO_SETTINGS = (*PLANNING, "resume", "coordinator", "num_processes", "process_id")
 _RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}
+
+
+class Asked(NamedTuple):
+    """What a command line asks for.
+
+    settings: of the new run; None with --resume. given: the settings in flags and in --config.
+    others: the flags that are no settings.
+    """
+
+    settings: groups.TrainSettings | None
+    given: groups.Flat
+    others: arguments.Given
 
 
 def flags(**where: Any) -> arguments.Flags:
     """The flags of `train`. where: see arguments.Flags."""
-    flags = arguments.Flags(DESCRIPTION, short=True, **where)
+    flags = arguments.Flags(DESCRIPTION, short=MAIN, **where)
+    add_run(flags)
+    flags.group("planning: memory and time of the job, without weights or devices")
+    flags.switch("--plan", "print the plan, and do not train")
+    add_planning(flags)
+    return flags
+
+
+def add_run(flags: arguments.Flags) -> None:
+    """The flags that say what a run does."""
     arguments.add_model(flags)
     arguments.add_data(flags)
     flags.group("adapter")
-    flags.add("--rank", "rank of A and B", main=True, type=int, metavar="R")
-    flags.add("--alpha", "the adapter is scaled by alpha / rank", main=True, type=float)
+    flags.add("--rank", "rank of A and B", type=int, metavar="R")
+    flags.add("--alpha", "the adapter is scaled by alpha / rank", type=float)
     flags.add("--dropout", "dropout probability of the adapter's input", type=float, metavar="P")
     flags.add("--targets", "names of linear layers, a regex, or all-linear; also embed_tokens (for "
-              "new words or a new language) and lm_head", main=True)  # fmt: skip
+              "new words or a new language) and lm_head")  # fmt: skip
     flags.add("--exclude", "names or a regex to leave out of the targets")
     flags.add("--layers", "adapt only these, e.g. 16-31 (late layers: style, at half the cost)",
               metavar="I,J-K")  # fmt: skip
@@ -52,12 +76,12 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--lora-plus-ratio", "learning rate of B over that of A (LoRA+): 4 to 16 learns "
               "faster in wide models", type=float, metavar="X")  # fmt: skip
     flags.group("training")
-    flags.add("--batch-size", "sequences computed at a time, over all devices", main=True,
+    flags.add("--batch-size", "sequences computed at a time, over all devices",
               type=int, metavar="B")  # fmt: skip
-    flags.add("--grad-accum", "batches per optimizer step", main=True, type=int, metavar="A")
+    flags.add("--grad-accum", "batches per optimizer step", type=int, metavar="A")
     flags.add("--max-steps", "optimizer steps, instead of --epochs", type=int, metavar="N")
-    flags.add("--epochs", "passes over the data", main=True, type=float, metavar="E")
-    flags.add("--lr", "peak learning rate", main=True, type=float)
+    flags.add("--epochs", "passes over the data", type=float, metavar="E")
+    flags.add("--lr", "peak learning rate", type=float)
     flags.add("--schedule", "learning rate schedule after the warmup")
     flags.add("--warmup", "number of steps if ≥ 1, else share of all steps", type=float)
     flags.add("--weight-decay", "decoupled, as in AdamW", type=float, metavar="W")
@@ -76,11 +100,10 @@ def flags(**where: Any) -> arguments.Flags:
     flags.group("run")
     flags.add("--config", "YAML file of settings with the names of flags; flags override it. A "
               "run writes its own, config.yaml", metavar="FILE")  # fmt: skip
-    flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", main=True, metavar="DIR")
+    flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", metavar="DIR")
     flags.switch("--resume", "continue the run in --output-dir; --mesh may differ, and "
-                 "--batch-size and --grad-accum too if their product stays the same",
-                 main=True)  # fmt: skip
-    flags.add("--eval-every", "evaluate every N steps, and at start and end", main=True, type=int,
+                 "--batch-size and --grad-accum too if their product stays the same")  # fmt: skip
+    flags.add("--eval-every", "evaluate every N steps, and at start and end", type=int,
               metavar="N")  # fmt: skip
     flags.add("--exact-match", "generate answers to N held-out prompts and compare them",
               type=int, metavar="N")  # fmt: skip
@@ -103,8 +126,10 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--max-new-tokens", "maximum number of generated tokens", type=int, metavar="N")
     flags.add("--temperature", "0: always take the most likely token", type=float)
     arguments.add_processes(flags)
-    flags.group("planning: memory and time of the job, without weights or devices")
-    flags.switch("--plan", "print the plan, and do not train")
+
+
+def add_planning(flags: arguments.Flags) -> None:
+    """The flags that say how a job is planned."""
     flags.add("--target", "cpu:N, gpu:CHIP-N or tpu:CHIP-N such as tpu:v5e-8 (default: the "
               "devices of this machine)", metavar="NAME")  # fmt: skip
     flags.add(
@@ -112,16 +137,31 @@ def flags(**where: Any) -> arguments.Flags:
     )
     flags.switch("--no-compile", "do not compile for XLA's own plan")
     flags.switch("--json", "print one JSON object")
-    return flags
 
 
-def parse(argv: list[str] | None = None) -> arguments.Given:
-    """The typed flags, and the settings of --config that they do not override."""
-    typed = arguments.quantization(flags().typed(argv))
+def parse(argv: list[str] | None = None) -> Asked:
+    """What the flags and the file of --config ask for. Raises: one UserError with all problems."""
+    return asked(flags(), argv)
+
+
+def asked(flags: arguments.Flags, argv: list[str] | None) -> Asked:
+    """As `parse`, for the flags of another command."""
+    typed, problems = flags.raw(argv)
+    with errors.noted(problems):
+        typed = arguments.quantization(typed)
+    others = {name: typed.pop(name) for name in _NO_SETTINGS if name in typed}
+    origins: dict[str, str] = {}
     if "config" in typed:
-        typed = _over(train_settings.read(typed.pop("config")), typed)
-    values = assemble.converted(settings_in(typed))
-    return {**{name: value for name, value in typed.items() if name not in values}, **values}
+        try:
+            file = files.read(typed.pop("config"))
+        except errors.UserError as error:
+            raise errors.UserError.together([*problems, error]) from None
+        problems += file.problems
+        origins = {n: line for n, line in file.origins.items() if n not in typed}
+        typed = _over(file.values, typed)
+    if others.get("resume"):
+        return Asked(None, assemble.given_to_resume(typed, origins, problems), others)
+    return Asked(assemble.build_from(typed, origins, problems), typed, others)
 
 
 def _over(config: groups.Flat, typed: arguments.Given) -> arguments.Given:
@@ -131,37 +171,31 @@ def _over(config: groups.Flat, typed: arguments.Given) -> arguments.Given:
     return {**kept, **typed}
 
 
-def settings_in(typed: arguments.Given) -> arguments.Given:
-    """The typed flags that are settings of a run."""
-    others = {*PLANNING, "resume", "coordinator", "num_processes", "process_id"}
-    return {name: value for name, value in typed.items() if name not in others}
-
-
 def main() -> int:
-    typed = parse()
-    resume = typed.pop("resume", False)
-    if "plan" in typed and not resume:
+    asked = parse()
+    resume = asked.others.pop("resume", False)
+    if "plan" in asked.others and not resume:
         from lora_jax.cli import plan
 
-        return plan.run(typed)
-    if planning := [name for name in PLANNING if name in typed]:
+        return plan.run(asked)
+    if planning := [name for name in PLANNING if name in asked.others]:
         raise errors.UserError(
             expected="flags that have an effect",
             found=[f"--{name.replace('_', '-')}" for name in planning],
             do="--plan with them and without --resume, or leave them out",
         )
-    typed = arguments.join({**typed, "resume": resume})
-    del typed["resume"]
-    if resume and "output_dir" not in typed:
+    arguments.join({**asked.given, **asked.others, "resume": resume})
+    if resume and "output_dir" not in asked.given:
         raise errors.UserError(
             expected="the folder of the run to continue",
             found="--resume alone",
             do="--resume --output-dir runs/…",
         )
-    settings = None if resume else train_settings.build(**typed)  # before jax is imported
     from lora_jax import training
 
-    return _end(training.resume(**typed) if resume else training.run(settings))
+    if asked.settings is None:
+        return _end(training.resume(**asked.given))
+    return _end(training.run(asked.settings))
 
 
 def _end(steps: "loop.Steps") -> int:

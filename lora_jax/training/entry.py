@@ -7,7 +7,7 @@ from lora_jax import assets, console
 from lora_jax.console import say
 from lora_jax.parallel import processes
 from lora_jax.training.output import run_folder
-from lora_jax.training.settings import groups
+from lora_jax.training.settings import assemble, groups
 from lora_jax.training.settings import resume as resume_settings
 
 if TYPE_CHECKING:
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 def run(settings: groups.TrainSettings) -> "loop.Steps":
     """Starts a new run: yields the metrics of each step and evaluation, and returns its Outcome.
 
-    The output folder gets the same files as from `lora-jax train` with these settings. If the
-    caller stops iterating, the run saves a checkpoint and stops; `resume` continues from there.
-    Raises: UserError if the settings do not suit the model, the data or the devices.
+    The settings are checked at this call; the model is loaded and trained by iterating. The output
+    folder gets the same files as from `lora-jax train` with these settings. If the caller stops
+    iterating, the run saves a checkpoint and stops; `resume` continues from there.
+    Raises: UserError if the settings do not suit each other, the model, the data or the devices.
     """
+    return _run(assemble.checked(settings))
+
+
+def _run(settings: groups.TrainSettings) -> "loop.Steps":
     path = settings.run.output_dir or str(run_folder.default_path())
     with run_folder.opened(pathlib.Path(processes.broadcast(path)), resume=False) as folder:
         if not {"model", "dataset"} & settings.given and settings.loop.max_steps != 0:
@@ -36,8 +41,13 @@ def run(settings: groups.TrainSettings) -> "loop.Steps":
 def resume(output_dir: str, **given: groups.Value) -> "loop.Steps":
     """Resumes the run in `output_dir`: yields and returns the same as `run`.
 
-    given: settings that may change when a run is resumed, see settings.resumed.
+    given: settings that may change when a run is resumed, see settings.resumed. They are checked at
+    this call.
     """
+    return _resume(output_dir, assemble.given_to_resume(given))
+
+
+def _resume(output_dir: str, given: groups.Flat) -> "loop.Steps":
     path = pathlib.Path(processes.broadcast(output_dir))
     with run_folder.opened(path, resume=True) as folder:
         record, where = folder.read_run()["settings"], str(folder.path / "run.json")

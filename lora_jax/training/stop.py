@@ -52,7 +52,11 @@ class Stop:
         if number == signal.SIGINT and jax.process_count() == 1:
             self.code = 130
         # print() is not reentrant: a signal handler must not call it.
-        os.write(2, b"\nstopping after this step, to save; press Ctrl-C to stop at once\n")
+        text = b"stopping after this step, to save"
+        before, after = (b"", b"; press Ctrl-C again to stop at once")
+        if number == signal.SIGTERM:
+            before, after = (b"SIGTERM: ", b"")
+        os.write(2, b"\n" + before + text + after + b"\n")
 
 
 def _in_main_thread() -> bool:

@@ -12,8 +12,7 @@ from lora_jax import errors
 from lora_jax.cli import arguments
 from lora_jax.cli import generate as generate_script
 from lora_jax.cli import train as train_script
-from lora_jax.training import settings as train_settings
-from lora_jax.training.settings import convert, groups
+from lora_jax.training.settings import assemble, convert, groups
 
 TRAIN = ("--model", "m", "--dataset", "d.jsonl")
 
@@ -23,7 +22,7 @@ def settings(*flags):
 
 
 def build(*flags):
-    return train_settings.build(**train_script.settings_in(train_script.parse([*map(str, flags)])))
+    return train_script.parse([*map(str, flags)]).settings
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "plan", "inspect_data", "report"])
@@ -139,7 +138,7 @@ def nothing_heavy(monkeypatch, tmp_path):
     [
         ("--rank 0", "rank 0"),
         ("--rank -1", "rank -1"),
-        ("--rank eight", "--rank: invalid int value: 'eight'"),
+        ("--rank eight", "a whole number found: 'eight' where: --rank"),
         ("--dropout 1", "dropout 1"),
         ("--dropout nan", "dropout nan"),
         ("--alpha 0", "--alpha 0"),
@@ -171,8 +170,8 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--exact-match -1", "--exact-match -1"),
         ("--max-new-tokens 0", "--max-new-tokens 0"),
         ("--temperature -1", "--temperature -1"),
-        ("--schedule step", "--schedule: invalid choice"),
-        ("--quant int5", "--quant: invalid choice"),
+        ("--schedule step", "one of cosine, linear, constant found: 'step' where: --schedule"),
+        ("--quant int5", "fp4-dq found: 'int5' where: --quant"),
         ("--targets (", "--targets"),
         ("--targets ,", "no targets"),
         ("--columns prompt", "FIELD=COLUMN"),
@@ -211,6 +210,66 @@ def nothing_heavy(monkeypatch, tmp_path):
 )
 def test_invalid_flags_are_refused_before_heavy_imports(nothing_heavy, flags, message):
     assert message in cli.refused("train", *TRAIN, *flags.split())
+
+
+def test_problems_of_flags_and_of_a_file_are_in_one_error(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("learning_rate: 1\nmodel: m\nrank: 0\nalpha: 0\n")
+    message = cli.refused("train", "--config", "mine.yaml", "--learning-rate", 2, "--lr", "fast",
+                          "--epochs", "many", "--num-processes", "two", "--output-dir", "gs://b",
+                          "--alpha", 0)  # fmt: skip
+    for part in (
+        "--learning-rate 2 where: train.py to do: --learning-rate is called --lr here",
+        "--output-dir gs://b to do: copy",
+        "a whole number found: 'two' where: --num-processes",
+        "learning_rate where: mine.yaml, line 1 to do: the setting is called lr here",
+        "a number found: --epochs: 'many' --lr: 'fast'",
+        "found: rank 0 where: mine.yaml, line 3: rank",
+        "--alpha 0.0 (at least 1e-06)",  # typed: no line of the file
+    ):
+        assert part in message, part
+    assert "line 4" not in message
+    assert "did you mean mine.yaml?" in cli.refused("train", "--config", "mime.yaml")
+
+
+def test_generate_and_merge_report_all_problems_at_once():
+    message = cli.refused("generate", "--top-k", "a", "--seed", "b", "--load-in-4bit")
+    assert "--top-k: 'a' --seed: 'b'" in message and "to do: --quant int4" in message
+    message = cli.refused("generate", "--top-k", 2, "--quant-fast")
+    for part in (
+        "at least one prompt",
+        "--top-k at temperature 0",
+        "--quant-fast with --quant none",
+    ):
+        assert part in message
+    message = cli.refused("merge", "--max-kl", -1, "--quant-fast")
+    for part in ("no --adapter", "--max-kl of 0", "--quant-fast with --quant none"):
+        assert part in message
+
+
+def test_a_mistyped_folder_leads_to_its_neighbor(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/x/adapter").mkdir(parents=True)
+    for wrong in ("./runs/x/adaptor", "runs/x/adaptor", "run/x/adapter"):
+        message = cli.refused("generate", "--prompt", "a", "--adapter", wrong)
+        assert "no such folder" in message
+        assert "to do: did you mean runs/x/adapter? Or" in message
+    message = cli.refused("generate", "--prompt", "a", "--adapter", "./elsewhere/adapter")
+    assert "did you mean" not in message
+
+
+def test_an_adapter_of_another_base_is_noted(tmp_path, capsys):
+    adapter = tmp_path / "run/lr=1/adapter"  # of a sweep
+    adapter.mkdir(parents=True)
+    arguments.note_other_base(adapter, "none")
+    assert capsys.readouterr().err == ""  # no run.json
+    (tmp_path / "run/run.json").write_text('{"settings": {"quant": "int4"}}')
+    arguments.note_other_base(adapter, "none")
+    assert "trained with --quant int4, and this is --quant none" in capsys.readouterr().err
+    arguments.note_other_base(adapter, "int4")
+    (tmp_path / "run/run.json").write_text("{")
+    arguments.note_other_base(adapter, "none")
+    assert capsys.readouterr().err == ""
 
 
 def test_all_wrong_numbers_are_in_one_error(nothing_heavy):
@@ -292,12 +351,14 @@ def test_ctrl_c_with_nothing_to_save_stops_at_once():
     assert (ended.returncode, ended.stderr.strip()) == (130, "stopped")
 
 
-def test_local_paths_become_absolute(tmp_path, monkeypatch):
+def test_local_paths_are_kept_as_typed_and_absolute_in_the_record(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    typed = train_script.parse(["--dataset", "rows.jsonl", "o/d", "--model", "owner/name"])
-    assert typed["dataset"] == (str(tmp_path / "rows.jsonl"), "o/d")
-    assert typed["model"] == "owner/name"
+    found = build("--dataset", "rows.jsonl", "o/d", "--model", "owner/name").flat()
+    assert found["dataset"] == ["rows.jsonl", "o/d"]  # as they go into config.yaml
+    kept = assemble.absolute(found)  # as they go into run.json
+    assert kept["dataset"] == [str(tmp_path / "rows.jsonl"), "o/d"]
+    assert kept["model"] == "owner/name"
 
 
 def test_weights_become_the_smallest_integers():

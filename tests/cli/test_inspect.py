@@ -6,7 +6,9 @@ import json
 import cli
 import pytest
 
+from lora_jax.cli import inspect as inspect_script
 from lora_jax.data import sources
+from lora_jax.training import settings
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,10 @@ def test_wrong_numbers_are_refused(rows):
     expected = cli.refused("inspect_data", "--dataset", rows, "--first", 13)
     assert "one of the 12 sequences" in expected and "--first 13" in expected
     assert "--rows -1" in cli.refused("inspect_data", "--dataset", rows, "--rows", "-1")
+
+
+def test_without_model_and_data_it_cuts_as_train_does():
+    asked = inspect_script.settings_of(inspect_script.parse([]))
+    assert asked.data.seq_len == settings.build().data.seq_len == 96
+    assert inspect_script.settings_of(inspect_script.parse(["--seq-len", "8"])).data.seq_len == 8
+    assert inspect_script.settings_of(inspect_script.parse(["--model", "m"])).data.seq_len is None

@@ -50,8 +50,26 @@ def test_without_a_verb_it_lists_the_seven_verbs(command, words):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_it_has_a_version(command):
-    assert command("--version") == (0, f"{lora_jax.__version__}\n")
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_it_has_a_version(command, word):
+    assert command(word) == (0, f"{lora_jax.__version__}\n")
+    assert "--version" in command()[1]
+
+
+def test_help_is_a_word_too(command):
+    assert command("help") == command("--help")
+    assert command("help", "merge") == command("merge", "--help")
+    code, printed = command("help", "trian")
+    assert code == 2 and "did you mean train?" in printed
+
+
+def test_the_help_of_plan_starts_with_its_own_flags_and_fits_on_a_page(command):
+    code, out = command("plan", "--help")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert flags_in(out)[:4] == ["target", "hbm", "no-compile", "json"]
+    assert {"seq-len", "batch-size", "rank", "remat"} < set(flags_in(out))
+    assert set(flags_in(out)) < set(flags_in(command("plan", "--help-all")[1]))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +117,7 @@ def test_help_all_of_train_has_every_group(command):
 def test_every_verb_has_help(command, verb):
     code, out = command(verb, "--help")
     assert code == 0 and out.startswith(f"usage: lora-jax {verb} [flags]\n")
-    assert f"\n  lora-jax {'train' if verb == 'plan' else verb} " in out  # an example
+    assert f"\n  lora-jax {verb} " in out  # an example
 
 
 def test_python_m_lora_jax_is_the_same_command():

@@ -12,7 +12,6 @@ import pytest
 from lora_jax import errors, tokenizer
 from lora_jax.data import batches, mixture, packing, sources
 from lora_jax.training import run_data
-from lora_jax.training import settings as train_settings
 
 from lora_jax.cli import train  # isort: skip
 
@@ -95,7 +94,7 @@ def reader():
 
 
 def data_of(reader, *flags):
-    settings = train_settings.build(**train.parse(["--model", "m", *map(str, flags)]))
+    settings = train.parse(["--model", "m", *map(str, flags)]).settings
     settings = settings.replace(seq_len=settings.data.resolve_seq_len(512))
     return run_data.RunData(settings, run_data.read(settings), reader, 2, 512)
 

@@ -324,7 +324,8 @@ def test_launches_start_and_resume_with_flags_that_exist(name, tmp_path):
         assert done.returncode == processes.RESTART, done
         script, *flags = (tmp_path / "said").read_text().splitlines()
         assert script == "scripts/train.py"
-        typed = train.parse(flags)
+        asked = train.parse(flags)
+        typed = {**asked.given, **asked.others}
         assert typed.get("resume", False) == resumed and typed["output_dir"] == str(out)
         place = [typed.get(name) for name in ("coordinator", "num_processes", "process_id")]
         assert cluster.find(*place) == (

@@ -300,6 +300,7 @@ def test_xla_decides_whether_it_fits(folder, monkeypatch, peak, fits):
     found = json.loads(cli.run("plan", *flags, "--json").out)
     assert (found["need"], found["fits"], "changes" in found) == (peak, fits, not fits)
     told = cli.run("plan", *flags).out
+    assert max(map(len, told.splitlines())) <= 80
     assert ("\nfits: " in told, "\ndoes not fit: " in told) == (fits, not fits)
     assert ("to make it fit" in told) != fits
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 from test_run import at_step, checkpoints, comparable
 
 from lora_jax.optim import step as train_step
-from lora_jax.training import evaluate
+from lora_jax.training import evaluate, settings
 
 SEED, KILLS, MANY = 20, 10, 40
 STEPS = 6
@@ -182,6 +182,44 @@ def test_a_base_with_other_values_is_refused(whole, tmp_path):
     message = cli.refused("train", "--resume", "--output-dir", folder)
     assert "found: another checksum of the base where:" in message
     assert (folder / "run.json").read_bytes() == before
+
+
+def moved(whole, tmp_path, rows):
+    """(an interrupted run whose base and data have moved, the flags that say where they are)."""
+    folder = interrupted(whole, tmp_path)
+    data = [shutil.copy(path, tmp_path / f"moved-{path.name}") for path in rows[1:3]]
+    gone = {"model": "/gone/base", "dataset": ["/gone/40.jsonl", "/gone/10.jsonl"]}
+    change_run(folder, settings=gone)
+    base = shutil.copytree(cli.BASE, tmp_path / "base")
+    return folder.rename(tmp_path / "renamed"), {"--model": [base], "--dataset": data}
+
+
+def test_a_run_continues_after_it_its_base_and_its_data_have_moved(whole, rows, tmp_path):
+    folder, now = moved(whole, tmp_path, rows)
+    message = cli.refused("train", "--resume", "--output-dir", folder)
+    assert "found: no /gone/base no /gone/40.jsonl no /gone/10.jsonl" in message
+    assert "say where they are now: --model NEW_PATH --dataset NEW_PATH …" in message
+    message = cli.refused("train", "--resume", "--output-dir", folder, "--model", *now["--model"])
+    assert "gone/base" not in message and "now: --dataset NEW_PATH …" in message
+    flags = [part for flag, values in now.items() for part in (flag, *values)]
+    out = resumed(folder, *flags)
+    assert f"resume model with the same content at {tmp_path}/base, was /gone/base" in out
+    assert "resume from step 2 of 6" in out and "is finished" not in out
+    assert_as_uninterrupted(folder, whole)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["settings"]["model"] == run["base"]["id"] == str(tmp_path / "base")
+    assert "the run is finished: no step is left to train" in resumed(folder)
+    (tmp_path / "moved-10.jsonl").write_text('{"text": "something else"}\n')
+    message = cli.refused("train", "--resume", "--output-dir", folder)
+    assert "found: another train of the data where:" in message and "--dataset, now" in message
+
+
+def test_a_run_of_the_demo_continues_in_another_installation():
+    made = settings.build(rank=4)
+    record = {**made.flat(), "model": "/gone/lora_jax/assets/demo",
+              "dataset": ["/gone/lora_jax/assets/demo/train.jsonl"],
+              "eval_dataset": "/gone/lora_jax/assets/demo/eval.jsonl"}  # fmt: skip
+    assert settings.resumed(record, {}, "run.json") == made
 
 
 def test_a_run_json_of_an_earlier_version_is_refused(whole, tmp_path):

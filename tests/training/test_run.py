@@ -197,7 +197,9 @@ def test_sigterm_saves_and_says_to_start_again(plain, tmp_path, monkeypatch, cap
 
 def assert_stopped(folder, ended, code, capfd):
     assert ended.code == code and "Traceback" not in ended.err
-    assert "stopping after this step, to save" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "stopping after this step, to save" in said
+    assert ("Ctrl-C" in said) == (code == 130) and ("SIGTERM: " in said) == (code == 75)
     assert "stopped after step 3 of 6" in ended.out
     assert f"train.py --resume --output-dir {folder}" in ended.out.replace(" \\\n   ", "")
     assert checkpoints(folder)[-1] == 3

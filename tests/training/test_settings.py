@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from lora_jax import assets, errors
+from lora_jax import assets, errors, training
 from lora_jax.training import settings
-from lora_jax.training.settings import groups
+from lora_jax.training.settings import assemble, groups, names
 
 MINE = {"model": "owner/name", "dataset": "mine.jsonl"}
 
@@ -88,14 +88,89 @@ def test_invalid_values_are_refused_with_their_name(given, message):
 
 
 def test_all_problems_are_in_one_error():
-    message = refused(**MINE, rnak=8, lr="fast", quant="int5")
-    assert "rnak" in message and "--lr: 'fast'" in message and "--quant: 'int5'" in message
+    """Of whichever stage: names, types, ranges of a part, and contradictions."""
     message = refused(
-        **MINE, max_steps=3, epochs=2, chat=True, batch_size=0, rank=0, weights=[1, 2]
+        **MINE, rnak=8, lr="fast", quant="int5", dropout=2, alpha=0, max_steps=3, epochs=2,
+        batch_size=0, weights=[1, 2], chat=True,
+    )  # fmt: skip
+    for part in (
+        "found: rnak to do: did you mean rank?",
+        "found: 'fast' where: --lr",
+        "found: 'int5' where: --quant",
+        "found: dropout 2",
+        "--alpha 0 (at least 1e-06)",
+        "--batch-size 0",
+        "found: --max-steps and --epochs to do: give one of them",
+        "2 in --weights, 1 in --dataset",
+        "--chat without a --prompt",
+    ):
+        assert part in message
+
+
+def test_a_value_that_cannot_be_read_makes_no_other_problem():
+    message = refused(model="owner/name", dataset="d", streaming=True, max_steps="many")
+    assert message == "expected: a whole number found: 'many' where: --max-steps"
+    assert "without" not in refused(**MINE, chat=True, prompt={})
+
+
+def test_problems_of_a_file_have_its_name_and_lines(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: m\nrank: eight\ndropout: 2\nload_in_4bit: true\nrank: 9\nbeta: 3\n")
+    with pytest.raises(errors.UserError) as error:
+        settings.load(path)
+    message = " ".join(str(error.value).split())
+    for part in (
+        f"found: rank more than once where: {path}, lines 2 and 5",
+        f"found: load_in_4bit where: {path}, line 4 to do: quant: int4",
+        f"found: dropout 2 where: {path}, line 3: dropout",
+        f"--beta without --dpo where: {path}, line 6: beta",
+    ):
+        assert part in message
+
+
+def test_problems_with_one_remedy_are_one_paragraph():
+    message = refused(**MINE, lr="fast", alpha="much", rnak=1, learning_rate=2)
+    assert "expected: a number found: --lr: 'fast' --alpha: 'much'" in message
+    assert "rnak (did you mean rank?) learning_rate (the setting is called lr here)" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "do"),
+    [
+        ("use_4bit", "quant: int4"),
+        ("load_in_8bit", "quant: int8"),
+        ("bnb_4bit_quant_type", "quant: nf4"),
+        ("lora_r", "the setting is called rank here"),
+        ("target_modules", "the setting is called targets here"),
+        ("num_train_epochs", "the setting is called epochs here"),
+        ("micro_batch_size", "the setting is called batch_size here"),
+        ("sample_packing", "the setting is called packing here"),
+        ("optim", "the optimizer is AdamW"),
+        ("batchsize", "did you mean batch_size?"),
+    ],
+)
+def test_names_of_other_programs_get_a_hint(name, do):
+    assert f"found: {name} to do: " in refused(**MINE, **{name: 1})
+    assert do in refused(**MINE, **{name: 1})
+
+
+def test_names_of_other_programs_are_not_settings_and_lead_to_one():
+    assert not set(names._OF_OTHERS) & groups.FIELDS.keys()
+    assert set(names._OF_OTHERS.values()) <= groups.FIELDS.keys()
+
+
+def test_settings_written_by_hand_are_checked():
+    made = groups.TrainSettings(
+        data=groups.DataSettings(dataset=("mine.jsonl",), dpo=True),
+        loop=groups.LoopSettings(batch_size=3),
     )
-    assert "rank 0" in message and "--batch-size 0" in message
-    message = refused(**MINE, max_steps=3, epochs=2, chat=True, batch_size=0, weights=[1, 2])
-    for part in ("--max-steps and --epochs", "--batch-size 0", "2 in --weights", "--chat without"):
+    assert {"model", "dataset", "dpo", "batch_size"} == made.given
+    assert assemble.checked(made) == made
+    bad = made.replace(batch_size=0, chat=True, packing=True)
+    with pytest.raises(errors.UserError) as error:
+        training.run(bad)  # at the call, before anything is loaded
+    message = str(error.value)
+    for part in ("--batch-size 0", "--chat without a --prompt", "--packing with --dpo"):
         assert part in message
 
 
@@ -129,7 +204,8 @@ def test_yaml_keeps_all_settings(given, tmp_path):
         ("- rank", "a list"),
         ("rank: [", "while parsing"),
         ("1: 2", "the key 1"),
-        ("rank: 8\nlr: 1\nrank: 9", "rank more than once"),
+        ("lr: 2020-13-45", "month must be"),
+        ("[" * 5000, "recursion"),
         ("\x00", "special characters"),
     ],
 )
@@ -138,16 +214,38 @@ def test_a_file_without_a_mapping_is_refused(text, message, tmp_path):
     with pytest.raises(errors.UserError, match="a YAML file of `name: value` lines") as error:
         settings.load(tmp_path / "mine.yaml")
     assert message in str(error.value)
-    with pytest.raises(errors.UserError, match="No such file"):
+    with pytest.raises(errors.UserError, match="No such file") as error:
         settings.load(tmp_path / "none.yaml")
+    assert f"to do:    did you mean {tmp_path}/mine.yaml?" in str(error.value)
+    with pytest.raises(errors.UserError, match="to do:    check the path"):
+        settings.load(tmp_path / "else")
 
 
 def test_an_empty_file_and_names_with_dashes_are_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("")
-    assert settings.read(path) == {}
+    assert settings.load(path) == settings.build()
     path.write_text("batch-size: 2\n")
     assert settings.load(path).loop.batch_size == 2
+
+
+def test_the_demo_s_paths_are_not_written(tmp_path):
+    path = tmp_path / "config.yaml"
+    for given in (
+        {"rank": 4},
+        {"epochs": 2},
+        {"dataset": "d"},
+        {"model": "m"},
+        {"sweep": "lr=1,2"},
+    ):
+        made = settings.build(**given)
+        settings.save(made, path)
+        assert str(assets.FOLDER) not in path.read_text()
+        assert settings.load(path) == made
+    settings.save(settings.build(model=str(assets.FOLDER)), path)  # as the user wrote it
+    assert f"model: {assets.FOLDER}" in path.read_text()
+    settings.save(groups.TrainSettings(), path)  # the demo without its settings
+    assert settings.load(path).loop.max_steps is None
 
 
 def test_a_resumed_run_changes_only_the_settings_that_may_change():

@@ -13,6 +13,7 @@ from lora_jax.planning import memory as device_memory
 from lora_jax.training import monitor, setup
 from lora_jax.training.output import run_folder
 from lora_jax.training.report import page
+from lora_jax.training.settings import assemble
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 _MAX_REASON = 200  # characters of an error in run.json
@@ -21,6 +22,7 @@ _MAX_REASON = 200  # characters of an error in run.json
 def make(job: setup.Job) -> run_folder.Record:
     """The record of a run that starts."""
     settings, architecture = job.settings, job.base.architecture
+    flat = assemble.absolute(settings.flat())
     plan, target = setup.to_plan(settings, architecture, job.mesh)
     planned = device_memory.memory(plan, dict(job.mesh.shape), target.chip).total
     if target.platform == "cpu":  # there, peak_bytes is that of the process, not of one device
@@ -28,13 +30,13 @@ def make(job: setup.Job) -> run_folder.Record:
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return run_folder.Record(
         status="starting",
-        settings=settings.flat(),
+        settings=flat,
         num_steps=job.num_steps,
         versions={"lora-jax": lora_jax.__version__, **versions},
         device=devices.describe(),
         mesh=dict(job.mesh.shape),
         memory={"planned_bytes": planned, "bytes_before": job.held},
-        base={"id": settings.model.model, **fingerprints.fingerprint(job.base.folder)},
+        base={"id": flat["model"], **fingerprints.fingerprint(job.base.folder)},
         data=job.data.fingerprints,
     )
 

@@ -8,6 +8,9 @@ from lora_jax.optim import step as train_step
 from lora_jax.parallel import processes
 from lora_jax.training import setup
 from lora_jax.training.output import run_folder, snapshots
+from lora_jax.training.settings import assemble, convert
+
+_SETTING = {"base": "model", "train": "dataset", "held out": "eval_dataset"}
 
 
 def restore(
@@ -18,6 +21,12 @@ def restore(
     _check_same(job, before, record)
     if before.get("status", "").startswith("failed"):
         say("resume", f"the run had ended with: {before['status']}")
+    if before.get("status") == "finished":
+        say(
+            "resume",
+            f"the run has finished all of its {before.get('num_steps')} steps: nothing "
+            "is left to train; for more, start a new run with more --max-steps or --epochs",
+        )
     if processes.broadcast(kept.latest()) is None:
         say("resume", "no finished checkpoint: starting over")
         return state
@@ -31,27 +40,43 @@ def restore(
     kept.drop(damaged)  # their steps are trained and saved again
     job.adapters.resumed(state)
     say("resume", f"from step {int(state.step)} of {job.num_steps}")
+    if int(state.step) == job.num_steps:
+        say("resume", "the run is finished: no step is left to train; to train for longer, start a "
+            "new run with more --max-steps or --epochs")  # fmt: skip
     return state
 
 
 def _check_same(job: setup.Job, before: run_folder.RunJson, record: run_folder.Record) -> None:
-    """Raises: UserError if the base model or the data are not those the run was started with."""
+    """Tells which of them lie elsewhere now.
+
+    Raises: UserError if the base model or the data are not those the run was started with.
+    """
     version = before.get("versions", {}).get("lora-jax")
-    changed = [
-        f"another {part} of the {name}"
-        if part in before.get(name, {})
-        else f"no {part} of the {name}: another version of lora-jax ({version}) wrote it"
-        for name, now in (("base", record.base), ("data", record.data))
-        for part, value in now.items()
-        if before.get(name, {}).get(part, "") != value
-    ]
+    base = {name: value for name, value in record.base.items() if name != "id"}  # id: where it is
+    if None in (base["commit"], before.get("base", {}).get("commit")):
+        del base["commit"]  # of a copy outside of the hub's cache
+    changed, where = [], [str(job.folder.path / "run.json")]
+    for what, now in (("base", base), ("data", record.data)):
+        then = before.get(what, {})
+        for part in (part for part, value in now.items() if then.get(part, "") != value):
+            changed.append(
+                f"another {part} of the {what}"
+                if part in then
+                else f"no {part} of the {what}: another version of lora-jax ({version}) wrote it"
+            )
+            name = _SETTING[part if what == "data" else what]
+            where.append(f"{convert.flag(name)}, now {record.settings.get(name)}")
     if changed:
         raise errors.UserError(
             expected="the base model and the data that the run was started with",
             found=changed,
-            where=str(job.folder.path / "run.json"),
+            where=[*dict.fromkeys(where)],
             do="put them back, or start a new run",
         )
+    old, new = before.get("settings", {}), record.settings
+    for name in assemble.PATHS:
+        if name in old and old[name] != new.get(name):
+            say("resume", f"{name} with the same content at {new.get(name)}, was {old[name]}")
 
 
 def chosen(state: train_step.State, kept: snapshots.Snapshots, record: run_folder.Record) -> Any:

@@ -1,5 +1,6 @@
 """The output folder of a run: run.json, config.yaml, metrics.jsonl, adapter/, checkpoints/."""
 
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -231,6 +232,14 @@ class Followed(RunFolder):
 
     def cut_back(self, step: int) -> None:
         pass
+
+
+def quantization_of(adapter: pathlib.Path) -> str | None:
+    """The format of the base that the adapter of a run was trained on; None if it is not known."""
+    for folder in adapter.absolute().parents[:2]:  # that of a sweep is one folder deeper
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return json.loads((folder / "run.json").read_text()).get("settings", {}).get("quant")
+    return None
 
 
 def default_path() -> pathlib.Path:

@@ -9,5 +9,5 @@ LoopSettings = groups.LoopSettings
 EvalSettings = groups.EvalSettings
 RunSettings = groups.RunSettings
 PromptSettings = groups.PromptSettings
-build, load, save, read = assemble.build, files.load, files.save, files.read
+build, load, save = assemble.build, files.load, files.save
 resumed = resume.resumed

@@ -63,8 +63,9 @@ def problems(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
     if settings.data.streaming:
         yield from _streaming(settings)
     yield from mixture(settings.data)
-    if without_effect := [*_without_effect(settings)]:
-        yield errors.UserError(expected="flags that have an effect", found=without_effect)
+    for text in _without_effect(settings):
+        yield errors.UserError(expected="flags that have an effect", found=text)
+    yield from quant_fast(settings.model)
     to = settings.run.report_to
     if to and importlib.util.find_spec(groups.REPORTS[to]) is None:
         yield errors.UserError(
@@ -86,10 +87,15 @@ def out_of_range(values: Mapping[str, groups.Value]) -> Iterator[errors.UserErro
         yield errors.UserError(expected="numbers in their range", found=wrong)
 
 
-def check_ranges(settings: groups.TrainSettings) -> None:
-    """Raises: UserError if numbers are out of range."""
-    for problem in out_of_range(settings.flat()):
-        raise problem
+def quant_fast(model: groups.ModelSettings) -> Iterator[errors.UserError]:
+    """Yields an error if quant_fast has no effect."""
+    fmt = model.quant or "none"  # a checkpoint's own format needs no search either
+    if model.quant_fast and not fmt.startswith("int4"):
+        yield errors.UserError(
+            expected="flags that have an effect",
+            found=f"--quant-fast with --quant {fmt}",
+            do="--quant int4, or leave it out",
+        )
 
 
 def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
@@ -97,7 +103,6 @@ def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
     for name in sorted(settings.given & _NEEDS.keys(), key=groups.NAMES.index):
         if flat.get(name) != groups.FIELDS[name].default and is_inert(name, settings):
             yield f"{convert.flag(name)} without {_NEEDS[name][0]}"
-    fmt = settings.model.quant or "none"  # a checkpoint's own format needs no search either
     for text, is_so in (
         ("--max-steps 0 without a --prompt", loop.max_steps == 0 and not settings.prompts.prompt),
         ("--packing with --dpo: each pair is a sequence of its own", settings.data.packing
@@ -115,8 +120,6 @@ def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
          swept == "rank" and settings.lora.init_lora_weights != "default"),
         ("--revision without --model", "revision" in settings.given
          and "model" not in settings.given),
-        (f"--quant-fast with --quant {fmt}", settings.model.quant_fast
-         and not fmt.startswith("int4")),
     ):  # fmt: skip
         if is_so:
             yield text

@@ -1,51 +1,88 @@
 """Reads and writes settings as YAML: `train --config FILE`, and the config.yaml of a run."""
 
 import pathlib
+from typing import NamedTuple
 
 from lora_jax import errors
 from lora_jax.training.settings import assemble, checks, groups
 
 
+class File(NamedTuple):
+    """A YAML file: {name: value}, {name: its line}, and settings that it has twice."""
+
+    values: groups.Flat
+    origins: dict[str, str]
+    problems: list[errors.UserError]
+
+
 def load(path: pathlib.Path | str) -> groups.TrainSettings:
     """The settings in a YAML file, such as a run's config.yaml. Raises: UserError as `build`."""
-    return assemble.build(**read(path))
+    return assemble.build_from(*read(path))
 
 
-def read(path: pathlib.Path | str) -> groups.Flat:
-    """{name: value} of a YAML file. Raises: UserError if it cannot be read."""
+def read(path: pathlib.Path | str) -> File:
+    """The content of a YAML file. Raises: UserError if it cannot be read."""
     import yaml  # imported late, to keep --help fast
 
+    do = None
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
         found, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
         problem = None if isinstance(found, dict | None) else f"a {type(found).__name__}"
     except OSError as error:
         problem = error.strerror or str(error)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        do = errors.similar_path(path) or (
+            "check the path; a run writes such a file, config.yaml in its folder"
+        )
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())
     if problem is None and (odd := [key for key in found or {} if not isinstance(key, str)]):
         problem = f"the key {odd[0]!r}"
-    if problem is None and found:
-        names = [key.value for key, _ in root.value]
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            problem = f"{', '.join(twice)} more than once"
     if problem:
         raise errors.UserError(
             expected="a YAML file of `name: value` lines, named as the flags, such as rank: 8",
             found=problem,
             where=str(path),
+            do=do or "correct the file",
         )
-    return {name.replace("-", "_"): value for name, value in (found or {}).items()}
+    lines: dict[str, list[int]] = {}
+    for key, _ in root.value if found else ():
+        lines.setdefault(_name(key.value), []).append(key.start_mark.line + 1)
+    twice = [
+        errors.UserError(
+            expected="each setting once",
+            found=f"{name} more than once",
+            where=f"{path}, lines {' and '.join(map(str, numbers))}",
+            do="keep one of the lines",
+        )
+        for name, numbers in lines.items()
+        if len(numbers) > 1
+    ]
+    return File(
+        {_name(key): value for key, value in (found or {}).items()},
+        {name: f"{path}, line {numbers[-1]}" for name, numbers in lines.items()},
+        twice,
+    )
+
+
+def _name(key: str) -> str:
+    return key.replace("-", "_")
 
 
 def save(settings: groups.TrainSettings, path: pathlib.Path) -> None:
-    """Writes all settings that have an effect, except output_dir, for `load` to read."""
+    """Writes all settings that have an effect, except output_dir, for `load` to read.
+
+    The paths of the demo are left out, so that the file can be used on another machine.
+    """
     import yaml
 
     kept = {
         name: value
         for name, value in settings.flat().items()
-        if name != "output_dir" and value not in ({}, []) and not checks.is_inert(name, settings)
+        if name != "output_dir"
+        and value not in ({}, [])
+        and not checks.is_inert(name, settings)
+        and not (name in assemble.PATHS and name not in settings.given)  # the demo's
     }
     path.write_text(
         "# To repeat this run: lora-jax train --config FILE\n"

@@ -197,7 +197,8 @@ class TrainSettings:
     """All settings of a training run. `build` creates and checks them.
 
     given: the names that the user has set. The others have defaults; a default batch size may be
-    rounded up to suit the devices.
+    rounded up to suit the devices. None: those whose values are not the defaults, and the model and
+    the dataset.
     """
 
     model: ModelSettings = ModelSettings()
@@ -208,7 +209,11 @@ class TrainSettings:
     eval: EvalSettings = EvalSettings()
     run: RunSettings = RunSettings()
     prompts: PromptSettings = PromptSettings()
-    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    given: frozenset[str] = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self):
+        if self.given is None:
+            object.__setattr__(self, "given", frozenset({"model", "dataset", *_changed(self)}))
 
     @property
     def beta(self) -> float | None:
@@ -232,6 +237,7 @@ class TrainSettings:
             parts.setdefault(FIELDS[name].part, {})[name] = value
         return dataclasses.replace(
             self,
+            given=self.given.union(changes),
             **{part: dataclasses.replace(getattr(self, part), **new)
                for part, new in parts.items()},
         )  # fmt: skip
@@ -244,6 +250,16 @@ class TrainSettings:
             for name, value in values.items()
             if value is not None
         }
+
+
+def _changed(settings: TrainSettings) -> Iterator[str]:
+    """The names of the settings whose values are not the defaults."""
+    for part in vars(settings).values():
+        if dataclasses.is_dataclass(part):
+            defaults = type(part)()
+            for field in dataclasses.fields(part):
+                if getattr(part, field.name) != getattr(defaults, field.name):
+                    yield field.name
 
 
 class Field(typing.NamedTuple):
