@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -90,6 +91,8 @@ def did_you_mean(found: str, known: Iterable[str]) -> str | None:
 def similar_path(path: str | pathlib.Path) -> str | None:
     """The same for a path that does not exist: names beside it, or beside its missing parent."""
     path = pathlib.Path(path).expanduser()
+    if os.path.exists(path):
+        return None
     for missing in (path, *path.parents):
         with contextlib.suppress(OSError):
             if missing.parent.is_dir():
@@ -97,7 +100,7 @@ def similar_path(path: str | pathlib.Path) -> str | None:
                 close = difflib.get_close_matches(missing.name, [*beside], n=1)
                 rest = path.relative_to(missing)
                 meant = missing.parent / close[0] / rest if close else None
-                return f"did you mean {meant}?" if meant and meant.exists() else None
+                return f"did you mean {meant}?" if meant and os.path.exists(meant) else None
     return None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -122,16 +123,16 @@ def _local_folder(
 ) -> pathlib.Path | None:
     """The existing folder `name`; None if it may be a hub id. Raises: UserError if neither."""
     folder = pathlib.Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # is_dir() raises for names that are too long
         return folder
-    if folder.is_file() or looks_like_path(name) or folder.suffix in _MODEL_FILES:
+    if os.path.isfile(folder) or looks_like_path(name) or folder.suffix in _MODEL_FILES:
         holds, which, such_as = _LOCAL[kind]
         do = f"pass the folder {which}, or an id such as {such_as}"
         if similar := errors.similar_path(folder):
             do = f"{similar} Or {do}"
         raise errors.UserError(
             expected=f"a folder with {holds}, or a Hugging Face id",
-            found="a file" if folder.is_file() else "no such folder",
+            found="a file" if os.path.isfile(folder) else "no such folder",
             where=name if named_by is None else f"{name}, the base that {named_by} names",
             do=do if named_by is None else f"with --model {do}",
         )
@@ -164,7 +165,7 @@ def looks_like_path(name: str) -> bool:
         name.startswith(("/", ".", "~"))
         or name.count("/") > 1
         or "\\" in name
-        or ("/" in name and pathlib.Path(*first).is_dir())
+        or ("/" in name and os.path.isdir(pathlib.Path(*first)))
     )
 
 

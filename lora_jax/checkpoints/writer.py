@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import errors, hub
-from lora_jax.checkpoints import safetensors_files
+from lora_jax.checkpoints import free_space, safetensors_files
 from lora_jax.checkpoints.safetensors_files import TensorSpec
 
 SHARD = 5 * 10**9  # the most bytes of a file, unless a single part is larger
@@ -52,14 +52,7 @@ def new_folder(into: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
     refuse_occupied(into)
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(into.parent).free
-        if free < num_bytes:
-            raise errors.UserError(
-                expected=f"at least {-(-num_bytes >> 20)} MiB free",
-                found=f"{free >> 20} MiB free",
-                where=str(into.parent),
-                do="free some space, or choose an --output-dir on another disk",
-            )
+        free_space.check(into.parent, num_bytes, "the model")
         written = pathlib.Path(tempfile.mkdtemp(prefix=f"{into.name}.part-", dir=into.parent))
         try:
             yield written

@@ -300,6 +300,8 @@ def run(main: Callable[[], int | None]) -> None:
 
         explained = devices.explain(error)
         if explained is None:
+            error.add_note("This is an error in lora_jax. Please report it, with the command and "
+                           "these lines, where you got lora_jax from.")  # fmt: skip
             processes.end(1, traceback.format_exc(), sure=False)
             raise
         code = fail(explained, sure=False)

@@ -7,6 +7,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Generator
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -49,6 +50,17 @@ class Outcome:
 
 
 Steps = Generator[run_folder.Metrics, None, Outcome]
+
+
+class Watched(NamedTuple):
+    """What a run keeps, writes and listens to while it trains."""
+
+    kept: snapshots.Snapshots
+    record: run_folder.Record
+    stopper: stop.Stop
+    log: monitor.Log
+    evaluator: scoring.Evaluator
+    compilations: monitor.Compilations
 
 
 def load_and_run(
@@ -160,9 +172,8 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
             try:
                 if evaluation.metrics:
                     yield evaluation.metrics
-                state = yield from _train(
-                    job, step, state, kept, record, stopper, log, evaluator, compilations
-                )
+                watched = Watched(kept, record, stopper, log, evaluator, compilations)
+                state = yield from _train(job, step, state, watched)
             except GeneratorExit:
                 kept.wait()
                 records.note_end(job, record, compilations, finished=False, step=kept.latest() or 0)
@@ -190,14 +201,10 @@ def _train(
     job: setup.Job,
     step: Callable,
     state: train_step.State,
-    kept: snapshots.Snapshots,
-    record: run_folder.Record,
-    stopper: stop.Stop,
-    log: monitor.Log,
-    evaluator: scoring.Evaluator,
-    compilations: monitor.Compilations,
+    watched: Watched,
 ) -> Generator[run_folder.Metrics, None, train_step.State]:
     """Yields metrics; returns the state after the last step, or after the step it stopped at."""
+    kept, record, stopper, log, evaluator, compilations = watched
     settings, patience = job.settings, evaluator.patience
     every = settings.eval.eval_every or job.num_steps
     start = clock = time.time()

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lora_jax import errors
 from lora_jax.parallel import processes
 
 if TYPE_CHECKING:
@@ -111,6 +112,16 @@ class Profile:
 
     def __init__(self, folder: str | None, first: int):
         self._folder, self._first = folder, first + 2  # the first steps compile
+        try:
+            if folder is not None:
+                pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise errors.UserError(
+                expected="a folder that can be written",
+                found=error.strerror or str(error),
+                where=f"--profile {folder}",
+                do="name another folder",
+            ) from None
 
     def done(self, step: int, last: bool) -> str:
         """A message if the trace was written after this step, else "". Call it after every step."""

@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import nnx
 
 from lora_jax import assets, errors, lora
-from lora_jax.checkpoints import loader, merge, safetensors_files, writer
+from lora_jax.checkpoints import free_space, loader, merge, safetensors_files, writer
 from lora_jax.lora import adapter as host
 from lora_jax.lora import peft
 from lora_jax.parallel import mesh as sharding
@@ -193,7 +193,7 @@ def test_what_cannot_be_merged_is_reported_at_once(adapter, tmp_path):
 
 def test_a_full_disk_is_reported_in_whole_mebibytes(monkeypatch, tmp_path):
     usage = collections.namedtuple("Usage", "total used free")(2**40, 2**40, 100)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(free_space.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(errors.UserError, match=r"(?s)at least 1 MiB free.*0 MiB free"):
         with writer.new_folder(tmp_path / "into", 101):
             pass

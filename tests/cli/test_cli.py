@@ -315,8 +315,9 @@ def test_other_errors_keep_their_traceback(capsys):
     def broken():
         raise ValueError("a bug")
 
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(ValueError, match="a bug") as error:
         arguments.run(broken)
+    assert "Please report it" in error.value.__notes__[0]
 
 
 def test_ctrl_c_while_loading_prints_no_traceback(capsys):

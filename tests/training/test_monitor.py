@@ -13,6 +13,7 @@ import pytest
 import test_plan
 from test_run import at_step
 
+from lora_jax import errors
 from lora_jax.parallel import devices
 from lora_jax.planning import chips, operations
 from lora_jax.training import monitor
@@ -129,3 +130,9 @@ def test_a_missing_dashboard_package_is_reported_before_the_run(tmp_path, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = cli.refused("train", "--report-to", "tensorboard", "--output-dir", tmp_path / "run")
     assert "pip install tensorboardX" in message and not (tmp_path / "run").exists()
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.UserError, match=f"--profile {tmp_path}/file"):
+        monitor.Profile(str(tmp_path / "file"), 0)

@@ -269,7 +269,7 @@ def test_the_command_writes_the_page_of_a_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("run", "found"),
-    [(None, "No such file"), ("{", "Expecting"), ("[]", "no JSON object"), ("1", "no JSON object")],
+    [(None, "no run.json"), ("{", "Expecting"), ("[]", "no JSON object"), ("1", "no JSON object")],
 )
 def test_a_folder_without_a_run_is_refused(tmp_path, run, found):
     if run:

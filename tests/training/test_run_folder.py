@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from lora_jax import errors
+from lora_jax.checkpoints import free_space
 from lora_jax.training.output import run_folder
 
 Usage = collections.namedtuple("Usage", "total used free")
@@ -72,6 +73,41 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
         opened(tmp_path / "run")
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"settings": 3}', "[" * 10**5, "\udcff", "{"])
+def test_a_run_json_that_cannot_be_used_is_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(errors.UserError, match="the folder of a run") as error:
+        run_folder.read_run(tmp_path)
+    assert error.value.where == str(tmp_path / "run.json")
+    assert run_folder.quantization_of(tmp_path / "adapter") is None
+
+
+def test_a_mistyped_run_leads_to_its_neighbor(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(errors.UserError, match=f"did you mean {tmp_path}/mine") as error:
+        run_folder.read_run(tmp_path / "mein")
+    assert "no run.json" in str(error.value)
+
+
+def test_lines_of_metrics_that_are_damaged_end_them(tmp_path):
+    for last in ("[1]", "{}", "\udcff", '{"step"'):
+        (tmp_path / "metrics.jsonl").write_text(
+            f'{{"step": 1}}\n{last}\n', errors="surrogateescape"
+        )
+        with opened(tmp_path, resume=True) as folder:
+            assert folder.metrics(9) == [{"step": 1}]
+
+
+def test_a_file_of_the_run_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(errors.UserError) as error, opened(tmp_path, resume=True) as folder:
+        folder.log({"step": 1})
+    assert error.value.where == str(tmp_path / "metrics.jsonl")
+    assert error.value.found == "Is a directory" and "--resume continues" in error.value.do
+    with pytest.raises(FileNotFoundError), opened(tmp_path, resume=True):
+        open("/nowhere/else").close()  # another file: not of the folder
+
+
 def test_two_runs_at_once_in_one_folder_are_refused(tmp_path):
     with opened(tmp_path / "run") as first:
         with pytest.raises(errors.UserError, match="another run is writing to it"):
@@ -84,7 +120,7 @@ def test_two_runs_at_once_in_one_folder_are_refused(tmp_path):
 
 
 def test_a_full_disk_is_reported_before_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(2**30, 2**30, 2**20))
+    monkeypatch.setattr(free_space.shutil, "disk_usage", lambda _: Usage(2**30, 2**30, 2**20))
     with pytest.raises(errors.UserError, match=r"(?s)64 MiB free.*1 MiB free"):
         opened(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -93,7 +129,7 @@ def test_a_full_disk_is_reported_before_the_run(tmp_path, monkeypatch):
 def test_a_disk_too_small_for_the_checkpoints_is_reported(tmp_path, monkeypatch):
     with opened(tmp_path / "run") as folder:
         folder.check_space(2**20)
-        monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(2**40, 0, 2**30))
+        monkeypatch.setattr(free_space.shutil, "disk_usage", lambda _: Usage(2**40, 0, 2**30))
         with pytest.raises(errors.UserError, match=r"2048 MiB free.*"):
             folder.check_space(2**31)
 

@@ -8,11 +8,11 @@ import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.checkpoints import free_space
 from lora_jax.parallel import processes
 from lora_jax.training.settings import files, groups
 
@@ -69,7 +69,11 @@ class RunFolder:
         self.streams = path / "streams"
         self._metrics = path / "metrics.jsonl"
         self._run = path / "run.json"
-        if path.is_dir() and not resume and any(p.name not in _TRACES for p in path.iterdir()):
+        if (
+            os.path.isdir(path)
+            and not resume
+            and any(p.name not in _TRACES for p in path.iterdir())
+        ):
             raise errors.UserError(
                 expected="a new or empty output folder",
                 found="a folder with files in it",
@@ -114,6 +118,17 @@ class RunFolder:
                 where=str(self.path),
                 do="free some space, then --resume continues from the newest checkpoint",
             ) from error
+        if isinstance(error, OSError) and self._is_inside(error.filename):
+            raise errors.UserError(
+                expected="an output folder that can be read and written",
+                found=error.strerror or str(error),
+                where=str(error.filename),
+                do="change the permissions, then --resume continues from the newest checkpoint",
+            ) from error
+
+    def _is_inside(self, file: object) -> bool:
+        """Whether the file of an OSError is one of the run's."""
+        return isinstance(file, str | os.PathLike) and self.path in pathlib.Path(file).parents
 
     def _give_up(self) -> None:
         """Releases the lock; removes the folder if nothing was written to it."""
@@ -124,33 +139,11 @@ class RunFolder:
 
     def check_space(self, num_bytes: int) -> None:
         """Raises: UserError if fewer bytes are free."""
-        free = shutil.disk_usage(self.path).free
-        if free < num_bytes:
-            raise errors.UserError(
-                expected=f"at least {-(-num_bytes >> 20)} MiB free for adapters and checkpoints",
-                found=f"{free >> 20} MiB free",
-                where=str(self.path),
-                do="free some space, or choose an --output-dir on another disk",
-            )
+        free_space.check(self.path, num_bytes, "adapters and checkpoints")
 
     def read_run(self) -> RunJson:
-        """The content of run.json. Raises: UserError if there is none, or it is not JSON."""
-        try:
-            return json.loads(self._run.read_text())
-        except FileNotFoundError:
-            raise errors.UserError(
-                expected="a folder that a run was started in, with run.json",
-                found="no run.json",
-                where=str(self.path),
-                do="check --output-dir, or start a new run without --resume",
-            ) from None
-        except ValueError as error:
-            raise errors.UserError(
-                expected="a JSON object",
-                found=str(error),
-                where=str(self._run),
-                do="start a new run in another --output-dir",
-            ) from None
+        """The content of run.json. Raises: UserError if there is none that can be read."""
+        return read_run(self.path)
 
     def write_run(self, record: Record) -> None:
         """Replaces run.json atomically, so that it is complete at any time."""
@@ -186,11 +179,13 @@ class RunFolder:
     def _lines(self, step: int) -> list[str]:
         """The complete lines of metrics.jsonl up to `step`."""
         kept = []
-        for line in self._metrics.read_text().splitlines() if self._metrics.exists() else ():
+        for line in (
+            self._metrics.read_text(errors="replace").splitlines() if self._metrics.exists() else ()
+        ):
             try:
                 if json.loads(line)["step"] > step:
                     break
-            except ValueError:
+            except (ValueError, TypeError, KeyError, RecursionError):
                 break
             kept.append(line)
         return kept
@@ -234,11 +229,31 @@ class Followed(RunFolder):
         pass
 
 
+def read_run(folder: pathlib.Path) -> RunJson:
+    """The content of run.json in a run's folder. Raises: UserError if none can be read."""
+    path, record = folder / "run.json", None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = "no JSON object with settings"
+    except FileNotFoundError:
+        found = "no run.json"
+    except (OSError, ValueError, RecursionError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise errors.UserError(
+            expected="the folder of a run, with its run.json",
+            found=found,
+            where=str(folder if found == "no run.json" else path),
+            do=errors.similar_path(folder) or "check the folder, or start a new run in another",
+        )
+    return record
+
+
 def quantization_of(adapter: pathlib.Path) -> str | None:
     """The format of the base that the adapter of a run was trained on; None if it is not known."""
     for folder in adapter.absolute().parents[:2]:  # that of a sweep is one folder deeper
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            return json.loads((folder / "run.json").read_text()).get("settings", {}).get("quant")
+        with contextlib.suppress(errors.UserError):
+            return read_run(folder).get("settings", {}).get("quant")
     return None
 
 

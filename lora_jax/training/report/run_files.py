@@ -4,7 +4,6 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from lora_jax import errors
 from lora_jax.training.output import run_folder
 from lora_jax.training.report import formatting
 from lora_jax.training.settings import convert
@@ -17,22 +16,12 @@ def read(folder: pathlib.Path) -> tuple[run_folder.RunJson, Metrics]:
 
     Raises: UserError if the folder has no run in it.
     """
-    try:
-        record = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        record, found = None, getattr(error, "strerror", None) or str(error)
-    if not isinstance(record, dict):
-        raise errors.UserError(
-            expected="the folder of a run, with its run.json",
-            found="no JSON object" if record is not None else found,
-            where=str(folder / "run.json"),
-            do="name a folder that lora-jax train has written, such as runs/…",
-        )
+    record = run_folder.read_run(folder)
     path, rows = folder / "metrics.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break  # a killed run left an incomplete line
     return record, [row for row in rows if isinstance(row, dict)]
 

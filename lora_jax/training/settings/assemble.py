@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import os
 import pathlib
 import re
 import typing
@@ -132,7 +133,8 @@ def _absolute(given: groups.Value) -> groups.Value:
     """The absolute path if it exists; else as given, such as a hub id."""
     if isinstance(given, str):
         path = pathlib.Path(given).expanduser()
-        return str(path.absolute()) if path.exists() or glob.glob(str(path)) else given
+        there = os.path.exists(path) or glob.glob(str(path))
+        return str(path.absolute()) if there else given
     if isinstance(given, list | tuple):
         return type(given)(_absolute(each) for each in given)
     return given

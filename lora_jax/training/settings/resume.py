@@ -2,6 +2,7 @@
 
 import glob
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -81,7 +82,7 @@ def _check_paths(settings: groups.TrainSettings, given: groups.Flat, where: str)
 
 
 def _exists(path: str) -> bool:
-    return pathlib.Path(path).exists() or bool(glob.glob(path))
+    return os.path.exists(path) or bool(glob.glob(path))
 
 
 def _with_demo_here(record: Mapping[str, groups.Value]) -> groups.Flat:
@@ -92,7 +93,7 @@ def _with_demo_here(record: Mapping[str, groups.Value]) -> groups.Flat:
             return [here(each) for each in value]
         for own in (assets.FOLDER, assets.TRAIN, assets.EVAL):
             inside = own.relative_to(assets.FOLDER.parents[1])  # lora_jax/assets/demo/…
-            if str(value).endswith(f"lora_jax/{inside}") and not pathlib.Path(str(value)).exists():
+            if str(value).endswith(f"lora_jax/{inside}") and not os.path.exists(str(value)):
                 return str(own)
         return value
 
