@@ -13,6 +13,7 @@ import cli
 import pytest
 import yaml
 
+import lora_jax
 from lora_jax import errors
 from lora_jax.training import settings
 
@@ -25,8 +26,7 @@ NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 # ---------------------------------------------------------------------- commands, in one place
 
 SCRIPTS = {"inspect_data": "inspect"}  # scripts whose name is not their verb's
-PARSERS = {"plan": "train"}  # verbs with the flags of another
-VERBS = ("train", "generate", "merge", "quantize", "inspect", "report")
+VERBS = ("train", "plan", "generate", "merge", "quantize", "inspect", "report")
 
 
 def verb_and_flags(command: str) -> tuple[str, list[str]] | None:
@@ -51,7 +51,7 @@ def parse(verb: str, flags: list[str]) -> None:
         at = flags.index("--config")
         flags = flags[:at] + flags[at + 2 :]
     if not {"--help", "--help-all"} & set(flags):
-        importlib.import_module(f"lora_jax.cli.{PARSERS.get(verb, verb)}").parse(flags)
+        importlib.import_module(f"lora_jax.cli.{verb}").parse(flags)
 
 
 def exists(flag: str) -> bool:
@@ -186,6 +186,17 @@ def test_commands_have_flags_that_exist():
                     parse(*asked)
                     found += 1
     assert found > 20
+
+
+def test_the_table_of_the_python_api_has_every_public_name():
+    text = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", text, re.MULTILINE))
+    for room in rows:
+        module = getattr(lora_jax, room)
+        listed = set(re.findall(r"`(\w+)", rows[room]))
+        assert not [name for name in listed if not hasattr(module, name)], room
+        assert set(getattr(module, "__all__", ())) <= listed, room
+    assert len(rows) > 10
 
 
 def test_settings_in_yaml_can_be_built():

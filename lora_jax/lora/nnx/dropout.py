@@ -1,4 +1,4 @@
-"""New dropout masks for the adapters of a Flax NNX model."""
+"""New dropout masks for the adapters of a Flax NNX model; `site.dropped` draws them."""
 
 import zlib
 from typing import Any
