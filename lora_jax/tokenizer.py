@@ -121,7 +121,7 @@ def _read_json(path: pathlib.Path) -> dict:
     """The object in a JSON file, {} if there is no such file."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise errors.UserError(
             expected="a JSON object",
             found=str(error),

@@ -146,3 +146,12 @@ def test_missing_and_broken_tokenizers(tmp_path):
 def test_text_that_is_not_unicode_is_reported(folder):
     with pytest.raises(errors.UserError, match="UTF-8"):
         tokenizer.encode(tokenizer.load(folder), ["ab", "caf\udce9"])
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "{", "\udcff"])
+def test_a_json_file_that_cannot_be_read_is_named(folder, text):
+    path = folder / "generation_config.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(errors.UserError, match="a JSON object") as error:
+        tokenizer.eos_ids(tokenizer.load(folder), folder)
+    assert error.value.where == str(path)

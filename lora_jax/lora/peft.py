@@ -231,7 +231,7 @@ def settings(folder: pathlib.Path | str) -> dict[str, Any]:
         raw = json.loads(path.read_text())
         if not isinstance(raw, dict):
             raise ValueError(f"a {type(raw).__name__}")
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise errors.UserError(
             expected="a JSON object", found=str(error), where=str(path), do="copy the file again"
         ) from None

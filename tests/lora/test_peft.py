@@ -559,3 +559,12 @@ def test_pissa_trains_as_in_peft(tmp_path):
         change = theirs.A @ theirs.B
         error = np.linalg.norm(ours.A @ ours.B - change) / np.linalg.norm(change)
         assert error < 1e-2, (path, error)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "{", "\udcff", "[]"])
+def test_an_adapter_config_that_cannot_be_read_is_named(tmp_path, text):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(errors.UserError, match="a JSON object") as error:
+        peft.settings(tmp_path)
+    assert error.value.where == str(path)

@@ -229,6 +229,19 @@ def test_an_empty_file_and_names_with_dashes_are_read(tmp_path):
     assert settings.load(path).loop.batch_size == 2
 
 
+def test_paths_of_the_record_are_those_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").touch()
+    for name in ("data", "data/a.jsonl", "data@test", "data/*.jsonl"):
+        assert assemble.absolute({"dataset": [name]}) == {"dataset": [f"{tmp_path}/{name}"]}
+    for name in ("owner/name", "owner/name@test", "none/*.jsonl", "x" * 300):
+        assert assemble.absolute({"model": name, "rank": 8}) == {"model": name, "rank": 8}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings.build(dataset="~/data").data.dataset == (f"{tmp_path}/data",)
+    assert settings.build(model="~/data").model.model == str(tmp_path / "data")
+
+
 def test_the_demo_s_paths_are_not_written(tmp_path):
     path = tmp_path / "config.yaml"
     for given in (

@@ -84,8 +84,9 @@ def one(name: str, value: groups.Value) -> groups.Value:
     if name not in groups.FIELDS:
         raise names.problem(name)
     found = convert.value(name, value, groups.FIELDS[name].hint)
-    if isinstance(found, str) and name in PATHS and found.startswith("~"):
-        return str(pathlib.Path(found).expanduser())
+    if name in PATHS and found is not None:
+        many = tuple(map(os.path.expanduser, [found] if isinstance(found, str) else found))
+        return many[0] if isinstance(found, str) else many
     if found is not None and name in groups.CHOICES and found not in groups.CHOICES[name]:
         raise errors.UserError(
             expected=f"one of {', '.join(groups.CHOICES[name])}",
@@ -129,12 +130,17 @@ def absolute(flat: groups.Flat) -> groups.Flat:
     return {name: _absolute(value) if name in PATHS else value for name, value in flat.items()}
 
 
+def exists(path: str) -> bool:
+    """Whether there are files under a path, folder@split or pattern."""
+    path = os.path.expanduser(path)
+    folder, _, _ = path.rpartition("@")
+    return os.path.exists(path) or os.path.isdir(folder) or bool(glob.glob(path))
+
+
 def _absolute(given: groups.Value) -> groups.Value:
-    """The absolute path if it exists; else as given, such as a hub id."""
+    """The absolute path if there is such a file; else as given, such as a hub id."""
     if isinstance(given, str):
-        path = pathlib.Path(given).expanduser()
-        there = os.path.exists(path) or glob.glob(str(path))
-        return str(path.absolute()) if there else given
+        return str(pathlib.Path(given).expanduser().absolute()) if exists(given) else given
     if isinstance(given, list | tuple):
         return type(given)(_absolute(each) for each in given)
     return given

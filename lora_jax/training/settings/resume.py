@@ -1,6 +1,5 @@
 """The settings of a resumed run: those of its run.json, some of which may be changed."""
 
-import glob
 import math
 import os
 import pathlib
@@ -68,7 +67,9 @@ def _check_paths(settings: groups.TrainSettings, given: groups.Flat, where: str)
     paths = {name: [flat[name]] if isinstance(flat[name], str) else flat[name]
              for name in assemble.PATHS if name in flat and name not in given}  # fmt: skip
     missing = {
-        name: [each for each in those if pathlib.Path(each).is_absolute() and not _exists(each)]
+        name: [
+            each for each in those if pathlib.Path(each).is_absolute() and not assemble.exists(each)
+        ]
         for name, those in paths.items()
     }
     if lost := {name: those for name, those in missing.items() if those}:
@@ -79,10 +80,6 @@ def _check_paths(settings: groups.TrainSettings, given: groups.Flat, where: str)
             where=where,
             do=f"if they have moved, say where they are now: {' '.join(flags)}",
         )
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(path) or bool(glob.glob(path))
 
 
 def _with_demo_here(record: Mapping[str, groups.Value]) -> groups.Flat:
