@@ -200,9 +200,11 @@ def add_model(flags: Flags) -> None:
 
 
 def add_data(flags: Flags) -> None:
-    """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing, --streaming."""
+    """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing, --streaming,
+    --skip-bad-rows."""
     flags.group("data")
-    flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt or hub id; examples with text, "
+    flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt, a folder of them or hub id; "
+              "examples with text, "
               "prompt/completion, instruction/output or chat messages; several are mixed",
               nargs="+", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--weights", "share of each data set in the sequences, e.g. 3,1; an epoch keeps its "
@@ -219,6 +221,8 @@ def add_data(flags: Flags) -> None:
                  "stays within an example; --batch-size counts sequences")  # fmt: skip
     flags.switch("--streaming", "read the data during training, in order, shuffled within "
                  "blocks of a few thousand examples; needs --max-steps")  # fmt: skip
+    flags.add("--skip-bad-rows", "skip and report up to N rows that cannot be read or trained on",
+              type=int, metavar="N")  # fmt: skip
 
 
 def add_processes(flags: Flags) -> None:

@@ -81,7 +81,7 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
 def main() -> None:
     settings = settings_of(parse())
     from lora_jax import hub, tokenizer
-    from lora_jax.data import encoding, mixture, packing, sources
+    from lora_jax.data import bad_rows, encoding, mixture, packing, sources
     from lora_jax.models import config as model_config
 
     data = settings.data
@@ -89,7 +89,11 @@ def main() -> None:
     if data.eval_dataset:
         files.append(("held out", data.eval_dataset))
     counts = [sources.HEAD if data.streaming and label == "data" else None for label, _ in files]
-    loaded = sources.load_all([source for _, source in files], data.columns, counts)
+    bad = bad_rows.BadRows(data.skip_bad_rows)
+    loaded = sources.load_all([source for _, source in files], data.columns, counts, bad)
+    for _, source in files:
+        if note := sources.note(source):
+            console.say("files", note)
     folder = hub.tokenizer_folder(settings.model.model, settings.model.revision)
     context = model_config.load(folder).max_position_embeddings
     seq_len = data.resolve_seq_len(context)
@@ -98,7 +102,15 @@ def main() -> None:
     sizes = []
     for (label, source), examples in zip(files, loaded, strict=True):
         encode = encoding.encode_pairs if data.dpo else encoding.encode
-        encoded = encode(examples, reader, seq_len, eos)
+        _, encoded = bad_rows.encode(
+            examples,
+            lambda some, empty, encode=encode: encode(
+                some, reader, seq_len, eos, may_be_empty=empty
+            ),
+            bad,
+        )
+        if news := bad.news():
+            console.say("bad rows", news)
         sequences = packing.arrange(
             encoded.examples, seq_len, packing=data.packing, in_pairs=data.dpo
         )

@@ -84,9 +84,11 @@ class Batches:
 
         columns: which of the B sequences of each micro-batch to make; the arrays hold only these.
         """
-        numbers = np.reshape(self._numbers(step), (self.grad_accum, self.batch_size))[:, columns]
+        every = [self.sequences[int(n)] for n in self._numbers(step)]
+        # Of all, so that a stream with a bad row ends each process at the same step.
+        numbers = np.arange(self.step_size).reshape(self.grad_accum, self.batch_size)[:, columns]
         length = self._length_of(step)
-        padded = pad([self.sequences[int(n)] for n in numbers.ravel()], length)
+        padded = pad([every[n] for n in numbers.ravel()], length)
         return {name: array.reshape(*numbers.shape, length) for name, array in padded.items()}
 
     @property

@@ -54,7 +54,7 @@ def encode(
       errors.UserError: an example lacks fields, a chat cannot be masked, or no example remains.
     """
     if files.STREAM in dataset.column_names:
-        examples = _blocks("".join(dataset[files.STREAM]), tokenizer, seq_len)
+        examples = _blocks("".join(row[files.STREAM] for row in dataset), tokenizer, seq_len)
         origins = [f"block {number}" for number in range(1, len(examples) + 1)]
     else:
         examples = _encode_all(dataset, tokenizer, eos)

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from lora_jax import errors, hub
-from lora_jax.data import files, kinds
+from lora_jax.data import arrow_files, bad_rows, files, folders, kinds, records, rows
 
 if typing.TYPE_CHECKING:
-    import datasets
+    import pyarrow
 
 HEAD = 1000  # examples of a stream that are read and checked in advance
 
@@ -23,46 +23,44 @@ def load(
     source: str,
     *,
     columns: Mapping[str, str] | None = None,
-) -> "datasets.Dataset":
-    """The examples of a local file (.jsonl, .json, .csv, .parquet, .txt) or of a hub data set.
+    bad: bad_rows.BadRows | None = None,
+) -> rows.Rows:
+    """The examples of local files or of a hub data set.
 
     Args:
-      source: a path, or a hub id `owner/name`, followed by `:config` if it has configs, and by
+      source: a data file, a folder or a pattern of them, a folder of `save_to_disk`, or a hub id
+        `owner/name`, followed by `:config` if it has configs. A folder or an id may be followed by
         `@split` for another split than train.
       columns: {field: column of the file}, e.g. {"prompt": "question"}.
+      bad: counts the rows that are skipped; None: a bad row is an error.
 
     Raises:
       errors.UserError: the source is missing, empty or malformed (with all bad lines), a column is
         unknown, …
     """
-    path = _local(source)
-    if path is None:
-        dataset = _from_hub(source)
-        dataset = dataset.add_column(kinds.ORIGIN, _origins(source, range(1, len(dataset) + 1)))
-    else:
-        dataset = _table(list(files.read(path)), source)
-    if len(dataset) == 0:
-        raise _empty(source)
-    return _rename(dataset, columns, source) if columns else dataset
+    loaded = _whole(source, columns, bad or bad_rows.BadRows())
+    return _rename(loaded, columns, source) if columns else loaded
 
 
 def load_all(
     sources: Sequence[str],
     columns: Mapping[str, str] | None = None,
     counts: Sequence[int | None] = (),
-) -> "list[datasets.Dataset]":
+    bad: bad_rows.BadRows | None = None,
+) -> list[rows.Rows]:
     """`load` for each source; in each, those of `columns` that it has are renamed.
 
     counts: how many examples of each are read, from its start; None: all.
     """
+    bad = bad or bad_rows.BadRows()
     loaded = [
-        load(source) if count is None else _head(source, count)
+        _whole(source, columns, bad) if count is None else _head(source, count, columns, bad)
         for source, count in zip(sources, counts or [None] * len(sources), strict=True)
     ]
     nowhere = [
         f"no column {column}"
         for column in (columns or {}).values()
-        if not any(column in dataset.column_names for dataset in loaded)
+        if not any(column in one.column_names for one in loaded)
     ]
     if nowhere:
         known = dict.fromkeys(itertools.chain(*map(fields_of, loaded)))
@@ -73,84 +71,138 @@ def load_all(
             do="correct --columns",
         )
     pairs = zip(loaded, sources, strict=True)
-    return [_rename_known(dataset, columns, source) for dataset, source in pairs]
+    return [_rename_known(one, columns, source) for one, source in pairs]
 
 
-def _head(source: str, count: int) -> "datasets.Dataset":
-    records = [*itertools.islice(stream(source), count)]
-    if not records:
+def _whole(source: str, columns: Mapping[str, str] | None, bad: bad_rows.BadRows) -> rows.Rows:
+    """All rows of a source; its texts are kept in memory, and its tables where they are."""
+    found = folders.find(source)
+    if found is None:
+        dataset = _from_hub(source)
+        parts: list[rows.Part] = [rows.Table(dataset.data.table, source, source)]
+    else:
+        parts = []
+        for path, name in zip(found.paths, found.names, strict=True):
+            if files.is_table(path):
+                parts.append(rows.Table(_table_of(path), name, str(path)))
+            else:
+                read = _named(files.read(path), name)
+                parts.append(rows.Texts(_good(read, path, columns, bad)))
+    loaded = rows.Rows(parts)
+    if len(loaded) == 0:
         raise _empty(source)
-    return _table(records, source)
+    return loaded
 
 
-def stream(source: str, start: files.Position = files.START) -> Iterator[files.Record]:
-    """The examples of a file or of a hub data set from `start`, read as they are consumed."""
-    path = _local(source)
-    if path is None:
+def _table_of(path: pathlib.Path) -> "pyarrow.Table":
+    import pyarrow
+
+    hub.refuse_lfs_pointer(path)
+    try:
+        return arrow_files.table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise arrow_files.damaged(path, error) from error
+
+
+def _head(
+    source: str, count: int, columns: Mapping[str, str] | None, bad: bad_rows.BadRows
+) -> rows.Rows:
+    found = [*itertools.islice(stream(source), count)]
+    loaded = rows.Rows([rows.Objects([*_good(found, source, columns, bad)])])
+    if len(loaded) == 0:
+        raise _empty(source)
+    return loaded
+
+
+def stream(source: str, start: records.Position = records.START) -> Iterator[records.Record]:
+    """The examples of files or of a hub data set from `start`, read as they are consumed."""
+    found = folders.find(source)
+    if found is None:
         return _stream_from_hub(source, start)
-    if files.is_array(path):
+    if whole := [str(path) for path in found.paths if files.is_document(path)]:
         raise errors.UserError(
-            expected="a file that can be read example by example",
-            found="a JSON array, which can only be read whole",
-            where=source,
+            expected="files that can be read example by example",
+            found="a JSON array or another JSON document, which can only be read whole",
+            where=whole,
             do="convert it to a .jsonl file, e.g. jq -c '.[]' in.json > out.jsonl",
         )
-    return files.read(path, start)
+    if len(found.paths) == 1:
+        return _named(files.read(found.paths[0], start), found.names[0])
+    return _one_by_one(found, start)
+
+
+def _one_by_one(found: folders.Found, start: records.Position) -> Iterator[records.Record]:
+    """The examples of several files. Their positions hold the number of the file."""
+    (number, at), before = start if isinstance(start[0], list) else ([0, 0], 0), start[1]
+    for n in range(number, len(found.paths)):
+        for each in _named(files.read(found.paths[n], (at, before)), found.names[n]):
+            yield each._replace(after=([n, each.after[0]], each.after[1]))
+        at, before = records.START
 
 
 def table(
-    records: Sequence[files.Record], columns: Mapping[str, str] | None, source: str
-) -> "datasets.Dataset":
-    """Examples from `stream` as one data set; those of `columns` that it has are renamed."""
-    return _rename_known(_table(records, source), columns, source)
+    found: Sequence[records.Record],
+    columns: Mapping[str, str] | None,
+    source: str,
+    bad: bad_rows.BadRows | None = None,
+) -> rows.Rows:
+    """Examples from `stream`; those of `columns` that they have are renamed."""
+    good = [*_good(found, source, columns, bad or bad_rows.BadRows())]
+    return _rename_known(rows.Rows([rows.Objects(good)]), columns, source)
 
 
-def _local(source: str) -> pathlib.Path | None:
-    """The path of a file; None for a hub id. Raises: UserError if the file does not exist."""
-    path = pathlib.Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.suffix in files.FORMATS or hub.looks_like_path(source) or path.is_dir():
-        raise errors.UserError(
-            expected=f"a data file ({', '.join(files.FORMATS)}) or a hub id",
-            found="a folder" if path.is_dir() else "no such file",
-            where=str(path),
-            do="check the path",
-        )
-    return None
+def note(source: str) -> str:
+    """What a user should know about the choice of files in a folder; "" if there was none."""
+    found = folders.find(source)
+    return found.note if found else ""
+
+
+def _named(found: Iterable[records.Record], name: str) -> Iterator[records.Record]:
+    return (each._replace(file=name) for each in found)
+
+
+def _good(
+    found: Iterable[records.Record],
+    where: str | pathlib.Path,
+    columns: Mapping[str, str] | None,
+    bad: bad_rows.BadRows,
+) -> Iterator[records.Record]:
+    """The records without a problem in what may be used.
+
+    where: their file, or the source. Raises: UserError with all others, if they may not be skipped.
+    """
+    used = {*kinds.FIELDS, *(columns or {}).values()}
+    wrong = []
+    for each in found:
+        problem = each.example if isinstance(each.example, str) else None
+        for column, doubt in each.doubts.items():
+            if column in used:
+                problem = doubt
+        if problem is None:
+            yield each
+        else:
+            wrong.append(each._replace(example=problem))
+    if wrong and not bad.skip({each.origin: str(each.example) for each in wrong}):
+        _refuse(wrong, where)
+
+
+def _refuse(wrong: Sequence[records.Record], where: str | pathlib.Path) -> typing.NoReturn:
+    """Raises: UserError with all records that have a problem."""
+    found = folders.find(str(where))
+    paths = dict(zip(found.names, found.paths, strict=True)) if found else {}
+    form = files.form_of(paths.get(wrong[0].file, pathlib.Path(where)))
+    raise errors.UserError(
+        expected=form.expected,
+        found=[f"line {each.number}: {each.example}" for each in wrong],
+        where=[f"{paths.get(each.file, where)}:{each.number}" for each in wrong],
+        do=f"{form.do}, or skip them with --skip-bad-rows N",
+    )
 
 
 def _empty(source: str) -> errors.UserError:
     return errors.UserError(
         expected="at least one example", found="an empty file", where=source, do="check the file"
     )
-
-
-def _origins(source: str, numbers: Iterable[int]) -> list[str]:
-    name = pathlib.Path(source).name if _local(source) else source
-    return [f"{name}:{number}" for number in numbers]
-
-
-def _table(records: Sequence[files.Record], source: str) -> "datasets.Dataset":
-    """All examples in one table in memory, without the cache of `datasets`, so that two runs cannot
-    collide. Every example has the fields of all, null where it lacks one."""
-    import datasets
-    import pyarrow
-
-    if bad := [record for record in records if isinstance(record.example, str)]:
-        files.refuse(pathlib.Path(source), bad)
-    names = dict.fromkeys(name for _, example, _ in records for name in example)
-    columns = {name: [example.get(name) for _, example, _ in records] for name in names}
-    origins = _origins(source, (number for number, _, _ in records))
-    try:
-        return datasets.Dataset.from_dict({**columns, kinds.ORIGIN: origins})
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise errors.UserError(
-            expected="values of one type in each column",
-            found=str(error).splitlines()[0],
-            where=source,
-            do="make the types equal, e.g. write numbers as strings in every example",
-        ) from error
 
 
 def _from_hub(source: str, **how: bool) -> typing.Any:
@@ -181,38 +233,37 @@ def _from_hub(source: str, **how: bool) -> typing.Any:
             ) from error
 
 
-def _stream_from_hub(source: str, start: files.Position) -> Iterator[files.Record]:
-    examples, (state, before) = _from_hub(source, streaming=True), start
+def _stream_from_hub(source: str, start: records.Position) -> Iterator[records.Record]:
+    # As Arrow, to be converted as other tables are: `datasets` would decode images, too.
+    examples, (state, before) = _from_hub(source, streaming=True).with_format("arrow"), start
     if before:
         examples.load_state_dict(state)
     with hub.readable_errors(_repository(source), None, kind="dataset"):
-        for number, example in enumerate(examples, start=before + 1):
-            yield files.Record(number, example, (examples.state_dict(), number))
+        for number, table in enumerate(examples, start=before + 1):
+            (example,) = arrow_files.rows(table, source)
+            yield records.Record(number, example, (examples.state_dict(), number), source)
 
 
 def _repository(source: str) -> str:
     return re.split("[:@]", source)[0]
 
 
-def _rename_known(
-    dataset: "datasets.Dataset", columns: Mapping[str, str] | None, source: str
-) -> "datasets.Dataset":
-    names = dataset.column_names
+def _rename_known(found: rows.Rows, columns: Mapping[str, str] | None, source: str) -> rows.Rows:
+    names = found.column_names
     known = {field: column for field, column in (columns or {}).items() if column in names}
-    return _rename(dataset, known, source) if known else dataset
+    return _rename(found, known, source) if known else found
 
 
-def _rename(
-    dataset: "datasets.Dataset", columns: Mapping[str, str], source: str
-) -> "datasets.Dataset":
+def _rename(found: rows.Rows, columns: Mapping[str, str], source: str) -> rows.Rows:
     """Renames columns to fields, and drops fields of other kinds: the mapped fields decide the
     kind."""
+    names = found.column_names
     no_field = [name for name in columns if name not in kinds.FIELDS]
-    no_column = [name for name in columns.values() if name not in dataset.column_names]
+    no_column = [name for name in columns.values() if name not in names]
     if no_field or no_column or len(set(columns.values())) < len(columns):
         raise errors.UserError(
             expected=f"FIELD=COLUMN with each FIELD among {', '.join(kinds.FIELDS)} and each "
-            f"COLUMN (once) among {', '.join(fields_of(dataset))}",
+            f"COLUMN (once) among {', '.join(fields_of(found))}",
             found=[f"no field {name}" for name in no_field]
             + [f"no column {name}" for name in no_column]
             or "a column used twice",
@@ -223,46 +274,44 @@ def _rename(
     keep = {"input", *(field for kind in mapped for field in kind)} - set(columns)
     drop = set(kinds.FIELDS) - keep - set(columns.values())
     drop |= set(columns) - set(columns.values())  # columns whose names renamed ones take over
-    dataset = dataset.remove_columns([name for name in dataset.column_names if name in drop])
-    # In two steps, so that {"prompt": "completion", "completion": "prompt"} works.
-    dataset = dataset.rename_columns({column: f"_{field}" for field, column in columns.items()})
-    return dataset.rename_columns({f"_{field}": field for field in columns})
+    return found.rename(
+        {column: field for field, column in columns.items()},
+        drop=[name for name in names if name in drop],
+    )
 
 
-def fields_of(dataset: "datasets.Dataset") -> list[str]:
+def fields_of(found: rows.Rows) -> list[str]:
     """The names of the columns that came from the file."""
-    return [name for name in dataset.column_names if name not in (kinds.ORIGIN, files.STREAM)]
+    return [name for name in found.column_names if name not in (kinds.ORIGIN, files.STREAM)]
 
 
-def holdout(
-    dataset: "datasets.Dataset", share: float, seed: int
-) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+def holdout(found: rows.Rows, share: float, seed: int) -> tuple[rows.Rows, rows.Rows]:
     """(train, eval): a seeded random `share` of the examples, at least one, goes to eval.
 
     For a .txt file it is the end of the file, because its lines belong together.
     """
-    num_eval = max(1, round(share * len(dataset)))
-    if num_eval >= len(dataset):
+    num_eval = max(1, round(share * len(found)))
+    if num_eval >= len(found):
         raise errors.UserError(
             expected="at least two examples (lines of a .txt file), to hold out some of them",
-            found=f"{len(dataset)} examples, of which {num_eval} would be held out",
+            found=f"{len(found)} examples, of which {num_eval} would be held out",
             do="add data, or pass a separate evaluation set",
         )
-    if files.STREAM in dataset.column_names:
-        order = np.arange(len(dataset))
+    if files.STREAM in found.column_names:
+        order = np.arange(len(found))
     else:
-        order = np.random.default_rng(seed).permutation(len(dataset))
+        order = np.random.default_rng(seed).permutation(len(found))
     train, evaluation = np.sort(order[:-num_eval]), np.sort(order[-num_eval:])
-    return (
-        dataset.select(train, keep_in_memory=True),
-        dataset.select(evaluation, keep_in_memory=True),
-    )
+    return found.select(train), found.select(evaluation)
 
 
 def version(source: str) -> str:
-    """A version of a stream that needs no reading: a file's size, or the hub's commit."""
-    if path := _local(source):
-        return f"{path.stat().st_size} bytes"
+    """The commit of a hub data set, which needs no reading; "" for files.
+
+    A file may change: a row that ended the run is corrected. See stream.Stream.keep.
+    """
+    if folders.find(source):
+        return ""
     import huggingface_hub
 
     name = _repository(source)
@@ -270,10 +319,11 @@ def version(source: str) -> str:
         return f"commit {huggingface_hub.HfApi().dataset_info(name).sha}"
 
 
-def fingerprint(*datasets: "datasets.Dataset") -> str:
-    """16 hexadecimal digits that depend on every field of every example and on their order."""
+def fingerprint(*found: Iterable[Mapping[str, typing.Any]]) -> str:
+    """16 hexadecimal digits that depend on every field of every example and on their order, and not
+    on where they are from."""
     digest = hashlib.sha256()
-    for example in itertools.chain(*datasets):
-        example.pop(kinds.ORIGIN, None)
-        digest.update(json.dumps(example, sort_keys=True, default=str).encode() + b"\n")
+    for example in itertools.chain(*found):
+        content = {name: value for name, value in example.items() if name != kinds.ORIGIN}
+        digest.update(json.dumps(content, default=str).encode() + b"\n")
     return digest.hexdigest()[:16]

@@ -12,11 +12,8 @@ from concurrent import futures
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.data import files, sources
+from lora_jax.data import bad_rows, records, rows, sources
 from lora_jax.data.packing import TokenSequence
-
-if typing.TYPE_CHECKING:
-    import datasets
 
 BLOCK = 4096  # examples that are read, arranged and shuffled together
 MAX_CHARACTERS = 2**25  # roughly, in a block: blocks of long examples have fewer
@@ -24,10 +21,14 @@ MAX_CHARACTERS = 2**25  # roughly, in a block: blocks of long examples have fewe
 
 class Start(typing.NamedTuple):
     """Where a block starts: the number of its first sequence, and the position of its first example
-    in the source."""
+    in the source.
+
+    before: the fingerprint of the block before it.
+    """
 
     sequence: int
-    position: files.Position
+    position: records.Position
+    before: str = ""
 
 
 class Stream:
@@ -43,24 +44,25 @@ class Stream:
     def __init__(
         self,
         source: str,
-        arrange: "Callable[[datasets.Dataset], Sequence[TokenSequence]]",
+        arrange: Callable[[rows.Rows], Sequence[TokenSequence]],
         *,
         columns: Mapping[str, str] | None,
         seed: int,
         number: int,
         window: int,
+        bad: bad_rows.BadRows | None = None,
     ):
         """arrange: a block's examples → its sequences, perhaps none. number: of this source in a
-        mixture."""
+        mixture. bad: counts the rows that are skipped."""
         self._source, self._columns = source, columns
         self._arrange, self._seed, self._number = arrange, (seed, number), number
-        self._window = window
-        self._starts = [Start(0, files.START)]
+        self._window, self._bad = window, bad
+        self._starts = [Start(0, records.START)]
         self._blocks: dict[int, futures.Future[Sequence[TokenSequence]]] = {}
         self._lock = threading.Lock()
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="stream")
-        self._records: Iterator[files.Record] = iter(())  # at the position _at
-        self._at: files.Position | None = None
+        self._records: Iterator[records.Record] = iter(())  # at the position _at
+        self._at: records.Position | None = None
         self._file: pathlib.Path | None = None
 
     def __getitem__(self, n: int) -> TokenSequence:
@@ -76,7 +78,9 @@ class Stream:
         """Takes the starts of blocks that an earlier run saved in `file`; with `write`, adds new
         ones.
 
-        Blocks that are missing there are read again; those of another stream are ignored.
+        Blocks that are missing there are read again; those of another stream are ignored. A block
+        that is read again must be the same as before: rows that were trained on may not change.
+        Later ones may, such as a row that ended the run and was corrected.
         """
         with self._lock:
             saved = list(_saved(file))
@@ -106,11 +110,14 @@ class Stream:
     def _make(self, block: int) -> Sequence[TokenSequence]:
         """The sequences of a block whose start is known."""
         start = self._starts[block]
-        records, after = self._read(start.position)
+        found, after = self._read(start.position)
         sequences: Sequence[TokenSequence] = ()
-        if records:
-            sequences = self._arrange(sources.table(records, self._columns, self._source))
-        if after == files.START and start.sequence + len(sequences) == 0:
+        content = ""
+        if found:
+            examples = sources.table(found, self._columns, self._source, self._bad)
+            content = sources.fingerprint(examples)
+            sequences = self._arrange(examples) if len(examples) else ()
+        if after == records.START and start.sequence + len(sequences) == 0:
             raise errors.UserError(
                 expected="at least one example with a token to train on",
                 found="none in the whole stream",
@@ -119,15 +126,23 @@ class Stream:
             )
         with self._lock:
             if block + 1 == len(self._starts):
-                self._starts.append(Start(start.sequence + len(sequences), after))
+                self._starts.append(Start(start.sequence + len(sequences), after, content))
                 if self._file:
                     with self._file.open("a") as file:
                         file.write(_text(self._starts[-1]))
+            elif self._starts[block + 1].before != content:
+                raise errors.UserError(
+                    expected="the rows that the run has read before",
+                    found="others",
+                    where=f"{self._source}, the block of rows after {start.position[1]}",
+                    do="put the data back, or start a new run; only rows that the run has not "
+                    "reached may change",
+                )
         order = np.random.default_rng([*self._seed, block]).permutation(len(sequences))
         return [sequences[i] for i in order]
 
-    def _read(self, position: files.Position) -> tuple[list[files.Record], files.Position]:
-        """A block's records, and where the next block starts: files.START after the last one."""
+    def _read(self, position: records.Position) -> tuple[list[records.Record], records.Position]:
+        """A block's records, and where the next block starts: records.START after the last one."""
         if position != self._at:
             self._records = sources.stream(self._source, position)
         self._at, found, size = None, [], 0
@@ -137,7 +152,7 @@ class Stream:
             if len(found) == BLOCK or size >= MAX_CHARACTERS:
                 self._at = record.after
                 return found, record.after
-        return found, files.START
+        return found, records.START
 
 
 def _size(example: dict[str, typing.Any] | str) -> int:
@@ -154,7 +169,7 @@ def _saved(file: pathlib.Path) -> Iterator[Start]:
     """The starts in a file, up to a line that is damaged or was cut off when a run was killed."""
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
-            sequence, (at, number) = json.loads(line)
+            sequence, (at, number), before = json.loads(line)
         except (ValueError, TypeError):
             return
-        yield Start(sequence, (at, number))
+        yield Start(sequence, (at, number), before)

@@ -216,7 +216,16 @@ def _train(
     utilization = monitor.Utilization(*setup.to_plan(settings, job.base.architecture, job.mesh))
     try:
         with console.Progress(int(state.step), job.num_steps, settings.run.log_every) as progress:
-            for state, metrics in steps:
+            while True:
+                try:
+                    state, metrics = next(steps)
+                except StopIteration:
+                    break
+                except errors.UserError:  # a row of a stream is bad, and the steps before are good
+                    if int(state.step):
+                        kept.save(state)
+                        kept.wait()
+                    raise
                 took, number = time.time() - clock, metrics["step"]
                 shape = job.data.batches.shape(number - 1)
                 metrics["tokens_per_second"] = round(metrics.pop("num_tokens") / took, 1)

@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax import console, errors, tokenizer
 from lora_jax.console import say
-from lora_jax.data import batches, encoding, mixture, packing, sources, stream
+from lora_jax.data import (
+    bad_rows,
+    batches,
+    encoding,
+    mixture,
+    packing,
+    rows,
+    sources,
+    stream,
+)
 from lora_jax.training.settings import groups
 
 if TYPE_CHECKING:
-    import datasets
     import transformers
 
 HELD_OUT = 0.02  # share of the examples, with --eval-every and without --eval-dataset
@@ -20,10 +28,14 @@ AT_HAND = 8  # steps of a stream whose sequences stay in memory: more than are p
 
 
 class Read(NamedTuple):
-    """The data sets as read, one per source: those to train on, and those held out."""
+    """The data sets as read, one per source: those to train on, and those held out.
 
-    train: "list[datasets.Dataset]"
-    held_out: "list[datasets.Dataset]"
+    bad: the rows that were skipped.
+    """
+
+    train: list[rows.Rows]
+    held_out: list[rows.Rows]
+    bad: bad_rows.BadRows
 
 
 def read(settings: groups.TrainSettings) -> Read:
@@ -33,14 +45,17 @@ def read(settings: groups.TrainSettings) -> Read:
     counts = [sources.HEAD if data.streaming else None] * len(names)
     if own:
         names, counts = [*names, own], [*counts, None]
-    train = sources.load_all(names, data.columns, counts)
+    bad = bad_rows.BadRows(data.skip_bad_rows)
+    train = sources.load_all(names, data.columns, counts, bad)
+    for note in filter(None, map(sources.note, dict.fromkeys(names))):
+        say("files", note)
     if own:
-        return Read(train[:-1], train[-1:])
+        return Read(train[:-1], train[-1:], bad)
     if not settings.eval.eval_every:
-        return Read(train, [])
+        return Read(train, [], bad)
     seed = settings.loop.seed
     split = [sources.holdout(examples, HELD_OUT, seed) for examples in train]
-    return Read(*map(list, zip(*split, strict=True)))
+    return Read(*map(list, zip(*split, strict=True)), bad)
 
 
 class RunData:
@@ -56,7 +71,7 @@ class RunData:
     ):
         """settings: with seq_len resolved. context: the model's maximum number of tokens."""
         self._settings, self._reader, self._eos, self._context = settings, reader, eos, context
-        self._data, self._loop = settings.data, settings.loop
+        self._data, self._loop, self._bad = settings.data, settings.loop, found.bad
         self._arrange = functools.partial(
             packing.arrange,
             seq_len=self._data.seq_len,
@@ -65,7 +80,7 @@ class RunData:
         )
         label = "stream" if self._data.streaming else "data"
         encoded = [
-            self._encode(label, source, part).examples
+            self._encode(label, source, part)[1].examples
             for source, part in zip(self._data.dataset, found.train, strict=True)
         ]
         self.held_out: list[packing.TokenSequence] | None = None
@@ -103,7 +118,7 @@ class RunData:
     def _fingerprints(self, found: Read) -> dict[str, str | None]:
         of_train = sources.fingerprint(*found.train)
         if self._data.streaming:
-            versions = map(sources.version, self._data.dataset)
+            versions = filter(None, map(sources.version, self._data.dataset))
             of_train = ", ".join([f"{of_train} of the first rows", *versions])
         of_held_out = sources.fingerprint(*found.held_out) if found.held_out else None
         return {"train": of_train, "held out": of_held_out}
@@ -129,10 +144,10 @@ class RunData:
         first = [sequence for examples in encoded for sequence in self._arrange(examples)]
         say("streaming", f"sequences of {length} tokens, {packing.filled(first, length):.1%} filled"
             f" by these; shuffled in blocks of {stream.BLOCK} examples")  # fmt: skip
-        encode = encoding.encode_pairs if self._data.dpo else encoding.encode
 
-        def arrange(examples: "datasets.Dataset") -> list[packing.TokenSequence]:
-            made = encode(examples, self._reader, self._data.seq_len, self._eos, may_be_empty=True)
+        def arrange(examples: rows.Rows) -> list[packing.TokenSequence]:
+            _, made = self._encoded(examples, may_be_empty=True)
+            self._say_bad()
             return self._arrange(made.examples)
 
         self._streams = [
@@ -143,6 +158,7 @@ class RunData:
                 seed=self._loop.seed,
                 number=number,
                 window=AT_HAND * self._loop.batch_size * self._loop.grad_accum,
+                bad=self._bad,
             )
             for number, source in enumerate(self._data.dataset)
         ]
@@ -165,11 +181,12 @@ class RunData:
             shares = mixture.shares(mixed.weights)
             say("mixture", console.mixture(self._data.dataset, shares, sizes, shown))
 
-    def _hold_out(self, parts: "list[datasets.Dataset]") -> None:
+    def _hold_out(self, parts: list[rows.Rows]) -> None:
         own = self._data.eval_dataset
         names = [own] if own else [f"held out of {console.near(n)}" for n in self._data.dataset]
-        encoded = (self._encode("held out", *of) for of in zip(names, parts, strict=True))
-        self.held_out = self._arrange([example for each in encoded for example in each.examples])
+        both = [self._encode("held out", *of) for of in zip(names, parts, strict=True)]
+        self.held_out = self._arrange([example for _, each in both for example in each.examples])
+        parts = [kept for kept, _ in both]
         count = self._settings.eval.exact_match
         if not count:
             return
@@ -188,9 +205,12 @@ class RunData:
                 do="shorten these examples, or leave --exact-match out",
             )
 
-    def _encode(self, label: str, source: str, examples: "datasets.Dataset") -> encoding.Encoded:
-        encode = encoding.encode_pairs if self._data.dpo else encoding.encode
-        encoded = encode(examples, self._reader, self._data.seq_len, self._eos)
+    def _encode(
+        self, label: str, source: str, examples: rows.Rows
+    ) -> tuple[rows.Rows, encoding.Encoded]:
+        """(the examples that are not skipped as bad, encoded), and says how many there are."""
+        kept, encoded = self._encoded(examples)
+        self._say_bad()
         first = "of its first examples " if label == "stream" else ""
         num_tokens = sum(len(ids) for ids, _ in encoded.examples)
         say(
@@ -198,4 +218,21 @@ class RunData:
             f"{first}{len(encoded.examples)} examples, {num_tokens} tokens, {encoded.num_cut} cut "
             f"at {self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
         )
-        return encoded
+        return kept, encoded
+
+    def _encoded(
+        self, examples: rows.Rows, *, may_be_empty: bool = False
+    ) -> tuple[rows.Rows, encoding.Encoded]:
+        encode = encoding.encode_pairs if self._data.dpo else encoding.encode
+        return bad_rows.encode(
+            examples,
+            lambda some, empty: encode(
+                some, self._reader, self._data.seq_len, self._eos, may_be_empty=empty
+            ),
+            self._bad,
+            may_be_empty=may_be_empty,
+        )
+
+    def _say_bad(self) -> None:
+        if news := self._bad.news():
+            say("bad rows", news)

@@ -66,7 +66,7 @@ def numbered(path, count):
 
 
 def alone(examples):
-    return packing.alone([(np.array([n]), np.array([True])) for n in examples["n"]])
+    return packing.alone([(np.array([n]), np.array([True])) for n in (row["n"] for row in examples)])
 
 
 def opened(source, *, arrange=alone, window=6, number=0):
@@ -131,7 +131,7 @@ def test_skipped_and_long_examples_change_only_the_blocks(small, tmp_path, monke
     assert shown(opened(source, window=1), range(40)) != [*range(40)]
     starts = opened(source)
     shown(starts, range(10))
-    assert [sequence for sequence, _ in starts._starts][:4] == [0, 3, 6, 9]
+    assert [start.sequence for start in starts._starts][:4] == [0, 3, 6, 9]
 
 
 def test_a_stream_without_sequences_is_an_error_and_ends(small, tmp_path):

@@ -8,7 +8,8 @@ from lora_jax import errors
 from lora_jax.training.settings import convert, groups
 
 _LEAST = {  # {lowest value: settings}
-    0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature"),
+    0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature",
+        "skip_bad_rows"),
     1e-6: ("epochs", "alpha", "lora_plus_ratio", "beta", "max_time"),
     1: ("batch_size", "grad_accum", "save_every", "eval_every", "keep_checkpoints",
         "max_new_tokens", "patience", "log_every"),

@@ -67,7 +67,7 @@ class DataSettings:
     """The data sets, and how their examples become sequences.
 
     Args:
-      dataset: files or hub ids to train on; several are mixed.
+      dataset: files, folders or hub ids to train on; several are mixed.
       weights: their shares of the sequences; None: each example once an epoch.
       eval_dataset: held-out data; None: a share of `dataset` if eval_every is set.
       columns: {field: name of the column in the file}.
@@ -75,6 +75,7 @@ class DataSettings:
       packing: pack several examples into each sequence; attention stays within an example.
       group_by_length: give each step examples of about the same length.
       streaming: read the data during training, not before it.
+      skip_bad_rows: how many rows that cannot be trained on are skipped; one more is an error.
       dpo: train on preferences.
     """
 
@@ -86,6 +87,7 @@ class DataSettings:
     packing: bool = False
     group_by_length: bool = False
     streaming: bool = False
+    skip_bad_rows: int = 0
     dpo: bool = False
 
     def resolve_seq_len(self, context: int) -> int:

@@ -1,0 +1,206 @@
+"""The files that a local source names: a file, a folder, a pattern. Imports no jax.
+
+In a folder the names of files and folders tell the splits, as in `datasets`: train.jsonl,
+test/1.jsonl, train_sft-00000-of-00002.parquet. A folder that Dataset.save_to_disk wrote says itself
+which files it has.
+"""
+
+import glob
+import json
+import pathlib
+import re
+import typing
+from collections.abc import Sequence
+
+from lora_jax import errors, hub
+from lora_jax.data import compression, files
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
+_IGNORED = re.compile(  # files that describe the data
+    r"(readme|license|licence|notice|requirements|changelog)\b.*"
+    r"|(config|dataset_infos?|dataset_dict|state)\.json",
+    re.IGNORECASE,
+)
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+
+
+class Found(typing.NamedTuple):
+    """The files of a source in their order, and the names of their examples in messages.
+
+    note: what a user should know about the choice; "" if there was none.
+    """
+
+    paths: Sequence[pathlib.Path]
+    names: Sequence[str]
+    note: str = ""
+
+
+def find(source: str) -> Found | None:
+    """The files of a local source; None for a hub id.
+
+    A folder may be followed by `@split`; the default is the train split.
+    Raises: UserError if there is no such file or split, or a folder's files do not go together.
+    """
+    path, split = pathlib.Path(source).expanduser(), ""
+    if not path.exists() and "@" in path.name:
+        folder, _, name = source.rpartition("@")
+        if pathlib.Path(folder).expanduser().is_dir():
+            path, split = pathlib.Path(folder).expanduser(), name
+    if path.is_file():
+        return Found([path], [path.name])
+    if path.is_dir():
+        return _saved(path, split) or _folder(path, split)
+    if glob.has_magic(source):
+        if matching := sorted(glob.glob(str(path), recursive=True)):
+            return _matching([pathlib.Path(each) for each in matching], source)
+    elif not files.is_data(path) and not hub.looks_like_path(source):
+        return None
+    raise errors.UserError(
+        expected=f"a data file ({', '.join(files.FORMATS)}), a folder of them, or a hub id",
+        found="no such file",
+        where=str(path),
+        do="check the path",
+    )
+
+
+def _matching(paths: Sequence[pathlib.Path], source: str) -> Found:
+    """The data files among those that match a pattern."""
+    kept = [path for path in paths if path.is_file() and _is_data(path.name)]
+    if not kept:
+        raise _none(source, paths)
+    _refuse_copies(kept, source)
+    return Found(kept, _named(kept, pathlib.Path(_common(kept))))
+
+
+def _folder(folder: pathlib.Path, split: str) -> Found:
+    """The data files anywhere in a folder; those of a split if their names tell splits."""
+    every = sorted(path for path in folder.rglob("*") if path.is_file())
+    kept = [path for path in every if _is_data(path.relative_to(folder))]
+    notes = []
+    if len({files.form_of(path).family for path in kept}) > 1:  # notes beside the data
+        kept = [path for path in kept if files.form_of(path).family != "text"]
+    if not kept:
+        raise _none(str(folder), every)
+    of = {path: _split_of(path.relative_to(folder)) for path in kept}
+    splits = [*dict.fromkeys(of.values())]
+    wanted = split or "train"
+    if splits != [""]:
+        # Without a train split, the files whose names tell none are to train on.
+        chosen = "" if wanted == "train" and "train" not in splits and "" in splits else wanted
+        if chosen not in splits:
+            raise _no_split(folder, wanted, [name for name in splits if name])
+        left = [path for path in kept if of[path] != chosen]
+        kept = [path for path in kept if of[path] == chosen]
+        if left:
+            others = ", ".join(str(path.relative_to(folder)) for path in left[:5])
+            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+            notes.append(f"the {wanted} split of {folder}; not read: {others}{more}")
+    elif split:
+        raise _no_split(folder, split, [])
+    _refuse_copies(kept, str(folder))
+    return Found(kept, _named(kept, folder), "; ".join(notes))
+
+
+def _saved(folder: pathlib.Path, split: str) -> Found | None:
+    """The files of a folder that save_to_disk wrote; None for another."""
+    note = ""
+    if (folder / _SAVED_SPLITS).is_file():
+        splits = _json(folder / _SAVED_SPLITS)["splits"]
+        wanted = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+        if wanted not in splits:
+            raise _no_split(folder, wanted, splits)
+        if not split and len(splits) > 1:
+            note = f"the {wanted} split of {folder}, of {', '.join(splits)}"
+        folder = folder / wanted
+    elif not (folder / _SAVED).is_file() or not (folder / "dataset_info.json").is_file():
+        return None
+    elif split:
+        raise _no_split(folder, split, [])
+    paths = [folder / each["filename"] for each in _json(folder / _SAVED)["_data_files"]]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise errors.UserError(
+            expected=f"the files that {_SAVED} lists",
+            found=[f"no {path}" for path in missing],
+            where=str(folder),
+            do="copy the whole folder",
+        )
+    return Found(paths, _named(paths, folder), note)
+
+
+def _json(path: pathlib.Path) -> typing.Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise errors.UserError(
+            expected="JSON, as save_to_disk writes it",
+            found=str(error),
+            where=str(path),
+            do="copy the whole folder",
+        ) from error
+
+
+def _is_data(path: str | pathlib.PurePath) -> bool:
+    path = pathlib.PurePath(path)
+    hidden = any(part.startswith((".", "_")) for part in path.parts)
+    return files.is_data(path) and not hidden and not _IGNORED.fullmatch(path.name)
+
+
+def _split_of(path: pathlib.PurePath) -> str:
+    """The split that the name of a file, or of a folder that it is in, tells; "" if none."""
+    if shard := _SHARD.match(path.name):
+        return shard[1]
+    for part in (*path.parent.parts, str(compression.name(pathlib.Path(path)).with_suffix(""))):
+        words = re.split(r"[-._ 0-9]+", part.lower())
+        for split, keywords in _SPLITS.items():
+            if any(word in keywords for word in words):
+                return split
+    return ""
+
+
+def _refuse_copies(paths: Sequence[pathlib.Path], where: str) -> None:
+    """Raises: UserError if files are of several kinds, or one is a compressed copy of another."""
+    families = {files.form_of(path).family: path.name for path in paths}
+    plain = {str(path.parent / compression.name(path)): path.name for path in paths}
+    if len(families) > 1 or len(plain) < len(paths):
+        raise errors.UserError(
+            expected="data files of one kind, none of them a copy of another",
+            found=", ".join(path.name for path in paths[:20]),
+            where=where,
+            do="choose them with a pattern, such as '*.jsonl'",
+        )
+
+
+def _named(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in paths]
+
+
+def _common(paths: Sequence[pathlib.Path]) -> pathlib.Path:
+    """The deepest folder that all files are in."""
+    first, *others = (path.parent for path in paths)
+    while not all(other.is_relative_to(first) for other in others):
+        first = first.parent
+    return first
+
+
+def _none(where: str, found: Sequence[pathlib.Path]) -> errors.UserError:
+    names = ", ".join(path.name for path in found[:5])
+    return errors.UserError(
+        expected=f"data files ({', '.join(files.FORMATS)})",
+        found=f"a folder without any; it has {names}" if names else "a folder without files",
+        where=where,
+        do="check the path",
+    )
+
+
+def _no_split(folder: pathlib.Path, split: str, splits: Sequence[str]) -> errors.UserError:
+    return errors.UserError(
+        expected=f"the split {split}",
+        found=f"the splits {', '.join(splits)}" if splits else "no files whose names tell a split",
+        where=str(folder),
+        do=f"choose one, as in {folder}@{splits[0]}" if splits else "leave @… out",
+    )
