@@ -5,7 +5,6 @@ import gzip
 import io
 import lzma
 import pathlib
-import typing
 import zlib
 
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz")

@@ -1,5 +1,6 @@
 """Data files, read example by example from any position. Imports no jax."""
 
+import contextlib
 import pathlib
 import typing
 from collections.abc import Callable, Iterator
@@ -20,17 +21,23 @@ def read(path: pathlib.Path, start: Position = START) -> Iterator[Record]:
     """
     form = form_of(path)
     hub.refuse_lfs_pointer(path)
-    return _readable(path, form.read(path, start))
+    return _guarded(path, form.read(path, start))
 
 
-def _readable(path: pathlib.Path, found: Iterator[Record]) -> Iterator[Record]:
-    """The same records. Raises: UserError if the file is damaged."""
-    try:
+def _guarded(path: pathlib.Path, found: Iterator[Record]) -> Iterator[Record]:
+    with _readable(path):
         yield from found
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """Raises: UserError if the file turns out to be damaged."""
+    try:
+        yield
     except compression.ERRORS as error:
         raise errors.UserError(
             expected="a complete file",
-            found=f"{error}" or type(error).__name__,
+            found=str(error) or type(error).__name__,
             where=str(path),
             do="check that it was copied completely, e.g. with gzip -t",
         ) from error
@@ -62,7 +69,8 @@ def is_table(path: pathlib.Path) -> bool:
 
 def is_document(path: pathlib.Path) -> bool:
     """Whether a file is one JSON document, which is read whole."""
-    return form_of(path).read is json_files.read and json_files.is_document(path)
+    with _readable(path):
+        return form_of(path).read is json_files.read and json_files.is_document(path)
 
 
 def _txt(path: pathlib.Path, start: Position) -> Iterator[Record]:

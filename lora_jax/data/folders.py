@@ -6,6 +6,7 @@ which files it has.
 """
 
 import glob
+import itertools
 import json
 import pathlib
 import re
@@ -57,7 +58,7 @@ def find(source: str) -> Found | None:
         return _saved(path, split) or _folder(path, split)
     if glob.has_magic(source):
         if matching := sorted(glob.glob(str(path), recursive=True)):
-            return _matching([pathlib.Path(each) for each in matching], source)
+            return _matching([pathlib.Path(each) for each in matching], path)
     elif not files.is_data(path) and not hub.looks_like_path(source):
         return None
     raise errors.UserError(
@@ -68,22 +69,25 @@ def find(source: str) -> Found | None:
     )
 
 
-def _matching(paths: Sequence[pathlib.Path], source: str) -> Found:
+def _matching(paths: Sequence[pathlib.Path], pattern: pathlib.Path) -> Found:
     """The data files among those that match a pattern."""
-    kept = [path for path in paths if path.is_file() and _is_data(path.name)]
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    folder = pathlib.Path(*fixed)
+    kept = [path for path in paths if path.is_file() and _is_data(path.relative_to(folder))]
     if not kept:
-        raise _none(source, paths)
-    _refuse_copies(kept, source)
-    return Found(kept, _named(kept, pathlib.Path(_common(kept))))
+        raise _none(str(pattern), paths)
+    _refuse_copies(kept, str(pattern))
+    return Found(kept, _named(kept, folder))
 
 
 def _folder(folder: pathlib.Path, split: str) -> Found:
     """The data files anywhere in a folder; those of a split if their names tell splits."""
     every = sorted(path for path in folder.rglob("*") if path.is_file())
     kept = [path for path in every if _is_data(path.relative_to(folder))]
-    notes = []
-    if len({files.form_of(path).family for path in kept}) > 1:  # notes beside the data
-        kept = [path for path in kept if files.form_of(path).family != "text"]
+    left: list[pathlib.Path] = []
+    if len({files.form_of(path).family for path in kept}) > 1:  # texts beside the data
+        left = [path for path in kept if files.form_of(path).family == "text"]
+        kept = [path for path in kept if path not in left]
     if not kept:
         raise _none(str(folder), every)
     of = {path: _split_of(path.relative_to(folder)) for path in kept}
@@ -94,16 +98,13 @@ def _folder(folder: pathlib.Path, split: str) -> Found:
         chosen = "" if wanted == "train" and "train" not in splits and "" in splits else wanted
         if chosen not in splits:
             raise _no_split(folder, wanted, [name for name in splits if name])
-        left = [path for path in kept if of[path] != chosen]
+        left += [path for path in kept if of[path] != chosen]
         kept = [path for path in kept if of[path] == chosen]
-        if left:
-            others = ", ".join(str(path.relative_to(folder)) for path in left[:5])
-            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-            notes.append(f"the {wanted} split of {folder}; not read: {others}{more}")
     elif split:
         raise _no_split(folder, split, [])
     _refuse_copies(kept, str(folder))
-    return Found(kept, _named(kept, folder), "; ".join(notes))
+    which = f"the {wanted} split of {folder}" if splits != [""] else str(folder)
+    return Found(kept, _named(kept, folder), f"{which}; not read: {_some(left)}" if left else "")
 
 
 def _saved(folder: pathlib.Path, split: str) -> Found | None:
@@ -111,7 +112,7 @@ def _saved(folder: pathlib.Path, split: str) -> Found | None:
     note = ""
     if (folder / _SAVED_SPLITS).is_file():
         splits = _json(folder / _SAVED_SPLITS)["splits"]
-        wanted = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+        wanted = split or "train"
         if wanted not in splits:
             raise _no_split(folder, wanted, splits)
         if not split and len(splits) > 1:
@@ -144,8 +145,7 @@ def _json(path: pathlib.Path) -> typing.Any:
         ) from error
 
 
-def _is_data(path: str | pathlib.PurePath) -> bool:
-    path = pathlib.PurePath(path)
+def _is_data(path: pathlib.PurePath) -> bool:
     hidden = any(part.startswith((".", "_")) for part in path.parts)
     return files.is_data(path) and not hidden and not _IGNORED.fullmatch(path.name)
 
@@ -179,16 +179,13 @@ def _named(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in paths]
 
 
-def _common(paths: Sequence[pathlib.Path]) -> pathlib.Path:
-    """The deepest folder that all files are in."""
-    first, *others = (path.parent for path in paths)
-    while not all(other.is_relative_to(first) for other in others):
-        first = first.parent
-    return first
+def _some(paths: Sequence[pathlib.Path], most: int = 5) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(path.name for path in paths[:most]) + more
 
 
 def _none(where: str, found: Sequence[pathlib.Path]) -> errors.UserError:
-    names = ", ".join(path.name for path in found[:5])
+    names = _some(found)
     return errors.UserError(
         expected=f"data files ({', '.join(files.FORMATS)})",
         found=f"a folder without any; it has {names}" if names else "a folder without files",

@@ -24,7 +24,7 @@ _SPACE = " \t\r\n\ufeff"
 
 def read(path: pathlib.Path, start: Position) -> Iterator[Record]:
     """The examples of a file of lines or of a document."""
-    return _document(path, start) if is_document(path) else _lines(path, start)
+    yield from _document(path, start) if is_document(path) else _lines(path, start)
 
 
 def is_document(path: pathlib.Path) -> bool:
@@ -126,6 +126,8 @@ def _rows_in(document: dict[str, typing.Any], path: pathlib.Path) -> Sequence[ty
         )
     if wrapped:
         return document[wrapped[0]]
+    if _pandas_split(document):
+        return [dict(zip(document["columns"], row, strict=True)) for row in document["data"]]
     if columns := _columns(document):
         sizes = {name: len(document[name]) for name in columns}
         if len(set(sizes.values())) > 1:
@@ -140,8 +142,6 @@ def _rows_in(document: dict[str, typing.Any], path: pathlib.Path) -> Sequence[ty
     if _pandas_columns(document):
         numbers = next(iter(document.values()))
         return [{name: document[name][number] for name in document} for number in numbers]
-    if _pandas_split(document):
-        return [dict(zip(document["columns"], row, strict=True)) for row in document["data"]]
     return [document]
 
 

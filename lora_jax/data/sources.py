@@ -133,7 +133,8 @@ def stream(source: str, start: records.Position = records.START) -> Iterator[rec
 
 def _one_by_one(found: folders.Found, start: records.Position) -> Iterator[records.Record]:
     """The examples of several files. Their positions hold the number of the file."""
-    (number, at), before = start if isinstance(start[0], list) else ([0, 0], 0), start[1]
+    at, before = start
+    number, at = at if isinstance(at, list) else (0, at)
     for n in range(number, len(found.paths)):
         for each in _named(files.read(found.paths[n], (at, before)), found.names[n]):
             yield each._replace(after=([n, each.after[0]], each.after[1]))

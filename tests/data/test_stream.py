@@ -11,8 +11,8 @@ import pytest
 import test_mixture
 
 from lora_jax import errors
+from lora_jax.data import bad_rows, packing, sources, stream
 from lora_jax.data import files as reading
-from lora_jax.data import packing, sources, stream
 
 reader = test_mixture.reader
 files = test_mixture.files
@@ -66,7 +66,9 @@ def numbered(path, count):
 
 
 def alone(examples):
-    return packing.alone([(np.array([n]), np.array([True])) for n in (row["n"] for row in examples)])
+    return packing.alone(
+        [(np.array([n]), np.array([True])) for n in (row["n"] for row in examples)]
+    )
 
 
 def opened(source, *, arrange=alone, window=6, number=0):
@@ -186,6 +188,41 @@ def test_the_sequences_do_not_depend_on_what_was_saved(small, tmp_path, damage):
     assert shown(again, range(60, 90)) == straight[60:90]
     again._thread.shutdown()
     assert file.read_text() == whole
+
+
+def test_only_rows_that_were_not_reached_may_change(small, tmp_path):
+    source, file = numbered(tmp_path / "x.jsonl", 60), tmp_path / "streams/0.jsonl"
+    good = (tmp_path / "x.jsonl").read_text()
+    straight = shown(opened(source), range(150))
+
+    def changed(line, text, upto):
+        """A stream that goes on after sequence `upto` with a line changed."""
+        lines = good.splitlines(keepends=True)
+        lines[line] = text
+        (tmp_path / "x.jsonl").write_text("".join(lines))
+        again = opened(source)
+        again.keep(file, write=True)
+        return shown(again, range(upto, 150))
+
+    first = opened(source)
+    first.keep(file, write=True)
+    with pytest.raises(errors.UserError, match=r"x\.jsonl:36"):
+        changed(35, "a bad row\n", 0)
+    # The row corrected: longer than before, and so are its file and all positions after it.
+    assert changed(35, '{"text": "x",    "n": 35}\n', 22) == straight[22:]
+    with pytest.raises(errors.UserError, match="rows that the run has read before"):
+        changed(21, '{"text": "x", "n": 99}\n', 22)
+
+
+def test_a_stream_skips_bad_rows_and_counts_each_once(small, tmp_path):
+    path = tmp_path / "x.jsonl"
+    source = numbered(path, 20)
+    path.write_text(path.read_text() + "bad\n" * 12 + '{"text": "x", "n": 20}\n')
+    bad = bad_rows.BadRows(12)
+    how = {"columns": None, "seed": 3, "number": 0, "window": 6, "bad": bad}
+    numbers = shown(stream.Stream(source, alone, **how), range(42))
+    assert sorted(numbers) == sorted([*range(21)] * 2)
+    assert [*bad.places] == [f"x.jsonl:{n}" for n in range(21, 33)]
 
 
 def test_another_process_follows_and_writes_nothing(small, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 from test_run import at_step, checkpoints, comparable
 
+from lora_jax.data import sources, stream
 from lora_jax.optim import step as train_step
 from lora_jax.training import evaluate, settings
 
@@ -92,6 +93,33 @@ def test_a_run_killed_at_any_time_loses_no_saved_step(parent, rows, tmp_path):
             assert int(found[1] or 0) == max(saved, default=0)
     assert comparable(folder) == comparable(whole)
     assert checkpoints(folder) == [MANY - 1, MANY]
+
+
+# ------------------------------------------------------------------------- a bad row in a stream
+
+
+def test_a_bad_row_ends_a_stream_after_a_checkpoint_and_may_be_corrected_or_skipped(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stream, "BLOCK", 8)
+    monkeypatch.setattr(sources, "HEAD", 4)
+    data, folder = cli.write_rows(tmp_path / "x.jsonl", 40), tmp_path / "run"
+    good = data.read_text()
+    lines = good.splitlines(keepends=True)
+    lines[20] = '{"prompt": "a", "completion": 5}\n'
+    data.write_text("".join(lines))
+    flags = (*MODEL, "--dataset", data, "--streaming", "--seq-len", 32, "--batch-size", 8,
+             "--grad-accum", 1, "--max-steps", 4, "--save-every", 100)  # fmt: skip
+    message = cli.refused("train", *flags, "--output-dir", folder)
+    assert "x.jsonl:21" in message and checkpoints(folder) == [2]
+    skipping = shutil.copytree(folder, tmp_path / "skipping")
+    out = resumed(skipping, "--skip-bad-rows", 1)
+    assert "from step 2 of 4" in out and "1 skipped (of at most 1): x.jsonl:21:" in out
+    data.write_text(good)
+    assert "from step 2 of 4" in resumed(folder)
+    whole = tmp_path / "whole"
+    assert cli.run("train", *flags, "--output-dir", whole).code == 0
+    assert comparable(folder) == comparable(whole) != comparable(skipping)
 
 
 # ------------------------------------------------------------------------- damaged
