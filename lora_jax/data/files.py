@@ -19,14 +19,13 @@ def read(path: pathlib.Path, start: Position = START) -> Iterator[Record]:
     Raises:
       errors.UserError: the suffix is unknown, a text file is not UTF-8, …
     """
-    form = form_of(path)
-    hub.refuse_lfs_pointer(path)
-    return _guarded(path, form.read(path, start))
+    return _guarded(path, form_of(path), start)
 
 
-def _guarded(path: pathlib.Path, found: Iterator[Record]) -> Iterator[Record]:
+def _guarded(path: pathlib.Path, form: "_Format", start: Position) -> Iterator[Record]:
     with _readable(path):
-        yield from found
+        hub.refuse_lfs_pointer(path)
+        yield from form.read(path, start)
 
 
 @contextlib.contextmanager

@@ -97,8 +97,8 @@ def _whole(source: str, columns: Mapping[str, str] | None, bad: bad_rows.BadRows
 def _table_of(path: pathlib.Path) -> "pyarrow.Table":
     import pyarrow
 
-    hub.refuse_lfs_pointer(path)
     try:
+        hub.refuse_lfs_pointer(path)
         return arrow_files.table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise arrow_files.damaged(path, error) from error

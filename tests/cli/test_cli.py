@@ -355,10 +355,12 @@ def test_ctrl_c_with_nothing_to_save_stops_at_once():
 def test_local_paths_are_kept_as_typed_and_absolute_in_the_record(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    found = build("--dataset", "rows.jsonl", "o/d", "--model", "owner/name").flat()
-    assert found["dataset"] == ["rows.jsonl", "o/d"]  # as they go into config.yaml
+    (tmp_path / "many").mkdir()
+    local = ["rows.jsonl", "many@test", "row*.jsonl"]
+    found = build("--dataset", *local, "o/d@test", "--model", "owner/name").flat()
+    assert found["dataset"] == [*local, "o/d@test"]  # as they go into config.yaml
     kept = assemble.absolute(found)  # as they go into run.json
-    assert kept["dataset"] == [str(tmp_path / "rows.jsonl"), "o/d"]
+    assert kept["dataset"] == [*(str(tmp_path / name) for name in local), "o/d@test"]
     assert kept["model"] == "owner/name"
 
 
