@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from lora_jax import assets, errors
 from lora_jax.training.settings import assemble, checks, convert, groups
 
-# What a resumed run may change: reporting, prompts, the mesh, how a step is split, how many bad rows
-# are skipped, and where the model and the data lie. Their contents are compared when the checkpoint
-# is read.
+# What a resumed run may change: reporting, prompts, the mesh, how a step is split, how many bad
+# rows are skipped, and where the model and the data lie. Their contents are compared when the
+# checkpoint is read.
 _MAY_CHANGE = ("output_dir", "skip_bad_rows", "prompt", "chat", "max_new_tokens", "temperature",
          "mesh", "max_time", "log_every", "report_to", "profile", *assemble.PATHS)  # fmt: skip
 _SPLIT = ("batch_size", "grad_accum")
