@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import tempfile
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lora_jax import errors, hub
 
@@ -69,10 +69,11 @@ def eos_ids(
     return ids
 
 
-def chat_prompt(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> str:
-    """`text` as a user's turn in the chat template, followed by the start of the assistant's turn.
+def chat_prompt(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of `text` as a user's turn, followed by the start of the assistant's turn.
 
-    Raises: UserError if the tokenizer has no chat template.
+    They are those with which a chat begins that is trained: only the template adds a BOS.
+    Raises: UserError if the tokenizer has no chat template, or if it refuses the turn.
     """
     if not tokenizer.chat_template:
         raise errors.UserError(
@@ -81,7 +82,35 @@ def chat_prompt(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) ->
             do="omit --chat, or use a chat model",
         )
     turn = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    try:
+        encoded = tokenizer.apply_chat_template(
+            turn, tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+    except Exception as error:  # an expression of a template can fail in any way
+        raise errors.UserError(
+            expected="a chat template that takes a user's turn",
+            found=f"{type(error).__name__}: {error}",
+            where=str(tokenizer.name_or_path),
+            do="omit --chat, or correct the template",
+        ) from error
+    return encoded["input_ids"]
+
+
+def check_ids(
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    sequences: Iterable[Sequence[int]],
+    num_embeddings: int,
+) -> None:
+    """Raises: UserError if an id has no row in the embedding: jax would read another row."""
+    largest = max((max(ids, default=0) for ids in sequences), default=0)
+    if largest >= num_embeddings:
+        raise errors.UserError(
+            expected=f"ids below {num_embeddings}, the rows of the model's embedding",
+            found=f"the token {tokenizer.convert_ids_to_tokens(int(largest))!r}, whose id is "
+            f"{largest}",
+            where=str(tokenizer.name_or_path),
+            do="use the tokenizer that the model was made with, without tokens added later",
+        )
 
 
 def encode(

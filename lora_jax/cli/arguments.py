@@ -201,7 +201,7 @@ def add_model(flags: Flags) -> None:
 
 def add_data(flags: Flags) -> None:
     """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing, --streaming,
-    --skip-bad-rows."""
+    --skip-bad-rows, --chat-time."""
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt, a folder of them or hub id; "
               "examples with text, "
@@ -223,6 +223,8 @@ def add_data(flags: Flags) -> None:
                  "blocks of a few thousand examples; needs --max-steps")  # fmt: skip
     flags.add("--skip-bad-rows", "skip and report up to N rows that cannot be read or trained on",
               type=int, metavar="N")  # fmt: skip
+    flags.add("--chat-time", "the time that a chat template prints, e.g. 2026-01-31 (default: when "
+              "the run starts)", metavar="TIME")  # fmt: skip
 
 
 def add_processes(flags: Flags) -> None:

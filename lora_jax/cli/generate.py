@@ -116,6 +116,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
 
     from lora_jax import hub, tokenizer
     from lora_jax.checkpoints import inventory, loader
+    from lora_jax.data import chat
     from lora_jax.generation import continuation
     from lora_jax.generation import weights as decode_weights
     from lora_jax.lora import peft
@@ -150,10 +151,11 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
     num_bytes = inventory.loaded_bytes(folder, dtype=dtype, quantization=quant)
     mesh = sharding.choose(settings.base.mesh, num_bytes)
     reader = tokenizer.load(folder)
-    texts = list(settings.prompts)
     if settings.chat:
-        texts = [tokenizer.chat_prompt(reader, prompt) for prompt in texts]
-    encoded = tokenizer.encode(reader, texts)
+        encoded = [tokenizer.chat_prompt(reader, prompt) for prompt in settings.prompts]
+    else:
+        encoded = tokenizer.encode(reader, list(settings.prompts))
+    tokenizer.check_ids(reader, encoded, architecture.vocab_size)
     context = architecture.max_position_embeddings
     for ids in encoded:
         continuation.check_length(len(ids), settings.sampling, context)
@@ -175,7 +177,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
         if form and processes.leads():
             size = console.size(decode_weights.num_bytes(model, form))
             print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
-        eos_ids = tokenizer.eos_ids(reader, folder)
+        eos_ids = chat.stop_ids(reader, folder)
         continue_ = continuation.make(graphdef, settings.sampling, eos_ids, form=form)
         key = jax.random.key(settings.seed)
         yield from continuation.continuations(

@@ -1,6 +1,7 @@
 """Show examples as the model sees them, with the tokens that are trained on."""
 
 import dataclasses
+import datetime
 import itertools
 import os
 import statistics
@@ -73,7 +74,7 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
     settings = assemble.compose(own, given=frozenset(own))
     if settings.data.packing and settings.data.dpo:
         raise errors.UserError(expected="--packing or --dpo", found="both")
-    for problem in checks.mixture(settings.data):
+    for problem in (*checks.mixture(settings.data), *checks.chat_time(settings.data)):
         raise problem
     return InspectSettings(settings.model, settings.data, **values)
 
@@ -81,7 +82,7 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
 def main() -> None:
     settings = settings_of(parse())
     from lora_jax import hub, tokenizer
-    from lora_jax.data import bad_rows, encoding, mixture, packing, sources
+    from lora_jax.data import bad_rows, chat, clock, encoding, mixture, packing, sources
     from lora_jax.models import config as model_config
 
     data = settings.data
@@ -95,10 +96,19 @@ def main() -> None:
         if note := sources.note(source):
             console.say("files", note)
     folder = hub.tokenizer_folder(settings.model.model, settings.model.revision)
-    context = model_config.load(folder).max_position_embeddings
-    seq_len = data.resolve_seq_len(context)
+    architecture = model_config.load(folder)
+    seq_len = data.resolve_seq_len(architecture.max_position_embeddings)
     reader = tokenizer.load(folder)
-    eos = tokenizer.eos_ids(reader, folder)[0]
+    stops = chat.stop_ids(reader, folder)
+    if len(stops) > 1:
+        console.say("stops", "generation stops at "
+                    + " or ".join(reader.convert_ids_to_tokens(list(stops))))  # fmt: skip
+    if clock.is_read(reader):
+        time = data.chat_time or datetime.datetime.now().isoformat(timespec="seconds")
+        clock.stop(reader, time)
+        console.say("clock", f"the chat template prints the time; here it is {time}, in a run when "
+                    "it starts, or --chat-time")  # fmt: skip
+    eos = stops[0]
     sizes = []
     for (label, source), examples in zip(files, loaded, strict=True):
         encode = encoding.encode_pairs if data.dpo else encoding.encode
@@ -111,6 +121,10 @@ def main() -> None:
         )
         if news := bad.news():
             console.say("bad rows", news)
+        tokenizer.check_ids(reader, (ids for ids, _ in encoded.examples), architecture.vocab_size)
+        if encoded.num_lost:
+            console.say("chats", f"the chat template leaves out an answer or a tool call in "
+                        f"{encoded.num_lost} of them: these are not trained")  # fmt: skip
         sequences = packing.arrange(
             encoded.examples, seq_len, packing=data.packing, in_pairs=data.dpo
         )

@@ -1,59 +1,123 @@
-"""Chats → token ids and loss masks, rendered by the tokenizer's chat template. Imports no jax."""
+"""Chats → token ids and loss masks, in one rendering of the chat template. Imports no jax."""
 
-import re
+import contextlib
+import json
+import pathlib
 import typing
+from collections.abc import Mapping
 
 import numpy as np
+
+from lora_jax import errors
+from lora_jax import tokenizer as tokenizing
+from lora_jax.data import messages as reading
+from lora_jax.data import template
+from lora_jax.data.template import ChatError as ChatError
 
 if typing.TYPE_CHECKING:
     import transformers
 
 
-class ChatError(Exception):
-    """What is wrong with one chat."""
+class Encoded(typing.NamedTuple):
+    """ids int32 [T]; trained bool [T]; loses: the template leaves out what should be trained."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    loses: bool
 
 
-def encode(
-    messages: object, tokenizer: "transformers.PreTrainedTokenizerBase"
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, trained) of a chat; the assistant's turns are trained, with the tokens that end them.
+def stop_ids(
+    tokenizer: "transformers.PreTrainedTokenizerBase", folder: str | pathlib.Path
+) -> tuple[int, ...]:
+    """The ids at which generation stops: tokenizer.eos_ids, and the token that ends a turn in the
+    chat template.
 
-    A template with {% generation %} marks the turns itself. Otherwise a turn is what the template
-    adds to the chat before it.
-    Raises: ChatError if the chat cannot be rendered turn by turn.
+    Raises: UserError if the model in `folder` has no token that ends a text.
     """
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and m.get("content") is not None
-        for m in messages
-    ):
-        raise ChatError("messages is not a list of {role, content}")
-    # Arrow gives every message the fields of all messages; templates test whether a field exists.
-    messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    ids = tokenizing.eos_ids(tokenizer, folder)
+    turn = None
+    if tokenizer.chat_template:
+        with contextlib.suppress(ChatError):  # only for some chats
+            turn = template.Template(tokenizer).end_of_turn()
+    return ids if turn is None or turn in ids else (*ids, turn)
 
-    def render(upto: int, **options: object) -> typing.Any:
-        import jinja2
 
-        try:
-            return tokenizer.apply_chat_template(
-                messages[:upto], tokenize=True, return_dict=True, verbose=False, **options
+class Encoder:
+    """Encodes chats with a tokenizer's chat template."""
+
+    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase"):
+        self._tokenizer = tokenizer
+        self._templates: dict[str, template.Template] = {}
+
+    def encode(
+        self,
+        messages: list[template.Message],
+        fields: Mapping[str, typing.Any],
+        prompt: int = 0,
+    ) -> Encoded:
+        """A chat as apply_chat_template gives it; the assistant's turns are trained.
+
+        A token is trained if a character of it belongs to an answer or to what ends the turn.
+        fields: the example; its tools and chat_template_kwargs go to the template. prompt: how many
+        messages at the beginning are not trained.
+        Raises: ChatError if the chat cannot be rendered or its answers cannot be found in it.
+        """
+        how = self._template(fields)
+        trained = [n >= prompt and reading.is_trained(each) for n, each in enumerate(messages)]
+        has_parts = any(isinstance(each.get("content"), list) for each in messages)
+        problem: ChatError | None = None
+        best: template.Rendering | None = None
+        for form in reading.forms(messages, how.source):
+            try:
+                found = how.rendering(form, trained)
+            except ChatError as error:
+                problem = problem or error
+                continue
+            if best is None or len(found.lost) < len(best.lost):
+                best = found
+            if not best.lost or not (has_parts or len(best.lost) == sum(trained)):
+                break
+        if problem and (best is None or len(best.lost) == sum(trained)):
+            raise problem
+        assert best is not None
+        return self._tokens(best)
+
+    def _template(self, fields: Mapping[str, typing.Any]) -> template.Template:
+        tools = reading.parsed(fields.get("tools"))
+        options = reading.parsed(fields.get("chat_template_kwargs"))
+        if tools is not None and not (
+            isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+        ):
+            raise ChatError("tools is not a list of objects")
+        if options is not None and not isinstance(options, Mapping):
+            raise ChatError("chat_template_kwargs is not an object")
+        key = json.dumps([tools, options], default=str)
+        if not self._tokenizer.chat_template:
+            raise errors.UserError(
+                expected="a tokenizer with a chat template, to render the examples' messages",
+                found="none",
+                where=str(self._tokenizer.name_or_path),
+                do="start from the chat variant of the model, or use prompt and completion instead",
             )
-        except jinja2.TemplateError as error:
-            raise ChatError(f"the chat template rejects it: {error}") from error
+        if key not in self._templates:
+            if len(self._templates) > 256:
+                self._templates.clear()
+            options = {k: v for k, v in (options or {}).items() if k not in _OWN}
+            self._templates[key] = template.Template(self._tokenizer, tools or None, options)
+        return self._templates[key]
 
-    if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        rendered = render(len(messages), return_assistant_tokens_mask=True)
-        return (
-            np.array(rendered["input_ids"], np.int32),
-            np.array(rendered["assistant_masks"], bool),
+    def _tokens(self, rendering: template.Rendering) -> Encoded:
+        encoded = self._tokenizer(
+            rendering.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
+        ids = np.array(encoded.input_ids, np.int32)
+        first, end = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+        trained = np.zeros(len(ids), bool)
+        for start, stop in rendering.trained:
+            trained |= (first < stop) & (end > start)
+        return Encoded(ids, trained, bool(rendering.lost))
 
-    ids = render(len(messages))["input_ids"]
-    trained = np.zeros(len(ids), bool)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = render(i, add_generation_prompt=True)["input_ids"]
-            after = render(i + 1)["input_ids"]
-            if after[: len(before)] != before or ids[: len(after)] != after:
-                raise ChatError(f"turn {i + 1} changes the tokens of the turns before it")
-            trained[len(before) : len(after)] = True
-    return np.array(ids, np.int32), trained
+
+# Arguments of apply_chat_template itself, which an example does not decide.
+_OWN = ("add_generation_prompt", "tokenize", "return_dict", "tools", "conversation",
+        "continue_final_message", "padding", "truncation", "return_tensors")  # fmt: skip

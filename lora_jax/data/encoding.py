@@ -5,16 +5,15 @@ cut into blocks of seq_len.
 """
 
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import chat, files, kinds
+from lora_jax.data import chat, files, kinds, messages, preferences
 
 if typing.TYPE_CHECKING:
-    import datasets
     import transformers
 
 IGNORED = -100  # the label of a token that is not trained, as in torch and Hugging Face
@@ -26,7 +25,8 @@ Example = tuple[np.ndarray, np.ndarray]  # ids int32 [T], which of them are trai
 class Encoded(typing.NamedTuple):
     """Examples of at most seq_len tokens, their lengths before cutting, and where each is from.
 
-    num_cut: how many were cut. num_skipped: how many had nothing to train.
+    num_cut: how many were cut. num_skipped: how many had nothing to train. num_lost: in how many
+    the chat template leaves out an answer or a tool call that should be trained.
     """
 
     examples: list[Example]
@@ -34,10 +34,16 @@ class Encoded(typing.NamedTuple):
     origins: list[str]
     num_cut: int
     num_skipped: int
+    num_lost: int = 0
+
+    @property
+    def rows(self) -> list[Example]:
+        """The examples."""
+        return self.examples
 
 
 def encode(
-    dataset: "datasets.Dataset",
+    dataset: Iterable[kinds.Fields],
     tokenizer: "transformers.PreTrainedTokenizerBase",
     seq_len: int,
     eos: int,
@@ -53,17 +59,19 @@ def encode(
     Raises:
       errors.UserError: an example lacks fields, a chat cannot be masked, or no example remains.
     """
-    if files.STREAM in dataset.column_names:
+    if files.STREAM in next(iter(dataset), {}):
         examples = _blocks("".join(row[files.STREAM] for row in dataset), tokenizer, seq_len)
         origins = [f"block {number}" for number in range(1, len(examples) + 1)]
+        num_lost = 0
     else:
-        examples = _encode_all(dataset, tokenizer, eos)
+        examples, num_lost = _encode_all(dataset, tokenizer, eos)
         origins = [kinds.origin(fields) for fields in dataset]
-    return _cut(examples, origins, seq_len, group=1, may_be_empty=may_be_empty)
+    found = _cut(examples, origins, seq_len, group=1, may_be_empty=may_be_empty)
+    return found._replace(num_lost=num_lost)
 
 
 def encode_pairs(
-    dataset: "datasets.Dataset",
+    dataset: Iterable[kinds.Fields],
     tokenizer: "transformers.PreTrainedTokenizerBase",
     seq_len: int,
     eos: int,
@@ -72,39 +80,48 @@ def encode_pairs(
 ) -> Encoded:
     """As `encode`, but each preference becomes two examples: prompt + chosen, prompt + rejected.
 
-    The three fields are strings, which are joined, or message lists, which are concatenated. A pair
-    is skipped if one of its examples has nothing to train; it counts as one.
+    What chosen and rejected have in common at their beginning belongs to the prompt, of which
+    nothing is trained. A pair is skipped if one of its examples has nothing to train, or if they
+    are equal; it counts as one.
 
     Raises:
       errors.UserError: an example lacks fields, a chat cannot be masked, or no pair remains.
     """
-    answers, origins, found, where = [], [], [], []
-    for example in dataset:
-        parts = [example.get(field) for field in kinds.PREFERENCE]
-        if all(isinstance(part, str) for part in parts):
-            pair = [{"prompt": parts[0], "completion": answer} for answer in parts[1:]]
-        elif all(isinstance(part, list) for part in parts):
-            pair = [{"messages": parts[0] + answer} for answer in parts[1:]]
-        else:
-            found.append(", ".join(kinds.fields_present(example)) or "(nothing)")
-            where.append(kinds.origin(example))
+    chats = chat.Encoder(tokenizer)
+    texts: list[dict[str, typing.Any]] = []
+    examples: dict[int, tuple[Example, ...]] = {}
+    origins, problems, num_lost = [], {}, 0
+    for n, fields in enumerate(dataset):
+        origins += [kinds.origin(fields)] * 2
+        try:
+            pair = preferences.read(fields)
+            if isinstance(pair, preferences.Texts):
+                texts += [{"prompt": pair.prompt, "completion": answer} for answer in pair.answers]
+                continue
+            encoded = [chats.encode(each, fields, pair.num_prompt) for each in pair.chats]
+        except chat.ChatError as error:
+            problems[kinds.origin(fields)] = str(error)
             continue
-        answers += [fields | {kinds.ORIGIN: kinds.origin(example)} for fields in pair]
-        origins += [kinds.origin(example)] * 2
-    if found:
+        examples[n] = tuple((each.ids, each.trained) for each in encoded)
+        num_lost += any(each.loses for each in encoded)
+    if problems:
         raise errors.UserError(
-            expected=f"in each example {', '.join(kinds.PREFERENCE)}, all strings or all message "
-            "lists",
-            found=[f"the fields {fields}" for fields in found],
-            where=where,
+            expected="in each example chosen and rejected, and the prompt if these do not begin "
+            "with it; strings or message lists",
+            found=list(problems.values()),
+            where=list(problems),
             do="correct these examples, or map their fields, e.g. --columns chosen=better",
         )
-    examples = _encode_all(answers, tokenizer, eos)
-    return _cut(examples, origins, seq_len, group=2, may_be_empty=may_be_empty)
+    joined = iter(_encode_texts(texts, tokenizer, eos))
+    num_pairs = len(origins) // 2
+    pairs = [examples.get(n) or (next(joined), next(joined)) for n in range(num_pairs)]
+    flat = [example for pair in pairs for example in pair]
+    found = _cut(flat, origins, seq_len, group=2, may_be_empty=may_be_empty)
+    return found._replace(num_lost=num_lost)
 
 
 def prompts(
-    dataset: "datasets.Dataset", tokenizer: "transformers.PreTrainedTokenizerBase"
+    dataset: Iterable[kinds.Fields], tokenizer: "transformers.PreTrainedTokenizerBase"
 ) -> list[tuple[np.ndarray, str]]:
     """(prompt ids int32 [T], expected completion) of each example, for exact-match evaluation.
 
@@ -112,9 +129,11 @@ def prompts(
     """
     kind_of_each = kinds.kinds_of(dataset)
     each = list(zip(dataset, kind_of_each, strict=True))
-    if wrong := [example for example, kind in each if kind in (("text",), ("messages",))]:
+    if wrong := [
+        example for example, kind in each if kind == ("text",) or kinds.is_chat(example, kind)
+    ]:
         raise errors.UserError(
-            expected="examples with prompt and completion, or instruction and output",
+            expected="examples with prompt and completion, or instruction and output, as strings",
             found=[", ".join(kinds.fields_present(example)) for example in wrong],
             where=[kinds.origin(example) for example in wrong],
             do="exact match needs a prompt and an expected answer: map them with --columns",
@@ -132,7 +151,12 @@ def _cut(
     """Examples cut at seq_len. Of every `group` in turn, all are skipped if one has nothing left to
     train."""
     groups = [range(n, n + group) for n in range(0, len(examples), group)]
-    whole = [group for group in groups if all(examples[n][1][1:seq_len].any() for n in group)]
+    whole = [
+        group
+        for group in groups
+        if all(examples[n][1][1:seq_len].any() for n in group)
+        and (len(group) == 1 or not _equal(*(examples[n][0][:seq_len] for n in group)))
+    ]
     if not whole and not may_be_empty:
         raise errors.UserError(
             expected="at least one example with a token to train on",
@@ -150,6 +174,10 @@ def _cut(
     )
 
 
+def _equal(chosen: np.ndarray, rejected: np.ndarray) -> bool:
+    return np.array_equal(chosen, rejected)
+
+
 def _example(ids: Iterable, trained: Iterable) -> Example:
     return np.array(ids, np.int32), np.array(trained, bool)
 
@@ -163,48 +191,72 @@ def _blocks(
 
 
 def _encode_all(
-    dataset: "datasets.Dataset | list[dict]",
+    dataset: Iterable[kinds.Fields],
     tokenizer: "transformers.PreTrainedTokenizerBase",
     eos: int,
-) -> list[Example]:
+) -> tuple[list[Example], int]:
+    """(the examples, in how many the chat template leaves out what should be trained)."""
     kind_of_each = kinds.kinds_of(dataset)
-    examples: list[Example | None] = [None] * len(dataset)
-    if ("messages",) in kind_of_each and not tokenizer.chat_template:
-        raise errors.UserError(
-            expected="a tokenizer with a chat template, to render the examples' messages",
-            found="none",
-            where=str(tokenizer.name_or_path),
-            do="start from the chat variant of the model, or use prompt and completion instead",
-        )
-    pairs, texts, problems = {}, {}, {}
+    chats = chat.Encoder(tokenizer)
+    found: dict[int, chat.Encoded] = {}
+    texts: list[dict[str, typing.Any]] = []
+    problems = {}
     for n, (fields, kind) in enumerate(zip(dataset, kind_of_each, strict=True)):
-        if kind == ("messages",):
+        if kinds.is_chat(fields, kind):
             try:
-                examples[n] = chat.encode(fields["messages"], tokenizer)
+                messages, num_prompt = _messages(fields, kind)
+                found[n] = chats.encode(messages, fields, num_prompt)
             except chat.ChatError as error:
                 problems[kinds.origin(fields)] = str(error)
         elif kind == ("text",):
-            texts[n] = fields["text"]
+            texts.append({"prompt": None, "completion": fields["text"]})
         else:
-            pairs[n] = kinds.prompt_and_completion(fields, kind)
+            prompt, completion = kinds.prompt_and_completion(fields, kind)
+            texts.append({"prompt": prompt, "completion": completion})
     if problems:
         raise errors.UserError(
-            expected="chats that the tokenizer's chat template renders turn by turn",
+            expected="chats that the tokenizer's chat template renders",
             found=list(problems.values()),
             where=list(problems),
             do="correct these examples or the template, or use prompt and completion instead",
         )
-    for n, ids in zip(texts, _ids(tokenizer, list(texts.values())), strict=True):
-        examples[n] = _example([*ids, eos], [True] * (len(ids) + 1))
-    before = _ids(tokenizer, [prompt for prompt, _ in pairs.values()])
-    whole = _ids(tokenizer, [prompt + answer for prompt, answer in pairs.values()])
-    for (n, (_, answer)), prompt_ids, ids in zip(pairs.items(), before, whole, strict=True):
+    joined = iter(_encode_texts(texts, tokenizer, eos))
+    examples = [
+        (found[n].ids, found[n].trained) if n in found else next(joined)
+        for n in range(len(kind_of_each))
+    ]
+    return examples, sum(each.loses for each in found.values())
+
+
+def _messages(
+    fields: kinds.Fields, kind: tuple[str, ...]
+) -> tuple[list[dict[str, typing.Any]], int]:
+    """(a chat's messages, how many at its beginning are the prompt)."""
+    if kind in kinds.CHATS:
+        return messages.read(fields[kind[0]], kind[0]), 0
+    prompt = messages.read_as("user", fields["prompt"], "prompt")
+    return prompt + messages.read_as("assistant", fields["completion"], "completion"), len(prompt)
+
+
+def _encode_texts(
+    texts: Sequence[Mapping[str, typing.Any]],
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    eos: int,
+) -> Iterator[Example]:
+    """The ids of prompt + completion + EOS, of which the prompt is not trained. Without a prompt
+    (None) everything is."""
+    before = _ids(tokenizer, [each["prompt"] or "" for each in texts])
+    whole = _ids(tokenizer, [(each["prompt"] or "") + each["completion"] for each in texts])
+    for each, prompt_ids, ids in zip(texts, before, whole, strict=True):
+        if each["prompt"] is None:
+            prompt_ids = []
         # Generation starts from prompt_ids, so training must use exactly these tokens.
-        if ids[: len(prompt_ids)] != prompt_ids:
-            ids = prompt_ids + _continuation(answer, tokenizer)
-        trained = len(ids) - len(prompt_ids) + 1
-        examples[n] = _example([*ids, eos], [False] * len(prompt_ids) + [True] * trained)
-    return typing.cast(list[Example], examples)
+        elif ids[: len(prompt_ids)] != prompt_ids:
+            ids = prompt_ids + _continuation(each["completion"], tokenizer)
+        if len(ids) == len(prompt_ids) or ids[-1] != eos:  # a completion may end with it already
+            ids = [*ids, eos]
+        trained = len(ids) - len(prompt_ids)
+        yield _example(ids, [False] * len(prompt_ids) + [True] * trained)
 
 
 def _ids(

@@ -1,12 +1,14 @@
 """The kinds of examples, by their fields, and the prompt and completion of one.
 
-  messages                        a chat; the loss is on the assistant's turns
-  prompt, completion              joined as they are; the loss is on completion + EOS
+  messages, or conversations      a chat; the loss is on the assistant's turns
+  prompt, completion              strings: joined as they are; the loss is on completion + EOS;
+                                  message lists: a chat; the loss is on completion's answers
   instruction, [input,] output    Alpaca's template; the loss is on output + EOS
   text                            the loss is on everything, EOS included
 
 An example is of the first kind whose fields are all present. For DPO it is a preference instead:
-prompt, chosen and rejected, all strings or all message lists.
+chosen and rejected, and the prompt if these do not begin with it; strings or message lists.
+With a chat, tools and chat_template_kwargs go to the chat template.
 """
 
 import typing
@@ -16,13 +18,16 @@ from lora_jax import errors
 
 KINDS = (
     ("messages",),
+    ("conversations",),
     ("prompt", "completion"),
     ("instruction", "output"),
     ("text",),
 )
 PREFERENCE = ("prompt", "chosen", "rejected")
-FIELDS = ("messages", "prompt", "completion", "instruction", "input", "output", "text",
-          "chosen", "rejected")  # fmt: skip
+CHATS = (("messages",), ("conversations",))
+FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output",
+          "text", "chosen", "rejected", *FOR_TEMPLATE)  # fmt: skip
 # The field that says where an example is from ("train.jsonl:17"), for messages. Not content.
 ORIGIN = "_origin"
 
@@ -50,7 +55,7 @@ def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
         present = fields_present(example)
         kind = next((kind for kind in KINDS if set(kind) <= set(present)), ())
         kinds.append(kind)
-        wrong = [f for f in kind if f != "messages" and not isinstance(example[f], str)]
+        wrong = [] if is_chat(example, kind) else _not_text(example, kind)
         if not kind or wrong:
             found.append(
                 ", ".join(f"{f} is a {type(example[f]).__name__}" for f in wrong)
@@ -69,6 +74,18 @@ def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
             "prompt=question,completion=answer",
         )
     return kinds
+
+
+def is_chat(example: Fields, kind: tuple[str, ...]) -> bool:
+    """Whether an example is made of messages."""
+    both = kind == ("prompt", "completion")
+    return kind in CHATS or (both and any(isinstance(example[f], list) for f in kind))
+
+
+def _not_text(example: Fields, kind: tuple[str, ...]) -> list[str]:
+    """The fields of an example that must be strings and are not."""
+    optional = ("input",) if kind == ("instruction", "output") and example.get("input") else ()
+    return [field for field in (*kind, *optional) if not isinstance(example[field], str)]
 
 
 def prompt_and_completion(example: Fields, kind: tuple[str, ...]) -> tuple[str, str]:

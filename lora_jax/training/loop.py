@@ -114,7 +114,11 @@ def _on_mesh(
     data = None
     if found is not None:
         settings = settings.replace(seq_len=settings.data.resolve_seq_len(context))
-        data = run_data.RunData(settings, found, base.tokenizer, base.eos_ids[0], context)
+        settings = setup.with_chat_time(settings, base.tokenizer)
+        vocabulary = architecture.vocab_size
+        data = run_data.RunData(
+            settings, found, base.tokenizer, base.eos_ids[0], context, vocabulary
+        )
         settings = setup.choose_remat(settings, architecture, mesh, data)
     prompts = scoring.encoded_prompts(settings, base)
     start, held = time.time(), devices.held_bytes()

@@ -68,9 +68,12 @@ class RunData:
         reader: "transformers.PreTrainedTokenizerBase",
         eos: int,
         context: int,
+        vocabulary: int,
     ):
-        """settings: with seq_len resolved. context: the model's maximum number of tokens."""
+        """settings: with seq_len resolved. context: the model's maximum number of tokens.
+        vocabulary: the rows of its embedding."""
         self._settings, self._reader, self._eos, self._context = settings, reader, eos, context
+        self._vocabulary = vocabulary
         self._data, self._loop, self._bad = settings.data, settings.loop, found.bad
         self._arrange = functools.partial(
             packing.arrange,
@@ -218,13 +221,16 @@ class RunData:
             f"{first}{len(encoded.examples)} examples, {num_tokens} tokens, {encoded.num_cut} cut "
             f"at {self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
         )
+        if encoded.num_lost:
+            say("chats", f"the chat template leaves out an answer or a tool call in "
+                f"{encoded.num_lost} of them: these are not trained")  # fmt: skip
         return kept, encoded
 
     def _encoded(
         self, examples: rows.Rows, *, may_be_empty: bool = False
     ) -> tuple[rows.Rows, encoding.Encoded]:
         encode = encoding.encode_pairs if self._data.dpo else encoding.encode
-        return bad_rows.encode(
+        kept, encoded = bad_rows.encode(
             examples,
             lambda some, empty: encode(
                 some, self._reader, self._data.seq_len, self._eos, may_be_empty=empty
@@ -232,6 +238,8 @@ class RunData:
             self._bad,
             may_be_empty=may_be_empty,
         )
+        tokenizer.check_ids(self._reader, (ids for ids, _ in encoded.examples), self._vocabulary)
+        return kept, encoded
 
     def _say_bad(self) -> None:
         if news := self._bad.news():

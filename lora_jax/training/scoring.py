@@ -77,8 +77,10 @@ def encoded_prompts(settings: groups.TrainSettings, base: setup.Base) -> list[li
     """The token ids of the prompts. Raises: UserError if one is too long."""
     texts = list(settings.prompts.prompt)
     if settings.prompts.chat:
-        texts = [tokenizer.chat_prompt(base.tokenizer, text) for text in texts]
-    encoded = tokenizer.encode(base.tokenizer, texts) if texts else []
+        encoded = [tokenizer.chat_prompt(base.tokenizer, text) for text in texts]
+    else:
+        encoded = tokenizer.encode(base.tokenizer, texts)
+    tokenizer.check_ids(base.tokenizer, encoded, base.architecture.vocab_size)
     context = base.architecture.max_position_embeddings
     for ids in encoded:
         continuation.check_length(len(ids), settings.prompts.sampling, context)

@@ -1,6 +1,7 @@
 """Loads what a run needs before its first step: base model, tokenizer, adapters."""
 
 import dataclasses
+import datetime
 import pathlib
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from lora_jax import console, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, safetensors_files
 from lora_jax.console import say
+from lora_jax.data import chat, clock
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.parallel import devices, processes
@@ -75,7 +77,20 @@ def fit(
 def base(folder: pathlib.Path, architecture: model_config.LlamaConfig) -> Base:
     """The base model with its tokenizer."""
     reader = tokenizer.load(folder)
-    return Base(folder, architecture, reader, tokenizer.eos_ids(reader, folder))
+    return Base(folder, architecture, reader, chat.stop_ids(reader, folder))
+
+
+def with_chat_time(
+    settings: groups.TrainSettings, reader: "transformers.PreTrainedTokenizerBase"
+) -> groups.TrainSettings:
+    """The settings with the time that the chat template prints, which is set in it; it does not
+    change during the run, nor when the run is resumed."""
+    if not clock.is_read(reader):
+        return settings
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    time = settings.data.chat_time or processes.broadcast(now)
+    clock.stop(reader, time)
+    return settings.replace(chat_time=time)
 
 
 def num_adapters(settings: groups.TrainSettings) -> int:

@@ -8,7 +8,7 @@ import tiny_tokenizer
 from test_encoding import EOS, dataset, trained_text, write
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import encoding, sources
+from lora_jax.data import chat, clock, encoding, sources
 
 CHATML = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -57,7 +57,7 @@ def test_optional_fields_of_a_message_stay_absent(tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHATML.replace("{{ eos_token }}", "{{ messages|length }}"), "turn 2 changes"),
+        ("{% for m in messages %}{{ m['content'] | urlencode }}{% endfor %}", "changes the text"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         (None, "chat template"),
     ],
@@ -70,3 +70,237 @@ def test_chats_that_cannot_be_masked_are_named(tmp_path, template, message):
     assert message in str(caught.value)
     if template:
         assert "x.jsonl:1" in str(caught.value)
+
+
+# What published templates do, in short: think only in the last answer, as Qwen3; end the last turn
+# otherwise, as Phi-3; open a block in the prompt that answers lack, as R1; put the system message
+# into the last turn, as Mistral; have no tokens of their own around a turn.
+THINK_LAST = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}[a]{% if loop.last %}<think></think>"
+    "{% endif %}{{ m.content + eos_token }}{% else %}[u]{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+OTHER_END = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
+)
+OPENS_THINK = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '[a]' + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ '[u]' + m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '[a]<think>\n' }}{% endif %}"
+)
+SYSTEM_LAST = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{{ bos_token }}"
+    "{% for m in rest %}{% if m.role == 'user' %}{{ '[I] ' + (system + ' ' if loop.last and system "
+    "is defined else '') + m.content + '[/I]' }}{% else %}{{ ' ' + m.content + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content | trim + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}TOOLS{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{{ '[' + m.role + ']' + (m.content or '') }}{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SYSTEM = {"role": "system", "content": "be"}
+
+
+def marked(tok, example):
+    """The text of an example, with what is trained in brackets."""
+    ids, trained = example
+    text, before, at = "", "", 0
+    for end in [*np.flatnonzero(np.diff(trained)) + 1, len(ids)]:
+        upto = tok.decode(ids[:end])
+        for special in ("<s>", "</s>"):  # the space that the tokenizer puts before a word
+            upto = upto.replace(f"{special} ", special)
+        part = upto[len(before) :]
+        text, before, at = text + (f"⟦{part}⟧" if trained[at] else part), upto, end
+    return text
+
+
+def encoded(tmp_path, template, *rows, pairs=False):
+    """(the marked examples of rows in a file, what encode returns)."""
+    tok = chat_tokenizer(tmp_path, template)
+    path = write(tmp_path / "rows.jsonl", *map(json.dumps, rows))
+    encode = encoding.encode_pairs if pairs else encoding.encode
+    found = encode(sources.load(path), tok, 512, EOS)
+    return [marked(tok, example) for example in found.examples], found
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "text"),
+    [
+        (THINK_LAST, CHAT, "[u]ab cd[a]⟦yes</s>⟧[u]and?[a]⟦<think></think>no ab</s>⟧"),
+        (OTHER_END, CHAT, "<user>ab cd<end><assistant>⟦yes<end>⟧<user>and?<end><assistant>"
+                          "⟦no ab<end></s>⟧"),
+        (OPENS_THINK, CHAT, "<s>[u]ab cd[a]⟦yes</s>⟧[u]and?[a]⟦no ab</s>⟧"),
+        (SYSTEM_LAST, [SYSTEM, *CHAT[:3]], "<s>[I] ab cd[/I]⟦ yes</s>⟧[I] be and?[/I]"),
+        (PLAIN, CHAT, "user: ab cd\nassistant:⟦ yes\n⟧user: and?\nassistant:⟦ no ab\n⟧"),
+        (CHATML, CHAT[1:], "[assistant]⟦yes</s>⟧[user]and?</s>[assistant]⟦no ab</s>⟧"),
+        (CHATML, [CHAT[0] | {"content": "yes"}, CHAT[1]], "[user]yes</s>[assistant]⟦yes</s>⟧"),
+        (CHATML, [CHAT[0], CHAT[1] | {"content": "[assistant]</s>"}],
+         "[user]ab cd</s>[assistant]⟦[assistant]</s></s>⟧"),
+    ],
+)  # fmt: skip
+def test_answers_are_found_in_one_rendering(tmp_path, template, chat, text):
+    (found,), _ = encoded(tmp_path, template, {"messages": chat})
+    assert found == text
+
+
+def test_answers_are_trained_unless_their_author_says_no(tmp_path):
+    chat = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"train": True}]
+    for template in (CHATML, GENERATION):
+        (found,), _ = encoded(tmp_path, template, {"messages": chat})
+        assert [part.partition("⟧")[0] for part in found.split("⟦")[1:]] == ["no ab</s>"]
+
+
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"n": 1}}}]
+AS_TEXT = [{"type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}]
+
+
+@pytest.mark.parametrize("calls", [CALLS, AS_TEXT], ids=["object", "text"])
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
+def test_tool_calls_are_trained(tmp_path, calls, content):
+    chat = [CHAT[0], {"role": "assistant", "tool_calls": calls} | content,
+            {"role": "tool", "content": "4"}, CHAT[3]]  # fmt: skip
+    (found,), _ = encoded(tmp_path, TOOLS, {"messages": chat})
+    assert found == '[user]ab cd</s>[assistant]⟦{"n": 1}</s>⟧[tool]4</s>[assistant]⟦no ab</s>⟧'
+
+
+def test_a_tool_call_without_a_letter_is_trained(tmp_path):
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    chat = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": call}]
+    expected = "[user]ab cd</s>[assistant]⟦{}</s>⟧"
+    assert encoded(tmp_path, TOOLS, {"messages": chat})[0] == [expected]
+    chat += [{"role": "tool", "content": "4"}, CHAT[3]]
+    expected += "[tool]4</s>[assistant]⟦no ab</s>⟧"
+    assert encoded(tmp_path, TOOLS, {"messages": chat})[0] == [expected]
+
+
+def test_tools_and_options_reach_the_template(tmp_path):
+    template = "{{ before }}" + TOOLS
+    row = {"messages": CHAT[:2], "tools": [{"name": "f"}], "chat_template_kwargs": {"before": "!"}}
+    expected = '!TOOLS[{"name": "f"}][user]ab cd</s>[assistant]⟦yes</s>⟧'
+    assert encoded(tmp_path, template, row)[0] == [expected]
+    as_text = {name: json.dumps(value) for name, value in row.items()}  # as in CSV files
+    assert encoded(tmp_path, template, as_text)[0] == [expected]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cd"}]},
+        {"prompt": [{"role": "user", "content": "ab"}],
+         "completion": [{"role": "assistant", "content": "cd"}]},
+        {"prompt": [{"role": "user", "content": "ab"}], "completion": "cd"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
+                                                   {"type": "text", "text": "b"}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "cd"}]}]},
+    ],
+    ids=["sharegpt", "prompt-completion", "completion-text", "parts"],
+)  # fmt: skip
+def test_chats_as_others_write_them(tmp_path, row):
+    assert encoded(tmp_path, CHATML, row)[0] == ["[user]ab</s>[assistant]⟦cd</s>⟧"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, "messages is empty"),
+        ({"messages": [{"role": "user", "content": 5}]}, "int, not text"),
+        ({"messages": [{"role": "user"}]}, "no content"),
+        ({"messages": [{"content": "a"}]}, "no role"),
+        ({"messages": [{"role": "critic", "content": "a"}]}, "unknown role"),
+        ({"messages": "hello"}, "not a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text: image"),
+        ({"messages": CHAT, "tools": "f"}, "tools is not a list"),
+        ({"prompt": "a", "completion": float("nan")}, "completion is a float"),
+    ],
+)
+def test_what_is_no_chat_is_named(tmp_path, row, message):
+    with pytest.raises(errors.UserError, match=message) as caught:
+        encoded(tmp_path, CHATML, {"messages": CHAT} if "messages" in row else row, row)
+    assert "rows.jsonl:2" in str(caught.value)
+
+
+def test_answers_that_the_template_leaves_out_are_counted(tmp_path):
+    template = CHATML.replace("in messages %}", "in messages if m.content != 'yes' %}")
+    (found,), counts = encoded(tmp_path, template, {"messages": CHAT})
+    assert "⟦no ab</s>⟧" in found and counts.num_lost == 1
+
+
+ONE, TWO = ({"role": "user", "content": text} for text in ("one", "two"))
+GOOD, BAD = ({"role": "assistant", "content": text} for text in ("good", "bad"))
+LONG = "[user]one</s>[assistant]yes</s>[user]two</s>[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": [ONE, CHAT[1], TWO], "chosen": [GOOD], "rejected": [BAD]}, LONG),
+        ({"chosen": [ONE, CHAT[1], TWO, GOOD], "rejected": [ONE, CHAT[1], TWO, BAD]}, LONG),
+        ({"prompt": "two", "chosen": [TWO, GOOD], "rejected": [TWO, BAD]},
+         "[user]two</s>[assistant]"),
+        ({"prompt": [TWO], "chosen": [TWO, GOOD], "rejected": [TWO, BAD]},
+         "[user]two</s>[assistant]"),
+        ({"prompt": [TWO], "chosen": "good", "rejected": "bad"}, "[user]two</s>[assistant]"),
+    ],
+    ids=["prompt-with-answer", "whole-chats", "prompt-as-text", "prompt-twice", "answers-as-text"],
+)  # fmt: skip
+def test_preferences_train_the_answers_alone(tmp_path, row, prompt):
+    found, _ = encoded(tmp_path, CHATML, row, pairs=True)
+    assert found == [f"{prompt}⟦good</s>⟧", f"{prompt}⟦bad</s>⟧"]
+
+
+def test_texts_without_a_prompt_share_their_beginning(tmp_path):
+    row = {"chosen": "ab ab yes", "rejected": "ab ab no"}
+    found, _ = encoded(tmp_path, CHATML, row, pairs=True)
+    assert found == ["<s>ab ab⟦ yes</s>⟧", "<s>ab ab⟦ no</s>⟧"]
+
+
+def test_equal_answers_are_skipped(tmp_path):
+    row = {"prompt": [TWO], "chosen": [GOOD], "rejected": [GOOD]}
+    _, counts = encoded(tmp_path, CHATML, row, row | {"rejected": [BAD]}, pairs=True)
+    assert (len(counts.examples), counts.num_skipped) == (2, 1)
+
+
+def test_a_chat_begins_with_the_ids_that_generation_begins_with(tmp_path):
+    for template in (CHATML, "{{ bos_token }}" + CHATML, OPENS_THINK.replace("<think>\n", "")):
+        tok = chat_tokenizer(tmp_path, template)
+        chat = [{"role": "user", "content": "ab"}, CHAT[1]]
+        ((ids, trained),) = encoding.encode(dataset({"messages": chat}), tok, 64, EOS).examples
+        assert tokenizer.chat_prompt(tok, "ab") == ids[~trained].tolist()
+
+
+def test_the_token_that_ends_a_turn_stops_generation(tmp_path):
+    template = CHATML.replace("{{ eos_token }}", "<unk>")
+    folder = tiny_tokenizer.save(tmp_path / "chat", chat_template=template)
+    tok = tokenizer.load(folder)
+    assert chat.stop_ids(tok, folder) == (EOS, tok.unk_token_id)
+    plain = tiny_tokenizer.save(tmp_path / "plain", chat_template=PLAIN)
+    assert chat.stop_ids(tokenizer.load(plain), plain) == (EOS,)
+
+
+def test_a_clock_can_be_stopped(tmp_path):
+    template = "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }}" + CHATML
+    tok = chat_tokenizer(tmp_path, template)
+    assert clock.is_read(tok)
+    clock.stop(tok, "2024-02-29T12:00")
+    ((ids, trained),) = encoding.encode(dataset({"messages": CHAT[:2]}), tok, 64, EOS).examples
+    assert marked(tok, (ids, trained)) == "29 Feb 2024[user]ab cd</s>[assistant]⟦yes</s>⟧"
+    assert not clock.is_read(chat_tokenizer(tmp_path, CHATML))
+
+
+def test_long_chats_take_time_in_proportion(tmp_path, monkeypatch):
+    tok = chat_tokenizer(tmp_path, CHATML)
+    rendered = []
+    render = tok.apply_chat_template
+    monkeypatch.setattr(
+        tok, "apply_chat_template", lambda c, **how: rendered.append(len(c)) or render(c, **how)
+    )
+    encoding.encode(dataset({"messages": CHAT * 50}), tok, 10_000, EOS)
+    assert sum(rendered) < 3 * 200

@@ -96,7 +96,7 @@ def reader():
 def data_of(reader, *flags):
     settings = train.parse(["--model", "m", *map(str, flags)]).settings
     settings = settings.replace(seq_len=settings.data.resolve_seq_len(512))
-    return run_data.RunData(settings, run_data.read(settings), reader, 2, 512)
+    return run_data.RunData(settings, run_data.read(settings), reader, 2, 512, 1000)
 
 
 def test_a_packed_mixture_of_different_kinds_of_examples(files, reader, capsys):

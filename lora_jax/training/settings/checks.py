@@ -1,5 +1,6 @@
 """Finds settings that contradict each other, are out of range, or have no effect."""
 
+import datetime
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +68,7 @@ def problems(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
     for text in _without_effect(settings):
         yield errors.UserError(expected="flags that have an effect", found=text)
     yield from quant_fast(settings.model)
+    yield from chat_time(settings.data)
     to = settings.run.report_to
     if to and importlib.util.find_spec(groups.REPORTS[to]) is None:
         yield errors.UserError(
@@ -96,6 +98,18 @@ def quant_fast(model: groups.ModelSettings) -> Iterator[errors.UserError]:
             expected="flags that have an effect",
             found=f"--quant-fast with --quant {fmt}",
             do="--quant int4, or leave it out",
+        )
+
+
+def chat_time(data: groups.DataSettings) -> Iterator[errors.UserError]:
+    """Yields an error if chat_time is no time."""
+    try:
+        datetime.datetime.fromisoformat(data.chat_time or "2026-01-31")
+    except ValueError:
+        yield errors.UserError(
+            expected="a time in ISO 8601, such as 2026-01-31 or 2026-01-31T12:00",
+            found=repr(data.chat_time),
+            where="--chat-time",
         )
 
 

@@ -1,5 +1,6 @@
 """Converts the values of settings from the strings of flags or of a YAML file."""
 
+import datetime
 import fractions
 import math
 import re
@@ -70,6 +71,8 @@ def _of_kind(given: Any, kind: Any) -> Any:
         except (TypeError, ValueError, OverflowError):
             return None
         return None if isinstance(given, float) and number != given == given else number
+    if isinstance(given, datetime.date):  # as YAML reads 2026-01-31
+        return given.isoformat()
     return str(given) if isinstance(given, kind) or hasattr(given, "__fspath__") else None
 
 

@@ -77,6 +77,7 @@ class DataSettings:
       streaming: read the data during training, not before it.
       skip_bad_rows: how many rows that cannot be trained on are skipped; one more is an error.
       dpo: train on preferences.
+      chat_time: the time, in ISO 8601, that a chat template prints; None: when the run starts.
     """
 
     dataset: tuple[str, ...] = (str(assets.TRAIN),)
@@ -89,6 +90,7 @@ class DataSettings:
     streaming: bool = False
     skip_bad_rows: int = 0
     dpo: bool = False
+    chat_time: str | None = None
 
     def resolve_seq_len(self, context: int) -> int:
         """seq_len or its default. Raises: UserError if it exceeds the model's context."""

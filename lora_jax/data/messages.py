@@ -1,0 +1,203 @@
+"""Messages as people write them → messages as chat templates read them. Imports no jax.
+
+Takes OpenAI's, TRL's and axolotl's {role, content} and ShareGPT's {from, value}.
+"""
+
+import json
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+
+from lora_jax.data.template import ChatError, Message
+
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+          "bard": "assistant", "observation": "tool"}  # fmt: skip
+KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+def read(value: object, field: str = "messages") -> list[Message]:
+    """The messages of a field, with role and content. JSON text is parsed.
+
+    Raises: ChatError if they are not a list of messages with a role and text.
+    """
+    value = parsed(value)
+    if not isinstance(value, list):
+        raise ChatError(f"{field} is a {type(value).__name__}, not a list of messages")
+    if not value:
+        raise ChatError(f"{field} is empty")
+    return [_message(each, f"message {n} of {field}") for n, each in enumerate(value, start=1)]
+
+
+def read_as(role: str, value: object, field: str) -> list[Message]:
+    """The messages of a field that may also be the text of one message with this role."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return read(value, field)
+
+
+def parsed(value: object) -> object:
+    """JSON text, as CSV files have it, as what it stands for; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def is_trained(message: Message) -> bool:
+    """Whether an assistant's message is to be trained: unless it has weight 0 or train false."""
+    for name in ("weight", "train", "training"):
+        value = message.get(name)
+        if isinstance(value, bool | int | float) and not value:
+            return False
+    return message["role"] == "assistant"
+
+
+def forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
+    """Yields the messages in the forms that templates expect, the most likely one first.
+
+    Templates differ in whether a list of text parts is joined or passed on, and in whether a tool's
+    arguments are an object or JSON text. source: the template.
+    """
+    messages = [_known_role(message, source) for message in messages]
+    has_parts = any(isinstance(message.get("content"), list) for message in messages)
+    calls = [call for message in messages for call in _functions(message)]
+    has_text = any(isinstance(call.get("arguments"), str) for call in calls)
+    arguments: list[Callable[[object], object]] = [_as_object, _as_text] if calls else [_same]
+    if has_text and re.search(r"arguments\S*\s+is\s+(not\s+)?(string|mapping)", source):
+        arguments.insert(0, _same)
+    for convert in arguments:
+        with_calls = [_with_arguments(message, convert) for message in messages]
+        if has_parts:
+            if _reads_parts(source):
+                yield with_calls
+            yield [_joined(message) for message in with_calls]
+            yield with_calls
+        else:
+            yield with_calls
+            yield [_as_parts(message) for message in with_calls]
+    yield [{"content": "", **message} for message in messages]
+
+
+def _message(value: object, where: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise ChatError(f"{where} is a {type(value).__name__}, not an object with role and content")
+    message = {name: each for name, each in value.items() if each is not None}
+    if "role" not in message and "from" in message:
+        message["role"] = message.pop("from")
+        if "content" not in message and "value" in message:
+            message["content"] = message.pop("value")
+    role = message.get("role")
+    if not isinstance(role, str) or not role.strip():
+        raise ChatError(f"{where} has no role")
+    message["role"] = _ROLES.get(role.strip().lower(), role)
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], where)
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+    content = message.get("content")
+    if isinstance(content, list):
+        wrong = [part for part in content if _text(part) is None]
+        if wrong:
+            kind = (
+                wrong[0].get("type") if isinstance(wrong[0], Mapping) else type(wrong[0]).__name__
+            )
+            raise ChatError(f"{where} has a part that is no text: {kind}")
+    elif content is not None and not isinstance(content, str):
+        raise ChatError(f"the content of {where} is a {type(content).__name__}, not text")
+    if content is None and not message.keys() & {
+        "tool_calls",
+        "function_call",
+        "reasoning_content",
+    }:
+        raise ChatError(f"{where} has no content")
+    return message
+
+
+def _calls(value: object, where: str) -> list[typing.Any]:
+    value = parsed(value)
+    if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
+        raise ChatError(f"tool_calls of {where} is not a list of objects")
+    for call in value:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ChatError(f"a tool call of {where} has no function with a name")
+    return [{name: each for name, each in call.items() if each is not None} for call in value]
+
+
+def _functions(message: Message) -> list[dict[str, typing.Any]]:
+    return [call.get("function", call) for call in message.get("tool_calls", ())]
+
+
+def _with_arguments(message: Message, convert: Callable[[object], object]) -> Message:
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call.get("function", call))
+        if function.get("arguments") is not None:
+            function["arguments"] = convert(function["arguments"])
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
+
+
+def _same(value: object) -> object:
+    return value
+
+
+def _as_object(value: object) -> object:
+    found = parsed(value)
+    return found if isinstance(found, dict | list) else value
+
+
+def _as_text(value: object) -> object:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _known_role(message: Message, source: str) -> Message:
+    """The message with a role that the template may know. Raises: ChatError if it has none."""
+    role = message["role"]
+    if re.search(rf"['\"]{re.escape(role)}['\"]", source):
+        return message
+    if role == "developer":
+        return {**message, "role": "system"}
+    if role not in KNOWN:
+        raise ChatError(f"unknown role {role!r}; known are {', '.join(KNOWN)}")
+    return message
+
+
+def _reads_parts(source: str) -> bool:
+    """Whether a template looks into a list of parts."""
+    return bool(
+        re.search(r"content\S*\s+is\s+(not\s+)?(string|iterable|sequence)", source)
+        or re.search(r"\[.type.\]\s*==\s*.text", source)
+    )
+
+
+def _text(part: object) -> str | None:
+    """The text of a part of a message's content; None if it is something else, such as an image."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") in (
+        "text",
+        "input_text",
+        "output_text",
+    ):
+        text = part.get("text", part.get("content"))
+        return text if isinstance(text, str) else None
+    return None
+
+
+def _joined(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(_text(part) or "" for part in content)}
+
+
+def _as_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}

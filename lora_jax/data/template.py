@@ -1,0 +1,410 @@
+"""A tokenizer's chat template: a chat → its text, and which characters of it the assistant writes.
+
+A chat is rendered twice, the second time with each letter of a message replaced by a character that
+stands for this message, its color. The two texts differ only in the messages, so it is known which
+message a character belongs to, however the template moves, trims or splits it. What the template
+itself writes around a message is compared with what it writes in short chats, to find where the
+generation prompt ends and what ends a turn. Imports no jax.
+"""
+
+import itertools
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+if typing.TYPE_CHECKING:
+    import jinja2
+    import transformers
+
+Message = dict[str, typing.Any]
+Span = tuple[int, int]  # the first character, and the one after the last
+
+_FIRST_COLOR, _NUM_COLORS = 0xF0000, 0x1FFFE  # private use, which templates do not know
+# Of a message: one for its text, for the names of functions it calls, for their arguments, and for
+# each key of these, so that keys stay different.
+_COLORS = 16
+_TEXT, _NAME, _ARGUMENTS, _FIRST_KEY = range(4)
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# JSON and HTML escape some characters, and templates look for brackets: these have no color.
+_COLORABLE = re.compile(r"""[^\s"'\\<>&{}\[\]|]""")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_GENERATION_TAGS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_USER = {"role": "user", "content": "abc"}
+_ASSISTANT = {"role": "assistant", "content": "xyz"}
+
+
+class ChatError(Exception):
+    """What is wrong with one chat."""
+
+
+class Rendering(typing.NamedTuple):
+    """A chat's text, and the spans of it that are trained.
+
+    lost: the numbers of messages that should be trained, but whose text or tool calls the template
+    leaves out.
+    """
+
+    text: str
+    trained: list[Span]
+    lost: list[int]
+
+
+class _Ends(typing.NamedTuple):
+    """What a template writes around answers.
+
+    prompt: after a user's message, up to where an answer begins. opening: the part of it that only
+    the generation prompt has. final, inner: after the last answer, and after those before it.
+    """
+
+    prompt: str
+    opening: str
+    final: str
+    inner: str
+
+
+class Template:
+    """A tokenizer's chat template, for chats with these tools and these options of the template."""
+
+    def __init__(
+        self,
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        tools: Sequence[object] | None = None,
+        options: Mapping[str, object] | None = None,
+    ):
+        """Raises: ChatError if the tokenizer has no template for such chats."""
+        try:
+            self.source: str = tokenizer.get_chat_template(None, tools)
+        except ValueError as error:  # of several templates none is the default
+            raise ChatError(str(error)) from error
+        self._tokenizer, self._tools, self._options = tokenizer, tools, options or {}
+        self._literals = _literals(self.source)
+        self._known_ends: _Ends | None = None
+
+    def render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        """The text of a chat. generate: followed by the generation prompt.
+
+        Raises: ChatError if the template refuses the chat.
+        """
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=self._tools,
+                tokenize=False,
+                add_generation_prompt=generate,
+                **self._options,
+            )
+        except Exception as error:  # an expression of a template can fail in any way
+            raise ChatError(f"the chat template rejects it: {error}") from error
+
+    def rendering(self, messages: Sequence[Message], trained: Sequence[bool]) -> Rendering:
+        """A chat's text, in which the messages that are `trained` are found.
+
+        Raises: ChatError if the template refuses the chat, or changes what it is given.
+        """
+        if len(messages) * _COLORS > _NUM_COLORS:
+            raise ChatError(f"it has {len(messages)} messages")
+        text = self.render(messages)
+        colors = self._owners(messages, text)
+        owners = np.where(colors < 0, -1, colors // _COLORS)
+        seen = set(np.unique(colors).tolist())
+        lost = [
+            number
+            for number, message in enumerate(messages)
+            if trained[number] and not _is_whole(message, number, seen)
+        ]
+        spans = [*self._generated(messages, owners, trained)]
+        if not spans:
+            unseen = {n: self._unseen_turn(text, owners, n) for n in lost if n not in owners}
+            spans = [*self._turns(text, owners, trained), *filter(None, unseen.values())]
+            lost = [n for n in lost if not unseen.get(n)]
+        return Rendering(text, spans, lost)
+
+    def end_of_turn(self) -> int | None:
+        """The id of the token that ends an answer, such as <|im_end|>; None if it is plain text."""
+        ids = self._tokenizer(self._ends().final.strip(), add_special_tokens=False).input_ids
+        return ids[0] if ids and ids[0] in self._tokenizer.added_tokens_decoder else None
+
+    def _owners(self, messages: Sequence[Message], text: str) -> np.ndarray:
+        """For each character the number of its color, −1 for what the template writes."""
+        for keep in (re.compile("(?!)"), self._literals):  # what the template looks for, if it does
+            colored = [_colored(message, n, keep) for n, message in enumerate(messages)]
+            try:
+                other = self.render(colored)
+            except ChatError:
+                continue
+            if len(other) == len(text):
+                before, after = _codes(text), _codes(other)
+                differ = before != after
+                if (after[differ] >= _FIRST_COLOR).all():
+                    owners = np.where(differ, after.astype(np.int64) - _FIRST_COLOR, -1)
+                    return _without_echoes(owners, messages)
+        raise ChatError("the chat template changes the text of the messages")
+
+    def _generated(
+        self, messages: Sequence[Message], owners: np.ndarray, trained: Sequence[bool]
+    ) -> Iterator[Span]:
+        """Yields what a template itself marks as generated, but not in untrained answers."""
+        if not _GENERATION.search(self.source):
+            return
+        from transformers.utils import chat_template_utils
+
+        _, (marks,) = chat_template_utils.render_jinja_template(
+            [[{k: v for k, v in each.items() if v is not None} for each in messages]],
+            tools=self._tools,
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **self._options},
+        )
+        untrained = [
+            each["role"] == "assistant" and not is_trained
+            for each, is_trained in zip(messages, trained, strict=True)
+        ]
+        last = -1
+        for first, end in marks:
+            own = owners[first:end]
+            last = int(own[own >= 0][-1]) if (own >= 0).any() else last  # an end on its own
+            if last < 0 or not untrained[last]:
+                yield first, end
+
+    def _turns(self, text: str, owners: np.ndarray, trained: Sequence[bool]) -> Iterator[Span]:
+        """Yields where answers are, from the end of the generation prompt to that of the turn."""
+        at = np.flatnonzero(owners >= 0)
+        new = np.flatnonzero(np.diff(owners[at], prepend=-1))
+        firsts, lasts = at[new], at[np.append(new[1:], len(at)) - 1] if len(at) else at
+        for n, (first, last) in enumerate(zip(firsts.tolist(), lasts.tolist(), strict=True)):
+            if not trained[owners[first]]:
+                continue
+            before = int(lasts[n - 1]) + 1 if n else 0
+            after = int(firsts[n + 1]) if n + 1 < len(firsts) else len(text)
+            start = before + self._start(text[before:first])
+            is_last = n + 1 == len(firsts)
+            yield start, last + 1 + self._end(text[last + 1 : after], is_last=is_last)
+
+    def _unseen_turn(self, text: str, owners: np.ndarray, number: int) -> Span | None:
+        """The answer of a message without a letter, such as {}, if it alone is between others."""
+        others = np.unique(owners[owners >= 0])
+        before, after = others[others < number], others[others > number]
+        first = int(np.flatnonzero(owners == before[-1])[-1]) + 1 if len(before) else 0
+        end = int(np.flatnonzero(owners == after[0])[0]) if len(after) else len(text)
+        alone = {*before[-1:], *after[:1]} == {number - 1, number + 1} & {*others}
+        opening = self._ends().opening
+        between = text[first:end]
+        if not (alone and opening and between.count(opening) + bool(len(after)) in (1, 2)):
+            return None
+        start = between.find(opening)
+        if start < 0:
+            return None
+        start += len(opening)
+        size = self._end(between[start:], is_last=not len(after))
+        closing = self._ends().inner if len(after) else self._ends().final
+        if not between[start : start + size].removesuffix(closing.strip()).strip():
+            return None
+        return first + start, first + start + size
+
+    def _start(self, text: str) -> int:
+        """Where an answer begins, in the text that is between the message before it and its own."""
+        ends = self._ends()
+        for known in filter(str.strip, (ends.opening, ends.prompt)):
+            # As much of it as is there: a prompt may open a block that a finished answer lacks. But
+            # at least its first word.
+            word = re.search(r"\w+", known)
+            least = word.end() if word else len(known)
+            for size in range(len(known), least - 1, -1):
+                if (place := text.rfind(known[:size])) >= 0:
+                    return place + size
+        return len(text)
+
+    def _end(self, text: str, *, is_last: bool) -> int:
+        """The length of what ends a turn, in the text from an answer's last letter on."""
+        ends = self._ends()
+        for known in (ends.final, ends.inner) if is_last else (ends.inner, ends.final):
+            shown = known.rstrip() or known
+            if shown and (place := text.find(shown)) >= 0:
+                return place + len(shown)
+        if is_last:
+            return len(text)
+        return self._special_end(text) or _header(text, ends.opening)
+
+    def _special_end(self, text: str) -> int:
+        """The end of the first special token in the text; 0 if there is none."""
+        special = map(str, self._tokenizer.added_tokens_decoder.values())
+        places = [(text.find(token), -len(token)) for token in special if token in text]
+        place, size = min(places, default=(0, 0))
+        return place - size
+
+    def _ends(self) -> _Ends:
+        if self._known_ends is None:
+            self._known_ends = self._probed()
+        return self._known_ends
+
+    def _probed(self) -> _Ends:
+        """Finds what the template writes around answers, from chats of one to three messages."""
+
+        def after_last(*messages: Message, generate: bool = False) -> str | None:
+            try:
+                text = self.render(messages, generate=generate)
+                owners = self._owners(messages, self.render(messages))
+            except ChatError:
+                return None
+            at = np.flatnonzero(owners >= 0)
+            return text[at[-1] + 1 :] if len(at) else None
+
+        asked = after_last(_USER) or ""
+        prompt = after_last(_USER, generate=True) or asked
+        opening = prompt[_common(asked, prompt) :]
+        if "</think>" in opening:  # an empty block belongs to the answer, as without that prompt
+            opening = opening.partition("<think>")[0]
+        final = after_last(_USER, _ASSISTANT) or ""
+        return _Ends(prompt, opening, final, self._inner(final, opening))
+
+    def _inner(self, final: str, opening: str) -> str:
+        """What ends an answer that a user's message follows."""
+        chat = (_USER, _ASSISTANT, _USER)
+        try:
+            text = self.render(chat)
+            owners = self._owners(chat, text)
+        except ChatError:
+            return final
+        of_user, of_answer = (np.flatnonzero(owners // _COLORS == n) for n in (0, 1))
+        at = np.flatnonzero(owners // _COLORS == 2)
+        if not (len(of_user) and len(of_answer) and len(at)):
+            return final
+        head, between = text[: of_user[0]], text[of_answer[-1] + 1 : at[0]]
+        if between.startswith(final.rstrip() or final):
+            return final
+        if size := self._special_end(between):
+            return between[:size]
+        # The user's header is what both turns of the user have in front.
+        header = _common(head[::-1], between[::-1])
+        if header < len(between):
+            return between[: len(between) - header]
+        return between[: _header(between, opening)]
+
+
+def parsed(source: str) -> "jinja2.nodes.Template | None":
+    """The syntax tree of a template; None if it has an error."""
+    import jinja2
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return environment.parse(_GENERATION_TAGS.sub("", source))
+    except jinja2.TemplateError:
+        return None
+
+
+def _literals(source: str) -> re.Pattern[str]:
+    """Matches what a template compares its input with or looks for in it."""
+    import jinja2
+
+    roles = {"user", "assistant", "system", "developer", "tool", "function", "ipython", "model"}
+    tree = parsed(source)
+    if tree is None:
+        return re.compile("(?!)")
+    tests = (jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test)
+    found = {
+        constant.value.strip()
+        for node in tree.find_all(tests)
+        for constant in node.find_all(jinja2.nodes.Const)
+        if isinstance(constant.value, str)
+    }
+    texts = sorted((each for each in found - roles if len(each) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def _colored(message: Message, number: int, keep: re.Pattern[str]) -> Message:
+    """The message in its colors. keep: what has none."""
+    text, name, arguments, *keys = (
+        chr(_FIRST_COLOR + _COLORS * number + k) for k in range(_COLORS)
+    )
+
+    def paint(value: typing.Any, color: str) -> typing.Any:
+        if isinstance(value, str):
+            parts, at = [], 0
+            for found in keep.finditer(value):
+                parts += [_COLORABLE.sub(color, value[at : found.start()]), found.group()]
+                at = found.end()
+            return "".join([*parts, _COLORABLE.sub(color, value[at:])])
+        if isinstance(value, list):
+            return [paint(each, color) for each in value]
+        if isinstance(value, dict):
+            kept = ("type", "id", "role")
+            return {k: v if k in kept else paint(v, color) for k, v in value.items()}
+        return value
+
+    def paint_arguments(value: typing.Any) -> typing.Any:
+        if not isinstance(value, dict):
+            return paint(value, arguments)
+        colors = itertools.chain(keys, itertools.repeat(""))
+        return {
+            paint(key, of_key) if of_key else key: paint(each, arguments)
+            for (key, each), of_key in zip(value.items(), colors, strict=False)
+        }
+
+    def paint_call(call: Message) -> Message:
+        painted = dict(call)
+        if "name" in call:
+            painted["name"] = paint(call["name"], name)
+        if "arguments" in call:
+            painted["arguments"] = paint_arguments(call["arguments"])
+        return painted
+
+    painted = dict(message)
+    for field in ("content", *_REASONING):
+        if field in message:
+            painted[field] = paint(message[field], text)
+    if "tool_calls" in message:
+        painted["tool_calls"] = [
+            paint_call(call) | {k: paint_call(v) for k, v in call.items() if k == "function"}
+            for call in message["tool_calls"]
+        ]
+    return painted
+
+
+def _is_whole(message: Message, number: int, seen: set[int]) -> bool:
+    """Whether a message's answer and its tool calls are among the colors that were seen. Reasoning
+    may be left out, and of a tool call either its name or its arguments."""
+    answer = message.get("content")
+    if isinstance(answer, str):
+        answer = answer.rpartition("</think>")[2]
+    keep = re.compile("(?!)")
+    text = _in_colors(_colored({"content": answer} if answer else {}, number, keep))
+    calls = _in_colors(_colored({"tool_calls": message.get("tool_calls", [])}, number, keep))
+    return text <= seen and (not message.get("tool_calls") or bool(calls & seen))
+
+
+def _in_colors(message: Message) -> set[int]:
+    codes = _codes(json.dumps(message, ensure_ascii=False)).astype(np.int64) - _FIRST_COLOR
+    return set(codes[codes >= 0].tolist())
+
+
+def _without_echoes(owners: np.ndarray, messages: Sequence[Message]) -> np.ndarray:
+    """The colors without the names of functions where they are not called: templates write them
+    again in front of the answer of a tool."""
+    for number, message in enumerate(messages):
+        if names := [call.get("function", call)["name"] for call in message.get("tool_calls", ())]:
+            at = np.flatnonzero(owners == _COLORS * number + _NAME)
+            owners[at[sum(len(_COLORABLE.findall(name)) for name in names) :]] = -1
+    return owners
+
+
+def _header(text: str, opening: str) -> int:
+    """Where the header of the next turn begins: it has the beginning of an assistant's header."""
+    sizes = [_common(text[n:], opening) for n in range(len(text))]
+    return int(np.argmax(sizes)) if max(sizes, default=0) > 1 else 0
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    size = 0
+    for one, other in zip(a, b, strict=False):
+        if one != other:
+            break
+        size += 1
+    return size
