@@ -17,11 +17,12 @@ _BESIDE_WEIGHTS = [
     "added_tokens.json",
     "chat_template.jinja",
 ]
+_CONFIG = ["config.json", "quantize_config.json", "quant_config.json"]
 _ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"]
 _WANTED = [
     "model*.safetensors",
     "model.safetensors.index.json",
-    "config.json",
+    *_CONFIG,
     *_ADAPTER,
     *_BESIDE_WEIGHTS,
 ]
@@ -97,7 +98,7 @@ def tokenizer_folder(name: str, revision: str | None = None) -> pathlib.Path:
             huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=["config.json", *_BESIDE_WEIGHTS],
+                allow_patterns=[*_CONFIG, *_BESIDE_WEIGHTS],
                 ignore_patterns=_UNWANTED,
             )
         )
@@ -130,6 +131,8 @@ def _local_folder(
         do = f"pass the folder {which}, or an id such as {such_as}"
         if similar := errors.similar_path(folder):
             do = f"{similar} Or {do}"
+        if os.path.isfile(folder) and folder.suffix in (".json", ".safetensors"):
+            do = f"pass its folder, {folder.parent}"
         raise errors.UserError(
             expected=f"a folder with {holds}, or a Hugging Face id",
             found="a file" if os.path.isfile(folder) else "no such folder",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from lora_jax.checkpoints import safetensors_files, storage, tensor_map
+from lora_jax.checkpoints import model_folder, storage, tensor_map
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.checkpoints.storage.stored_linear import PackedSpec, StoredLinear
 from lora_jax.models import config as model_config
@@ -24,9 +24,10 @@ def contents(
 ) -> tuple[dict[str, StoredTensor | StoredLinear], dict[str, StoredTensor | StoredLinear]]:
     """{name: tensor} of a model's (linear layers that --quant rounds, all others), by layer.
 
-    The names are those of a dense model. Raises: UserError if loader.load does.
+    config: as model_folder.config returns it. The names are those of a dense model.
+    Raises: UserError if loader.load does.
     """
-    stored = safetensors_files.tensors(folder)
+    stored = model_folder.tensors(folder, config)
     slots = tensor_map.slots(tensor_map.abstract_model(config))
     weights = tensor_map.check(stored, slots, config, folder)
     linears, others = {}, {}

@@ -19,11 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from lora_jax import errors
-from lora_jax.checkpoints import safetensors_files, storage, tensor_map
+from lora_jax.checkpoints import model_folder, safetensors_files, storage, tensor_map
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.checkpoints.storage.stored_linear import PackedSpec, StoredLinear
 from lora_jax.kernels import packed as packing
-from lora_jax.models import config as model_config
 from lora_jax.models import llama, quantization_config
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
@@ -100,7 +99,7 @@ def load(
     all of them, or if a quantized checkpoint is in another format than the one asked for.
     """
     folder = pathlib.Path(folder)
-    config = model_config.load(folder)
+    config = model_folder.config(folder)
     quantization = quantization_config.choose(quantization, config.quantization, str(folder))
     if residual is not None and config.quantization is not None:
         raise errors.UserError(
@@ -111,7 +110,7 @@ def load(
         )
     dtype = jnp.dtype(dtype or config.dtype)
     mesh = mesh or sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
-    stored = safetensors_files.tensors(folder)
+    stored = model_folder.tensors(folder, config)
     model = tensor_map.abstract_model(config, dtype)
     slots = tensor_map.slots(model)
     weights = tensor_map.check(stored, slots, config, folder)

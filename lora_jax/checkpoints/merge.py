@@ -1,7 +1,6 @@
 """A model folder with an adapter merged into its weights, for programs without adapters."""
 
 import functools
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.checkpoints import inventory, safetensors_files, storage, writer
+from lora_jax.checkpoints import inventory, model_folder, safetensors_files, storage, writer
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
@@ -71,8 +70,10 @@ def plan(
     rounds them to it first, for an adapter that was trained on a base in that format.
     Tensors keep their dtype; dequantized ones get config.json's.
     """
-    config = model_config.load(folder)
-    raw = json.loads((folder / "config.json").read_text())
+    config = model_folder.config(folder)
+    raw = model_config.read(folder)
+    if raw.get("tie_word_embeddings"):
+        raw["tie_word_embeddings"] = config.tie_word_embeddings
     raw.pop("quantization_config", None)
     fmt = quantization_config.choose(quantization, config.quantization, str(folder))
     rounded = fmt if config.quantization is None and fmt != "none" else None

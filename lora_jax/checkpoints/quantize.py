@@ -5,7 +5,6 @@ reads too.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.checkpoints import inventory, storage, writer
+from lora_jax.checkpoints import inventory, model_folder, storage, writer
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.checkpoints.storage import bitsandbytes
 from lora_jax.models import config as model_config
@@ -38,7 +37,7 @@ def plan(folder: pathlib.Path, fmt: str, *, search: bool = True) -> Copy:
 
     Raises: UserError if the model is quantized already, or loader.load would raise one.
     """
-    config = model_config.load(folder)
+    config = model_folder.config(folder)
     if config.quantization is not None:
         raise errors.UserError(
             expected="a model that is not quantized yet",
@@ -67,7 +66,9 @@ def write(
     Yields the name of each tensor of the source when it is written.
     Raises: UserError if a value is not finite, the disk is full or `into` holds files.
     """
-    raw = json.loads((folder / "config.json").read_text())
+    raw = model_config.read(folder)
+    if raw.get("tie_word_embeddings"):
+        raw["tie_word_embeddings"] = model_folder.config(folder).tie_word_embeddings
     raw["quantization_config"] = _declaration(copy.fmt, raw)
     with writer.new_folder(into, sum(part.num_bytes for part in copy.parts)) as written:
         yield from writer.write(folder, written, copy.parts, raw, shard=shard)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 import safetensors
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,23 +17,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_jax import errors, hub
 
 DTYPES = {  # bytes each, by safetensors' names
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"), 1),
 }
 FLOATS = ("BF16", "F16", "F32")
+_WIDENED = {  # read as float32; JAX has no float64, and safetensors' reader no float8
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 _NUMPY = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32",
           "int32": "I32", "int8": "I8", "uint8": "U8"}  # fmt: skip
 
 
 class StoredTensor(NamedTuple):
-    """A tensor on disk: its file, name, shape and dtype."""
+    """A tensor on disk: its file, and the name, shape and dtype that it is read as.
+
+    key, stored_as: its name and dtype in the file, where they are others.
+    """
 
     path: pathlib.Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    key: str | None = None
+    stored_as: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -40,8 +52,16 @@ class StoredTensor(NamedTuple):
 
     def value(self) -> np.ndarray:
         """The whole tensor."""
+        if self.stored_as is not None:
+            return _Widened(self)[...]
         with safetensors.safe_open(self.path, "numpy") as reader:
-            return reader.get_tensor(self.name)
+            return reader.get_tensor(self.key or self.name)
+
+    def widened(self) -> "StoredTensor":
+        """The same tensor, read as float32 if its dtype is float64 or float8."""
+        if self.dtype not in _WIDENED:
+            return self
+        return self._replace(dtype="F32", stored_as=self.dtype)
 
 
 def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
@@ -51,13 +71,13 @@ def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     pointer.
     """
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if (folder / "model.safetensors").exists():  # precedes an index, as in transformers
+        files = [folder / "model.safetensors"]
+    elif index.exists():
         hub.refuse_lfs_pointer(index)
         files = sorted({folder / name for name in _weight_map(index).values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
-        if (folder / "model.safetensors") in files:
-            files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise errors.UserError(
@@ -74,7 +94,9 @@ def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
             if pickles
             else "no weights",
             where=str(folder),
-            do="use a revision with safetensors, or convert with transformers' save_pretrained",
+            do="use a revision with safetensors, or convert it where torch is installed: "
+            'python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('
+            f"'{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\"; and copy the tokenizer",
         )
     stored, damaged = {}, []
     for file in files:
@@ -86,7 +108,7 @@ def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
                     stored[name] = StoredTensor(
                         file, name, tuple(part.get_shape()), part.get_dtype()
                     )
-        except (safetensors.SafetensorError, OSError) as error:
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
             damaged.append(f"{file.name}: {error}")
     if damaged:
         raise errors.UserError(
@@ -100,10 +122,13 @@ def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("a file name that is no text")
+        return weight_map
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise errors.UserError(
-            expected='JSON with a "weight_map"',
+            expected='JSON with a "weight_map" of tensor names to file names',
             found=f"{type(error).__name__}: {error}",
             where=str(index),
             do="download the file again",
@@ -113,9 +138,27 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 @contextlib.contextmanager
 def opened(stored: StoredTensor) -> Iterator[Any]:
     """A slice of the file: index it to read a part of the tensor."""
+    if stored.stored_as is not None:
+        yield _Widened(stored)
+        return
     # The file is opened for each tensor, as mapped pages count as memory until it is closed.
     with safetensors.safe_open(stored.path, "numpy") as reader:
-        yield reader.get_slice(stored.name)
+        yield reader.get_slice(stored.key or stored.name)
+
+
+class _Widened:
+    """A tensor in a dtype that is read as float32; index it to read a part."""
+
+    def __init__(self, stored: StoredTensor):
+        with stored.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[stored.key or stored.name]
+        begin = 8 + length + entry["data_offsets"][0]
+        dtype = _WIDENED[stored.stored_as or stored.dtype]
+        self._array = np.memmap(stored.path, dtype, "r", begin, stored.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self._array[index]).astype(np.float32)
 
 
 def read(stored: StoredTensor, mesh: Mesh, spec: Sequence[str | None]) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.checkpoints import safetensors_files, storage
+from lora_jax.checkpoints import model_folder, safetensors_files, storage
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.models import config as model_config
@@ -89,17 +89,19 @@ def check(
         biased = [name.removesuffix(".bias") for name in slots if name.endswith(".bias")]
         found = storage.find(config.quantization, linears, biased, stored)
     quantized = {f"{module}.weight" for module in found.modules}
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {model_folder.HEAD} if config.tie_word_embeddings else set()
     dense = {name: slot for name, slot in slots.items() if name not in quantized}
     problems = found.problems + [f"{name} is missing" for name in dense if name not in stored]
-    problems += [
-        f"{name} is unexpected"
+    unexpected = [
+        name
         for name in stored
-        if name not in found.claimed
+        if name not in found.claimed | tied
         and name not in slots
-        and name not in tied
-        and not name.endswith("rotary_emb.inv_freq")
+        and not model_folder.is_buffer(name)
+        and not (name.endswith(".bias") and not stored[name].value().any())  # adds zeros
     ]
+    extra = {name for name in unexpected if model_folder.is_extra(name, config)}
+    problems += [f"{name} is unexpected" for name in unexpected if name not in extra]
     problems += [
         f"{name} has shape {list(stored[name].shape)}, expected {list(slot.shape)}"
         for name, slot in dense.items()
@@ -112,6 +114,7 @@ def check(
         if name in stored and stored[name].dtype not in safetensors_files.FLOATS
     ]
     if problems:
+        problems += [f"{name} is unexpected" for name in unexpected if name in extra]
         looks_quantized = any(name.endswith((".qweight", ".absmax", ".SCB")) for name in stored)
         raise errors.UserError(
             expected="the tensors that config.json describes",
@@ -119,6 +122,9 @@ def check(
             where=str(folder),
             do="check that config.json and the safetensors files belong together"
             + ("; the tensors are quantized, but config.json has no quantization_config"
-               if looks_quantized and config.quantization is None else ""),
+               if looks_quantized and config.quantization is None else "")
+            + ("; the file holds an adapter that is not merged: merge it with PEFT's "
+               "merge_and_unload, and save that"
+               if any(".base_layer." in name or ".lora_A." in name for name in stored) else ""),
         )  # fmt: skip
     return {f"{module}.weight": weight for module, weight in found.weights.items()}

@@ -115,7 +115,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
     import jax
 
     from lora_jax import hub, tokenizer
-    from lora_jax.checkpoints import inventory, loader
+    from lora_jax.checkpoints import inventory, loader, model_folder
     from lora_jax.data import chat
     from lora_jax.generation import continuation
     from lora_jax.generation import weights as decode_weights
@@ -156,7 +156,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
     else:
         encoded = tokenizer.encode(reader, list(settings.prompts))
     tokenizer.check_ids(reader, encoded, architecture.vocab_size)
-    context = architecture.max_position_embeddings
+    context = architecture.context
     for ids in encoded:
         continuation.check_length(len(ids), settings.sampling, context)
     with jax.set_mesh(mesh):
@@ -168,6 +168,8 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
             mesh=mesh,
         )
         if processes.leads() and (note := inventory.dense_note(quant, model)):
+            print(note, file=sys.stderr)
+        for note in model_folder.notes(folder) if processes.leads() else ():
             print(note, file=sys.stderr)
         if adapter:
             peft.load(model, adapter)

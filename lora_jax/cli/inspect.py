@@ -97,7 +97,7 @@ def main() -> None:
             console.say("files", note)
     folder = hub.tokenizer_folder(settings.model.model, settings.model.revision)
     architecture = model_config.load(folder)
-    seq_len = data.resolve_seq_len(architecture.max_position_embeddings)
+    seq_len = data.resolve_seq_len(architecture.context)
     reader = tokenizer.load(folder)
     stops = chat.stop_ids(reader, folder)
     if len(stops) > 1:

@@ -101,7 +101,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
 
     from lora_jax import tokenizer
     from lora_jax.checkpoints import merge as merged
-    from lora_jax.checkpoints import writer
+    from lora_jax.checkpoints import model_folder, writer
     from lora_jax.training import evaluate
 
     encoded = tokenizer.encode(tokenizer.load(folder), list(settings.get("prompt", PROMPTS)))
@@ -109,6 +109,8 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     start = time.time()
     expected = predicted(folder, encoded, adapter, settings["adapter"], **how)
     plan = merged.plan(folder, adapter, **how)
+    for note in model_folder.notes(folder):
+        console.say("note", note)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # to remove incomplete files
     num_bytes = sum(part.num_bytes for part in plan.parts)
     bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}

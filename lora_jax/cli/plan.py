@@ -79,7 +79,7 @@ def run(of: train.Asked) -> int:
     # From here on only shapes matter. This keeps JAX from occupying an accelerator.
     jax.config.update("jax_platforms", "cpu")
     limit = limit or host.memory
-    context = architecture.max_position_embeddings
+    context = architecture.context
     settings = settings.replace(
         dtype=settings.model.dtype or architecture.dtype,
         quant=settings.model.resolve_quant(architecture, base),

@@ -171,9 +171,11 @@ def write(folder: pathlib.Path, into: pathlib.Path, fmt: str, *, search: bool) -
     """Writes the model in `folder`, quantized, to the new folder `into`."""
     import tqdm
 
-    from lora_jax.checkpoints import quantize
+    from lora_jax.checkpoints import model_folder, quantize
 
     copy = quantize.plan(folder, fmt, search=search)
+    for note in model_folder.notes(folder):
+        console.say("note", note)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # to remove incomplete files
     start = time.time()
     bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}
@@ -225,7 +227,7 @@ def measure(folder: pathlib.Path, chosen: tuple[str, ...], *, search: bool) -> I
             do="name the model before it was quantized",
         )
     stored = {
-        match: tensor
+        match: tensor.widened()
         for name, tensor in safetensors_files.tensors(folder).items()
         if (match := NAME.fullmatch(name)) and len(tensor.shape) == 2
     }

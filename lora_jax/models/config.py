@@ -6,27 +6,10 @@ import pathlib
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.models import config_keys, config_values, rope_config
 from lora_jax.models import quantization_config as model_quantization
 
 REMAT = ("full", "dots", "none")  # the backward pass recomputes all, all but dots, nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding settings, as in transformers' `rope_parameters`."""
-
-    rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +37,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()
-    rope: RopeConfig = RopeConfig()
+    rope: rope_config.RopeConfig = dataclasses.field(default_factory=rope_config.RopeConfig)
     initializer_range: float = 0.02
     dtype: str = "float32"
     quantization: model_quantization.Quantization | None = None
@@ -67,196 +50,214 @@ class LlamaConfig:
                 where="config.json",
             )
 
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model is made for.
 
-_ROPE_TYPES = {  # type → required keys
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_READ = {
-    *_REQUIRED,
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
-    *("tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "layer_types"),
-    *("use_sliding_window", "max_window_layers", "rope_parameters", "rope_scaling", "rope_theta"),
-    *("initializer_range", "dtype", "torch_dtype", "hidden_act", "model_type"),
-    "quantization_config",
-}
-# Keys that do not change the forward pass.
-_INERT = {
-    *("architectures", "transformers_version", "_name_or_path", "_commit_hash", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "pretraining_tp"),
-    *("id2label", "label2id", "problem_type", "return_dict", "output_attentions"),
-    *("output_hidden_states", "chunk_size_feed_forward", "is_decoder", "task_specific_params"),
-    *("tokenizer_class", "num_labels", "max_length", "auto_map", "unsloth_version"),
-    *("unsloth_fixed", "max_sequence_length", "tie_encoder_decoder", "torchscript"),
-    *("_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled"),
-    # text-generation settings that old versions of transformers wrote into config.json
-    *("temperature", "top_p", "top_k", "typical_p", "do_sample", "num_beams", "min_length"),
-    *("repetition_penalty", "length_penalty", "diversity_penalty", "num_return_sequences"),
-    *("num_beam_groups", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size"),
-}  # fmt: skip
-_INERT_VALUES = (None, False, 0, 0.0, "", [], {})
+        Linear, dynamic and yarn rope stretch the length before scaling by a factor, and
+        max_position_embeddings may be either of the two: Qwen tells its users to add yarn to a
+        config.json that keeps the shorter length.
+        """
+        if self.rope.rope_type not in ("linear", "dynamic", "yarn"):
+            return self.max_position_embeddings
+        before = self.rope.original_max_position_embeddings or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(before * (self.rope.factor or 1)))
 
 
-_DEFAULTS = {  # what transformers assumes for keys that config.json leaves out
+_DEFAULTS: dict[str, dict[str, int]] = {  # transformers', for keys that config.json leaves out
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
-
-
-def _get(raw: dict[str, Any], key: str, model_type: str) -> Any:
-    return raw.get(key, _DEFAULTS[model_type].get(key))
+_CONTEXT = "max_position_embeddings"
+_MOST_LAYERS = 10_000
+_SHOWN = 8  # keys in one line
+_DTYPES = {
+    **dict.fromkeys(("float32", "float", "fp32", "float64", "double"), "float32"),
+    **dict.fromkeys(("float16", "half", "fp16"), "float16"),
+    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
+}
+_LEGACY_QUANTIZATION = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def load(folder: pathlib.Path) -> LlamaConfig:
-    """The architecture in `folder/config.json`. Raises: UserError with every key that is wrong."""
-    path = pathlib.Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
+    """The architecture in `folder/config.json`. Raises: UserError with everything that is wrong."""
+    return from_dict(read(folder), where=str(pathlib.Path(folder) / "config.json"))
+
+
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """config.json as it is, with `quantization_config` from the file beside it that AutoGPTQ and
+    AutoAWQ wrote, where config.json has none. Raises: UserError if it is no JSON object.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / "config.json").is_file():
         raise errors.UserError(
             expected="a Hugging Face model folder with config.json",
-            found="no config.json",
+            found="an adapter's folder" if (folder / "adapter_config.json").exists()
+            else "no config.json",
             where=str(folder),
             do="pass the folder that holds config.json and *.safetensors, or a hub id",
-        ) from None
-    except json.JSONDecodeError as error:
+        )  # fmt: skip
+    raw = _json_object(folder / "config.json")
+    for name, method in _LEGACY_QUANTIZATION.items():
+        if not raw.get("quantization_config") and (folder / name).is_file():
+            raw["quantization_config"] = {"quant_method": method, **_json_object(folder / name)}
+    return raw
+
+
+def _json_object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, …
         raise errors.UserError(
             expected="JSON", found=str(error), where=str(path), do="download the file again"
         ) from None
-    return from_dict(raw, where=str(path))
+    if not isinstance(raw, dict):
+        raise errors.UserError(
+            expected="a JSON object", found=f"a {type(raw).__name__}", where=str(path),
+            do="download the file again",
+        )  # fmt: skip
+    return raw
 
 
 def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     """LlamaConfig from a parsed config.json, as transformers 5 or older versions write it.
 
-    Raises: UserError with every key that changes the computation and is not implemented.
+    Raises: UserError with every key that changes the computation and is not implemented, and every
+    value that cannot be right.
     """
     model_type = raw.get("model_type")
-    if model_type not in _MODEL_TYPES:
+    if model_type not in config_keys.MODEL_TYPES:
+        nested = [key for key, value in raw.items() if isinstance(value, dict)
+                  and value.get("model_type") in config_keys.MODEL_TYPES]  # fmt: skip
         raise errors.UserError(
-            expected=f"model_type among {', '.join(_MODEL_TYPES)}",
-            found=repr(model_type),
+            expected=f"model_type among {', '.join(config_keys.MODEL_TYPES)}",
+            found=config_values.shown(model_type)
+            + (f", a model with a language model inside, in {nested[0]}" if nested else ""),
             where=where,
             do="use a LLaMA-like model, or inject LoRA into a Flax model of your own",
         )
-    problems = [f"{key} is missing" for key in _REQUIRED if raw.get(key) is None]
-    problems += [
-        f"{key} = {value!r} is not implemented"
-        for key, value in raw.items()
-        if key not in _READ | _INERT and not any(value is v or value == v for v in _INERT_VALUES)
-    ]
-    if raw.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act = {raw['hidden_act']!r} is not implemented (silu is)")
-    foreign = {"llama": ("use_sliding_window", "sliding_window"),
-               "mistral": ("attention_bias", "mlp_bias", "use_sliding_window"),
-               "qwen2": ("attention_bias", "mlp_bias"),
-               "qwen3": ("mlp_bias",)}[model_type]  # fmt: skip
-    problems += [f"{key} = {raw[key]!r} is not a key of model_type {model_type}"
-                 for key in foreign if raw.get(key)]  # fmt: skip
-    problems += [
-        f"layer type {kind!r} is not implemented"
-        for kind in sorted(set(raw.get("layer_types") or ()))
-        if kind not in ("full_attention", "sliding_attention")
-    ]
-    rope, rope_problems = _rope(raw)
-    problems += rope_problems
+    problems = config_keys.not_implemented(raw)
+    raw = config_keys.read(raw)
+    values = config_values.Values(_DEFAULTS[model_type] | raw)
+    problems += [f"{key} is missing" for key in config_keys.REQUIRED if key not in values.given]
+    if raw.get("hidden_act") not in (None, "silu", "swish"):
+        shown = config_values.shown(raw["hidden_act"])
+        problems.append(f"hidden_act = {shown} is not implemented (silu is)")
+    sizes = {key: values.count(key, 1) for key in config_keys.REQUIRED}
+    sizes["num_hidden_layers"] = values.count("num_hidden_layers", 1, most=_MOST_LAYERS)
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    kv_heads = values.count("num_key_value_heads", heads)
+    head_dim = values.count("head_dim", hidden // heads or 1)
+    context = values.count(_CONTEXT, _DEFAULTS[model_type][_CONTEXT])
+    if not problems and not values.problems:
+        problems += _size_problems(hidden, heads, kv_heads, values.given.get("head_dim"))
+    windows = _sliding_windows(values, raw, sizes["num_hidden_layers"])
+    rope, rope_problems = rope_config.read(raw, context)
+    dtype = _DTYPES.get(stored_dtype(raw))
+    if dtype is None:
+        problems.append(f"dtype {config_values.shown(_stated_dtype(raw))} is not implemented")
+    bias = values.flag("attention_bias")
+    fields = dict(
+        rms_norm_eps=values.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=values.flag("tie_word_embeddings"),
+        qkv_bias=bias or model_type == "qwen2",
+        o_bias=bias,
+        mlp_bias=values.flag("mlp_bias"),
+        initializer_range=values.number("initializer_range", 0.02),
+    )
+    problems += values.problems + rope_problems
     if problems:
         raise errors.UserError(
             expected="only settings that lora_jax implements",
-            found=problems,
+            found=list(dict.fromkeys(problems)),
             where=where,
             do="use another checkpoint, or open an issue that names the key",
         )
-    heads = raw["num_attention_heads"]
-    head_dim = _get(raw, "head_dim", model_type) or raw["hidden_size"] // heads
-    bias = bool(raw.get("attention_bias", False))
     return LlamaConfig(
-        **{key: raw[key] for key in _REQUIRED},
-        num_key_value_heads=_get(raw, "num_key_value_heads", model_type) or heads,
+        **sizes,
+        **fields,
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=_get(raw, "max_position_embeddings", model_type),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        qkv_bias=bias or model_type == "qwen2",
-        o_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        max_position_embeddings=context,
         qk_norm=model_type == "qwen3",
-        sliding_windows=_sliding_windows(raw, model_type),
+        sliding_windows=windows,
         rope=rope,
-        initializer_range=raw.get("initializer_range", 0.02),
-        dtype=_dtype(raw, where),
+        dtype="bfloat16" if dtype == "float16" else dtype,
         quantization=model_quantization.parse(stored, where)
         if (stored := raw.get("quantization_config"))
         else None,
     )
 
 
-def _rope(raw: dict[str, Any]) -> tuple[RopeConfig, list[str]]:
-    given = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    rope_type = given.pop("rope_type", None) or given.get("type") or "default"
-    given.pop("type", None)
-    given.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    given = {key: value for key, value in given.items() if value is not None}
-    if rope_type not in _ROPE_TYPES:
-        return RopeConfig(), [
-            f"rope type {rope_type!r} is not implemented ({', '.join(_ROPE_TYPES)} are)"
-        ]
-    if given.get("partial_rotary_factor") == 1.0:
-        del given["partial_rotary_factor"]
-    known = {field.name for field in dataclasses.fields(RopeConfig)}
-    problems = [
-        f"rope parameter {key} = {value!r} is not implemented"
-        for key, value in given.items()
-        if key not in known
-    ]
-    problems += [f"rope parameter {key} is missing" for key in _ROPE_TYPES[rope_type]
-                 if key not in given]  # fmt: skip
-    if problems:
-        return RopeConfig(), problems
-    context = _get(raw, "max_position_embeddings", raw["model_type"])
-    if rope_type in ("llama3", "yarn"):
-        given.setdefault("original_max_position_embeddings", context)
-    if rope_type == "yarn":
-        given.setdefault("factor", context / given["original_max_position_embeddings"])
-    return RopeConfig(rope_type=rope_type, **given), []
+def notes(raw: dict[str, Any]) -> list[str]:
+    """What a reader of a config.json that `from_dict` takes should know, one line each."""
+    found = []
+    config = from_dict(raw)
+    unread = [*map(config_values.shown_key, config_keys.unread(raw) + rope_config.unread(raw))]
+    if unread:
+        more = f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
+        found.append(f"config.json has keys that {raw['model_type']} does not read: "
+                     f"{', '.join(unread[:_SHOWN])}{more}")  # fmt: skip
+    if _stated_dtype(raw) in ("float64", "double"):
+        found.append("the weights are float64, and are read as float32")
+    if raw.get("attention_dropout"):
+        found.append(f"attention_dropout {config_values.shown(raw['attention_dropout'])} of "
+                     "config.json is not applied in training")  # fmt: skip
+    return found + rope_config.notes(config.rope, raw, config.max_position_embeddings)
 
 
-def _sliding_windows(raw: dict[str, Any], model_type: str) -> tuple[int | None, ...]:
-    layers = raw["num_hidden_layers"]
-    if model_type == "mistral":
-        return (raw.get("sliding_window", 4096),) * layers
-    if not raw.get("use_sliding_window"):
-        return (None,) * layers
-    window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
-    types = raw.get("layer_types") or [
+def _size_problems(hidden: int, heads: int, kv_heads: int, head_dim: int | None) -> list[str]:
+    problems = []
+    if head_dim is None and hidden % heads:
+        problems.append(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    elif (head_dim or hidden // heads) % 2:
+        odd = head_dim or hidden // heads
+        problems.append(f"head_dim {odd:g} is odd, and rotary embedding pairs dimensions")
+    if heads % kv_heads:
+        problems.append(f"num_attention_heads {heads} is no multiple of "
+                        f"num_key_value_heads {kv_heads}")  # fmt: skip
+    return problems
+
+
+def _sliding_windows(
+    values: config_values.Values, raw: dict[str, Any], layers: int
+) -> tuple[int | None, ...]:
+    """The window of each layer; None for full attention."""
+    window = None
+    if raw.get("sliding_window", 0) is not None:  # null is none, an absent key the default
+        window = values.count("sliding_window", 4096)
+    if raw["model_type"] == "mistral":
+        return (window,) * layers
+    first = values.number("max_window_layers", 28)
+    kinds = values.given.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(layers)
     ]
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        shown = config_values.shown(kinds)
+        values.problems.append(f"layer_types = {shown} is not a list with one entry a layer")
+        return ()
+    values.problems += [
+        f"layer type {config_values.shown(kind)} is not implemented"
+        for kind in kinds
+        if kind not in ("full_attention", "attention", "sliding_attention")
+    ]
+    if not values.flag("use_sliding_window"):
+        return (None,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def states_dtype(raw: dict[str, Any]) -> bool:
+    """Whether a config.json says which dtype the weights have."""
+    return _stated_dtype(raw) not in (None, "", "auto")
 
 
 def stored_dtype(raw: dict[str, Any]) -> str:
-    """The dtype in a config.json, such as "float16"."""
-    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    """The dtype in a config.json, as numpy and torch name it; float32 where there is none."""
+    name = str(_stated_dtype(raw)).removeprefix("torch.") if states_dtype(raw) else "float32"
+    return _DTYPES.get(name, name)
 
 
-def _dtype(raw: dict[str, Any], where: str) -> str:
-    name = stored_dtype(raw)
-    dtypes = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
-    if name not in dtypes:
-        raise errors.UserError(
-            expected=f"dtype among {', '.join(dtypes)}", found=repr(name), where=where
-        )
-    return dtypes[name]
+def _stated_dtype(raw: dict[str, Any]) -> Any:
+    return raw["torch_dtype"] if raw.get("dtype") is None else raw["dtype"]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.models import config_values
 
 NATIVE = ("int8", "int4", "int4-g64", "int4-g128")  # formats stored in lora_jax's own layout
 VERSION = 1  # of lora_jax's layout
@@ -79,10 +80,10 @@ def parse(raw: Mapping[str, Any], where: str) -> Quantization:
     method = raw.get("quant_method")
     if method is None and (raw.get("load_in_4bit") or raw.get("load_in_8bit")):
         method = "bitsandbytes"  # old files do not name it
-    if method not in _READERS:
+    if not isinstance(method, str) or method not in _READERS:
         raise errors.UserError(
             expected=f"a checkpoint that is dense or quantized by {', '.join(_READERS)}",
-            found=f"quant_method {method!r}",
+            found=f"quant_method {config_values.shown(method)}",
             where=where,
             do="pass the model before quantization: --quant rounds it while it loads",
         )
@@ -107,13 +108,13 @@ def _bitsandbytes(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     if kind not in ("nf4", "fp4"):
         problems.append(f"bnb_4bit_quant_type {kind!r} is not implemented (nf4, fp4 are)")
     nested = "-dq" if raw.get("bnb_4bit_use_double_quant") else ""
-    dense = tuple(raw.get("llm_int8_skip_modules") or ())
+    dense = _names(raw, "llm_int8_skip_modules", problems)
     return Quantization("bitsandbytes", f"{kind}{nested}", dense=dense), problems
 
 
 def _gptq(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     layout = raw.get("checkpoint_format") or raw.get("format") or "gptq"
-    problems = _four_bits(raw.get("bits"), raw.get("group_size"))
+    group, problems = _four_bits(raw.get("bits"), raw.get("group_size"))
     if layout not in ("gptq", "gptq_v2") or raw.get("is_marlin_format"):
         name = "marlin" if raw.get("is_marlin_format") else layout
         problems.append(f"checkpoint_format {name!r} is not implemented (gptq, gptq_v2 are)")
@@ -121,15 +122,16 @@ def _gptq(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
         problems.append(f"pack_dtype {raw['pack_dtype']!r} is not implemented (int32 is)")
     if raw.get("dynamic"):
         problems.append("dynamic, different settings for some modules, is not implemented")
-    only = raw.get("modules_in_block_to_quantize")
+    key = "modules_in_block_to_quantize"
+    only = None if raw.get(key) is None else _names(raw, key, problems)
     return Quantization(
         "gptq",
         "int4",
-        group=raw.get("group_size"),
+        group=group,
         zero_points=not raw.get("sym", True),
         zero_offset=1 if layout == "gptq" else 0,
         act_order=bool(raw.get("desc_act")),
-        only=None if only is None else tuple(name for names in only for name in _as_list(names)),
+        only=only,
     ), problems
 
 
@@ -137,10 +139,10 @@ def _awq(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     bits, group = (raw.get(key, raw.get(older)) for key, older in
                    (("bits", "w_bit"), ("group_size", "q_group_size")))  # fmt: skip
     version = str(raw.get("version") or raw.get("format") or "gemm").lower()
-    problems = _four_bits(bits, group)
+    group, problems = _four_bits(bits, group)
     if version != "gemm":
         problems.append(f"version {version!r} is not implemented (gemm is)")
-    dense = tuple(raw.get("modules_to_not_convert") or ())
+    dense = _names(raw, "modules_to_not_convert", problems)
     return Quantization("awq", "int4", group=group, zero_points=True, dense=dense), problems
 
 
@@ -153,15 +155,28 @@ def _lora_jax(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     return Quantization("lora_jax", str(raw.get("format"))), problems
 
 
-def _four_bits(bits: Any, group: Any) -> list[str]:
-    problems = [] if bits == 4 else [f"{bits} bits are not implemented (4 are)"]
+def _four_bits(bits: Any, group: Any) -> tuple[int, list[str]]:
+    """(group_size, problems)"""
+    problems = []
+    if bits != 4:
+        problems.append(f"{config_values.shown(bits)} bits are not implemented (4 are)")
     if not isinstance(group, int) or (group != -1 and (group < 8 or group % 8)):
-        problems.append(f"group_size {group!r} is not implemented (multiples of 8 and -1 are)")
-    return problems
+        shown = config_values.shown(group)
+        problems.append(f"group_size {shown} is not implemented (multiples of 8 and -1 are)")
+        group = -1
+    return group, problems
 
 
-def _as_list(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+def _names(raw: Mapping[str, Any], key: str, problems: list[str]) -> tuple[str, ...]:
+    """The names in a list of names, or of lists of names."""
+    given = raw.get(key) or []
+    names: list[Any] = []
+    for each in given if isinstance(given, list) else [given]:
+        names += each if isinstance(each, list) else [each]
+    if all(isinstance(name, str) for name in names):
+        return tuple(names)
+    problems.append(f"{key} {config_values.shown(given)} is not a list of names")
+    return ()
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Quantization, list[str]]]] = {

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models import config
+from lora_jax.models import rope_config
 
 
 def cos_sin(
-    positions: Int[Array, "B T"], head_dim: int, rope: config.RopeConfig, context: int
+    positions: Int[Array, "B T"], head_dim: int, rope: rope_config.RopeConfig, context: int
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of positions · inv_freq, times the attention factor; float32.
 
@@ -37,7 +37,7 @@ def apply(
 
 
 def _inv_freq(
-    positions: Int[Array, "B T"], dim: int, rope: config.RopeConfig, context: int
+    positions: Int[Array, "B T"], dim: int, rope: rope_config.RopeConfig, context: int
 ) -> tuple[jax.Array, float]:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     inv_freq = jnp.asarray(1.0 / (np.float32(rope.rope_theta) ** exponents))
@@ -56,7 +56,7 @@ def _inv_freq(
     return inv_freq, 1.0
 
 
-def _llama3(inv_freq: jax.Array, rope: config.RopeConfig) -> jax.Array:
+def _llama3(inv_freq: jax.Array, rope: rope_config.RopeConfig) -> jax.Array:
     """inv_freq / factor for long waves, inv_freq for short ones, interpolated in between."""
     wavelength = 2 * math.pi / inv_freq
     original = rope.original_max_position_embeddings
@@ -65,7 +65,7 @@ def _llama3(inv_freq: jax.Array, rope: config.RopeConfig) -> jax.Array:
     return (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
 
 
-def _yarn(inv_freq: jax.Array, dim: int, rope: config.RopeConfig) -> tuple[jax.Array, float]:
+def _yarn(inv_freq: jax.Array, dim: int, rope: rope_config.RopeConfig) -> tuple[jax.Array, float]:
     """Peng et al. 2023, https://arxiv.org/abs/2309.00071, §3.2 (by parts) and §3.4 (mscale)."""
 
     def mscale(weight: float) -> float:

@@ -14,6 +14,7 @@ from lora_jax.lora import config
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.models import quantization_config as model_quantization
+from lora_jax.models import rope_config
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 from lora_jax.optim import step as train
@@ -63,7 +64,7 @@ class Job:
 def job_from(fields: dict[str, Any]) -> Job:
     """The Job whose dataclasses.asdict was written as JSON and read back."""
     architecture = fields["architecture"]
-    rope = model_config.RopeConfig(**architecture["rope"])
+    rope = rope_config.RopeConfig(**architecture["rope"])
     stored = architecture["quantization"]
     stored = None if stored is None else model_quantization.Quantization(**stored)
     windows = tuple(architecture["sliding_windows"])

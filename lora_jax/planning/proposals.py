@@ -41,7 +41,7 @@ def propose(
 
     unit = memory.batch_shards(sizes)
     policies = (dataclasses.replace(job, remat=remat) for remat in reversed(model_config.REMAT))
-    context = job.architecture.max_position_embeddings
+    context = job.architecture.context
     return Proposals(
         largest(lambda rows: dataclasses.replace(job, batch_size=rows), unit, 4096 * unit),
         largest(lambda length: _of_length(job, length), min(128, context), context),

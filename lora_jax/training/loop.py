@@ -110,7 +110,7 @@ def _on_mesh(
     resuming: bool,
 ) -> Steps:
     base, watch = setup.base(base_folder, architecture), setup.Stopwatch()
-    context = architecture.max_position_embeddings
+    context = architecture.context
     data = None
     if found is not None:
         settings = settings.replace(seq_len=settings.data.resolve_seq_len(context))

@@ -81,7 +81,7 @@ def encoded_prompts(settings: groups.TrainSettings, base: setup.Base) -> list[li
     else:
         encoded = tokenizer.encode(base.tokenizer, texts)
     tokenizer.check_ids(base.tokenizer, encoded, base.architecture.vocab_size)
-    context = base.architecture.max_position_embeddings
+    context = base.architecture.context
     for ids in encoded:
         continuation.check_length(len(ids), settings.prompts.sampling, context)
     return encoded

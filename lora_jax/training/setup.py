@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lora_jax import console, hub, lora, tokenizer
-from lora_jax.checkpoints import inventory, loader, safetensors_files
+from lora_jax.checkpoints import inventory, loader, model_folder, safetensors_files
 from lora_jax.console import say
 from lora_jax.data import chat, clock
 from lora_jax.lora.nnx import model_state
@@ -44,7 +44,7 @@ class Base(NamedTuple):
 def find(settings: groups.ModelSettings) -> tuple[pathlib.Path, model_config.LlamaConfig]:
     """(folder, config.json) of the base model; a hub id is downloaded first."""
     folder = hub.model_folder(settings.model, settings.revision)
-    return folder, model_config.load(folder)
+    return folder, model_folder.config(folder)
 
 
 def fit(
@@ -184,6 +184,8 @@ def _say_sizes(settings: groups.TrainSettings, base: Base, adapter: one_adapter.
     say("base", f"{console.size(before)} on disk, {console.size(after)} loaded "
         f"(quant {settings.model.quant})")  # fmt: skip
     if note := inventory.dense_note(settings.model.quant, adapter.model):
+        say("base", note)
+    for note in model_folder.notes(base.folder):
         say("base", note)
 
 

@@ -221,7 +221,7 @@ def test_tensors_that_do_not_fit_are_all_listed(folder):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     del tensors["lm_head.weight"]
     tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
-    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
     tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((48, 32), np.float32)
     tensors["model.norm.weight"] = np.zeros(32, np.int8)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
@@ -273,6 +273,7 @@ def test_missing_shards_are_all_named(folder):
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
 def test_lfs_pointers_are_refused(folder, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 99\n"
+    (folder / "model.safetensors").unlink()
     (folder / name).write_text(pointer)
     with pytest.raises(errors.UserError, match=f"(?s)git-lfs pointer.*{name}.*git lfs pull"):
         loader.load(folder, mesh=one_device())
@@ -374,8 +375,10 @@ def test_host_memory_stays_near_the_packed_model(tmp_path):
     assert peak <= packed + 3 * largest, f"{peak / 1e6:.0f} MB, model {packed / 1e6:.0f} MB"
 
 
-def test_a_malformed_index_is_named(folder):
-    (folder / "model.safetensors.index.json").write_text("{}")
+@pytest.mark.parametrize("text", ["{}", "[]", '{"weight_map": {"a": 1}}', "{", "[" * 100_000])
+def test_a_malformed_index_is_named(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(errors.UserError, match="weight_map"):
         safetensors_files.tensors(folder)
 

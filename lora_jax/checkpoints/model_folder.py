@@ -1,0 +1,122 @@
+"""A model folder's architecture and tensors, set right as transformers does when it loads them."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_jax import errors
+from lora_jax.checkpoints import safetensors_files
+from lora_jax.checkpoints.safetensors_files import StoredTensor
+from lora_jax.models import config as model_config
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096  # compared at a time
+# What torch.compile, FSDP, activation checkpointing, DDP and PEFT put into the names of modules.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTERMOST = re.compile(r"^(module\.|base_model\.model\.)+")
+_DTYPES = {"F16": "bfloat16", "BF16": "bfloat16"}  # others: float32
+
+
+def config(folder: pathlib.Path) -> model_config.LlamaConfig:
+    """config.json, corrected by the tensors: tie_word_embeddings is false if a head of its own is
+    stored, and dtype is that of the tensors where config.json has none.
+
+    Raises: UserError if config.json or a file of tensors cannot be read.
+    """
+    raw = model_config.read(folder)
+    found = model_config.from_dict(raw, where=str(folder / "config.json"))
+    if found.tie_word_embeddings or not model_config.states_dtype(raw):
+        stored = tensors(folder, found)
+        if found.tie_word_embeddings and has_own_head(stored):
+            found = dataclasses.replace(found, tie_word_embeddings=False)
+        if not model_config.states_dtype(raw) and EMBEDDING in stored:
+            dtype = _DTYPES.get(stored[EMBEDDING].dtype, "float32")
+            found = dataclasses.replace(found, dtype=dtype)
+    return found
+
+
+def tensors(folder: pathlib.Path, config: model_config.LlamaConfig) -> dict[str, StoredTensor]:
+    """{name in the model: tensor} of the folder.
+
+    Names of wrappers are left out of the tensors' names, and `model.` is added or left out as in
+    transformers. With tied embeddings, a head is the embedding where that is missing. float64 and
+    float8 are read as float32.
+    Raises: UserError as safetensors_files.tensors, and if two tensors have the same name.
+    """
+    found: dict[str, StoredTensor] = {}
+    twice = []
+    for key, stored in safetensors_files.tensors(folder).items():
+        name = _name(key)
+        if name in found:
+            twice.append(f"{found[name].key} and {key}")
+        found[name] = stored._replace(name=name, key=key)
+    if twice:
+        raise errors.UserError(
+            expected="one tensor for each array of the model",
+            found=twice,
+            where=str(folder),
+            do="keep one of the two",
+        )
+    if config.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
+        found[EMBEDDING] = found[HEAD]._replace(name=EMBEDDING)
+    if config.quantization is None:
+        found = {name: stored.widened() for name, stored in found.items()}
+    return found
+
+
+def notes(folder: pathlib.Path) -> list[str]:
+    """What a user of the folder should know, one line each; nothing for most folders."""
+    raw = model_config.read(folder)
+    declared = model_config.from_dict(raw, where=str(folder / "config.json"))
+    found = model_config.notes(raw)
+    stored = tensors(folder, declared)
+    if declared.tie_word_embeddings and has_own_head(stored):
+        found.append("lm_head.weight differs from the embedding, so it is kept, although "
+                     "config.json says tie_word_embeddings")  # fmt: skip
+    if extra := [name for name in stored if is_extra(name, declared)]:
+        shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        found.append(f"tensors that are not part of the model are not loaded: {shown}")
+    return found
+
+
+def has_own_head(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether a head is stored that differs from the embedding."""
+    head, embedding = stored.get(HEAD), stored.get(EMBEDDING)
+    if head is None or embedding is None:
+        return False
+    if (head.path, head.key) == (embedding.path, embedding.key):
+        return False  # one tensor for both
+    readable = {head.dtype, embedding.dtype} <= {*safetensors_files.FLOATS}
+    if head.shape != embedding.shape or len(head.shape) != 2 or not readable:
+        return True
+    with safetensors_files.opened(head) as one, safetensors_files.opened(embedding) as other:
+        starts = range(0, head.shape[0], _ROWS)
+        parts = [slice(i, min(i + _ROWS, head.shape[0])) for i in starts]
+        return not all(np.array_equal(one[part], other[part]) for part in parts)
+
+
+def is_extra(name: str, config: model_config.LlamaConfig) -> bool:
+    """Whether a tensor belongs to no module of the model, such as the head of another task."""
+    if name in (HEAD, EMBEDDING, "model.norm.weight") or is_buffer(name):
+        return False
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer:
+        return int(layer[1]) >= config.num_hidden_layers
+    return not name.startswith(("model.norm.", "model.embed_tokens.", "lm_head."))
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a constant that older versions of transformers saved."""
+    return name.endswith(("rotary_emb.inv_freq", ".masked_bias", ".attn.bias"))
+
+
+def _name(key: str) -> str:
+    name = _OUTERMOST.sub("", _WRAPPERS.sub("", key))
+    if name.startswith(("layers.", "embed_tokens.", "norm.")):
+        return f"model.{name}"
+    if name.startswith(("model.model.", "model.lm_head.")):
+        return name.removeprefix("model.")
+    return name
