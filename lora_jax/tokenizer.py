@@ -49,16 +49,18 @@ def eos_ids(
     tokenizer: "transformers.PreTrainedTokenizerBase", folder: str | pathlib.Path
 ) -> tuple[int, ...]:
     """The ids that end a text: first the tokenizer's, which training appends, then those of
-    generation_config.json and config.json in `folder`.
+    generation_config.json and config.json in `folder`, which may be the texts of tokens.
 
     Raises:
-      errors.UserError: none of them has one.
+      errors.UserError: none of them has one, or one is neither an id nor a token.
     """
     found = [tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
         value = _read_json(pathlib.Path(folder) / name).get("eos_token_id")
         found += value if isinstance(value, list) else [value]
-    ids = tuple(dict.fromkeys(int(i) for i in found if i is not None))
+    vocab = tokenizer.get_vocab() if any(isinstance(each, str) for each in found) else {}
+    found = [vocab.get(each) if isinstance(each, str) else each for each in found]
+    ids = tuple(dict.fromkeys(_id(each) for each in found if each is not None))
     if not ids:
         raise errors.UserError(
             expected="an end-of-text token",
@@ -67,6 +69,16 @@ def eos_ids(
             do='set "eos_token" in tokenizer_config.json',
         )
     return ids
+
+
+def _id(given: object) -> int:
+    if not (isinstance(given, int) or (isinstance(given, float) and given.is_integer())):
+        raise errors.UserError(
+            expected="eos_token_id: an id, a token, or a list of them",
+            found=repr(given),
+            where="generation_config.json or config.json",
+        )
+    return int(given)
 
 
 def chat_prompt(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -149,7 +161,7 @@ def continuation(
 def _read_json(path: pathlib.Path) -> dict:
     """The object in a JSON file, {} if there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise errors.UserError(
             expected="a JSON object",

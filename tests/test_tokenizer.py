@@ -95,6 +95,22 @@ def test_eos_ids_are_collected(folder):
         tokenizer.eos_ids(loaded, folder)
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [("</s>", (2,)), (["</s>", "<unk>"], (2, 0)), (7.0, (2, 7)), ("not a token", (2,))],
+)
+def test_eos_ids_may_be_texts_of_tokens(folder, given, expected):
+    (folder / "config.json").write_text("\ufeff" + json.dumps({"eos_token_id": given}))
+    assert tokenizer.eos_ids(tokenizer.load(folder), folder) == expected
+
+
+@pytest.mark.parametrize("given", [2.5, {}, [[2]], float("nan")])
+def test_an_eos_id_that_is_none_is_named(folder, given):
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": given}))
+    with pytest.raises(errors.UserError, match="eos_token_id"):
+        tokenizer.eos_ids(tokenizer.load(folder), folder)
+
+
 def test_sentencepiece_alone_is_converted_exactly(sentencepiece_model, tmp_path):
     import sentencepiece
 
