@@ -71,9 +71,7 @@ def plan(
     Tensors keep their dtype; dequantized ones get config.json's.
     """
     config = model_folder.config(folder)
-    raw = model_config.read(folder)
-    if raw.get("tie_word_embeddings"):
-        raw["tie_word_embeddings"] = config.tie_word_embeddings
+    raw = model_folder.read(folder)
     raw.pop("quantization_config", None)
     fmt = quantization_config.choose(quantization, config.quantization, str(folder))
     rounded = fmt if config.quantization is None and fmt != "none" else None

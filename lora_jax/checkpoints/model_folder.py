@@ -1,9 +1,9 @@
 """A model folder's architecture and tensors, set right as transformers does when it loads them."""
 
-import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,25 +17,32 @@ _ROWS = 4096  # compared at a time
 # What torch.compile, FSDP, activation checkpointing, DDP and PEFT put into the names of modules.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTERMOST = re.compile(r"^(module\.|base_model\.model\.)+")
-_DTYPES = {"F16": "bfloat16", "BF16": "bfloat16"}  # others: float32
+_DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # others: float32
 
 
-def config(folder: pathlib.Path) -> model_config.LlamaConfig:
-    """config.json, corrected by the tensors: tie_word_embeddings is false if a head of its own is
-    stored, and dtype is that of the tensors where config.json has none.
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """config.json, corrected by the other files.
 
+    tie_word_embeddings is false if a head of its own is stored. dtype is that of the tensors where
+    config.json has none, and quantization_config is that of AutoGPTQ and AutoAWQ, who wrote it to a
+    file beside config.json.
     Raises: UserError if config.json or a file of tensors cannot be read.
     """
     raw = model_config.read(folder)
-    found = model_config.from_dict(raw, where=str(folder / "config.json"))
-    if found.tie_word_embeddings or not model_config.states_dtype(raw):
-        stored = tensors(folder, found)
-        if found.tie_word_embeddings and has_own_head(stored):
-            found = dataclasses.replace(found, tie_word_embeddings=False)
-        if not model_config.states_dtype(raw) and EMBEDDING in stored:
-            dtype = _DTYPES.get(stored[EMBEDDING].dtype, "float32")
-            found = dataclasses.replace(found, dtype=dtype)
-    return found
+    declared = model_config.from_dict(raw, where=str(folder / "config.json"))
+    stored = tensors(folder, declared)
+    if declared.quantization is None and any(name.endswith(".qweight") for name in stored):
+        raw["quantization_config"] = model_config.read_quantization(folder)
+    if declared.tie_word_embeddings and has_own_head(stored):
+        raw["tie_word_embeddings"] = False
+    if not model_config.states_dtype(raw) and EMBEDDING in stored:
+        raw["dtype"] = _DTYPES.get(stored[EMBEDDING].dtype, "float32")
+    return raw
+
+
+def config(folder: pathlib.Path) -> model_config.LlamaConfig:
+    """The architecture that `read` returns. Raises: UserError as `read` does."""
+    return model_config.from_dict(read(folder), where=str(folder / "config.json"))
 
 
 def tensors(folder: pathlib.Path, config: model_config.LlamaConfig) -> dict[str, StoredTensor]:

@@ -66,9 +66,7 @@ def write(
     Yields the name of each tensor of the source when it is written.
     Raises: UserError if a value is not finite, the disk is full or `into` holds files.
     """
-    raw = model_config.read(folder)
-    if raw.get("tie_word_embeddings"):
-        raw["tie_word_embeddings"] = model_folder.config(folder).tie_word_embeddings
+    raw = model_folder.read(folder)
     raw["quantization_config"] = _declaration(copy.fmt, raw)
     with writer.new_folder(into, sum(part.num_bytes for part in copy.parts)) as written:
         yield from writer.write(folder, written, copy.parts, raw, shard=shard)

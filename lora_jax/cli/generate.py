@@ -121,7 +121,6 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
     from lora_jax.generation import weights as decode_weights
     from lora_jax.lora import peft
     from lora_jax.lora.nnx import model_state
-    from lora_jax.models import config as model_config
     from lora_jax.parallel import devices
     from lora_jax.parallel import mesh as sharding
 
@@ -144,7 +143,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
         )
     named_by = None if settings.model else adapter
     folder = hub.model_folder(name, revision, named_by=named_by)
-    architecture = model_config.load(folder)
+    architecture = model_folder.config(folder)
     quant, dtype = settings.base.resolve_quant(architecture, folder), settings.base.dtype
     if adapter and settings.base.quant is None and processes.leads():
         arguments.note_other_base(adapter, quant)

@@ -78,7 +78,7 @@ _DTYPES = {
     **dict.fromkeys(("float16", "half", "fp16"), "float16"),
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
 }
-_LEGACY_QUANTIZATION = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def load(folder: pathlib.Path) -> LlamaConfig:
@@ -87,9 +87,7 @@ def load(folder: pathlib.Path) -> LlamaConfig:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json as it is, with `quantization_config` from the file beside it that AutoGPTQ and
-    AutoAWQ wrote, where config.json has none. Raises: UserError if it is no JSON object.
-    """
+    """config.json as it is. Raises: UserError if it is no JSON object."""
     folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
         raise errors.UserError(
@@ -99,11 +97,15 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
             where=str(folder),
             do="pass the folder that holds config.json and *.safetensors, or a hub id",
         )  # fmt: skip
-    raw = _json_object(folder / "config.json")
-    for name, method in _LEGACY_QUANTIZATION.items():
-        if not raw.get("quantization_config") and (folder / name).is_file():
-            raw["quantization_config"] = {"quant_method": method, **_json_object(folder / name)}
-    return raw
+    return _json_object(folder / "config.json")
+
+
+def read_quantization(folder: pathlib.Path) -> dict[str, Any] | None:
+    """`quantization_config` in the file beside config.json that AutoGPTQ and AutoAWQ wrote."""
+    for name, method in _QUANTIZATION_FILES.items():
+        if (folder / name).is_file():
+            return {"quant_method": method, **_json_object(folder / name)}
+    return None
 
 
 def _json_object(path: pathlib.Path) -> dict[str, Any]:
@@ -260,4 +262,4 @@ def stored_dtype(raw: dict[str, Any]) -> str:
 
 
 def _stated_dtype(raw: dict[str, Any]) -> Any:
-    return raw["torch_dtype"] if raw.get("dtype") is None else raw["dtype"]
+    return raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]

@@ -4,6 +4,7 @@ From the modeling code of transformers for each model type, and from that of mod
 later converted to one of these types. All other keys change nothing, whatever their value is.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,6 +98,7 @@ def not_implemented(raw: Mapping[str, Any]) -> list[str]:
 
 def unread(raw: Mapping[str, Any]) -> list[str]:
     """The keys with a value that neither the model reads nor transformers keeps books with."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     import transformers
 
     of_transformers = (

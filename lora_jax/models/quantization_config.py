@@ -67,7 +67,7 @@ def choose(asked: str | None, stored: Quantization | None, where: str) -> str:
     return stored.fmt
 
 
-def parse(raw: Mapping[str, Any], where: str) -> Quantization:
+def parse(raw: Any, where: str) -> Quantization:
     """Quantization from config.json's `quantization_config`.
 
     Reads only the keys that say what the codes mean; the others say how the codes were computed or
@@ -75,7 +75,9 @@ def parse(raw: Mapping[str, Any], where: str) -> Quantization:
     """
     if not isinstance(raw, Mapping):
         raise errors.UserError(
-            expected="an object", found=repr(raw), where=f"{where}: quantization_config"
+            expected="an object",
+            found=config_values.shown(raw),
+            where=f"{where}: quantization_config",
         )
     method = raw.get("quant_method")
     if method is None and (raw.get("load_in_4bit") or raw.get("load_in_8bit")):
