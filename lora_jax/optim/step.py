@@ -124,7 +124,7 @@ def update(
         "lr": schedule(state.step),
         **{name: total / sums.count for name, total in sums.metrics.items()},
     }
-    return State(trained, opt_state, state.step + 1), metrics
+    return sharding.keep_placed(State(trained, opt_state, state.step + 1)), metrics
 
 
 def make_eval_loss(graphdef: nnx.GraphDef, beta: float | None = None) -> Callable:

@@ -220,11 +220,30 @@ def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
 def place(tree: Any, mesh: Mesh) -> Any:
     """The arrays of `tree`, nested dicts by path, each placed with the sharding of `of`."""
 
-    def put(path, array):
-        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
-        return _put(array, of(names, jnp.ndim(array), mesh))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: _put(array, of(_names(path), jnp.ndim(array), mesh)), tree
+    )
 
-    return jax.tree_util.tree_map_with_path(put, tree)
+
+def keep_placed(tree: Any) -> Any:
+    """`tree` in a jitted function, with the shardings of `place` on the ambient mesh, if any.
+
+    The compiler would choose other shardings for some results, and a function that takes its own
+    results, such as a training step, would be compiled again for them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: jax.lax.with_sharding_constraint(
+            array, of(_names(path), array.ndim, mesh)
+        ),
+        tree,
+    )
+
+
+def _names(path: Iterable) -> list[str]:
+    return [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
 
 
 def put(tree: Any, where: NamedSharding) -> Any:
