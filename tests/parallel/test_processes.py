@@ -24,7 +24,7 @@ from lora_jax.parallel import cluster, processes, rendezvous
 LAUNCH = cli.ROOT / "examples/launch"
 STEPS = 10
 FLAGS = (
-    *("--model", cli.BASE, "--batch-size", 8, "--grad-accum", 2, "--remat", "none"),
+    *("--model", cli.BASE, "--batch-size", 8, "--grad-accum", 2, "--remat", "full"),
     *("--rank", 2, "--dropout", 0.1, "--max-steps", STEPS, "--save-every", 2),
 )
 

@@ -23,7 +23,7 @@ from lora_jax.training import evaluate, settings
 
 SEED, KILLS, MANY = 20, 10, 40
 STEPS = 6
-MODEL = ("--model", cli.BASE, "--rank", 2, "--remat", "none", "--dropout", 0.1)
+MODEL = ("--model", cli.BASE, "--rank", 2, "--remat", "full", "--dropout", 0.1)
 FLAGS = (*MODEL, "--batch-size", 8, "--grad-accum", 2, "--max-steps", STEPS,
          "--save-every", 2, "--keep-checkpoints", 3)  # fmt: skip
 
