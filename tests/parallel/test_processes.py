@@ -25,7 +25,8 @@ LAUNCH = cli.ROOT / "examples/launch"
 STEPS = 10
 FLAGS = (
     *("--model", cli.BASE, "--batch-size", 8, "--grad-accum", 2, "--remat", "full"),
-    *("--rank", 2, "--dropout", 0.1, "--max-steps", STEPS, "--save-every", 2),
+    *("--rank", 2, "--targets", "q_proj", "--dropout", 0.1, "--max-steps", STEPS),
+    *("--save-every", 2),
 )
 
 

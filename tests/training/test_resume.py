@@ -21,9 +21,10 @@ from lora_jax.data import sources, stream
 from lora_jax.optim import step as train_step
 from lora_jax.training import evaluate, settings
 
-SEED, KILLS, MANY = 20, 10, 40
+SEED, KILLS, MANY = 20, 8, 34
 STEPS = 6
-MODEL = ("--model", cli.BASE, "--rank", 2, "--remat", "full", "--dropout", 0.1)
+MODEL = ("--model", cli.BASE, "--rank", 2, "--targets", "q_proj", "--remat", "full",
+         "--dropout", 0.1)  # fmt: skip
 FLAGS = (*MODEL, "--batch-size", 8, "--grad-accum", 2, "--max-steps", STEPS,
          "--save-every", 2, "--keep-checkpoints", 3)  # fmt: skip
 
