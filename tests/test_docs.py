@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import lora_jax
-from lora_jax import errors
+from lora_jax import assets, errors
 from lora_jax.training import settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -157,6 +157,9 @@ def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my.jsonl", "more.jsonl"):  # which the pages take for granted
         cli.write_rows(tmp_path / name, 8)
+    held_out = tmp_path / "held_out.jsonl"  # the demo's, cut short
+    held_out.write_text("".join(assets.EVAL.read_text().splitlines(keepends=True)[:8]))
+    monkeypatch.setattr(assets, "EVAL", held_out)
     names = {"__name__": page.stem}
     for block in blocks(page):
         if block.runs and block.language == "python":
