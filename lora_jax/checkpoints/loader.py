@@ -210,9 +210,7 @@ def _load_packed(linear, path, pack: _Packing, mesh: Mesh, residual) -> quant_li
             for leaf, shape in zip(packing.Packed._fields, shapes, strict=True)
         )
     )
-    whole = jax.tree.map(
-        lambda s, w: jnp.zeros((layers, *s.shape), s.dtype, device=w), shapes, where
-    )
+    whole = _empty(layers, shapes, where)
     raw_where = sharding.of(path, 3, mesh)
     for source, packed in parts:
         raw = source.read(raw_where, True)
@@ -247,6 +245,12 @@ def _read(stored: StoredTensor, where: NamedSharding, transpose: bool) -> jax.Ar
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _dense(raw, cast, dtype, where):
     return jax.lax.with_sharding_constraint(cast(raw, dtype), where)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(layers, shapes, where):
+    whole = jax.tree.map(lambda shape: jnp.zeros((layers, *shape.shape), shape.dtype), shapes)
+    return jax.tree.map(jax.lax.with_sharding_constraint, whole, where)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
