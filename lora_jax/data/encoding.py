@@ -106,8 +106,8 @@ def encode_pairs(
         num_lost += any(each.loses for each in encoded)
     if problems:
         raise errors.UserError(
-            expected="in each example chosen and rejected, and the prompt if these do not begin "
-            "with it; strings or message lists",
+            expected=f"in each example {', '.join(kinds.PREFERENCE)}, as strings or message lists; "
+            "no prompt if the answers begin with it",
             found=list(problems.values()),
             where=list(problems),
             do="correct these examples, or map their fields, e.g. --columns chosen=better",
