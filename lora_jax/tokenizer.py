@@ -18,8 +18,16 @@ if typing.TYPE_CHECKING:
     import transformers
 
 
-def load(folder: str | pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+def load(
+    folder: str | pathlib.Path, adapter: str | pathlib.Path | None = None
+) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of the model in `folder`.
+
+    adapter: the folder of an adapter. If it has a tokenizer or a chat template, which other
+    programs save with an adapter, that is used instead.
 
     tokenizer.json is used as it is, whatever tokenizer_class says: transformers 5.23's
     LlamaTokenizer (AutoTokenizer's choice) rebuilds it and encodes runs of spaces differently from
@@ -30,7 +38,14 @@ def load(folder: str | pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
       errors.UserError: the tokenizer is missing or unreadable, or sentencepiece is not installed.
     """
     folder = pathlib.Path(folder)
-    for name in ("tokenizer.json", "tokenizer.model"):
+    if adapter is not None:
+        own = pathlib.Path(adapter)
+        if any((own / name).is_file() for name in _TOKENIZERS):
+            return load(own)
+        reader = load(folder)
+        reader.chat_template = _chat_template(own) or reader.chat_template
+        return reader
+    for name in _TOKENIZERS:
         if (folder / name).is_file():
             hub.refuse_lfs_pointer(folder / name)
     if (folder / "tokenizer.json").is_file():
@@ -43,6 +58,25 @@ def load(folder: str | pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
         where=str(folder),
         do="copy the tokenizer files of the base model into the folder",
     )
+
+
+def copy(adapter: str | pathlib.Path, into: str | pathlib.Path) -> None:
+    """Copies what `load` takes from an adapter's folder over the files of a model."""
+    own = pathlib.Path(adapter)
+    names = ["chat_template.jinja"]
+    if any((own / name).is_file() for name in _TOKENIZERS):
+        names += [*_TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json",
+                  "added_tokens.json"]  # fmt: skip
+    for name in names:
+        if (own / name).is_file():
+            shutil.copyfile(own / name, pathlib.Path(into) / name)
+
+
+def keep_stops(folder: str | pathlib.Path, ids: Sequence[int]) -> None:
+    """Writes the ids at which generation stops into generation_config.json."""
+    path = pathlib.Path(folder) / "generation_config.json"
+    config = _read_json(path) | {"eos_token_id": list(ids)}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def eos_ids(
@@ -156,6 +190,14 @@ def continuation(
     """
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
+
+
+def _chat_template(folder: pathlib.Path) -> typing.Any:
+    """The chat template that a folder without a tokenizer has, if any."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return _read_json(folder / "tokenizer_config.json").get("chat_template")
 
 
 def _read_json(path: pathlib.Path) -> dict:

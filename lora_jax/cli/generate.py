@@ -149,7 +149,7 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
         arguments.note_other_base(adapter, quant)
     num_bytes = inventory.loaded_bytes(folder, dtype=dtype, quantization=quant)
     mesh = sharding.choose(settings.base.mesh, num_bytes)
-    reader = tokenizer.load(folder)
+    reader = tokenizer.load(folder, adapter)
     if settings.chat:
         encoded = [tokenizer.chat_prompt(reader, prompt) for prompt in settings.prompts]
     else:

@@ -99,12 +99,15 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     """Writes the merged model to `into`, if it predicts the same as the base with the adapter."""
     import tqdm
 
-    from lora_jax import tokenizer
+    from lora_jax import hub, tokenizer
     from lora_jax.checkpoints import merge as merged
     from lora_jax.checkpoints import model_folder, writer
+    from lora_jax.data import chat
     from lora_jax.training import evaluate
 
-    encoded = tokenizer.encode(tokenizer.load(folder), list(settings.get("prompt", PROMPTS)))
+    source = hub.adapter_folder(settings["adapter"])
+    reader = tokenizer.load(folder, source)
+    encoded = tokenizer.encode(reader, list(settings.get("prompt", PROMPTS)))
     how = {"quantization": settings.get("quant"), "search": not settings.get("quant_fast")}
     start = time.time()
     expected = predicted(folder, encoded, adapter, settings["adapter"], **how)
@@ -118,6 +121,10 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
         with contextlib.closing(merged.write(folder, written, plan)) as names:
             for _ in tqdm.tqdm(names, total=len(plan.parts), **bar):
                 pass
+        tokenizer.copy(source, written)
+        stops = chat.stop_ids(reader, folder)
+        if stops != tokenizer.eos_ids(reader, folder):
+            tokenizer.keep_stops(written, stops)
         found = predicted(written, encoded)
         same, kl = evaluate.agreement(expected, found)
         console.say("compared", f"{same:.1%} of {sum(map(len, encoded))} most likely tokens "

@@ -285,6 +285,21 @@ def test_the_token_that_ends_a_turn_stops_generation(tmp_path):
     assert chat.stop_ids(tokenizer.load(plain), plain) == (EOS,)
 
 
+def test_an_adapters_own_template_is_used(tmp_path):
+    base = tiny_tokenizer.save(tmp_path / "base", chat_template=CHATML)
+    (tmp_path / "adapter").mkdir()
+    same = tokenizer.load(base, tmp_path / "adapter")
+    assert same.chat_template == CHATML
+    (tmp_path / "adapter/chat_template.jinja").write_text(PLAIN)
+    assert tokenizer.load(base, tmp_path / "adapter").chat_template == PLAIN
+    whole = tiny_tokenizer.save(tmp_path / "whole", chat_template=OTHER_END)
+    assert tokenizer.load(base, whole).chat_template == OTHER_END
+    tokenizer.copy(whole, base)
+    tokenizer.keep_stops(base, (2, 0))
+    reader = tokenizer.load(base)
+    assert reader.chat_template == OTHER_END and tokenizer.eos_ids(reader, base) == (2, 0)
+
+
 def test_a_clock_can_be_stopped(tmp_path):
     template = "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }}" + CHATML
     tok = chat_tokenizer(tmp_path, template)
