@@ -27,9 +27,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers and what tests s
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import hypothesis
 import jax
 import pytest
 import thrift
+
+hypothesis.settings.register_profile(
+    "suite", max_examples=200, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("long", max_examples=2000, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 thrift.begin()

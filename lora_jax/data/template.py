@@ -180,7 +180,7 @@ class Template:
             before = int(lasts[n - 1]) + 1 if n else 0
             after = int(firsts[n + 1]) if n + 1 < len(firsts) else len(text)
             start = before + self._start(text[before:first])
-            is_last = n + 1 == len(firsts)
+            is_last = int(owners[first]) + 1 == len(trained)
             yield start, last + 1 + self._end(text[last + 1 : after], is_last=is_last)
 
     def _unseen_turn(self, text: str, owners: np.ndarray, number: int) -> Span | None:
@@ -254,7 +254,7 @@ class Template:
 
         asked = after_last(_USER) or ""
         prompt = after_last(_USER, generate=True) or asked
-        opening = prompt[_common(asked, prompt) :]
+        opening = prompt[_border(prompt, 0, _common(asked, prompt)) :]
         if "</think>" in opening:  # an empty block belongs to the answer, as without that prompt
             opening = opening.partition("<think>")[0]
         final = after_last(_USER, _ASSISTANT) or ""
@@ -275,13 +275,11 @@ class Template:
         head, between = text[: of_user[0]], text[of_answer[-1] + 1 : at[0]]
         if between.startswith(final.rstrip() or final):
             return final
-        if size := self._special_end(between):
-            return between[:size]
-        # The user's header is what both turns of the user have in front.
-        header = _common(head[::-1], between[::-1])
-        if header < len(between):
-            return between[: len(between) - header]
-        return between[: _header(between, opening)]
+        # It ends before the user's header, which both turns of the user have in front, and where it
+        # is no longer as at the end of a chat.
+        least = len(between) - _common(head[::-1], between[::-1])
+        size = _border(between, least, max(least, _common(final, between)))
+        return between[: size or self._special_end(between) or _header(between, opening)]
 
 
 def parsed(source: str) -> "jinja2.nodes.Template | None":
@@ -388,6 +386,15 @@ def _without_echoes(owners: np.ndarray, messages: Sequence[Message]) -> np.ndarr
             at = np.flatnonzero(owners == _COLORS * number + _NAME)
             owners[at[sum(len(_COLORABLE.findall(name)) for name in names) :]] = -1
     return owners
+
+
+def _border(text: str, least: int, most: int) -> int:
+    """The largest size up to `most` at which the text's beginning has no open bracket, if there is
+    one from `least` on; else `least`. It does not cut <|user|> or [INST] in two."""
+    for size in range(most, least - 1, -1):
+        if all(text.count(a, 0, size) == text.count(b, 0, size) for a, b in ("<>", "[]")):
+            return size
+    return least
 
 
 def _header(text: str, opening: str) -> int:

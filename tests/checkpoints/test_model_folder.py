@@ -10,7 +10,7 @@ import pytest
 import quantized_models
 import safetensors.numpy
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_jax import errors, hub
@@ -328,7 +328,6 @@ _VALUE = (
 )
 
 
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
 @given(
     flips=st.dictionaries(st.integers(0, _HEADER - 1), st.integers(0, 255), max_size=3),
     edits=st.lists(

@@ -451,7 +451,6 @@ LINE = st.one_of(
 )  # fmt: skip
 
 
-@hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     st.lists(LINE, max_size=4),
     st.sampled_from([b"\n", b"\r\n", b"\n\n"]),

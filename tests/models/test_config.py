@@ -7,7 +7,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_jax import errors
@@ -398,7 +398,6 @@ known = st.sampled_from(sorted({*SMALL, *_TOKENS, *config_keys.NOT_IMPLEMENTED} 
 }))  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
 @given(
     st.sampled_from(config_keys.MODEL_TYPES),
     st.dictionaries(known, values | rope_settings, max_size=3),
@@ -418,7 +417,6 @@ def test_random_values_are_taken_or_one_error(model_type, changes):
             assert getattr(config, key) == SMALL[key]
 
 
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
 @given(
     st.sampled_from(config_keys.MODEL_TYPES),
     st.dictionaries(st.text(max_size=8), values, max_size=2),
