@@ -7,7 +7,6 @@ itself writes around a message is compared with what it writes in short chats, t
 generation prompt ends and what ends a turn. Imports no jax.
 """
 
-import itertools
 import json
 import re
 import typing
@@ -30,10 +29,10 @@ _TEXT, _NAME, _ARGUMENTS, _FIRST_KEY = range(4)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # JSON and HTML escape some characters, and templates look for brackets: these have no color.
 _COLORABLE = re.compile(r"""[^\s"'\\<>&{}\[\]|]""")
+_BRACKETS = re.compile(r"[{}\[\]|]")  # have one in a text of nothing else
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _GENERATION_TAGS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-_USER = {"role": "user", "content": "abc"}
-_ASSISTANT = {"role": "assistant", "content": "xyz"}
+_PROBES = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xyz"}]
 
 
 class ChatError(Exception):
@@ -226,7 +225,7 @@ class Template:
                 return place + len(shown)
         if is_last:
             return len(text)
-        return self._special_end(text) or _header(text, ends.opening)
+        return _header(text, ends.opening) or self._special_end(text)
 
     def _special_end(self, text: str) -> int:
         """The end of the first special token in the text; 0 if there is none."""
@@ -252,17 +251,22 @@ class Template:
             at = np.flatnonzero(owners >= 0)
             return text[at[-1] + 1 :] if len(at) else None
 
-        asked = after_last(_USER) or ""
-        prompt = after_last(_USER, generate=True) or asked
+        user, answer = _PROBES
+        if after_last(user) is None:  # the content has to be a list of parts
+            user, answer = (
+                each | {"content": [{"type": "text", "text": each["content"]}]} for each in _PROBES
+            )
+        asked = after_last(user) or ""
+        prompt = after_last(user, generate=True) or asked
         opening = prompt[_border(prompt, 0, _common(asked, prompt)) :]
         if "</think>" in opening:  # an empty block belongs to the answer, as without that prompt
             opening = opening.partition("<think>")[0]
-        final = after_last(_USER, _ASSISTANT) or ""
-        return _Ends(prompt, opening, final, self._inner(final, opening))
+        final = after_last(user, answer) or ""
+        inner = self._inner((user, answer, user), final, opening)
+        return _Ends(prompt, opening, final, inner)
 
-    def _inner(self, final: str, opening: str) -> str:
-        """What ends an answer that a user's message follows."""
-        chat = (_USER, _ASSISTANT, _USER)
+    def _inner(self, chat: Sequence[Message], final: str, opening: str) -> str:
+        """What ends the answer in a chat where a user's message follows it."""
         try:
             text = self.render(chat)
             owners = self._owners(chat, text)
@@ -324,7 +328,8 @@ def _colored(message: Message, number: int, keep: re.Pattern[str]) -> Message:
             for found in keep.finditer(value):
                 parts += [_COLORABLE.sub(color, value[at : found.start()]), found.group()]
                 at = found.end()
-            return "".join([*parts, _COLORABLE.sub(color, value[at:])])
+            painted = "".join([*parts, _COLORABLE.sub(color, value[at:])])
+            return painted if _COLORABLE.search(value) else _BRACKETS.sub(color, value)
         if isinstance(value, list):
             return [paint(each, color) for each in value]
         if isinstance(value, dict):
@@ -335,10 +340,11 @@ def _colored(message: Message, number: int, keep: re.Pattern[str]) -> Message:
     def paint_arguments(value: typing.Any) -> typing.Any:
         if not isinstance(value, dict):
             return paint(value, arguments)
-        colors = itertools.chain(keys, itertools.repeat(""))
+        # In the order of the keys, which a template may sort.
+        colors = dict(zip(sorted(value, key=str.lower), keys, strict=False))
         return {
-            paint(key, of_key) if of_key else key: paint(each, arguments)
-            for (key, each), of_key in zip(value.items(), colors, strict=False)
+            paint(key, colors[key]) if key in colors else key: paint(each, arguments)
+            for key, each in value.items()
         }
 
     def paint_call(call: Message) -> Message:
