@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import errors
 from lora_jax.checkpoints import inventory, model_folder, safetensors_files, storage, writer
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
@@ -102,6 +103,7 @@ def write(
     """Writes `plan(folder, …)` into the folder `written`; see writer.new_folder.
 
     Yields the name of each tensor when it is written.
+    Raises: UserError if a merged weight is not finite in the dtype it is written in.
     """
     yield from writer.write(folder, written, merge.parts, merge.config, shard=shard)
 
@@ -126,7 +128,7 @@ def _given(name: str, array: np.ndarray) -> writer.Part:
 
 
 def _dense(name: str, source: _Source) -> dict[str, np.ndarray]:
-    return {name: np.asarray(source.value().astype(_NAMES[source.dtype]))}
+    return {name: _rounded(name, source.value(), source.dtype)}
 
 
 def _merged(
@@ -139,7 +141,19 @@ def _merged(
     magnitude = () if own.magnitude is None else (jnp.asarray(own.magnitude),)
     whole = jax.jit(algebra.merged)(weight.astype(jnp.float32), *factors, *magnitude)
     whole = whole.T if transposed else whole
-    return {name: np.asarray(whole.astype(_NAMES[source.dtype]))}
+    return {name: _rounded(name, whole, source.dtype)}
+
+
+def _rounded(name: str, value: jax.Array, dtype: str) -> np.ndarray:
+    """The tensor in its dtype in the file. Raises: UserError if that cannot hold it."""
+    array = np.asarray(value.astype(_NAMES[dtype]))
+    if not np.isfinite(array).all():
+        raise errors.UserError(
+            expected=f"merged weights that {_NAMES[dtype].dtype.name} can hold",
+            found=f"NaN or infinity in {name}, with values of up to {jnp.nanmax(abs(value)):.3g}",
+            do="check the adapter's values, or merge it into a copy of the base in float32",
+        )
+    return array
 
 
 def _shape(tensor: StoredTensor | StoredLinear) -> tuple[int, ...]:

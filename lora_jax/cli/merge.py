@@ -1,6 +1,7 @@
 """Fold a LoRA adapter into its base model, for programs that do not support adapters."""
 
 import contextlib
+import math
 import pathlib
 import signal
 import sys
@@ -97,6 +98,7 @@ def main() -> int:
 
 def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments.Given) -> None:
     """Writes the merged model to `into`, if it predicts the same as the base with the adapter."""
+    import numpy as np
     import tqdm
 
     from lora_jax import hub, tokenizer
@@ -111,6 +113,14 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     how = {"quantization": settings.get("quant"), "search": not settings.get("quant_fast")}
     start = time.time()
     expected = predicted(folder, encoded, adapter, settings["adapter"], **how)
+    if not all(np.isfinite(each).all() for each in expected):
+        raise errors.UserError(
+            expected="finite predictions of the base with the adapter",
+            found="NaN or infinity",
+            where=f"{folder}, {settings['adapter']}",
+            do="check whether the base alone generates text, and take an earlier checkpoint of "
+            "the adapter",
+        )
     plan = merged.plan(folder, adapter, **how)
     for note in model_folder.notes(folder):
         console.say("note", note)
@@ -134,7 +144,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
             raise errors.UserError(
                 expected="a merged model that predicts the same as base and adapter, within "
                 f"{settings['max_kl']:g} nats per token",
-                found=f"{kl:.3g}",
+                found="NaN or infinity" if math.isnan(kl) else f"{kl:.3g}",
                 where=str(settings["adapter"]),
                 do="check the adapter: the dtype of the base cannot represent its change; or "
                 "raise --max-kl",

@@ -1,6 +1,7 @@
 """Held-out loss, exact match, and the agreement of two models' predictions."""
 
 import collections
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -96,8 +97,11 @@ def agreement(
     """(share of positions with the same most likely token, mean KL(expected ‖ found) in nats).
 
     expected, found: log-probabilities of the same texts, as log_probabilities returns them.
+    Both figures are NaN if any of them is not finite.
     """
     p, q = np.concatenate(expected), np.concatenate(found)
+    if not (np.isfinite(p).all() and np.isfinite(q).all()):
+        return math.nan, math.nan
     same = (p.argmax(axis=-1) == q.argmax(axis=-1)).mean()
     kl = (np.exp(p) * (p - q)).sum(axis=-1).mean()
     return float(same), max(0.0, float(kl))  # rounding can make it negative

@@ -169,6 +169,40 @@ def test_a_merge_with_other_predictions_leaves_nothing(adapter, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_merge_that_predicts_nan_leaves_nothing(adapter, tmp_path, monkeypatch):
+    merged = merge._merged
+    monkeypatch.setattr(merge, "_merged", lambda name, *of: {
+        name: np.full_like(array, np.nan) for name, array in merged(name, *of).items()})  # fmt: skip
+    flags = ("--adapter", adapter, "--output-dir", tmp_path / "merged", "--max-kl", "inf")
+    assert "found: NaN or infinity" in cli.refused("merge", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_with_which_the_base_predicts_nan_leaves_nothing(adapter, tmp_path):
+    file = adapter / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    large = {name: array * 1e30 for name, array in tensors.items()}
+    safetensors.numpy.save_file(large, file)
+    message = cli.refused("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
+    assert "finite predictions of the base with the adapter" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_merged_weight_beyond_its_dtype_is_named(tmp_path):
+    base = shutil.copytree(MODELS / "llama", tmp_path / "base")
+    tensors = safetensors.numpy.load_file(base / "model.safetensors")
+    halves = {name: array.astype(np.float16) for name, array in tensors.items()}
+    safetensors.numpy.save_file(halves, base / "model.safetensors")
+    name = "model.layers.1.self_attn.v_proj"
+    n, k = tensors[f"{name}.weight"].shape
+    ones = host.Factors(np.full((k, 1), 300, np.float32), np.full((1, n), 300, np.float32))
+    adapter = host.Adapter(lora.LoRAConfig(rank=1, alpha=1), {name: ones})
+    found = rf"float16 can hold(.|\n)*NaN or infinity in {name}.weight, with values of up to 9e\+04"
+    with pytest.raises(errors.UserError, match=found):
+        write(base, adapter, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_ctrl_c_leaves_nothing(adapter, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -108,3 +108,23 @@ def test_texts_keep_their_leading_space_and_end_at_the_padding(reader):
         how = {"key": jax.random.key(0), "mesh": MESH}
         found = continuation.continuations(continue_, None, FROZEN, [prompt], reader, **how)
         assert list(found) == [text]
+
+
+def test_agreement_is_the_share_of_equal_tokens_and_the_mean_kl():
+    p, q = (
+        np.log([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]),
+        np.log([[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]]),
+    )
+    same, kl = evaluate.agreement([p[:1], p[1:]], [q[:1], q[1:]])
+    assert same == 0.5
+    assert kl == pytest.approx((0.5 * np.log(2) - 0.25 * np.log(2)) / 2)
+    assert evaluate.agreement([p], [p]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_agreement_with_what_is_not_finite_is_nan(wrong):
+    p = np.log([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
+    q = p.copy()
+    q[1, 2] = wrong
+    for expected, found in ((p, q), (q, p), (q, q)):
+        assert np.isnan(evaluate.agreement([expected], [found])).all()

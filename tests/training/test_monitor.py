@@ -17,6 +17,7 @@ from lora_jax import errors
 from lora_jax.parallel import devices
 from lora_jax.planning import chips, operations
 from lora_jax.training import monitor
+from lora_jax.training.adapters import sweep
 
 
 def test_spikes_of_the_loss_are_reported():
@@ -36,6 +37,14 @@ def test_patience_counts_evaluations_without_a_better_loss(losses, spent):
         patience.note(loss)
         endless.note(loss)
     assert patience.spent == spent and not endless.spent
+
+
+@pytest.mark.parametrize("losses, least", [([np.nan, 2, 1], 1), ([np.inf, 3, 4], 3)])
+def test_a_member_whose_held_out_loss_is_not_finite_does_not_hide_the_best(losses, least):
+    swept = object.__new__(sweep.SweepAdapters)
+    swept._lost, swept.members = {}, [types.SimpleNamespace(name=name) for name in "abc"]
+    means = {f"eval_loss/{name}": loss for name, loss in zip("abc", losses, strict=True)}
+    assert swept.eval_loss(means) == least
 
 
 def test_mfu_is_the_share_of_useful_operations_in_the_published_peak():

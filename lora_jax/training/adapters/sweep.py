@@ -128,8 +128,9 @@ class SweepAdapters:
         return {name: means[f"eval_loss/{name}"] for name in self._left()}
 
     def eval_loss(self, means: Mapping[str, float]) -> float:
-        """The lowest held-out loss of the members."""
-        return min(self._eval_losses(means).values())
+        """The lowest held-out loss of the members; NaN if none is finite."""
+        losses = self._eval_losses(means).values()
+        return min(filter(math.isfinite, losses), default=math.nan)
 
     def score(
         self, answer: Callable, trained: Any, prompts: one_adapter.Prompts, reader: Any, step: int,
@@ -150,7 +151,8 @@ class SweepAdapters:
             )
         matches = {f"exact_match/{name}": evaluate.exact_match(found)
                    for name, found in answers.items()}  # fmt: skip
-        return matches, answers.get(min(left, key=losses.__getitem__), [])
+        least = min(left, key=lambda name: (not math.isfinite(losses[name]), losses[name]))
+        return matches, answers.get(least, [])
 
     def evaluation_text(self, metrics: run_folder.Metrics, num_scored: int) -> str:
         """The printed line of an evaluation."""
