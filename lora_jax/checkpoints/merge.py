@@ -1,8 +1,9 @@
 """A model folder with an adapter merged into its weights, for programs without adapters."""
 
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from lora_jax.checkpoints import inventory, model_folder, safetensors_files, sto
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
-from lora_jax.lora import algebra
+from lora_jax.lora import algebra, embeddings
 from lora_jax.models import config as model_config
 from lora_jax.models import quantization_config
 from lora_jax.parallel import mesh as sharding
@@ -77,6 +78,8 @@ def plan(
     fmt = quantization_config.choose(quantization, config.quantization, str(folder))
     rounded = fmt if config.quantization is None and fmt != "none" else None
     linears, others = inventory.contents(folder, config)
+    tied = config.tie_word_embeddings
+    adapter = embeddings.resolved(adapter, tied=tied, same=functools.partial(_same, others, tied))
     default = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
     parts = []
     for name, tensor in (linears | others).items():
@@ -84,15 +87,8 @@ def plan(
         dtype = tensor.dtype if dense else default[model_config.stored_dtype(raw)]
         source = _Source(tensor, dtype, rounded if name in linears else None, search)
         parts.append(_part(name, source, adapter))
-    if config.tie_word_embeddings and _changes_embedding(adapter):
-        # The head keeps the values of the original embedding, so it needs a tensor of its own.
-        embedding = others["model.embed_tokens.weight"]
-        base = adapter.saved.get("model.embed_tokens.base_layer.weight")
-        head = "lm_head.weight"
-        if base is None:
-            parts.append(writer.unchanged(embedding, head))
-        else:
-            parts.append(_given(head, base))
+    if tied and _unties(adapter):
+        parts.append(_head(others[f"{embeddings.EMBEDDING}.weight"], adapter))
         raw["tie_word_embeddings"] = False
     return Merge(parts, raw)
 
@@ -121,6 +117,30 @@ def _part(name: str, source: _Source, adapter: host.Adapter) -> writer.Part:
         return writer.Part(name, {name: TensorSpec(source.dtype, _shape(source.tensor))}, make)
     make = functools.partial(_merged, name, source, own, adapter.scaling(path), base)
     return writer.Part(name, {name: TensorSpec(source.dtype, _shape(source.tensor))}, make)
+
+
+def _head(embedding: StoredTensor, adapter: host.Adapter) -> writer.Part:
+    """A head of its own, which was the original embedding before it was adapted."""
+    head = f"{embeddings.HEAD}.weight"
+    own = f"{embeddings.HEAD}.base_layer.weight"
+    base = adapter.saved.get(f"{embeddings.EMBEDDING}.base_layer.weight")
+    if base is not None:  # that of the head, too, because they are tied
+        adapter = dataclasses.replace(adapter, saved={own: base, **adapter.saved})
+    if head in adapter.saved or embeddings.HEAD in adapter.factors:
+        return _part(head, _Source(embedding, embedding.dtype, None, search=False), adapter)
+    return writer.unchanged(embedding, head) if base is None else _given(head, base)
+
+
+def _same(
+    others: Mapping[str, StoredTensor | StoredLinear], tied: bool, path: str, array: np.ndarray
+) -> bool | None:
+    """Whether the base's module at `path` has these values, see embeddings.resolved."""
+    path = embeddings.EMBEDDING if tied and path == embeddings.HEAD else path
+    stored = others.get(f"{path}.weight")
+    if not isinstance(stored, StoredTensor) or stored.shape != array.shape:
+        return None
+    value = stored.value()
+    return np.array_equal(value, array.astype(value.dtype))
 
 
 def _given(name: str, array: np.ndarray) -> writer.Part:
@@ -162,6 +182,10 @@ def _shape(tensor: StoredTensor | StoredLinear) -> tuple[int, ...]:
     return tensor.recipe.columns, tensor.recipe.rows
 
 
-def _changes_embedding(adapter: host.Adapter) -> bool:
-    names = ("model.embed_tokens.weight", "model.embed_tokens.base_layer.weight")
-    return "model.embed_tokens" in adapter.factors or any(name in adapter.saved for name in names)
+def _unties(adapter: host.Adapter) -> bool:
+    """Whether a tied embedding and head no longer have the same values with this adapter."""
+    changed = any(
+        path in adapter.factors or f"{path}.weight" in adapter.saved
+        for path in (embeddings.EMBEDDING, embeddings.HEAD)
+    )
+    return changed and not embeddings.stays_tied(adapter)

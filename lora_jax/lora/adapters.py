@@ -45,6 +45,7 @@ class Adapters:
             )
         own = isinstance(source, lora_adapter.Adapter)
         adapter = source if own else peft.read(source)
+        adapter = inject.resolved(self.model, adapter)
         inject.check(self.model, adapter, where=name if own else str(source))
         if not own:
             adapter.check_effect(str(source))

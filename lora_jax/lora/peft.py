@@ -23,11 +23,12 @@ _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("use_rslora", "use_dora", "base_model_name_or_path", "bias", "init_lora_weights"),
+    "ensure_weight_tying",
 }
 # Keys whose value does not change what a trained adapter computes.
 _INERT = {
     *("task_type", "revision", "inference_mode", "peft_version", "auto_mapping"),
-    *("fan_in_fan_out", "qalora_group_size", "megatron_core", "ensure_weight_tying"),
+    *("fan_in_fan_out", "qalora_group_size", "megatron_core"),
     *("loftq_config", "runtime_config"),
 }
 _NUMBER = (int, float)
@@ -56,9 +57,10 @@ def load(
 ) -> lora_config.LoRAConfig:
     """The settings of the adapter in `folder`, which it puts into `model`.
 
+    They also name an embedding or a head that only the file names, see embeddings.resolved.
     Raises: UserError as `read` and lora.attach.
     """
-    adapter = read(folder)
+    adapter = inject.resolved(model, read(folder))
     inject.attach(model, adapter, untrained=untrained, where=str(folder))
     return adapter.config
 
@@ -150,7 +152,7 @@ def _settings(adapter: lora_adapter.Adapter, revision: str | None) -> dict[str, 
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "inference_mode": True,
-    }
+    } | ({"ensure_weight_tying": True} if adapter.ensure_weight_tying else {})
 
 
 # ---------------------------------------------------------------------------------- reading
@@ -191,6 +193,7 @@ def read(folder: pathlib.Path | str) -> lora_adapter.Adapter:
         {path: _factors(parts) for path, parts in factors.items()},
         saved,
         raw.get("base_model_name_or_path"),
+        bool(raw.get("ensure_weight_tying")),
     )
 
 

@@ -146,6 +146,11 @@ class LlamaForCausalLM(nnx.Module):
         self.lm_head = head
         self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
 
+    def tie(self) -> None:
+        """The inverse of `untie`: the head is the embedding again."""
+        del self.lm_head
+        self.config = dataclasses.replace(self.config, tie_word_embeddings=True)
+
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A cache with room for max_length tokens in each sequence."""
         c = self.config

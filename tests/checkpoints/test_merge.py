@@ -171,8 +171,11 @@ def test_a_merge_with_other_predictions_leaves_nothing(adapter, tmp_path, monkey
 
 def test_a_merge_that_predicts_nan_leaves_nothing(adapter, tmp_path, monkeypatch):
     merged = merge._merged
-    monkeypatch.setattr(merge, "_merged", lambda name, *of: {
-        name: np.full_like(array, np.nan) for name, array in merged(name, *of).items()})  # fmt: skip
+
+    def broken(name, *of):
+        return {name: np.full_like(array, np.nan) for name, array in merged(name, *of).items()}
+
+    monkeypatch.setattr(merge, "_merged", broken)
     flags = ("--adapter", adapter, "--output-dir", tmp_path / "merged", "--max-kl", "inf")
     assert "found: NaN or infinity" in cli.refused("merge", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -5,16 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lora_jax import errors
 from lora_jax.layers import mixin, registry
 from lora_jax.lora import adapter as lora_adapter
-from lora_jax.lora import algebra
+from lora_jax.lora import algebra, embeddings
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
+from lora_jax.lora.nnx import heads, pissa, saved, sites
 from lora_jax.lora.nnx import layer as lora_layer
-from lora_jax.lora.nnx import pissa, saved, sites
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.model_state import DropoutKey, LoRAConstant, LoRAParam
 from lora_jax.lora.nnx.saved import SavedLayer
@@ -33,7 +34,8 @@ def inject(
     Works on nnx.Linear, LinearGeneral, Einsum, Conv and Embed, on quantized layers and on
     registered classes, anywhere in `model`. A layer stacked by nnx.vmap has its index in its path
     (`model.layers.3.self_attn.q_proj`). The model's output does not change: A ~ U(−1/√K, 1/√K) and
-    B = 0, as in PEFT; with PiSSA, A B is subtracted from the base. Parameters keep their paths, so
+    B = 0, as in PEFT; with PiSSA, A B is subtracted from the base. A tied LLaMA's head
+    that is targeted or saved gets a weight of its own, as in PEFT. Parameters keep their paths, so
     a checkpoint of the base still fits. Load it before `inject` if A, B or a magnitude depend on
     the weights (PiSSA, DoRA).
 
@@ -46,6 +48,11 @@ def inject(
     that cannot be adapted; if the model has adapters already; for PiSSA on a quantized layer
     without `principal`. The model is then unchanged.
     """
+    with heads.untied(model, config):
+        return _inject(model, config, rngs, principal)
+
+
+def _inject(model, config, rngs, principal) -> dict[str, int]:
     found = _without_adapters(model)
     wholes = saved.choose(model, found, config.modules_to_save)
     ranks = {}
@@ -82,6 +89,12 @@ def attach(
     Raises: UserError that lists everything that does not fit, see `Adapter.check`; if the adapter
     has no effect. The model is then unchanged.
     """
+    adapter = resolved(model, adapter)
+    with heads.untied(model, adapter.config):
+        _attach(model, adapter, untrained, where)
+
+
+def _attach(model, adapter, untrained, where) -> None:
     found, config = _without_adapters(model), adapter.config
     selected, wholes = _fitting(model, found, adapter, where)
     if not untrained:
@@ -104,7 +117,27 @@ def check(model: nnx.Module, adapter: lora_adapter.Adapter, *, where: str = "the
 
     The model may have adapters.
     """
-    _fitting(model, list(sites.find(model)), adapter, where)
+    with heads.untied(model, adapter.config, keep=False):
+        _fitting(model, list(sites.find(model)), adapter, where)
+
+
+def resolved(model: nnx.Module, adapter: lora_adapter.Adapter) -> lora_adapter.Adapter:
+    """The adapter as it is on this model, see embeddings.resolved."""
+    modules = {name: site for site in sites.find(model) for name in site.names[:1]}
+    tied = heads.is_tied(model)
+
+    def same(path: str, array: np.ndarray) -> bool | None:
+        path = embeddings.EMBEDDING if tied and path == embeddings.HEAD else path
+        site = modules.get(path)
+        if site is None or array.ndim != 2 or quant_linear.packed_of(site.module):
+            return None
+        weight = site.linear_map.matrix(registry.weight_of(site.module)[...])
+        turned = array if site.kind == "embedding" else array.T
+        if weight.shape != turned.shape:
+            return None
+        return bool(jnp.array_equal(weight, jnp.asarray(turned, weight.dtype)))
+
+    return embeddings.resolved(adapter, tied=tied, same=same)
 
 
 def _fitting(

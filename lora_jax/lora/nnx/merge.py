@@ -5,7 +5,7 @@ from flax import nnx
 from lora_jax import errors
 from lora_jax.layers import mixin
 from lora_jax.lora import algebra
-from lora_jax.lora.nnx import collect, saved
+from lora_jax.lora.nnx import collect, heads, saved
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.saved import SavedLayer
@@ -41,6 +41,7 @@ def merge(model: nnx.Module) -> None:
             _restore(layer)
     for whole in wholes:
         whole.merge()
+    heads.keep_untied(model)
 
 
 def strip(model: nnx.Module) -> None:
@@ -66,6 +67,7 @@ def strip(model: nnx.Module) -> None:
     for _, layer in list(nnx.iter_graph(model)):
         if isinstance(layer, LoRALayer):
             _restore(layer)
+    heads.tie_again(model)
 
 
 def _restore(layer: nnx.Module) -> None:

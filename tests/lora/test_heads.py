@@ -1,0 +1,220 @@
+"""Heads that are tied to the embedding: PEFT's adapters that change either, or both."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lora_jax import errors, lora
+from lora_jax.checkpoints import loader, merge, writer
+from lora_jax.lora import adapter as host
+from lora_jax.lora import peft
+from lora_jax.lora.nnx import inject
+from lora_jax.parallel import mesh as sharding
+
+BASE = pathlib.Path(__file__).parents[1] / "golden/models/llama_tied_hd16"
+IDS = jnp.array([[1, 5, 9, 2, 7]])
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+@functools.cache
+def loaded():
+    one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+    return nnx.split(loader.load(BASE, dtype="float32", mesh=one))
+
+
+def base():
+    return nnx.merge(*loaded(), copy=True)
+
+
+def embedding():
+    return np.asarray(base().model.embed_tokens.embedding[...])
+
+
+def noise(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def expected(table, head):
+    """The logits with this embedding [V, D] and head [V, D], each used where it belongs."""
+    model = base()
+    model.model.embed_tokens.embedding.set_value(jnp.asarray(table))
+    return np.asarray(model.hidden_states(IDS) @ head.T)
+
+
+def check(found, table, head):
+    np.testing.assert_allclose(found, expected(table, head), atol=1e-4)
+
+
+def merged(adapter, tmp_path):
+    """(logits of the merged folder, whether it is tied, the names of its tensors)."""
+    plan = merge.plan(BASE, adapter)
+    with writer.new_folder(tmp_path / "merged", 0) as written:
+        names = list(merge.write(BASE, written, plan))
+    one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+    model = loader.load(tmp_path / "merged", dtype="float32", mesh=one)
+    raw = json.loads((tmp_path / "merged/config.json").read_text())
+    return model(IDS), raw["tie_word_embeddings"], names
+
+
+def attached(adapter):
+    model = base()
+    lora.attach(model, adapter)
+    return model
+
+
+def adapter(targets=(), saves=(), factors=None, saved=None, **how):
+    config = lora.LoRAConfig(rank=2, alpha=6, targets=targets, modules_to_save=saves)
+    return host.Adapter(config, factors or {}, saved or {}, **how)
+
+
+@functools.cache
+def head_factors():
+    vocabulary, width = embedding().shape
+    return host.Factors(noise(width, 2), noise(2, vocabulary))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"targets": ("q_proj", HEAD)}, {"modules_to_save": (HEAD,)},
+     {"targets": (EMBEDDING,), "modules_to_save": (HEAD,)},
+     {"targets": r".*(q_proj|lm_head)"}],
+)  # fmt: skip
+def test_a_tied_head_that_is_trained_gets_a_weight_of_its_own(settings):
+    model, before = base(), base()(IDS)
+    lora.inject(model, lora.LoRAConfig(rank=2, **settings), rngs=nnx.Rngs(0))
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_array_equal(model(IDS), before)
+    lora.strip(model)
+    assert model.config.tie_word_embeddings and not hasattr(model, HEAD)
+    assert nnx.graphdef(model) == nnx.graphdef(base())
+    np.testing.assert_array_equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj",)])
+def test_a_tied_head_that_is_not_trained_stays_tied(targets):
+    model = base()
+    lora.inject(model, lora.LoRAConfig(rank=2, targets=targets), rngs=nnx.Rngs(0))
+    assert model.config.tie_word_embeddings
+
+
+def test_an_error_leaves_a_tied_model_tied():
+    model = base()
+    config = lora.LoRAConfig(targets=("q_proj", "nothing"), modules_to_save=(HEAD,))
+    with pytest.raises(errors.UserError, match="'nothing' matches nothing"):
+        lora.inject(model, config, rngs=nnx.Rngs(0))
+    wrong = adapter(saves=(HEAD,), saved={"lm_head.weight": noise(97, 32)})
+    with pytest.raises(
+        errors.UserError, match=r"lm_head.weight has 97 rows in the adapter, 96 in the base"
+    ):
+        lora.attach(model, wrong)
+    inject.check(model, adapter(saves=(HEAD,), saved={"lm_head.weight": embedding()}))
+    assert nnx.graphdef(model) == nnx.graphdef(base())
+
+
+def test_a_head_with_a_and_b_is_the_embedding_plus_their_product(tmp_path):
+    own = head_factors()
+    given = adapter((HEAD,), factors={HEAD: own})
+    head = embedding() + 3 * (own.A @ own.B).T
+    model = attached(given)
+    check(model(IDS), embedding(), head)
+    peft.save(tmp_path / "adapter", model, given.config)
+    again = peft.read(tmp_path / "adapter")
+    assert again.factors.keys() == {HEAD} and again.saved.keys() == {"lm_head.base_layer.weight"}
+    check(attached(again)(IDS), embedding(), head)
+    lora.merge(model)
+    check(model(IDS), embedding(), head)
+    found, tied, names = merged(again, tmp_path)
+    check(found, embedding(), head)
+    assert not tied and "lm_head.weight" in names
+
+
+def test_a_head_that_is_saved_whole_is_the_head_alone(tmp_path):
+    head = embedding() + noise(*embedding().shape)
+    given = adapter(saves=(HEAD,), saved={"lm_head.weight": head})
+    model = attached(given)
+    check(model(IDS), embedding(), head)
+    peft.save(tmp_path / "adapter", model, given.config)
+    assert peft.read(tmp_path / "adapter").saved.keys() == {"lm_head.weight"}
+    found, tied, _ = merged(given, tmp_path)
+    check(found, embedding(), head)
+    assert not tied
+
+
+def test_an_embedding_and_a_head_that_are_saved_are_each_their_own(tmp_path):
+    table, head = embedding() + 1, embedding() - 1
+    saved = {f"{EMBEDDING}.weight": table, "lm_head.weight": head}
+    given = adapter(saves=("embed_tokens", HEAD), saved=saved)
+    check(attached(given)(IDS), table, head)
+    found, tied, _ = merged(given, tmp_path)
+    check(found, table, head)
+    assert not tied
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_a_head_that_peft_kept_tied_is_the_saved_embedding(with_head, tmp_path):
+    table = embedding() + noise(*embedding().shape)
+    saved = {f"{EMBEDDING}.weight": table} | ({"lm_head.weight": table} if with_head else {})
+    given = adapter(saves=("embed_tokens",), saved=saved, ensure_weight_tying=True)
+    peft.write(tmp_path / "adapter", given)
+    again = peft.read(tmp_path / "adapter")
+    assert again.ensure_weight_tying
+    check(attached(again)(IDS), table, table)
+    found, tied, names = merged(again, tmp_path)
+    check(found, table, table)
+    assert tied and "lm_head.weight" not in names
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_a_head_that_peft_kept_tied_has_the_embeddings_a_and_b(with_head, tmp_path):
+    head = head_factors()
+    own = host.Factors(head.B.T, head.A.T, kind="embedding")
+    factors = {EMBEDDING: own} | ({HEAD: head} if with_head else {})
+    given = adapter(("embed_tokens",), factors=factors, ensure_weight_tying=True)
+    table = embedding() + 3 * own.A @ own.B
+    model = base()
+    peft.write(tmp_path / "adapter", given)
+    config = peft.load(model, tmp_path / "adapter")
+    check(model(IDS), table, table)
+    peft.save(tmp_path / "again", model, config)
+    check(attached(peft.read(tmp_path / "again"))(IDS), table, table)
+    found, tied, _ = merged(given, tmp_path)
+    check(found, table, table)
+    assert tied
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_an_error():
+    table = embedding() + 1
+    saved = {f"{EMBEDDING}.weight": table, "lm_head.weight": embedding()}
+    given = adapter(saves=("embed_tokens",), saved=saved, ensure_weight_tying=True)
+    with pytest.raises(errors.UserError, match=r"lm_head.weight differs from the embedding's"):
+        attached(given)
+
+
+def test_adapters_of_a_tied_head_are_switched():
+    model, own = base(), head_factors()
+    adapters = lora.Adapters(model)
+    adapters.load("head", adapter((HEAD,), factors={HEAD: own}))
+    before = np.asarray(base()(IDS))
+    np.testing.assert_allclose(model(IDS), before, atol=1e-6)
+    adapters.activate("head")
+    check(model(IDS), embedding(), embedding() + 3 * (own.A @ own.B).T)
+    adapters.activate(None)
+    np.testing.assert_allclose(model(IDS), before, atol=1e-6)
+
+
+def test_only_the_head_learns_if_it_alone_is_saved():
+    model = base()
+    config = lora.LoRAConfig(targets=(), modules_to_save=(HEAD,))
+    lora.inject(model, config, rngs=nnx.Rngs(0))
+    graphdef, trained, rest = nnx.split(model, lora.LoRAParam, ...)
+    logits = lambda trained: nnx.merge(graphdef, trained, rest)(IDS)  # noqa: E731
+    (gradient,) = jax.tree.leaves(jax.grad(lambda t: logits(t)[0, -1, 3])(trained))
+    hidden = model.hidden_states(IDS)[0, -1]
+    np.testing.assert_allclose(gradient[:, 3], hidden, atol=1e-6)
+    assert np.abs(gradient).sum() == pytest.approx(np.abs(hidden).sum(), rel=1e-5)
