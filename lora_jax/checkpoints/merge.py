@@ -137,8 +137,10 @@ def _same(
     """Whether the base's module at `path` has these values, see embeddings.resolved."""
     path = embeddings.EMBEDDING if tied and path == embeddings.HEAD else path
     stored = others.get(f"{path}.weight")
-    if not isinstance(stored, StoredTensor) or stored.shape != array.shape:
+    if stored is None:
         return None
+    if isinstance(stored, StoredLinear) or stored.shape != array.shape:
+        return False
     value = stored.value()
     return np.array_equal(value, array.astype(value.dtype))
 

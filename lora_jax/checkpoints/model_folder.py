@@ -11,12 +11,10 @@ from lora_jax import errors
 from lora_jax.checkpoints import safetensors_files
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.models import config as model_config
+from lora_jax.models import names
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 4096  # compared at a time
-# What torch.compile, FSDP, activation checkpointing, DDP and PEFT put into the names of modules.
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_OUTERMOST = re.compile(r"^(module\.|base_model\.model\.)+")
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # others: float32
 
 
@@ -121,7 +119,7 @@ def is_buffer(name: str) -> bool:
 
 
 def _name(key: str) -> str:
-    name = _OUTERMOST.sub("", _WRAPPERS.sub("", key))
+    name = names.unwrapped(key)
     if name.startswith(("layers.", "embed_tokens.", "norm.")):
         return f"model.{name}"
     if name.startswith(("model.model.", "model.lm_head.")):

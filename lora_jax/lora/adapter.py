@@ -116,7 +116,8 @@ class Adapter:
             yield f"{name} is missing"
         for name, array in self.saved.items():
             expected = saved.get(name)
-            if base := re.fullmatch(r"(.+)\.base_layer\.weight", name):
+            base = re.fullmatch(r"(.+)\.base_layer\.weight", name)
+            if base and is_vocabulary(f"{base[1]}.weight"):
                 layer = layers.get(base[1])
                 sizes = layer and (layer.in_features, layer.out_features)
                 expected = sizes if sizes is None or layer.kind == "embedding" else sizes[::-1]

@@ -24,7 +24,7 @@ def resolved(
     ensure_weight_tying and a tied base the head gets what the embedding has.
 
     tied: whether the base's head is its embedding. same: whether the base's module at a path has
-    these values; None if it has another shape or does not exist.
+    these values; None if there is no such module.
     Raises: UserError if a head that should be tied differs from the embedding.
     """
     config, saved = adapter.config, dict(adapter.saved)

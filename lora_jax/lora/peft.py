@@ -1,5 +1,6 @@
 """Read and write PEFT adapter folders: adapter_config.json and adapter_model.safetensors."""
 
+import collections
 import json
 import os
 import pathlib
@@ -8,15 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
 from lora_jax import errors, hub
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import mlx
+from lora_jax.lora import files, mlx
 from lora_jax.lora.nnx import collect, inject
+from lora_jax.models import names
 
 _PREFIX = "base_model.model."
 _READ = {
@@ -94,10 +94,7 @@ def write(
         name: folder / f"{name}.new"
         for name in ("adapter_model.safetensors", "adapter_config.json")
     }
-    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    safetensors.numpy.save_file(
-        contiguous, new["adapter_model.safetensors"], metadata={"format": "pt"}
-    )
+    files.write(new["adapter_model.safetensors"], tensors)
     written = _settings(adapter, revision)
     new["adapter_config.json"].write_text(json.dumps(written, indent=2, sort_keys=True))
     for name, path in new.items():
@@ -161,32 +158,45 @@ def _settings(adapter: lora_adapter.Adapter, revision: str | None) -> dict[str, 
 def read(folder: pathlib.Path | str) -> lora_adapter.Adapter:
     """The adapter in `folder`: PEFT's, or mlx-lm's (adapters.safetensors).
 
-    Raises: UserError if a file is missing, damaged, a pickle or a git-lfs pointer; if the adapter
-    is not LoRA, or has settings that change the mathematics and are not implemented.
+    Names of wrappers such as torch.compile's, and the adapter's own, are left out of the tensors'
+    names.
+    Raises: UserError if a file is missing, damaged, a pickle or a git-lfs pointer, or has tensors
+    that are not finite; if the adapter is not LoRA, or has settings that change the mathematics and
+    are not implemented.
     """
     folder = pathlib.Path(folder)
     raw = settings(folder)
     if mlx.is_settings(raw):
-        return mlx.adapter(raw, _arrays(folder, mlx.FILE), where=folder)
+        return mlx.adapter(raw, files.read(folder, mlx.FILE), where=folder)
     own = config(folder)
-    arrays, problems = _arrays(folder, "adapter_model.safetensors"), []
+    arrays, problems = files.read(folder, "adapter_model.safetensors"), []
     factors: dict[str, dict[str, Any]] = {}
-    saved = {}
-    for name, array in arrays.items():
-        name = name.removeprefix(_PREFIX)
+    saved: dict[str, np.ndarray] = {}
+    adapters, keys = set(), collections.defaultdict(list)
+    for key, array in arrays.items():
+        name = names.of_adapter(key)
         if match := _NAME.fullmatch(name):
-            factors.setdefault(match["path"], {})[match["part"] or match["magnitude"]] = array
+            part = match["part"]
+            factors.setdefault(match["path"], {})[part] = array
+            name = f"{match['path']}.{part}"
         elif "lora_" in name:
             problems.append(f"{name}, of an unknown kind")
         else:
-            saved[name.replace(".modules_to_save.default.", ".")] = array
+            match = _SAVED.fullmatch(name)
+            name = f"{match['path']}.{match['end']}" if match else name
+            saved[name] = array
+        adapters.add(match["adapter"] if match else None)
+        keys[name].append(key)
+    problems += [" and ".join(same) for same in keys.values() if len(same) > 1]
+    if len(own_names := sorted(adapters - {None})) > 1:
+        problems.append(f"{len(own_names)} adapters: {', '.join(own_names)}")
     if problems:
         raise errors.UserError(
             expected="tensors lora_A, lora_B, lora_embedding_A, lora_embedding_B, "
             "lora_magnitude_vector, or of fully trained modules",
             found=problems,
             where=str(folder),
-            do="use PEFT to merge this adapter into its base, and load the merged model",
+            do="save one adapter with PEFT's save_pretrained, or merge it into its base with PEFT",
         )
     return lora_adapter.Adapter(
         own,
@@ -197,10 +207,11 @@ def read(folder: pathlib.Path | str) -> lora_adapter.Adapter:
     )
 
 
-_NAME = re.compile(
-    r"(?P<path>.+)\.(?:(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?"
-    r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?)"
+_NAME = re.compile(  # the adapter's own name is there in files that PEFT did not write itself
+    r"(?P<path>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)"
+    r"(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"
 )
+_SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<end>.+)")
 
 
 def _factors(parts: Mapping[str, np.ndarray]) -> lora_adapter.Factors:
@@ -322,28 +333,3 @@ def _config(raw: Mapping[str, Any]) -> lora_config.LoRAConfig:
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
     )
-
-
-def _arrays(folder: pathlib.Path, file: str) -> dict[str, np.ndarray]:
-    """{name: array} of a safetensors file. Raises: UserError if it is missing or damaged."""
-    path = folder / file
-    if not path.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        raise errors.UserError(
-            expected=file,
-            found="only adapter_model.bin, a pickle, which can run code and is not read"
-            if pickled
-            else "no weights",
-            where=str(folder),
-            do="save the adapter with PEFT's save_pretrained(…, safe_serialization=True)",
-        )
-    hub.refuse_lfs_pointer(path)
-    try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise errors.UserError(
-            expected="a complete safetensors file",
-            found=str(error),
-            where=str(path),
-            do="copy or download it again",
-        ) from None

@@ -1,5 +1,6 @@
 """Heads that are tied to the embedding: PEFT's adapters that change either, or both."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -218,3 +219,44 @@ def test_only_the_head_learns_if_it_alone_is_saved():
     hidden = model.hidden_states(IDS)[0, -1]
     np.testing.assert_allclose(gradient[:, 3], hidden, atol=1e-6)
     assert np.abs(gradient).sum() == pytest.approx(np.abs(hidden).sum(), rel=1e-5)
+
+
+def test_an_embedding_and_a_head_that_peft_saved_unasked(tmp_path):
+    factors = {"model.layers.0.self_attn.q_proj": host.Factors(noise(32, 2), noise(2, 64))}
+    plain = adapter(("model.layers.0.self_attn.q_proj",), factors=factors)
+    logits = attached(plain)(IDS)
+    same = embedding().astype(np.float32)
+    saved = {f"{EMBEDDING}.weight": same, "lm_head.weight": same}
+    given = dataclasses.replace(plain, saved=saved)
+    model = attached(given)
+    np.testing.assert_array_equal(model(IDS), logits)
+    assert model.config.tie_word_embeddings and lora.num_params(model) == 2 * (32 + 64)
+    found, tied, names = merged(given, tmp_path)
+    np.testing.assert_allclose(found, logits, atol=1e-4)
+    assert tied and "lm_head.weight" not in names
+    adapters = lora.Adapters(base())
+    adapters.load("one", given)
+    assert not adapters.adapter("one").saved
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING, HEAD), (EMBEDDING,), (HEAD,)])
+def test_an_embedding_that_differs_though_the_config_does_not_name_it(names, tmp_path):
+    """PEFT loads it into the weight that both share."""
+    table = embedding() + 1
+    given = adapter((HEAD + "_no",), saved={f"{name}.weight": table for name in names})
+    model = base()
+    peft.write(tmp_path / "adapter", given)
+    config = peft.load(model, tmp_path / "adapter")
+    check(model(IDS), table, table)
+    assert {*config.modules_to_save} == {EMBEDDING, HEAD}
+    found, tied, _ = merged(given, tmp_path)
+    check(found, table, table)
+    assert tied
+
+
+@pytest.mark.parametrize("saves", [(), ("embed_tokens",)])
+def test_an_enlarged_vocabulary_is_named_with_what_to_do(saves):
+    given = adapter(("q_proj",), saves, saved={f"{EMBEDDING}.weight": noise(97, 32)})
+    found = r"(?s)embed_tokens.weight has 97 rows in the adapter, 96 in the base.*resize_token_emb"
+    with pytest.raises(errors.UserError, match=found):
+        attached(given)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,7 +19,7 @@ from flax import nnx
 from lora_jax import errors, lora
 from lora_jax.checkpoints import loader
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import peft
+from lora_jax.lora import files, peft
 from lora_jax.lora.nnx import model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
@@ -277,6 +279,127 @@ def test_names_of_other_writers_are_read(tmp_path):
     }
     safetensors.numpy.save_file(renamed, tmp_path / "adapter_model.safetensors")
     check_logits(llama(tmp_path), arrays("lora_qv/eval_logits.npz"), "logits", 1e-4)
+
+
+def rewrite(folder, change):
+    """Replaces the tensors in an adapter's file by change(name, array), (another name, array)."""
+    file = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    changed = dict(change(name, array) for name, array in tensors.items())
+    safetensors.numpy.save_file(changed, file)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: name.replace("base_model.model.", "base_model.model.module."),
+        lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda name: f"_fsdp_wrapped_module.{name}".replace(".self", "._fsdp_wrapped_module.self"),
+        lambda name: name.replace("_proj.", "_proj._checkpoint_wrapped_module."),
+        lambda name: name.replace(".weight", ".my-own_name2.weight"),
+        lambda name: "module._orig_mod." + name.replace(".weight", ".default"),
+    ],
+)
+def test_names_with_wrappers_or_an_adapters_name_are_read(rename, adapter):
+    expected = peft.read(adapter).factors
+    rewrite(adapter, lambda name, array: (rename(name), array))
+    found = peft.read(adapter).factors
+    assert found.keys() == expected.keys()
+    for path, own in expected.items():
+        np.testing.assert_array_equal(found[path].A, own.A)
+        np.testing.assert_array_equal(found[path].B, own.B)
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_saved_modules_with_an_adapters_name_are_read(name, tmp_path):
+    folder = shutil.copytree(GOLDEN / "lora_saved/final_adapter", tmp_path / "adapter")
+    expected = peft.read(folder).saved
+    rewrite(folder, lambda key, array: (
+        key if "lora_" in key else key.replace(".weight", f".modules_to_save.{name}.weight"), array
+    ))  # fmt: skip
+    found = peft.read(folder).saved
+    assert found.keys() == expected.keys() and len(found) > 1
+    assert all(np.array_equal(found[key], expected[key]) for key in found)
+
+
+def test_a_model_may_have_an_attribute_named_module(tmp_path):
+    model = nnx.Dict(module=nnx.Dict(up=nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+    config = lora.LoRAConfig(rank=1, targets=("up",))
+    lora.inject(model, config, rngs=nnx.Rngs(0))
+    peft.save(tmp_path, model, config)
+    assert peft.read(tmp_path).factors.keys() == {"module.up"}
+
+
+def test_two_adapters_in_one_file_are_an_error(adapter):
+    rewrite(adapter, lambda name, array: (
+        name.replace(".weight", ".one.weight" if ".0." in name else ".two.weight"), array
+    ))  # fmt: skip
+    with pytest.raises(errors.UserError, match="2 adapters: one, two"):
+        peft.read(adapter)
+    file = adapter / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    again = {f"_orig_mod.{name}": array for name, array in tensors.items()}
+    safetensors.numpy.save_file(tensors | again, file)
+    with pytest.raises(errors.UserError, match=r"lora_A.one.weight and _orig_mod\.base_model"):
+        peft.read(adapter)
+
+
+def test_half_precision_is_read_as_it_is(adapter):
+    plain = safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
+    for dtype in (ml_dtypes.bfloat16, np.float16, np.float64):
+        halves = {name: array.astype(dtype) for name, array in plain.items()}
+        safetensors.numpy.save_file(halves, adapter / "adapter_model.safetensors")
+        found = peft.read(adapter)
+        for path, own in found.factors.items():
+            exact = halves[f"base_model.model.{path}.lora_A.weight"].astype(np.float32).T
+            assert own.A.dtype == np.float32
+            np.testing.assert_array_equal(own.A, exact)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_read_as_it_is(dtype, tmp_path):
+    values = np.array([[0.5, -1.75, 2.0], [1.5, 0.25, -3.0]], np.float32)
+    data = values.astype(getattr(ml_dtypes, dtype)).tobytes()
+    name = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[dtype]
+    header = json.dumps({"a": {"dtype": name, "shape": [2, 3], "data_offsets": [0, 6]}}).encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    array = files.read(tmp_path, "file")["a"]
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, values)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_tensors_that_are_not_finite_are_named(value, adapter):
+    def damaged(name, array):
+        if "layers.1.self_attn.q_proj.lora_B" in name:
+            array = array.astype(ml_dtypes.bfloat16)
+            array[0, 0] = value
+        return name, array
+
+    rewrite(adapter, damaged)
+    found = r"found: +base_model\S+layers.1.self_attn.q_proj.lora_B.weight has NaN or infinity\n +w"
+    with pytest.raises(errors.UserError, match=found):
+        peft.read(adapter)
+
+
+def test_integers_are_refused_by_name(adapter):
+    rewrite(adapter, lambda name, array: (name, array.astype(np.int8)))
+    with pytest.raises(errors.UserError, match=r"q_proj.lora_A.weight has dtype I8"):
+        peft.read(adapter)
+
+
+def test_both_files_follow_the_umask(tmp_path):
+    adapter = peft.read(GOLDEN / FINISHED[0])
+    before = os.umask(0o027)
+    try:
+        for _ in range(2):  # the second time over the first
+            peft.write(tmp_path, adapter)
+            modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+            assert modes == {"adapter_model.safetensors": 0o640, "adapter_config.json": 0o640}
+    finally:
+        os.umask(before)
 
 
 @pytest.fixture

@@ -129,12 +129,12 @@ def resolved(model: nnx.Module, adapter: lora_adapter.Adapter) -> lora_adapter.A
     def same(path: str, array: np.ndarray) -> bool | None:
         path = embeddings.EMBEDDING if tied and path == embeddings.HEAD else path
         site = modules.get(path)
-        if site is None or array.ndim != 2 or quant_linear.packed_of(site.module):
+        if site is None:
             return None
-        weight = site.linear_map.matrix(registry.weight_of(site.module)[...])
         turned = array if site.kind == "embedding" else array.T
-        if weight.shape != turned.shape:
-            return None
+        if quant_linear.packed_of(site.module) or turned.shape != sites.weight_shape(site.module):
+            return False
+        weight = registry.weight_of(site.module)[...]
         return bool(jnp.array_equal(weight, jnp.asarray(turned, weight.dtype)))
 
     return embeddings.resolved(adapter, tied=tied, same=same)
