@@ -16,8 +16,9 @@ from lora_jax.kernels import int4_matmul
 from lora_jax.layers import linear_map
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import linen, peft, site
-from lora_jax.lora.nnx import collect, sites
+from lora_jax.lora.nnx import collect, inject, sites
 from lora_jax.lora.nnx import layer as lora_layer
+from lora_jax.lora.nnx import saved as nnx_saved
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
@@ -602,3 +603,74 @@ def test_dora_on_packed_weights_writes_no_dense_one(monkeypatch):
     monkeypatch.setattr(formats, "dequantize", None)
     model.a(rand(3, 256))
     assert calls == [(3, 256), (2, 256)]
+
+
+class Towers(nnx.Module):
+    """Modules to save with a list of layers, a list of arrays, and a dictionary."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.body = nnx.Linear(4, 4, rngs=rngs)
+        first, last = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+        self.head = nnx.Sequential(first, nnx.relu, last)
+        self.gains = Gains()
+        self.maps = nnx.Dict(one=nnx.Linear(4, 4, rngs=rngs))
+
+    def __call__(self, x):
+        return self.head(self.gains(self.maps.one(self.body(x))))
+
+
+class Gains(nnx.Module):
+    def __init__(self):
+        self.each = nnx.List([nnx.Param(jnp.ones(4)), nnx.Param(2 * jnp.ones(4))])
+
+    def __call__(self, x):
+        return x * (self.each[0][...] * self.each[1][...])[None]
+
+
+TOWERS = lora.LoRAConfig(rank=2, targets=("body",), modules_to_save=("head", "gains", "maps.one"))
+
+
+def test_saved_modules_may_contain_lists(tmp_path):
+    model, x = Towers(), jnp.arange(12.0).reshape(3, 4) / 12
+    before = model(x)
+    lora.inject(model, TOWERS, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(model(x), before, atol=1e-6)
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, lora.LoRAParam):
+            node.set_value(node[...] + 0.25)
+    changed = model(x)
+    peft.save(tmp_path, model, TOWERS)
+    saved = peft.read(tmp_path).saved
+    shapes = {f"head.layers.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    assert saved.keys() == {*shapes, "gains.each.0", "gains.each.1", "maps.one.weight",
+                            "maps.one.bias"}  # fmt: skip
+    np.testing.assert_array_equal(saved["gains.each.1"], 2.25 * np.ones(4))
+    again = Towers()
+    peft.load(again, tmp_path)
+    np.testing.assert_allclose(again(x), changed, atol=1e-6)
+    lora.merge(again)
+    np.testing.assert_allclose(again(x), changed, atol=1e-6)
+    assert nnx.graphdef(again) == nnx.graphdef(Towers())
+
+
+@pytest.mark.parametrize("fails", ["_adapt", "begin"])
+def test_an_error_while_adapters_are_put_in_takes_them_out(fails, monkeypatch, tmp_path):
+    model, before = Towers(), nnx.graphdef(Towers())
+    lora.inject(model, TOWERS, rngs=nnx.Rngs(1))
+    peft.save(tmp_path, model, TOWERS)
+    lora.strip(model)
+    found, function = (inject, inject._adapt) if fails == "_adapt" else (
+        nnx_saved.Saved, nnx_saved.Saved.begin)  # fmt: skip
+
+    def failing(*args):
+        function(*args)
+        raise MemoryError
+
+    monkeypatch.setattr(found, fails, failing)
+    with pytest.raises(MemoryError):
+        lora.inject(model, TOWERS, rngs=nnx.Rngs(1))
+    assert nnx.graphdef(model) == before
+    with pytest.raises(MemoryError):
+        peft.load(model, tmp_path, untrained=True)
+    assert nnx.graphdef(model) == before

@@ -81,10 +81,20 @@ def survey(
     calls: dict[Path, list[tuple[nn.Module, linear_map.LinearMap, str, tuple[int, ...]]]] = {}
     classes: dict[Path, str] = {}
     astray: dict[Path, str] = {}
+    methods: dict[Path, str] = {}  # that are called besides __call__
+    inside: list[tuple[Path | None, str]] = []  # the calls that a call is in
 
     def record(call, args, kwargs, context):
-        y, layer = call(*args, **kwargs), context.module
-        if context.method_name != "__call__" or layer.scope is None:
+        layer, method = context.module, context.method_name
+        inside.append((layer.path if layer.scope else None, method))
+        y = call(*args, **kwargs)
+        inside.pop()
+        if layer.scope is None:
+            return y
+        if method != "__call__":
+            own = method == "setup" or method.startswith("_") or (layer.path, "__call__") in inside
+            if not own:
+                methods[layer.path] = method
             return y
         known, cls = registry.registration_of(type(layer)), type(layer).__name__
         classes.setdefault(layer.path, cls)
@@ -122,6 +132,10 @@ def survey(
         names = tuple(numbered(path, depth, index[: len(lead)], index[len(lead) :])
                       for index in np.ndindex(*lead, *inner))  # fmt: skip
         in_features, out_features = how.sizes(shape)
+        method = methods.get(path)
+        twice = (
+            f"is also used by its method {method}, where an adapter has no part" if method else ""
+        )
         sites.append(
             Site(
                 names=names,
@@ -129,7 +143,7 @@ def survey(
                 linear_map=how,
                 in_features=in_features,
                 out_features=out_features,
-                problem=lora_site.problem(layer, how),
+                problem=lora_site.problem(layer, how) or twice,
                 path=path,
                 weight=name,
                 shape=shape,

@@ -1,6 +1,7 @@
 """Put adapters into a Flax NNX model: new ones by `inject`, trained ones by `attach`."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, embeddings
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.nnx import heads, pissa, saved, sites
+from lora_jax.lora.nnx import heads, merge, pissa, saved, shared, sites
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.model_state import DropoutKey, LoRAConstant, LoRAParam
@@ -45,7 +46,8 @@ def inject(
 
     principal: a Principal, whose A and B were subtracted from a base as it was loaded.
     Raises: UserError if a target matches nothing, with the names that exist, or matches something
-    that cannot be adapted; if the model has adapters already; for PiSSA on a quantized layer
+    that cannot be adapted; if a weight is also in another place, where its adapter would not be; if
+    the model has adapters already; for PiSSA on a quantized layer
     without `principal`. The model is then unchanged.
     """
     with heads.untied(model, config):
@@ -58,21 +60,25 @@ def _inject(model, config, rngs, principal) -> dict[str, int]:
     ranks = {}
     selected = lora_site.select(found, config, sites.others(model))
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
+    shared.refuse(model, (site for site, _ in chosen), wholes)
     if config.init_lora_weights != "default":
         pissa.check(chosen, principal)
-    for site, configs in chosen:
-        ranks |= {name: own.rank for name, own in zip(site.names, configs, strict=True) if own}
-        if config.init_lora_weights == "default" or site.kind != "linear":
-            _adapt(site, configs, config, rngs, *lora_site.initial(site, configs, rngs.params()))
-        else:
-            start = pissa.take(site, configs, config, principal)
-            _adapt(site, configs, config, rngs, *start)
-            # `collect` needs them to compute the change of the original weight. Copies, because a
-            # training step may reuse the memory of A and B.
-            kept = (LoRAConstant(jnp.array(part)) for part in start)
-            site.module.lora_initial_A, site.module.lora_initial_B = kept
-    for whole in wholes:
-        whole.begin()
+    with _undone_on_error(model):
+        for site, configs in chosen:
+            ranks |= {name: own.rank for name, own in zip(site.names, configs, strict=True) if own}
+            if config.init_lora_weights == "default" or site.kind != "linear":
+                _adapt(
+                    site, configs, config, rngs, *lora_site.initial(site, configs, rngs.params())
+                )
+            else:
+                start = pissa.take(site, configs, config, principal)
+                _adapt(site, configs, config, rngs, *start)
+                # `collect` needs them to compute the change of the original weight. Copies, because
+                # a training step may reuse the memory of A and B.
+                kept = (LoRAConstant(jnp.array(part)) for part in start)
+                site.module.lora_initial_A, site.module.lora_initial_B = kept
+        for whole in wholes:
+            whole.begin()
     return ranks
 
 
@@ -87,7 +93,7 @@ def attach(
 
     untrained: accepts an adapter that has no effect, because it will be trained.
     Raises: UserError that lists everything that does not fit, see `Adapter.check`; if the adapter
-    has no effect. The model is then unchanged.
+    has no effect; if a weight is also in another place. The model is then unchanged.
     """
     adapter = resolved(model, adapter)
     with heads.untied(model, adapter.config):
@@ -99,12 +105,15 @@ def _attach(model, adapter, untrained, where) -> None:
     selected, wholes = _fitting(model, found, adapter, where)
     if not untrained:
         adapter.check_effect(where)
-    for site, configs in zip(found, selected, strict=True):
-        if any(configs):
-            filled = lora_site.filled(site, configs, adapter.factors, config.use_dora)
-            _adapt(site, configs, config, nnx.Rngs(0), *filled)
-    for whole in wholes:
-        whole.begin(adapter.saved)
+    adapted = [site for site, configs in zip(found, selected, strict=True) if any(configs)]
+    shared.refuse(model, adapted, wholes)
+    with _undone_on_error(model):
+        for site, configs in zip(found, selected, strict=True):
+            if any(configs):
+                filled = lora_site.filled(site, configs, adapter.factors, config.use_dora)
+                _adapt(site, configs, config, nnx.Rngs(0), *filled)
+        for whole in wholes:
+            whole.begin(adapter.saved)
     for site in found:
         if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
             weight = registry.weight_of(site.module)
@@ -168,6 +177,16 @@ def _without_adapters(model: nnx.Module) -> list[sites.Site]:
     return found
 
 
+@contextlib.contextmanager
+def _undone_on_error(model: nnx.Module) -> Iterator[None]:
+    """Takes the adapters out of the model again if there is an error while they are put in."""
+    try:
+        yield
+    except BaseException:
+        merge.strip(model)
+        raise
+
+
 def _adapt(site, configs, config, rngs, A, B, magnitude=None) -> None:
     """Makes the site's layer a LoRALayer with these arrays.
 
@@ -176,6 +195,8 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None) -> None:
     layer, lead = site.module, site.lead
     has_switch = "deterministic" in vars(layer)
     mixin.become(layer, LoRALayer)
+    layer.lora_had_switch = has_switch
+    layer.deterministic = True  # model.train() and model.eval() set this
     for name, array in zip(lora_layer.names_of_factors(layer), (A, B), strict=True):
         setattr(layer, name, LoRAParam(array))
     scaling = lora_site.scaling(site, configs)
@@ -195,8 +216,6 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None) -> None:
     if layer.lora_dropout:
         keys = jax.random.split(rngs.params(), lead) if lead else rngs.params()
         layer.lora_dropout_key = DropoutKey(jax.random.key_data(keys))
-    layer.lora_had_switch = has_switch
-    layer.deterministic = True  # model.train() and model.eval() set this
 
 
 def set_members(model: nnx.Module, num_members: int) -> None:

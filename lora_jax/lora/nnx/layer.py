@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
@@ -38,6 +39,16 @@ class LoRALayer(nnx.Module):
     def with_product(self, x: Float[Array, "..."], product: Float[Array, "..."]) -> jax.Array:
         """The same output, from x · W that was computed already."""
         return self._adapted(x, projections.with_bias(self, product))
+
+    def attend(self, query: Float[Array, "..."]) -> Float[Array, "..."]:
+        """query · (W + s · A B)ᵀ, of an embedding that is the head as well (nnx.Embed.attend)."""
+        weight = registry.weight_of(self)[...].astype(jnp.float32)
+
+        def output(query, y, own):
+            change = algebra.merged(weight, *own) - weight
+            return y + jnp.dot(query, change.T.astype(query.dtype)).astype(y.dtype)
+
+        return per_member(output, self.lora_members, (query, super().attend(query)), arrays(self))
 
     def _adapted(self, x, y):
         dropped, bias = None, getattr(self, "bias", None)

@@ -28,6 +28,14 @@ class SavedLayer(nnx.Module):
     lora_members = 0  # see layer.per_member
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._copied(lambda copied, *args: copied(*args, **kwargs), args)
+
+    def attend(self, query: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The copy's, of an embedding that is the head as well (nnx.Embed.attend)."""
+        return self._copied(lambda copied, query: copied.attend(query), (query,))
+
+    def _copied(self, call: Callable, args: tuple) -> Any:
+        """call(copy, *args), for each member of a sweep."""
         graphdef, state = nnx.split(self.modules_to_save)
         own = dict(nnx.to_flat_state(nnx.state(self)))
         cast = [(path, variable.replace(variable[...].astype(own[path].dtype)))
@@ -35,7 +43,7 @@ class SavedLayer(nnx.Module):
 
         def output(*args):
             *args, state = args
-            return nnx.merge(graphdef, state)(*args, **kwargs)
+            return call(nnx.merge(graphdef, state), *args)
 
         return lora_layer.per_member(output, self.lora_members, args, nnx.from_flat_state(cast))
 
@@ -56,8 +64,12 @@ class Saved(NamedTuple):
         copied = nnx.clone(self.module)
         for path, variable in list(nnx.iter_graph(copied)):
             if isinstance(variable, nnx.Param):
-                owner = functools.reduce(getattr, path[:-1], copied)
-                setattr(owner, path[-1], LoRAParam(jnp.array(variable[...], jnp.float32)))
+                own = LoRAParam(jnp.array(variable[...], jnp.float32))
+                owner = functools.reduce(_part, path[:-1], copied)
+                if isinstance(path[-1], str):
+                    setattr(owner, path[-1], own)
+                else:
+                    owner[path[-1]] = own
         mixin.become(self.module, SavedLayer)
         self.module.modules_to_save = copied
         for name, path, index, variable in self._tensors() if given else ():
@@ -145,9 +157,13 @@ def _depths(found: list[sites.Site]) -> Callable[[tuple[str | int, ...]], tuple[
     return lambda path: next((d for outer, d in stacks.items() if path[: len(outer)] == outer), ())
 
 
+def _part(owner: Any, name: str | int) -> Any:
+    return getattr(owner, name) if isinstance(name, str) else owner[name]
+
+
 def _turn(module: nnx.Module, path: tuple, ndim: int) -> tuple[int, ...]:
     """The order of a parameter's axes in a file: outputs first, then inputs, as in PyTorch."""
-    owner = functools.reduce(getattr, path[:-1], module)
+    owner = functools.reduce(_part, path[:-1], module)
     if path[-1] == "kernel" and (ndim == 2 or isinstance(owner, nnx.Conv)):
         return (ndim - 1, ndim - 2, *range(ndim - 2))
     return tuple(range(ndim))
