@@ -55,6 +55,8 @@ class LoRAConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = [f"rank {rank}" for rank in (self.rank, *self.rank_pattern.values()) if rank < 1]
+        alphas = (self.alpha, *self.alpha_pattern.values())
+        problems += [f"alpha {alpha}" for alpha in alphas if not abs(alpha) < LARGEST]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout {self.dropout}")
         if not self.targets and not self.modules_to_save:
@@ -64,8 +66,8 @@ class LoRAConfig:
         problems += self._invalid_expressions()
         if problems:
             raise errors.UserError(
-                expected="rank ≥ 1, 0 ≤ dropout < 1, at least one target, init_lora_weights "
-                "default, pissa or pissa_niter_N, and valid regular expressions",
+                expected="rank ≥ 1, a finite alpha, 0 ≤ dropout < 1, at least one target, "
+                "init_lora_weights default, pissa or pissa_niter_N, and valid regular expressions",
                 found=problems,
                 where="the LoRA settings",
                 do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",
@@ -82,4 +84,5 @@ class LoRAConfig:
                 yield f"{text!r}: {error}"
 
 
+LARGEST = 1e30  # in float32 the product with A and B must not overflow
 INITS = r"default|pissa(_niter_\d+)?"

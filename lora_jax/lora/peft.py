@@ -177,6 +177,9 @@ def read(folder: pathlib.Path | str) -> lora_adapter.Adapter:
         name = names.of_adapter(key)
         if match := _NAME.fullmatch(name):
             part = match["part"]
+            if not array.size or array.ndim < 1 + part.endswith(("A", "B")):
+                problems.append(f"{name} has shape {array.shape}")
+                continue
             factors.setdefault(match["path"], {})[part] = array
             name = f"{match['path']}.{part}"
         elif "lora_" in name:
