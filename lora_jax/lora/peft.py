@@ -190,7 +190,7 @@ def read(folder: pathlib.Path | str) -> lora_adapter.Adapter:
             saved[name] = array
         adapters.add(match["adapter"] if match else None)
         keys[name].append(key)
-    problems += [" and ".join(same) for same in keys.values() if len(same) > 1]
+    problems += [" and ".join(sorted(same)) for same in keys.values() if len(same) > 1]
     if len(own_names := sorted(adapters - {None})) > 1:
         problems.append(f"{len(own_names)} adapters: {', '.join(own_names)}")
     if problems:

@@ -342,7 +342,7 @@ def test_two_adapters_in_one_file_are_an_error(adapter):
     tensors = safetensors.numpy.load_file(file)
     again = {f"_orig_mod.{name}": array for name, array in tensors.items()}
     safetensors.numpy.save_file(tensors | again, file)
-    with pytest.raises(errors.UserError, match=r"lora_A.one.weight and _orig_mod\.base_model"):
+    with pytest.raises(errors.UserError, match=r"_orig_mod\..* and base_model"):
         peft.read(adapter)
 
 
