@@ -53,13 +53,14 @@ def new_folder(into: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
         free_space.check(into.parent, num_bytes, "the model")
-        written = pathlib.Path(tempfile.mkdtemp(prefix=f"{into.name}.part-", dir=into.parent))
+        around = pathlib.Path(tempfile.mkdtemp(prefix=f"{into.name}.part-", dir=into.parent))
         try:
+            written = around / into.name  # with the mode of the umask, unlike mkdtemp's
+            written.mkdir()
             yield written
-            written.chmod(0o755)  # mkdtemp's folder is readable by its owner only
             os.replace(written, into)
         finally:
-            shutil.rmtree(written, ignore_errors=True)
+            shutil.rmtree(around, ignore_errors=True)
     except OSError as error:
         raise errors.UserError(
             expected="a folder that can be written",

@@ -14,7 +14,7 @@ def leave(layer: nnx.Module, *added: str) -> None:
     """The inverse of `become`; also deletes the attributes `added`."""
     for name in added:
         delattr(layer, name)
-    object.__setattr__(layer, "__class__", type(layer).__mro__[2])
+    object.__setattr__(layer, "__class__", type(layer).__bases__[1])
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from lora_jax.kernels import int4_matmul, int8_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.packed import Packed
-from lora_jax.layers import linear_map, mixin, projections, registry, stack
+from lora_jax.layers import linear_map, mixin, places, projections, registry, stack
 from lora_jax.quant import formats
 
 
@@ -192,14 +192,9 @@ def quantize_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("
 
 
 def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> None:
-    """Makes `new` the module at `path` of the model."""
-    parent: Any = model
-    for part in path[:-1]:
-        parent = getattr(parent, part) if isinstance(part, str) else parent[part]
-    if isinstance(path[-1], str):
-        setattr(parent, path[-1], new)
-    else:
-        parent[path[-1]] = new
+    """Puts `new` in every place of the model that has the module at `path`."""
+    for place in places.find(model)[id(places.at(model, path))]:
+        place.put(new)
 
 
 def dequantize_linear(layer: QuantLinear) -> nnx.Linear:

@@ -1,0 +1,53 @@
+"""Where the parts of a Flax NNX model are: one variable or module may be in several places."""
+
+import collections
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+
+class Place(NamedTuple):
+    """An attribute of a module, or an item of a container."""
+
+    holder: Any
+    key: Any
+    path: tuple[Any, ...]
+
+    def put(self, new: Any) -> None:
+        """Replaces what is in this place."""
+        if isinstance(self.holder, nnx.Pytree):
+            setattr(self.holder, self.key, new)
+        else:
+            self.holder[self.key] = new
+
+
+Places = dict[int, list[Place]]
+
+
+def find(model: nnx.Module) -> Places:
+    """{id of a variable or module: all its places}."""
+    found: Places = collections.defaultdict(list)
+    for path, node in nnx.iter_graph(model):
+        for key, part in _parts(node):
+            if isinstance(part, nnx.Variable | nnx.Pytree):
+                found[id(part)].append(Place(node, key, (*path, key)))
+    return found
+
+
+def at(module: Any, path: tuple[Any, ...]) -> Any:
+    """The part of the module at that path."""
+    for key in path:
+        by_name = isinstance(key, str) and not isinstance(module, dict)
+        module = getattr(module, key) if by_name else module[key]
+    return module
+
+
+def _parts(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, nnx.Variable):
+        return iter(())
+    if isinstance(node, nnx.Pytree):
+        return iter(list(vars(node).items()))
+    if isinstance(node, dict):
+        return iter(list(node.items()))
+    return iter(list(enumerate(node))) if isinstance(node, list | tuple) else iter(())
