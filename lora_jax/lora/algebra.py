@@ -7,13 +7,14 @@ W + s · A B: y = m / ‖W + s · A B‖ · x (W + s · A B). The gradient treat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lora_jax.kernels import matmul
 from lora_jax.layers import linear_map
 
 
@@ -161,3 +162,25 @@ def output(
     whole = y + extra if bias is None else y - bias + extra
     whole = (ratio * whole).astype(y.dtype)
     return whole if bias is None else whole + bias
+
+
+def attended(
+    attend: Callable[[jax.Array], jax.Array],
+    weight: Float[Array, "K N"],
+    query: Float[Array, "*B N"],
+    factors: Sequence[jax.Array],
+) -> Float[Array, "*B K"]:
+    """query · (W + s · A B)ᵀ, for an adapted embedding that is also the output of the model.
+
+    attend: query → query · Wᵀ. factors: A, B, the scaling s, and with DoRA the magnitude m, which
+    scales the columns of W + s · A B, that is, the query.
+    """
+    A, B, scaling, *magnitude = factors
+    if magnitude:
+        square, product = squares(weight), crossed(A, weight)
+        length = lax.stop_gradient(norm(square, product, A, B, scaling))
+        ratio = stretch(*magnitude, length, scaling)
+        ratio = jnp.expand_dims(ratio, range(query.ndim - 1))
+        query = (query * ratio).astype(query.dtype)
+    y = attend(query)
+    return y + matmul.matmul(matmul.matmul(query, (B * scaling).T), A.T, y.dtype)

@@ -111,12 +111,6 @@ class LinenTied(nn.Module):
         return self.wte.attend(self.up(self.wte(ids)))
 
 
-def test_a_linen_embedding_that_attends_is_refused_by_name():
-    config = lora.LoRAConfig(rank=2, targets=("wte",))
-    with pytest.raises(errors.UserError, match="wte is also used by its method attend"):
-        linen.adapt(LinenTied(), config, IDS)
-
-
 def test_a_linen_embedding_that_attends_may_be_trained_whole():
     model = LinenTied()
     config = lora.LoRAConfig(rank=2, targets=("up",), modules_to_save=("wte",))

@@ -27,7 +27,7 @@ from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, pissa, targets
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.linen import calls, weights
+from lora_jax.lora.linen import calls, second_uses, weights
 from lora_jax.lora.linen import saved as linen_saved
 from lora_jax.lora.linen import sites as linen_sites
 from lora_jax.lora.linen.sites import Params, Path, Site
@@ -50,7 +50,8 @@ def adapt(
     config: None for a quantized base alone. exclude: names of layers that are not quantized.
     strict: settings that match nothing are an error; files of other programs have such settings.
     Raises: UserError if a target matches nothing, with the names that exist, or matches something
-    that cannot be adapted; if the weight of a layer to quantize is not found.
+    that cannot be adapted; if the weight of a layer to quantize is not found; if the model reads
+    such a weight in a second place.
     """
     if quant != "none":
         formats.codes(quant)  # raises if unknown
@@ -70,6 +71,8 @@ def adapt(
                 found="none that is not excluded",
                 where=", ".join(".".join(site.path) for site in sites) or type(module).__name__,
             )
+    changed = [site for site in sites if site.path in packs | chosen.keys()]
+    second_uses.refuse(module, changed, args, kwargs)
     return Adapted(module, config, quant, sites, chosen, frozenset(packs), saved)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from lora_jax.kernels import int4_matmul, int8_matmul
 from lora_jax.kernels import packed as packing
@@ -25,12 +26,13 @@ def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
 
     def intercept(call, args, kwargs, context):
         layer = context.module
-        known = registry.registration_of(type(layer))
-        if known is None or context.method_name != "__call__" or layer.scope is None:
+        if not handles(layer, context.method_name):
             return call(*args, **kwargs)
-        own = layer.variables.get("params", {})
+        known, own = registry.registration_of(type(layer)), layer.variables.get("params", {})
         if "lora_A" not in own and PACKED not in own:
             return call(*args, **kwargs)
+        if context.method_name == "attend":
+            return _attended(call, args, kwargs, own)
         how = known.linear_map_of(layer, *args, **kwargs)
         bound = inspect.signature(type(layer).__call__).bind(layer, *args, **kwargs)
         x = list(bound.arguments.values())[1 + known.input]
@@ -67,6 +69,21 @@ def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
         )
 
     return intercept
+
+
+def handles(layer: nn.Module, method: str) -> bool:
+    """Whether a call of this method computes with the adapter, too."""
+    if registry.registration_of(type(layer)) is None or layer.scope is None:
+        return False
+    return method == "__call__" or (method == "attend" and isinstance(layer, nn.Embed))
+
+
+def _attended(call, args, kwargs, own):
+    """nn.Embed.attend(query) with the weight that a merge gives."""
+    query = args[0] if args else kwargs["query"]
+    magnitude = [own[name] for name in ("lora_magnitude_vector",) if name in own]
+    factors = own["lora_A"], own["lora_B"], own["lora_scaling"], *magnitude
+    return algebra.attended(call, own["embedding"], query, factors)
 
 
 def _product(x: jax.Array, packed: packing.Packed, fmt: str) -> jax.Array:

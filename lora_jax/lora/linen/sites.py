@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,20 +81,10 @@ def survey(
     calls: dict[Path, list[tuple[nn.Module, linear_map.LinearMap, str, tuple[int, ...]]]] = {}
     classes: dict[Path, str] = {}
     astray: dict[Path, str] = {}
-    methods: dict[Path, str] = {}  # that are called besides __call__
-    inside: list[tuple[Path | None, str]] = []  # the calls that a call is in
 
     def record(call, args, kwargs, context):
-        layer, method = context.module, context.method_name
-        inside.append((layer.path if layer.scope else None, method))
-        y = call(*args, **kwargs)
-        inside.pop()
-        if layer.scope is None:
-            return y
-        if method != "__call__":
-            own = method == "setup" or method.startswith("_") or (layer.path, "__call__") in inside
-            if not own:
-                methods[layer.path] = method
+        y, layer = call(*args, **kwargs), context.module
+        if context.method_name != "__call__" or layer.scope is None:
             return y
         known, cls = registry.registration_of(type(layer)), type(layer).__name__
         classes.setdefault(layer.path, cls)
@@ -132,10 +122,6 @@ def survey(
         names = tuple(numbered(path, depth, index[: len(lead)], index[len(lead) :])
                       for index in np.ndindex(*lead, *inner))  # fmt: skip
         in_features, out_features = how.sizes(shape)
-        method = methods.get(path)
-        twice = (
-            f"is also used by its method {method}, where an adapter has no part" if method else ""
-        )
         sites.append(
             Site(
                 names=names,
@@ -143,7 +129,7 @@ def survey(
                 linear_map=how,
                 in_features=in_features,
                 out_features=out_features,
-                problem=lora_site.problem(layer, how) or twice,
+                problem=lora_site.problem(layer, how),
                 path=path,
                 weight=name,
                 shape=shape,
@@ -164,14 +150,10 @@ def shapes(
     module: nn.Module, args: tuple, kwargs: Mapping[str, Any], interceptor: Callable | None = None
 ) -> Params:
     """The shapes of the module's params. interceptor: is called for each call of a layer."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    dynamic = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+    arrays, filled = split_arrays(args, kwargs)
 
     def init(*arrays):
-        filled = list(leaves)
-        for index, array in zip(dynamic, arrays, strict=True):
-            filled[index] = array
-        args, kwargs = jax.tree.unflatten(tree, filled)
+        args, kwargs = filled(arrays)
         rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
         watching = (
             intercepted(interceptor, interceptor) if interceptor else contextlib.nullcontext()
@@ -179,7 +161,21 @@ def shapes(
         with watching:
             return module.init(rngs, *args, **kwargs)
 
-    return jax.eval_shape(init, *(leaves[i] for i in dynamic))["params"]
+    return jax.eval_shape(init, *arrays)["params"]
+
+
+def split_arrays(
+    args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[list[Any], Callable[[Sequence[Any]], tuple[tuple, dict[str, Any]]]]:
+    """(the arrays among the arguments, a function from others in their place to the arguments)."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    dynamic = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+
+    def filled(arrays):
+        own = dict(zip(dynamic, arrays, strict=True))
+        return jax.tree.unflatten(tree, [own.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in dynamic], filled
 
 
 def _stack(shape, whole, path) -> tuple[tuple[int, ...], int]:
