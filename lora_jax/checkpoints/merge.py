@@ -1,9 +1,8 @@
 """A model folder with an adapter merged into its weights, for programs without adapters."""
 
-import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from lora_jax.checkpoints import inventory, model_folder, safetensors_files, sto
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
-from lora_jax.lora import algebra, embeddings
+from lora_jax.lora import algebra, tied_head
 from lora_jax.models import config as model_config
 from lora_jax.models import quantization_config
 from lora_jax.parallel import mesh as sharding
@@ -78,18 +77,22 @@ def plan(
     fmt = quantization_config.choose(quantization, config.quantization, str(folder))
     rounded = fmt if config.quantization is None and fmt != "none" else None
     linears, others = inventory.contents(folder, config)
-    tied = config.tie_word_embeddings
-    adapter = embeddings.resolved(adapter, tied=tied, same=functools.partial(_same, others, tied))
+    size, tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
+    fitted = tied_head.fitted(adapter, size, tied=tied, where="the adapter")
     default = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-    parts = []
-    for name, tensor in (linears | others).items():
+
+    def part(name: str, tensor: StoredTensor | StoredLinear) -> writer.Part:
         dense = isinstance(tensor, StoredTensor)
         dtype = tensor.dtype if dense else default[model_config.stored_dtype(raw)]
         source = _Source(tensor, dtype, rounded if name in linears else None, search)
-        parts.append(_part(name, source, adapter))
-    if tied and _unties(adapter):
-        parts.append(_head(others[f"{embeddings.EMBEDDING}.weight"], adapter))
+        return _part(name, source, fitted)
+
+    parts = [part(name, tensor) for name, tensor in (linears | others).items()]
+    if tied and (fitted.plan.own_head or _changes_embedding_alone(fitted)):
+        parts.append(part(model_folder.HEAD, others[model_folder.EMBEDDING]))
         raw["tie_word_embeddings"] = False
+    if fitted.num_tokens != config.vocab_size:
+        raw["vocab_size"] = fitted.num_tokens
     return Merge(parts, raw)
 
 
@@ -104,45 +107,23 @@ def write(
     yield from writer.write(folder, written, merge.parts, merge.config, shard=shard)
 
 
-def _part(name: str, source: _Source, adapter: host.Adapter) -> writer.Part:
-    path = name.removesuffix(".weight")
+def _part(name: str, source: _Source, fitted: tied_head.Fitted) -> writer.Part:
+    path, adapter = name.removesuffix(".weight"), fitted.adapter
     if name in adapter.saved:
         return _given(name, adapter.saved[name])
     own = adapter.factors.get(path)
-    base = adapter.saved.get(f"{path}.base_layer.weight")
-    if own is None:
-        if isinstance(source.tensor, StoredTensor) and source.rounded is None:
-            return writer.unchanged(source.tensor)
-        make = functools.partial(_dense, name, source)
-        return writer.Part(name, {name: TensorSpec(source.dtype, _shape(source.tensor))}, make)
-    make = functools.partial(_merged, name, source, own, adapter.scaling(path), base)
-    return writer.Part(name, {name: TensorSpec(source.dtype, _shape(source.tensor))}, make)
-
-
-def _head(embedding: StoredTensor, adapter: host.Adapter) -> writer.Part:
-    """A head of its own, which was the original embedding before it was adapted."""
-    head = f"{embeddings.HEAD}.weight"
-    own = f"{embeddings.HEAD}.base_layer.weight"
-    base = adapter.saved.get(f"{embeddings.EMBEDDING}.base_layer.weight")
-    if base is not None:  # that of the head, too, because they are tied
-        adapter = dataclasses.replace(adapter, saved={own: base, **adapter.saved})
-    if head in adapter.saved or embeddings.HEAD in adapter.factors:
-        return _part(head, _Source(embedding, embedding.dtype, None, search=False), adapter)
-    return writer.unchanged(embedding, head) if base is None else _given(head, base)
-
-
-def _same(
-    others: Mapping[str, StoredTensor | StoredLinear], tied: bool, path: str, array: np.ndarray
-) -> bool | None:
-    """Whether the base's module at `path` has these values, see embeddings.resolved."""
-    path = embeddings.EMBEDDING if tied and path == embeddings.HEAD else path
-    stored = others.get(f"{path}.weight")
-    if stored is None:
-        return None
-    if isinstance(stored, StoredLinear) or stored.shape != array.shape:
-        return False
-    value = stored.value()
-    return np.array_equal(value, array.astype(value.dtype))
+    base = fitted.base.get(path)
+    if base is None:
+        base = adapter.saved.get(f"{path}.base_layer.weight")
+    if own is None and base is not None:
+        return _given(name, _rounded(name, jnp.asarray(base), source.dtype))
+    if own is None and isinstance(source.tensor, StoredTensor) and source.rounded is None:
+        return writer.unchanged(source.tensor, name)
+    spec = TensorSpec(source.dtype, _shape(source.tensor) if base is None else base.shape)
+    make = functools.partial(_dense, name, source)
+    if own is not None:
+        make = functools.partial(_merged, name, source, own, adapter.scaling(path), base)
+    return writer.Part(name, {name: spec}, make)
 
 
 def _given(name: str, array: np.ndarray) -> writer.Part:
@@ -150,7 +131,7 @@ def _given(name: str, array: np.ndarray) -> writer.Part:
 
 
 def _dense(name: str, source: _Source) -> dict[str, np.ndarray]:
-    return {name: _rounded(name, source.value(), source.dtype)}
+    return {name: np.asarray(source.value().astype(_NAMES[source.dtype]))}
 
 
 def _merged(
@@ -184,10 +165,8 @@ def _shape(tensor: StoredTensor | StoredLinear) -> tuple[int, ...]:
     return tensor.recipe.columns, tensor.recipe.rows
 
 
-def _unties(adapter: host.Adapter) -> bool:
-    """Whether a tied embedding and head no longer have the same values with this adapter."""
-    changed = any(
-        path in adapter.factors or f"{path}.weight" in adapter.saved
-        for path in (embeddings.EMBEDDING, embeddings.HEAD)
-    )
-    return changed and not embeddings.stays_tied(adapter)
+def _changes_embedding_alone(fitted: tied_head.Fitted) -> bool:
+    """Whether the embedding is trained and the head, which was tied to it, keeps its values."""
+    adapter = fitted.adapter
+    trained = tied_head.EMBEDDING in adapter.factors or model_folder.EMBEDDING in adapter.saved
+    return trained and not fitted.plan.joined

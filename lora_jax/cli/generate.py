@@ -114,12 +114,12 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
     """Yields the continuation of each prompt."""
     import jax
 
-    from lora_jax import hub, tokenizer
+    from lora_jax import hub, lora, tokenizer
     from lora_jax.checkpoints import inventory, loader, model_folder
     from lora_jax.data import chat
     from lora_jax.generation import continuation
     from lora_jax.generation import weights as decode_weights
-    from lora_jax.lora import peft
+    from lora_jax.lora import peft, tied_head
     from lora_jax.lora.nnx import model_state
     from lora_jax.parallel import devices
     from lora_jax.parallel import mesh as sharding
@@ -154,7 +154,14 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
         encoded = [tokenizer.chat_prompt(reader, prompt) for prompt in settings.prompts]
     else:
         encoded = tokenizer.encode(reader, list(settings.prompts))
-    tokenizer.check_ids(reader, encoded, architecture.vocab_size)
+    adapted = peft.read(adapter) if adapter else None
+    num_tokens = architecture.vocab_size
+    if adapted:
+        num_tokens = tied_head.num_tokens(adapted, architecture, str(adapter))
+        if num_tokens != architecture.vocab_size and processes.leads():
+            print(f"the adapter brings {num_tokens} tokens, in place of the base's "
+                  f"{architecture.vocab_size}", file=sys.stderr)  # fmt: skip
+    tokenizer.check_ids(reader, encoded, num_tokens)
     context = architecture.context
     for ids in encoded:
         continuation.check_length(len(ids), settings.sampling, context)
@@ -170,8 +177,8 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
             print(note, file=sys.stderr)
         for note in model_folder.notes(folder) if processes.leads() else ():
             print(note, file=sys.stderr)
-        if adapter:
-            peft.load(model, adapter)
+        if adapted:
+            lora.attach(model, adapted, where=str(adapter))
         graphdef, *state = model_state.split(model)
         trained, frozen = sharding.place(state, mesh)
         form = decode_weights.choose(model, mesh)

@@ -105,11 +105,18 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     from lora_jax.checkpoints import merge as merged
     from lora_jax.checkpoints import model_folder, writer
     from lora_jax.data import chat
+    from lora_jax.lora import tied_head
     from lora_jax.training import evaluate
 
     source = hub.adapter_folder(settings["adapter"])
     reader = tokenizer.load(folder, source)
     encoded = tokenizer.encode(reader, list(settings.get("prompt", PROMPTS)))
+    architecture = model_folder.config(folder)
+    num_tokens = tied_head.num_tokens(adapter, architecture, settings["adapter"])
+    if num_tokens != architecture.vocab_size:
+        console.say("note", f"the adapter brings {num_tokens} tokens, in place of the base's "
+                    f"{architecture.vocab_size}")  # fmt: skip
+    tokenizer.check_ids(reader, encoded, num_tokens)
     how = {"quantization": settings.get("quant"), "search": not settings.get("quant_fast")}
     start = time.time()
     expected = predicted(folder, encoded, adapter, settings["adapter"], **how)
@@ -146,8 +153,8 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
                 f"{settings['max_kl']:g} nats per token",
                 found="NaN or infinity" if math.isnan(kl) else f"{kl:.3g}",
                 where=str(settings["adapter"]),
-                do="check the adapter: the dtype of the base cannot represent its change; or "
-                "raise --max-kl",
+                do="check the adapter: the dtype of the base cannot represent its change"
+                + ("; or raise --max-kl" if math.isfinite(kl) else ""),
             )
     console.say("wrote", f"{into}: {console.size(num_bytes)} in {time.time() - start:.1f} s")
     print(f"\nto use it:\n  {console.command('generate')} --model {console.quoted(str(into))} …")

@@ -67,6 +67,8 @@ def add_run(flags: arguments.Flags) -> None:
     )
     flags.add("--modules-to-save", "names of modules to train and save in full, such as lm_head, "
               "embed_tokens (new tokens) or norm")  # fmt: skip
+    flags.switch("--ensure-weight-tying", "train a tied embedding and head as one weight, which "
+                 "stays tied; otherwise a head that is trained gets its own")  # fmt: skip
     flags.switch("--use-rslora", "scale by alpha / √rank instead, for ranks of 64 and more")
     flags.switch("--use-dora", "train the magnitudes and directions of the weights separately: "
                  "closer to full fine-tuning at ranks below 16, with a slower step")  # fmt: skip

@@ -36,14 +36,12 @@ class Adapter:
       saved: {name in PEFT's file, without the prefix: array as in the file} of everything else:
         fully trained modules (`lm_head.weight`), and the base weight of an adapted embedding.
       base_model: the name of the model it was trained on.
-      ensure_weight_tying: in a tied model, the head has what the embedding has; see embeddings.py.
     """
 
     config: lora_config.LoRAConfig
     factors: Mapping[str, Factors]
     saved: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     base_model: str | None = None
-    ensure_weight_tying: bool = False
 
     def scaling(self, path: str) -> float:
         """s of ΔW = s · A B for the layer at `path`."""
@@ -69,13 +67,7 @@ class Adapter:
                 + ", ".join(_some(layers)),
                 found=problems,
                 where=where,
-                do=f"load it on the model that it was trained on: {self.base_model or 'unknown'}"
-                + (
-                    "; if its vocabulary was changed, give the base as many rows first, with "
-                    "transformers' resize_token_embeddings and save_pretrained"
-                    if any("rows in the adapter" in problem for problem in problems)
-                    else ""
-                ),
+                do=f"load it on the model that it was trained on: {self.base_model or 'unknown'}",
             )
 
     def check_effect(self, where: str) -> None:
@@ -116,24 +108,14 @@ class Adapter:
             yield f"{name} is missing"
         for name, array in self.saved.items():
             expected = saved.get(name)
-            base = re.fullmatch(r"(.+)\.base_layer\.weight", name)
-            if base and is_vocabulary(f"{base[1]}.weight"):
+            if base := re.fullmatch(r"(.+)\.base_layer\.weight", name):
                 layer = layers.get(base[1])
                 sizes = layer and (layer.in_features, layer.out_features)
                 expected = sizes if sizes is None or layer.kind == "embedding" else sizes[::-1]
             if expected is None:
                 yield f"{name} has no module in this model, or the config does not save it"
             elif array.shape != tuple(expected):
-                rows, *others = array.shape
-                if others == [*expected[1:]] and is_vocabulary(name.replace(".base_layer.", ".")):
-                    yield f"{name} has {rows} rows in the adapter, {expected[0]} in the base"
-                    continue
                 yield f"{name} has shape {array.shape}, expected {tuple(expected)}"
-
-
-def is_vocabulary(name: str) -> bool:
-    """Whether the tensor is the weight of an embedding or a head, with a row for each token."""
-    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
 def _stored(own: Factors) -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from flax import nnx
 from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import peft
-from lora_jax.lora.nnx import collect, inject, merge
+from lora_jax.lora.nnx import collect, inject, merge, vocabulary
 from lora_jax.lora.nnx.model_state import LoRAParam
 
 
@@ -44,11 +44,11 @@ class Adapters:
                 do="unload it first, or choose another name",
             )
         own = isinstance(source, lora_adapter.Adapter)
-        adapter = source if own else peft.read(source)
-        adapter = inject.resolved(self.model, adapter)
-        inject.check(self.model, adapter, where=name if own else str(source))
+        where = name if own else str(source)
+        adapter = vocabulary.reduced(self.model, source if own else peft.read(source), where)
+        inject.check(self.model, adapter, where=where)
         if not own:
-            adapter.check_effect(str(source))
+            adapter.check_effect(where)
         self._build({**self._loaded, name: adapter})
 
     def combine(self, name: str, weights: Mapping[str, float], *, rank: int | None = None) -> None:

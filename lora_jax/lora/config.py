@@ -27,6 +27,8 @@ class LoRAConfig:
         parts, such as q, k and v. Each positive part gets its own `rank` columns of A; a negative
         part is not adapted. (1, -1, 1) adapts q and v; (4, -1, 1) does so with grouped heads.
       modules_to_save: ends of the paths of modules that are fully trained and saved.
+      ensure_weight_tying: an embedding and a head that are tied are trained as one weight, and stay
+        tied. Otherwise a head that is trained gets a weight of its own.
       use_rslora: scale = alpha / √rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
       use_dora: train magnitude and direction separately (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
       init_lora_weights: "default" (B = 0), or "pissa" or "pissa_niter_N": A B is the principal part
@@ -46,6 +48,7 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     parts: dict[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
+    ensure_weight_tying: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str = "default"
@@ -55,14 +58,15 @@ class LoRAConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = [f"rank {rank}" for rank in (self.rank, *self.rank_pattern.values()) if rank < 1]
-        alphas = (self.alpha, *self.alpha_pattern.values())
-        problems += [f"alpha {alpha}" for alpha in alphas if not abs(alpha) < LARGEST]
+        problems += [f"alpha {alpha}" for alpha in (self.alpha, *self.alpha_pattern.values())
+                     if not abs(alpha) < LARGEST]  # fmt: skip
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout {self.dropout}")
         if not self.targets and not self.modules_to_save:
             problems.append("no targets")
         if not re.fullmatch(INITS, self.init_lora_weights):
             problems.append(f"init_lora_weights {self.init_lora_weights}")
+        problems += ["an empty name in modules_to_save"] if "" in self.modules_to_save else []
         problems += self._invalid_expressions()
         if problems:
             raise errors.UserError(
@@ -77,7 +81,9 @@ class LoRAConfig:
         """The settings that must be regular expressions and are not."""
         whole = (text for text in (self.targets, self.exclude) if isinstance(text, str))
         patterns = {**self.rank_pattern, **self.alpha_pattern, **self.parts}
-        for text in (*whole, *patterns, *self.modules_to_save):
+        names = self.layers_pattern or ()
+        names = (names,) if isinstance(names, str) else names
+        for text in (*whole, *patterns, *self.modules_to_save, *names):
             try:
                 re.compile(text)
             except re.error as error:

@@ -63,7 +63,15 @@ class Forms(NamedTuple):
 
 
 class LlamaForCausalLM(nnx.Module):
-    """Token ids → next-token logits."""
+    """Token ids → next-token logits.
+
+    joined: a tied head computes with what an adapter makes of the embedding, not with its weight.
+    untied: the head was tied before an adapter gave it a weight of its own. replaced: the paths of
+    the weights that an adapter brought along.
+    """
+
+    joined = untied = False
+    replaced: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -128,14 +136,17 @@ class LlamaForCausalLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """hidden · W_vocab, in float32."""
-        if self.config.tie_word_embeddings:
-            return matmul.matmul(hidden, self.model.embed_tokens.embedding[...].T, jnp.float32)
-        return self.lm_head(hidden)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        embed_tokens = self.model.embed_tokens
+        if self.joined:
+            return embed_tokens.attend(hidden)
+        return matmul.matmul(hidden, embed_tokens.embedding[...].T, jnp.float32)
 
     def frozen_head(self) -> Float[Array, "D V"] | None:
         """W_vocab, which maps hidden states to logits; None if an adapter is part of it."""
         if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.embedding[...].T
+            return None if self.joined else self.model.embed_tokens.embedding[...].T
         return self.lm_head.kernel[...] if type(self.lm_head) is nnx.Linear else None
 
     def untie(self) -> None:
@@ -147,9 +158,16 @@ class LlamaForCausalLM(nnx.Module):
         self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
 
     def tie(self) -> None:
-        """The inverse of `untie`: the head is the embedding again."""
+        """The inverse of `untie`: the head's own weight is dropped."""
         del self.lm_head
         self.config = dataclasses.replace(self.config, tie_word_embeddings=True)
+
+    def set_num_tokens(self, num_tokens: int) -> None:
+        """Takes note that the embedding and the head were replaced by ones of another size."""
+        self.config = dataclasses.replace(self.config, vocab_size=num_tokens)
+        self.model.embed_tokens.num_embeddings = num_tokens
+        if not self.config.tie_word_embeddings:
+            self.lm_head.out_features = num_tokens
 
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A cache with room for max_length tokens in each sequence."""
@@ -291,6 +309,10 @@ class Embedding(nnx.Embed):
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return embedding.lookup(self.embedding[...], ids, partition=self.partition)
+
+    def attend(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """hidden · Wᵀ, in float32: the logits of a tied head."""
+        return matmul.matmul(hidden, self.embedding[...].T, jnp.float32)
 
     def lookup(self, table: Float[Array, "V _"], ids: Int[Array, "B T"]) -> Float[Array, "B T _"]:
         """table[ids] for a small table that is replicated on every device."""

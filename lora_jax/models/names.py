@@ -6,7 +6,7 @@ import re
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What DDP and PEFT put before all names.
 _OUTERMOST = re.compile(r"^(module\.|base_model\.model\.)+")
-_PEFT = re.compile(r"^(module\.)*base_model\.model\.(module\.(?=model\.|lm_head\.))?")
+_PEFT = re.compile(r"^(module\.)*(base_model\.model\.)+(module\.(?=model\.|lm_head\.))?")
 
 
 def unwrapped(key: str) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from lora_jax.kernels import cross_entropy
-from lora_jax.lora import embeddings, targets
+from lora_jax.lora import targets, tied_head
 from lora_jax.optim import loss as train_loss
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import job as jobs
@@ -213,7 +213,7 @@ def _work(
 
 def _loss(job: jobs.Job, dims: Dims, sizes: Mapping[str, int]) -> int:
     """Bytes of the hidden states, their gradient, and a chunk of logits and softmax in float32."""
-    if embeddings.changes_head(embeddings.HEAD, job.lora):
+    if tied_head.trains_head(job.lora, tied=job.architecture.tie_word_embeddings):
         chunk = dims.sequences * min(train_loss.HEAD_CHUNK, job.length)
         return 3 * dims.bytes(dims.width) + 3 * 4 * chunk * dims.vocab
     chunk = cross_entropy.chunk_size(dims.tokens)

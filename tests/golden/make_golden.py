@@ -589,6 +589,50 @@ def make_lora_patterns(seed):
     print(f"lora_patterns: effect {effect:.2f}, merged differs by {spread:.1e}, {shapes}")
 
 
+HEADS = dict(  # what is trained of a tied embedding and head; 99: with a larger vocabulary
+    save_head=dict(modules_to_save=["lm_head"]),
+    save_both=dict(modules_to_save=["embed_tokens", "lm_head"]),
+    target_head=dict(target_modules=["q_proj", "lm_head"]),
+    target_both_dora=dict(target_modules=["q_proj", "embed_tokens", "lm_head"], use_dora=True),
+    tied_save=dict(modules_to_save=["lm_head"], ensure_weight_tying=True),
+    tied_target=dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+    tied_target_head=dict(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True),
+    plain_99=dict(),
+    save_embed_99=dict(modules_to_save=["embed_tokens"]),
+)
+
+
+def make_tied_heads(seed):
+    """Adapters of a tied head and embedding, as PEFT saves them, all of them changed at random."""
+    folder, name = HERE / "tied_heads", "llama_tied_hd16"
+    shutil.rmtree(folder, ignore_errors=True)
+    ids = random_batches(seed, num_steps=1, masked=False)["input_ids"][0, :2, :12]
+    arrays = {"input_ids": ids}
+    generator = torch.Generator().manual_seed(seed)
+    for kind, settings in HEADS.items():
+        base, size = load_base(name), 99 if kind.endswith("99") else VOCAB
+        base.resize_token_embeddings(size)
+        settings = dict(target_modules=["q_proj"], layers_to_transform=[1]) | settings
+        if not {"embed_tokens", "lm_head"}.isdisjoint(settings["target_modules"]):
+            del settings["layers_to_transform"]  # they have no layer
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, **settings)
+        model = peft.get_peft_model(base, config).eval()
+        with torch.no_grad():
+            for param in trainable(model).values():
+                param.add_(0.05 * torch.randn(param.shape, generator=generator))
+        # Where PEFT looks whether the vocabulary was resized.
+        model.peft_config["default"].base_model_name_or_path = str(MODELS / name)
+        save_adapter(model, folder / kind)
+        path = folder / kind / "adapter_config.json"
+        path.write_text(path.read_text().replace(str(MODELS / name), name))
+        again = load_base(name)
+        again.resize_token_embeddings(size)
+        loaded = peft.PeftModel.from_pretrained(again, folder / kind).eval()
+        arrays[kind] = logits_of(loaded, ids, np.ones_like(ids))
+        print(f"tied_heads/{kind}: {sorted(trainable(model))}")
+    save_npz(folder / "logits.npz", arrays)
+
+
 class Mixed(torch.nn.Module):
     """Convolutions over two axes and over one, an embedding, a linear layer, all with biases."""
 
@@ -767,7 +811,8 @@ def main():
         if not arguments.names or name in arguments.names:
             make_lora(name, **settings)
     for name, make, seed in (("lora_patterns", make_lora_patterns, 103),
-                             ("lora_mixed", make_lora_mixed, 112)):  # fmt: skip
+                             ("lora_mixed", make_lora_mixed, 112),
+                             ("tied_heads", make_tied_heads, 113)):  # fmt: skip
         if not arguments.names or name in arguments.names:
             make(seed)
     if not arguments.names:

@@ -107,7 +107,7 @@ def alpha_of(name, config):
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
-    return config["lora_alpha"]
+    return config.get("lora_alpha", 8)  # PEFT's default
 
 
 wrappers = st.sampled_from(["", "_orig_mod.", "module.", "_fsdp_wrapped_module."])

@@ -305,7 +305,10 @@ def awkward():
             dict(rank=2, targets=("a", "packed"), init_lora_weights="pissa"),
             ["packed is in int8"],
         ),
-        (dict(targets=("a",), modules_to_save=("b.attn", "packed")), ["packed is quantized"]),
+        (
+            dict(targets=("a",), modules_to_save=("b.attn", "packed")),
+            ["packed is quantized", "b.attn is a container"],
+        ),
         (dict(targets=("a",), parts={"a": (1, -2)}), ["parts (1, -2)"]),
     ],
 )

@@ -14,7 +14,7 @@ from lora_jax.lora import algebra, targets
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.nnx import layer as lora_layer
-from lora_jax.lora.nnx import saved
+from lora_jax.lora.nnx import saved, vocabulary
 from lora_jax.lora.nnx.model_state import LoRAParam
 
 
@@ -39,13 +39,14 @@ def collect(
             start = layer.lora_initial_A[...], layer.lora_initial_B[...]
         own = layer.lora_ranks[index], A, B, *(magnitude or [None]), start
         found[name] = lora_site.collected(site, index, *own)
-    ranks = {name: own.B.shape[0] for name, own in found.items()}
     whole = {name: array for one in wholes for name, array in one.files()}
     for name, (site, _) in lora_layer.adapters(model).items():
         if targets.saves_base(name, config):
             base = np.asarray(registry.weight_of(site.module)[...])
             turned = base if site.kind == "embedding" else base.T
             whole[f"{name}.base_layer.weight"] = turned
+    vocabulary.complete(model, found, whole, config)
+    ranks = {name: own.B.shape[0] for name, own in found.items()}
     return lora_adapter.Adapter(targets.with_ranks(config, ranks), found, whole, base_model)
 
 

@@ -1,22 +1,20 @@
 """Put adapters into a Flax NNX model: new ones by `inject`, trained ones by `attach`."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import mixin, registry
+from lora_jax.layers import mixin, places, registry, undo
 from lora_jax.lora import adapter as lora_adapter
-from lora_jax.lora import algebra, embeddings
+from lora_jax.lora import algebra
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.nnx import heads, merge, pissa, saved, shared, sites
 from lora_jax.lora.nnx import layer as lora_layer
+from lora_jax.lora.nnx import pissa, saved, second_uses, sites, vocabulary
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.model_state import DropoutKey, LoRAConstant, LoRAParam
 from lora_jax.lora.nnx.saved import SavedLayer
@@ -35,8 +33,7 @@ def inject(
     Works on nnx.Linear, LinearGeneral, Einsum, Conv and Embed, on quantized layers and on
     registered classes, anywhere in `model`. A layer stacked by nnx.vmap has its index in its path
     (`model.layers.3.self_attn.q_proj`). The model's output does not change: A ~ U(−1/√K, 1/√K) and
-    B = 0, as in PEFT; with PiSSA, A B is subtracted from the base. A tied LLaMA's head
-    that is targeted or saved gets a weight of its own, as in PEFT. Parameters keep their paths, so
+    B = 0, as in PEFT; with PiSSA, A B is subtracted from the base. Parameters keep their paths, so
     a checkpoint of the base still fits. Load it before `inject` if A, B or a magnitude depend on
     the weights (PiSSA, DoRA).
 
@@ -46,39 +43,39 @@ def inject(
 
     principal: a Principal, whose A and B were subtracted from a base as it was loaded.
     Raises: UserError if a target matches nothing, with the names that exist, or matches something
-    that cannot be adapted; if a weight is also in another place, where its adapter would not be; if
-    the model has adapters already; for PiSSA on a quantized layer
-    without `principal`. The model is then unchanged.
+    that cannot be adapted, or whose weight the model also reads itself; if the model has adapters
+    already; for PiSSA on a quantized layer without `principal`. The model is then unchanged.
     """
-    with heads.untied(model, config):
+    with undo.on_error(model):
         return _inject(model, config, rngs, principal)
 
 
 def _inject(model, config, rngs, principal) -> dict[str, int]:
-    found = _without_adapters(model)
+    _refuse_adapters(model)
+    config = vocabulary.prepare(model, config)
+    found = list(sites.find(model))
     wholes = saved.choose(model, found, config.modules_to_save)
     ranks = {}
     selected = lora_site.select(found, config, sites.others(model))
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
-    shared.refuse(model, (site for site, _ in chosen), wholes)
     if config.init_lora_weights != "default":
         pissa.check(chosen, principal)
-    with _undone_on_error(model):
-        for site, configs in chosen:
-            ranks |= {name: own.rank for name, own in zip(site.names, configs, strict=True) if own}
-            if config.init_lora_weights == "default" or site.kind != "linear":
-                _adapt(
-                    site, configs, config, rngs, *lora_site.initial(site, configs, rngs.params())
-                )
-            else:
-                start = pissa.take(site, configs, config, principal)
-                _adapt(site, configs, config, rngs, *start)
-                # `collect` needs them to compute the change of the original weight. Copies, because
-                # a training step may reuse the memory of A and B.
-                kept = (LoRAConstant(jnp.array(part)) for part in start)
-                site.module.lora_initial_A, site.module.lora_initial_B = kept
-        for whole in wholes:
-            whole.begin()
+    second_uses.refuse(model, [site for site, _ in chosen], wholes)
+    where = places.find(model)
+    for site, configs in chosen:
+        ranks |= {name: own.rank for name, own in zip(site.names, configs, strict=True) if own}
+        if config.init_lora_weights == "default" or site.kind != "linear":
+            _adapt(site, configs, config, rngs, *lora_site.initial(site, configs, rngs.params()))
+        else:
+            site.separate(where)  # its weight changes
+            start = pissa.take(site, configs, config, principal)
+            _adapt(site, configs, config, rngs, *start)
+            # `collect` needs them to compute the change of the original weight. Copies, because a
+            # training step may reuse the memory of A and B.
+            kept = (LoRAConstant(jnp.array(part)) for part in start)
+            site.module.lora_initial_A, site.module.lora_initial_B = kept
+    for whole in wholes:
+        whole.begin()
     return ranks
 
 
@@ -93,29 +90,30 @@ def attach(
 
     untrained: accepts an adapter that has no effect, because it will be trained.
     Raises: UserError that lists everything that does not fit, see `Adapter.check`; if the adapter
-    has no effect; if a weight is also in another place. The model is then unchanged.
+    has no effect. The model is then unchanged.
     """
-    adapter = resolved(model, adapter)
-    with heads.untied(model, adapter.config):
+    with undo.on_error(model):
         _attach(model, adapter, untrained, where)
 
 
 def _attach(model, adapter, untrained, where) -> None:
-    found, config = _without_adapters(model), adapter.config
+    _refuse_adapters(model)
+    given, adapter = adapter, vocabulary.fit(model, adapter, where)
+    found, config = list(sites.find(model)), adapter.config
     selected, wholes = _fitting(model, found, adapter, where)
     if not untrained:
-        adapter.check_effect(where)
-    adapted = [site for site, configs in zip(found, selected, strict=True) if any(configs)]
-    shared.refuse(model, adapted, wholes)
-    with _undone_on_error(model):
-        for site, configs in zip(found, selected, strict=True):
-            if any(configs):
-                filled = lora_site.filled(site, configs, adapter.factors, config.use_dora)
-                _adapt(site, configs, config, nnx.Rngs(0), *filled)
-        for whole in wholes:
-            whole.begin(adapter.saved)
+        given.check_effect(where)
+    chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
+    second_uses.refuse(model, [site for site, _ in chosen], wholes)
+    for site, configs in chosen:
+        filled = lora_site.filled(site, configs, adapter.factors, config.use_dora)
+        _adapt(site, configs, config, nnx.Rngs(0), *filled)
+    for whole in wholes:
+        whole.begin(adapter.saved)
+    everywhere = places.find(model)
     for site in found:
         if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
+            site.separate(everywhere)
             weight = registry.weight_of(site.module)
             turned = base if site.kind == "embedding" else base.T
             weight.set_value(jnp.asarray(turned, weight.dtype))
@@ -126,27 +124,9 @@ def check(model: nnx.Module, adapter: lora_adapter.Adapter, *, where: str = "the
 
     The model may have adapters.
     """
-    with heads.untied(model, adapter.config, keep=False):
+    with undo.always(model):
+        adapter = vocabulary.fit(model, adapter, where)
         _fitting(model, list(sites.find(model)), adapter, where)
-
-
-def resolved(model: nnx.Module, adapter: lora_adapter.Adapter) -> lora_adapter.Adapter:
-    """The adapter as it is on this model, see embeddings.resolved."""
-    modules = {name: site for site in sites.find(model) for name in site.names[:1]}
-    tied = heads.is_tied(model)
-
-    def same(path: str, array: np.ndarray) -> bool | None:
-        path = embeddings.EMBEDDING if tied and path == embeddings.HEAD else path
-        site = modules.get(path)
-        if site is None:
-            return None
-        turned = array if site.kind == "embedding" else array.T
-        if quant_linear.packed_of(site.module) or turned.shape != sites.weight_shape(site.module):
-            return False
-        weight = registry.weight_of(site.module)[...]
-        return bool(jnp.array_equal(weight, jnp.asarray(turned, weight.dtype)))
-
-    return embeddings.resolved(adapter, tied=tied, same=same)
 
 
 def _fitting(
@@ -163,10 +143,9 @@ def _fitting(
     return selected, wholes
 
 
-def _without_adapters(model: nnx.Module) -> list[sites.Site]:
-    """The model's sites. Raises: UserError if the model has an adapter already."""
-    found = list(sites.find(model))
-    adapted = [site.names[0] for site in found if isinstance(site.module, LoRALayer)]
+def _refuse_adapters(model: nnx.Module) -> None:
+    """Raises: UserError if the model has an adapter already."""
+    adapted = [site.names[0] for site in sites.find(model) if isinstance(site.module, LoRALayer)]
     adapted += [sites.dotted(whole.path) for whole in saved.find(model)]
     if adapted:
         raise errors.UserError(
@@ -174,17 +153,6 @@ def _without_adapters(model: nnx.Module) -> list[sites.Site]:
             found=[f"{name} has one" for name in adapted],
             do="load the base model again, or lora.merge(model) first",
         )
-    return found
-
-
-@contextlib.contextmanager
-def _undone_on_error(model: nnx.Module) -> Iterator[None]:
-    """Takes the adapters out of the model again if there is an error while they are put in."""
-    try:
-        yield
-    except BaseException:
-        merge.strip(model)
-        raise
 
 
 def _adapt(site, configs, config, rngs, A, B, magnitude=None) -> None:
@@ -194,9 +162,7 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None) -> None:
     """
     layer, lead = site.module, site.lead
     has_switch = "deterministic" in vars(layer)
-    mixin.become(layer, LoRALayer)
-    layer.lora_had_switch = has_switch
-    layer.deterministic = True  # model.train() and model.eval() set this
+    mixin.become(layer, lora_layer.LoRAEmbedding if isinstance(layer, nnx.Embed) else LoRALayer)
     for name, array in zip(lora_layer.names_of_factors(layer), (A, B), strict=True):
         setattr(layer, name, LoRAParam(array))
     scaling = lora_site.scaling(site, configs)
@@ -216,6 +182,8 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None) -> None:
     if layer.lora_dropout:
         keys = jax.random.split(rngs.params(), lead) if lead else rngs.params()
         layer.lora_dropout_key = DropoutKey(jax.random.key_data(keys))
+    layer.lora_had_switch = has_switch
+    layer.deterministic = True  # model.train() and model.eval() set this
 
 
 def set_members(model: nnx.Module, num_members: int) -> None:

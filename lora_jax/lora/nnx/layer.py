@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
@@ -40,16 +39,6 @@ class LoRALayer(nnx.Module):
         """The same output, from x · W that was computed already."""
         return self._adapted(x, projections.with_bias(self, product))
 
-    def attend(self, query: Float[Array, "..."]) -> Float[Array, "..."]:
-        """query · (W + s · A B)ᵀ, of an embedding that is the head as well (nnx.Embed.attend)."""
-        weight = registry.weight_of(self)[...].astype(jnp.float32)
-
-        def output(query, y, own):
-            change = algebra.merged(weight, *own) - weight
-            return y + jnp.dot(query, change.T.astype(query.dtype)).astype(y.dtype)
-
-        return per_member(output, self.lora_members, (query, super().attend(query)), arrays(self))
-
     def _adapted(self, x, y):
         dropped, bias = None, getattr(self, "bias", None)
         if self.lora_dropout and not self.deterministic:
@@ -70,6 +59,22 @@ class LoRALayer(nnx.Module):
             )
 
         return per_member(output, self.lora_members, (x, y, dropped), arrays(self))
+
+
+class LoRAEmbedding(LoRALayer):
+    """An adapted embedding. Where it is also the output, it computes with the same weight there."""
+
+    def attend(self, query: Float[Array, "*B N"], *args: Any, **kwargs: Any) -> jax.Array:
+        """query · (W + scaling · A B)ᵀ, as after a merge."""
+        plain, weight = super().attend, registry.weight_of(self)[...]
+
+        def output(query, factors):
+            def attend(query):
+                return plain(query, *args, **kwargs)
+
+            return algebra.attended(attend, weight, query, factors)
+
+        return per_member(output, self.lora_members, (query,), arrays(self))
 
 
 def per_member(function: Callable, num_members: int, rows: Sequence[Any], own: Any) -> Any:

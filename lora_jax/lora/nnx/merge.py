@@ -3,9 +3,9 @@
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import mixin
+from lora_jax.layers import mixin, places
 from lora_jax.lora import algebra
-from lora_jax.lora.nnx import collect, heads, saved
+from lora_jax.lora.nnx import collect, saved, vocabulary
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.saved import SavedLayer
@@ -17,18 +17,21 @@ def merge(model: nnx.Module) -> None:
     """W ← W + scaling · A B in every LoRALayer, which becomes an ordinary layer again.
 
     A quantized W becomes dense. A fully trained module takes the values of its copy. If the
-    embedding changes, a LLaMA whose head is tied to it gets a head of its own first.
+    embedding changes, a LLaMA whose head is tied to it gets a head of its own first, unless the
+    head changes with it. A variable that others hold, too, stays theirs; the layer gets a new one.
 
     Raises: UserError if the model has no adapter.
     """
     found, wholes = lora_layer.adapted(model), saved.find(model)
     collect.check_adapted(model, wholes)
     if isinstance(model, llama.LlamaForCausalLM):
-        embedding = model.model.embed_tokens
-        if isinstance(embedding, LoRALayer | SavedLayer) and model.config.tie_word_embeddings:
+        changes = isinstance(model.model.embed_tokens, LoRALayer | SavedLayer)
+        if changes and model.config.tie_word_embeddings and not model.joined:
             model.untie()
+    where = places.find(model)
     for site in found:
         layer = site.module
+        site.separate(where)
         merged = site.each(algebra.merged, *lora_layer.arrays(layer))
         if isinstance(layer, quant_linear.QuantLinear):
             quant_linear.replace(model, site.path, quant_linear.as_linear(layer, merged))
@@ -40,8 +43,8 @@ def merge(model: nnx.Module) -> None:
             site.set_matrix(merged)
             _restore(layer)
     for whole in wholes:
-        whole.merge()
-    heads.keep_untied(model)
+        whole.merge(where)
+    vocabulary.leave(model, merged=True)
 
 
 def strip(model: nnx.Module) -> None:
@@ -67,7 +70,7 @@ def strip(model: nnx.Module) -> None:
     for _, layer in list(nnx.iter_graph(model)):
         if isinstance(layer, LoRALayer):
             _restore(layer)
-    heads.tie_again(model)
+    vocabulary.leave(model, merged=False)
 
 
 def _restore(layer: nnx.Module) -> None:

@@ -1,6 +1,6 @@
 """Modules of a Flax NNX model that are fully trained and saved: PEFT's modules_to_save."""
 
-import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lora_jax import errors
-from lora_jax.layers import mixin
+from lora_jax.layers import mixin, places
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import sites
 from lora_jax.lora.nnx.model_state import LoRAParam
@@ -21,21 +21,33 @@ from lora_jax.quant import linear as quant_linear
 class SavedLayer(nnx.Module):
     """y = copy(x): a second class that a fully trained module gets; its copy is trained.
 
-    The copy is `modules_to_save`. Its parameters are in float32, and it computes with them in the
-    module's own dtypes. The module's own parameters do not change, for others that use them.
+    The copy is `modules_to_save`, whose methods are called in place of the module's. Its parameters
+    are in float32, and it computes with them in the module's own dtypes. The module's own
+    parameters do not change, for others that use them.
     """
 
     lora_members = 0  # see layer.per_member
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = (kind for kind in cls.__bases__[1].__mro__ if not issubclass(nnx.Module, kind))
+        for name, value in [item for kind in own for item in vars(kind).items()]:
+            taken = name.startswith("__") or name in vars(SavedLayer)
+            if inspect.isfunction(value) and not taken:
+                setattr(cls, name, _of_copy(name))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._copied(lambda copied, *args: copied(*args, **kwargs), args)
+        return _of_copy("__call__")(self, *args, **kwargs)
 
-    def attend(self, query: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The copy's, of an embedding that is the head as well (nnx.Embed.attend)."""
-        return self._copied(lambda copied, query: copied.attend(query), (query,))
+    def with_product(self, x: Float[Array, "..."], product: Any) -> jax.Array:
+        """The same output: `product` is of the module's own weight, which is not used."""
+        return self(x)
 
-    def _copied(self, call: Callable, args: tuple) -> Any:
-        """call(copy, *args), for each member of a sweep."""
+
+def _of_copy(name: str) -> Callable:
+    """The method of that name of a SavedLayer: that of its copy."""
+
+    def method(self, *args, **kwargs):
         graphdef, state = nnx.split(self.modules_to_save)
         own = dict(nnx.to_flat_state(nnx.state(self)))
         cast = [(path, variable.replace(variable[...].astype(own[path].dtype)))
@@ -43,13 +55,11 @@ class SavedLayer(nnx.Module):
 
         def output(*args):
             *args, state = args
-            return call(nnx.merge(graphdef, state), *args)
+            return getattr(nnx.merge(graphdef, state), name)(*args, **kwargs)
 
         return lora_layer.per_member(output, self.lora_members, args, nnx.from_flat_state(cast))
 
-    def with_product(self, x: Float[Array, "..."], product: Any) -> jax.Array:
-        """The same output: `product` is of the module's own weight, which is not used."""
-        return self(x)
+    return method
 
 
 class Saved(NamedTuple):
@@ -62,14 +72,13 @@ class Saved(NamedTuple):
     def begin(self, given: Mapping[str, np.ndarray] | None = None) -> None:
         """Makes the module a SavedLayer; its copy has the values `given`, or the module's own."""
         copied = nnx.clone(self.module)
-        for path, variable in list(nnx.iter_graph(copied)):
-            if isinstance(variable, nnx.Param):
-                own = LoRAParam(jnp.array(variable[...], jnp.float32))
-                owner = functools.reduce(_part, path[:-1], copied)
-                if isinstance(path[-1], str):
-                    setattr(owner, path[-1], own)
-                else:
-                    owner[path[-1]] = own
+        held = {id(variable): variable for _, variable in nnx.iter_graph(copied)
+                if isinstance(variable, nnx.Param)}  # fmt: skip
+        everywhere = places.find(copied)
+        for own, variable in held.items():
+            trained = LoRAParam(jnp.array(variable[...], jnp.float32))
+            for place in everywhere[own]:
+                place.put(trained)
         mixin.become(self.module, SavedLayer)
         self.module.modules_to_save = copied
         for name, path, index, variable in self._tensors() if given else ():
@@ -81,14 +90,24 @@ class Saved(NamedTuple):
         """Makes the module what it was before, without its copy."""
         mixin.leave(self.module, "modules_to_save")
 
-    def merge(self) -> None:
-        """The same as `end`, but the module takes the values of its copy."""
+    def merge(self, where: places.Places) -> None:
+        """The same as `end`, but the module takes the values of its copy.
+
+        where: places.find of the model. A variable that other modules hold, too, is left to them.
+        """
         copied = nnx.to_flat_state(nnx.state(self.module.modules_to_save, LoRAParam))
         self.end()
         own = dict(nnx.to_flat_state(nnx.state(self.module)))
-        for path, variable in copied:
-            own[path] = own[path].replace(variable[...].astype(own[path].dtype))
-        nnx.update(self.module, nnx.from_flat_state(own.items()))
+        inside = places.find(self.module)
+        for path, trained in copied:
+            variable = places.at(self.module, path)
+            value = trained[...].astype(own[path].dtype)
+            if len(where[id(variable)]) == len(inside[id(variable)]):
+                variable.set_value(value)
+            else:
+                new = variable.replace(value)
+                for place in inside[id(variable)]:
+                    place.put(new)
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of each tensor in PEFT's file."""
@@ -137,6 +156,9 @@ def choose(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> l
         matched |= named
         if any(quant_linear.packed_of(part) for _, part in nnx.iter_graph(node)):
             problems.append(f"{sites.dotted(path)} is quantized")
+        if isinstance(node, nnx.List | nnx.Dict):
+            problems.append(f"{sites.dotted(path)} is a container, which is not called: name what "
+                            "is in it")  # fmt: skip
         taken.append(Saved(path, node, depths(path)))
     problems += [f"{end} matches nothing" for end in ends if end not in matched]
     if problems:
@@ -157,13 +179,9 @@ def _depths(found: list[sites.Site]) -> Callable[[tuple[str | int, ...]], tuple[
     return lambda path: next((d for outer, d in stacks.items() if path[: len(outer)] == outer), ())
 
 
-def _part(owner: Any, name: str | int) -> Any:
-    return getattr(owner, name) if isinstance(name, str) else owner[name]
-
-
 def _turn(module: nnx.Module, path: tuple, ndim: int) -> tuple[int, ...]:
     """The order of a parameter's axes in a file: outputs first, then inputs, as in PyTorch."""
-    owner = functools.reduce(_part, path[:-1], module)
+    owner = places.at(module, path[:-1])
     if path[-1] == "kernel" and (ndim == 2 or isinstance(owner, nnx.Conv)):
         return (ndim - 1, ndim - 2, *range(ndim - 2))
     return tuple(range(ndim))

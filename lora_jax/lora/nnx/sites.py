@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import registry
+from lora_jax.layers import places, registry
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
 from lora_jax.quant import formats
@@ -33,6 +34,14 @@ class Site(lora_site.Site):
             return lora_site.each(_of_packed, self.lead, quantized.packed, *arrays, **how)
         weight = registry.weight_of(self.module)[...]
         return lora_site.each(function, self.lead, self.linear_map.matrix(weight), *arrays)
+
+    def separate(self, where: places.Places) -> None:
+        """Gives the layer a weight of its own, if others hold the same variable."""
+        if quant_linear.packed_of(self.module) is None:
+            weight = registry.weight_of(self.module)
+            if len(where[id(weight)]) > 1:
+                name = registry.registration_of(type(self.module)).weight
+                setattr(self.module, name, weight.copy())
 
     def set_matrix(self, matrix: jax.Array) -> None:
         """Replaces the dense weight by the one with that matrix."""
@@ -115,7 +124,7 @@ def numbered(path: tuple, depths: tuple[int, ...], index: tuple[int, ...]) -> st
     return dotted((*parts, *index[len(depths) :]))
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
+def dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
@@ -126,9 +135,7 @@ class _Shapes(dict):
         self.model = model
 
     def __missing__(self, path: tuple) -> list[tuple[int, ...]]:
-        module = self.model
-        for part in path:
-            module = getattr(module, part) if isinstance(part, str) else module[part]
+        module = places.at(self.model, path)
         self[path] = [leaf.shape for leaf in jax.tree.leaves(nnx.state(module))]
         return self[path]
 
