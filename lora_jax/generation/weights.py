@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from lora_jax.kernels import int4_matmul, matmul
 from lora_jax.kernels import packed as packing
+from lora_jax.layers import registry
 from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
 from lora_jax.quant import formats
@@ -111,7 +112,7 @@ def _dense(linears: Sequence, index: int, dtype) -> Callable[[jax.Array], jax.Ar
 
     def weight(linear):
         if isinstance(linear, nnx.Linear):
-            return linear.kernel[index].astype(dtype)
+            return registry.weight_of(linear)[index].astype(dtype)
         packed = packing.layer(linear.packed, index)
         return formats.dequantize(packed, linear.fmt, linear.in_features, dtype)
 

@@ -124,7 +124,8 @@ class Einsum(LinearMap):
         sizes = dict(zip(axes_x, x.shape, strict=True))
         sizes |= dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
         x = x.transpose(*(axes_x.index(axis) for axis in order))
-        x = x.reshape(*(sizes[axis] for axis in (*self.batch, *free)), -1)
+        k, _ = self.sizes(shape)
+        x = x.reshape(*(sizes[axis] for axis in (*self.batch, *free)), k)
         for factor in factors:
             x = _product(x, factor, len(self.batch))
         y = x.reshape(*(sizes[axis] for axis in (*self.batch, *free, *self.outputs)))
@@ -193,6 +194,11 @@ class Conv(LinearMap):
         return x
 
 
+def unknown(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`slide` of a weight of which only the shape is known."""
+    raise NotImplementedError("expected a product that is computed with the whole weight")
+
+
 LINEAR = Einsum("...i", "io", "...o")
 
 
@@ -251,9 +257,9 @@ def _product(x, matrix, batch=0):
         return matrix(x)
     if not batch:
         return matmul.matmul(x, matrix)
-    middle = x.reshape(*x.shape[:batch], -1, x.shape[-1])
+    middle = x.reshape(*x.shape[:batch], math.prod(x.shape[batch:-1]), x.shape[-1])
     y = jnp.matmul(middle, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 def _expanded(axes: str, ndim: int, like: str | None = None) -> list[str]:

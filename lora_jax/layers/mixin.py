@@ -1,22 +1,70 @@
-"""Give an existing layer a second class; it stays the same object, in the same place."""
+"""Give an existing layer further classes; it stays the same object, in the same place."""
 
 import functools
+from typing import Any
 
 from flax import nnx
 
 
-def become(layer: nnx.Module, kind: type[nnx.Module]) -> None:
-    """Makes `layer` an instance of `kind`, too, whose methods take precedence."""
-    object.__setattr__(layer, "__class__", _both(kind, type(layer)))
+class Mixin(nnx.Module):
+    """A class that layers get in addition to their own, see `become`."""
+
+    mixin_original: type[nnx.Module]  # the layer's own class
+    mixin_kinds: tuple[type, ...] = ()  # those that it got, the last one first
+    mixin_base: type[nnx.Module]  # the class whose methods they come before
+
+    @classmethod
+    def mixin_attributes(cls, original: type[nnx.Module]) -> dict[str, Any]:
+        """Attributes of a class that adds this one to `original`."""
+        return {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Such a class is made when it is needed, so pickle cannot find it by its name.
+        return _empty, (self.mixin_original, self.mixin_kinds, self.mixin_base), vars(self).copy()
 
 
-def leave(layer: nnx.Module, *added: str) -> None:
+def become(layer: nnx.Module, kind: type[Mixin], base: type[nnx.Module] | None = None) -> None:
+    """Makes `layer` an instance of `kind`, too, whose methods come right before those of `base`.
+
+    base: a base class of the layer's class, whose own methods then call those of `kind` with
+    super(); None: the layer's class itself.
+    """
+    cls = type(layer)
+    original = cls.mixin_original if issubclass(cls, Mixin) else cls
+    kinds = cls.mixin_kinds if issubclass(cls, Mixin) else ()
+    _set(layer, original, (kind, *kinds), base or original)
+
+
+def leave(layer: nnx.Module, kind: type[Mixin], *added: str) -> None:
     """The inverse of `become`; also deletes the attributes `added`."""
     for name in added:
         delattr(layer, name)
-    object.__setattr__(layer, "__class__", type(layer).__bases__[1])
+    cls = type(layer)
+    kinds = tuple(other for other in cls.mixin_kinds if not issubclass(other, kind))
+    _set(layer, cls.mixin_original, kinds, cls.mixin_base)
+
+
+def original(layer: nnx.Module) -> type[nnx.Module]:
+    """The layer's own class."""
+    return getattr(type(layer), "mixin_original", type(layer))
+
+
+def _set(layer, cls, kinds, base) -> None:
+    object.__setattr__(layer, "__class__", _mixed(cls, kinds, base) if kinds else cls)
+
+
+def _empty(cls, kinds, base) -> nnx.Module:
+    return object.__new__(_mixed(cls, kinds, base))
 
 
 @functools.cache
-def _both(kind: type[nnx.Module], cls: type[nnx.Module]) -> type[nnx.Module]:
-    return type(f"{kind.__name__}[{cls.__name__}]", (kind, cls), {"__module__": cls.__module__})
+def _mixed(cls: type, kinds: tuple[type[Mixin], ...], base: type) -> type:
+    name = f"{kinds[0].__name__}[{cls.__name__}]"
+    own = {"mixin_original": cls, "mixin_kinds": kinds, "mixin_base": base}
+    own |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    for kind in reversed(kinds):
+        own |= kind.mixin_attributes(cls)
+    if base is cls:
+        return type(name, (*kinds, cls), own)
+    inner = type(f"{kinds[0].__name__}[{base.__name__}]", (*kinds, base), {})
+    return type(name, (cls, inner), own)

@@ -1,44 +1,78 @@
 """The classes of Flax NNX layers that multiply by a weight: which weight, and how."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
 from lora_jax.layers import linear_map
 
 
 class Registration(NamedTuple):
-    """Of a layer class: the attribute that holds the weight, and how a layer multiplies by it."""
+    """Of a layer class: the attribute that holds the weight, and how a layer multiplies by it.
+
+    bias: the attribute that holds the bias. reads: the attribute by which others read the weight.
+    is_usual: (layer, *arguments of a call) → whether the call multiplies as linear_map_of says.
+    shape_of: layer → the shape of the weight of a single layer, None if it is not known. cls: the
+    class that was registered.
+    """
 
     weight: str
     linear_map_of: Callable[[Any], linear_map.LinearMap]
+    bias: str = "bias"
+    reads: str = ""
+    is_usual: Callable[..., bool] = lambda *args, **kwargs: True
+    shape_of: Callable[[Any], tuple[int, ...] | None] = lambda layer: None
+    cls: type | None = None
 
 
 REGISTRATIONS: dict[type, Registration] = {}
 
 
+_PARAMETERS: dict[type, dict[str, linear_map.LinearMap]] = {}
+
+
 def register(
-    cls: type[nnx.Module], einsum: str | Callable[[Any], str], *, weight: str = "kernel"
+    cls: type[nnx.Module],
+    einsum: str | Callable[[Any], str] | Mapping[str, str],
+    *,
+    weight: str = "kernel",
+    bias: str = "bias",
 ) -> None:
     """Makes layers of your own class adaptable and quantizable.
 
     Args:
-      cls: its `__call__(x)` returns einsum(x, W), plus a bias if it has an attribute `bias`.
-      einsum: such as "...D,DNH->...NH", or a function that returns it for a layer.
+      cls: its `__call__(x)` returns einsum(x, W), plus a bias if it has one.
+      einsum: such as "...D,DNH->...NH", or a function that returns it for a layer. For a class
+        with several weights, which may be adapted but not quantized: {attribute: einsum}.
       weight: the attribute that holds W.
+      bias: the attribute that holds the bias; it need not exist.
 
     Raises: UserError if the einsum is not a product of x with a matrix.
     """
+    if isinstance(einsum, Mapping):
+        _PARAMETERS[cls] = {name: linear_map.parse(own) for name, own in einsum.items()}
+        return
     if isinstance(einsum, str):
         linear_map.parse(einsum)
 
     def described(layer):
         return linear_map.parse(einsum if isinstance(einsum, str) else einsum(layer))
 
-    REGISTRATIONS[cls] = Registration(weight, described)
+    def has_no_others(layer, *args, **kwargs):
+        return not any(type(own) is nnx.Param for name, own in vars(layer).items()
+                       if name not in (weight, bias))  # fmt: skip
+
+    REGISTRATIONS[cls] = Registration(weight, described, bias, is_usual=has_no_others)
     registration_of.cache_clear()
+
+
+def parameters_of(cls: type) -> Mapping[str, linear_map.LinearMap]:
+    """{attribute: how it multiplies} of a class that was registered with several weights."""
+    return next((_PARAMETERS[base] for base in cls.__mro__ if base in _PARAMETERS), {})
 
 
 def linear_map_of(layer: nnx.Module) -> linear_map.LinearMap:
@@ -48,17 +82,70 @@ def linear_map_of(layer: nnx.Module) -> linear_map.LinearMap:
 
 def weight_of(layer: nnx.Module) -> nnx.Variable:
     """The variable that holds the layer's weight; of a packed weight, its words."""
-    return getattr(layer, registration_of(type(layer)).weight)
+    return vars(layer)[registration_of(type(layer)).weight]
+
+
+def stack_axis(layer: nnx.Module, weight: nnx.Variable) -> int:
+    """The axis of the layer's weight, and of its other parameters, that numbers stacked layers.
+
+    It is the one that the weight has in addition to the shape of a single layer; where that leaves
+    a choice, one that the variable's sharding names after layers, or the first.
+    """
+    shape, known = weight.shape, registration_of(type(layer))
+    if len(shape) != known.linear_map_of(layer).ndim + 1:
+        return 0
+    single = known.shape_of(layer)
+    axes = range(len(shape))
+    fits = [a for a in axes if single is None or (*shape[:a], *shape[a + 1 :]) == tuple(single)]
+    metadata = weight.get_metadata()
+    names = next((metadata[key] for key in _SHARDINGS if metadata.get(key)), ())
+    named = [a for a, name in enumerate(names) if isinstance(name, str) and "layer" in name]
+    if single is None:
+        return named[0] if len(named) == 1 else 0
+    return next((a for a in fits if a in named), fits[0] if fits else 0)
+
+
+_SHARDINGS = ("out_sharding", "sharding_names", "sharding")
+
+
+def bias_of(layer: nnx.Module) -> jax.Array | None:
+    """The layer's bias."""
+    bias = getattr(layer, registration_of(type(layer)).bias, None)
+    return None if bias is None else bias[...]
+
+
+def is_usual(layer: nnx.Module, *args: Any, **kwargs: Any) -> bool:
+    """Whether this call of the layer multiplies as linear_map_of says, and adds a bias at most."""
+    return registration_of(type(layer)).is_usual(layer, *args, **kwargs)
+
+
+def input_of(layer: nnx.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The input x among the arguments of a call: the first one, by position or by name."""
+    if args:
+        return args[0]
+    return kwargs[_first_parameter(registration_of(type(layer)).cls)]
+
+
+@functools.cache
+def _first_parameter(cls: type) -> str:
+    return list(inspect.signature(cls.__call__).parameters)[1]
 
 
 @functools.cache
 def registration_of(cls: type) -> Registration | None:
     """The registration of a class or of its nearest base class; None if there is none."""
-    return next((REGISTRATIONS[base] for base in cls.__mro__ if base in REGISTRATIONS), None)
+    found = next((base for base in cls.__mro__ if base in REGISTRATIONS), None)
+    return None if found is None else REGISTRATIONS[found]._replace(cls=found)
 
 
 def _general(layer: nnx.LinearGeneral) -> linear_map.Einsum:
     return linear_map.general(layer.axis, len(layer.out_features), tuple(layer.batch_axis))
+
+
+def _is_own_einsum(
+    layer: nnx.Einsum, inputs: Any, einsum_str: str | None = None, *more: Any, **others: Any
+) -> bool:
+    return einsum_str is None or einsum_str == layer.einsum_str
 
 
 def _conv(layer: nnx.Conv) -> linear_map.Conv:
@@ -72,14 +159,51 @@ def _conv(layer: nnx.Conv) -> linear_map.Conv:
     return linear_map.Conv(slide, tuple(layer.kernel_size))
 
 
+def _is_plain_conv(layer: nnx.Conv, *args: Any, **kwargs: Any) -> bool:
+    return layer.feature_group_count == 1 and layer.mask is None
+
+
 _CONV = (
     *("strides", "padding", "input_dilation", "kernel_dilation", "dtype", "param_dtype"),
     *("precision", "conv_general_dilated", "promote_dtype", "preferred_element_type"),
 )
+
+
+def _features(layer: nnx.Linear) -> tuple[int, ...]:
+    return (layer.in_features, layer.out_features)
+
+
+def _kernel_shape(layer: nnx.Module) -> tuple[int, ...]:
+    return tuple(layer.kernel_shape)
+
+
 REGISTRATIONS |= {
-    nnx.Linear: Registration("kernel", lambda _: linear_map.LINEAR),
-    nnx.LinearGeneral: Registration("kernel", _general),
-    nnx.Einsum: Registration("kernel", lambda layer: linear_map.parse(layer.einsum_str)),
-    nnx.Embed: Registration("embedding", lambda _: linear_map.Embedding()),
-    nnx.Conv: Registration("kernel", _conv),
+    nnx.Linear: Registration("kernel", lambda _: linear_map.LINEAR, shape_of=_features),
+    nnx.LinearGeneral: Registration(
+        "kernel",
+        _general,
+        shape_of=lambda layer: (
+            *layer.batch_axis.values(),
+            *layer.in_features,
+            *layer.out_features,
+        ),
+    ),
+    nnx.Einsum: Registration(
+        "kernel",
+        lambda layer: linear_map.parse(layer.einsum_str),
+        is_usual=_is_own_einsum,
+        shape_of=_kernel_shape,
+    ),
+    nnx.Embed: Registration(
+        "embedding",
+        lambda _: linear_map.Embedding(),
+        shape_of=lambda layer: (layer.num_embeddings, layer.features),
+    ),
+    nnx.Conv: Registration("kernel", _conv, is_usual=_is_plain_conv, shape_of=_kernel_shape),
+    nnx.ConvTranspose: Registration(
+        "kernel",
+        lambda layer: linear_map.Conv(linear_map.unknown, tuple(layer.kernel_size)),
+        is_usual=lambda *args, **kwargs: False,
+        shape_of=_kernel_shape,
+    ),
 }

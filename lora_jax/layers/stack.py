@@ -1,11 +1,14 @@
 """Layers stacked on a leading axis [L, …], and which of their arrays a scan must not slice.
 
 A scan gives each layer its slice of every array. Our own kernels would need a copy of that slice.
-So an array of type `Whole` is not sliced; the layer's `LayerIndex` is, and says where to read.
+So an array of type `Whole` is not sliced; the layer's `LayerIndex` is, and says where to read. A
+scan may also slice the parameters alone. So a LayerIndex is a parameter, though an integer.
 """
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -13,8 +16,19 @@ class Whole(nnx.Variable):
     """An array [L, …] that its layer reads in place."""
 
 
-class LayerIndex(nnx.Variable):
-    """Which layer of the stack a module is: [L] in the stack, a scalar in the scan."""
+class LayerIndex(nnx.Param):
+    """Which layer of the stack a module is: of L numbers in the stack, one in the scan."""
+
+
+def index(num_layers: int, axis: int = 0) -> LayerIndex:
+    """A LayerIndex, for a scan that slices parameters on that axis."""
+    return LayerIndex(jnp.expand_dims(jnp.arange(num_layers), range(axis)))
+
+
+def current(index: LayerIndex | None, axis: int = 0) -> jax.Array | None:
+    """The number of the layer that a scan is at; None outside of a scan."""
+    value = None if index is None else index[...]
+    return value.reshape(()) if value is not None and value.ndim == axis else None
 
 
 def split(layers: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:

@@ -13,6 +13,8 @@ _NNX = {
     "pissa": ("Principal",),
     "merge": ("merge", "strip"),
     "collect": ("collect", "effects", "num_params"),
+    "summary": ("summary",),
+    "base": ("disabled", "get_base_model", "base_state"),
     "dropout": ("reseed", "reseed_by"),
 }
 __getattr__, __all__ = lazy.names(

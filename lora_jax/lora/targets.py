@@ -14,9 +14,10 @@ from lora_jax.lora import config as lora_config
 class Layer(NamedTuple):
     """What target selection and adapter checks need to know of a layer of a model.
 
-    kind: "linear", "embedding" or "conv", see adapter.Factors; "" for a module whose class is not
-    registered. in_features, out_features: K and N. problem: why the layer cannot be adapted, in
-    words that continue its path; "" if it can.
+    kind: "linear", "embedding" or "conv", see adapter.Factors; "parameter" for one that a module of
+    another class holds itself; "" for a module whose class is not registered. in_features,
+    out_features: K and N. problem: why the layer cannot be adapted, in words that continue its
+    path; "" if it can.
     """
 
     kind: str
@@ -46,25 +47,44 @@ def select(
     Raises: UserError that lists every setting that matches nothing, with the names that exist, and
     every targeted module that cannot be adapted.
     """
-    taken = [p for p, c in layers.items() if c.kind == "linear" or config.targets != ALL_LINEAR]
+    kinds = ("linear",) if config.targets == ALL_LINEAR else ("linear", "embedding", "conv", "")
+    taken = [path for path, layer in layers.items() if layer.kind in kinds]
     chosen = [path for path in taken if is_chosen(path, config)]
     unmatched = list(_unmatched(taken, config)) if strict else []
     refused = [f"{path} {layers[path].problem}" for path in chosen if layers[path].problem]
     if strict and config.targets != ALL_LINEAR:
         refused += [f"{path} is not a layer itself" for path in _around(layers, chosen, config)]
     if unmatched or refused:
-        names = {p.split(".")[-1] for p, own in layers.items() if not own.problem}
-        do = f'choose among these, or use "{ALL_LINEAR}"'
+        do = "choose among these"
+        if config.targets != ALL_LINEAR:
+            do += f', or use "{ALL_LINEAR}"'
         more = "; exclude what cannot be adapted, or register its class with the einsum it computes"
         # Layers that differ only in their number are listed once.
         alike = dict.fromkeys(re.sub(r"\.\d+\b", ".N", line) for line in refused)
         raise errors.UserError(
             expected="settings that name layers of the model that can be adapted",
             found=[*unmatched, *(refused if len(alike) == len(refused) else alike)],
-            where="names that exist: " + ", ".join(sorted(names)),
+            where="names that exist: " + ", ".join(_names(layers)),
             do=do + (more if refused else ""),
         )
     return {path: layer_config(path, layers[path].out_features, config) for path in chosen}
+
+
+def _names(layers: Mapping[str, Layer]) -> list[str]:
+    """The last parts of the paths that may be targets, with kind and shape, the likeliest first.
+
+    Those are linear layers, then the ones that are there most often.
+    """
+    found: dict[str, list[Layer]] = {}
+    for path, layer in layers.items():
+        if layer.kind and not layer.problem:
+            name = re.sub(r"(\.\d+)+$", "", path).split(".")[-1]
+            found.setdefault(name, []).append(layer)
+    if any(own[0].kind == "linear" for own in found.values()):
+        found = {name: own for name, own in found.items() if own[0].kind != "parameter"}
+    order = sorted(found, key=lambda n: (found[n][0].kind != "linear", -len(found[n]), n))
+    return [f"{name} ({own[0].kind} {own[0].in_features} → {own[0].out_features})"
+            for name in order for own in [found[name]]]  # fmt: skip
 
 
 ALL_LINEAR = "all-linear"

@@ -141,17 +141,18 @@ class LlamaForCausalLM(nnx.Module):
         embed_tokens = self.model.embed_tokens
         if self.joined:
             return embed_tokens.attend(hidden)
-        return matmul.matmul(hidden, embed_tokens.embedding[...].T, jnp.float32)
+        return matmul.matmul(hidden, registry.weight_of(embed_tokens)[...].T, jnp.float32)
 
     def frozen_head(self) -> Float[Array, "D V"] | None:
         """W_vocab, which maps hidden states to logits; None if an adapter is part of it."""
         if self.config.tie_word_embeddings:
-            return None if self.joined else self.model.embed_tokens.embedding[...].T
+            table = registry.weight_of(self.model.embed_tokens)[...]
+            return None if self.joined else table.T
         return self.lm_head.kernel[...] if type(self.lm_head) is nnx.Linear else None
 
     def untie(self) -> None:
         """Replaces the tied vocabulary projection by one of its own with the same values."""
-        embedding = self.model.embed_tokens.embedding[...]
+        embedding = registry.weight_of(self.model.embed_tokens)[...]
         head = nnx.eval_shape(lambda: _head(self.config, dtype=embedding.dtype, rngs=nnx.Rngs(0)))
         head.kernel = nnx.Param(embedding.T)
         self.lm_head = head

@@ -8,7 +8,10 @@ from lora_jax import lazy
 
 QUANTS = ("none", "int8", "int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "fp4", "fp4-dq")
 
-_LINEAR = ("QuantLinear", "QuantLayer", "quantize_model", "quantize_linear", "dequantize_linear")
+_LINEAR = (
+    *("QuantLinear", "QuantLayer", "quantize_model", "dequantize_model"),
+    *("quantize_linear", "dequantize_linear"),
+)
 __getattr__, __all__ = lazy.names(
     __name__,
     {name: f"{__name__}.linear:{name}" for name in _LINEAR}

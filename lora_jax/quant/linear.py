@@ -7,14 +7,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from lora_jax import errors
 from lora_jax.kernels import int4_matmul, int8_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.packed import Packed
-from lora_jax.layers import linear_map, mixin, places, projections, registry, stack
+from lora_jax.layers import (
+    linear_map,
+    mixin,
+    parameters,
+    places,
+    projections,
+    registry,
+    stack,
+    taken,
+    weight,
+)
 from lora_jax.quant import formats
 
 
@@ -22,33 +32,16 @@ class QuantWeight(stack.Whole):
     """A packed array: part of the model's state, but not a parameter."""
 
 
-class Rounded:
-    """A packed weight as a variable: its shape and dtype; [...] and .value dequantize it.
-
-    Models read the sizes of their layers from their weights.
-    """
-
-    def __init__(self, packed: "QuantLinear", shape: tuple[int, ...], how: linear_map.Einsum):
-        self.shape, self.ndim, self.dtype = tuple(shape), len(shape), packed.param_dtype
-        self._packed, self._how = packed, how
-
-    @property
-    def value(self) -> jax.Array:
-        return self._how.tensor(dequantize_linear(self._packed).kernel[...], self.shape)
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        return self.value[index]
-
-
 class QuantLinear(nnx.Module):
     """y = x · dequantize(W) + b, with W frozen in one of formats.FORMATS.
 
     fmt says what the codes mean; the shapes of the arrays say how many rows share a scale.
 
-    Replaces `linear`. It keeps the bias, the dtype to compute in (None: x's), and what it needs to
-    become dense again. In a stacked module its arrays have a leading layer axis. It is then called
-    in a scan, where `layer` is a scalar and the packed arrays are whole or sliced.
-    partition: how a mesh splits the product, for our own kernels.
+    Replaces `linear`, whose results it has: in its dtype, or in the one that x, W and b promote to.
+    `dense` is what it needs to become `linear` again. In a stacked module its arrays have a leading
+    layer axis. It is then called in a scan, where `layer` is a scalar and the packed arrays are
+    whole or sliced. partition: how a mesh splits the product, for our own kernels. axis: of the
+    stack in the parameters; the packed arrays have it first.
     """
 
     def __init__(
@@ -58,18 +51,21 @@ class QuantLinear(nnx.Module):
         *,
         fmt: str,
         partition: dealing.Partition = dealing.WHOLE,
+        axis: int = 0,
     ):
         self.fmt = fmt
         self.partition = partition
         self.dtype = linear.dtype
         self.param_dtype = linear.kernel.dtype
-        self.dot_general = linear.dot_general
+        self.preferred_element_type = linear.preferred_element_type
         self.in_features = linear.in_features
         self.out_features = linear.out_features
+        self.use_bias = linear.use_bias
+        self.dense = nnx.graphdef(linear)
         for name, array in packed._asdict().items():
             setattr(self, name, None if array is None else QuantWeight(array))
-        layers = jnp.arange(len(packed.q)) if packed.q.ndim == 3 else None
-        self.layer = None if layers is None else stack.LayerIndex(layers)
+        self.axis = axis
+        self.layer = stack.index(len(packed.q), axis) if packed.q.ndim == 3 else None
         self.bias = None if linear.bias is None else nnx.Param(linear.bias.get_value())
 
     @property
@@ -79,24 +75,30 @@ class QuantLinear(nnx.Module):
         return Packed(*(None if array is None else array[...] for array in arrays))
 
     @property
-    def kernel(self) -> Rounded:
+    def kernel(self) -> weight.Computed:
         """The weight that the layer represents."""
-        shape = (*self.q.shape[:-2], self.in_features, self.out_features)
-        return Rounded(self, shape, linear_map.LINEAR)
+        index = stack.current(self.layer, self.axis)
+        lead = self.q.shape[:-2] if index is None else ()
+        shape = list((self.in_features, self.out_features))
+        for size in lead:
+            shape.insert(self.axis, size)
+        compute = lambda: _in_place(dense_matrix(self), bool(lead) and self.axis)  # noqa: E731
+        return weight.Computed(tuple(shape), self.param_dtype, compute)
 
     def __call__(
-        self, x: Float[Array, "*B d_in"], out_sharding: Any = None
+        self, inputs: Num[Array, "*B d_in"], out_sharding: Any = None
     ) -> Float[Array, "*B d_out"]:
         """out_sharding: of y, on a mesh with explicit axes, as in nnx.Linear."""
-        y = projections.with_bias(self, self.product(x.astype(self.dtype or x.dtype)))
+        y = projections.with_bias(self, self.product(inputs.astype(result_dtype(self, inputs))))
+        y = y if self.preferred_element_type is None else y.astype(self.preferred_element_type)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def product(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
         """x · dequantize(W)."""
         packed, layer = self.packed, None
         if packed.q.ndim == 3:
-            layer = None if self.layer is None else self.layer[...]
-            if layer is None or layer.ndim:
+            layer = stack.current(self.layer, self.axis)
+            if layer is None:
                 raise ValueError("expected one layer of the stack, in a scan; found all of it")
         codes = formats.codes(self.fmt)
         if codes == "int8":
@@ -106,26 +108,56 @@ class QuantLinear(nnx.Module):
         return int4_matmul.int4_matmul(x, packed, **how)
 
 
-class QuantLayer(nnx.Module):
+class QuantLayer(mixin.Mixin):
     """y = einsum(x, dequantize(W)) + b: a second class that a layer other than nnx.Linear gets.
 
     The layer keeps everything but its weight. `quantized` is the weight as a matrix, see
-    linear_map.py; `quantized_shape` is the weight's shape, with the axes of a stack first.
+    linear_map.py; `quantized_shape` is the weight's shape, with the axes of a stack first. Where
+    the weight itself is read, it is dequantized.
     """
 
-    def __call__(self, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Float[Array, "..."]:
-        how, shape = registry.linear_map_of(self), self.quantized_shape
-        dtype = getattr(self, "dtype", None) or x.dtype
-        y = how.multiply(x.astype(dtype), self.quantized.product, shape=shape)
-        if (bias := getattr(self, "bias", None)) is None:
-            return y
-        return y + how.spread(bias[...].reshape(-1).astype(y.dtype), y.ndim, shape)
+    @classmethod
+    def mixin_attributes(cls, original: type[nnx.Module]) -> dict[str, Any]:
+        name = registry.registration_of(original).weight
+        return {name: weight.attribute(name, _dense_weight)}
 
-    def __getattr__(self, name: str) -> Rounded:
-        known = registry.registration_of(type(self))
-        if name != known.weight or "quantized_shape" not in vars(self):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return Rounded(self.quantized, self.quantized_shape, registry.linear_map_of(self))
+    def __call__(self, *args: Any, **kwargs: Any) -> Num[Array, "..."]:
+        if not registry.is_usual(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+        x, bias = registry.input_of(self, args, kwargs), registry.bias_of(self)
+        how, shape = registry.linear_map_of(self), self.quantized_shape
+        dtype = result_dtype(self, x)
+        y = how.multiply(x.astype(dtype), self.quantized.product, shape=shape)
+        if bias is not None:
+            y = y + how.spread(bias.reshape(-1).astype(y.dtype), y.ndim, shape)
+        preferred = getattr(self, "preferred_element_type", None)
+        return y if preferred is None else y.astype(preferred)
+
+
+def _dense_weight(layer: QuantLayer) -> weight.Computed:
+    shape, packed, how = layer.quantized_shape, layer.quantized, registry.linear_map_of(layer)
+    in_scan = packed.q.ndim == 2 or stack.current(packed.layer, packed.axis) is not None
+    shape = shape[len(shape) - how.ndim :] if in_scan else shape
+    axis = 0 if in_scan else packed.axis
+
+    def compute():
+        return _in_place(how.tensor(dense_matrix(packed), shape), axis)
+
+    own = jax.eval_shape(lambda: _in_place(jnp.zeros(shape), axis)).shape
+    return weight.Computed(own, packed.param_dtype, compute)
+
+
+def _in_place(array: jax.Array, axis: int) -> jax.Array:
+    """With the first axis, which numbers stacked layers, at that place."""
+    return jnp.moveaxis(array, 0, axis) if axis else array
+
+
+def result_dtype(layer: nnx.Module, x: jax.Array) -> jnp.dtype:
+    """The dtype that the dense layer would compute in."""
+    if (dtype := getattr(layer, "dtype", None)) is not None:
+        return jnp.dtype(dtype)
+    bias = registry.bias_of(layer)
+    return jnp.result_type(x, packed_of(layer).param_dtype, *([] if bias is None else [bias]))
 
 
 def packed_of(layer: Any) -> QuantLinear | None:
@@ -137,58 +169,85 @@ def packed_of(layer: Any) -> QuantLinear | None:
 
 def quantize_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
     """The same layer with its kernel, [K, N] or stacked [L, K, N], quantized."""
-    kernel = linear.kernel[...]
-    return QuantLinear(_quantize(kernel, fmt), linear, fmt=fmt)
+    axis = registry.stack_axis(linear, linear.kernel)
+    kernel = jnp.moveaxis(linear.kernel[...], axis, 0)
+    return QuantLinear(_quantize(kernel, fmt), linear, fmt=fmt, axis=axis)
 
 
 def quantize_layer(layer: nnx.Module, fmt: str) -> None:
     """Makes a LinearGeneral, an Einsum or a layer of a registered class a QuantLayer."""
-    how, name = registry.linear_map_of(layer), registry.registration_of(type(layer)).weight
-    weight = getattr(layer, name)[...]
-    matrix = how.matrix(weight)
+    how, known = registry.linear_map_of(layer), registry.registration_of(type(layer))
+    stored = registry.weight_of(layer)
+    axis = registry.stack_axis(layer, stored)
+    moved = jnp.moveaxis(stored[...], axis, 0)
+    matrix = how.matrix(moved)
     linear = nnx.eval_shape(
         lambda: nnx.Linear(
-            *matrix.shape[-2:], use_bias=False, param_dtype=weight.dtype, rngs=nnx.Rngs(0)
+            *matrix.shape[-2:], use_bias=False, param_dtype=stored.dtype, rngs=nnx.Rngs(0)
         )
     )
-    linear.kernel = nnx.Param(matrix)
-    delattr(layer, name)
-    mixin.become(layer, QuantLayer)
-    layer.quantized, layer.quantized_shape = quantize_linear(linear, fmt), weight.shape
+    linear.kernel = stored.replace(matrix)
+    delattr(layer, known.weight)
+    mixin.become(layer, QuantLayer, known.cls)
+    layer.quantized = QuantLinear(_quantize(matrix, fmt), linear, fmt=fmt, axis=axis)
+    layer.quantized_shape = moved.shape
 
 
-def make_dense(layer: nnx.Module, weight: Float[Array, "..."]) -> None:
-    """The inverse of quantize_layer, with that weight."""
-    dtype = layer.quantized.param_dtype
-    mixin.leave(layer, "quantized", "quantized_shape")
-    setattr(layer, registry.registration_of(type(layer)).weight, nnx.Param(weight.astype(dtype)))
+def make_dense(layer: nnx.Module, matrix: Float[Array, "*L d_in d_out"]) -> None:
+    """The inverse of quantize_layer, with that weight as a matrix."""
+    how, shape = registry.linear_map_of(layer), layer.quantized_shape
+    stored, axis = as_linear(layer.quantized, matrix, 0).kernel, layer.quantized.axis
+    mixin.leave(layer, QuantLayer, "quantized", "quantized_shape")
+    name = registry.registration_of(type(layer)).weight
+    setattr(layer, name, stored.replace(_in_place(how.tensor(stored[...], shape), axis)))
 
 
-def quantize_model(model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("lm_head",)) -> None:
-    """Quantizes every linear layer whose name is not in `exclude`: nnx.Linear, LinearGeneral, …
+def quantize_model(
+    model: nnx.Module, fmt: str, *, exclude: tuple[str, ...] = ("lm_head",)
+) -> taken.Taken:
+    """{dotted path: fmt} of every linear layer whose name is not in `exclude`, which it quantizes.
 
-    A QuantLinear replaces an nnx.Linear; a layer of another class becomes a QuantLayer.
+    A QuantLinear replaces an nnx.Linear; a layer of another class becomes a QuantLayer. The result
+    also tells what was left dense, and why.
     Raises: UserError if there is no such layer, or if one has an adapter already.
     """
-    layers = [
-        (path, node)
-        for path, node in nnx.iter_graph(model)
-        if (known := registry.registration_of(type(node))) and packed_of(node) is None
-        and path and path[-1] not in exclude and "quantized" not in path
-        and isinstance(how := known.linear_map_of(node), linear_map.Einsum) and not how.batch
-    ]  # fmt: skip
-    adapted = [".".join(map(str, path)) for path, node in layers if hasattr(node, "lora_ranks")]
-    if not layers or adapted:
+    layers = {path: node for path, node in nnx.iter_graph(model)
+              if registry.registration_of(type(node)) and "quantized" not in path}  # fmt: skip
+    why = {path: _why_not(path, node, fmt, exclude) for path, node in layers.items()}
+    chosen = {path: node for path, node in layers.items() if not why[path]}
+    left = {_dotted(path): reason for path, reason in why.items() if reason}
+    left |= {_dotted(own.path): f"a parameter of {type(own.owner).__name__}"
+             for own in parameters.find(model)}  # fmt: skip
+    adapted = [_dotted(path) for path, node in chosen.items() if hasattr(node, "lora_ranks")]
+    if not chosen or adapted:
         raise errors.UserError(
             expected="a model with linear layers to quantize, without adapters",
-            found=[f"{name} has an adapter" for name in adapted] or "none",
+            found=[f"{name} has an adapter" for name in adapted]
+            or [f"{name}: {reason}" for name, reason in left.items()] or "none",
             where=str(type(model)),
-        )
-    for path, node in layers:
-        if isinstance(node, nnx.Linear):
+        )  # fmt: skip
+    for path, node in chosen.items():
+        if type(node) is nnx.Linear and path:
             replace(model, path, quantize_linear(node, fmt))
         else:
             quantize_layer(node, fmt)
+    return taken.Taken(dict.fromkeys(map(_dotted, chosen), fmt), left)
+
+
+def _why_not(path, layer, fmt, exclude) -> str:
+    """Why a layer is left dense; "" if it is not."""
+    if (packed := packed_of(layer)) is not None:
+        return f"in {packed.fmt} already"
+    if path and path[-1] in exclude:
+        return "excluded"
+    how = registry.linear_map_of(layer)
+    if isinstance(how, linear_map.Einsum):
+        return "a product with batch axes" if how.batch else ""
+    return "an embedding" if isinstance(how, linear_map.Embedding) else "a convolution"
+
+
+def _dotted(path) -> str:
+    return ".".join(map(str, path))
 
 
 def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> None:
@@ -199,26 +258,48 @@ def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> 
 
 def dequantize_linear(layer: QuantLinear) -> nnx.Linear:
     """The dense layer that `layer` represents, in the original dtype of its weight."""
-    kernel = _dequantize(layer.packed, layer.fmt, layer.in_features, layer.param_dtype)
-    return as_linear(layer, kernel)
+    return as_linear(layer, dense_matrix(layer))
 
 
-def as_linear(layer: QuantLinear, kernel: Float[Array, "*L d_in d_out"]) -> nnx.Linear:
-    """A dense layer to replace `layer`, with that kernel in the original dtype of its weight."""
-    linear = nnx.eval_shape(
-        lambda: nnx.Linear(
-            layer.in_features,
-            layer.out_features,
-            use_bias=layer.bias is not None,
-            dtype=layer.dtype,
-            param_dtype=layer.param_dtype,
-            dot_general=layer.dot_general,
-            rngs=nnx.Rngs(0),
+def as_linear(
+    layer: QuantLinear, kernel: Float[Array, "*L d_in d_out"], axis: int | None = None
+) -> nnx.Linear:
+    """The layer that `layer` was quantized from, with that kernel in its original dtype.
+
+    axis: where the stack's axis goes; None: where it was.
+    """
+    bias = None if layer.bias is None else layer.bias[...]
+    kernel = _in_place(kernel, layer.axis if axis is None else axis)
+    state = {"kernel": kernel.astype(layer.param_dtype)} | ({} if bias is None else {"bias": bias})
+    return nnx.merge(layer.dense, state)
+
+
+def dense_matrix(layer: QuantLinear) -> Float[Array, "*L d_in d_out"]:
+    """dequantize(W) of a layer, of the one that a scan is at, or of all layers of a stack."""
+    packed, index = layer.packed, stack.current(layer.layer, layer.axis)
+    if index is not None and packed.q.ndim == 3:
+        packed = packing.layer(packed, index)
+    return _dequantize(packed, layer.fmt, layer.in_features, layer.param_dtype)
+
+
+def dequantize_model(model: nnx.Module) -> None:
+    """The inverse of quantize_model: each layer is of its own class again, with rounded weights.
+
+    Raises: UserError if a layer has an adapter.
+    """
+    found = [(path, node) for path, node in nnx.iter_graph(model)
+             if packed_of(node) is not None and "quantized" not in path]  # fmt: skip
+    if adapted := [_dotted(path) for path, node in found if hasattr(node, "lora_ranks")]:
+        raise errors.UserError(
+            expected="a model without adapters",
+            found=[f"{name} has one" for name in adapted],
+            do="lora.merge(model), which also dequantizes, or lora.strip(model) first",
         )
-    )
-    linear.kernel = nnx.Param(kernel.astype(layer.param_dtype))
-    linear.bias = layer.bias
-    return linear
+    for path, node in found:
+        if isinstance(node, QuantLinear):
+            replace(model, path, dequantize_linear(node))
+        else:
+            make_dense(node, dense_matrix(node.quantized))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -235,4 +316,6 @@ def _each_layer(function, weights, ndim: int):
     return function(weights) if ndim == 2 else lax.map(function, weights)
 
 
-registry.REGISTRATIONS[QuantLinear] = registry.Registration("q", lambda _: linear_map.LINEAR)
+registry.REGISTRATIONS[QuantLinear] = registry.Registration(
+    "q", lambda _: linear_map.LINEAR, reads="kernel"
+)

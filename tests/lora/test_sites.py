@@ -1,7 +1,6 @@
 """Layers of all classes and axes: how they are adapted, merged, saved and loaded."""
 
 import dataclasses
-import functools
 import pathlib
 
 import jax
@@ -16,6 +15,7 @@ from lora_jax.kernels import int4_matmul
 from lora_jax.layers import linear_map
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import linen, peft, site
+from lora_jax.lora.nnx import adapted as found_adapted
 from lora_jax.lora.nnx import collect, inject, sites
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import saved as nnx_saved
@@ -163,7 +163,7 @@ def test_every_kind_is_adapted_merged_saved_and_loaded(use_dora, tmp_path):
     assert set(ratios) == set(ranks) and min(ratios.values()) > 0.05
 
     lora.merge(model)
-    assert not lora_layer.adapters(model) and type(model.conv) is nnx.Conv
+    assert not found_adapted.by_name(model) and type(model.conv) is nnx.Conv
     np.testing.assert_allclose(model(x), expected, atol=2e-5)
     assert nnx.graphdef(model) == nnx.graphdef(plain)
     for path, weight in nnx.to_flat_state(nnx.state(plain, nnx.Param)):
@@ -239,7 +239,7 @@ def test_a_vmapped_stack_of_any_kind_has_a_name_for_each_layer(tmp_path):
     settings = adapted(model, targets=("stack",), use_dora=True, layers=(0, 2),
                        rank_pattern={r"stack\.2": 3})  # fmt: skip
     assert model.stack.lora_ranks == (2, 0, 3)
-    assert set(lora_layer.adapters(model)) == {"stack.0", "stack.2"}
+    assert set(found_adapted.by_name(model)) == {"stack.0", "stack.2"}
     x = rand(3, 2, 4, 6)
 
     def run(model):
@@ -279,12 +279,10 @@ class Gate(nnx.Module):
 
 def awkward():
     rngs = nnx.Rngs(0)
-    conv = functools.partial(nnx.Conv, 4, 4, 3, rngs=rngs)
     return nnx.Dict(
         a=nnx.Linear(4, 4, rngs=rngs),
         b=nnx.Dict(gate=Gate(rngs), attn=nnx.Dict(q=nnx.Linear(4, 4, rngs=rngs))),
-        groups=conv(feature_group_count=2),
-        mask=conv(mask=jnp.ones((3, 4, 4))),
+        scaled=nnx.WeightNorm(nnx.Linear(4, 4, rngs=rngs), rngs=rngs),
         packed=quant_linear.quantize_linear(nnx.Linear(4, 4, rngs=rngs), "int8"),
     )
 
@@ -292,14 +290,13 @@ def awkward():
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        (dict(targets=("a", "groups")), ["groups has feature_group_count 2"]),
-        (dict(targets=("a", "mask")), ["mask has a mask"]),
+        (dict(targets=("a", "layer_instance")), ["scaled.layer_instance is in a WeightNorm"]),
         (dict(targets=("a", "gate")), ["b.gate is of class Gate, which is not registered"]),
         (dict(targets="a|.*norm"), ["b.gate.norm is of class RMSNorm, which is not registered"]),
         (dict(targets="a|.*attn"), ["b.attn is not a layer itself"]),
         (
-            dict(targets=("a", "attn", "gate", "mask")),
-            ["'attn' matches nothing", "mask has", "b.gate is", "b.attn is not a layer itself"],
+            dict(targets=("a", "attn", "gate")),
+            ["'attn' matches nothing", "b.gate is", "b.attn is not a layer itself"],
         ),
         (
             dict(rank=2, targets=("a", "packed"), init_lora_weights="pissa"),
@@ -328,7 +325,10 @@ def test_a_refusal_lists_all_and_leaves_the_model_as_it_was(settings, found):
 def test_what_cannot_be_adapted_may_be_in_the_model_if_it_is_not_targeted():
     for settings, paths in (
         (dict(targets=("a",)), {"a"}),
-        (dict(targets="all-linear"), {"a", "b.gate.up", "b.attn.q", "packed"}),
+        (
+            dict(targets="all-linear", exclude=("layer_instance",)),
+            {"a", "b.gate.up", "b.attn.q", "packed"},
+        ),
         (dict(targets="b.*", exclude=("gate", "norm")), {"b.gate.up", "b.attn.q"}),
     ):
         config = lora_config.LoRAConfig(**settings)
@@ -362,7 +362,7 @@ def test_layers_unlike_their_registration_are_refused_only_if_they_are_targeted(
         "unnamed has no 'kernel', which Unnamed is registered to hold its weight in",
     ]
     lora.inject(model, lora_config.LoRAConfig(targets=("a",)), rngs=rngs)
-    assert set(lora_layer.adapters(model)) == {"a"}
+    assert set(found_adapted.by_name(model)) == {"a"}
     for register, cls in ((lora.register, Gate), (linen.register, nn.Module)):
         with pytest.raises(errors.UserError, match="not of the form"):
             register(cls, "ab")
@@ -373,16 +373,6 @@ def test_without_adapters_there_is_nothing_to_collect_or_merge():
     for attempt in (lora.merge, lambda model: lora.collect(model, config)):
         with pytest.raises(errors.UserError, match="a model with adapters"):
             attempt(awkward())
-
-
-def test_grouped_convolutions_take_no_adapter_from_a_file():
-    model = awkward()
-    lora.inject(model, lora_config.LoRAConfig(targets=("a",)), rngs=nnx.Rngs(0))
-    trained = lora.collect(model, lora_config.LoRAConfig(targets=("a", "groups")))
-    other = awkward()
-    with pytest.raises(errors.UserError, match="groups has feature_group_count 2"):
-        lora.attach(other, trained, untrained=True)
-    assert not lora_layer.adapters(other)
 
 
 # ------------------------------------------------------------------------- PEFT's own

@@ -67,6 +67,8 @@ def int4_matmul(
             f"expected x [..., ≤ {padded}], groups that divide {padded} and words of {ndim} axes, "
             f"found x {x.shape}, q {packed.q.shape}, scale {packed.scale.shape}"
         )
+    if x.size == 0:
+        return jnp.zeros((*x.shape[:-1], packed.q.shape[-1]), x.dtype)
     if packed.order is not None:
         order = packed.order if layer is None else packed.order[layer]
         x = x.at[..., order].get(unique_indices=True, mode="promise_in_bounds")

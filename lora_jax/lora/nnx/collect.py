@@ -4,17 +4,17 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import registry
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, targets
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
+from lora_jax.lora.nnx import adapted, saved, vocabulary
 from lora_jax.lora.nnx import layer as lora_layer
-from lora_jax.lora.nnx import saved, vocabulary
 from lora_jax.lora.nnx.model_state import LoRAParam
 
 
@@ -31,7 +31,7 @@ def collect(
     wholes = saved.find(model)
     check_adapted(model, wholes)
     found = {}
-    for name, (site, index) in lora_layer.adapters(model).items():
+    for name, (site, index) in adapted.by_name(model).items():
         layer = site.module
         A, B, _, *magnitude = lora_layer.arrays(layer)
         start = None
@@ -40,9 +40,9 @@ def collect(
         own = layer.lora_ranks[index], A, B, *(magnitude or [None]), start
         found[name] = lora_site.collected(site, index, *own)
     whole = {name: array for one in wholes for name, array in one.files()}
-    for name, (site, _) in lora_layer.adapters(model).items():
+    for name, (site, _) in adapted.by_name(model).items():
         if targets.saves_base(name, config):
-            base = np.asarray(registry.weight_of(site.module)[...])
+            base = np.asarray(site.matrix())
             turned = base if site.kind == "embedding" else base.T
             whole[f"{name}.base_layer.weight"] = turned
     vocabulary.complete(model, found, whole, config)
@@ -52,7 +52,7 @@ def collect(
 
 def check_adapted(model: nnx.Module, wholes: list[saved.Saved]) -> None:
     """Raises: UserError if the model has no adapter. wholes: its fully trained modules."""
-    if not wholes and not lora_layer.adapters(model):
+    if not wholes and not adapted.by_name(model):
         raise errors.UserError(
             expected="a model with adapters", found="none", do="lora.inject or peft.load"
         )
@@ -64,7 +64,7 @@ def num_params(model: nnx.Module) -> int:
     K · R + R · N of each adapted layer, the magnitudes, and the fully trained modules.
     """
     total = 0
-    for site, index in lora_layer.adapters(model).values():
+    for site, index in adapted.by_name(model).values():
         layer, k, n = site.module, site.in_features, site.out_features
         at, rank = np.unravel_index(index, site.lead), layer.lora_ranks[index]
         mask = layer.lora_mask
@@ -78,7 +78,7 @@ def num_params(model: nnx.Module) -> int:
 def effects(model: nnx.Module) -> dict[str, float]:
     """{dotted path: ‖ΔW‖ / ‖W‖} of every adapted layer, Frobenius norms."""
     found = {}
-    for site in lora_layer.adapted(model):
+    for site in adapted.find(model):
         ratios = site.each(algebra.effect, *lora_layer.arrays(site.module))
         rated = zip(site.names, site.module.lora_ranks, ratios.reshape(-1), strict=True)
         found |= {name: ratio.item() for name, rank, ratio in rated if rank}
@@ -90,7 +90,7 @@ def filled(model: nnx.Module, adapter: lora_adapter.Adapter) -> Any:
 
     For nnx.update, or as an argument of a compiled function. See adapter.aligned.
     """
-    state, found = dict(nnx.to_flat_state(nnx.state(model, LoRAParam))), lora_layer.adapted(model)
+    state, found = dict(nnx.to_flat_state(nnx.state(model, LoRAParam))), adapted.find(model)
     for site, configs in zip(found, lora_site.select(found, adapter.config), strict=True):
         own = lora_site.filled(site, configs, adapter.factors, adapter.config.use_dora)
         names = (*lora_layer.names_of_factors(site.module), "lora_magnitude_vector")
@@ -98,14 +98,15 @@ def filled(model: nnx.Module, adapter: lora_adapter.Adapter) -> Any:
             if array is not None:
                 variable = state[(*site.path, name)]
                 where = variable[...].sharding
-                state[(*site.path, name)] = variable.replace(jax.device_put(array, where))
+                array = jax.device_put(jnp.moveaxis(array, 0, site.axis), where)
+                state[(*site.path, name)] = variable.replace(array)
     return nnx.from_flat_state(state.items())
 
 
 def idle(model: nnx.Module) -> Any:
     """The adapter state that leaves the model's output unchanged."""
     state = dict(nnx.to_flat_state(nnx.state(model, LoRAParam)))
-    for site in lora_layer.adapted(model):
+    for site in adapted.find(model):
         layer = site.module
         A, B, scaling, *magnitude = lora_layer.arrays(layer)
         if layer.lora_initial_A is None:
@@ -116,5 +117,6 @@ def idle(model: nnx.Module) -> Any:
         if magnitude:
             own["lora_magnitude_vector"] = site.each(algebra.lengths, A, B, scaling)
         for name, array in own.items():
+            array = jnp.moveaxis(array, 0, site.axis)
             state[(*site.path, name)] = state[(*site.path, name)].replace(array)
     return nnx.from_flat_state(state.items())

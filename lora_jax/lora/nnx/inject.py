@@ -8,13 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import mixin, places, registry, undo
+from lora_jax.layers import places, stack, taken, undo
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
+from lora_jax.lora.nnx import (
+    adapted,
+    parameters,
+    pissa,
+    saved,
+    sites,
+    summary,
+    vocabulary,
+    wrappers,
+)
 from lora_jax.lora.nnx import layer as lora_layer
-from lora_jax.lora.nnx import pissa, saved, second_uses, sites, vocabulary
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.model_state import DropoutKey, LoRAConstant, LoRAParam
 from lora_jax.lora.nnx.saved import SavedLayer
@@ -27,49 +36,54 @@ def inject(
     *,
     rngs: nnx.Rngs,
     principal: Mapping[str, Any] | None = None,
-) -> dict[str, int]:
+) -> taken.Taken:
     """{dotted path: rank} of the targeted layers, each of which it makes a LoRALayer.
 
-    Works on nnx.Linear, LinearGeneral, Einsum, Conv and Embed, on quantized layers and on
-    registered classes, anywhere in `model`. A layer stacked by nnx.vmap has its index in its path
-    (`model.layers.3.self_attn.q_proj`). The model's output does not change: A ~ U(−1/√K, 1/√K) and
-    B = 0, as in PEFT; with PiSSA, A B is subtracted from the base. Parameters keep their paths, so
-    a checkpoint of the base still fits. Load it before `inject` if A, B or a magnitude depend on
-    the weights (PiSSA, DoRA).
+    The result also tells what was left, and why: print it. Works on nnx.Linear, LinearGeneral,
+    Einsum, Conv, ConvTranspose and Embed, on quantized layers, on registered classes, and on
+    parameters of other modules that a target names, anywhere in `model`. A layer stacked by
+    nnx.vmap has its index in its path (`model.layers.3.self_attn.q_proj`). The model's output does
+    not change: A ~ U(−1/√K, 1/√K) and B = 0, as in PEFT; with PiSSA, A B is subtracted from the
+    base. Parameters keep their paths, so a checkpoint of the base fits `base_state(model)`. Load it
+    before `inject` if A, B or a magnitude depend on the weights (PiSSA, DoRA).
 
-    Dropout is active after `model.train()`. Its masks depend on keys in the model, which
-    `optim.step.make_step` renews. In your own loop renew them in each step, or all steps have the
-    same masks: `nnx.update(model, reseed(nnx.state(model, DropoutKey), key))`.
+    Dropout is active after `model.train()` or `nnx.view(model, deterministic=False)`. A model that
+    has nnx.Rngs of its own draws new masks in each call. Otherwise they depend on keys in the
+    model, which `optim.step.make_step` renews; in your own loop renew them in each step, or all
+    steps have the same masks: `nnx.update(model, reseed(nnx.state(model, DropoutKey), key))`.
 
     principal: a Principal, whose A and B were subtracted from a base as it was loaded.
     Raises: UserError if a target matches nothing, with the names that exist, or matches something
-    that cannot be adapted, or whose weight the model also reads itself; if the model has adapters
-    already; for PiSSA on a quantized layer without `principal`. The model is then unchanged.
+    that cannot be adapted; if the model has adapters already; for PiSSA on a quantized layer
+    without `principal`. The model is then unchanged.
     """
     with undo.on_error(model):
-        return _inject(model, config, rngs, principal)
+        ranks = _inject(model, config, rngs, principal)
+        return taken.Taken(ranks, summary.left(model, config))
 
 
 def _inject(model, config, rngs, principal) -> dict[str, int]:
     _refuse_adapters(model)
     config = vocabulary.prepare(model, config)
-    found = list(sites.find(model))
+    found = _sites(model, config)
     wholes = saved.choose(model, found, config.modules_to_save)
     ranks = {}
-    selected = lora_site.select(found, config, sites.others(model))
+    others = sites.others(model) | parameters.others(model, found)
+    selected = lora_site.select(found, config, others)
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
     if config.init_lora_weights != "default":
         pissa.check(chosen, principal)
-    second_uses.refuse(model, [site for site, _ in chosen], wholes)
-    where = places.find(model)
+    wrappers.refuse(model, [own.path for own in (*(site for site, _ in chosen), *wholes)])
+    where, counts = places.find(model), _has_streams(model)
     for site, configs in chosen:
         ranks |= {name: own.rank for name, own in zip(site.names, configs, strict=True) if own}
         if config.init_lora_weights == "default" or site.kind != "linear":
-            _adapt(site, configs, config, rngs, *lora_site.initial(site, configs, rngs.params()))
+            start = lora_site.initial(site, configs, rngs.params())
+            _adapt(site, configs, config, rngs, *start, counts=counts)
         else:
             site.separate(where)  # its weight changes
             start = pissa.take(site, configs, config, principal)
-            _adapt(site, configs, config, rngs, *start)
+            _adapt(site, configs, config, rngs, *start, counts=counts)
             # `collect` needs them to compute the change of the original weight. Copies, because a
             # training step may reuse the memory of A and B.
             kept = (LoRAConstant(jnp.array(part)) for part in start)
@@ -99,24 +113,22 @@ def attach(
 def _attach(model, adapter, untrained, where) -> None:
     _refuse_adapters(model)
     given, adapter = adapter, vocabulary.fit(model, adapter, where)
-    found, config = list(sites.find(model)), adapter.config
+    found, config = _sites(model, adapter.config), adapter.config
     selected, wholes = _fitting(model, found, adapter, where)
     if not untrained:
         given.check_effect(where)
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
-    second_uses.refuse(model, [site for site, _ in chosen], wholes)
+    wrappers.refuse(model, [own.path for own in (*(site for site, _ in chosen), *wholes)])
     for site, configs in chosen:
         filled = lora_site.filled(site, configs, adapter.factors, config.use_dora)
-        _adapt(site, configs, config, nnx.Rngs(0), *filled)
+        _adapt(site, configs, config, nnx.Rngs(0), *filled, counts=_has_streams(model))
     for whole in wholes:
         whole.begin(adapter.saved)
     everywhere = places.find(model)
     for site in found:
         if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
             site.separate(everywhere)
-            weight = registry.weight_of(site.module)
-            turned = base if site.kind == "embedding" else base.T
-            weight.set_value(jnp.asarray(turned, weight.dtype))
+            site.set_matrix(jnp.asarray(base if site.kind == "embedding" else base.T))
 
 
 def check(model: nnx.Module, adapter: lora_adapter.Adapter, *, where: str = "the adapter") -> None:
@@ -126,7 +138,7 @@ def check(model: nnx.Module, adapter: lora_adapter.Adapter, *, where: str = "the
     """
     with undo.always(model):
         adapter = vocabulary.fit(model, adapter, where)
-        _fitting(model, list(sites.find(model)), adapter, where)
+        _fitting(model, _sites(model, adapter.config), adapter, where)
 
 
 def _fitting(
@@ -143,31 +155,46 @@ def _fitting(
     return selected, wholes
 
 
+def _sites(model: nnx.Module, config: lora_config.LoRAConfig) -> list[sites.Site]:
+    """The layers of known classes, and the parameters that are targeted by name."""
+    known = [sites.renamed(site, others, config) for site, others in sites.with_aliases(model)]
+    return [*known, *parameters.find(model, config)]
+
+
 def _refuse_adapters(model: nnx.Module) -> None:
     """Raises: UserError if the model has an adapter already."""
-    adapted = [site.names[0] for site in sites.find(model) if isinstance(site.module, LoRALayer)]
-    adapted += [sites.dotted(whole.path) for whole in saved.find(model)]
-    if adapted:
+    found = [site.names[0] for site in adapted.find(model)]
+    found += [sites.dotted(whole.path) for whole in saved.find(model)]
+    if found:
         raise errors.UserError(
             expected="a model without adapters",
-            found=[f"{name} has one" for name in adapted],
+            found=[f"{name} has one" for name in found],
             do="load the base model again, or lora.merge(model) first",
         )
 
 
-def _adapt(site, configs, config, rngs, A, B, magnitude=None) -> None:
+def _has_streams(model: nnx.Module) -> bool:
+    """Whether the model draws random numbers itself, anew in each call."""
+    return any(isinstance(node, nnx.RngStream) for _, node in nnx.iter_graph(model))
+
+
+def _adapt(site, configs, config, rngs, A, B, magnitude=None, *, counts=False) -> None:
     """Makes the site's layer a LoRALayer with these arrays.
 
-    magnitude: with DoRA, None for the one with which the layer computes W + s · A B.
+    magnitude: with DoRA, None for the one with which the layer computes W + s · A B. counts:
+    dropout counts the calls of the layer, to draw a new mask in each.
     """
-    layer, lead = site.module, site.lead
-    has_switch = "deterministic" in vars(layer)
-    mixin.become(layer, lora_layer.LoRAEmbedding if isinstance(layer, nnx.Embed) else LoRALayer)
+    lead = site.lead
+    has_switch = "deterministic" in vars(site.module)
+    is_embedding = isinstance(site.module, nnx.Embed)
+    layer = site.begin(lora_layer.LoRAEmbedding if is_embedding else LoRALayer)
+    layer.lora_axis, layer.lora_num_axes = site.axis, len(lead)
     for name, array in zip(lora_layer.names_of_factors(layer), (A, B), strict=True):
-        setattr(layer, name, LoRAParam(array))
+        setattr(layer, name, LoRAParam(jnp.moveaxis(array, 0, site.axis)))
     scaling = lora_site.scaling(site, configs)
     layer.lora_scaling = LoRAConstant(scaling)
     layer.lora_ranks = lora_site.ranks(configs)
+    layer.lora_names = site.names
     if (mask := lora_site.mask(site, configs)) is not None:
         layer.lora_mask = LoRAConstant(mask)
     if config.use_dora:
@@ -176,14 +203,24 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None) -> None:
         length = site.each(algebra.lengths, *lora_layer.arrays(layer))
         if magnitude is not None:
             length = jnp.where(scaling[..., 0] == 0, length, magnitude)
-        layer.lora_magnitude_vector = LoRAParam(length)
+        layer.lora_magnitude_vector = LoRAParam(jnp.moveaxis(length, 0, site.axis))
     drops = site.kind != "embedding"  # as in PEFT
     layer.lora_dropout = config.dropout if drops else 0.0
     if layer.lora_dropout:
         keys = jax.random.split(rngs.params(), lead) if lead else rngs.params()
         layer.lora_dropout_key = DropoutKey(jax.random.key_data(keys))
+        if counts:
+            layer.lora_dropout_count = nnx.RngCount(jnp.zeros(lead, jnp.uint32), tag="dropout")
+    constants = (layer.lora_scaling, layer.lora_mask, layer.lora_square, layer.lora_dropout_key)
+    if site.depths and not all(_is_uniform(own[...]) for own in constants if own is not None):
+        layer.lora_index = stack.index(lead[0], site.axis)
     layer.lora_had_switch = has_switch
     layer.deterministic = True  # model.train() and model.eval() set this
+
+
+def _is_uniform(constant: jax.Array) -> bool:
+    """Whether all layers of a stack have the same."""
+    return bool((constant == constant[:1]).all())
 
 
 def set_members(model: nnx.Module, num_members: int) -> None:

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from lora_jax.layers import projections, registry
+from lora_jax import errors
+from lora_jax.layers import linear_map, mixin, projections, registry, stack, weight
 from lora_jax.lora import algebra
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.nnx import sites
@@ -16,7 +18,7 @@ from lora_jax.lora.nnx.model_state import LoRAParam
 from lora_jax.quant import linear as quant_linear
 
 
-class LoRALayer(nnx.Module):
+class LoRALayer(mixin.Mixin):
     """y = layer(x) + scaling · (dropout(x) A) B: a second class that an adapted layer gets.
 
     The layer keeps its own class, and its attributes and parameters stay where they are.
@@ -25,24 +27,43 @@ class LoRALayer(nnx.Module):
     x's dtype and accumulate in float32. lora_ranks holds the rank of each layer, 0 for none. A, B
     and their gradients are zero beyond it. With a lora_magnitude_vector [N] this is DoRA, see
     algebra.py. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3.
+
+    Where the weight itself is read, by the model or by a class with a `__call__` of its own, it is
+    W + scaling · A B, as after a merge.
     """
 
     # Only some adapters have these.
-    lora_mask = lora_magnitude_vector = lora_square = lora_dropout_key = None
+    lora_mask = lora_magnitude_vector = lora_square = None
+    lora_dropout_key = lora_dropout_count = None
     lora_initial_A = lora_initial_B = None
+    lora_index = None
     lora_members = 0  # see `per_member`
+    lora_axis = 0  # of the stack in each parameter
+    lora_num_axes = 0  # of a stack or of experts, in A and B
 
-    def __call__(self, x: Num[Array, "..."], *args: Any, **kwargs: Any) -> Num[Array, "..."]:
-        return self._adapted(x, super().__call__(x, *args, **kwargs))
+    @classmethod
+    def mixin_attributes(cls, original: type[nnx.Module]) -> dict[str, Any]:
+        known = registry.registration_of(original)
+        name = known.reads or known.weight
+        return {name: weight.attribute(name, changed_weight)}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Num[Array, "..."]:
+        if not registry.is_usual(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)  # which reads the changed weight
+        with weight.as_stored(self):
+            y = super().__call__(*args, **kwargs)
+        return self._adapted(registry.input_of(self, args, kwargs), y)
 
     def with_product(self, x: Float[Array, "..."], product: Float[Array, "..."]) -> jax.Array:
         """The same output, from x · W that was computed already."""
         return self._adapted(x, projections.with_bias(self, product))
 
     def _adapted(self, x, y):
-        dropped, bias = None, getattr(self, "bias", None)
+        dropped, bias = None, registry.bias_of(self)
+        if not isinstance(registry.linear_map_of(self), linear_map.Embedding):
+            x = x.astype(jnp.promote_types(x.dtype, y.dtype))  # as the layer itself did
         if self.lora_dropout and not self.deterministic:
-            dropped = lora_site.dropped(self.lora_dropout_key[...], self.lora_dropout, x)
+            dropped = lora_site.dropped(self._dropout_key(), self.lora_dropout, x)
         how, packed = registry.linear_map_of(self), quant_linear.packed_of(self)
 
         def output(x, y, dropped, factors):
@@ -54,11 +75,32 @@ class LoRALayer(nnx.Module):
                 factors,
                 dropped=x if dropped is None else dropped,
                 weight=packed.product if packed else how.matrix(registry.weight_of(self)[...]),
-                square=self.lora_square[...] if self.lora_square is not None else None,
-                bias=None if bias is None else bias[...],
+                square=_own(self, self.lora_square),
+                bias=bias,
             )
 
         return per_member(output, self.lora_members, (x, y, dropped), arrays(self))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For nnx.view(model, deterministic=…), which turns dropout off or on."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _dropout_key(self) -> jax.Array:
+        key, count = _own(self, self.lora_dropout_key), self.lora_dropout_count
+        if count is None or count[...].ndim:  # a scan that leaves constants whole
+            return key
+        folded = jax.random.fold_in(jax.random.wrap_key_data(key), count[...])
+        count[...] += 1
+        return jax.random.key_data(folded)
+
+    def _graph_node_set_key(self, key: Any, value: Any) -> None:
+        with weight.as_stored(self):  # nnx.update changes what is stored
+            super()._graph_node_set_key(key, value)
+
+    def _graph_node_pop_key(self, key: Any) -> Any:
+        with weight.as_stored(self):
+            return super()._graph_node_pop_key(key)
 
 
 class LoRAEmbedding(LoRALayer):
@@ -66,15 +108,56 @@ class LoRAEmbedding(LoRALayer):
 
     def attend(self, query: Float[Array, "*B N"], *args: Any, **kwargs: Any) -> jax.Array:
         """query · (W + scaling · A B)ᵀ, as after a merge."""
-        plain, weight = super().attend, registry.weight_of(self)[...]
+        plain, table = super().attend, registry.weight_of(self)[...]
 
         def output(query, factors):
             def attend(query):
-                return plain(query, *args, **kwargs)
+                with weight.as_stored(self):
+                    return plain(query, *args, **kwargs)
 
-            return algebra.attended(attend, weight, query, factors)
+            return algebra.attended(attend, table, query, factors)
 
         return per_member(output, self.lora_members, (query,), arrays(self))
+
+
+def changed_weight(layer: LoRALayer) -> weight.Computed:
+    """W + scaling · A B (with DoRA, as algebra.merged) of an adapted layer, in W's shape and dtype.
+
+    Raises: UserError when it is read, if dropout of the layer's input or the adapters of a sweep
+    would have to be part of it.
+    """
+    packed = quant_linear.packed_of(layer)
+    shape = sites.weight_shape(layer)
+    dtype = packed.param_dtype if packed else registry.weight_of(layer).dtype
+
+    def compute():
+        check_readable(layer, mixin.original(layer).__name__)
+        how = registry.linear_map_of(layer)
+        dense = quant_linear.dense_matrix(packed) if packed else how.matrix(
+            registry.weight_of(layer)[...])  # fmt: skip
+        return how.tensor(algebra.merged(dense, *arrays(layer)), shape)
+
+    return weight.Computed(shape, dtype, compute)
+
+
+def check_readable(layer: LoRALayer, name: str) -> None:
+    """Raises: UserError if W + scaling · A B is not all that the layer's adapter does."""
+    problems = []
+    if layer.lora_dropout and not layer.deterministic:
+        problems.append(f"dropout {layer.lora_dropout} of its input")
+    if layer.lora_members:
+        problems.append(f"{layer.lora_members} adapters at once")
+    if problems:
+        raise errors.UserError(
+            expected="adapted layers that are only called, for dropout and for sweeps",
+            found=f"a {name} whose weight is read, with {' and '.join(problems)}",
+            do="set dropout to 0 and train one adapter, or leave it out of the targets",
+        )
+
+
+def is_adapted(module: nnx.Module) -> bool:
+    """Whether the module has an adapter."""
+    return isinstance(module, LoRALayer) and "lora_ranks" in vars(module)
 
 
 def per_member(function: Callable, num_members: int, rows: Sequence[Any], own: Any) -> Any:
@@ -109,24 +192,26 @@ def factors(layer: LoRALayer) -> tuple[LoRAParam, LoRAParam]:
 
 
 def arrays(layer: LoRALayer) -> tuple[jax.Array | np.ndarray, ...]:
-    """A, B (zero where it is masked), the scaling, and with DoRA the magnitude."""
-    A, B = (part[...] for part in factors(layer))
+    """A, B (zero where it is masked), the scaling, and with DoRA the magnitude.
+
+    The axis of stacked layers is the first.
+    """
+    is_whole = factors(layer)[0].ndim == 2 + layer.lora_num_axes + bool(layer.lora_members)
+    axis = layer.lora_axis if is_whole else 0
+    A, B, magnitude = (
+        None if part is None else jnp.moveaxis(part[...], axis, 0) if axis else part[...]
+        for part in (*factors(layer), layer.lora_magnitude_vector)
+    )
     if layer.lora_mask is not None:
-        B = B * layer.lora_mask[...]
-    magnitude = layer.lora_magnitude_vector
-    return (A, B, layer.lora_scaling[...], *([] if magnitude is None else [magnitude[...]]))
+        B = B * _own(layer, layer.lora_mask)
+    return (A, B, _own(layer, layer.lora_scaling), *([] if magnitude is None else [magnitude]))
 
 
-def adapted(model: nnx.Module) -> list[sites.Site]:
-    """The sites of the model that have an adapter."""
-    return [site for site in sites.find(model) if isinstance(site.module, LoRALayer)]
-
-
-def adapters(model: nnx.Module) -> dict[str, tuple[sites.Site, int]]:
-    """{dotted path of each adapted layer: (its site, its index among the site's names)}."""
-    return {
-        name: (site, index)
-        for site in adapted(model)
-        for index, name in enumerate(site.names)
-        if site.module.lora_ranks[index]
-    }
+def _own(layer: LoRALayer, constant: nnx.Variable | None) -> jax.Array | None:
+    """The value of a constant for this layer: a scan may slice the parameters alone."""
+    if constant is None:
+        return None
+    if layer.lora_scaling[...].ndim == factors(layer)[0].ndim:
+        return constant[...]
+    index = stack.current(layer.lora_index, layer.lora_axis)
+    return constant[...][0 if index is None else index]  # without an index all layers are alike

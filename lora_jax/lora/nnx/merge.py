@@ -3,9 +3,9 @@
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import mixin, places
+from lora_jax.layers import places
 from lora_jax.lora import algebra
-from lora_jax.lora.nnx import collect, saved, vocabulary
+from lora_jax.lora.nnx import adapted, collect, saved, sites, vocabulary
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.saved import SavedLayer
@@ -16,13 +16,14 @@ from lora_jax.quant import linear as quant_linear
 def merge(model: nnx.Module) -> None:
     """W ← W + scaling · A B in every LoRALayer, which becomes an ordinary layer again.
 
-    A quantized W becomes dense. A fully trained module takes the values of its copy. If the
-    embedding changes, a LLaMA whose head is tied to it gets a head of its own first, unless the
-    head changes with it. A variable that others hold, too, stays theirs; the layer gets a new one.
+    Quantized weights become dense, those without an adapter too. A fully trained module takes the
+    values of its copy. If the embedding changes, a LLaMA whose head is tied to it gets a head of
+    its own first, unless the head changes with it. A variable that others hold, too, stays theirs;
+    the layer gets a new one.
 
     Raises: UserError if the model has no adapter.
     """
-    found, wholes = lora_layer.adapted(model), saved.find(model)
+    found, wholes = adapted.find(model), saved.find(model)
     collect.check_adapted(model, wholes)
     if isinstance(model, llama.LlamaForCausalLM):
         changes = isinstance(model.model.embed_tokens, LoRALayer | SavedLayer)
@@ -36,15 +37,15 @@ def merge(model: nnx.Module) -> None:
         if isinstance(layer, quant_linear.QuantLinear):
             quant_linear.replace(model, site.path, quant_linear.as_linear(layer, merged))
         elif isinstance(layer, quant_linear.QuantLayer):
-            weight = site.linear_map.tensor(merged, layer.quantized_shape)
-            _restore(layer)
-            quant_linear.make_dense(layer, weight)
+            _restore(site)
+            quant_linear.make_dense(layer, merged)
         else:
             site.set_matrix(merged)
-            _restore(layer)
+            _restore(site)
     for whole in wholes:
         whole.merge(where)
     vocabulary.leave(model, merged=True)
+    quant_linear.dequantize_model(model)
 
 
 def strip(model: nnx.Module) -> None:
@@ -53,7 +54,7 @@ def strip(model: nnx.Module) -> None:
     Raises: UserError if PiSSA's initial A B cannot be added to a packed weight again. The adapters
     then stay.
     """
-    found = [site for site in lora_layer.adapted(model) if site.module.lora_initial_A is not None]
+    found = [site for site in adapted.find(model) if site.module.lora_initial_A is not None]
     packed = [(site, layer) for site in found if (layer := quant_linear.packed_of(site.module))]
     if packed:
         raise errors.UserError(
@@ -67,14 +68,13 @@ def strip(model: nnx.Module) -> None:
         site.set_matrix(site.each(algebra.merged, A, B, layer.lora_scaling[...]))
     for whole in saved.find(model):
         whole.end()
-    for _, layer in list(nnx.iter_graph(model)):
-        if isinstance(layer, LoRALayer):
-            _restore(layer)
+    for site in adapted.find(model):
+        _restore(site)
     vocabulary.leave(model, merged=False)
 
 
-def _restore(layer: nnx.Module) -> None:
+def _restore(site: sites.Site) -> None:
     """Makes the layer what it was before it was adapted."""
-    added = [name for name in vars(layer) if name.startswith("lora_")]
-    added += [] if layer.lora_had_switch else ["deterministic"]
-    mixin.leave(layer, *added)
+    added = [name for name in vars(site.module) if name.startswith("lora_")]
+    added += [] if site.module.lora_had_switch else ["deterministic"]
+    site.end(LoRALayer, *added)

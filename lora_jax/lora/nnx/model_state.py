@@ -6,7 +6,7 @@ from flax import nnx
 
 
 @nnx.register_variable_name("lora", overwrite=True)
-class LoRAParam(nnx.Param):
+class LoRAParam(nnx.LoRAParam):
     """What is trained, in the collection `lora`: A, B, magnitudes, and fully trained modules."""
 
 

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Num
 
 from lora_jax import errors
-from lora_jax.layers import linear_map, registry
+from lora_jax.layers import linear_map
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, pissa, targets
 from lora_jax.lora import config as lora_config
@@ -85,7 +85,7 @@ def take(
             name: lora_adapter.Factors(*map(np.asarray, pair)) for name, pair in given.items()
         }
         return lora_site.filled(site, configs, factors, False)[:2]
-    matrix = site.linear_map.matrix(registry.weight_of(site.module)[...])
+    matrix = site.matrix()
     A, B = pissa.initial(
         site,
         configs,

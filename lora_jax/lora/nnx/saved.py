@@ -11,14 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lora_jax import errors
-from lora_jax.layers import mixin, places
+from lora_jax.layers import mixin, places, registry, weight
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import sites
 from lora_jax.lora.nnx.model_state import LoRAParam
 from lora_jax.quant import linear as quant_linear
 
 
-class SavedLayer(nnx.Module):
+class SavedLayer(mixin.Mixin):
     """y = copy(x): a second class that a fully trained module gets; its copy is trained.
 
     The copy is `modules_to_save`, whose methods are called in place of the module's. Its parameters
@@ -30,11 +30,16 @@ class SavedLayer(nnx.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = (kind for kind in cls.__bases__[1].__mro__ if not issubclass(nnx.Module, kind))
+        own = [kind for kind in cls.mixin_original.__mro__ if not issubclass(nnx.Module, kind)]
         for name, value in [item for kind in own for item in vars(kind).items()]:
             taken = name.startswith("__") or name in vars(SavedLayer)
             if inspect.isfunction(value) and not taken:
                 setattr(cls, name, _of_copy(name))
+
+    @classmethod
+    def mixin_attributes(cls, original: type[nnx.Module]) -> dict[str, Any]:
+        known = registry.registration_of(original)
+        return {known.weight: weight.attribute(known.weight, _weight_of_copy)} if known else {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _of_copy("__call__")(self, *args, **kwargs)
@@ -60,6 +65,21 @@ def _of_copy(name: str) -> Callable:
         return lora_layer.per_member(output, self.lora_members, args, nnx.from_flat_state(cast))
 
     return method
+
+
+def _weight_of_copy(module: SavedLayer) -> weight.Computed:
+    own, trained = registry.weight_of(module), registry.weight_of(module.modules_to_save)
+
+    def compute():
+        if module.lora_members:
+            raise errors.UserError(
+                expected="fully trained modules that are only called, for a sweep",
+                found=f"a {mixin.original(module).__name__} whose weight is read",
+                do="train one adapter, or leave it out of modules_to_save",
+            )
+        return trained[...].astype(own.dtype)
+
+    return weight.Computed(own.shape, own.dtype, compute)
 
 
 class Saved(NamedTuple):
@@ -88,7 +108,7 @@ class Saved(NamedTuple):
 
     def end(self) -> None:
         """Makes the module what it was before, without its copy."""
-        mixin.leave(self.module, "modules_to_save")
+        mixin.leave(self.module, SavedLayer, "modules_to_save")
 
     def merge(self, where: places.Places) -> None:
         """The same as `end`, but the module takes the values of its copy.

@@ -1,15 +1,17 @@
 """The layers of a Flax NNX model that LoRA can adapt: which they are, and their dotted paths."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import places, registry
+from lora_jax.layers import mixin, places, registry
+from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
 from lora_jax.quant import formats
@@ -21,19 +23,34 @@ class Site(lora_site.Site):
     """Where an adapter can go in an NNX model: the module, and its path in the model.
 
     depths: where in the path the numbers of stacked layers are inserted to make their names.
+    axis: of the stack in each parameter.
     """
 
     path: tuple[str | int, ...]
     module: nnx.Module
     depths: tuple[int, ...] = ()
+    axis: int = 0
+
+    def matrix(self) -> jax.Array:
+        """The dense weight as matrices [*lead, K, N]."""
+        weight = jnp.moveaxis(registry.weight_of(self.module)[...], self.axis, 0)
+        return self.linear_map.matrix(weight)
+
+    def begin(self, kind: type[mixin.Mixin]) -> nnx.Module:
+        """Makes the layer an instance of `kind`, too, and returns it."""
+        mixin.become(self.module, kind, registry.registration_of(type(self.module)).cls)
+        return self.module
+
+    def end(self, kind: type[mixin.Mixin], *added: str) -> None:
+        """The inverse of `begin`; also deletes the attributes `added`."""
+        mixin.leave(self.module, kind, *added)
 
     def each(self, function: Callable, *arrays: jax.Array) -> jax.Array:
         """function(W, *arrays) for every layer of the site, one at a time; W [K, N] is dense."""
         if quantized := quant_linear.packed_of(self.module):
             how = {"function": function, "fmt": quantized.fmt, "rows": quantized.in_features}
             return lora_site.each(_of_packed, self.lead, quantized.packed, *arrays, **how)
-        weight = registry.weight_of(self.module)[...]
-        return lora_site.each(function, self.lead, self.linear_map.matrix(weight), *arrays)
+        return lora_site.each(function, self.lead, self.matrix(), *arrays)
 
     def separate(self, where: places.Places) -> None:
         """Gives the layer a weight of its own, if others hold the same variable."""
@@ -46,7 +63,8 @@ class Site(lora_site.Site):
     def set_matrix(self, matrix: jax.Array) -> None:
         """Replaces the dense weight by the one with that matrix."""
         weight = registry.weight_of(self.module)
-        weight.set_value(self.linear_map.tensor(matrix, weight.shape).astype(weight.dtype))
+        new = self.linear_map.tensor(matrix, weight_shape(self.module))
+        weight.set_value(jnp.moveaxis(new, 0, self.axis).astype(weight.dtype))
 
 
 def _of_packed(packed, *arrays, function, fmt, rows):
@@ -54,35 +72,70 @@ def _of_packed(packed, *arrays, function, fmt, rows):
 
 
 def weight_shape(layer: nnx.Module) -> tuple[int, ...]:
-    """The shape of the layer's weight; of a packed weight, its shape when dense."""
+    """The shape of the layer's weight when dense, with the axis of a stack first."""
     if isinstance(layer, quant_linear.QuantLayer):
         return layer.quantized_shape
     if isinstance(layer, quant_linear.QuantLinear):
         return (*layer.q.shape[:-2], layer.in_features, layer.out_features)
-    return registry.weight_of(layer).shape
+    shape, axis = registry.weight_of(layer).shape, axis_of(layer)
+    return (shape[axis], *shape[:axis], *shape[axis + 1 :]) if axis else shape
+
+
+def axis_of(layer: nnx.Module) -> int:
+    """The axis of the stack in each parameter of the layer."""
+    if packed := quant_linear.packed_of(layer):
+        return packed.axis
+    return registry.stack_axis(layer, registry.weight_of(layer))
 
 
 def find(model: nnx.Module) -> Iterator[Site]:
     """Every site of the model, with or without an adapter, in the order of their paths."""
-    shapes = _Shapes(model)
+    shapes = Shapes(model)
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: dotted(item[0])):
         inside = "modules_to_save" in path or "quantized" in path  # part of another module found
         if inside or registry.registration_of(type(node)) is None or _misfit(node):
             continue
         shape, how = weight_shape(node), registry.linear_map_of(node)
-        depths, lead = _stack_depths(shapes, path, shape[: len(shape) - how.ndim]), how.lead(shape)
+        axis, stacked = axis_of(node), shape[: len(shape) - how.ndim]
+        depths, lead = stack_depths(shapes, path, stacked, axis), how.lead(shape)
         in_features, out_features = how.sizes(shape)
         yield Site(
             path=path,
             module=node,
             depths=depths,
+            axis=axis,
             names=tuple(numbered(path, depths, index) for index in np.ndindex(*lead)),
             lead=lead,
             linear_map=how,
             in_features=in_features,
             out_features=out_features,
-            problem=lora_site.problem(node, how),
         )
+
+
+def with_aliases(model: nnx.Module) -> Iterator[tuple[Site, list[tuple[str, ...]]]]:
+    """(site, its other names) of every site: a module may be in several places of the model."""
+    everywhere = places.find(model)
+    outer = [(path, place.path) for path, node in nnx.iter_graph(model)
+             for place in everywhere[id(node)]
+             if isinstance(node, nnx.Module) and place.path != path]  # fmt: skip
+    for site in find(model):
+        aliases = []
+        for path, other in outer:
+            if site.path[: len(path)] == path:
+                longer = len(other) - len(path)
+                depths = tuple(d + longer if d >= len(path) else d for d in site.depths)
+                moved = (*other, *site.path[len(path) :])
+                indices = np.ndindex(*site.lead)
+                aliases.append(tuple(numbered(moved, depths, index) for index in indices))
+        yield site, aliases
+
+
+def renamed(site: Site, aliases: Sequence[tuple[str, ...]], config: lora_config.LoRAConfig) -> Site:
+    """The site by the first of its names that `config` targets."""
+    for names in (site.names, *aliases):
+        if any(targets.is_chosen(name, config) for name in names):
+            return dataclasses.replace(site, names=names)
+    return site
 
 
 def others(model: nnx.Module) -> dict[str, targets.Layer]:
@@ -91,9 +144,9 @@ def others(model: nnx.Module) -> dict[str, targets.Layer]:
     Only modules that have parameters of their own.
     """
     nodes = list(nnx.iter_graph(model))
-    modules = {path: node for path, node in nodes if not isinstance(node, nnx.Variable)}
+    modules = {path: node for path, node in nodes if isinstance(node, nnx.Module)}
     known = {path for path, node in modules.items() if registry.registration_of(type(node))}
-    owners = {path[:-1] for path, node in nodes if isinstance(node, nnx.Param)}
+    owners = {path[:-1] for path, node in nodes if isinstance(node, nnx.Param)} & modules.keys()
     return {
         dotted(path): lora_site.unregistered(type(modules[path]).__name__)
         for path in owners
@@ -108,7 +161,7 @@ def others(model: nnx.Module) -> dict[str, targets.Layer]:
 def _misfit(layer: nnx.Module) -> str:
     """How a layer differs from its registration; "" if it does not."""
     name = registry.registration_of(type(layer)).weight
-    if not isinstance(layer, quant_linear.QuantLayer) and not hasattr(layer, name):
+    if not isinstance(layer, quant_linear.QuantLayer) and name not in vars(layer):
         return f"has no {name!r}, which {type(layer).__name__} is registered to hold its weight in"
     try:
         return lora_site.misfit(registry.linear_map_of(layer), weight_shape(layer))
@@ -128,24 +181,33 @@ def dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-class _Shapes(dict):
-    """The shapes of all arrays below each path of a model, read once."""
+class Shapes(dict):
+    """The shapes of all parameters below each path of a model, read once."""
 
     def __init__(self, model: nnx.Module):
         self.model = model
 
     def __missing__(self, path: tuple) -> list[tuple[int, ...]]:
         module = places.at(self.model, path)
-        self[path] = [leaf.shape for leaf in jax.tree.leaves(nnx.state(module))]
+        # Not packed words, whose stack is on the first axis whatever that of the parameters is.
+        params = jax.tree.leaves(nnx.state(module, nnx.Param))
+        self[path] = [leaf.shape for leaf in params]
         return self[path]
 
 
-def _stack_depths(shapes: _Shapes, path: tuple, stacked: tuple[int, ...]) -> tuple[int, ...]:
-    """For each axis, the length of the shortest part of `path` below which all arrays have it."""
+def stack_depths(
+    shapes: Shapes, path: tuple, stacked: tuple[int, ...], axis: int
+) -> tuple[int, ...]:
+    """For each axis of a stack, the length of the part of `path` that is the stack.
+
+    It is the shortest part below which all arrays have the axis. A module with a single child is no
+    stack itself, so that it does not matter what else is in the model.
+    """
     depths, depth = [], 0
-    for axis, size in enumerate(stacked):
-        while depth < len(path) and any(
-            shape[axis : axis + 1] != (size,) for shape in shapes[path[:depth]]
+    for number, size in enumerate(stacked, axis):
+        while depth < len(path) and (
+            any(shape[number : number + 1] != (size,) for shape in shapes[path[:depth]])
+            or len(shapes[path[:depth]]) == len(shapes[path[: depth + 1]])
         ):
             depth += 1
         depths.append(depth)

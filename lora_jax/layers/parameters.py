@@ -1,0 +1,50 @@
+"""The weights of a Flax NNX model that no layer of a known class holds."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from flax import nnx
+
+from lora_jax.layers import registry
+
+Path = tuple[str | int, ...]
+
+
+class Parameter(NamedTuple):
+    """A parameter of two axes or more. path: its own, and that of the module that reads it."""
+
+    path: Path
+    variable: nnx.Param
+    owner: nnx.Module
+    owner_path: Path
+
+    @property
+    def inner(self) -> Path:
+        """The path in the owner."""
+        return self.path[len(self.owner_path) :]
+
+    @property
+    def is_bridged(self) -> bool:
+        """Whether it belongs to a Linen module, in nnx.bridge.ToNNX."""
+        return is_bridge(self.owner)
+
+
+def find(model: nnx.Module) -> Iterator[Parameter]:
+    """The parameters in the order of their paths."""
+    nodes = sorted(nnx.iter_graph(model), key=lambda item: ".".join(map(str, item[0])))
+    modules = {path: node for path, node in nodes if isinstance(node, nnx.Module)}
+    for path, node in nodes:
+        if type(node) is not nnx.Param or len(node.shape) < 2:
+            continue
+        around = [path[:n] for n in range(len(path)) if path[:n] in modules]
+        copied = "modules_to_save" in path or "quantized" in path
+        if copied or any(registry.registration_of(type(modules[at])) for at in around):
+            continue
+        bridges = [at for at in around if is_bridge(modules[at])]
+        at = bridges[0] if bridges else around[-1]
+        yield Parameter(path, node, modules[at], at)
+
+
+def is_bridge(module: nnx.Module) -> bool:
+    """Whether the module applies a Linen module."""
+    return isinstance(module, nnx.bridge.ToNNX)

@@ -1,0 +1,25 @@
+"""What has an adapter in a Flax NNX model."""
+
+import dataclasses
+
+from flax import nnx
+
+from lora_jax.lora.nnx import layer as lora_layer
+from lora_jax.lora.nnx import parameters, sites
+
+
+def find(model: nnx.Module) -> list[sites.Site]:
+    """The sites of the model that have an adapter."""
+    layers = (dataclasses.replace(site, names=site.module.lora_names)
+              for site in sites.find(model) if lora_layer.is_adapted(site.module))  # fmt: skip
+    return [*layers, *parameters.adapted(model)]
+
+
+def by_name(model: nnx.Module) -> dict[str, tuple[sites.Site, int]]:
+    """{dotted path of each adapted layer: (its site, its index among the site's names)}."""
+    return {
+        name: (site, index)
+        for site in find(model)
+        for index, name in enumerate(site.names)
+        if site.module.lora_ranks[index]
+    }

@@ -1,0 +1,55 @@
+"""What an adapter trains in a Flax NNX model, and what it leaves as it is."""
+
+import math
+
+import jax
+from flax import nnx
+
+from lora_jax.layers import parameters, taken
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import targets
+from lora_jax.lora.nnx import adapted, base, collect, saved, sites
+
+
+def summary(model: nnx.Module) -> str:
+    """The number of trainable parameters, the adapted layers, and the weights that were left."""
+    trainable = collect.num_params(model)
+    arrays = jax.tree.leaves(base.base_state(model))
+    total = trainable + sum(math.prod(array.shape) for array in arrays)
+    ranks = {name: f"rank {site.module.lora_ranks[index]}"
+             for name, (site, index) in adapted.by_name(model).items()}  # fmt: skip
+    ranks |= {sites.dotted(whole.path): "fully trained" for whole in saved.find(model)}
+    first = (f"trainable params: {trainable:,} || all params: {total:,} || "
+             f"trainable%: {100 * trainable / total:.4f}")  # fmt: skip
+    return f"{first}\n{taken.Taken(ranks, left(model))}"
+
+
+def left(model: nnx.Module, config: lora_config.LoRAConfig | None = None) -> dict[str, str]:
+    """{dotted path: why} of the weights of two axes or more that have no adapter.
+
+    config: what was asked for, to tell why.
+    """
+    have = adapted.by_name(model).keys()
+    whole = [one.path for one in saved.find(model)]
+    found = {}
+    known = list(sites.find(model))
+    for site in known:
+        if not any(site.path[: len(path)] == path for path in whole):
+            found |= {name: _why(site, name, config) for name in site.names if name not in have}
+    stacks = {site.path[: site.depths[0]] for site in known if site.depths}
+    owners = {id(site.variable) for site in adapted.find(model) if hasattr(site, "variable")}
+    for own in parameters.find(model):
+        stacked = any(own.path[: len(path)] == path for path in stacks)
+        if id(own.variable) not in owners and len(own.variable.shape) - stacked >= 2:
+            cls = type(own.owner).__name__
+            found[sites.dotted(own.path)] = f"a parameter of {cls}, which is not registered"
+    return found
+
+
+def _why(site: sites.Site, name: str, config: lora_config.LoRAConfig | None) -> str:
+    if config is not None and targets.matches(name, config.exclude):
+        return "excluded"
+    kinds = {"embedding": "an embedding", "conv": "a convolution"}
+    if site.kind in kinds:
+        return kinds[site.kind]
+    return "the head" if name.split(".")[-1] == "lm_head" else "not targeted"

@@ -1,0 +1,472 @@
+"""Adapters in Flax NNX models as people write them: merged equals adapted, and so do gradients."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from lora_jax import errors, lora, quant
+
+D, IDS = 8, jnp.arange(16)[None]
+X = jax.random.normal(jax.random.key(0), (3, 5, D))
+
+
+def linear(rngs, *sizes, **settings):
+    return nnx.Linear(*(sizes or (D, D)), rngs=rngs, **settings)
+
+
+class Multiplied(nnx.Linear):
+    def __call__(self, x):
+        return super().__call__(x) * 0.25
+
+
+class Standardized(nnx.Linear):
+    """Reads its weight itself, and calls no other class."""
+
+    def __call__(self, x):
+        kernel = self.kernel[...]
+        return x @ (kernel / jnp.std(kernel, axis=0, keepdims=True)) + self.bias[None, None]
+
+
+class OtherBias(nnx.Module):
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (D, D)))
+        self.shift = nnx.Param(jax.random.normal(rngs.params(), (D,)))
+
+    def __call__(self, x):
+        return x @ self.w + self.shift[None, None]
+
+
+class Scaled(OtherBias):
+    """Has more than a weight and a bias."""
+
+    def __call__(self, x):
+        return (x @ self.w) * self.shift[None, None]
+
+
+lora.register(OtherBias, "...i,io->...o", weight="w", bias="shift")
+lora.register(Scaled, "...i,io->...o", weight="w")
+
+
+class Raw(nnx.Module):
+    """Attention with parameters of its own."""
+
+    def __init__(self, rngs):
+        for name in ("wq", "wk"):
+            setattr(self, name, nnx.Param(jax.random.normal(rngs.params(), (D, D)) / 3))
+
+    def __call__(self, x):
+        return jax.nn.softmax((x @ self.wq) @ (x @ self.wk[...]).mT) @ x
+
+
+class Heads(nnx.Module):
+    """Several weights, of which it is said how they multiply."""
+
+    def __init__(self, rngs):
+        self.q = nnx.Param(jax.random.normal(rngs.params(), (2, D, 4)) / 3)
+        self.o = nnx.Param(jax.random.normal(rngs.params(), (2, 4, D)) / 3)
+
+    def __call__(self, x):
+        heads = jnp.einsum("btd,ndh->btnh", x, self.q[...])
+        return jnp.einsum("btnh,nhd->btd", jnp.tanh(heads), self.o)
+
+
+lora.register(Heads, {"q": "btd,ndh->btnh", "o": "btnh,nhd->btd"})
+
+
+class Model(nnx.Module):
+    """x → relu(x W) and then the layer under test, `part`."""
+
+    def __init__(self, part):
+        self.first, self.part = linear(nnx.Rngs(5)), part
+
+    def __call__(self, x):
+        return self.part(nnx.relu(self.first(x)))
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.part, self.up = nnx.Embed(16, D, rngs=rngs), linear(rngs)
+
+    def __call__(self, ids):
+        return self.logits(self.up(self.part(ids)))
+
+    def logits(self, hidden):
+        return hidden @ self.part.embedding.T
+
+
+class ReadsKernel(nnx.Module):
+    def __init__(self, rngs):
+        self.part = linear(rngs)
+
+    @nnx.remat
+    def __call__(self, x):
+        return self.part(x) + x @ self.part.kernel
+
+
+class OtherEinsum(nnx.Module):
+    def __init__(self, rngs):
+        self.part = nnx.Einsum("bti,io->bto", (D, D), rngs=rngs)
+
+    def __call__(self, x):
+        return self.part(x, "bti,oi->bto") + self.part(x)
+
+
+class ByKeyword(nnx.Module):
+    def __init__(self, rngs):
+        self.part = linear(rngs)
+
+    def __call__(self, x):
+        return self.part(inputs=x)
+
+
+def conv(rngs, cls=nnx.Conv, **settings):
+    return Model(cls(D, D, 3, rngs=rngs, **settings))
+
+
+def bridged(rngs, *layers):
+    module = nnx.bridge.ToNNX(nn.Sequential(layers), rngs=rngs)
+    return Model(nnx.bridge.lazy_init(module, X))
+
+
+KINDS = {
+    "multiplied": (lambda rngs: Model(Multiplied(D, D, rngs=rngs)), "part"),
+    "standardized": (lambda rngs: Model(Standardized(D, D, rngs=rngs)), "part"),
+    "other_bias": (lambda rngs: Model(OtherBias(rngs)), "part"),
+    "scaled": (lambda rngs: Model(Scaled(rngs)), "part"),
+    "by_keyword": (ByKeyword, "part"),
+    "reads_kernel": (ReadsKernel, "part"),
+    "other_einsum": (OtherEinsum, "part"),
+    "tied": (Tied, "part"),
+    "raw": (lambda rngs: Model(Raw(rngs)), "wq"),
+    "two_raw": (lambda rngs: Model(Raw(rngs)), ("wq", "wk")),
+    "heads": (lambda rngs: Model(Heads(rngs)), ("q", "o")),
+    "groups": (lambda rngs: conv(rngs, feature_group_count=2), "part"),
+    "mask": (lambda rngs: conv(rngs, mask=jnp.tri(D)[None].repeat(3, 0)), "part"),
+    "transposed": (lambda rngs: conv(rngs, nnx.ConvTranspose, strides=2), "part"),
+    "bridged": (lambda rngs: bridged(rngs, nn.Dense(D), nn.tanh, nn.Dense(4)), "layers_0"),
+    "bridged_conv": (lambda rngs: bridged(rngs, nn.Conv(D, (3,))), "layers_0"),
+}
+QUANTIZED = ("multiplied", "standardized", "other_bias", "scaled", "by_keyword", "reads_kernel",
+             "other_einsum")  # fmt: skip
+
+
+def changed(model, scale=0.2):
+    """Gives the adapters an effect."""
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, lora.LoRAParam):
+            key = jax.random.key(len(str(path)))
+            variable.set_value(variable[...] + scale * jax.random.normal(key, variable.shape))
+
+
+def params_of(model):
+    """The base's parameters."""
+    return nnx.filter_state(lora.base_state(model), nnx.Param)
+
+
+def loss_and_gradient(model, x):
+    """The loss, and its gradient with respect to A and B."""
+    graphdef, trained, rest = nnx.split(model, lora.LoRAParam, ...)
+    return jax.value_and_grad(lambda t: (nnx.merge(graphdef, t, rest, copy=True)(x) ** 2).mean())(
+        trained
+    )
+
+
+def gradient_of_the_merged(model, x):
+    """The same gradient, through the merged model."""
+    graphdef, trained, rest = nnx.split(model, lora.LoRAParam, ...)
+
+    def loss(trained):
+        merged = nnx.merge(graphdef, trained, rest, copy=True)
+        lora.merge(merged)
+        return (merged(x) ** 2).mean()
+
+    return jax.grad(loss)(trained)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("fmt", ["none", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_equals_adapted(kind, fmt, use_dora):
+    if fmt != "none" and kind not in QUANTIZED:
+        pytest.skip("not quantized")
+    make, targets = KINDS[kind]
+    x = IDS if kind == "tied" else X
+    plain, model = make(nnx.Rngs(0)), make(nnx.Rngs(0))
+    if fmt != "none":
+        quant.quantize_model(model, fmt)
+    before = model(x)
+    targets = (targets,) if isinstance(targets, str) else targets
+    config = lora.LoRAConfig(rank=2, targets=targets, use_dora=use_dora)
+    lora.inject(model, config, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(model(x), before, atol=1e-5)
+    assert isinstance(model.part, type(plain.part)) or fmt != "none"
+    base = jax.tree.map(jnp.copy, params_of(model))
+    changed(model)
+    _, gradient = loss_and_gradient(model, x)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+    if not use_dora:  # whose norm counts as a constant
+        for own, other in zip(*map(jax.tree.leaves, (gradient, gradient_of_the_merged(model, x))),
+                              strict=True):  # fmt: skip
+            np.testing.assert_allclose(own, other, atol=1e-5, rtol=1e-4)
+    y = model(x)
+    assert jnp.abs(y - before).max() > 0.01
+    jax.tree.map(np.testing.assert_array_equal, params_of(model), base)
+    with lora.disabled(model):
+        np.testing.assert_allclose(model(x), before, atol=1e-6)
+    np.testing.assert_allclose(model(x), y, atol=1e-6)
+    np.testing.assert_allclose(lora.get_base_model(model)(x), before, atol=1e-6)
+    lora.merge(model)
+    np.testing.assert_allclose(model(x), y, atol=2e-5)
+    assert nnx.graphdef(model) == nnx.graphdef(plain)
+
+
+# ------------------------------------------------------------------------- stacks
+
+PARAM_0, PARAM_1 = nnx.StateAxes({nnx.Param: 0, ...: None}), nnx.StateAxes({nnx.Param: 1, ...: 0})
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = linear(rngs, D, 12), linear(rngs, 12, D)
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+class Scanned(nnx.Module):
+    """Three blocks, on the axis that `axes` says."""
+
+    def __init__(self, rngs, axes, made=0):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=made)
+        def blocks(rngs):
+            return Block(rngs)
+
+        self.blocks, self.axes = blocks(rngs), axes
+
+    def __call__(self, x):
+        call = nnx.scan(lambda block, x: block(x), in_axes=(self.axes, nnx.Carry),
+                        out_axes=nnx.Carry)  # fmt: skip
+        return call(self.blocks, x)
+
+
+class Split(Scanned):
+    """As MaxText: only the parameters are scanned over."""
+
+    def __call__(self, x):
+        graphdef, params, rest = nnx.split(self.blocks, nnx.Param, ...)
+
+        def step(x, params):
+            return nnx.merge(graphdef, params, rest, copy=True)(x), None
+
+        return jax.lax.scan(jax.checkpoint(step), x, params)[0]
+
+
+STACKS = {
+    "param_0": lambda: Scanned(nnx.Rngs(0), PARAM_0),
+    "all_0": lambda: Scanned(nnx.Rngs(0), 0),
+    "split": lambda: Split(nnx.Rngs(0), None),
+    "param_1": lambda: Scanned(nnx.Rngs(0), PARAM_1, PARAM_1),
+}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"alpha_pattern": {r"1\.up": 3}, "layers": (0, 1)}]
+)
+@pytest.mark.parametrize("fmt", ["none", "int4"])
+@pytest.mark.parametrize("kind", STACKS)
+def test_a_stack_is_adapted_layer_by_layer(kind, fmt, settings, tmp_path):
+    plain, model = STACKS[kind](), STACKS[kind]()
+    if fmt != "none":
+        quant.quantize_model(model, fmt)
+    before = model(X)
+    assert jnp.abs(before - plain(X)).max() < 0.6
+    config = lora.LoRAConfig(rank=2, targets="all-linear", **settings)
+    ranks = lora.inject(model, config, rngs=nnx.Rngs(1))
+    layers = range(3) if not settings.get("layers") else range(2)
+    assert set(ranks) == {f"blocks.{n}.{name}" for n in layers for name in ("up", "down")}
+    np.testing.assert_allclose(model(X), before, atol=1e-5)
+    changed(model)
+    _, gradient = loss_and_gradient(model, X)
+    if not settings.get("use_dora"):
+        for own, other in zip(*map(jax.tree.leaves, (gradient, gradient_of_the_merged(model, X))),
+                              strict=True):  # fmt: skip
+            np.testing.assert_allclose(own, other, atol=1e-5, rtol=1e-4)
+    y = model(X)
+    trained = lora.collect(model, config)
+    lora.merge(model)
+    np.testing.assert_allclose(model(X), y, atol=2e-5)
+    assert nnx.graphdef(model) == nnx.graphdef(plain)
+    if fmt == "none":
+        lora.attach(plain, trained)
+        np.testing.assert_allclose(plain(X), y, atol=1e-6)
+
+
+def test_paths_of_a_stack_do_not_depend_on_the_rest_of_the_model():
+    config = lora.LoRAConfig(rank=2, targets=("up",))
+    model = nnx.Dict(encoder=nnx.Dict(inner=STACKS["all_0"]()))
+    alone = set(lora.inject(model, config, rngs=nnx.Rngs(1)))
+    model = nnx.Dict(
+        encoder=nnx.Dict(inner=STACKS["all_0"](), norm=nnx.RMSNorm(D, rngs=nnx.Rngs(0)))
+    )
+    assert alone == set(lora.inject(model, config, rngs=nnx.Rngs(1)))
+    assert alone == {f"encoder.inner.blocks.{n}.up" for n in range(3)}
+
+
+# ------------------------------------------------------------------------- calls
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("x", [jnp.eye(D, dtype=jnp.int32), jnp.ones((2, D), jnp.bfloat16),
+                               jnp.ones((0, D)), jnp.ones((2, 0, D), jnp.float16)])  # fmt: skip
+def test_a_quantized_layer_promotes_as_the_dense_one(x, dtype, fmt):
+    model = nnx.Dict(a=linear(nnx.Rngs(0), dtype=dtype))
+    expected = model.a(x)
+    quant.quantize_model(model, fmt)
+    found = model.a(x)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.3)
+    lora.inject(model, lora.LoRAConfig(targets=("a",)), rngs=nnx.Rngs(0))
+    assert model.a(x).dtype == expected.dtype and model.a(x).shape == expected.shape
+
+
+def test_a_merge_restores_every_setting_of_a_layer():
+    model = nnx.Dict(
+        a=linear(nnx.Rngs(0), precision="highest", preferred_element_type=jnp.float32),
+        b=linear(nnx.Rngs(0), D, 2),
+        c=Multiplied(D, D, rngs=nnx.Rngs(0)),
+    )
+    model.a.kernel.set_metadata(note="kept")
+    plain = nnx.graphdef(model)
+    taken = quant.quantize_model(model, "int4")
+    assert taken == {"a": "int4", "b": "int4", "c": "int4"}
+    assert isinstance(model.c, Multiplied)
+    assert model.a.kernel.shape == (D, D) and model.a.use_bias
+    np.testing.assert_array_equal(X @ model.a.kernel, X @ model.a.kernel[...])
+    dense = nnx.clone(model)
+    quant.dequantize_model(dense)
+    assert nnx.graphdef(dense) == plain
+    np.testing.assert_allclose(dense.b(dense.a(X)), model.b(model.a(X)), atol=1e-5)
+    lora.inject(model, lora.LoRAConfig(targets=("a",)), rngs=nnx.Rngs(1))
+    lora.merge(model)
+    assert nnx.graphdef(model) == plain
+
+
+def test_a_single_layer_is_a_model():
+    model = linear(nnx.Rngs(0))
+    quant.quantize_model(model, "int8")
+    before = model(X)
+    lora.inject(model, lora.LoRAConfig(rank=2, targets="all-linear"), rngs=nnx.Rngs(1))
+    changed(model)
+    y = model(X)
+    assert jnp.abs(y - before).max() > 0.01
+    lora.merge(model)
+    np.testing.assert_allclose(model(X), y, atol=1e-5)
+    assert type(model) is nnx.Linear
+
+
+def test_a_shared_layer_is_found_by_each_of_its_names(tmp_path):
+    model = nnx.Dict(a=linear(nnx.Rngs(0)))
+    model.b = nnx.Dict(inner=model.a)
+    config = lora.LoRAConfig(rank=2, targets=("inner",))
+    plain = nnx.clone(model)
+    assert lora.inject(model, config, rngs=nnx.Rngs(1)) == {"b.inner": 2}
+    changed(model)
+    trained = lora.collect(model, config)
+    assert set(trained.factors) == {"b.inner"}
+    lora.attach(plain, trained)
+    np.testing.assert_array_equal(plain.b.inner(X), model.a(X))
+
+
+def test_an_adapted_model_is_pickled():
+    model = Model(Multiplied(D, D, rngs=nnx.Rngs(0)))
+    quant.quantize_model(model, "int4")
+    lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(1))
+    changed(model)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again(X), model(X))
+    assert type(again.part) is type(model.part)
+
+
+def test_a_checkpoint_of_the_base_is_restored_into_an_adapted_model(tmp_path):
+    model, other = Block(nnx.Rngs(0)), Block(nnx.Rngs(1))
+    lora.inject(model, lora.LoRAConfig(targets=("up",)), rngs=nnx.Rngs(1))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "base", nnx.state(other))
+        checkpointer.wait_until_finished()
+        nnx.update(model, checkpointer.restore(tmp_path / "base", lora.base_state(model)))
+    np.testing.assert_allclose(model(X), other(X), atol=1e-6)
+
+
+class WithDropout(nnx.Module):
+    def __init__(self, rngs):
+        self.part, self.drop = linear(rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.part(x)
+
+
+def test_dropout_is_drawn_anew_in_each_call_of_a_model_with_rngs():
+    model = WithDropout(nnx.Rngs(0))
+    lora.inject(model, lora.LoRAConfig(targets=("part",), dropout=0.5), rngs=nnx.Rngs(1))
+    changed(model)
+    np.testing.assert_array_equal(model(X), model(X))
+    training = nnx.view(model, deterministic=False)
+    call = nnx.jit(lambda model, x: model(x))
+    first, second = call(training, X), call(training, X)
+    assert jnp.abs(first - second).max() > 0.01
+    np.testing.assert_array_equal(nnx.view(training, deterministic=True)(X), model(X))
+
+
+def test_dropout_of_a_weight_that_is_read_is_an_error():
+    model = ReadsKernel(nnx.Rngs(0))
+    lora.inject(model, lora.LoRAConfig(targets=("part",), dropout=0.5), rngs=nnx.Rngs(1))
+    model.train()
+    with pytest.raises(errors.UserError, match=r"a Linear whose weight is read, with dropout 0\.5"):
+        model(X)
+
+
+# ------------------------------------------------------------------------- what was left
+
+
+def test_what_was_left_is_named_with_the_reason():
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(a=nnx.List([linear(rngs), linear(rngs)]), raw=Raw(rngs), head=linear(rngs),
+                     embed=nnx.Embed(4, D, rngs=rngs), norm=nnx.RMSNorm(D, rngs=rngs))  # fmt: skip
+    left = {
+        "embed": "an embedding",
+        "head": "excluded",
+        "raw.wq": "a parameter of Raw, which is not registered",
+        "raw.wk": "a parameter of Raw, which is not registered",
+    }
+    quantized = quant.quantize_model(nnx.clone(model), "int4", exclude=("head",))
+    assert dict(quantized) == {"a.0": "int4", "a.1": "int4"} and set(quantized.left) == set(left)
+    config = lora.LoRAConfig(targets="all-linear", exclude=("head",))
+    taken = lora.inject(model, config, rngs=nnx.Rngs(1))
+    assert taken == {"a.0": 8, "a.1": 8} and taken.left == left
+    assert str(taken).splitlines()[:2] == ["a.N (2): 8", "left: embed, an embedding"]
+    first = lora.summary(model).splitlines()[0]
+    total = 5 * D * D + 3 * D + 4 * D + D + 2 * 2 * 8 * D
+    assert (
+        first
+        == f"trainable params: 256 || all params: {total:,} || trainable%: {25600 / total:.4f}"
+    )
+
+
+def test_targets_that_match_nothing_list_the_likeliest_names_first():
+    model = nnx.Dict(layers=nnx.List([Block(nnx.Rngs(0)) for _ in range(2)]),
+                     embed=nnx.Embed(4, D, rngs=nnx.Rngs(0)), head=linear(nnx.Rngs(0), D, 4))  # fmt: skip
+    names = (
+        r"down \(linear 12 → 8\), up \(linear 8 → 12\), head \(linear 8 → 4\), embed \(embedding"
+    )
+    with pytest.raises(errors.UserError, match=names):
+        lora.inject(model, lora.LoRAConfig(), rngs=nnx.Rngs(0))
+    with pytest.raises(errors.UserError, match=r"wk \(parameter 8 → 8\), wq \(parameter"):
+        lora.inject(Raw(nnx.Rngs(0)), lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(0))
