@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int, Num
 
 from lora_jax import errors
-from lora_jax.kernels import matmul
+from lora_jax.kernels import explicit, matmul
 
 # A matrix [*batch, K, N], or a function that multiplies rows [..., K] by one.
 Factor = Num[Array, "*batch _ _"] | Callable[[jax.Array], jax.Array]
@@ -39,6 +40,11 @@ class LinearMap(abc.ABC):
     @abc.abstractmethod
     def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
         """(K, N)."""
+
+    def matrix_axes(self, axes: Sequence[explicit.Axes]) -> tuple[explicit.Axes, ...]:
+        """The names of `matrix`'s axes, from those of the weight's: of mesh axes, or logical."""
+        stacked = len(axes) - self.ndim
+        return (*axes[:stacked], explicit.joined(axes[stacked:-1]), axes[-1])
 
     def matrix(self, weight: Num[Array, "..."]) -> Num[Array, "*lead K N"]:
         """The weight as matrices."""
@@ -99,6 +105,25 @@ class Einsum(LinearMap):
         sizes = dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
         k, n = (math.prod(sizes[axis] for axis in axes) for axes in (self.inputs, self.outputs))
         return k, n
+
+    def matrix_axes(self, axes: Sequence[explicit.Axes]) -> tuple[explicit.Axes, ...]:
+        stacked = len(axes) - self.ndim
+        own = dict(zip(self.w, axes[stacked:], strict=True))
+        k, n = (explicit.joined([own[axis] for axis in of]) for of in (self.inputs, self.outputs))
+        return (*axes[:stacked], *(own[axis] for axis in self.batch), k, n)
+
+    def tensor_axes(
+        self, k: explicit.Axes, n: explicit.Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh
+    ) -> tuple[explicit.Axes, ...]:
+        """The mesh axes of one layer's weight of that shape, whose matrix has k and n.
+
+        Of several axes that are one in the matrix, the first that can be split is.
+        """
+        sizes, own = dict(zip(self.w, shape[-self.ndim :], strict=True)), {}
+        for among, axes in ((self.inputs, k), (self.outputs, n)):
+            parts = explicit.num_parts(mesh, axes)
+            own[next((axis for axis in among if sizes[axis] % parts == 0), None)] = axes
+        return tuple(own.get(axis) for axis in self.w)
 
     def matrix(self, weight: Num[Array, "..."]) -> Num[Array, "*lead K N"]:
         return self._turned(weight).reshape(*self.lead(weight.shape), *self.sizes(weight.shape))

@@ -6,6 +6,7 @@ W + s · A B: y = m / ‖W + s · A B‖ · x (W + s · A B). The gradient treat
 (§4.3).
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lora_jax.kernels import matmul
+from lora_jax.kernels import explicit, matmul
 from lora_jax.layers import linear_map
 
 
@@ -128,7 +129,7 @@ def output(
     factors: Sequence[jax.Array],
     *,
     dropped: jax.Array,
-    weight: linear_map.Factor,
+    weight: jax.Array | Callable[[jax.Array], jax.Array],
     square: jax.Array | None,
     bias: jax.Array | None,
 ) -> jax.Array:
@@ -141,14 +142,24 @@ def output(
       x, y: the layer's input and its output without the adapter.
       factors: A, B, the scaling s, and with DoRA the magnitude, of a single layer.
       dropped: x' = dropout(x), or x itself. As in PEFT, DoRA uses it for the base's change, too.
-      weight, square: W as a matrix and None; or a function that multiplies by a packed W, and ‖W‖².
+      weight, square: W and None; or a function that multiplies by a packed W, and ‖W‖². The
+        function is a tree of its arrays (jax.tree_util.Partial).
       bias: the layer's.
     """
+    if dropped is x:
+        dropped = None
+    compute = functools.partial(_output, how, tuple(shape))
+    return explicit.like(y, compute, x, y, tuple(factors), dropped, weight, square, bias)
+
+
+def _output(how, shape, x, y, factors, dropped, weight, square, bias):
     A, B, scaling, *magnitude = factors
-    extra = how.multiply(dropped, A, B * scaling, shape=shape).astype(y.dtype)
+    masked = x if dropped is None else dropped
+    extra = how.multiply(masked, A, B * scaling, shape=shape).astype(y.dtype)
     if not magnitude:
         return y + extra
     if square is None:
+        weight = how.matrix(weight)
         square, product = squares(weight), crossed(A, weight)
     else:
         product = weight(A.T.astype(y.dtype))
@@ -156,7 +167,7 @@ def output(
     ratio = how.spread(stretch(*magnitude, length, scaling), y.ndim, shape)
     if bias is not None:
         bias = how.spread(bias.reshape(-1), y.ndim, shape).astype(y.dtype)
-    if dropped is not x:
+    if dropped is not None:
         plain = how.multiply(dropped, weight, shape=shape).astype(y.dtype)
         return (y + (ratio - 1) * plain + ratio * extra).astype(y.dtype)
     whole = y + extra if bias is None else y - bias + extra
@@ -176,11 +187,18 @@ def attended(
     scales the columns of W + s · A B, that is, the query.
     """
     A, B, scaling, *magnitude = factors
-    if magnitude:
+
+    def stretched(query, weight, A, B, scaling, magnitude):
         square, product = squares(weight), crossed(A, weight)
         length = lax.stop_gradient(norm(square, product, A, B, scaling))
-        ratio = stretch(*magnitude, length, scaling)
-        ratio = jnp.expand_dims(ratio, range(query.ndim - 1))
-        query = (query * ratio).astype(query.dtype)
+        ratio = stretch(magnitude, length, scaling)
+        return (query * jnp.expand_dims(ratio, range(query.ndim - 1))).astype(query.dtype)
+
+    if magnitude:
+        query = explicit.like(query, stretched, query, weight, *factors)
     y = attend(query)
-    return y + matmul.matmul(matmul.matmul(query, (B * scaling).T), A.T, y.dtype)
+
+    def change(query, A, B, scaling):
+        return matmul.matmul(matmul.matmul(query, (B * scaling).T), A.T, y.dtype)
+
+    return y + explicit.like(y, change, query, A, B, scaling)

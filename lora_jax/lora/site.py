@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from lora_jax.layers import linear_map
+from lora_jax.layers import linear_map, placement
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, targets
 from lora_jax.lora import config as lora_config
@@ -54,9 +54,14 @@ class Site:
 def each(function: Callable, lead: tuple[int, ...], /, *trees: Any, **settings: Any) -> Any:
     """function(*trees, **settings) for every layer of a stack with those axes, one at a time.
 
+    The first of the trees is the layers' matrix, as which the results are split on a mesh.
     The same function is compiled once for all stacks whose arrays have the same shapes.
     """
-    return _each(function, len(lead), tuple(settings.items()), trees)
+
+    def whole(*trees):
+        return _each(function, len(lead), tuple(settings.items()), trees)
+
+    return placement.computed(whole, len(lead), *trees)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

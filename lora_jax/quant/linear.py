@@ -1,6 +1,9 @@
 """Layers that compute with a packed weight, and the conversion from and to dense layers."""
 
 import functools
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,7 +13,6 @@ from jax import lax
 from jaxtyping import Array, Float, Num
 
 from lora_jax import errors
-from lora_jax.kernels import int4_matmul, int8_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.packed import Packed
@@ -18,6 +20,7 @@ from lora_jax.layers import (
     linear_map,
     mixin,
     parameters,
+    placement,
     places,
     projections,
     registry,
@@ -25,7 +28,7 @@ from lora_jax.layers import (
     taken,
     weight,
 )
-from lora_jax.quant import formats
+from lora_jax.quant import formats, product
 
 
 class QuantWeight(stack.Whole):
@@ -41,7 +44,7 @@ class QuantLinear(nnx.Module):
     `dense` is what it needs to become `linear` again. In a stacked module its arrays have a leading
     layer axis. It is then called in a scan, where `layer` is a scalar and the packed arrays are
     whole or sliced. partition: how a mesh splits the product, for our own kernels. axis: of the
-    stack in the parameters; the packed arrays have it first.
+    stack in the parameters; the packed arrays have it first. metadata: of the words, for Flax.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class QuantLinear(nnx.Module):
         fmt: str,
         partition: dealing.Partition = dealing.WHOLE,
         axis: int = 0,
+        metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.fmt = fmt
         self.partition = partition
@@ -63,7 +67,8 @@ class QuantLinear(nnx.Module):
         self.use_bias = linear.use_bias
         self.dense = nnx.graphdef(linear)
         for name, array in packed._asdict().items():
-            setattr(self, name, None if array is None else QuantWeight(array))
+            own = metadata if name == "q" else {}
+            setattr(self, name, None if array is None else QuantWeight(array, **own))
         self.axis = axis
         self.layer = stack.index(len(packed.q), axis) if packed.q.ndim == 3 else None
         self.bias = None if linear.bias is None else nnx.Param(linear.bias.get_value())
@@ -89,23 +94,22 @@ class QuantLinear(nnx.Module):
         self, inputs: Num[Array, "*B d_in"], out_sharding: Any = None
     ) -> Float[Array, "*B d_out"]:
         """out_sharding: of y, on a mesh with explicit axes, as in nnx.Linear."""
-        y = projections.with_bias(self, self.product(inputs.astype(result_dtype(self, inputs))))
-        y = y if self.preferred_element_type is None else y.astype(self.preferred_element_type)
-        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+        shape = (self.in_features, self.out_features)
+        x, how = inputs.astype(result_dtype(self, inputs)), linear_map.LINEAR
+        y = product.multiply(how, x, self.multiplier, shape=shape, out_sharding=out_sharding)
+        y = projections.with_bias(self, y)
+        preferred = self.preferred_element_type
+        return y if preferred is None else y.astype(preferred)
 
-    def product(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
-        """x · dequantize(W)."""
+    @property
+    def multiplier(self) -> jax.tree_util.Partial:
+        """x → x · dequantize(W)."""
         packed, layer = self.packed, None
         if packed.q.ndim == 3:
             layer = stack.current(self.layer, self.axis)
             if layer is None:
                 raise ValueError("expected one layer of the stack, in a scan; found all of it")
-        codes = formats.codes(self.fmt)
-        if codes == "int8":
-            packed = packed if layer is None else packing.layer(packed, layer)
-            return int8_matmul.int8_matmul(x, packed.q, packed.column_scale)
-        how = {"codes": codes, "layer": layer, "partition": self.partition}
-        return int4_matmul.int4_matmul(x, packed, **how)
+        return product.multiplier(packed, self.fmt, layer, self.partition)
 
 
 class QuantLayer(mixin.Mixin):
@@ -124,12 +128,16 @@ class QuantLayer(mixin.Mixin):
     def __call__(self, *args: Any, **kwargs: Any) -> Num[Array, "..."]:
         if not registry.is_usual(self, *args, **kwargs):
             return super().__call__(*args, **kwargs)
-        x, bias = registry.input_of(self, args, kwargs), registry.bias_of(self)
-        how, shape = registry.linear_map_of(self), self.quantized_shape
-        dtype = result_dtype(self, x)
-        y = how.multiply(x.astype(dtype), self.quantized.product, shape=shape)
-        if bias is not None:
-            y = y + how.spread(bias.reshape(-1).astype(y.dtype), y.ndim, shape)
+        x = registry.input_of(self, args, kwargs)
+        bound = inspect.signature(super().__call__).bind(*args, **kwargs).arguments
+        y = product.multiply(
+            registry.linear_map_of(self),
+            x.astype(result_dtype(self, x)),
+            self.quantized.multiplier,
+            shape=self.quantized_shape,
+            bias=registry.bias_of(self),
+            out_sharding=bound.get("out_sharding"),
+        )
         preferred = getattr(self, "preferred_element_type", None)
         return y if preferred is None else y.astype(preferred)
 
@@ -141,7 +149,7 @@ def _dense_weight(layer: QuantLayer) -> weight.Computed:
     axis = 0 if in_scan else packed.axis
 
     def compute():
-        return _in_place(how.tensor(dense_matrix(packed), shape), axis)
+        return _in_place(placement.unpacked(how, dense_matrix(packed), shape), axis)
 
     own = jax.eval_shape(lambda: _in_place(jnp.zeros(shape), axis)).shape
     return weight.Computed(own, packed.param_dtype, compute)
@@ -170,8 +178,22 @@ def packed_of(layer: Any) -> QuantLinear | None:
 def quantize_linear(linear: nnx.Linear, fmt: str) -> QuantLinear:
     """The same layer with its kernel, [K, N] or stacked [L, K, N], quantized."""
     axis = registry.stack_axis(linear, linear.kernel)
-    kernel = jnp.moveaxis(linear.kernel[...], axis, 0)
-    return QuantLinear(_quantize(kernel, fmt), linear, fmt=fmt, axis=axis)
+    packed = _packed(jnp.moveaxis(linear.kernel[...], axis, 0), fmt)
+    names = placement.metadata(linear.kernel, functools.partial(_first, axis=axis))
+    return QuantLinear(packed, linear, fmt=fmt, axis=axis, metadata=names)
+
+
+def _packed(matrix, fmt):
+    """The quantized matrix [*L, K, N], split over a mesh as the matrix is."""
+    num_lead = matrix.ndim - 2
+    packed = placement.computed(lambda matrix: _quantize(matrix, fmt), num_lead, matrix)
+    sharding = placement.sharding_of(matrix)
+    return packed if sharding is None else placement.followed(packed, sharding, num_lead)
+
+
+def _first(names, axis):
+    """The names of the axes of an array whose axis of that number comes first."""
+    return (names[axis], *names[:axis], *names[axis + 1 :])
 
 
 def quantize_layer(layer: nnx.Module, fmt: str) -> None:
@@ -180,7 +202,7 @@ def quantize_layer(layer: nnx.Module, fmt: str) -> None:
     stored = registry.weight_of(layer)
     axis = registry.stack_axis(layer, stored)
     moved = jnp.moveaxis(stored[...], axis, 0)
-    matrix = how.matrix(moved)
+    matrix = placement.matrix(how, moved)
     linear = nnx.eval_shape(
         lambda: nnx.Linear(
             *matrix.shape[-2:], use_bias=False, param_dtype=stored.dtype, rngs=nnx.Rngs(0)
@@ -189,7 +211,9 @@ def quantize_layer(layer: nnx.Module, fmt: str) -> None:
     linear.kernel = stored.replace(matrix)
     delattr(layer, known.weight)
     mixin.become(layer, QuantLayer, known.cls)
-    layer.quantized = QuantLinear(_quantize(matrix, fmt), linear, fmt=fmt, axis=axis)
+    names = placement.metadata(stored, lambda names: how.matrix_axes(_first(names, axis)))
+    packed = _packed(matrix, fmt)
+    layer.quantized = QuantLinear(packed, linear, fmt=fmt, axis=axis, metadata=names)
     layer.quantized_shape = moved.shape
 
 
@@ -199,7 +223,8 @@ def make_dense(layer: nnx.Module, matrix: Float[Array, "*L d_in d_out"]) -> None
     stored, axis = as_linear(layer.quantized, matrix, 0).kernel, layer.quantized.axis
     mixin.leave(layer, QuantLayer, "quantized", "quantized_shape")
     name = registry.registration_of(type(layer)).weight
-    setattr(layer, name, stored.replace(_in_place(how.tensor(stored[...], shape), axis)))
+    tensor = placement.unpacked(how, stored[...], shape)
+    setattr(layer, name, stored.replace(_in_place(tensor, axis)))
 
 
 def quantize_model(
@@ -279,7 +304,11 @@ def dense_matrix(layer: QuantLinear) -> Float[Array, "*L d_in d_out"]:
     packed, index = layer.packed, stack.current(layer.layer, layer.axis)
     if index is not None and packed.q.ndim == 3:
         packed = packing.layer(packed, index)
-    return _dequantize(packed, layer.fmt, layer.in_features, layer.param_dtype)
+
+    def dense(packed):
+        return _dequantize(packed, layer.fmt, layer.in_features, layer.param_dtype)
+
+    return placement.computed(dense, packed.q.ndim - 2, packed)
 
 
 def dequantize_model(model: nnx.Module) -> None:

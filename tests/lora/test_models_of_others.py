@@ -461,11 +461,11 @@ def test_what_was_left_is_named_with_the_reason():
 
 
 def test_targets_that_match_nothing_list_the_likeliest_names_first():
-    model = nnx.Dict(layers=nnx.List([Block(nnx.Rngs(0)) for _ in range(2)]),
-                     embed=nnx.Embed(4, D, rngs=nnx.Rngs(0)), head=linear(nnx.Rngs(0), D, 4))  # fmt: skip
-    names = (
-        r"down \(linear 12 → 8\), up \(linear 8 → 12\), head \(linear 8 → 4\), embed \(embedding"
-    )
+    rngs = nnx.Rngs(0)
+    layers = nnx.List([Block(rngs) for _ in range(2)])
+    head, embed = linear(rngs, D, 4), nnx.Embed(4, D, rngs=rngs)
+    model = nnx.Dict(layers=layers, head=head, embed=embed)
+    names = r"down \(linear 12 → 8\), up \(linear 8 → 12\), head \(linear 8 → 4\), embed \(embed"
     with pytest.raises(errors.UserError, match=names):
         lora.inject(model, lora.LoRAConfig(), rngs=nnx.Rngs(0))
     with pytest.raises(errors.UserError, match=r"wk \(parameter 8 → 8\), wq \(parameter"):

@@ -656,8 +656,8 @@ def test_an_error_while_adapters_are_put_in_takes_them_out(fails, monkeypatch, t
     found, function = (inject, inject._adapt) if fails == "_adapt" else (
         nnx_saved.Saved, nnx_saved.Saved.begin)  # fmt: skip
 
-    def failing(*args):
-        function(*args)
+    def failing(*args, **settings):
+        function(*args, **settings)
         raise MemoryError
 
     monkeypatch.setattr(found, fails, failing)

@@ -27,7 +27,7 @@ from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, pissa, targets
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.linen import calls, second_uses, weights
+from lora_jax.lora.linen import calls, second_uses, sharding, weights
 from lora_jax.lora.linen import saved as linen_saved
 from lora_jax.lora.linen import sites as linen_sites
 from lora_jax.lora.linen.sites import Params, Path, Site
@@ -112,7 +112,7 @@ class Adapted:
             else:
                 A, B = start[site.path] = self._principal(site, base)
                 factors[site.path] = A, B, None
-        return self._variables(base, factors, start)
+        return self._variables(base, sharding.boxes(params), factors, start)
 
     def attach(self, params: Params, adapter: lora_adapter.Adapter) -> dict[str, Params]:
         """Variables with the A and B of an adapter from a model of any framework.
@@ -148,7 +148,7 @@ class Adapted:
                 where="the adapter",
                 do="linen.adapt(module, adapter.config, …)",
             )
-        return self._variables(base, factors, {}, adapter.saved)
+        return self._variables(base, sharding.boxes(params), factors, {}, adapter.saved)
 
     def apply(
         self,
@@ -227,10 +227,11 @@ class Adapted:
     def _adapted(self) -> Iterator[Site]:
         return (site for site in self.sites if site.path in self.layer_configs)
 
-    def _variables(self, base, factors, start, given=None) -> dict[str, Params]:
+    def _variables(self, base, boxes, factors, start, given=None) -> dict[str, Params]:
         """The collections.
 
-        base: params, flat and not yet quantized. factors: {path: (A, B, magnitude or None)}.
+        base: params, flat and not yet quantized. boxes: see sharding.boxes. factors: {path: (A, B,
+        magnitude or None)}.
         start: {path: PiSSA's A and B}. given: values of fully trained modules.
         """
         # Copies, because a training step may reuse the memory of A and B.
@@ -242,16 +243,18 @@ class Adapted:
         trained = {}
         for site in self._adapted():
             A, B, magnitude = factors[site.path]
-            trained[(*site.path, "lora_A")], trained[(*site.path, "lora_B")] = A, B
             if self.config.use_dora:
                 weight, scaling = self._matrix(site, base), self._scaling(site)
                 length = lora_site.each(algebra.lengths, site.lead, weight, A, B, scaling)
                 if magnitude is not None:
                     length = jnp.where(scaling[..., 0] == 0, length, magnitude)
+                length = sharding.magnitude(site, base, boxes, length)
                 trained[(*site.path, "lora_magnitude_vector")] = length
                 if site.path in self.packs:
                     square = lora_site.each(algebra.squares, site.lead, weight)
                     constants[(*site.path, "lora_square")] = square
+            A, B = sharding.params(site, base, boxes, A, B)
+            trained[(*site.path, "lora_A")], trained[(*site.path, "lora_B")] = A, B
         for path in self.saved:
             for key in [key for key in base if key[: len(path)] == path]:
                 copied = (*path, "modules_to_save", *key[len(path) :])

@@ -1,21 +1,18 @@
 """A call of a Flax Linen layer whose weight is quantized or adapted."""
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.kernels import int4_matmul, int8_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.lora import algebra
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.linen import registry
 from lora_jax.lora.linen.sites import Site
 from lora_jax.lora.linen.weights import PACKED
-from lora_jax.quant import formats
+from lora_jax.quant import product
 
 
 def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
@@ -42,13 +39,11 @@ def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
             packed = packing.Packed(
                 **{name: own[PACKED].get(name) for name in packing.Packed._fields}
             )
-            weight = functools.partial(_product, packed=packed, fmt=fmt)
+            weight = product.multiplier(packed, fmt)
             dtype = getattr(layer, "dtype", None) or jnp.result_type(x)
-            y = how.multiply(x.astype(dtype), weight, shape=site.shape)
-            if bias is not None:
-                y = y + how.spread(bias.reshape(-1).astype(y.dtype), y.ndim, site.shape)
+            y = product.multiply(how, x.astype(dtype), weight, shape=site.shape, bias=bias)
         else:
-            weight, y = how.matrix(own[known.weight]), call(*args, **kwargs)
+            weight, y = own[known.weight], call(*args, **kwargs)
         if "lora_A" not in own:
             return y
         B = own["lora_B"] * own["lora_mask"] if "lora_mask" in own else own["lora_B"]
@@ -84,10 +79,3 @@ def _attended(call, args, kwargs, own):
     magnitude = [own[name] for name in ("lora_magnitude_vector",) if name in own]
     factors = own["lora_A"], own["lora_B"], own["lora_scaling"], *magnitude
     return algebra.attended(call, own["embedding"], query, factors)
-
-
-def _product(x: jax.Array, packed: packing.Packed, fmt: str) -> jax.Array:
-    codes = formats.codes(fmt)
-    if codes == "int8":
-        return int8_matmul.int8_matmul(x, packed.q, packed.column_scale)
-    return int4_matmul.int4_matmul(x, packed, codes=codes)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from lora_jax.kernels import matmul
+from lora_jax.kernels import explicit, matmul
 from lora_jax.lora import algebra
 from lora_jax.lora import config as lora_config
 
@@ -45,4 +45,8 @@ class LoRADense(nn.Module):
         if train and self.dropout:
             x = nn.Dropout(self.dropout, deterministic=False)(x)
         scaled = B * (self.alpha / self.rank)
-        return y + matmul.matmul(matmul.matmul(x, A), scaled).astype(y.dtype)
+
+        def adapted(x, y, A, B):
+            return y + matmul.matmul(matmul.matmul(x, A), B).astype(y.dtype)
+
+        return explicit.like(y, adapted, x, y, A, scaled)

@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from lora_jax import errors
 from lora_jax.kernels import packed as packing
-from lora_jax.layers import linear_map
+from lora_jax.layers import linear_map, placement
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
 from lora_jax.lora.linen.sites import Params, Path, Site
@@ -76,7 +76,7 @@ def matrix(site: Site, base: Flat, fmt: str) -> jax.Array:
     """The site's weight, dense, as matrices [*lead, K, N]. fmt: the format if it is packed."""
     weight = base.get((*site.path, site.weight))
     if weight is not None:
-        return site.linear_map.matrix(site.out_of_params(weight))
+        return placement.matrix(site.linear_map, site.out_of_params(weight))
     arrays = (base.get((*site.path, PACKED, name)) for name in packing.Packed._fields)
     packed = packing.Packed(*(None if a is None else site.out_of_params(a) for a in arrays))
     how = {"fmt": fmt, "rows": site.in_features}
@@ -89,13 +89,21 @@ def store(site: Site, base: Flat, matrix: jax.Array) -> None:
     dtype = base[weight].dtype if weight in base else matrix.dtype
     for name in packing.Packed._fields:
         base.pop((*site.path, PACKED, name), None)
-    tensor = site.linear_map.tensor(matrix, (*site.stack, *site.shape))
+    shape = (*site.stack, *site.shape)
+    if weight in base:
+        like = site.out_of_params(base[weight])
+        tensor = placement.tensor(site.linear_map, matrix, like)
+    else:
+        tensor = placement.unpacked(site.linear_map, matrix, shape)
     base[weight] = site.in_params(tensor.astype(dtype))
 
 
 def pack(site: Site, base: Flat, fmt: str) -> None:
     """Quantizes the site's weight to `fmt`."""
-    packed = lora_site.each(formats.quantize, site.stack, matrix(site, base, fmt), fmt=fmt)
+    dense = matrix(site, base, fmt)
+    packed = lora_site.each(formats.quantize, site.stack, dense, fmt=fmt)
+    if sharding := placement.sharding_of(dense):
+        packed = placement.followed(packed, sharding, len(site.stack))
     del base[(*site.path, site.weight)]
     for name, array in packed._asdict().items():
         if array is not None:

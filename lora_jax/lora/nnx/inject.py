@@ -18,6 +18,7 @@ from lora_jax.lora.nnx import (
     parameters,
     pissa,
     saved,
+    sharding,
     sites,
     summary,
     vocabulary,
@@ -25,7 +26,7 @@ from lora_jax.lora.nnx import (
 )
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
-from lora_jax.lora.nnx.model_state import DropoutKey, LoRAConstant, LoRAParam
+from lora_jax.lora.nnx.model_state import DropoutKey, LoRAConstant
 from lora_jax.lora.nnx.saved import SavedLayer
 from lora_jax.quant import linear as quant_linear
 
@@ -189,8 +190,11 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None, *, counts=False) -
     is_embedding = isinstance(site.module, nnx.Embed)
     layer = site.begin(lora_layer.LoRAEmbedding if is_embedding else LoRALayer)
     layer.lora_axis, layer.lora_num_axes = site.axis, len(lead)
-    for name, array in zip(lora_layer.names_of_factors(layer), (A, B), strict=True):
-        setattr(layer, name, LoRAParam(jnp.moveaxis(array, 0, site.axis)))
+    layer.lora_had_switch = has_switch
+    layer.deterministic = True  # model.train() and model.eval() set this
+    names = lora_layer.names_of_factors(layer)
+    for name, param in zip(names, sharding.params(site, A, B), strict=True):
+        setattr(layer, name, param)
     scaling = lora_site.scaling(site, configs)
     layer.lora_scaling = LoRAConstant(scaling)
     layer.lora_ranks = lora_site.ranks(configs)
@@ -203,7 +207,7 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None, *, counts=False) -
         length = site.each(algebra.lengths, *lora_layer.arrays(layer))
         if magnitude is not None:
             length = jnp.where(scaling[..., 0] == 0, length, magnitude)
-        layer.lora_magnitude_vector = LoRAParam(jnp.moveaxis(length, 0, site.axis))
+        layer.lora_magnitude_vector = sharding.magnitude(site, length)
     drops = site.kind != "embedding"  # as in PEFT
     layer.lora_dropout = config.dropout if drops else 0.0
     if layer.lora_dropout:

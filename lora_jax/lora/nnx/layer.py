@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from lora_jax import errors
-from lora_jax.layers import linear_map, mixin, projections, registry, stack, weight
+from lora_jax.kernels import explicit
+from lora_jax.layers import linear_map, mixin, placement, projections, registry, stack, weight
 from lora_jax.lora import algebra
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.nnx import sites
@@ -74,7 +75,7 @@ class LoRALayer(mixin.Mixin):
                 y,
                 factors,
                 dropped=x if dropped is None else dropped,
-                weight=packed.product if packed else how.matrix(registry.weight_of(self)[...]),
+                weight=packed.multiplier if packed else registry.weight_of(self)[...],
                 square=_own(self, self.lora_square),
                 bias=bias,
             )
@@ -132,12 +133,28 @@ def changed_weight(layer: LoRALayer) -> weight.Computed:
 
     def compute():
         check_readable(layer, mixin.original(layer).__name__)
-        how = registry.linear_map_of(layer)
-        dense = quant_linear.dense_matrix(packed) if packed else how.matrix(
-            registry.weight_of(layer)[...])  # fmt: skip
-        return how.tensor(algebra.merged(dense, *arrays(layer)), shape)
+        how, own = registry.linear_map_of(layer), arrays(layer)
+        if packed:
+            matrix = quant_linear.dense_matrix(packed)
+            merged = placement.computed(algebra.merged, matrix.ndim - 2, matrix, *own)
+            return placement.unpacked(how, merged, shape)
+        return merged_tensor(how, registry.weight_of(layer)[...], own)
 
     return weight.Computed(shape, dtype, compute)
+
+
+def merged_tensor(
+    how: linear_map.LinearMap, tensor: jax.Array, own: Sequence[jax.Array]
+) -> jax.Array:
+    """W + scaling · A B (with DoRA, as algebra.merged) of a weight as it is stored.
+
+    own: as of `arrays`.
+    """
+
+    def compute(tensor, *own):
+        return how.tensor(algebra.merged(how.matrix(tensor), *own), tensor.shape)
+
+    return explicit.like(tensor, compute, tensor, *own)
 
 
 def check_readable(layer: LoRALayer, name: str) -> None:

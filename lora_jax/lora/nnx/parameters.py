@@ -9,14 +9,13 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from lora_jax.layers import linear_map, mixin, places, registry, weight
 from lora_jax.layers import parameters as layers
-from lora_jax.lora import algebra, targets
 from lora_jax.lora import config as lora_config
+from lora_jax.lora import targets
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import sites
 
@@ -39,9 +38,8 @@ class Companion(lora_layer.LoRALayer):
 
         def compute():
             lora_layer.check_readable(self, "parameter")
-            dense = self.linear_map.matrix(stored[...])
-            merged = algebra.merged(dense, *lora_layer.arrays(self))
-            return self.linear_map.tensor(merged, stored.shape)
+            own = lora_layer.arrays(self)
+            return lora_layer.merged_tensor(self.linear_map, stored[...], own)
 
         return weight.Computed(stored.shape, stored.dtype, compute)
 
@@ -91,15 +89,12 @@ class ParameterSite(sites.Site):
     owner: nnx.Module
     variable: nnx.Variable
 
-    def matrix(self) -> jax.Array:
-        return self.linear_map.matrix(self.variable[...])
+    @property
+    def weight(self) -> nnx.Variable:
+        return self.variable
 
     def separate(self, where: places.Places) -> None:
         """Nothing: a parameter in two places is refused."""
-
-    def set_matrix(self, matrix: jax.Array) -> None:
-        new = self.linear_map.tensor(matrix, self.variable.shape)
-        self.variable.set_value(new.astype(self.variable.dtype))
 
     def begin(self, kind: type[mixin.Mixin]) -> nnx.Module:
         setattr(self.owner, str(self.path[-1]), self.module)

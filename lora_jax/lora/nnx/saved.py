@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lora_jax import errors
-from lora_jax.layers import mixin, places, registry, weight
+from lora_jax.layers import mixin, placement, places, registry, weight
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import sites
 from lora_jax.lora.nnx.model_state import LoRAParam
@@ -96,7 +96,8 @@ class Saved(NamedTuple):
                 if isinstance(variable, nnx.Param)}  # fmt: skip
         everywhere = places.find(copied)
         for own, variable in held.items():
-            trained = LoRAParam(jnp.array(variable[...], jnp.float32))
+            array = jnp.array(variable[...], jnp.float32)
+            trained = LoRAParam(array, **placement.metadata(variable))
             for place in everywhere[own]:
                 place.put(trained)
         mixin.become(self.module, SavedLayer)

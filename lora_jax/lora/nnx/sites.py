@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import mixin, places, registry
+from lora_jax.layers import mixin, placement, places, registry
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
@@ -31,10 +31,14 @@ class Site(lora_site.Site):
     depths: tuple[int, ...] = ()
     axis: int = 0
 
+    @property
+    def weight(self) -> nnx.Variable:
+        """The variable that holds the dense weight."""
+        return registry.weight_of(self.module)
+
     def matrix(self) -> jax.Array:
         """The dense weight as matrices [*lead, K, N]."""
-        weight = jnp.moveaxis(registry.weight_of(self.module)[...], self.axis, 0)
-        return self.linear_map.matrix(weight)
+        return placement.matrix(self.linear_map, jnp.moveaxis(self.weight[...], self.axis, 0))
 
     def begin(self, kind: type[mixin.Mixin]) -> nnx.Module:
         """Makes the layer an instance of `kind`, too, and returns it."""
@@ -54,16 +58,14 @@ class Site(lora_site.Site):
 
     def separate(self, where: places.Places) -> None:
         """Gives the layer a weight of its own, if others hold the same variable."""
-        if quant_linear.packed_of(self.module) is None:
-            weight = registry.weight_of(self.module)
-            if len(where[id(weight)]) > 1:
-                name = registry.registration_of(type(self.module)).weight
-                setattr(self.module, name, weight.copy())
+        if quant_linear.packed_of(self.module) is None and len(where[id(self.weight)]) > 1:
+            name = registry.registration_of(type(self.module)).weight
+            setattr(self.module, name, self.weight.copy())
 
     def set_matrix(self, matrix: jax.Array) -> None:
         """Replaces the dense weight by the one with that matrix."""
-        weight = registry.weight_of(self.module)
-        new = self.linear_map.tensor(matrix, weight_shape(self.module))
+        weight, how = self.weight, self.linear_map
+        new = placement.tensor(how, matrix, jnp.moveaxis(weight[...], self.axis, 0))
         weight.set_value(jnp.moveaxis(new, 0, self.axis).astype(weight.dtype))
 
 

@@ -1,0 +1,48 @@
+"""How the adapters of a Flax NNX model are split over a mesh: as the weights they belong to."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.layers import placement
+from lora_jax.lora.nnx import sites
+from lora_jax.lora.nnx.model_state import LoRAParam
+from lora_jax.quant import linear as quant_linear
+
+
+def params(site: sites.Site, A: jax.Array, B: jax.Array) -> tuple[LoRAParam, LoRAParam]:
+    """A [*lead, K, R] has the weight's input axis, and B [*lead, R, N] its output axis."""
+    num_lead = len(site.lead)
+    lead = range(num_lead)
+    return _param(site, A, (*lead, num_lead, None)), _param(site, B, (*lead, None, num_lead + 1))
+
+
+def magnitude(site: sites.Site, array: jax.Array) -> LoRAParam:
+    """m [*lead, N] has the output axis."""
+    num_lead = len(site.lead)
+    return _param(site, array, (*range(num_lead), num_lead + 1))
+
+
+def _param(site: sites.Site, array: jax.Array, which: Sequence[int | None]) -> LoRAParam:
+    """A parameter whose axes are the axes `which` of the weight's matrix [*lead, K, N].
+
+    It has their mesh axes if the weight is on a mesh, and their names in Flax's metadata.
+    """
+    if packed := quant_linear.packed_of(site.module):
+        sharding, metadata = placement.sharding_of(packed.q[...]), placement.metadata(packed.q)
+    else:
+        how, weight, axis = site.linear_map, site.weight, site.axis
+
+        def turned(names):
+            return how.matrix_axes((names[axis], *names[:axis], *names[axis + 1 :]))
+
+        sharding = placement.of_matrix(how, jnp.moveaxis(weight[...], axis, 0))
+        metadata = placement.metadata(weight, turned)
+    if sharding is not None:
+        array = placement.placed(array, placement.fitting(sharding, array.shape, which))
+    if metadata:
+        names = [None if i is None else metadata["out_sharding"][i] for i in which]
+        names.insert(site.axis, names.pop(0))
+        metadata["out_sharding"] = tuple(names)
+    return LoRAParam(jnp.moveaxis(array, 0, site.axis), **metadata)

@@ -1,0 +1,245 @@
+"""Models on meshes as jax.make_mesh makes them, whose axes are Explicit; and on Auto ones."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax import config, linen, lora, quant
+
+KERNELS = {
+    "linear": lambda r: nnx.Linear(64, 32, rngs=r),
+    "general": lambda r: nnx.LinearGeneral((4, 16), (8, 4), axis=(-2, -1), rngs=r),
+    "einsum": lambda r: nnx.Einsum("btd,dnh->btnh", (64, 8, 4), (8, 4), rngs=r),
+    "embed": lambda r: nnx.Embed(64, 32, rngs=r),
+    "conv": lambda r: nnx.Conv(16, 32, (3,), rngs=r),
+}
+BATCH, WHOLE = P("data"), P()
+
+
+def make_mesh(kind=AxisType.Explicit, shape=(2, 4)):
+    return jax.make_mesh(shape, ("data", "tensor"), axis_types=(kind,) * 2)
+
+
+def inputs(kind):
+    if kind == "embed":
+        return jnp.asarray(np.arange(48).reshape(8, 6) * 7 % 64)
+    shape = {"general": (8, 6, 4, 16), "conv": (8, 6, 16)}.get(kind, (8, 6, 64))
+    return jax.random.normal(jax.random.key(5), shape)
+
+
+def results(kind, fmt, settings, mesh=None, spec=WHOLE, *, out=None, ambient=True, attend=False):
+    """(the output, gradients of the input, A and B, the output once merged; the adapted model)."""
+    within = jax.set_mesh(mesh) if mesh is not None and ambient else contextlib.nullcontext()
+    with within:
+        model = nnx.Dict(a=KERNELS[kind](nnx.Rngs(0)))
+        x = inputs("linear")[..., :32] if attend else inputs(kind)
+        if mesh is not None:
+            state = nnx.state(model)
+            for path, variable in nnx.to_flat_state(state):
+                own = P() if path[-1] == "bias" else spec
+                variable.set_value(jax.device_put(variable[...], NamedSharding(mesh, own)))
+            nnx.update(model, state)
+            x = jax.device_put(x, NamedSharding(mesh, BATCH))
+        if fmt:
+            quant.quantize_model(model, fmt)
+        lora.inject(model, config.LoRAConfig(rank=4, targets=("a",), **settings), rngs=nnx.Rngs(1))
+        model.train()
+        weights = nnx.state(model, lora.LoRAParam)
+        trained = jax.tree.map(
+            lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), weights
+        )
+        nnx.update(
+            model, jax.tree.map(lambda new, a: jax.device_put(new, a.sharding), trained, weights)
+        )
+        more = {} if out is None or mesh is None else {"out_sharding": out}
+
+        def call(model, x):
+            return model.a.attend(x, **more) if attend else model.a(x, **more)
+
+        def loss(model, x):
+            y = call(model, x)
+            return (y**2).mean(), y
+
+        wrt = nnx.DiffState(0, lora.LoRAParam)
+        wrt = wrt if x.dtype == jnp.int32 else (wrt, 1)
+        grads, y = nnx.jit(nnx.grad(loss, argnums=wrt, has_aux=True))(model, x)
+        adapted = nnx.clone(model)
+        lora.merge(model)
+        found = (y, grads, nnx.jit(call)(model, x), nnx.state(model, nnx.Param))
+        return jax.tree.map(np.asarray, found), adapted, y
+
+
+def check(kind, fmt=None, settings=None, mesh=None, spec=WHOLE, **more):
+    alone, *_ = results(kind, fmt, settings or {}, attend=more.get("attend", False))
+    found, adapted, y = results(kind, fmt, settings or {}, mesh or make_mesh(), spec, **more)
+    assert_close(alone, found)
+    return adapted, y
+
+
+def assert_close(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def spec_of(variable):
+    return variable[...].sharding.spec
+
+
+@pytest.mark.parametrize("shape, fmt", [((8, 1), None), ((1, 8), "int4")])
+def test_a_mesh_that_splits_only_the_data_or_only_the_kernel(shape, fmt):
+    check("linear", fmt, mesh=make_mesh(shape=shape), spec=P(None, "tensor"))
+
+
+@pytest.mark.parametrize("fmt", [None, "int4", "int8", "nf4"])
+def test_a_kernel_split_on_either_axis(fmt):
+    adapted, y = check("linear", fmt, spec=P("data", "tensor"))
+    assert jax.typeof(y).sharding.spec == P("data", None, "tensor")
+    assert spec_of(adapted.a.lora_A) == P("data", None)
+    assert spec_of(adapted.a.lora_B) == P(None, "tensor")
+    if fmt:
+        assert spec_of(adapted.a.q) == P("data", "tensor")
+
+
+@pytest.mark.parametrize(
+    "fmt, settings",
+    [(None, {"dropout": 0.5}), (None, {"use_dora": True}), ("int4", {"use_dora": True})],
+)
+def test_dora_and_dropout(fmt, settings):
+    check("linear", fmt, settings, spec=P("tensor"), out=P("data"))
+
+
+@pytest.mark.parametrize("fmt", [None, "int4"])
+def test_an_ambiguous_output_needs_out_sharding_as_in_flax(fmt):
+    fully_sharded = P(None, "data")
+    with pytest.raises(Exception, match="illegally sharded"):
+        results("linear", fmt, {}, make_mesh(), fully_sharded)
+    _, y = check("linear", fmt, spec=fully_sharded, out=BATCH)
+    assert jax.typeof(y).sharding.spec == P("data", None, None)
+
+
+@pytest.mark.parametrize(
+    "kind, fmt, spec, a, b",
+    [
+        ("general", "int4", P("tensor"), P("tensor", None), P(None, None)),
+        ("general", None, P(None, None, "tensor"), P(None, None), P(None, "tensor")),
+        ("einsum", "int4", P(None, "tensor"), P(None, None), P(None, "tensor")),
+    ],
+)
+def test_layers_with_several_axes(kind, fmt, spec, a, b):
+    adapted, _ = check(kind, fmt, spec=spec)
+    assert (spec_of(adapted.a.lora_A), spec_of(adapted.a.lora_B)) == (a, b)
+
+
+def test_an_embedding_and_its_attend():
+    adapted, _ = check("embed", spec=P("tensor"), out=BATCH)
+    assert spec_of(adapted.a.lora_embedding_A) == P("tensor", None)
+    check("embed", settings={"use_dora": True}, spec=P("tensor"), attend=True)
+
+
+def test_a_convolution():
+    check("conv", settings={"use_dora": True}, spec=P(None, None, "tensor"), out=BATCH)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_arrays_follow_the_kernel_without_an_ambient_mesh(kind):
+    adapted, _ = check(
+        "general", "int4", mesh=make_mesh(kind), spec=P(None, None, "tensor"), ambient=False
+    )
+    assert spec_of(adapted.a.lora_B) == P(None, "tensor")
+    assert spec_of(adapted.a.quantized.q) == P(None, "tensor")
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs, named):
+        names = {"kernel_metadata": {"out_sharding": (None, "tensor")}} if named else {}
+        self.up = nnx.Linear(64, 32, rngs=rngs, **names)
+        self.down = nnx.Linear(32, 64, rngs=rngs)
+
+    def __call__(self, x):
+        out = {} if jax.sharding.get_abstract_mesh().empty else {"out_sharding": BATCH}
+        return x + self.down(nnx.relu(self.up(x)), **out)
+
+
+@pytest.mark.parametrize("fmt", [None, "int4"])
+def test_a_scanned_stack_with_remat_has_the_metadata_of_its_kernels(fmt):
+    def found(mesh):
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            make = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: Block(rngs, named=mesh)))
+            model, x = nnx.Dict(layers=make(nnx.Rngs(0))), inputs("linear")
+            if mesh:
+                x = jax.device_put(x, NamedSharding(mesh, BATCH))
+            if fmt:
+                quant.quantize_model(model, fmt)
+            settings = config.LoRAConfig(rank=4, targets=("up", "down"))
+            lora.inject(model, settings, rngs=nnx.Rngs(1))
+
+            def loss(model, x):
+                body = nnx.scan(
+                    nnx.remat(lambda x, block: block(x)),
+                    in_axes=(nnx.Carry, 0), out_axes=nnx.Carry,
+                )  # fmt: skip
+                y = body(x, model.layers)
+                return (y**2).mean()
+
+            wrt = nnx.DiffState(0, lora.LoRAParam)
+            return nnx.jit(nnx.value_and_grad(loss, argnums=wrt))(model, x), model
+
+    (alone, _), (sharded, model) = found(None), found(make_mesh())
+    assert_close(alone, sharded)
+    A, B = model.layers.up.lora_A, model.layers.up.lora_B
+    assert A.get_metadata()["out_sharding"] == (None, None, None)
+    assert B.get_metadata()["out_sharding"] == (None, None, "tensor") == tuple(spec_of(B))
+
+
+@pytest.mark.parametrize("fmt, use_dora", [("none", False), ("int4", True)])
+def test_linen(fmt, use_dora):
+    def dense(features, *names):
+        return nn.Dense(
+            features, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), names)
+        )
+
+    module, x = (
+        nn.Sequential([dense(128, None, "tensor"), nn.relu, dense(32, None, None)]),
+        inputs("linear"),
+    )
+    params = module.init(jax.random.key(0), x)["params"]
+    adapted = linen.adapt(
+        module, config.LoRAConfig(rank=4, targets="all-linear", use_dora=use_dora), x, quant=fmt
+    )
+
+    def found(params, x):
+        variables = adapted.init(jax.random.key(1), params)
+        names = variables["lora"]
+        lora = jax.tree.map(
+            lambda a: jax.device_put(np.asarray(a) + 0.1, a.sharding), variables["lora"]
+        )
+
+        def loss(lora, x):
+            y = adapted.apply({**variables, "lora": lora}, x)
+            return (y**2).mean(), y
+
+        grads, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(lora, x)
+        merged = adapted.merge({**variables, "lora": lora})
+        return jax.tree.map(np.asarray, (y, grads, merged)), names
+
+    alone, _ = found(params, x)
+    with jax.set_mesh(mesh := make_mesh()):
+
+        def place(array):
+            spec = array.get_partition_spec() if isinstance(array, nn.Partitioned) else P()
+            return jax.device_put(array, NamedSharding(mesh, spec))
+
+        boxed = lambda part: isinstance(part, nn.Partitioned)  # noqa: E731
+        placed = jax.tree.map(place, params, is_leaf=boxed)
+        sharded, names = found(placed, jax.device_put(x, NamedSharding(mesh, BATCH)))
+    assert_close(alone, sharded)
+    B = names["layers_0"]["lora_B"]
+    assert B.names == (None, "tensor") == tuple(B.value.sharding.spec)
+    assert names["layers_0"]["lora_A"].names == (None, None)
