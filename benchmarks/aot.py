@@ -4,7 +4,8 @@ python benchmarks/aot.py              all RUNS, each in its own process → benc
 python benchmarks/aot.py CASE TARGET  one run → one line of JSON
 AOT_HLO=FILE in the environment       writes the text of the compiled program to FILE
 
-Needs pip install "lora-jax[aot]". Nothing runs; the results come from the compiled program: its
+Needs pip install "lora-jax[train,aot]".
+Nothing runs; the results come from the compiled program: its
 memory, its kernels and collectives, the weights that it writes to memory, spilled registers, and
 the cycles of a TPU kernel's loop.
 """

@@ -3,7 +3,8 @@
 python benchmarks/features.py             all cases, each in its own process → features.md
 python benchmarks/features.py CASE TARGET one case → one line of JSON
 
-Needs pip install "lora-jax[aot]". Nothing runs: memory is what the compiler plans for one device.
+Needs pip install "lora-jax[train,aot]".
+Nothing runs: memory is what the compiler plans for one device.
 """
 
 import dataclasses

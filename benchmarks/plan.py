@@ -2,7 +2,8 @@
 
 python benchmarks/plan.py [--cache FOLDER] [--only WORD]      → benchmarks/plan.md
 
-Needs pip install "lora-jax[aot]". Each run is compiled once, in its own process. Its result stays
+Needs pip install "lora-jax[train,aot]".
+Each run is compiled once, in its own process. Its result stays
 in the cache until the sources or the compilers change, so an interrupted comparison can continue.
 With --only, runs whose printed line contains WORD are compiled; the others come from the cache.
 """

@@ -7,7 +7,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from lora_jax import errors
+from lora_jax import errors, extras
 
 # Root-level files that the loaders read. Never a pickle (*.bin, *.pth), never code (*.py).
 _BESIDE_WEIGHTS = [
@@ -54,6 +54,7 @@ def adapter_folder(name: str, revision: str | None = None) -> pathlib.Path:
 
 
 def _downloaded(name: str, revision: str | None, kind: str) -> pathlib.Path:
+    extras.require("huggingface_hub", any_version=True)
     import huggingface_hub
 
     with readable_errors(name, revision, kind=kind):
@@ -78,6 +79,7 @@ def config_folder(name: str, revision: str | None = None) -> pathlib.Path:
     if local := _local_folder(name):
         return local
 
+    extras.require("huggingface_hub", any_version=True)
     import huggingface_hub
 
     with readable_errors(name, revision, kind="model"):
@@ -91,6 +93,7 @@ def tokenizer_folder(name: str, revision: str | None = None) -> pathlib.Path:
     if local := _local_folder(name):
         return local
 
+    extras.require("huggingface_hub", any_version=True)
     import huggingface_hub
 
     with readable_errors(name, revision, kind="model"):

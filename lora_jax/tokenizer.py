@@ -11,7 +11,7 @@ import tempfile
 import typing
 from collections.abc import Iterable, Sequence
 
-from lora_jax import errors, hub
+from lora_jax import errors, extras, hub
 
 if typing.TYPE_CHECKING:
     import tokenizers
@@ -37,6 +37,7 @@ def load(
     Raises:
       errors.UserError: the tokenizer is missing or unreadable, or sentencepiece is not installed.
     """
+    extras.require("transformers", "tokenizers")  # older ones add bos and eos in other ways
     folder = pathlib.Path(folder)
     if adapter is not None:
         own = pathlib.Path(adapter)

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from lora_jax import console, errors
+from lora_jax import console, errors, extras
 from lora_jax.parallel import cluster, processes, rendezvous
 from lora_jax.training.output import run_folder
 from lora_jax.training.settings import assemble, groups, names
@@ -107,6 +107,7 @@ class Flags:
     def raw(self, argv: list[str] | None) -> tuple[Given, list[errors.UserError]]:
         """(the typed flags, what is wrong so far). Settings of a run are still texts."""
         known, unknown = self.parser.parse_known_args(argv)
+        extras.require()  # after --help, which needs none of them
         typed = {name: value for name, value in vars(known).items() if value is not None}
         problems: list[errors.UserError] = []
         if unknown:

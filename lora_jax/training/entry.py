@@ -3,7 +3,7 @@
 import pathlib
 from typing import TYPE_CHECKING
 
-from lora_jax import assets, console
+from lora_jax import assets, console, extras
 from lora_jax.console import say
 from lora_jax.parallel import processes
 from lora_jax.training.output import run_folder
@@ -22,6 +22,7 @@ def run(settings: groups.TrainSettings) -> "loop.Steps":
     iterating, the run saves a checkpoint and stops; `resume` continues from there.
     Raises: UserError if the settings do not suit each other, the model, the data or the devices.
     """
+    extras.require()
     return _run(assemble.checked(settings))
 
 
@@ -44,6 +45,7 @@ def resume(output_dir: str, **given: groups.Value) -> "loop.Steps":
     given: settings that may change when a run is resumed, see settings.resumed. They are checked at
     this call.
     """
+    extras.require()
     return _resume(output_dir, assemble.given_to_resume(given))
 
 

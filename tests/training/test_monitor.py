@@ -136,7 +136,7 @@ def test_tensorboard_gets_every_metric(tmp_path):
 
 
 def test_a_missing_dashboard_package_is_reported_before_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     message = cli.refused("train", "--report-to", "tensorboard", "--output-dir", tmp_path / "run")
     assert "pip install tensorboardX" in message and not (tmp_path / "run").exists()
 
