@@ -97,6 +97,7 @@ def test_nulls_that_a_table_adds_to_objects_are_removed(tmp_path):
 
 
 def test_json_in_tables_keeps_its_nulls(tmp_path):
+    pytest.importorskip("datasets", "4.7", reason="older ones write no JSON into tables")
     rows = {"text": ["x", "y"], "tools": [[{"b": 2**40}, {"c": None}], [{"d": {"e": []}}]]}
     dataset = datasets.Dataset.from_dict(rows, on_mixed_types="use_json")
     dataset.to_parquet(tmp_path / "x.parquet")
