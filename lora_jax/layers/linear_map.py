@@ -143,7 +143,7 @@ class Einsum(LinearMap):
     def multiply(
         self, x: Num[Array, "..."], *factors: Factor, shape: Sequence[int]
     ) -> Num[Array, "..."]:
-        axes_x, axes_y = _expanded(self.x, x.ndim), _expanded(self.y, x.ndim, like=self.x)
+        axes_x, axes_y = expanded(self.x, x.ndim), expanded(self.y, x.ndim, like=self.x)
         free = [axis for axis in axes_x if axis not in self.w]
         order = [*self.batch, *free, *self.inputs]
         sizes = dict(zip(axes_x, x.shape, strict=True))
@@ -163,7 +163,7 @@ class Einsum(LinearMap):
         sizes = dict(zip(self.w, shape[len(shape) - self.ndim :], strict=True))
         own = self.batch + self.outputs
         values = values.reshape([sizes[axis] for axis in own])
-        axes_y = _expanded(self.y, ndim)
+        axes_y = expanded(self.y, ndim)
         values = values.transpose(*(own.index(axis) for axis in axes_y if axis in own))
         missing = [i for i, axis in enumerate(axes_y) if axis not in own]
         return jnp.expand_dims(values, missing)
@@ -282,13 +282,14 @@ def _product(x, matrix, batch=0):
         return matrix(x)
     if not batch:
         return matmul.matmul(x, matrix)
-    middle = x.reshape(*x.shape[:batch], math.prod(x.shape[batch:-1]), x.shape[-1])
+    rows = math.prod(x.shape[batch:-1])
+    middle = x.reshape(*x.shape[:batch], rows, x.shape[-1])
     y = jnp.matmul(middle, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-def _expanded(axes: str, ndim: int, like: str | None = None) -> list[str]:
-    """The axes one by one; an ellipsis becomes as many numbered axes as it stands for.
+def expanded(axes: str, ndim: int, like: str | None = None) -> list[str]:
+    """The axes of an operand one by one; an ellipsis becomes numbered axes, as many as it means.
 
     like: the axes of the operand that has `ndim` axes, if that is another one.
     """

@@ -100,7 +100,7 @@ def merged(
     """W + s · A B in W's dtype; with DoRA its columns have the length `magnitude`."""
     whole = weight.astype(jnp.float32) + delta(A, B, scaling)
     if magnitude is not None:
-        length = jnp.sqrt(squares(whole))
+        length = lax.stop_gradient(jnp.sqrt(squares(whole)))
         whole = whole * stretch(magnitude, length, scaling)[..., None, :]
     return whole.astype(weight.dtype)
 

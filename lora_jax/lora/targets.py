@@ -50,7 +50,7 @@ def select(
     kinds = ("linear",) if config.targets == ALL_LINEAR else ("linear", "embedding", "conv", "")
     taken = [path for path, layer in layers.items() if layer.kind in kinds]
     chosen = [path for path in taken if is_chosen(path, config)]
-    unmatched = list(_unmatched(taken, config)) if strict else []
+    unmatched = list(_unmatched(taken, layers, config)) if strict else []
     refused = [f"{path} {layers[path].problem}" for path in chosen if layers[path].problem]
     if strict and config.targets != ALL_LINEAR:
         refused += [f"{path} is not a layer itself" for path in _around(layers, chosen, config)]
@@ -188,7 +188,9 @@ def layer_config(path: str, out_features: int, config: lora_config.LoRAConfig) -
     return LayerConfig(rank * len(kept), scaling(path, rank, config), kept)
 
 
-def _unmatched(paths: list[str], config: lora_config.LoRAConfig):
+def _unmatched(paths: list[str], modules: Iterable[str], config: lora_config.LoRAConfig):
+    """The settings that match nothing; what is excluded may be any module."""
+
     def each(names):
         return [names] if isinstance(names, str) else [(name,) for name in names]
 
@@ -196,7 +198,7 @@ def _unmatched(paths: list[str], config: lora_config.LoRAConfig):
         if not any(is_chosen(p, config) and matches(p, target) for p in paths):
             yield f"target {_shown(target)} matches nothing"
     for name in each(config.exclude):
-        if not any(matches(path, name) for path in paths):
+        if not any(matches(path, name) for path in modules):
             yield f"exclude {_shown(name)} matches nothing"
     present = {_layer(path, config.layers_pattern) for path in paths}
     for layer in config.layers or ():

@@ -166,8 +166,8 @@ def test_a_quantized_base_computes_with_the_dequantized_weights(fmt, use_dora):
     module, params = made()
     adapted = linen.adapt(module, config(use_dora=use_dora), IDS, quant=fmt, exclude=("lm_head",))
     variables = moved(adapted.init(jax.random.key(1), params))
-    layers = variables["params"]["layers"]
-    assert "kernel" not in layers["query"] and layers["query"]["packed"]["q"].shape[0] == 3
+    layers, packed = (variables[name]["layers"]["query"] for name in ("params", "quantized"))
+    assert "kernel" not in layers and packed["kernel"]["q"].shape[0] == 3
     assert "kernel" in variables["params"]["lm_head"] and "kernel" in variables["params"]["conv"]
     y = jax.jit(adapted.apply)(variables, IDS)
     dense = adapted.merge(variables)
@@ -308,8 +308,20 @@ def test_a_registered_class_names_its_einsum():
     y, base = adapted.apply(variables, x), module.apply({"params": params}, x)
     assert np.abs(y - base)[1].max() > 0.1
     np.testing.assert_allclose(module.apply({"params": adapted.merge(variables)}, x), y, atol=1e-4)
-    with pytest.raises(errors.UserError, match=r"(?s)calls of a layer that multiply.*kv"):
-        linen.find(Projections(twice=True), x)
+
+
+def test_a_layer_that_is_called_in_two_ways_is_adapted_through_its_weight():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
+    module = Projections(twice=True)
+    params = module.init(jax.random.key(0), x)["params"]
+    adapted = linen.adapt(module, config(targets=("kv",)), x)
+    variables = moved(adapted.init(jax.random.key(1), params))
+    for y, merged in zip(
+        adapted.apply(variables, x),
+        module.apply({"params": adapted.merge(variables)}, x),
+        strict=True,
+    ):
+        np.testing.assert_allclose(y, merged, atol=1e-5)
 
 
 class Shared(nn.Module):
@@ -342,22 +354,21 @@ class Awkward(nn.Module):
 
 def test_what_cannot_be_adapted_is_never_skipped_silently():
     module, x = Awkward(), jnp.ones((1, 5, 4))
-    linen.adapt(module, config(targets=("a",)), x)
     linen.adapt(module, config(targets="all-linear", exclude=("shared",)), x)
-    misplaced = "shared holds a Misplaced without its registered parameter 'w'"
+    weight = "holds a Misplaced without its registered parameter 'w'; its weights are shared.other"
     for targets, found in (
-        (("a", "groups"), "groups has feature_group_count 2"),
-        (("a", "mask"), "mask has a mask"),
         ("a|norm", "norm is of class RMSNorm, which is not registered"),
-        (("a", "shared"), misplaced),
-        ("all-linear", misplaced),
+        (("a", "shared"), f"shared {weight}"),
     ):
         with pytest.raises(errors.UserError) as raised:
             linen.adapt(module, config(targets=targets), x)
         assert raised.value.found == found
-    with pytest.raises(errors.UserError, match=misplaced):
-        linen.adapt(module, None, x, quant="int8")
-    linen.adapt(module, None, x, quant="int8", exclude=("shared",))
+    adapted = linen.adapt(module, config(targets="all-linear"), x, quant="int8")
+    left = "a parameter of a Misplaced that is not registered"
+    assert adapted.left["shared.other"] == (
+        f"not adapted: {left}; name it in the targets; not quantized: {left}"
+    )
+    assert set(adapted.layer_configs) == adapted.packs == {("a",)}
 
 
 def test_lora_dense_is_a_dense_layer_with_an_adapter():

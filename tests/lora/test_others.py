@@ -212,13 +212,15 @@ def test_their_linen_gemma_is_adapted(fmt, tmp_path):
 
     optimizer = adamw.make(optim_config.OptimConfig(lr=1e-2, warmup=0), 5)
 
+    packed = {"quantized": variables.pop("quantized")} if fmt != "none" else {}
+
     @jax.jit
     def step(variables, state):
         def loss(variables):
-            logits = run(variables)
+            logits = run({**variables, **packed})
             return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS[::-1]).mean()
 
-        value, gradient = jax.value_and_grad(loss, allow_int=True)(variables)
+        value, gradient = jax.value_and_grad(loss)(variables)
         updates, state = optimizer.update(gradient, state, variables)
         return optax.apply_updates(variables, updates), state, value
 
@@ -232,6 +234,7 @@ def test_their_linen_gemma_is_adapted(fmt, tmp_path):
                            variables["lora"])  # fmt: skip
     assert all(jax.tree.leaves(changed))
 
+    variables |= packed
     trained = run(variables)
     assert np.abs(trained - base).max() > 0.01
     peft.write(tmp_path, adapted.collect(variables))

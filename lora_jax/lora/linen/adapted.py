@@ -1,25 +1,27 @@
-"""Low-rank adapters for Flax Linen models, whose modules stay unedited.
+"""A Flax Linen model with low-rank adapters, whose module stays unedited.
 
     adapted = linen.adapt(model, config, x)      # from shapes alone
     variables = adapted.init(key, params)        # {"params": …, "lora": A and B}
     y = adapted.apply(variables, x)
 
-Calls of the model's layers are intercepted (flax.linen.intercept_methods). In the model, A and B
-are in params beside the layer's own parameters, so that nn.scan, nn.vmap and nn.remat treat them
-alike. Outside they are the collection `lora`.
+Calls of the model's layers are intercepted (flax.linen.intercept_methods) and get x A B added. In
+the model, A and B are in params beside the layer's own parameters, so that nn.scan, nn.vmap and
+nn.remat treat them alike. Outside they are the collection `lora`. A weight that the model reads in
+any other way is replaced by W + scaling · A B in params.
 """
 
+import collections
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import core, traverse_util
 from flax import linen as nn
-from flax import traverse_util
 from jaxtyping import PRNGKeyArray
 
 from lora_jax import errors
@@ -27,75 +29,46 @@ from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, pissa, targets
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.linen import calls, second_uses, sharding, weights
+from lora_jax.lora.linen import boxes as boxing
+from lora_jax.lora.linen import calls, reads, summary, tracing, weights
 from lora_jax.lora.linen import saved as linen_saved
-from lora_jax.lora.linen import sites as linen_sites
 from lora_jax.lora.linen.sites import Params, Path, Site
-from lora_jax.lora.linen.weights import Flat
-from lora_jax.quant import formats
-
-
-def adapt(
-    module: nn.Module,
-    config: lora_config.LoRAConfig | None,
-    *args: Any,
-    quant: str = "none",
-    exclude: tuple[str, ...] = ("lm_head",),
-    strict: bool = True,
-    **kwargs: Any,
-) -> "Adapted":
-    """`module` with adapters on the layers that `config` targets, on a base in the format `quant`.
-
-    args, kwargs: of a call of the module, arrays or their shapes; nothing is computed.
-    config: None for a quantized base alone. exclude: names of layers that are not quantized.
-    strict: settings that match nothing are an error; files of other programs have such settings.
-    Raises: UserError if a target matches nothing, with the names that exist, or matches something
-    that cannot be adapted; if the weight of a layer to quantize is not found; if the model reads
-    such a weight in a second place.
-    """
-    if quant != "none":
-        formats.codes(quant)  # raises if unknown
-    sites, others, params = linen_sites.survey(module, *args, **kwargs)
-    chosen: dict[Path, lora_site.LayerConfigs] = {}
-    saved: tuple[Path, ...] = ()
-    if config is not None:
-        found = lora_site.select(sites, config, others, strict=strict)
-        chosen = {site.path: own for site, own in zip(sites, found, strict=True) if any(own)}
-        saved = linen_saved.choose(params, config.modules_to_save)
-    packs: set[Path] = set()
-    if quant != "none":
-        packs = weights.to_pack(sites, others, quant, exclude) - set(saved)
-        if not packs:
-            raise errors.UserError(
-                expected=f"linear layers to quantize to {quant}",
-                found="none that is not excluded",
-                where=", ".join(".".join(site.path) for site in sites) or type(module).__name__,
-            )
-    changed = [site for site in sites if site.path in packs | chosen.keys()]
-    second_uses.refuse(module, changed, args, kwargs)
-    return Adapted(module, config, quant, sites, chosen, frozenset(packs), saved)
+from lora_jax.lora.linen.weights import PACKED, Base, Flat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
-    """A Linen model with adapters; made by `adapt`.
+    """A Linen model with adapters; made by `adapt`. `print` shows what was taken and left.
 
-    Its variables are `params`, and `lora`, which is trained, in float32: lora_A [*stack, K, R] and
-    lora_B [*stack, R, N] under the path of each adapted layer. If adapters need constants computed
-    from the base, there is a collection `lora_constants` too.
+    Its variables are `params`; `quantized`, the arrays of packed weights, by their parameters'
+    paths; and `lora`, which is trained, in float32: lora_A [*stack, K, R] and lora_B [*stack, R, N]
+    under the path of each adapted layer or parameter. If adapters need constants computed from the
+    base, there is a collection `lora_constants` too. Boxes, such as nn.Partitioned, stay as they
+    are, and new arrays get boxes like those of their weight.
     """
 
     module: nn.Module
     config: lora_config.LoRAConfig | None
     quant: str
     sites: tuple[Site, ...]  # all, also those that are not adapted
-    layer_configs: Mapping[Path, lora_site.LayerConfigs]  # of the adapted sites
-    packs: frozenset[Path]  # the quantized sites
+    layer_configs: Mapping[Path, lora_site.LayerConfigs]  # by Site.at, of the adapted sites
+    packs: frozenset[Path]  # Site.at of the quantized sites
     saved: tuple[Path, ...]  # the fully trained modules
+    left: Mapping[str, str]  # why a weight is not adapted or not quantized, by its name
+    shapes: Mapping[str, Params] = dataclasses.field(repr=False)  # of the module's variables
+    examples: tuple[tracing.Call, ...] = dataclasses.field(repr=False)
+    _known: dict[Any, frozenset[Path]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        """A line for each weight of two or more axes: what it has, and why it lacks something."""
+        base = Base.of(self.shapes, self.quant)
+        found = [self._products(base, call, None, {}) for call in self.examples]
+        return summary.text(self, frozenset.intersection(*found))
 
     def init(self, key: PRNGKeyArray, params: Params) -> dict[str, Params]:
         """Variables with new adapters on `params`, which it quantizes if `quant` is a format.
 
+        params: the collection, or all variables, whose other collections are kept.
         The model's output does not change (except by rounding): B = 0. With PiSSA, A B is
         subtracted from params before they are quantized.
         Raises: UserError if params are not those of this model.
@@ -103,27 +76,28 @@ class Adapted:
         base, factors, start = self._base(params), {}, {}
         if self.config is not None and self.config.init_lora_weights != "default":
             linear = (site for site in self._adapted() if site.kind == "linear")
-            pissa.check((site, self.layer_configs[site.path]) for site in linear)
+            pissa.check((site, self.layer_configs[site.at]) for site in linear)
         for site in self._adapted():
-            configs = self.layer_configs[site.path]
+            configs = self.layer_configs[site.at]
             if self.config.init_lora_weights == "default" or site.kind != "linear":
-                own = jax.random.fold_in(key, zlib.crc32(".".join(site.path).encode()))
-                factors[site.path] = *lora_site.initial(site, configs, own), None
+                own = jax.random.fold_in(key, _number(site))
+                factors[site.at] = *lora_site.initial(site, configs, own), None
             else:
-                A, B = start[site.path] = self._principal(site, base)
-                factors[site.path] = A, B, None
-        return self._variables(base, sharding.boxes(params), factors, start)
+                A, B = start[site.at] = self._principal(site, base)
+                factors[site.at] = A, B, None
+        return self._variables(base, factors, start)
 
     def attach(self, params: Params, adapter: lora_adapter.Adapter) -> dict[str, Params]:
         """Variables with the A and B of an adapter from a model of any framework.
 
+        params: see `init`.
         Raises: UserError that lists everything that does not fit, see Adapter.check; if the adapter
         has no effect, or has settings with which this config computes something else; if params
         are not those of this model.
         """
         base = self._base(params)
         names = {name: own for site in self._adapted()
-                 for name, own in zip(site.names, self.layer_configs[site.path], strict=True)
+                 for name, own in zip(site.names, self.layer_configs[site.at], strict=True)
                  if own}  # fmt: skip
         layers = {name: site.layer for site in self.sites for name in site.names}
         saved = {tensor.name: tensor.shape for tensor in self._tensors(base)}
@@ -136,9 +110,9 @@ class Adapted:
             if not math.isclose(given := adapter.scaling(name), own.scaling, rel_tol=1e-6):
                 problems.append(f"{name} is scaled by {given:g}, in this model by {own.scaling:g}")
         for site in self._adapted():
-            configs = self.layer_configs[site.path]
+            configs = self.layer_configs[site.at]
             filled = lora_site.filled(site, configs, adapter.factors, adapter.config.use_dora)
-            factors[site.path], mask = filled, lora_site.mask(site, configs)
+            factors[site.at], mask = filled, lora_site.mask(site, configs)
             if mask is not None and (filled[1] * (1 - mask)).any():
                 problems.append(f"{site.names[0]} has B outside the adapted parts")
         if problems:
@@ -148,24 +122,44 @@ class Adapted:
                 where="the adapter",
                 do="linen.adapt(module, adapter.config, …)",
             )
-        return self._variables(base, sharding.boxes(params), factors, {}, adapter.saved)
+        return self._variables(base, factors, {}, adapter.saved)
 
     def apply(
         self,
         variables: Mapping[str, Params],
         *args: Any,
         rngs: Mapping[str, PRNGKeyArray] | None = None,
+        method: str | Callable | None = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
         **kwargs: Any,
     ) -> Any:
-        """module.apply with the adapters. rngs: a key named `lora` turns their dropout on."""
+        """module.apply with the adapters. rngs: a key named `lora` turns their dropout on.
+
+        Raises: UserError for dropout on a weight that this call reads in another way than by a
+        product, so that the adapter has no input of its own.
+        """
         rngs = dict(rngs or {})
-        merged = self._merged(variables, rngs.pop("lora", None))
-        own = ("params", "lora", "lora_constants")
-        others = {name: part for name, part in variables.items() if name not in own}
+        key = rngs.pop("lora", None)
+        key = key if self.config is not None and self.config.dropout else None
+        base, call = Base.of(variables, self.quant), tracing.Call(*args, method=method, **kwargs)
+        if mutable is not False:
+            mutable = core.scope.subtract_filters(mutable, ("params", *weights.OWN))
+        settings = {"mutable": mutable, "capture_intermediates": capture_intermediates}
+        trained = weights.flat(variables.get("lora", {}))
+        for of_base, copied in linen_saved.copies(self.saved, trained):
+            base.params[of_base] = trained.pop(copied).astype(base.params[of_base].dtype)
+        direct = self._products(base, call, rngs, settings)
+        constants = weights.flat(variables.get("lora_constants", {}))
+        params = self._merged(base, trained, constants, direct, key)
+        sites = [site for site in self.sites if site.at in direct]
         rate = 0.0 if self.config is None else self.config.dropout
-        intercept = calls.interceptor(self.sites, self.quant, rate)
-        with linen_sites.intercepted(intercept, self):
-            return self.module.apply({"params": merged, **others}, *args, rngs=rngs, **kwargs)
+        intercept = calls.interceptor(sites, self.quant, rate)
+        with tracing.intercepted(intercept, (self, direct)):
+            return self.module.apply(
+                {"params": params, **base.others}, *args, rngs=rngs, method=call.of(self.module),
+                **settings, **kwargs,
+            )  # fmt: skip
 
     def collect(
         self, variables: Mapping[str, Params], *, base_model: str | None = None
@@ -178,38 +172,41 @@ class Adapted:
         constants = weights.flat(variables.get("lora_constants", {}))
         for site in self._adapted():
             A, B, _, *magnitude = self._arrays(site, trained)
-            start = tuple(constants.get((*site.path, name)) for name in _START)
+            start = tuple(constants.get((*site.at, name)) for name in _START)
             start = None if start[0] is None else start
-            configs = zip(site.names, self.layer_configs[site.path], strict=True)
+            configs = zip(site.names, self.layer_configs[site.at], strict=True)
             for index, (name, own) in enumerate(configs):
                 if own:
                     arrays = own.rank, A, B, *(magnitude or [None]), start
                     found[name] = lora_site.collected(site, index, *arrays)
-        base, saved = weights.flat(variables["params"]), {}
+        base, saved = Base.of(variables, self.quant), {}
         for tensor in self._tensors(base):
             array = tensor.layer(trained[(*tensor.path, "modules_to_save", *tensor.end)])
-            array = array.astype(base[(*tensor.path, *tensor.end)].dtype)
+            array = array.astype(base.params[(*tensor.path, *tensor.end)].dtype)
             saved[tensor.name] = np.asarray(array).transpose(tensor.turn)
         ranks = {name: own.B.shape[0] for name, own in found.items()}
         config = targets.with_ranks(self.config, ranks)
         return lora_adapter.Adapter(config, found, saved, base_model)
 
     def merge(self, variables: Mapping[str, Params]) -> Params:
-        """params with W + scaling · A B instead of W, all of them dense.
+        """params with W + scaling · A B instead of W, all of them dense; the tree that `init` got.
 
         Raises: UserError if there are adapters and variables have no "lora".
         """
-        base = weights.flat(variables["params"])
+        base = Base.of(variables, self.quant)
         trained = self._trained(variables) if self.layer_configs or self.saved else {}
+        of_module = boxing.of(self.shapes["params"])
         for site in self.sites:
-            if site.path in self.layer_configs:
-                own = self._matrix(site, base), *self._arrays(site, trained)
-                weights.store(site, base, lora_site.each(algebra.merged, site.lead, *own))
-            elif site.path in self.packs:
-                weights.store(site, base, self._matrix(site, base))
+            if site.key not in base.params and (*site.key, "q") in base.boxes:
+                base.boxes[site.key] = of_module[site.key]
+            if site.at in self.layer_configs:
+                own = base.matrix(site), *self._arrays(site, trained)
+                base.store(site, lora_site.each(algebra.merged, site.lead, *own))
+            elif site.at in self.packs:
+                base.store(site, base.matrix(site))
         for of_base, copied in linen_saved.copies(self.saved, trained):
-            base[of_base] = trained[copied].astype(base[of_base].dtype)
-        return traverse_util.unflatten_dict(base)
+            base.params[of_base] = trained[copied].astype(base.params[of_base].dtype)
+        return base.collections()["params"]
 
     def _trained(self, variables: Mapping[str, Params]) -> Flat:
         """The collection "lora", flat. Raises: UserError if it is missing."""
@@ -221,94 +218,138 @@ class Adapted:
             )
         return weights.flat(variables["lora"])
 
-    def _base(self, params: Params) -> Flat:
-        return weights.check(self.sites, params, type(self.module).__name__)
+    def _base(self, given: Mapping[str, Any]) -> Base:
+        base = Base.of(given, self.quant)
+        base.check(self.sites, type(self.module).__name__)
+        return base
 
     def _adapted(self) -> Iterator[Site]:
-        return (site for site in self.sites if site.path in self.layer_configs)
+        return (site for site in self.sites if site.at in self.layer_configs)
 
-    def _variables(self, base, boxes, factors, start, given=None) -> dict[str, Params]:
+    def _products(self, base: Base, call: tracing.Call, rngs, settings) -> frozenset[Path]:
+        """Site.at of the changed sites whose weight the call reads only by products."""
+        sites = [site for site in self.sites if site.at in self.packs | self.layer_configs.keys()]
+        given = tracing.signature((base.others, rngs, call.args, dict(call.kwargs)))
+        known = given, call.method, repr(settings)
+        if given is None or known not in self._known:
+            found = reads.only_by_products(
+                self.module, sites, base.shapes(sites), base.others, call, rngs=rngs, **settings
+            )
+            if given is None:
+                return found
+            self._known[known] = found
+        return self._known[known]
+
+    def _variables(self, base: Base, factors, start, given=None) -> dict[str, Params]:
         """The collections.
 
-        base: params, flat and not yet quantized. boxes: see sharding.boxes. factors: {path: (A, B,
-        magnitude or None)}.
-        start: {path: PiSSA's A and B}. given: values of fully trained modules.
+        base: not yet quantized. factors: {Site.at: (A, B, magnitude or None)}.
+        start: {Site.at: PiSSA's A and B}. given: values of fully trained modules.
         """
+        of_module, boxes = boxing.of(self.shapes["params"]), {}
         # Copies, because a training step may reuse the memory of A and B.
-        constants = {(*path, name): jnp.array(array) for path, own in start.items()
+        constants = {(*at, name): jnp.array(array) for at, own in start.items()
                      for name, array in zip(_START, own, strict=True)}  # fmt: skip
         for site in self.sites:
-            if site.path in self.packs and (*site.path, site.weight) in base:
-                weights.pack(site, base, self.quant)
-        trained = {}
+            if site.key in base.boxes or (*site.key, "q") in base.boxes:
+                boxes[site.at] = base.boxes.get(site.key) or of_module[site.key]
+            if site.at in self.packs and site.key in base.params:
+                base.pack(site)
+        trained, boxed = {}, {}
         for site in self._adapted():
-            A, B, magnitude = factors[site.path]
+            A, B, magnitude = factors[site.at]
+            own = {"lora_A": (A, "K."), "lora_B": (B, ".N")}
             if self.config.use_dora:
-                weight, scaling = self._matrix(site, base), self._scaling(site)
+                weight, scaling = base.matrix(site), self._scaling(site)
                 length = lora_site.each(algebra.lengths, site.lead, weight, A, B, scaling)
                 if magnitude is not None:
                     length = jnp.where(scaling[..., 0] == 0, length, magnitude)
-                length = sharding.magnitude(site, base, boxes, length)
-                trained[(*site.path, "lora_magnitude_vector")] = length
-                if site.path in self.packs:
+                own["lora_magnitude_vector"] = length, "N"
+                if site.at in self.packs:
                     square = lora_site.each(algebra.squares, site.lead, weight)
-                    constants[(*site.path, "lora_square")] = square
-            A, B = sharding.params(site, base, boxes, A, B)
-            trained[(*site.path, "lora_A")], trained[(*site.path, "lora_B")] = A, B
+                    constants[(*site.at, "lora_square")] = square
+            for name, (array, ends) in own.items():
+                key = (*site.at, name)
+                trained[key] = base.placed(site, array, ends)
+                if site.at in boxes:
+                    boxed[key] = boxing.beside(site, boxes[site.at], array, ends)
         for path in self.saved:
-            for key in [key for key in base if key[: len(path)] == path]:
+            for key in [key for key in base.params if key[: len(path)] == path]:
                 copied = (*path, "modules_to_save", *key[len(path) :])
-                trained[copied] = jnp.array(base[key], jnp.float32)
+                trained[copied] = jnp.array(base.params[key], jnp.float32)
+                if key in base.boxes:
+                    boxed[copied] = base.boxes[key]
         for tensor in self._tensors(base) if given else ():
             key = (*tensor.path, "modules_to_save", *tensor.end)
             array = given[tensor.name].astype(np.float32).transpose(np.argsort(tensor.turn))
             trained[key] = tensor.filled(trained[key], array)
-        found = {"params": base, "lora": trained} | (
-            {"lora_constants": constants} if constants else {}
-        )
-        return {name: traverse_util.unflatten_dict(flat) for name, flat in found.items()}
+        found = {**base.collections(), "lora": boxing.nested(trained, boxed, {})}
+        if constants:
+            found["lora_constants"] = traverse_util.unflatten_dict(constants)
+        return found
 
-    def _merged(self, variables, key) -> Params:
-        """The params to apply the module with: those of each layer, with its adapter's arrays."""
-        base, trained = weights.flat(variables["params"]), weights.flat(variables.get("lora", {}))
-        for of_base, copied in linen_saved.copies(self.saved, trained):
-            base[of_base] = trained.pop(copied).astype(base[of_base].dtype)
-        more = trained | weights.flat(variables.get("lora_constants", {}))
-        for site in self._adapted():
-            own = {"lora_scaling": self._scaling(site),
-                   "lora_mask": lora_site.mask(site, self.layer_configs[site.path])}  # fmt: skip
-            if key is not None and self.config.dropout and site.kind != "embedding":
-                each = jax.random.fold_in(key, zlib.crc32(".".join(site.path).encode()))
-                lead = site.stack
-                keys = jax.random.split(each, lead) if lead else each
-                own["lora_dropout_key"] = jax.random.key_data(keys)
-            own |= {at[-1]: array for at, array in more.items() if at[:-1] == site.path}
-            for name, array in own.items():
-                if array is not None and name not in _START:
-                    base[(*site.path, name)] = site.in_params(array)
-        return traverse_util.unflatten_dict(base)
+    def _merged(self, base: Base, trained: Flat, constants: Flat, direct, key) -> Params:
+        """The params to apply the module with: of `direct` sites, the weight with the adapter's
+        arrays beside it; of the others, W + scaling · A B."""
+        flat, refused = base.params, []
+        more: dict[Path, Flat] = collections.defaultdict(dict)  # what lies at a path
+        for path, array in (trained | constants | base.packed).items():
+            more[path[:-1]][path[-1]] = array
+        for site in self.sites:
+            adapted = site.at in self.layer_configs
+            if site.at not in direct:
+                if adapted:
+                    if key is not None and site.kind != "embedding":
+                        refused.append(summary.name(site))
+                    base.store(
+                        site, algebra.merged(base.matrix(site), *self._arrays(site, trained))
+                    )
+                elif site.at in self.packs:
+                    base.store(site, base.matrix(site))
+                continue
+            if site.at in self.packs:
+                for name, array in more[site.key].items():
+                    flat[(*site.path, PACKED, name)] = site.in_params(array)
+            if adapted:
+                own = {"lora_scaling": self._scaling(site),
+                       "lora_mask": lora_site.mask(site, self.layer_configs[site.at])}  # fmt: skip
+                if key is not None and site.kind != "embedding":
+                    each, lead = jax.random.fold_in(key, _number(site)), site.stack
+                    keys = jax.random.split(each, lead) if lead else each
+                    own["lora_dropout_key"] = jax.random.key_data(keys)
+                own |= more[site.at]
+                for name, array in own.items():
+                    if array is not None and name not in _START:
+                        flat[(*site.path, name)] = site.in_params(array)
+        if refused:
+            raise errors.UserError(
+                expected="dropout on adapters of layers that only multiply by their weight",
+                found=[f"the model reads the weight of {name} in another way" for name in refused],
+                do="use dropout=0, leave these layers out, or call `apply` without the key `lora`",
+            )
+        return traverse_util.unflatten_dict(flat)
 
     def _scaling(self, site: Site) -> jax.Array:
-        return lora_site.scaling(site, self.layer_configs[site.path])
+        return lora_site.scaling(site, self.layer_configs[site.at])
 
     def _arrays(self, site: Site, trained: Flat) -> tuple[jax.Array, ...]:
         """A, B (zero where it is masked), the scaling, and with DoRA the magnitude."""
-        A, B = trained[(*site.path, "lora_A")], trained[(*site.path, "lora_B")]
-        mask = lora_site.mask(site, self.layer_configs[site.path])
-        magnitude = trained.get((*site.path, "lora_magnitude_vector"))
+        A, B = trained[(*site.at, "lora_A")], trained[(*site.at, "lora_B")]
+        mask = lora_site.mask(site, self.layer_configs[site.at])
+        magnitude = trained.get((*site.at, "lora_magnitude_vector"))
         B = B if mask is None else B * mask
         return (A, B, self._scaling(site), *([] if magnitude is None else [magnitude]))
 
-    def _principal(self, site: Site, base: Flat) -> tuple[jax.Array, jax.Array]:
+    def _principal(self, site: Site, base: Base) -> tuple[jax.Array, jax.Array]:
         """PiSSA's A and B, which it subtracts from the site's weight."""
-        if (*site.path, site.weight) not in base:
+        if site.key not in base.params:
             raise errors.UserError(
                 expected="weights before quantization, to compute PiSSA's A and B from",
                 found="a packed weight",
                 where=".".join(site.path),
                 do="pass the dense params to `init`",
             )
-        matrix, configs = self._matrix(site, base), self.layer_configs[site.path]
+        matrix, configs = base.matrix(site), self.layer_configs[site.at]
         A, B = pissa.initial(
             site,
             configs,
@@ -316,14 +357,16 @@ class Adapted:
             lambda index: matrix[np.unravel_index(index, site.lead)],
         )
         rest = lora_site.each(algebra.merged, site.lead, matrix, A, B, -self._scaling(site))
-        weights.store(site, base, rest)
+        base.store(site, rest)
         return A, B
 
-    def _matrix(self, site: Site, base: Flat) -> jax.Array:
-        return weights.matrix(site, base, self.quant)
+    def _tensors(self, base: Base) -> Iterator[linen_saved.Tensor]:
+        return linen_saved.tensors(self.saved, self.sites, base.params)
 
-    def _tensors(self, base: Flat) -> Iterator[linen_saved.Tensor]:
-        return linen_saved.tensors(self.saved, self.sites, base)
+
+def _number(site: Site) -> int:
+    """A number of its own for each site's random keys."""
+    return zlib.crc32(".".join(site.at).encode())
 
 
 _START = ("lora_initial_A", "lora_initial_B")  # what PiSSA subtracted from the base

@@ -1,81 +1,137 @@
 """A call of a Flax Linen layer whose weight is quantized or adapted."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 from flax import linen as nn
 
 from lora_jax.kernels import packed as packing
+from lora_jax.layers import linear_map
 from lora_jax.lora import algebra
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.linen import registry
-from lora_jax.lora.linen.sites import Site
-from lora_jax.lora.linen.weights import PACKED
-from lora_jax.quant import product
+from lora_jax.lora.linen import products, registry, tracing
+from lora_jax.lora.linen.sites import Path, Site
+from lora_jax.lora.linen.weights import PACKED, WAS
+from lora_jax.quant import product as packed_product
+
+
+class Product(NamedTuple):
+    """A call of a layer that is a product with its weight, plus a bias.
+
+    args, kwargs: of the call, by position where they can be. x: the input, which is args[input].
+    own: the layer's parameters, and what lies beside them. bias: the name of the parameter.
+    """
+
+    how: linear_map.LinearMap
+    cls: type[nn.Module]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    input: int
+    own: Mapping[str, Any]
+    bias: str
+    attends: bool = False
+
+    @property
+    def x(self) -> jax.Array:
+        return self.args[self.input]
+
+
+def product(
+    site: Site, context: nn.module.InterceptorContext, args: tuple, kwargs: Mapping[str, Any]
+) -> Product | None:
+    """What the call is if it is declared to be a product with the site's weight; or None."""
+    layer = context.module
+    known, method = registry.registration_of(type(layer)), context.orig_method.func
+    if site.path != site.at or site.raw or not (known is None or known.multiplies):
+        return None
+    if known is None:  # it was seen to be a product
+        inferred = registry.Weight(lambda *_: site.linear_map, site.weight, site.bias)
+        known = registry.Registration(type(layer), (inferred,))
+    (weight,), own = known.weights, nn.meta.unbox(dict(layer.variables.get("params", {})))
+    if isinstance(layer, nn.Embed) and method is tracing.function_of(nn.Embed, "attend"):
+        given, named = registry.bound(method, layer, args, kwargs)
+        return Product(site.linear_map, known.cls, given, named, 0, own, "", True)
+    if method is not tracing.function_of(known.cls, "__call__"):
+        return None
+    given, named = registry.bound(method, layer, args, kwargs)
+    if len(given) <= weight.input:  # x is an argument by keyword only
+        return None
+    how = weight.linear_map_of(layer, *given, **named)
+    if how != site.linear_map or not hasattr(given[weight.input], "dtype"):
+        return None
+    return Product(how, known.cls, given, named, weight.input, own, weight.bias)
+
+
+def is_product(site: Site, layer: nn.Module, found: Product) -> bool:
+    """Whether the layer's code does what `found` says. It is traced, not computed."""
+    plain = {name: array for name, array in found.own.items() if hasattr(array, "shape")}
+    bias = plain.get(found.bias)
+    if bias is not None and bias.size != site.num_outputs:
+        return False
+    names = site.weight, found.bias
+    call = found.args, found.input, found.kwargs
+    return products.is_product(found.how, layer, found.cls, plain, names, *call)
 
 
 def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
     """A function for nn.intercept_methods, which computes with what lies beside a layer's weight.
 
-    sites: the model's. fmt: the format of its packed weights. dropout: the rate.
+    sites: those whose weight is read only by calls that are products with it. fmt: the format of
+    packed weights. dropout: the rate.
     """
+    by_path: dict[Path, Site] = {site.path: site for site in sites}
 
     def intercept(call, args, kwargs, context):
         layer = context.module
-        if not handles(layer, context.method_name):
+        site = by_path.get(layer.path) if tracing.is_own(layer) else None
+        found = site and product(site, context, args, kwargs)
+        if not found or ("lora_A" not in found.own and PACKED not in found.own):
             return call(*args, **kwargs)
-        known, own = registry.registration_of(type(layer)), layer.variables.get("params", {})
-        if "lora_A" not in own and PACKED not in own:
-            return call(*args, **kwargs)
-        if context.method_name == "attend":
-            return _attended(call, args, kwargs, own)
-        how = known.linear_map_of(layer, *args, **kwargs)
-        bound = inspect.signature(type(layer).__call__).bind(layer, *args, **kwargs)
-        x = list(bound.arguments.values())[1 + known.input]
-        bias = own.get("bias")
-        site = next(site for site in sites if site.path == layer.path)
-        if PACKED in own:
-            packed = packing.Packed(
-                **{name: own[PACKED].get(name) for name in packing.Packed._fields}
-            )
-            weight = product.multiplier(packed, fmt)
-            dtype = getattr(layer, "dtype", None) or jnp.result_type(x)
-            y = product.multiply(how, x.astype(dtype), weight, shape=site.shape, bias=bias)
-        else:
-            weight, y = own[known.weight], call(*args, **kwargs)
-        if "lora_A" not in own:
-            return y
-        B = own["lora_B"] * own["lora_mask"] if "lora_mask" in own else own["lora_B"]
-        magnitude = [own[name] for name in ("lora_magnitude_vector",) if name in own]
-        dropped = x
-        if "lora_dropout_key" in own:
-            dropped = lora_site.dropped(own["lora_dropout_key"], dropout, x)
-        return algebra.output(
-            how,
-            site.shape,
-            x,
-            y,
-            (own["lora_A"], B, own["lora_scaling"], *magnitude),
-            dropped=dropped,
-            weight=weight,
-            square=own.get("lora_square"),
-            bias=bias,
-        )
+        if found.attends:
+            factors = _factors(found.own)
+            return algebra.attended(call, found.own[site.weight], found.x, factors)
+        return _computed(call, args, kwargs, layer, site, found, fmt, dropout)
 
     return intercept
 
 
-def handles(layer: nn.Module, method: str) -> bool:
-    """Whether a call of this method computes with the adapter, too."""
-    if registry.registration_of(type(layer)) is None or layer.scope is None:
-        return False
-    return method == "__call__" or (method == "attend" and isinstance(layer, nn.Embed))
+def _computed(call, args, kwargs, layer, site, found, fmt, dropout):
+    own, how, x = found.own, found.how, found.x
+    bias = own.get(found.bias)
+    if PACKED in own:
+        arrays = own[PACKED]
+        packed = packing.Packed(**{name: arrays.get(name) for name in packing.Packed._fields})
+        weight = packed_product.multiplier(packed, fmt)
+        dense = {name: own[name] for name in (found.bias,) if name in own}
+        dense[site.weight] = jax.ShapeDtypeStruct(site.shape, arrays[WAS].dtype)
+        call_of_layer = found.args, found.input, found.kwargs
+        x = x.astype(products.result(layer, found.cls, dense, *call_of_layer).dtype)
+        y = packed_product.multiply(how, x, weight, shape=site.shape, bias=bias)
+    else:
+        weight, y = own[site.weight], call(*args, **kwargs)
+        if site.kind != "embedding":
+            x = x.astype(y.dtype)
+    if "lora_A" not in own:
+        return y
+    dropped = x
+    if "lora_dropout_key" in own:
+        dropped = lora_site.dropped(own["lora_dropout_key"], dropout, x)
+    return algebra.output(
+        how,
+        site.shape,
+        x,
+        y,
+        _factors(own),
+        dropped=dropped,
+        weight=weight,
+        square=own.get("lora_square"),
+        bias=bias,
+    )
 
 
-def _attended(call, args, kwargs, own):
-    """nn.Embed.attend(query) with the weight that a merge gives."""
-    query = args[0] if args else kwargs["query"]
+def _factors(own: Mapping[str, Any]) -> tuple[jax.Array, ...]:
+    """A, B, the scaling, and with DoRA the magnitude."""
+    B = own["lora_B"] * own["lora_mask"] if "lora_mask" in own else own["lora_B"]
     magnitude = [own[name] for name in ("lora_magnitude_vector",) if name in own]
-    factors = own["lora_A"], own["lora_B"], own["lora_scaling"], *magnitude
-    return algebra.attended(call, own["embedding"], query, factors)
+    return (own["lora_A"], B, own["lora_scaling"], *magnitude)

@@ -38,14 +38,14 @@ class Tensor(NamedTuple):
     """A parameter of one fully trained module, which has its own name in PEFT's file.
 
     path, end: of the module, and of the parameter in it. whole: the shape of the parameter with its
-    stack. axis, index: the axis of the stack, and the layer's index there.
+    stack. axes, index: the axes of the stack, and the layer's index there.
     """
 
     name: str
     path: Path
     end: Path
     whole: tuple[int, ...]
-    axis: int
+    axes: tuple[int, ...]
     index: tuple[int, ...]
     convolution: bool
 
@@ -65,13 +65,13 @@ class Tensor(NamedTuple):
 
     def layer(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
         """The layer's part of the whole parameter."""
-        return (jnp.moveaxis(array, self.axis, 0) if self.axis else array)[self.index]
+        return jnp.moveaxis(array, self.axes, range(len(self.axes)))[self.index]
 
     def filled(self, array: Num[Array, "..."], new: Num[np.ndarray, "..."]) -> Num[Array, "..."]:
         """The whole parameter with `new` as the layer's part."""
-        turned = jnp.moveaxis(array, self.axis, 0) if self.axis else array
-        turned = turned.at[self.index].set(new)
-        return jnp.moveaxis(turned, 0, self.axis) if self.axis else turned
+        front = range(len(self.axes))
+        turned = jnp.moveaxis(array, self.axes, front).at[self.index].set(new)
+        return jnp.moveaxis(turned, front, self.axes)
 
 
 def tensors(
@@ -79,10 +79,10 @@ def tensors(
 ) -> Iterator[Tensor]:
     """The parameters of fully trained modules. base: the model's params, flat."""
     for path in modules:
-        around = (s for s in sites if s.depth is not None and path[: s.depth] == s.path[: s.depth])
+        around = (s for s in sites if s.depth is not None and path[: s.depth] == s.at[: s.depth])
         stack = next(around, None)
         for key in sorted(key for key in base if key[: len(path)] == path):
-            lead, axis = (stack.stack, stack.axis) if stack else ((), 0)
+            lead, axes = (stack.stack, stack.axes) if stack else ((), ())
             end, whole = key[len(path) :], base[key].shape
             convolution = any(
                 site.path == key[:-1] and isinstance(site.linear_map, linear_map.Conv)
@@ -92,7 +92,7 @@ def tensors(
             for index in np.ndindex(*lead):
                 name = linen_sites.numbered(path, stack and stack.depth, index, ())
                 name = ".".join((name, *end[:-1], leaf))
-                yield Tensor(name, path, end, whole, axis, index, convolution)
+                yield Tensor(name, path, end, whole, axes, index, convolution)
 
 
 def copies(modules: Iterable[Path], trained: Flat) -> list[tuple[Path, Path]]:

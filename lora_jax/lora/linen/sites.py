@@ -1,211 +1,286 @@
-"""The layers of a Flax Linen model that LoRA can adapt: found by tracing a call of it."""
+"""The weights of a Flax Linen model that LoRA can adapt: found by tracing calls of it."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import core, traverse_util
 from flax import linen as nn
-from flax import traverse_util
 from jaxtyping import Array, Num
 
 from lora_jax import errors
 from lora_jax.layers import linear_map
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
-from lora_jax.lora.linen import registry
+from lora_jax.lora.linen import products, registry, tracing
 
 Path = tuple[str, ...]
+KERNEL = "kernel"  # a layer's weight, as Flax calls it
 Params = Mapping[str, Any]  # nested, as the collections of a Linen model are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site(lora_site.Site):
-    """Where an adapter can go in a Linen model: the layer's path in params, and its weight.
+    """Where an adapter can go in a Linen model: a weight, or a stack of them, in one parameter.
 
-    weight, shape: the name of the weight, and its shape in a call. axis: the axis of the stack in
-    each parameter; 0, unless nn.scan uses another. depth: where in the path the number of a stacked
-    layer is inserted. stack: the sizes of the stack's axes.
+    path: of the module in params. weight, shape: the name of the weight, and its shape in a call.
+    at: where the adapter's arrays are: at the path of a layer, or below it at the name of a weight
+    that is not a layer's only one. axes: the axes of the stack in the parameter; the first ones,
+    unless nn.scan uses others. depth: where in `at` the number of a stacked layer is inserted.
+    stack: the sizes of the stack's axes. raw: whether how it is used is not known, so that it is
+    seen as [*lead, K, N]. bias: the parameter that the layer adds. cls: the name of its class.
     """
 
     path: Path
+    at: Path
     weight: str
     shape: tuple[int, ...]
-    axis: int
+    axes: tuple[int, ...]
     depth: int | None
     stack: tuple[int, ...]
+    raw: bool
+    bias: str
+    cls: str
+
+    @property
+    def key(self) -> Path:
+        """The path of the parameter."""
+        return (*self.path, self.weight)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        stacked = jax.ShapeDtypeStruct((*self.stack, *self.shape), jnp.float32)
+        return jax.eval_shape(self.in_params, stacked).shape
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether any array [*stack, …] beside the weight is sliced as the weight is."""
+        return max(self.axes, default=0) <= len(self.axes)
+
+    @property
+    def num_outputs(self) -> int:
+        """N, of all the matrices of one layer."""
+        return int(np.prod(self.linear_map.lead(self.shape))) * self.out_features
 
     def in_params(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
-        """An array whose first axis is the stack's, with its axes ordered as in params."""
-        return jnp.moveaxis(array, 0, self.axis) if self.axis else array
+        """An array whose first axes are the stack's, with its axes ordered as in params."""
+        return jnp.moveaxis(array, range(len(self.axes)), self.axes) if any(self.axes) else array
 
     def out_of_params(self, array: Num[Array, "..."]) -> Num[Array, "..."]:
         """The inverse of `in_params`."""
-        return jnp.moveaxis(array, self.axis, 0) if self.axis else array
+        return jnp.moveaxis(array, self.axes, range(len(self.axes))) if any(self.axes) else array
 
 
-_tracing_for = jax.make_user_context(default_value=None)
+class Survey(NamedTuple):
+    """What is in a model.
 
-
-@contextlib.contextmanager
-def intercepted(interceptor: Callable, own: Hashable) -> Iterator[None]:
-    """As flax.linen.intercept_methods, also in functions that nn.jit has traced before.
-
-    own: identifies the interceptor, so that JAX traces again for another one.
+    others: the modules that have parameters and are no layers, by path. variables: the shapes of
+    its variables, with their boxes.
     """
-    with _tracing_for(own), nn.intercept_methods(interceptor):
-        yield
+
+    sites: tuple[Site, ...]
+    others: dict[str, targets.Layer]
+    variables: Mapping[str, Any]
 
 
 def find(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
-    """Every site of `module`, as it is called by `module(*args, **kwargs)`.
+    """Every site of `module`, as it is called by `module(*args, **kwargs)`; see `adapt`.
 
     args: arrays, or their shapes; nothing is computed.
-    Raises: UserError if the calls of a layer differ in how they multiply.
     """
-    return survey(module, *args, **kwargs)[0]
+    return survey(module, calls_of(args, kwargs)).sites
 
 
-def survey(
-    module: nn.Module, *args: Any, **kwargs: Any
-) -> tuple[tuple[Site, ...], dict[str, targets.Layer], Params]:
-    """(sites, others, params): as `find`, the other modules by path, and the shapes of params.
+def calls_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tracing.Call, ...]:
+    """The example calls: `args` if they are Calls, otherwise the one with these arguments."""
+    several = [isinstance(arg, tracing.Call) for arg in args]
+    if any(several) and not (all(several) and not kwargs):
+        raise errors.UserError(
+            expected="the arguments of one call of the model, or a Call for each",
+            found="both",
+            do='linen.Call(x, method="encode"), linen.Call(z, method="decode")',
+        )
+    return args if any(several) else (tracing.Call(*args, **kwargs),)
 
-    Only others that have parameters; among them layers whose weight is not where their class is
-    registered to have it (nn.share_scope).
-    """
-    calls: dict[Path, list[tuple[nn.Module, linear_map.LinearMap, str, tuple[int, ...]]]] = {}
-    classes: dict[Path, str] = {}
-    astray: dict[Path, str] = {}
 
-    def record(call, args, kwargs, context):
-        y, layer = call(*args, **kwargs), context.module
-        if context.method_name != "__call__" or layer.scope is None:
-            return y
-        known, cls = registry.registration_of(type(layer)), type(layer).__name__
-        classes.setdefault(layer.path, cls)
-        if known and layer.has_variable("params", known.weight):
-            weight = nn.meta.unbox(layer.get_variable("params", known.weight))
-            try:
-                how = known.linear_map_of(layer, *args, **kwargs)
-                misfit = lora_site.misfit(how, weight.shape)
-            except errors.UserError as error:  # the einsum is not a product with a matrix
-                misfit = f"has an einsum that is {error.found}"
-            if misfit:
-                astray[layer.path] = misfit
-            else:
-                seen = layer, how, known.weight, weight.shape
-                calls.setdefault(layer.path, []).append(seen)
-        elif known:
-            astray[layer.path] = f"holds a {cls} without its registered parameter {known.weight!r}"
-        return y
+class _Seen(NamedTuple):
+    """A parameter in a call: its shape there, and how a layer multiplies by it."""
 
-    params = shapes(module, args, kwargs, record)
+    shape: tuple[int, ...]
+    cls: str
+    how: linear_map.LinearMap | None = None
+    sure: bool = False  # the call that was seen is the one that is registered
+    alone: bool = True  # it is the only weight that its class has
+    bias: str = ""
+
+
+def survey(module: nn.Module, calls: Sequence[tracing.Call]) -> Survey:
+    """The sites, the other modules and the shapes of a model that is called in these ways."""
+    seen: dict[Path, _Seen] = {}
+    problems: dict[Path, str] = {}
+    variables: Params = {}
+    for call in calls:
+        own = tracing.shapes(module, call, functools.partial(_record, seen, problems))
+        variables = _united(variables, core.unfreeze(own))
+    flat = traverse_util.flatten_dict(nn.meta.unbox(variables.get("params", {})))
     sites = []
-    for path, seen in sorted(calls.items()):
-        layer, how, name, shape = seen[0]
-        if any(other[1] != how for other in seen):
-            raise errors.UserError(
-                expected="calls of a layer that multiply by its weight in the same way",
-                found=sorted({str(other[1]) for other in seen}),
-                where=".".join(path),
-                do="leave its class unregistered, or use a separate layer for each way",
-            )
-        whole = nn.meta.unbox(_at(params, path))[name].shape
-        lead, axis = _stack(shape, whole, path)
-        depth = _depth(params, path, lead, axis)
-        inner = how.lead(shape)
-        names = tuple(numbered(path, depth, index[: len(lead)], index[len(lead) :])
-                      for index in np.ndindex(*lead, *inner))  # fmt: skip
-        in_features, out_features = how.sizes(shape)
-        sites.append(
-            Site(
-                names=names,
-                lead=(*lead, *inner),
-                linear_map=how,
-                in_features=in_features,
-                out_features=out_features,
-                problem=lora_site.problem(layer, how),
-                path=path,
-                weight=name,
-                shape=shape,
-                axis=axis,
-                depth=depth,
-                stack=lead,
-            )
+    for key, parameter in sorted(flat.items()):
+        path, found = key[:-1], seen.get(key) or _Seen(parameter.shape, "unknown")
+        if found.how is None and len(found.shape) < 2:
+            continue
+        axes = _axes(module, calls, variables, key, found.shape)
+        if axes is None:  # it has another shape in each call
+            found, axes = _Seen(parameter.shape, found.cls), ()
+        at = path if found.alone and (found.how or (path and key[-1] == KERNEL)) else key
+        sites.append(_site(key, at, found, parameter.shape, axes, flat))
+    layers = {site.path for site in sites if not site.raw or site.at == site.path}
+    owners = {path[:-1] for path in flat} - {()}
+    others = {}
+    for path in owners - layers:
+        own = sorted(".".join(site.key) for site in sites if site.path == path)
+        why = problems.get(path, lora_site.unregistered("unknown").problem)
+        layer = targets.Layer(
+            "", problem=f"{why}; its weights are {', '.join(own)}" if own else why
         )
-    owners = {path[:-1] for path in traverse_util.flatten_dict(nn.meta.unbox(params))} - {()}
-    others = {".".join(path): lora_site.unregistered(classes.get(path, "unknown"))
-              for path in owners - calls.keys()}  # fmt: skip
-    others |= {".".join(path): targets.Layer("linear", problem=problem)
-               for path, problem in astray.items()}  # fmt: skip
-    return tuple(sites), others, params
+        others[".".join(path)] = layer
+    return Survey(tuple(sites), others, variables)
 
 
-def shapes(
-    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], interceptor: Callable | None = None
-) -> Params:
-    """The shapes of the module's params. interceptor: is called for each call of a layer."""
-    arrays, filled = split_arrays(args, kwargs)
+def _record(seen, problems, call, args, kwargs, context):
+    """Notes the parameters that the called module has, as an interceptor."""
+    y, layer = call(*args, **kwargs), context.module
+    if not tracing.is_own(layer):
+        return y
+    known, cls = registry.registration_of(type(layer)), type(layer).__name__
+    params = nn.meta.unbox(dict(layer.variables.get("params", {})))
+    if context.method_name == "__call__":
+        missing = [own.name for own in known.weights if own.name not in params] if known else []
+        lacks = f"holds a {cls} without its registered parameter {', '.join(map(repr, missing))}"
+        own = lacks if missing else lora_site.unregistered(cls).problem
+        problems.setdefault(layer.path, own)
+    biases = {own.bias for own in known.weights} if known else ()
+    for name, array in params.items():
+        if not hasattr(array, "shape"):
+            continue
+        key, new = (*layer.path, name), _Seen(() if name in biases else array.shape, cls)
+        weight = known and next((own for own in known.weights if own.name == name), None)
+        if weight:
+            how, sure = _how(known, weight, context, args, kwargs)
+            if how is None and sure:
+                problems[layer.path] = "has an einsum that is not a product with a matrix"
+            elif how is not None and len(array.shape) >= how.ndim:
+                new = _Seen(array.shape, cls, how, sure, len(known.weights) == 1, weight.bias)
+        elif name == KERNEL and context.method_name == "__call__" and len(new.shape) > 1:
+            found = products.inferred(layer, params, name, args, kwargs)
+            if found is not None:
+                new = _Seen(array.shape, cls, found[0], True, True, found[1])
+        old = seen.get(key)
+        # What surrounds a stack sees the whole of it.
+        if old is None or (-len(new.shape), new.sure, new.how is not None) > (
+            -len(old.shape), old.sure, old.how is not None,
+        ):  # fmt: skip
+            seen[key] = new
+    return y
 
-    def init(*arrays):
-        args, kwargs = filled(arrays)
-        rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-        watching = (
-            intercepted(interceptor, interceptor) if interceptor else contextlib.nullcontext()
-        )
-        with watching:
-            return module.init(rngs, *args, **kwargs)
 
-    return jax.eval_shape(init, *arrays)["params"]
-
-
-def split_arrays(
-    args: tuple, kwargs: Mapping[str, Any]
-) -> tuple[list[Any], Callable[[Sequence[Any]], tuple[tuple, dict[str, Any]]]]:
-    """(the arrays among the arguments, a function from others in their place to the arguments)."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    dynamic = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
-
-    def filled(arrays):
-        own = dict(zip(dynamic, arrays, strict=True))
-        return jax.tree.unflatten(tree, [own.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-    return [leaves[i] for i in dynamic], filled
+def _how(known, weight, context, args, kwargs):
+    """(the linear map of a layer in this call or None, whether the call is the registered one)."""
+    sure = context.orig_method.func is tracing.function_of(known.cls, "__call__")
+    try:
+        if sure:
+            args, kwargs = registry.bound(context.orig_method.func, context.module, args, kwargs)
+        return weight.linear_map_of(context.module, *args, **kwargs), sure
+    except errors.UserError:  # the einsum is not a product with a matrix
+        return None, sure
+    except (TypeError, AttributeError):
+        if sure:
+            raise
+        return None, False  # a subclass or another method, with other arguments
 
 
-def _stack(shape, whole, path) -> tuple[tuple[int, ...], int]:
-    """(sizes, axis) of the stack. shape: of the weight in a call; whole: of the parameter."""
-    more = len(whole) - len(shape)
-    if whole[more:] == shape:
-        return whole[:more], 0
-    for axis in range(1, len(whole)):
-        if more == 1 and whole[:axis] + whole[axis + 1 :] == shape:
-            return (whole[axis],), axis
-    raise errors.UserError(
-        expected="a stack of layers on one axis, or on the first axes",
-        found=f"a weight of shape {whole} that has shape {shape} in a call",
-        where=".".join(path),
-        do="use 0 for params in variable_axes",
+def _site(key, at, found: _Seen, whole, axes, flat) -> Site:
+    how = found.how or linear_map.LINEAR
+    lead, inner = tuple(whole[axis] for axis in axes), how.lead(found.shape)
+    depth = _depth(flat, at, lead, axes)
+    k, n = how.sizes(found.shape)
+    names = tuple(numbered(at, depth, index[: len(lead)], index[len(lead) :]) or key[-1]
+                  for index in np.ndindex(*lead, *inner))  # fmt: skip
+    return Site(
+        names=names,
+        lead=(*lead, *inner),
+        linear_map=how,
+        in_features=k,
+        out_features=n,
+        path=key[:-1],
+        at=at,
+        weight=key[-1],
+        shape=found.shape,
+        axes=axes,
+        depth=depth,
+        stack=lead,
+        raw=found.how is None,
+        bias=found.bias,
+        cls=found.cls,
     )
 
 
-def _depth(params: Params, path: Path, lead: tuple[int, ...], axis: int) -> int | None:
-    """The length of the shortest part of `path` below which all parameters are stacked."""
+def _axes(module, calls, variables, key, shape) -> tuple[int, ...] | None:
+    """The axes of the stack in a parameter, by its shape in a call.
+
+    Where the sizes do not tell, an array of other sizes is put beside it. The model slices that as
+    it slices the parameter, and fails at any other axis.
+    """
+    flat = traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
+    stack = flat[key].shape
+    candidates = [
+        axes for axes in itertools.combinations(range(len(stack)), max(len(stack) - len(shape), 0))
+        if tuple(size for axis, size in enumerate(stack) if axis not in axes) == shape
+    ]  # fmt: skip
+    if len(candidates) == 1:
+        return candidates[0]
+    probe = (*key[:-1], "lora_probe")
+    for axes in candidates:
+        sizes = iter(size + max(stack) for size in shape)
+        own = tuple(stack[i] if i in axes else next(sizes) for i in range(len(stack)))
+        given = {**flat, probe: jax.ShapeDtypeStruct(own, jnp.float32)}
+        expected = tuple(size for i, size in enumerate(own) if i not in axes)
+        found: set[tuple[int, ...]] = set()
+
+        def look(run, args, kwargs, context, found=found):
+            layer = context.module
+            if tracing.is_own(layer) and layer.path == key[:-1]:
+                found |= {leaf.shape for name, leaf in layer.variables["params"].items()
+                          if name == "lora_probe"}  # fmt: skip
+            return run(*args, **kwargs)
+
+        for call in calls:
+            try:
+                tracing.program(module, given, variables, call, look)
+            except Exception:  # of Flax or JAX: the sizes do not fit
+                found.clear()
+        if found == {expected}:
+            return axes
+    return None
+
+
+def _depth(flat: Mapping[Path, Any], at: Path, lead, axes) -> int | None:
+    """The length of the shortest part of `at` below which all parameters are stacked."""
     if not lead:
         return None
 
-    def stacked(leaf):
-        return leaf.shape[axis : axis + len(lead)] == lead
+    def stacked(shape):
+        return len(shape) > max(axes) and tuple(shape[axis] for axis in axes) == lead
 
-    for depth in range(len(path)):
-        if all(map(stacked, jax.tree.leaves(nn.meta.unbox(_at(params, path[:depth]))))):
+    for depth in range(len(at)):
+        if all(stacked(p.shape) for path, p in flat.items() if path[:depth] == at[:depth]):
             return depth
-    return len(path)
+    return len(at)
 
 
 def numbered(path: Path, depth: int | None, lead: tuple[int, ...], batch: tuple[int, ...]) -> str:
@@ -214,5 +289,7 @@ def numbered(path: Path, depth: int | None, lead: tuple[int, ...], batch: tuple[
     return ".".join((*parts, *map(str, batch)))
 
 
-def _at(tree: Params, path: Path) -> Any:
-    return functools.reduce(lambda part, name: part[name], path, tree)
+def _united(one: Params, other: Params) -> Params:
+    """Both trees in one."""
+    both = {**traverse_util.flatten_dict(one), **traverse_util.flatten_dict(other)}
+    return traverse_util.unflatten_dict(both)

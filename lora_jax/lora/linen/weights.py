@@ -1,110 +1,139 @@
-"""The weights of a Flax Linen model's sites in its params: read, replaced and quantized."""
+"""The variables of a Flax Linen model: its weights are read, replaced and quantized."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import core, traverse_util
 from flax import linen as nn
-from flax import traverse_util
 
 from lora_jax import errors
 from lora_jax.kernels import packed as packing
-from lora_jax.layers import linear_map, placement
+from lora_jax.layers import placement
 from lora_jax.lora import site as lora_site
-from lora_jax.lora import targets
+from lora_jax.lora.linen import boxes as boxing
 from lora_jax.lora.linen.sites import Params, Path, Site
 from lora_jax.quant import formats
 
-Flat = dict[Path, jax.Array]
-PACKED = "packed"  # holds the arrays of a quantized weight, instead of the weight
+Flat = dict[Path, Any]  # arrays, or their shapes
+PACKED = "packed"  # holds the arrays of a quantized weight, beside a layer's other parameters
+WAS = "was"  # a zero of the dtype that the weight had
+OWN = ("lora", "lora_constants", "quantized")  # the collections that are not the model's
 
 
 def flat(tree: Params) -> Flat:
-    """{path: array} of nested params."""
-    return dict(traverse_util.flatten_dict(nn.meta.unbox(tree)))
+    """{path: array} of nested params, without boxes."""
+    return dict(traverse_util.flatten_dict(core.unfreeze(nn.meta.unbox(tree))))
 
 
-def check(sites: Sequence[Site], params: Params, model: str) -> Flat:
-    """`params`, flat. Raises: UserError if they are not those of the model with these sites."""
-    base, problems = flat(params), []
-    for site in sites:
-        name = ".".join((*site.path, site.weight))
-        stacked = jax.ShapeDtypeStruct((*site.stack, *site.shape), jnp.float32)
-        expected = jax.eval_shape(site.in_params, stacked).shape
-        weight = base.get((*site.path, site.weight))
-        if weight is None and (*site.path, PACKED, "q") not in base:
-            problems.append(f"{name} is missing")
-        elif weight is not None and weight.shape != expected:
-            problems.append(f"{name} has shape {weight.shape}, expected {expected}")
-    if problems:
-        raise errors.UserError(
-            expected=f"params of the {model} that was adapted",
-            found=problems,
-            do='pass the collection itself, such as module.init(…)["params"]',
-        )
-    return base
+@dataclasses.dataclass
+class Base:
+    """The weights of a model.
 
-
-def to_pack(
-    sites: Sequence[Site],
-    others: Mapping[str, targets.Layer],
-    fmt: str,
-    exclude: Sequence[str],
-) -> set[Path]:
-    """The paths of the linear layers that are to be quantized: all but those in `exclude`.
-
-    Raises: UserError if the weight of such a layer was not found. others: see sites.survey.
+    params: flat, without boxes. packed: the quantized ones, {(*Site.key, name): array [*stack, …]}.
+    fmt: their format. boxes: those of params and packed. tree: params as they were given. others:
+    the model's other collections.
     """
-    problems = [
-        f"{path} {other.problem}" for path, other in others.items()
-        if other.kind == "linear" and not targets.matches(path, exclude)
-    ]  # fmt: skip
-    if problems:
-        raise errors.UserError(
-            expected=f"layers that can be quantized to {fmt}",
-            found=problems,
-            do="leave them dense with `exclude`",
-        )
-    return {
-        site.path for site in sites
-        if isinstance(site.linear_map, linear_map.Einsum) and not site.linear_map.batch
-        and not targets.matches(".".join(site.path), exclude)
-    }  # fmt: skip
 
+    params: Flat
+    packed: Flat
+    fmt: str
+    boxes: dict[Path, Any]
+    tree: Params
+    others: dict[str, Params]
 
-def matrix(site: Site, base: Flat, fmt: str) -> jax.Array:
-    """The site's weight, dense, as matrices [*lead, K, N]. fmt: the format if it is packed."""
-    weight = base.get((*site.path, site.weight))
-    if weight is not None:
-        return placement.matrix(site.linear_map, site.out_of_params(weight))
-    arrays = (base.get((*site.path, PACKED, name)) for name in packing.Packed._fields)
-    packed = packing.Packed(*(None if a is None else site.out_of_params(a) for a in arrays))
-    how = {"fmt": fmt, "rows": site.in_features}
-    return lora_site.each(formats.dequantize, site.stack, packed, **how)
+    @classmethod
+    def of(cls, given: Mapping[str, Any], fmt: str) -> "Base":
+        """given: variables, or the collection `params` alone."""
+        if not isinstance(given.get("params"), Mapping):
+            given = {"params": given}
+        tree, packed = given["params"], given.get("quantized", {})
+        others = {name: part for name, part in given.items() if name not in ("params", *OWN)}
+        boxes = boxing.of(tree) | boxing.of(packed)
+        return cls(flat(tree), flat(packed), fmt, boxes, tree, others)
 
+    def check(self, sites: Iterable[Site], model: str) -> None:
+        """Raises: UserError if these are not the weights of the model with these sites."""
+        problems = []
+        for site in sites:
+            name, weight = ".".join(site.key), self.params.get(site.key)
+            if weight is None and (*site.key, "q") not in self.packed:
+                problems.append(f"{name} is missing")
+            elif weight is not None and weight.shape != site.whole:
+                problems.append(f"{name} has shape {weight.shape}, expected {site.whole}")
+        if problems:
+            raise errors.UserError(
+                expected=f"params of the {model} that was adapted",
+                found=problems,
+                do='pass the collection itself, such as module.init(…)["params"]',
+            )
 
-def store(site: Site, base: Flat, matrix: jax.Array) -> None:
-    """Replaces the site's weight by the dense one with those matrices."""
-    weight = (*site.path, site.weight)
-    dtype = base[weight].dtype if weight in base else matrix.dtype
-    for name in packing.Packed._fields:
-        base.pop((*site.path, PACKED, name), None)
-    shape = (*site.stack, *site.shape)
-    if weight in base:
-        like = site.out_of_params(base[weight])
-        tensor = placement.tensor(site.linear_map, matrix, like)
-    else:
-        tensor = placement.unpacked(site.linear_map, matrix, shape)
-    base[weight] = site.in_params(tensor.astype(dtype))
+    def matrix(self, site: Site) -> jax.Array:
+        """The site's weight, dense, as matrices [*lead, K, N]."""
+        weight = self.params.get(site.key)
+        if weight is not None:
+            return placement.matrix(site.linear_map, site.out_of_params(weight))
+        arrays = (self.packed.get((*site.key, name)) for name in packing.Packed._fields)
+        how = {"fmt": self.fmt, "rows": site.in_features}
+        dense = lora_site.each(formats.dequantize, site.stack, packing.Packed(*arrays), **how)
+        return dense.astype(self.packed[(*site.key, WAS)].dtype)
 
+    def store(self, site: Site, matrix: jax.Array) -> None:
+        """Makes the site's weight the dense one with those matrices."""
+        dtype, how = matrix.dtype, site.linear_map
+        if (weight := self.params.get(site.key)) is None:
+            tensor = placement.unpacked(how, matrix, (*site.stack, *site.shape))
+        else:
+            dtype = weight.dtype
+            tensor = placement.tensor(how, matrix, site.out_of_params(weight))
+        self.params[site.key] = site.in_params(tensor.astype(dtype))
+        for name in (*packing.Packed._fields, WAS):
+            self.packed.pop((*site.key, name), None)
 
-def pack(site: Site, base: Flat, fmt: str) -> None:
-    """Quantizes the site's weight to `fmt`."""
-    dense = matrix(site, base, fmt)
-    packed = lora_site.each(formats.quantize, site.stack, dense, fmt=fmt)
-    if sharding := placement.sharding_of(dense):
-        packed = placement.followed(packed, sharding, len(site.stack))
-    del base[(*site.path, site.weight)]
-    for name, array in packed._asdict().items():
-        if array is not None:
-            base[(*site.path, PACKED, name)] = site.in_params(array)
+    def pack(self, site: Site) -> None:
+        """Quantizes the site's weight."""
+        dense = self.matrix(site)
+        quantized = lora_site.each(formats.quantize, site.stack, dense, fmt=self.fmt)
+        if sharding := placement.sharding_of(dense):
+            quantized = placement.followed(quantized, sharding, len(site.stack))
+        found = {name: array for name, array in quantized._asdict().items() if array is not None}
+        found[WAS] = jnp.zeros((*site.stack, 1), self.params.pop(site.key).dtype)
+        box = self.boxes.pop(site.key, None)
+        for name, array in found.items():
+            key = *site.key, name
+            self.packed[key] = array
+            if box is not None:
+                ends = {"q": "KN", "scale": "KN", "column_scale": ".N"}.get(name, ".")
+                if array.ndim == len(site.lead) + len(ends):
+                    self.boxes[key] = boxing.beside(site, box, array, ends)
+
+    def placed(self, site: Site, array: jax.Array, ends: str) -> jax.Array:
+        """A new array beside the site's weight, split over a mesh as the weight is.
+
+        ends: as of boxes.beside.
+        """
+        if (weight := self.params.get(site.key)) is None:
+            sharding = placement.sharding_of(self.packed[(*site.key, "q")])
+        else:
+            sharding = placement.of_matrix(site.linear_map, site.out_of_params(weight))
+        if sharding is None:
+            return array
+        num_lead = len(site.lead)
+        known = {"K": num_lead, "N": num_lead + 1}
+        which = (*range(num_lead), *(known.get(axis) for axis in ends))
+        return placement.placed(array, placement.fitting(sharding, array.shape, which))
+
+    def shapes(self, sites: Sequence[Site]) -> Flat:
+        """params as the model expects them: the packed ones dense, as shapes."""
+        dense = {site.key: jax.ShapeDtypeStruct(site.whole, self.packed[(*site.key, WAS)].dtype)
+                 for site in sites if site.key not in self.params}  # fmt: skip
+        return {**self.params, **dense}
+
+    def collections(self) -> dict[str, Params]:
+        """The variables, in boxes: params, `quantized` if there are any, and the others."""
+        found = {"params": boxing.nested(self.params, self.boxes, self.tree), **self.others}
+        if self.packed:
+            found["quantized"] = boxing.nested(self.packed, self.boxes, {})
+        return found

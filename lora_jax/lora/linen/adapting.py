@@ -1,0 +1,62 @@
+"""Choose where adapters and packed weights go in a Flax Linen model."""
+
+from typing import Any
+
+from flax import linen as nn
+
+from lora_jax import errors
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import site as lora_site
+from lora_jax.lora import targets
+from lora_jax.lora.linen import adapted, summary
+from lora_jax.lora.linen import saved as linen_saved
+from lora_jax.lora.linen import sites as linen_sites
+from lora_jax.lora.linen.sites import Path
+from lora_jax.quant import formats
+
+
+def adapt(
+    module: nn.Module,
+    config: lora_config.LoRAConfig | None,
+    *args: Any,
+    quant: str = "none",
+    exclude: tuple[str, ...] = ("lm_head",),
+    strict: bool = True,
+    **kwargs: Any,
+) -> adapted.Adapted:
+    """`module` with adapters on the weights that `config` targets, on a base in the format `quant`.
+
+    args, kwargs: of a call of the module, `method` included; arrays or their shapes, nothing is
+    computed. If no one call uses all layers: a linen.Call for each of several.
+    config: None for a quantized base alone. Targets are names of layers, or of parameters of
+    modules whose class is not registered; "all-linear" takes layers only.
+    exclude: names of layers that are not quantized.
+    strict: settings that match nothing are an error; files of other programs have such settings.
+    Raises: UserError if a target matches nothing, with the names that exist, or matches something
+    that cannot be adapted; if there is nothing to quantize.
+    """
+    if quant != "none":
+        formats.codes(quant)  # raises if unknown
+    examples = linen_sites.calls_of(args, kwargs)
+    sites, others, variables = linen_sites.survey(module, examples)
+    chosen: dict[Path, lora_site.LayerConfigs] = {}
+    saved: tuple[Path, ...] = ()
+    if config is not None:
+        open_ = [site for site in sites if not (site.raw and config.targets == targets.ALL_LINEAR)]
+        found = lora_site.select(open_, config, others, strict=strict)
+        chosen = {site.at: own for site, own in zip(open_, found, strict=True) if any(own)}
+        saved = linen_saved.choose(variables["params"], config.modules_to_save)
+    packs: set[Path] = set()
+    if quant != "none":
+        packs = {site.at for site in sites if not summary.why_not_quantized(site, exclude)
+                 and not any(site.key[: len(path)] == path for path in saved)}  # fmt: skip
+        if not packs:
+            raise errors.UserError(
+                expected=f"linear layers to quantize to {quant}",
+                found="none that is not excluded",
+                where=", ".join(map(summary.name, sites)) or type(module).__name__,
+            )
+    left = summary.left(sites, config, chosen, packs if quant != "none" else None, exclude)
+    return adapted.Adapted(
+        module, config, quant, sites, chosen, frozenset(packs), saved, left, variables, examples
+    )
