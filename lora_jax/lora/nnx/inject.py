@@ -215,16 +215,11 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None, *, counts=False) -
         layer.lora_dropout_key = DropoutKey(jax.random.key_data(keys))
         if counts:
             layer.lora_dropout_count = nnx.RngCount(jnp.zeros(lead, jnp.uint32), tag="dropout")
-    constants = (layer.lora_scaling, layer.lora_mask, layer.lora_square, layer.lora_dropout_key)
-    if site.depths and not all(_is_uniform(own[...]) for own in constants if own is not None):
+    alike = len(set(configs)) == 1 and layer.lora_square is None and not layer.lora_dropout
+    if site.depths and not alike:
         layer.lora_index = stack.index(lead[0], site.axis)
     layer.lora_had_switch = has_switch
     layer.deterministic = True  # model.train() and model.eval() set this
-
-
-def _is_uniform(constant: jax.Array) -> bool:
-    """Whether all layers of a stack have the same."""
-    return bool((constant == constant[:1]).all())
 
 
 def set_members(model: nnx.Module, num_members: int) -> None:
