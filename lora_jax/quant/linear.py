@@ -123,7 +123,7 @@ class QuantLayer(mixin.Mixin):
     @classmethod
     def mixin_attributes(cls, original: type[nnx.Module]) -> dict[str, Any]:
         name = registry.registration_of(original).weight
-        return {name: weight.attribute(name, _dense_weight)}
+        return {name: weight.attribute(name, dense_weight)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Num[Array, "..."]:
         if not registry.is_usual(self, *args, **kwargs):
@@ -142,7 +142,10 @@ class QuantLayer(mixin.Mixin):
         return y if preferred is None else y.astype(preferred)
 
 
-def _dense_weight(layer: QuantLayer) -> weight.Computed:
+def dense_weight(layer: nnx.Module) -> weight.Computed:
+    """The dequantized weight of a quantized layer, in place of the original one."""
+    if isinstance(layer, QuantLinear):
+        return QuantLinear.kernel.fget(layer)
     shape, packed, how = layer.quantized_shape, layer.quantized, registry.linear_map_of(layer)
     in_scan = packed.q.ndim == 2 or stack.current(packed.layer, packed.axis) is not None
     shape = shape[len(shape) - how.ndim :] if in_scan else shape

@@ -242,11 +242,11 @@ class Block(nnx.Module):
 class Scanned(nnx.Module):
     """Three blocks, on the axis that `axes` says."""
 
-    def __init__(self, rngs, axes, made=0):
+    def __init__(self, rngs, axes, made=0, block=Block):
         @nnx.split_rngs(splits=3)
         @nnx.vmap(in_axes=(0,), out_axes=made)
         def blocks(rngs):
-            return Block(rngs)
+            return block(rngs)
 
         self.blocks, self.axes = blocks(rngs), axes
 
@@ -306,6 +306,33 @@ def test_a_stack_is_adapted_layer_by_layer(kind, fmt, settings, tmp_path):
     if fmt == "none":
         lora.attach(plain, trained)
         np.testing.assert_allclose(plain(X), y, atol=1e-6)
+
+
+class Reads(Block):
+    """Reads weights itself."""
+
+    def __call__(self, x):
+        return super().__call__(x) + x @ self.up.kernel[...] @ self.down.kernel
+
+
+class ReadsAll(Scanned):
+    """Reads the weights of the whole stack, too."""
+
+    def __call__(self, x):
+        return super().__call__(x) + self.blocks.up.kernel[...].mean()
+
+
+@pytest.mark.parametrize("axes, made", [(PARAM_0, 0), (PARAM_1, PARAM_1)])
+@pytest.mark.parametrize("fmt", ["none", "int4"])
+def test_a_stack_reads_its_weights_as_a_merge_changes_them(fmt, axes, made):
+    model = ReadsAll(nnx.Rngs(0), axes, made, Reads)
+    if fmt != "none":
+        quant.quantize_model(model, fmt)
+    lora.inject(model, lora.LoRAConfig(rank=2, targets="all-linear"), rngs=nnx.Rngs(1))
+    changed(model, 0.1)
+    y = model(X)
+    lora.merge(model)
+    np.testing.assert_allclose(model(X), y, rtol=1e-4, atol=1e-4)
 
 
 def test_paths_of_a_stack_do_not_depend_on_the_rest_of_the_model():

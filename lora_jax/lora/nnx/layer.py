@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Num
 
 from lora_jax import errors
 from lora_jax.kernels import explicit
-from lora_jax.layers import linear_map, mixin, placement, projections, registry, stack, weight
+from lora_jax.layers import linear_map, mixin, projections, registry, stack, weight
 from lora_jax.lora import algebra
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.nnx import sites
@@ -128,19 +128,16 @@ def changed_weight(layer: LoRALayer) -> weight.Computed:
     would have to be part of it.
     """
     packed = quant_linear.packed_of(layer)
-    shape = sites.weight_shape(layer)
-    dtype = packed.param_dtype if packed else registry.weight_of(layer).dtype
+    stored = registry.weight_of(layer) if packed is None else quant_linear.dense_weight(layer)
 
     def compute():
         check_readable(layer, mixin.original(layer).__name__)
-        how, own = registry.linear_map_of(layer), arrays(layer)
-        if packed:
-            matrix = quant_linear.dense_matrix(packed)
-            merged = placement.computed(algebra.merged, matrix.ndim - 2, matrix, *own)
-            return placement.unpacked(how, merged, shape)
-        return merged_tensor(how, registry.weight_of(layer)[...], own)
+        how, tensor = registry.linear_map_of(layer), stored[...]
+        axis = layer.lora_axis if tensor.ndim > how.ndim else 0
+        merged = merged_tensor(how, jnp.moveaxis(tensor, axis, 0), arrays(layer))
+        return jnp.moveaxis(merged, 0, axis)
 
-    return weight.Computed(shape, dtype, compute)
+    return weight.Computed(stored.shape, stored.dtype, compute)
 
 
 def merged_tensor(
