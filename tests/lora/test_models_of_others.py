@@ -386,6 +386,31 @@ def test_a_merge_restores_every_setting_of_a_layer():
     assert nnx.graphdef(model) == plain
 
 
+class Functional(nnx.Module):
+    """Calls a function that holds a weight of the model as it is stored."""
+
+    def __init__(self, rngs):
+        self.part = linear(rngs)
+
+    def __call__(self, x):
+        return self.part(x) + x @ vars(self.part)["kernel"]
+
+
+def test_a_merge_compares_the_outputs_of_a_call():
+    model = ReadsKernel(nnx.Rngs(0))
+    lora.inject(model, lora.LoRAConfig(targets=("part",)), rngs=nnx.Rngs(1))
+    changed(model)
+    lora.merge(model, X)
+    assert type(model.part) is nnx.Linear
+    model = Functional(nnx.Rngs(0))
+    lora.inject(model, lora.LoRAConfig(targets=("part",)), rngs=nnx.Rngs(1))
+    changed(model)
+    y = model(X)
+    with pytest.raises(errors.UserError, match="an output that changes by"):
+        lora.merge(model, x=X)
+    np.testing.assert_array_equal(model(X), y)
+
+
 def test_a_single_layer_is_a_model():
     model = linear(nnx.Rngs(0))
     quant.quantize_model(model, "int8")

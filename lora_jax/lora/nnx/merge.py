@@ -1,9 +1,13 @@
 """Take the adapters of a Flax NNX model into its weights (`merge`), or out of it (`strip`)."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import places
+from lora_jax.layers import places, undo
 from lora_jax.lora import algebra
 from lora_jax.lora.nnx import adapted, collect, saved, sites, vocabulary
 from lora_jax.lora.nnx import layer as lora_layer
@@ -13,7 +17,7 @@ from lora_jax.models import llama
 from lora_jax.quant import linear as quant_linear
 
 
-def merge(model: nnx.Module) -> None:
+def merge(model: nnx.Module, *args: Any, **kwargs: Any) -> None:
     """W ← W + scaling · A B in every LoRALayer, which becomes an ordinary layer again.
 
     Quantized weights become dense, those without an adapter too. A fully trained module takes the
@@ -21,8 +25,36 @@ def merge(model: nnx.Module) -> None:
     its own first, unless the head changes with it. A variable that others hold, too, stays theirs;
     the layer gets a new one.
 
-    Raises: UserError if the model has no adapter.
+    args, kwargs: of a call of the model, to compare its output before and after the merge.
+    Raises: UserError if the model has no adapter; if the output changes by more than rounding. The
+    model is then unchanged.
     """
+    if not args and not kwargs:
+        return _merge(model)
+    before = model(*args, **kwargs)
+    with undo.on_error(model):
+        _merge(model)
+        _compare(before, model(*args, **kwargs))
+
+
+def _compare(before: Any, after: Any) -> None:
+    """Raises: UserError if outputs before and after a merge differ by more than rounding."""
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        old, new = (jnp.asarray(array, jnp.float32) for array in (old, new))
+        largest, change = float(jnp.abs(old).max()), float(jnp.abs(new - old).max())
+        if not change <= _MAX_CHANGE * largest:
+            raise errors.UserError(
+                expected="a merged model that computes what the adapted one does",
+                found=f"an output that changes by {change:.3g}, of {largest:.3g} at most",
+                do="lora.summary(model) lists the adapted layers; in a function of your own call "
+                "layers, and do not read their weights",
+            )
+
+
+_MAX_CHANGE = 0.02  # of the largest output; rounding in bfloat16 changes it by less
+
+
+def _merge(model: nnx.Module) -> None:
     found, wholes = adapted.find(model), saved.find(model)
     collect.check_adapted(model, wholes)
     if isinstance(model, llama.LlamaForCausalLM):
