@@ -21,7 +21,7 @@ from lora_jax.data import sources, stream
 from lora_jax.optim import step as train_step
 from lora_jax.training import evaluate, settings
 
-SEED, KILLS, MANY = 20, 8, 34
+SEED = 12
 STEPS = 6
 MODEL = ("--model", cli.BASE, "--rank", 2, "--targets", "q_proj", "--remat", "full",
          "--dropout", 0.1)  # fmt: skip
@@ -75,17 +75,18 @@ def status(folder):
 # ------------------------------------------------------------------------- killed
 
 
-def test_a_run_killed_at_any_time_loses_no_saved_step(parent, rows, tmp_path):
-    whole, folder = tmp_path / "whole", tmp_path / "run"
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.long)])
+def test_a_run_killed_at_any_time_loses_no_saved_step(kills, parent, rows, tmp_path):
+    whole, folder, many = tmp_path / "whole", tmp_path / "run", 4 * kills + 2
     flags = (*MODEL, *rows, "--streaming", "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
-             "--max-steps", MANY, "--save-every")  # fmt: skip
+             "--max-steps", many, "--save-every")  # fmt: skip
     code, log = parent.train(*flags, 100, "--output-dir", whole, devices=1)
     assert code == 0, log
     draws = random.Random(SEED)
-    for number in range(KILLS + 1):
+    for number in range(kills + 1):
         saved = checkpoints(folder) if (folder / "checkpoints").exists() else []
         typed = ("--resume",) if (folder / "run.json").exists() else (*flags, 1)
-        kill = forks.some_time(draws) if number < KILLS else None
+        kill = forks.some_time(draws) if number < kills else None
         print(f"kill {number} (seed {SEED}): {kill}")
         code, log = parent.train(*typed, "--output-dir", folder, devices=1, kill=kill)
         assert code == (-signal.SIGKILL if kill else 0), log
@@ -93,7 +94,7 @@ def test_a_run_killed_at_any_time_loses_no_saved_step(parent, rows, tmp_path):
         if found := re.search(r"resume +(?:from step (\d+)|no finished)", log):
             assert int(found[1] or 0) == max(saved, default=0)
     assert comparable(folder) == comparable(whole)
-    assert checkpoints(folder) == [MANY - 1, MANY]
+    assert checkpoints(folder) == [many - 1, many]
 
 
 # ------------------------------------------------------------------------- a bad row in a stream
