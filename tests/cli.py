@@ -42,6 +42,7 @@ def _kept() -> list[tuple[Any, str, Any]]:
     from lora_jax.generation import continuation
     from lora_jax.optim import adamw
     from lora_jax.optim import step as train_step
+    from lora_jax.planning import job as jobs
 
     makers = [
         (adamw, "make"),
@@ -50,7 +51,8 @@ def _kept() -> list[tuple[Any, str, Any]]:
         (train_step, "make_eval_loss"),
         (continuation, "make"),
     ]
-    return [(module, name, _once(getattr(module, name))) for module, name in makers]
+    kept = [(module, name, _once(getattr(module, name))) for module, name in makers]
+    return [*kept, (jobs, "model_parts", _once_a_model(jobs.model_parts))]
 
 
 def _once(make: Any) -> Any:
@@ -63,6 +65,19 @@ def _once(make: Any) -> Any:
         return (make if traced else kept)(*arguments, **how)
 
     return made
+
+
+def _once_a_model(model_parts: Any) -> Any:
+    """The shapes of a model depend on these alone, and tracing it takes a second."""
+    found: dict[Any, Any] = {}
+
+    def parts(job, mesh):
+        key = repr((job.architecture, job.dtype, job.quant, job.lora, job.beta)), mesh
+        if key not in found:
+            found[key] = model_parts(job, mesh)
+        return found[key]
+
+    return parts
 
 
 @contextlib.contextmanager

@@ -25,10 +25,12 @@ os.environ["XLA_FLAGS"] = (
 os.environ["HF_HUB_OFFLINE"] = "1"
 # XLA copies from pass to pass where each operation was called: a tenth of a step's compiling.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
-if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's workers and what tests start inherit it
+# Pytest's workers and what tests start inherit it. One that is given is kept for the next run.
+if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hypothesis
 import jax

@@ -151,15 +151,26 @@ def runs(page: pathlib.Path) -> bool:
     return any(block.runs and block.language in ("python", "sh") for block in blocks(page))
 
 
-@pytest.mark.parametrize("page", [*filter(runs, PAGES)], ids=lambda page: page.stem)
+# Whose commands the tests of the commands run too.
+LONG = {"getting-started": pytest.mark.long}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=LONG.get(page.stem, ()))
+        for page in filter(runs, PAGES)
+    ],
+)
 def test_code_runs(page, tmp_path, monkeypatch):
     """The blocks of a page in their order: in one folder, Python's in one namespace."""
     monkeypatch.chdir(tmp_path)
     for name in ("my.jsonl", "more.jsonl"):  # which the pages take for granted
         cli.write_rows(tmp_path / name, 8)
-    held_out = tmp_path / "held_out.jsonl"  # the demo's, cut short
-    held_out.write_text("".join(assets.EVAL.read_text().splitlines(keepends=True)[:8]))
-    monkeypatch.setattr(assets, "EVAL", held_out)
+    for name, rows in {"TRAIN": 64, "EVAL": 8}.items():  # the demo's, cut short
+        lines = getattr(assets, name).read_text().splitlines(keepends=True)[:rows]
+        (tmp_path / f"demo-{name}.jsonl").write_text("".join(lines))
+        monkeypatch.setattr(assets, name, tmp_path / f"demo-{name}.jsonl")
     names = {"__name__": page.stem}
     for block in blocks(page):
         if block.runs and block.language == "python":

@@ -299,7 +299,7 @@ BIG = dict(
     vocab_size=32000,
     hidden_size=1024,
     intermediate_size=2816,
-    num_hidden_layers=12,
+    num_hidden_layers=6,
     num_attention_heads=16,
     num_key_value_heads=16,
     max_position_embeddings=512,
@@ -322,7 +322,7 @@ print(memory("VmHWM:") - base, sum(x.nbytes for x in jax.tree.leaves(nnx.state(m
 
 
 def write_big(folder):
-    """A checkpoint of 374 MB, bfloat16; its values repeat, so that writing it takes no time."""
+    """A checkpoint of 220 MB, bfloat16; its values repeat, so that writing it takes no time."""
     hidden, ffn = BIG["hidden_size"], BIG["intermediate_size"]
     shapes = {
         "model.embed_tokens.weight": (BIG["vocab_size"], hidden),
@@ -359,7 +359,7 @@ def write_big(folder):
 def test_host_memory_stays_near_the_packed_model(tmp_path):
     """Peak over the baseline ≤ the packed model + 3 × the largest float tensor."""
     total, largest = write_big(tmp_path)
-    assert total > 300e6
+    assert total > 200e6
     environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), "int4"],
@@ -371,7 +371,7 @@ def test_host_memory_stays_near_the_packed_model(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     assert done.returncode == 0, done.stderr
     peak, packed = map(int, done.stdout.split())
-    assert packed < 0.45 * total
+    assert packed < 0.55 * total
     assert peak <= packed + 3 * largest, f"{peak / 1e6:.0f} MB, model {packed / 1e6:.0f} MB"
 
 

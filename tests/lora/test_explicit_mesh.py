@@ -92,7 +92,9 @@ def spec_of(variable):
     return variable[...].sharding.spec
 
 
-@pytest.mark.parametrize("shape, fmt", [((8, 1), None), ((1, 8), "int4")])
+@pytest.mark.parametrize(
+    "shape, fmt", [pytest.param((8, 1), None, marks=pytest.mark.long), ((1, 8), "int4")]
+)
 def test_a_mesh_that_splits_only_the_data_or_only_the_kernel(shape, fmt):
     check("linear", fmt, mesh=make_mesh(shape=shape), spec=P(None, "tensor"))
 
@@ -109,7 +111,7 @@ def test_a_kernel_split_on_either_axis(fmt):
 
 @pytest.mark.parametrize(
     "fmt, settings",
-    [(None, {"dropout": 0.5}), (None, {"use_dora": True}), ("int4", {"use_dora": True})],
+    [(None, {"dropout": 0.5}), ("int4", {"use_dora": True})],
 )
 def test_dora_and_dropout(fmt, settings):
     check("linear", fmt, settings, spec=P("tensor"), out=P("data"))
@@ -167,7 +169,7 @@ class Block(nnx.Module):
         return x + self.down(nnx.relu(self.up(x)), **out)
 
 
-@pytest.mark.parametrize("fmt", [None, "int4"])
+@pytest.mark.parametrize("fmt", [pytest.param(None, marks=pytest.mark.long), "int4"])
 def test_a_scanned_stack_with_remat_has_the_metadata_of_its_kernels(fmt):
     def found(mesh):
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
@@ -198,7 +200,9 @@ def test_a_scanned_stack_with_remat_has_the_metadata_of_its_kernels(fmt):
     assert B.get_metadata()["out_sharding"] == (None, None, "tensor") == tuple(spec_of(B))
 
 
-@pytest.mark.parametrize("fmt, use_dora", [("none", False), ("int4", True)])
+@pytest.mark.parametrize(
+    "fmt, use_dora", [pytest.param("none", False, marks=pytest.mark.long), ("int4", True)]
+)
 def test_linen(fmt, use_dora):
     def dense(features, *names):
         return nn.Dense(

@@ -110,7 +110,13 @@ def gradient_of(model, batch):
     return mean(trained)
 
 
-@pytest.fixture(scope="module", params=RUNS)
+# Of which other runs do more: on more layers, and on the embedding too.
+LONG = {"lora_qv": pytest.mark.long, "lora_dora": pytest.mark.long}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=LONG.get(name, ())) for name in RUNS]
+)
 def run(request):
     """(name, golden.json, metrics of each step, the trained model) of a repeated run."""
     name = request.param

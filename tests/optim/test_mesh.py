@@ -20,7 +20,7 @@ from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import hlo
 from lora_jax.training import monitor
 
-STEPS, ROWS, MICRO_BATCHES, LAYERS = 10, 16, 2, 3
+STEPS, ROWS, MICRO_BATCHES, LAYERS = 6, 16, 2, 3
 TOKENS = 20  # not a dimension of a weight, so that it identifies activations
 MESHES = {
     "1·1·1": {"data": 1, "fsdp": 1, "tensor": 1},
@@ -93,7 +93,10 @@ def collectives(name):
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "1·1·1"])
+FSDP = pytest.param("1·8·1", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", ["8·1·1", FSDP, "1·1·4", "2·2·2"])
 def test_every_mesh_takes_the_same_steps(name):
     """With dropout: a mask belongs to its sequence, on whichever device that is computed."""
     expected = trained_on("1·1·1")[0]
@@ -105,7 +108,10 @@ def test_every_mesh_takes_the_same_steps(name):
     "settings",
     [
         # The head's logits are sharded over tensor, and computed all at once.
-        {"targets": ("lm_head", "embed_tokens", "o_proj"), "use_dora": True},
+        pytest.param(
+            {"targets": ("lm_head", "embed_tokens", "o_proj"), "use_dora": True},
+            marks=pytest.mark.long,
+        ),
         {"targets": ("q_proj",), "modules_to_save": ("embed_tokens", "lm_head", "input_layernorm")},
     ],
     ids=["head", "saved"],
@@ -140,6 +146,7 @@ def test_data_parallel_devices_sum_once_a_step():
     assert counts == [(), ()]  # the numbers of trained tokens and of all tokens
 
 
+@pytest.mark.long
 def test_fsdp_gathers_weights_packed():
     """Layer by layer: in the forward pass, in its recomputation, and in the backward pass."""
     gathered = [part for part in collectives("1·8·1") if part[0] == "all-gather"]
@@ -177,7 +184,10 @@ def generated_on(name, temperature):
         return np.asarray(run(trained, frozen, *rows, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "temperature",
+    [pytest.param(0.0, id="greedy", marks=pytest.mark.long), pytest.param(1.0, id="sampled")],
+)
 def test_a_mesh_generates_the_same_tokens(temperature):
     expected = generated_on("1·1·1", temperature)
     assert len(np.unique(expected)) > 8

@@ -77,8 +77,23 @@ def checkpoints(folder):
 # ------------------------------------------------------------------------- whole runs
 
 
-def test_a_lost_process_and_sigterm_end_all_and_the_resumed_run_is_the_same(whole, start, data):
-    folder = whole.parent / "interrupted"
+def stop_by_sigterm(folder, start, resume):
+    one = random.randrange(2)
+    ended = start(*resume, signals={one: (5, signal.SIGTERM)})
+    assert ended.codes == [processes.RESTART] * 2, (one, ended.err)
+    assert "stopping after this step, to save" in ended.err[one]
+    assert ended.err[1 - one] == "" and ended.out[1] == ""
+    stopped = int(re.search(r"stopped after step (\d+) of 10", ended.out[0])[1])
+    assert 5 <= stopped < STEPS and (one or stopped == 5) and checkpoints(folder)[-1] == stopped
+    assert cli.metrics(folder)[-1]["step"] == stopped
+    assert any(part.any() for name, part in adapter(folder).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("sigterm", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_lost_process_and_sigterm_end_all_and_the_resumed_run_is_the_same(
+    sigterm, whole, start, data
+):
+    folder = whole.parent / f"interrupted-{sigterm}"
     resume = ("--resume", "--output-dir", folder)
     victim, step = random.randrange(2), random.randrange(3, 6)
 
@@ -93,16 +108,8 @@ def test_a_lost_process_and_sigterm_end_all_and_the_resumed_run_is_the_same(whol
     printed = ended.err[1 - victim]
     assert f"\n{message}\n" in printed and (victim == 0 or printed.count("\n") == 2), printed
 
-    one = random.randrange(2)
-    ended = start(*resume, signals={one: (5, signal.SIGTERM)})
-    assert ended.codes == [processes.RESTART] * 2, (one, ended.err)
-    assert "stopping after this step, to save" in ended.err[one]
-    assert ended.err[1 - one] == "" and ended.out[1] == ""
-    stopped = int(re.search(r"stopped after step (\d+) of 10", ended.out[0])[1])
-    assert 5 <= stopped < STEPS and (one or stopped == 5) and checkpoints(folder)[-1] == stopped
-    assert cli.metrics(folder)[-1]["step"] == stopped
-    assert any(part.any() for name, part in adapter(folder).items() if "lora_B" in name)
-
+    if sigterm:
+        stop_by_sigterm(folder, start, resume)
     assert "--num-processes" not in json.dumps(run_json(folder))
     ended = start(*resume, "--mesh", "data=2,fsdp=2", processes=1)
     assert ended.codes == [0], ended.err

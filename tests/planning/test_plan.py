@@ -259,6 +259,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_the_script_plans_and_compiles_without_weights(folder):
     flags = ("--model", folder, "--use-4bit", "--target", "cpu:2", "--hbm", "4MB", "--json")
     flags += ("--batch-size", 2, "--seq-len", 64)
