@@ -56,11 +56,14 @@ def attribute(name: str, computed: Callable[[Any], Any]) -> property:
 
 
 def _is_in_a_method() -> bool:
-    """Whether one of the callers is a method of a module, transformed or not."""
+    """Whether one of the callers is a method of a module, transformed or not.
+
+    `__getattribute__`, which a type checker may wrap, is how others read the weight as well.
+    """
     frame = sys._getframe(3)
     while frame is not None:
         code = frame.f_code
-        if code.co_argcount:
+        if code.co_argcount and code.co_name != "__getattribute__":
             first = frame.f_locals.get(code.co_varnames[0])
             if isinstance(first, nnx.Module) and hasattr(type(first), code.co_name):
                 return True

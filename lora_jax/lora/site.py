@@ -89,7 +89,9 @@ def select(
     others: {path: module} of the other modules of the model, which cannot be adapted.
     Raises: UserError as targets.select.
     """
-    layers = {name: site.layer for site in sites for name in site.names} | dict(others or {})
+    layers = {name: site.layer for site in sites for name in site.names}
+    # A Linen module in a bridge has the path of the bridge, whose class is not registered.
+    layers |= {name: other for name, other in (others or {}).items() if name not in layers}
     configs = targets.select(layers, config, strict=strict)
     return [[configs.get(name) for name in site.names] for site in sites]
 

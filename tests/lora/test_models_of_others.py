@@ -80,6 +80,27 @@ class Heads(nnx.Module):
 lora.register(Heads, {"q": "btd,ndh->btnh", "o": "btnh,nhd->btd"})
 
 
+class OwnEinsum(nnx.Module):
+    """As in Tunix and gemma."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (2, D, 4)) / 3)
+        self.einsum_str = "BTD,NDH->BTNH"
+
+    def __call__(self, x):
+        return 2 * jnp.einsum(self.einsum_str, x, self.w[...])
+
+
+class Experts(nnx.Module):
+    """A weight of three axes is all that it has."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (2, D, D)) / 3)
+
+    def __call__(self, x):
+        return jnp.tanh(jnp.einsum("btd,edf->betf", x, self.w)).sum(1)
+
+
 class Model(nnx.Module):
     """x → relu(x W) and then the layer under test, `part`."""
 
@@ -130,9 +151,12 @@ def conv(rngs, cls=nnx.Conv, **settings):
     return Model(cls(D, D, 3, rngs=rngs, **settings))
 
 
+def bridge(module, rngs):
+    return nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=rngs), X)
+
+
 def bridged(rngs, *layers):
-    module = nnx.bridge.ToNNX(nn.Sequential(layers), rngs=rngs)
-    return Model(nnx.bridge.lazy_init(module, X))
+    return Model(bridge(nn.Sequential(layers), rngs))
 
 
 KINDS = {
@@ -146,11 +170,14 @@ KINDS = {
     "tied": (Tied, "part"),
     "raw": (lambda rngs: Model(Raw(rngs)), "wq"),
     "two_raw": (lambda rngs: Model(Raw(rngs)), ("wq", "wk")),
+    "experts": (lambda rngs: Model(Experts(rngs)), "w"),
+    "own_einsum": (lambda rngs: Model(OwnEinsum(rngs)), "w"),
     "heads": (lambda rngs: Model(Heads(rngs)), ("q", "o")),
     "groups": (lambda rngs: conv(rngs, feature_group_count=2), "part"),
     "mask": (lambda rngs: conv(rngs, mask=jnp.tri(D)[None].repeat(3, 0)), "part"),
     "transposed": (lambda rngs: conv(rngs, nnx.ConvTranspose, strides=2), "part"),
     "bridged": (lambda rngs: bridged(rngs, nn.Dense(D), nn.tanh, nn.Dense(4)), "layers_0"),
+    "bridged_alone": (lambda rngs: Model(bridge(nn.Dense(4), rngs)), "part"),
     "bridged_conv": (lambda rngs: bridged(rngs, nn.Conv(D, (3,))), "layers_0"),
 }
 QUANTIZED = ("multiplied", "standardized", "other_bias", "scaled", "by_keyword", "reads_kernel",
@@ -227,6 +254,7 @@ def test_merged_equals_adapted(kind, fmt, use_dora):
     assert isinstance(model.part, type(plain.part)) or fmt != "none"
     base = jax.tree.map(jnp.copy, params_of(model))
     changed(model)
+    trained = lora.collect(model, config)
     _, gradient = loss_and_gradient(model, x)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
     if not use_dora:  # whose norm counts as a constant
@@ -239,7 +267,10 @@ def test_merged_equals_adapted(kind, fmt, use_dora):
     with lora.disabled(model):
         np.testing.assert_allclose(output(model, x), before, atol=1e-6)
     np.testing.assert_allclose(output(model, x), y, atol=1e-6)
-    np.testing.assert_allclose(output(lora.get_base_model(model), x), before, atol=1e-6)
+    base_model = lora.get_base_model(model)
+    np.testing.assert_allclose(output(base_model, x), before, atol=1e-6)
+    lora.attach(base_model, trained)
+    np.testing.assert_allclose(output(base_model, x), y, atol=1e-5)
     lora.merge(model)
     np.testing.assert_allclose(output(model, x), y, atol=2e-5)
     assert nnx.graphdef(model) == nnx.graphdef(plain)
@@ -460,10 +491,14 @@ def test_a_shared_layer_is_found_by_each_of_its_names(tmp_path):
     np.testing.assert_array_equal(plain.b.inner(X), model.a(X))
 
 
-def test_an_adapted_model_is_pickled():
-    model = Model(Multiplied(D, D, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize(
+    ("part", "targets"),
+    [(Multiplied(D, D, rngs=nnx.Rngs(0)), "all-linear"), (Raw(nnx.Rngs(0)), ("wq", "first"))],
+)
+def test_an_adapted_model_is_pickled(part, targets):
+    model = Model(part)
     quant.quantize_model(model, "int4")
-    lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(1))
+    lora.inject(model, lora.LoRAConfig(targets=targets), rngs=nnx.Rngs(1))
     changed(model)
     again = pickle.loads(pickle.dumps(model))
     np.testing.assert_array_equal(again(X), model(X))
@@ -535,6 +570,15 @@ def test_what_was_left_is_named_with_the_reason():
     )
 
 
+def test_a_parameter_in_a_list_is_refused_by_name():
+    model = nnx.Dict(a=linear(nnx.Rngs(0)), ws=nnx.List([nnx.Param(jnp.ones((D, D)))]))
+    assert lora.inject(
+        nnx.clone(model), lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(0)
+    ).left == {"ws.0": "a parameter of List, which is not registered"}
+    with pytest.raises(errors.UserError, match=r"ws is of class List, which is not registered"):
+        lora.inject(model, lora.LoRAConfig(targets=("ws",)), rngs=nnx.Rngs(0))
+
+
 def test_targets_that_match_nothing_list_the_likeliest_names_first():
     rngs = nnx.Rngs(0)
     layers = nnx.List([Block(rngs) for _ in range(2)])
@@ -545,3 +589,10 @@ def test_targets_that_match_nothing_list_the_likeliest_names_first():
         lora.inject(model, lora.LoRAConfig(), rngs=nnx.Rngs(0))
     with pytest.raises(errors.UserError, match=r"wk \(parameter 8 → 8\), wq \(parameter"):
         lora.inject(Raw(nnx.Rngs(0)), lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(0))
+
+
+def test_a_parameter_is_adapted_as_the_einsum_of_its_module_multiplies():
+    config = lora.LoRAConfig(rank=2, targets=("part.w",))
+    ranks = lora.inject(Model(OwnEinsum(nnx.Rngs(0))), config, rngs=nnx.Rngs(0))
+    assert dict(ranks) == {"part.w": 2}  # one adapter of K = D and N = 2 · 4
+    assert len(lora.inject(Model(Experts(nnx.Rngs(0))), config, rngs=nnx.Rngs(0))) == 2

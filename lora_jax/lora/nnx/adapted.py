@@ -10,9 +10,9 @@ from lora_jax.lora.nnx import parameters, sites
 
 def find(model: nnx.Module) -> list[sites.Site]:
     """The sites of the model that have an adapter."""
-    layers = (dataclasses.replace(site, names=site.module.lora_names)
-              for site in sites.find(model) if lora_layer.is_adapted(site.module))  # fmt: skip
-    return [*layers, *parameters.adapted(model)]
+    layers = (site for site in sites.find(model) if lora_layer.is_adapted(site.module))
+    return [dataclasses.replace(site, names=site.module.lora_names)
+            for site in (*layers, *parameters.adapted(model))]  # fmt: skip
 
 
 def by_name(model: nnx.Module) -> dict[str, tuple[sites.Site, int]]:

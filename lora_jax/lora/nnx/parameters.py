@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from lora_jax import errors
 from lora_jax.layers import linear_map, mixin, places, registry, weight
 from lora_jax.layers import parameters as layers
 from lora_jax.lora import config as lora_config
@@ -28,6 +29,8 @@ class Companion(lora_layer.LoRALayer):
 
     def __init__(self, inner: layers.Path, how: linear_map.LinearMap):
         self.inner, self.linear_map = inner, how
+
+    __reduce__ = object.__reduce__  # unlike the classes of `become`, pickle finds this one
 
     @classmethod
     def mixin_attributes(cls, original: type[nnx.Module]) -> dict[str, Any]:
@@ -134,14 +137,15 @@ def others(model: nnx.Module, found: Iterable[sites.Site]) -> dict[str, targets.
 def _all(model: nnx.Module) -> Iterator[ParameterSite]:
     shapes = sites.Shapes(model)
     for parameter in layers.find(model):
-        if len(parameter.inner) == 1 or parameter.is_bridged:  # no attribute reads those in a list
+        is_attribute = [type(key) for key in parameter.inner] == [str]  # and not part of a list
+        if is_attribute or parameter.is_bridged:
             yield _site(parameter, shapes)
 
 
 def _site(parameter: layers.Parameter, shapes: sites.Shapes) -> ParameterSite:
     path, variable, owner, at = parameter
     inner, shape = parameter.inner, variable.shape
-    how = registry.parameters_of(type(owner)).get(inner[-1], linear_map.LINEAR)
+    how = registry.parameters_of(type(owner)).get(inner[-1]) or _own_einsum(owner, shape)
     name, beside = path, _beside(str(inner[-1]))
     if parameter.is_bridged:
         beside = f"to_nnx__lora_{'_'.join(map(str, inner))}"
@@ -163,6 +167,19 @@ def _site(parameter: layers.Parameter, shapes: sites.Shapes) -> ParameterSite:
         owner=owner,
         variable=variable,
     )
+
+
+def _own_einsum(owner: nnx.Module, shape: tuple[int, ...]) -> linear_map.LinearMap:
+    """How the einsum multiplies that the owner names as nnx.Einsum does; x · W if there is none.
+
+    It says only which axes are K and N, and holds for whatever the owner computes.
+    """
+    equation = getattr(owner, "einsum_str", None)
+    try:
+        how = linear_map.parse(equation) if isinstance(equation, str) else linear_map.LINEAR
+    except errors.UserError:  # not a product with a matrix
+        return linear_map.LINEAR
+    return how if len(shape) == how.ndim else linear_map.LINEAR
 
 
 def _beside(name: str) -> str:

@@ -191,6 +191,8 @@ class Shapes(dict):
 
     def __missing__(self, path: tuple) -> list[tuple[int, ...]]:
         module = places.at(self.model, path)
+        if isinstance(module, nnx.Variable):
+            return [module.shape]
         # Not packed words, whose stack is on the first axis whatever that of the parameters is.
         params = jax.tree.leaves(nnx.state(module, nnx.Param))
         self[path] = [leaf.shape for leaf in params]
