@@ -570,6 +570,12 @@ def test_what_was_left_is_named_with_the_reason():
     )
 
 
+def test_a_module_of_an_unknown_class_is_refused_with_its_parameters():
+    model, found = Model(Raw(nnx.Rngs(0))), r"part is of class Raw, .*; target part\.wq, part\.wk\n"
+    with pytest.raises(errors.UserError, match=found):
+        lora.inject(model, lora.LoRAConfig(targets=("part",)), rngs=nnx.Rngs(0))
+
+
 def test_a_parameter_in_a_list_is_refused_by_name():
     model = nnx.Dict(a=linear(nnx.Rngs(0)), ws=nnx.List([nnx.Param(jnp.ones((D, D)))]))
     assert lora.inject(

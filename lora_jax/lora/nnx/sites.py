@@ -150,7 +150,7 @@ def others(model: nnx.Module) -> dict[str, targets.Layer]:
     known = {path for path, node in modules.items() if registry.registration_of(type(node))}
     owners = {path[:-1] for path, node in nodes if isinstance(node, nnx.Param)} & modules.keys()
     return {
-        dotted(path): lora_site.unregistered(type(modules[path]).__name__)
+        dotted(path): _unregistered(path, modules[path])
         for path in owners
         if path and not any(path[:n] in known for n in range(len(path) + 1))
     } | {
@@ -158,6 +158,15 @@ def others(model: nnx.Module) -> dict[str, targets.Layer]:
         for path in known
         if (misfit := _misfit(modules[path]))
     }
+
+
+def _unregistered(path: tuple[str | int, ...], module: nnx.Module) -> targets.Layer:
+    """A module whose class is not registered, and its parameters that may be targeted instead."""
+    found = lora_site.unregistered(type(module).__name__)
+    parts = {} if isinstance(module, nnx.List) else vars(module)
+    own = [dotted((path[-1], name)) for name, part in parts.items()
+           if type(part) is nnx.Param and part.ndim > 1]  # fmt: skip
+    return found._replace(problem=f"{found.problem}; target {', '.join(own)}") if own else found
 
 
 def _misfit(layer: nnx.Module) -> str:
