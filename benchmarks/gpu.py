@@ -38,8 +38,7 @@ from lora_jax.optim import config as optim_config
 from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.planning import chips
-from lora_jax.quant import formats
-from lora_jax.quant import linear as quant_linear
+from lora_jax.quant import conversion, formats
 
 TOLERANCE = 1e-2  # for ‖error‖ / ‖result‖ of a kernel; one rounding to bfloat16 costs 2e-3
 CACHE = 400e6  # bytes of weights to cycle through, so that a GPU's L2 cache does not help
@@ -164,7 +163,7 @@ def random_model(architecture: tuple, fmt: str):
         model = llama.LlamaForCausalLM(
             memory.architecture(*architecture), dtype="bfloat16", rngs=nnx.Rngs(0)
         )
-        quant_linear.quantize_model(model, fmt)
+        conversion.quantize_model(model, fmt)
         lora.inject(model, config.LoRAConfig(rank=RANK, targets="all-linear"), rngs=nnx.Rngs(0))
         graphdef, trained, frozen = model_state.split(model)
         graphdefs.append(graphdef)

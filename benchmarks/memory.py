@@ -13,7 +13,7 @@ from lora_jax.models import config as model_config
 from lora_jax.models import llama
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
-from lora_jax.quant import linear as quant_linear
+from lora_jax.quant import conversion
 
 MODELS = {  # name: (vocab, hidden, ffn, layers, heads, kv heads, tied)
     "Llama-3.2-1B": (128256, 2048, 8192, 16, 32, 8, True),
@@ -52,7 +52,7 @@ def measure(name: str, fmt: str) -> tuple[int, int, int]:
             architecture(*MODELS[name]), dtype="bfloat16", rngs=nnx.Rngs(0)
         )
         if fmt != "none":
-            quant_linear.quantize_model(model, fmt)
+            conversion.quantize_model(model, fmt)
         lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
         _, trained, frozen = model_state.split(model)
         return trained, frozen.base, adamw.make(optim_config.OptimConfig(), 1).init(trained)

@@ -16,6 +16,7 @@ from lora_jax.checkpoints.storage.stored_linear import PackedSpec, StoredLinear
 from lora_jax.models import config as model_config
 from lora_jax.models import llama, quantization_config
 from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import conversion
 from lora_jax.quant import linear as quant_linear
 
 
@@ -67,9 +68,7 @@ def skeleton(
                 lambda s: jnp.zeros((layers, *s.shape), s.dtype),  # noqa: B023
                 spec.shapes(rows, columns, multiple),
             )
-            quant_linear.replace(
-                model, path, quant_linear.QuantLinear(packed, linear, fmt=spec.fmt)
-            )
+            conversion.replace(model, path, quant_linear.QuantLinear(packed, linear, fmt=spec.fmt))
     sharding.deal_out(model)
     return model
 

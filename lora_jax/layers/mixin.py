@@ -5,6 +5,8 @@ from typing import Any
 
 from flax import nnx
 
+from lora_jax.layers import weight
+
 
 class Mixin(nnx.Module):
     """A class that layers get in addition to their own, see `become`."""
@@ -17,6 +19,14 @@ class Mixin(nnx.Module):
     def mixin_attributes(cls, original: type[nnx.Module]) -> dict[str, Any]:
         """Attributes of a class that adds this one to `original`."""
         return {}
+
+    def _graph_node_set_key(self, key: Any, value: Any) -> None:
+        with weight.as_stored(self):  # nnx.update changes what is stored
+            super()._graph_node_set_key(key, value)
+
+    def _graph_node_pop_key(self, key: Any) -> Any:
+        with weight.as_stored(self):
+            return super()._graph_node_pop_key(key)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Such a class is made when it is needed, so pickle cannot find it by its name.

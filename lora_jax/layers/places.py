@@ -37,9 +37,9 @@ def find(model: nnx.Module) -> Places:
 
 def at(module: Any, path: tuple[Any, ...]) -> Any:
     """The part of the module at that path."""
-    for key in path:
-        by_name = isinstance(key, str) and not isinstance(module, dict)
-        module = getattr(module, key) if by_name else module[key]
+    for key in path:  # as it is stored, see layers/weight.py
+        attributes = vars(module) if isinstance(module, nnx.Pytree) else {}
+        module = attributes[key] if key in attributes else module[key]
     return module
 
 

@@ -26,7 +26,7 @@ from lora_jax.optim import config as optim_config
 from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
-from lora_jax.quant import formats
+from lora_jax.quant import conversion, formats
 from lora_jax.quant import linear as quant_linear
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -55,7 +55,7 @@ def dense(model):
     for path, node in nnx.iter_graph(model.model.layers):
         if isinstance(node, nnx.Linear | quant_linear.QuantLinear):
             linear = (
-                quant_linear.dequantize_linear(node)
+                conversion.dequantize_linear(node)
                 if isinstance(node, quant_linear.QuantLinear)
                 else node
             )

@@ -19,7 +19,7 @@ from lora_jax.models import config as model_config
 from lora_jax.models import llama
 from lora_jax.parallel import devices
 from lora_jax.parallel import mesh as sharding
-from lora_jax.quant import linear as quant_linear
+from lora_jax.quant import conversion
 
 STORIES = pathlib.Path(__file__).parents[1] / "golden" / "models" / "stories260K"
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -102,7 +102,7 @@ def test_the_form_for_hopper_lowers():
 
     def step(ids):
         whole = llama.LlamaForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        quant_linear.quantize_model(whole, "int4")
+        conversion.quantize_model(whole, "int4")
         forms = decode_weights.derive(whole, "k_minor", 4)
         return whole.extend(ids, whole.empty_cache(4, 8), forms=forms)[0]
 
@@ -127,7 +127,7 @@ def test_a_layer_accepts_a_product_computed_elsewhere():
     for quantized in (False, True):
         linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
         linear.bias.set_value(jnp.arange(8.0))
-        layer = quant_linear.quantize_linear(linear, "int8") if quantized else linear
+        layer = conversion.quantize_linear(linear, "int8") if quantized else linear
         product = layer(x) - jnp.arange(8.0)[None]
         model = nnx.Dict(layer=layer)
         lora.inject(model, config.LoRAConfig(rank=2, targets=("layer",)), rngs=nnx.Rngs(0))

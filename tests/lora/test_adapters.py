@@ -12,7 +12,7 @@ from lora_jax.lora import adapters, peft
 from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import sites
-from lora_jax.quant import linear as quant_linear
+from lora_jax.quant import conversion
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32)), jnp.float32)
 
@@ -36,7 +36,7 @@ class Net(nnx.Module):
 def net(fmt="none"):
     model = Net(nnx.Rngs(0))
     if fmt != "none":
-        model.out = quant_linear.quantize_linear(model.out, fmt)
+        model.out = conversion.quantize_linear(model.out, fmt)
     return model
 
 

@@ -17,7 +17,7 @@ from lora_jax.lora import targets as selection
 from lora_jax.lora.nnx import adapted as found_adapted
 from lora_jax.lora.nnx import sites
 from lora_jax.parallel import mesh as sharding
-from lora_jax.quant import linear as quant_linear
+from lora_jax.quant import conversion
 
 LLAMA = pathlib.Path(__file__).parents[1] / "golden" / "models" / "llama"
 EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -91,10 +91,10 @@ def net(fmt="none"):
 def split_net(fmt):
     model = Net(nnx.Rngs(0))
     if fmt != "none":
-        model.first = quant_linear.quantize_linear(model.first, fmt)
+        model.first = conversion.quantize_linear(model.first, fmt)
         for block in (*model.blocks, model.stack):
-            block.up = quant_linear.quantize_linear(block.up, fmt)
-            block.down = quant_linear.quantize_linear(block.down, fmt)
+            block.up = conversion.quantize_linear(block.up, fmt)
+            block.down = conversion.quantize_linear(block.down, fmt)
     return nnx.split(model)
 
 

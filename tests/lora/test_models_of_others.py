@@ -456,6 +456,10 @@ def test_a_merge_compares_the_outputs_of_a_call():
     changed(model)
     lora.merge(model, X)
     assert type(model.part) is nnx.Linear
+    half = Model(linear(nnx.Rngs(0), dtype=jnp.bfloat16))
+    lora.inject(half, lora.LoRAConfig(targets=("part",)), rngs=nnx.Rngs(1))
+    changed(half)
+    lora.merge(half, X)
     model = Functional(nnx.Rngs(0))
     lora.inject(model, lora.LoRAConfig(targets=("part",)), rngs=nnx.Rngs(1))
     changed(model)
@@ -489,6 +493,56 @@ def test_a_shared_layer_is_found_by_each_of_its_names(tmp_path):
     assert set(trained.factors) == {"b.inner"}
     lora.attach(plain, trained)
     np.testing.assert_array_equal(plain.b.inner(X), model.a(X))
+
+
+class SharedRaw(nnx.Module):
+    def __init__(self, rngs):
+        self.one, self.two = Raw(rngs), Raw(rngs)
+        self.two.wq = self.one.wq
+
+    def __call__(self, x):
+        return self.two(self.one(x))
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_a_parameter_of_two_modules_is_adapted_in_the_one_that_is_targeted(init):
+    model = SharedRaw(nnx.Rngs(0))
+    before, kept = model(X), model.two.wq[...]
+    config = lora.LoRAConfig(rank=2, targets=("one.wq",), init_lora_weights=init)
+    lora.inject(model, config, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(model(X), before, atol=1e-5)
+    changed(model)
+    y = model(X)
+    lora.merge(model)
+    np.testing.assert_allclose(model(X), y, atol=1e-5)
+    np.testing.assert_array_equal(model.two.wq[...], kept)
+
+
+@pytest.mark.parametrize("make, target", [(ByKeyword, "part"), (Raw, "wq")])
+def test_the_base_of_an_adapter_that_starts_from_the_weights(make, target):
+    model = make(nnx.Rngs(0))
+    before = model(X)
+    config = lora.LoRAConfig(rank=2, targets=(target,), init_lora_weights="pissa")
+    lora.inject(model, config, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(lora.get_base_model(model)(X), before, atol=1e-5)
+    with lora.disabled(model):
+        np.testing.assert_allclose(model(X), before, atol=1e-5)
+    np.testing.assert_allclose(model(X), before, atol=1e-5)
+
+
+def test_an_update_from_a_method_changes_what_is_stored():
+    class Trainer(nnx.Module):
+        def __init__(self, model):
+            self.model = model
+
+        def restore(self, state):
+            nnx.update(self.model, state)
+            lora.merge(self.model)
+
+    model, other = Model(Raw(nnx.Rngs(0))), Model(Raw(nnx.Rngs(1)))
+    lora.inject(model, lora.LoRAConfig(rank=2, targets=("first", "wq")), rngs=nnx.Rngs(1))
+    Trainer(model).restore(nnx.state(other))
+    np.testing.assert_allclose(model(X), other(X), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -583,6 +637,17 @@ def test_a_parameter_in_a_list_is_refused_by_name():
     ).left == {"ws.0": "a parameter of List, which is not registered"}
     with pytest.raises(errors.UserError, match=r"ws is of class List, which is not registered"):
         lora.inject(model, lora.LoRAConfig(targets=("ws",)), rngs=nnx.Rngs(0))
+
+
+def test_a_quantized_model_has_the_parameters_of_the_dense_one():
+    totals = set()
+    for fmt in ("none", "int4", "int8"):
+        model = Block(nnx.Rngs(0))
+        if fmt != "none":
+            quant.quantize_model(model, fmt)
+        lora.inject(model, lora.LoRAConfig(rank=2, targets="all-linear"), rngs=nnx.Rngs(1))
+        totals.add(lora.summary(model).splitlines()[0])
+    assert len(totals) == 1 and "all params: 292 ||" in totals.pop()
 
 
 def test_targets_that_match_nothing_list_the_likeliest_names_first():

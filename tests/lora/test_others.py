@@ -21,7 +21,7 @@ from lora_jax.lora import config as lora_config
 from lora_jax.lora import linen, peft
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
-from lora_jax.quant import linear as quant_linear
+from lora_jax.quant import conversion
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 TOKENS = jnp.arange(12).reshape(2, 6) % 7
@@ -140,7 +140,7 @@ def test_their_nnx_model_is_adapted(made, fmt, tmp_path):
     run = nnx.jit(run)
     nnx.update(model, moved(nnx.state(model, nnx.Param)))
     if fmt != "none":
-        quant_linear.quantize_model(model, fmt)
+        conversion.quantize_model(model, fmt)
     plain = nnx.clone(model)
     base = run(plain)
     assert np.abs(base).max() > 0.1

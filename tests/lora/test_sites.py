@@ -19,7 +19,7 @@ from lora_jax.lora.nnx import adapted as found_adapted
 from lora_jax.lora.nnx import collect, inject, sites
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import saved as nnx_saved
-from lora_jax.quant import formats
+from lora_jax.quant import conversion, formats
 from lora_jax.quant import linear as quant_linear
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lora_mixed"
@@ -177,7 +177,7 @@ def test_every_kind_is_adapted_merged_saved_and_loaded(use_dora, tmp_path):
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_every_kind_is_adapted_on_a_quantized_base(use_dora):
     x, plain, model = rand(2, 4, 6), Layers(nnx.Rngs(0)), Layers(nnx.Rngs(0))
-    quant_linear.quantize_model(model, "int4")
+    conversion.quantize_model(model, "int4")
     names = ("general", "back", "front", "einsum", "heads")
     layers = [getattr(model, name) for name in names]
     assert all(isinstance(layer, quant_linear.QuantLayer) for layer in layers)
@@ -199,7 +199,7 @@ def test_every_kind_is_adapted_on_a_quantized_base(use_dora):
     expected = model(x)
     adapter = lora.collect(model, settings)
     again = Layers(nnx.Rngs(0))
-    quant_linear.quantize_model(again, "int4")
+    conversion.quantize_model(again, "int4")
     lora.attach(again, adapter)
     np.testing.assert_allclose(again(x), expected, atol=1e-5)
     lora.merge(model)
@@ -207,7 +207,7 @@ def test_every_kind_is_adapted_on_a_quantized_base(use_dora):
     assert nnx.graphdef(model) == nnx.graphdef(plain)
     adapted(model, targets=("back",))
     with pytest.raises(errors.UserError, match="back has an adapter"):
-        quant_linear.quantize_model(model, "int8")
+        conversion.quantize_model(model, "int8")
 
 
 def test_the_layer_stays_what_it_was():
@@ -258,7 +258,7 @@ def test_a_vmapped_stack_of_any_kind_has_a_name_for_each_layer(tmp_path):
 
 def test_layers_of_one_shape_are_merged_by_one_program(monkeypatch):
     model = nnx.Dict({f"layer_{i}": nnx.Linear(40, 8, rngs=nnx.Rngs(i)) for i in range(3)})
-    quant_linear.quantize_model(model, "int4")
+    conversion.quantize_model(model, "int4")
     adapted(model, targets="all-linear")
     compiled, dequantize = [], formats.dequantize
     monkeypatch.setattr(
@@ -283,7 +283,7 @@ def awkward():
         a=nnx.Linear(4, 4, rngs=rngs),
         b=nnx.Dict(gate=Gate(rngs), attn=nnx.Dict(q=nnx.Linear(4, 4, rngs=rngs))),
         scaled=nnx.WeightNorm(nnx.Linear(4, 4, rngs=rngs), rngs=rngs),
-        packed=quant_linear.quantize_linear(nnx.Linear(4, 4, rngs=rngs), "int8"),
+        packed=conversion.quantize_linear(nnx.Linear(4, 4, rngs=rngs), "int8"),
     )
 
 
@@ -523,7 +523,7 @@ def test_pissa_takes_no_larger_rank_than_a_weight_has():
 def test_pissa_of_quantized_weights_is_refused():
     model = nnx.Dict(a=nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
     dense = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
-    quant_linear.quantize_model(model, "int4")
+    conversion.quantize_model(model, "int4")
     with pytest.raises(errors.UserError, match=r"(?s)before quantization.*int4"):
         lora.inject(model, lora_config.LoRAConfig(targets=("a",), init_lora_weights="pissa"),
                     rngs=nnx.Rngs(0))  # fmt: skip
@@ -551,8 +551,8 @@ def test_dora_is_its_equation_in_training_too(fmt, dropout):
     model = nnx.Dict(a=nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
     model.a.bias.set_value(rand(8, seed=9))
     if fmt != "none":
-        quant_linear.quantize_model(model, fmt)
-        kernel = quant_linear.dequantize_linear(model.a).kernel[...]
+        conversion.quantize_model(model, fmt)
+        kernel = conversion.dequantize_linear(model.a).kernel[...]
     else:
         kernel = model.a.kernel[...]
     adapted(model, targets=("a",), use_dora=True, dropout=dropout)
@@ -585,7 +585,7 @@ def test_dora_is_its_equation_in_training_too(fmt, dropout):
 def test_dora_on_packed_weights_writes_no_dense_one(monkeypatch):
     """Its norm is computed from ‖W‖², a constant, and Aᵀ W, a product with the packed words."""
     model, calls = nnx.Dict(a=nnx.Linear(256, 64, use_bias=False, rngs=nnx.Rngs(0))), []
-    quant_linear.quantize_model(model, "int4")
+    conversion.quantize_model(model, "int4")
     adapted(model, targets=("a",), use_dora=True)
     multiply = int4_matmul.int4_matmul
     monkeypatch.setattr(

@@ -114,11 +114,7 @@ def _conv(layer: nn.Conv, *_: Any) -> linear_map.Conv:
 
 
 def _transposed(layer: nn.ConvTranspose, *_: Any) -> linear_map.Conv:
-    return linear_map.Conv(_no_slide, _tuple(layer.kernel_size))
-
-
-def _no_slide(x, kernel):
-    raise NotImplementedError
+    return linear_map.Conv(linear_map.unknown, _tuple(layer.kernel_size))
 
 
 for _cls, _weight, _multiplies in (

@@ -25,11 +25,11 @@ def disabled(model: nnx.Module) -> Iterator[nnx.Module]:
 
 
 def get_base_model(model: nnx.Module) -> nnx.Module:
-    """A model without adapters, as it was before `inject`; it shares the arrays of the base.
+    """A model without adapters, as it was before `inject`. `model` itself does not change.
 
     Raises: as merge.strip.
     """
-    base = nnx.merge(*nnx.split(model))
+    base = nnx.clone(model)  # strip may change variables, which split and merge would share
     merge.strip(base)
     return base
 

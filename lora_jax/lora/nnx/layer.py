@@ -95,14 +95,6 @@ class LoRALayer(mixin.Mixin):
         count[...] += 1
         return jax.random.key_data(folded)
 
-    def _graph_node_set_key(self, key: Any, value: Any) -> None:
-        with weight.as_stored(self):  # nnx.update changes what is stored
-            super()._graph_node_set_key(key, value)
-
-    def _graph_node_pop_key(self, key: Any) -> Any:
-        with weight.as_stored(self):
-            return super()._graph_node_pop_key(key)
-
 
 class LoRAEmbedding(LoRALayer):
     """An adapted embedding. Where it is also the output, it computes with the same weight there."""

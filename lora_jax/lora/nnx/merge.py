@@ -14,6 +14,7 @@ from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.saved import SavedLayer
 from lora_jax.models import llama
+from lora_jax.quant import conversion
 from lora_jax.quant import linear as quant_linear
 
 
@@ -25,33 +26,44 @@ def merge(model: nnx.Module, *args: Any, **kwargs: Any) -> None:
     its own first, unless the head changes with it. A variable that others hold, too, stays theirs;
     the layer gets a new one.
 
-    args, kwargs: of a call of the model, to compare its output before and after the merge.
+    args, kwargs: of a call of the model, to compare its output before and after the merge. The call
+    must give the same twice, so without dropout.
     Raises: UserError if the model has no adapter; if the output changes by more than rounding. The
     model is then unchanged.
     """
     if not args and not kwargs:
         return _merge(model)
-    before = model(*args, **kwargs)
+    before, limit = model(*args, **kwargs), _max_change(model)
     with undo.on_error(model):
         _merge(model)
-        _compare(before, model(*args, **kwargs))
+        _compare(before, model(*args, **kwargs), limit)
 
 
-def _compare(before: Any, after: Any) -> None:
+def _max_change(model: nnx.Module) -> float:
+    """How much a merge may change the outputs, relative to their root mean square.
+
+    Rounding changed those of a LLaMA of 135M parameters, with adapters on all linear layers, by
+    1e-5 in float32 and 0.04 in bfloat16.
+    """
+    dtypes = (getattr(node, "dtype", None) for _, node in nnx.iter_graph(model))
+    floats = (jnp.dtype(own) for own in dtypes if own and jnp.issubdtype(own, jnp.floating))
+    return 0.1 if any(own.itemsize < 4 for own in floats) else 1e-3
+
+
+def _compare(before: Any, after: Any, limit: float) -> None:
     """Raises: UserError if outputs before and after a merge differ by more than rounding."""
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if not jnp.issubdtype(jnp.result_type(old), jnp.floating) or not jnp.size(old):
+            continue
         old, new = (jnp.asarray(array, jnp.float32) for array in (old, new))
-        largest, change = float(jnp.abs(old).max()), float(jnp.abs(new - old).max())
-        if not change <= _MAX_CHANGE * largest:
+        size, change = (float(jnp.sqrt(jnp.square(a).mean())) for a in (old, new - old))
+        if not change <= limit * size:
             raise errors.UserError(
                 expected="a merged model that computes what the adapted one does",
-                found=f"an output that changes by {change:.3g}, of {largest:.3g} at most",
+                found=f"an output that changes by {change:.3g}, of {size:.3g} (root mean square)",
                 do="lora.summary(model) lists the adapted layers; in a function of your own call "
                 "layers, and do not read their weights",
             )
-
-
-_MAX_CHANGE = 0.02  # of the largest output; rounding in bfloat16 changes it by less
 
 
 def _merge(model: nnx.Module) -> None:
@@ -67,17 +79,17 @@ def _merge(model: nnx.Module) -> None:
         site.separate(where)
         merged = site.each(algebra.merged, *lora_layer.arrays(layer))
         if isinstance(layer, quant_linear.QuantLinear):
-            quant_linear.replace(model, site.path, quant_linear.as_linear(layer, merged))
+            conversion.replace(model, site.path, conversion.as_linear(layer, merged))
         elif isinstance(layer, quant_linear.QuantLayer):
             _restore(site)
-            quant_linear.make_dense(layer, merged)
+            conversion.make_dense(layer, merged)
         else:
             site.set_matrix(merged)
             _restore(site)
     for whole in wholes:
         whole.merge(where)
     vocabulary.leave(model, merged=True)
-    quant_linear.dequantize_model(model)
+    conversion.dequantize_model(model)
 
 
 def strip(model: nnx.Module) -> None:

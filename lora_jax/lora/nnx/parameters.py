@@ -58,14 +58,6 @@ class Owner(mixin.Mixin):
                 return companion.changed(value)
         return value
 
-    def _graph_node_set_key(self, key: Any, value: Any) -> None:
-        with weight.as_stored(self):  # nnx.update changes what is stored
-            super()._graph_node_set_key(key, value)
-
-    def _graph_node_pop_key(self, key: Any) -> Any:
-        with weight.as_stored(self):
-            return super()._graph_node_pop_key(key)
-
 
 class Bridge(mixin.Mixin):
     """A Linen module in nnx.bridge.ToNNX, which is applied to W + scaling · A B."""
@@ -75,8 +67,7 @@ class Bridge(mixin.Mixin):
         try:
             for companion in list(vars(self).values()):
                 if isinstance(companion, Companion):
-                    *outer, name = companion.inner
-                    holder = vars(self) if not outer else places.at(vars(self), tuple(outer))
+                    holder, name = _holder(self, companion.inner)
                     stored.append((holder, name, holder[name]))
                     holder[name] = holder[name].replace(companion.changed(holder[name]).value)
             return super().__call__(*args, **kwargs)
@@ -90,14 +81,16 @@ class ParameterSite(sites.Site):
     """A parameter with or without an adapter. `module` is its Companion, at `path`."""
 
     owner: nnx.Module
-    variable: nnx.Variable
 
     @property
     def weight(self) -> nnx.Variable:
-        return self.variable
+        holder, name = _holder(self.owner, self.module.inner)
+        return holder[name]
 
     def separate(self, where: places.Places) -> None:
-        """Nothing: a parameter in two places is refused."""
+        if len(where[id(self.weight)]) > 1:
+            holder, name = _holder(self.owner, self.module.inner)
+            holder[name] = self.weight.copy()
 
     def begin(self, kind: type[mixin.Mixin]) -> nnx.Module:
         setattr(self.owner, str(self.path[-1]), self.module)
@@ -114,7 +107,7 @@ class ParameterSite(sites.Site):
 def find(model: nnx.Module, config: lora_config.LoRAConfig) -> Iterator[ParameterSite]:
     """The parameters that `config` targets by name, and the kernels of Linen modules."""
     for site in _all(model):
-        bridged = layers.is_bridge(site.owner) and len(site.variable.shape) == 2
+        bridged = layers.is_bridge(site.owner) and len(site.weight.shape) == 2
         named = not isinstance(config.targets, str)  # patterns are of modules, as in PEFT
         if (named or bridged) and any(targets.is_chosen(name, config) for name in site.names):
             yield site
@@ -165,8 +158,13 @@ def _site(parameter: layers.Parameter, shapes: sites.Shapes) -> ParameterSite:
         in_features=in_features,
         out_features=out_features,
         owner=owner,
-        variable=variable,
     )
+
+
+def _holder(owner: nnx.Module, inner: layers.Path) -> tuple[dict[str, Any], str]:
+    """(the dict, the key) where the owner holds the parameter of that path."""
+    *outer, name = inner
+    return (places.at(vars(owner), tuple(outer)) if outer else vars(owner)), name
 
 
 def _own_einsum(owner: nnx.Module, shape: tuple[int, ...]) -> linear_map.LinearMap:

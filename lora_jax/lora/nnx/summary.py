@@ -9,13 +9,17 @@ from lora_jax.layers import parameters, taken
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import targets
 from lora_jax.lora.nnx import adapted, base, collect, saved, sites
+from lora_jax.lora.nnx import parameters as parameter_sites
+from lora_jax.quant import linear as quant_linear
 
 
 def summary(model: nnx.Module) -> str:
     """The number of trainable parameters, the adapted layers, and the weights that were left."""
     trainable = collect.num_params(model)
-    arrays = jax.tree.leaves(base.base_state(model))
-    total = trainable + sum(math.prod(array.shape) for array in arrays)
+    params = jax.tree.leaves(nnx.filter_state(base.base_state(model), nnx.Param))
+    packed = (site for site in sites.find(model) if quant_linear.packed_of(site.module))
+    dense = (sites.weight_shape(site.module) for site in packed)  # however it is stored
+    total = trainable + sum(map(math.prod, [*(array.shape for array in params), *dense]))
     ranks = {name: f"rank {site.module.lora_ranks[index]}"
              for name, (site, index) in adapted.by_name(model).items()}  # fmt: skip
     ranks |= {sites.dotted(whole.path): "fully trained" for whole in saved.find(model)}
@@ -37,10 +41,10 @@ def left(model: nnx.Module, config: lora_config.LoRAConfig | None = None) -> dic
         if not any(site.path[: len(path)] == path for path in whole):
             found |= {name: _why(site, name, config) for name in site.names if name not in have}
     stacks = {site.path[: site.depths[0]] for site in known if site.depths}
-    owners = {id(site.variable) for site in adapted.find(model) if hasattr(site, "variable")}
+    adapted_ones = {id(site.weight) for site in parameter_sites.adapted(model)}
     for own in parameters.find(model):
         stacked = any(own.path[: len(path)] == path for path in stacks)
-        if id(own.variable) not in owners and len(own.variable.shape) - stacked >= 2:
+        if id(own.variable) not in adapted_ones and len(own.variable.shape) - stacked >= 2:
             cls = type(own.owner).__name__
             found[sites.dotted(own.path)] = f"a parameter of {cls}, which is not registered"
     return found
