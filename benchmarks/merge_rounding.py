@@ -1,8 +1,8 @@
 """How much rounding changes a model's output in a merge: python benchmarks/merge_rounding.py MODEL.
 
-MODEL: a folder with a LLaMA. Prints, for each dtype, the root mean square of the change of the logits
-relative to that of the logits, with random adapters on all linear layers. lora.merge(model, x) takes
-its limits from it.
+MODEL: a folder with a LLaMA. Prints the root mean square of the change of its logits, relative to
+that of the logits, with random adapters on all linear layers. The limits of lora.merge(model, x)
+come from it.
 """
 
 import argparse
