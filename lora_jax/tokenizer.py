@@ -183,14 +183,35 @@ def encode(
 
 
 def continuation(
-    tokenizer: "transformers.PreTrainedTokenizerBase", prompt: Sequence[int], new: Sequence[int]
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    prompt: Sequence[int],
+    new: Sequence[int],
+    *,
+    skip_special_tokens: bool = True,
 ) -> str:
     """The text that the ids `new` add after `prompt`.
 
-    They are decoded together, because SentencePiece tokens on their own lose a leading space.
+    They are decoded together, because SentencePiece tokens on their own lose a leading space, and
+    never "cleaned up": that would change text that a stream has emitted.
     """
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
+    before, whole = (
+        tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        for ids in ([*prompt], [*prompt, *new])
+    )
+    return added(before, whole)
+
+
+def added(before: str, whole: str) -> str:
+    """What the text of all tokens adds to that of the first ones.
+
+    Where the first ones end within a character, their text ends with U+FFFD; then the whole
+    character is new.
+    """
+    while before.endswith("\ufffd") and not whole.startswith(before):
+        before = before[:-1]
+    return whole[len(before) :]
 
 
 def _chat_template(folder: pathlib.Path) -> typing.Any:

@@ -39,7 +39,7 @@ def _kept() -> list[tuple[Any, str, Any]]:
 
     A second run with the settings of a first would trace, lower and read the same programs.
     """
-    from lora_jax.generation import continuation
+    from lora_jax.generation import steps
     from lora_jax.optim import adamw
     from lora_jax.optim import step as train_step
     from lora_jax.planning import job as jobs
@@ -49,7 +49,7 @@ def _kept() -> list[tuple[Any, str, Any]]:
         (adamw, "schedule"),
         (train_step, "make_step"),
         (train_step, "make_eval_loss"),
-        (continuation, "make"),
+        (steps, "Programs"),
     ]
     kept = [(module, name, _once(getattr(module, name))) for module, name in makers]
     return [*kept, (jobs, "model_parts", _once_a_model(jobs.model_parts))]

@@ -2,14 +2,12 @@
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax import assets, console, errors
+from lora_jax import errors
 from lora_jax.cli import arguments
 from lora_jax.generation import config as generation_config
-from lora_jax.parallel import processes
 from lora_jax.training.settings import checks, groups
 
 DEFAULTS = {"seed": 0, **dataclasses.asdict(generation_config.Sampling())}
@@ -112,85 +110,29 @@ def main() -> int:
 
 def continuations(settings: GenerateSettings) -> Iterator[str]:
     """Yields the continuation of each prompt."""
-    import jax
+    from lora_jax import tokenizer
+    from lora_jax.cli import opening
+    from lora_jax.generation import engine
 
-    from lora_jax import hub, lora, tokenizer
-    from lora_jax.checkpoints import inventory, loader, model_folder
-    from lora_jax.data import chat
-    from lora_jax.generation import continuation
-    from lora_jax.generation import weights as decode_weights
-    from lora_jax.lora import peft, tied_head
-    from lora_jax.lora.nnx import model_state
-    from lora_jax.parallel import devices
-    from lora_jax.parallel import mesh as sharding
-
-    if processes.leads() and (warning := devices.unused_accelerator()):
-        print(f"warning: {warning}", file=sys.stderr)
-    devices.keep_freed_memory()
-    devices.keep_compiled()
-    adapter = hub.adapter_folder(settings.adapter) if settings.adapter else None
-    name, revision = settings.model, settings.base.revision
-    if not name:
-        named = peft.settings(adapter) if adapter else {"base_model_name_or_path": assets.FOLDER}
-        name = str(named.get("base_model_name_or_path") or "")
-        revision = revision or named.get("revision")
-    if not name:
-        raise errors.UserError(
-            expected="base_model_name_or_path in adapter_config.json",
-            found="none",
-            where=str(adapter),
-            do="give the base model with --model",
-        )
-    named_by = None if settings.model else adapter
-    folder = hub.model_folder(name, revision, named_by=named_by)
-    architecture = model_folder.config(folder)
-    quant, dtype = settings.base.resolve_quant(architecture, folder), settings.base.dtype
-    if adapter and settings.base.quant is None and processes.leads():
-        arguments.note_other_base(adapter, quant)
-    num_bytes = inventory.loaded_bytes(folder, dtype=dtype, quantization=quant)
-    mesh = sharding.choose(settings.base.mesh, num_bytes)
-    reader = tokenizer.load(folder, adapter)
+    found = opening.files(settings.base, settings.model, settings.adapter)
     if settings.chat:
-        encoded = [tokenizer.chat_prompt(reader, prompt) for prompt in settings.prompts]
+        encoded = [tokenizer.chat_prompt(found.reader, prompt) for prompt in settings.prompts]
     else:
-        encoded = tokenizer.encode(reader, list(settings.prompts))
-    adapted = peft.read(adapter) if adapter else None
-    num_tokens = architecture.vocab_size
-    if adapted:
-        num_tokens = tied_head.num_tokens(adapted, architecture, str(adapter))
-        if num_tokens != architecture.vocab_size and processes.leads():
-            print(f"the adapter brings {num_tokens} tokens, in place of the base's "
-                  f"{architecture.vocab_size}", file=sys.stderr)  # fmt: skip
-    tokenizer.check_ids(reader, encoded, num_tokens)
-    context = architecture.context
+        encoded = tokenizer.encode(found.reader, list(settings.prompts))
+    tokenizer.check_ids(found.reader, encoded, found.num_tokens)
+    num_new = settings.sampling.max_new_tokens
     for ids in encoded:
-        continuation.check_length(len(ids), settings.sampling, context)
-    with jax.set_mesh(mesh):
-        model = loader.load(
-            folder,
-            dtype=dtype,
-            quantization=quant,
-            search=not settings.base.quant_fast,
-            mesh=mesh,
-        )
-        if processes.leads() and (note := inventory.dense_note(quant, model)):
-            print(note, file=sys.stderr)
-        for note in model_folder.notes(folder) if processes.leads() else ():
-            print(note, file=sys.stderr)
-        if adapted:
-            lora.attach(model, adapted, where=str(adapter))
-        graphdef, *state = model_state.split(model)
-        trained, frozen = sharding.place(state, mesh)
-        form = decode_weights.choose(model, mesh)
-        if form and processes.leads():
-            size = console.size(decode_weights.num_bytes(model, form))
-            print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
-        eos_ids = chat.stop_ids(reader, folder)
-        continue_ = continuation.make(graphdef, settings.sampling, eos_ids, form=form)
-        key = jax.random.key(settings.seed)
-        yield from continuation.continuations(
-            continue_, trained, frozen, encoded, reader, key=key, mesh=mesh
-        )
+        engine.check_length(len(ids), num_new, found.context)
+    serving = opening.start(
+        found,
+        opening.load(settings.base, found),
+        slots=min(len(encoded), settings.slots),
+        context=max(map(len, encoded)) + num_new,
+    )
+    sampling = dataclasses.replace(settings.sampling, seed=settings.seed)
+    with serving:
+        for result in serving.generate(encoded, sampling):
+            yield result.text
 
 
 def _lines(path: pathlib.Path) -> list[str]:

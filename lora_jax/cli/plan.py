@@ -4,7 +4,6 @@ The same as `lora-jax train --plan`, with the flags of `train`.
 """
 
 import dataclasses
-import inspect
 import json
 import signal
 import textwrap
@@ -12,7 +11,6 @@ from typing import Any
 
 from lora_jax import console, errors, hub
 from lora_jax.cli import arguments, train
-from lora_jax.generation import config as generation_config
 from lora_jax.training.settings import groups
 
 DESCRIPTION = """\
@@ -163,20 +161,20 @@ def _generation(settings: groups.TrainSettings, context: int) -> tuple[int, int,
 
     Without a tokenizer each byte counts as a token. Held-out prompts with answers count seq_len.
     """
-    from lora_jax.generation import continuation
+    from lora_jax.generation import engine
+    from lora_jax.training import scoring
 
-    at_a_time = inspect.signature(continuation.continuations).parameters["batch_size"].default
     prompts = settings.prompts.prompt
     asked = []
     if prompts:
         longest = max(len(text.encode()) for text in prompts) + 1  # for BOS
         new = settings.prompts.max_new_tokens
         # A prompt has at least one token.
-        continuation.check_length(1, generation_config.Sampling(new), context)
+        engine.check_length(1, new, context)
         length = min(-(-longest // 16) * 16, context - new)
-        asked.append((min(len(prompts), at_a_time), length, new))
+        asked.append((min(len(prompts), scoring.SLOTS), length, new))
     if settings.eval.exact_match:
-        asked.append((min(settings.eval.exact_match, at_a_time), settings.data.seq_len, 0))
+        asked.append((min(settings.eval.exact_match, scoring.SLOTS), settings.data.seq_len, 0))
     return max(asked, key=lambda each: each[0] * (each[1] + each[2]), default=None)
 
 

@@ -1,4 +1,4 @@
-"""Prompts in, continuations out: prefill and decoding under one jit, with sampling.
+"""The engine: prompts in, their continuations out, many at a time, with sampling.
 
 May import `checkpoints`, `lora`, `parallel` and below.
 """
@@ -7,6 +7,11 @@ from lora_jax import lazy
 
 __getattr__, __all__ = lazy.names(
     __name__,
-    {name: f"{__name__}.continuation:{name}" for name in ("make", "continuations", "check_length")}
-    | {"Sampling": f"{__name__}.config:Sampling"},
+    {
+        "Engine": f"{__name__}.engine:Engine",
+        "Request": f"{__name__}.request:Request",
+        "Piece": f"{__name__}.request:Piece",
+        "Result": f"{__name__}.request:Result",
+        "Sampling": f"{__name__}.config:Sampling",
+    },
 )

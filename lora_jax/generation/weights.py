@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh
 
 from lora_jax.kernels import int4_matmul, matmul
@@ -52,34 +51,51 @@ def best(device: Any) -> str | None:
     return "dense" if device.platform == "cpu" else None
 
 
-def derive(
-    model: llama.LlamaForCausalLM, form: str, num_rows: int
-) -> Sequence[llama.Forms] | Callable[[jax.Array], llama.Forms]:
-    """The `forms` argument of `model.extend` for steps of num_rows sequences; call it under jit.
+def derive(model: llama.LlamaForCausalLM, form: str, num_rows: int) -> Any:
+    """The arrays of the form, for steps of num_rows sequences on each device; call it under jit."""
+    if form == "dense":
+        dtype = model.model.embed_tokens.embedding.dtype
+        return [
+            [_dense(linears, index, dtype) for linears in _concatenated(model)]
+            for index in range(model.config.num_hidden_layers)
+        ]
+    return [_k_minor(linears, num_rows) for linears in _concatenated(model)]
 
-    num_rows: on each device. A weight that has no such form, or none for so many sequences, stays
-    as it is.
+
+def forms(
+    model: llama.LlamaForCausalLM, form: str, arrays: Any
+) -> Sequence[llama.Forms] | Callable[[jax.Array], llama.Forms]:
+    """The `forms` argument of `model.extend` from what `derive` returned.
+
+    A weight that has no such form, or none for so many sequences, stays as it is.
     """
+    if form == "dense":
+        return [llama.Forms(*(functools.partial(_product, weight=own) for own in layer))
+                for layer in arrays]  # fmt: skip
+    each = [
+        packed
+        and functools.partial(
+            int4_matmul.from_k_minor, packed=packed, partition=linears[0].partition
+        )
+        for packed, linears in zip(arrays, _concatenated(model), strict=True)
+    ]
+
+    def of(index):
+        return llama.Forms(*(product and functools.partial(product, layer=index)
+                             for product in each))  # fmt: skip
+
+    return of
+
+
+def _concatenated(model: llama.LlamaForCausalLM) -> llama.Forms:
+    """The layers of which each form concatenates the weights."""
     attention, mlp = model.model.layers.self_attn, model.model.layers.mlp
-    concatenated = llama.Forms(
+    return llama.Forms(
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         o=(attention.o_proj,),
         gate_up=(mlp.gate_proj, mlp.up_proj),
         down=(mlp.down_proj,),
     )
-    if form == "dense":
-        dtype = model.model.embed_tokens.embedding.dtype
-        return [
-            llama.Forms(*(_dense(linears, index, dtype) for linears in concatenated))
-            for index in range(model.config.num_hidden_layers)
-        ]
-    products = [_k_minor(linears, num_rows) for linears in concatenated]
-
-    def forms(index):
-        return llama.Forms(*(product and functools.partial(product, layer=index)
-                             for product in products))  # fmt: skip
-
-    return forms
 
 
 def num_bytes(model: llama.LlamaForCausalLM, form: str) -> int:
@@ -107,8 +123,8 @@ def _is_int4(linear: nnx.Linear | quant_linear.QuantLinear) -> bool:
     )
 
 
-def _dense(linears: Sequence, index: int, dtype) -> Callable[[jax.Array], jax.Array]:
-    """x → x · Wᵀ, where W [ΣN, K] is dense and concatenates the weights of one layer."""
+def _dense(linears: Sequence, index: int, dtype) -> jax.Array:
+    """W [ΣN, K], dense, which concatenates the weights of one layer."""
 
     def weight(linear):
         if isinstance(linear, nnx.Linear):
@@ -116,18 +132,17 @@ def _dense(linears: Sequence, index: int, dtype) -> Callable[[jax.Array], jax.Ar
         packed = packing.layer(linear.packed, index)
         return formats.dequantize(packed, linear.fmt, linear.in_features, dtype)
 
-    whole = jnp.concatenate([weight(linear).T for linear in linears])
-    # Without the barrier, XLA transposes it back for each product, inside the loop.
-    whole = lax.optimization_barrier(whole)
-    return lambda x: (
-        matmul.contract(x.reshape(-1, x.shape[-1]), whole, -1, 1)
-        .astype(x.dtype)
-        .reshape(*x.shape[:-1], -1)
-    )
+    return jnp.concatenate([weight(linear).T for linear in linears])
 
 
-def _k_minor(linears: Sequence, num_rows: int) -> Callable[..., jax.Array] | None:
-    """(x, layer) → products with the concatenated weights; None if the kernel refuses them."""
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x · Wᵀ."""
+    product = matmul.contract(x.reshape(-1, x.shape[-1]), weight, -1, 1)
+    return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _k_minor(linears: Sequence, num_rows: int) -> packing.Packed | None:
+    """The concatenated weights; None if the kernel refuses them."""
     from lora_jax.kernels.int4_matmul import mosaic_gpu  # its imports take a second
 
     first = linears[0]
@@ -143,5 +158,4 @@ def _k_minor(linears: Sequence, num_rows: int) -> Callable[..., jax.Array] | Non
     shape = (num_rows, k, columns, k // groups)
     if mosaic_gpu.refusal(*shape, jnp.bfloat16, packed.scale.dtype):
         return None
-    packed = packed._replace(q=mosaic_gpu.k_minor(packed.q))
-    return functools.partial(int4_matmul.from_k_minor, packed=packed, partition=first.partition)
+    return packed._replace(q=mosaic_gpu.k_minor(packed.q))

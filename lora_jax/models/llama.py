@@ -14,17 +14,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Num, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from lora_jax.kernels import attention, embedding, matmul, platform, swiglu
 from lora_jax.kernels import partition as dealing
-from lora_jax.kernels.attention import dense
 from lora_jax.layers import linear_map, projections, registry, stack
+from lora_jax.models import cache, rope
 from lora_jax.models import config as model_config
-from lora_jax.models import rope
 
 LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the leading layer axis
     "embed_tokens": ("vocab", "embed"),
@@ -37,20 +35,6 @@ LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the lead
     "down_proj": ("mlp", "embed"),
     "lm_head": ("embed", "vocab"),
 }
-
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, in all layers; `extend` returns a new cache.
-
-    k, v: [L, B, S, K, H]; valid [B, S]: the slot holds a real token; length: slots used so far.
-    On a CPU bfloat16 is stored as its bits, because XLA would convert the whole cache to float32
-    and back to write one token.
-    """
-
-    k: Num[Array, "L B S K H"]
-    v: Num[Array, "L B S K H"]
-    valid: Bool[Array, "B S"]
-    length: Int[Array, ""]
 
 
 class Forms(NamedTuple):
@@ -117,22 +101,19 @@ class LlamaForCausalLM(nnx.Module):
 
     def extend(
         self,
-        input_ids: Int[Array, "B T"],
-        cache: KVCache,
-        attention_mask: Shaped[Array, "B T"] | None = None,
+        input_ids: Int[Array, "G T"],
+        kv: cache.KVCache,
+        place: cache.Place,
         *,
         forms: Sequence[Forms] | Callable[[jax.Array], Forms] | None = None,
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits of the last token, and the cache with these T tokens appended.
+    ) -> tuple[Float[Array, "G T D"], cache.KVCache]:
+        """(the input of `logits` for these T tokens, the cache with them appended at `place`).
 
         forms: one for each layer, or a function from the layer's index.
         """
-        real = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
-        positions = _positions(real, cache.valid.sum(axis=1)[:, None])
-        valid = lax.dynamic_update_slice(cache.valid, real, (0, cache.length))
-        cache = cache._replace(valid=valid)
-        hidden, cache = self.model(input_ids, positions, cache=cache, forms=forms)
-        return self.logits(hidden[:, -1]), cache
+        return self.model(
+            input_ids, place.positions(input_ids.shape[1]), kv=kv, place=place, forms=forms
+        )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """hidden · W_vocab, in float32."""
@@ -170,19 +151,14 @@ class LlamaForCausalLM(nnx.Module):
         if not self.config.tie_word_embeddings:
             self.lm_head.out_features = num_tokens
 
-    def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """A cache with room for max_length tokens in each sequence."""
+    def empty_cache(self, batch_size: int, max_length: int) -> cache.KVCache:
+        """A cache with room for max_length tokens of each sequence."""
         c = self.config
         shape = (c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim)
         dtype = self.model.embed_tokens.embedding.dtype
         if platform.on_cpu() and dtype == jnp.bfloat16:
             dtype = jnp.uint16
-        return KVCache(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
-            valid=jnp.zeros((batch_size, max_length), bool),
-            length=jnp.zeros((), jnp.int32),
-        )
+        return cache.KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 class LlamaModel(nnx.Module):
@@ -206,17 +182,28 @@ class LlamaModel(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def __call__(
-        self, input_ids, positions, examples=None, cache=None, *, remat="none", forms=None
+        self,
+        input_ids,
+        positions,
+        examples=None,
+        *,
+        kv=None,
+        place=None,
+        remat="none",
+        forms=None,
     ):
-        """(normalized hidden [B, T, D], cache). Attention is within examples, or to the cache.
+        """(normalized hidden [B, T, D], kv). Attention is within examples, or to the cache kv.
 
         examples [B, T]: the number of each token's example, 0 on padding; None: one a sequence.
         """
         c = self.config
         hidden = self.embed_tokens(input_ids)
-        cos, sin = rope.cos_sin(positions, c.head_dim, c.rope, c.max_position_embeddings)
+        cos, sin = _cos_sin(positions, c, None if place is None else place.length)
         graphdef, whole, sliced = stack.split(self.layers)
-        attend = _within(examples, c) if cache is None else _to(cache, input_ids.shape[1], c)
+        if kv is None:
+            attend = _within(examples, c)
+        else:
+            attend = cache.attention_to(kv, place, input_ids.shape[1], *_windows(c))
 
         def layer(carry, xs, form=None):
             hidden, kv = carry
@@ -228,7 +215,7 @@ class LlamaModel(nnx.Module):
             return (hidden, kv), None
 
         xs = (sliced, jnp.arange(c.num_hidden_layers))
-        carry = (hidden, None if cache is None else (cache.k, cache.v))
+        carry = (hidden, kv)
         if isinstance(forms, Sequence):  # each has its own arrays, which a scan cannot slice
             for index, form in enumerate(forms):
                 carry, _ = layer(carry, jax.tree.map(lambda a: a[index], xs), form)  # noqa: B023
@@ -240,9 +227,7 @@ class LlamaModel(nnx.Module):
         else:
             carry, _ = lax.scan(_rematerialized(layer, remat), carry, xs)
         hidden, kv = carry
-        if cache is not None:
-            cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + input_ids.shape[1])
-        return self.norm(hidden), cache
+        return self.norm(hidden), kv
 
 
 class LlamaDecoderLayer(nnx.Module):
@@ -338,11 +323,6 @@ class RMSNorm(nnx.Module):
         return (wide * scale).astype(x.dtype) * weight
 
 
-def _as(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The same bits in another dtype."""
-    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
-
-
 # For nnx.Linear, which always contracts x's last axis with the kernel's first.
 def _dot_general(x, kernel, dimension_numbers, **_):
     return matmul.matmul(x, kernel)
@@ -396,25 +376,14 @@ def _within(examples: jax.Array | None, config: model_config.LlamaConfig) -> Cal
     return attend
 
 
-def _to(cache: KVCache, num_tokens: int, config: model_config.LlamaConfig) -> Callable:
-    """Attention to the cache, into which the layer's tokens are written first; see _within."""
-    windows, kinds = _windows(config)
-    slots = jnp.arange(cache.k.shape[2])
-    distance = (cache.length + jnp.arange(num_tokens))[:, None] - slots[None]
-    widths = jnp.asarray([window or np.iinfo(np.int32).max for window in windows], jnp.int32)
-
-    def attend(index, kv, q, k, v, _):
-        start = (index, 0, cache.length, 0, 0)
-        kv = tuple(
-            lax.dynamic_update_slice(all_layers, _as(new[None], all_layers.dtype), start)
-            for all_layers, new in zip(kv, (k, v), strict=True)
-        )
-        k, v = (_as(lax.dynamic_index_in_dim(all_layers, index, keepdims=False), v.dtype)
-                for all_layers in kv)  # fmt: skip
-        seen = (distance >= 0) & (distance < widths[kinds[index]])
-        return dense.attention(q, k, v, cache.valid[:, None] & seen[None]), kv
-
-    return attend
+def _cos_sin(positions, config, lengths):
+    """Of the rotary embedding. lengths: of the sequences, each of which is treated alone."""
+    how = (config.head_dim, config.rope, config.max_position_embeddings)
+    if lengths is None:
+        return rope.cos_sin(positions, *how)
+    each = jax.vmap(lambda own, length: rope.cos_sin(own[None], *how, length))
+    cos, sin = each(positions, lengths)
+    return cos[:, 0], sin[:, 0]
 
 
 def _windows(config: model_config.LlamaConfig) -> tuple[tuple[int | None, ...], jax.Array]:

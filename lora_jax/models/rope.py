@@ -11,14 +11,21 @@ from lora_jax.models import rope_config
 
 
 def cos_sin(
-    positions: Int[Array, "B T"], head_dim: int, rope: rope_config.RopeConfig, context: int
+    positions: Int[Array, "B T"],
+    head_dim: int,
+    rope: rope_config.RopeConfig,
+    context: int,
+    length: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of positions · inv_freq, times the attention factor; float32.
 
-    context: max_position_embeddings, beyond which "dynamic" scales its base.
+    context: max_position_embeddings, beyond which "dynamic" scales its base. length: of the
+    sequence that these positions are part of; None: they are all.
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34.
     """
-    inv_freq, attention_factor = _inv_freq(positions, head_dim, rope, context)
+    inv_freq, attention_factor = _inv_freq(
+        positions.max() + 1 if length is None else length, head_dim, rope, context
+    )
     angles = positions[..., None].astype(jnp.float32) * inv_freq[None, None]
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
@@ -37,7 +44,7 @@ def apply(
 
 
 def _inv_freq(
-    positions: Int[Array, "B T"], dim: int, rope: rope_config.RopeConfig, context: int
+    length: jax.Array, dim: int, rope: rope_config.RopeConfig, context: int
 ) -> tuple[jax.Array, float]:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     inv_freq = jnp.asarray(1.0 / (np.float32(rope.rope_theta) ** exponents))
@@ -45,7 +52,7 @@ def _inv_freq(
         return inv_freq / rope.factor, 1.0
     if rope.rope_type == "dynamic":
         # NTK-aware: the base grows with the longest position once it exceeds the context.
-        length = jnp.maximum(positions.max() + 1, context).astype(jnp.float32)
+        length = jnp.maximum(length, context).astype(jnp.float32)
         stretch = (rope.factor * length / context) - (rope.factor - 1)
         base = rope.rope_theta * stretch ** (dim / (dim - 2))
         return 1.0 / (base**exponents), 1.0

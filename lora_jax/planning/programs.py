@@ -1,6 +1,6 @@
 """A job's programs, compiled for a target ahead of time from shapes: no weights, no device.
 
-They are the train step of `optim.make_step` and the generation of `generation.make`. XLA may abort
+They are the train step of `optim.make_step` and the step of `generation.Engine`. XLA may abort
 the process that compiles, so `compiled` starts one: python -m lora_jax.planning.programs.
 """
 
@@ -20,8 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
-from lora_jax.generation import config as generation_config
-from lora_jax.generation import continuation
+from lora_jax.generation import steps
 from lora_jax.generation import weights as decode_weights
 from lora_jax.optim import adamw
 from lora_jax.optim import loss as train_loss
@@ -84,18 +83,33 @@ def train_step(job: jobs.Job, mesh: Mesh) -> Program:
 
 
 def generation(job: jobs.Job, mesh: Mesh) -> Program:
-    """The program of `generation.make` that continues job.generation's prompts."""
+    """The step of `generation.Engine` that gives each sequence of job.generation a new token."""
     rows, prompt, new = job.generation
     graphdef, trained, frozen, _ = jobs.model_parts(job, mesh)
     model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-    sampling = generation_config.Sampling(max_new_tokens=new)
-    run = continuation.make(
-        graphdef, sampling, eos_ids=(2,), form=decode_weights.choose(model, mesh)
+    form = decode_weights.choose(model, mesh)
+    run = steps.Programs(graphdef, form)
+    weights = steps.Weights(frozen.base, trained, frozen.dropout_keys, {})
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.eval_shape(lambda weights: run.empty(weights, rows, prompt + new, 0), weights)
+    cache = sharding.cache(rows, state.cache.k.shape[3], mesh)
+    state = _on(state._replace(cache=None), whole)._replace(cache=_on(state.cache, cache))
+    if form:
+        own_rows = rows // steps.num_groups(rows, mesh)
+        derived = jax.eval_shape(lambda weights: run.derive(weights, own_rows), weights)
+        forms = _on(derived, whole)
+    else:
+        forms = None
+    weights = jobs.shapes(weights, mesh)._replace(forms=forms)
+    live = jax.ShapeDtypeStruct((rows,), bool, sharding=whole)
+    return Program(run.decode, (weights, state, live))
+
+
+def _on(tree: Any, where: NamedSharding) -> Any:
+    """The arrays of `tree` as shapes with that sharding."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
     )
-    ids = jax.ShapeDtypeStruct((rows, prompt), jnp.int32, sharding=sharding.rows(rows, mesh))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct((), key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    return Program(run, (jobs.shapes(trained, mesh), jobs.shapes(frozen, mesh), ids, ids, key))
 
 
 PROGRAMS = {"train": train_step, "generate": generation}

@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from lora_jax.data import batches, packing
-from lora_jax.generation import continuation
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
 from lora_jax.optim import loss as train_loss
@@ -53,22 +52,12 @@ def means(
 
 
 def answers(
-    continue_: Callable,
-    trained: Any,
-    frozen: model_state.Frozen,
-    prompts: Sequence[tuple[np.ndarray, str]],
-    reader: Any,
-    **how: Any,
+    found: Iterable[str], prompts: Sequence[tuple[np.ndarray, str]], reader: Any
 ) -> list[Answer]:
-    """The model's answer to each (prompt ids, expected text).
-
-    how: see continuation.continuations.
-    """
-    ids = [prompt.tolist() for prompt, _ in prompts]
-    found = continuation.continuations(continue_, trained, frozen, ids, reader, **how)
+    """The texts that follow each (prompt ids, expected text), beside those."""
     return [
-        Answer(reader.decode(prompt, skip_special_tokens=True), expected, text)
-        for prompt, (_, expected), text in zip(ids, prompts, found, strict=True)
+        Answer(reader.decode(prompt.tolist(), skip_special_tokens=True), expected, text)
+        for (prompt, expected), text in zip(prompts, found, strict=True)
     ]
 
 

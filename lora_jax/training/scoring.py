@@ -2,21 +2,22 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
-import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from lora_jax import tokenizer
 from lora_jax.console import say
 from lora_jax.generation import config as generation_config
-from lora_jax.generation import continuation
-from lora_jax.generation import weights as decode_weights
+from lora_jax.generation import engine
 from lora_jax.lora.nnx import model_state
+from lora_jax.parallel import mesh as sharding
 from lora_jax.training import evaluate, monitor, setup
 from lora_jax.training.output import run_folder
 from lora_jax.training.settings import groups
+
+SLOTS = 64  # the most prompts at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Evaluator:
         self._eval_loss = job.adapters.make_eval_loss()
         if job.data.scored:
             sampling = generation_config.Sampling(max_new_tokens=job.data.longest_answer)
-            self._answer = _generation(job.base, job.mesh, job.adapters, sampling)
+            prompts = [ids.tolist() for ids, _ in job.data.scored]
+            self._answer = _Generation(job.base, job.mesh, job.adapters, prompts, sampling)
 
     def evaluate(self, number: int, trained: Any, *, score: bool) -> Evaluation:
         """Logs the held-out loss after step `number`. score: logs the exact match as well."""
@@ -63,14 +65,36 @@ class Evaluator:
         return Evaluation(metrics, loss, [answer._asdict() for answer in answers[:2]])
 
 
-def _generation(
-    base: setup.Base,
-    mesh: Mesh,
-    adapters: setup.Adapters,
-    sampling: generation_config.Sampling,
-) -> Callable:
-    form = decode_weights.choose(adapters.model, mesh)
-    return continuation.make(adapters.graphdef, sampling, base.eos_ids, form=form)
+class _Generation:
+    """(trained, frozen) → the continuation of each prompt; its programs are compiled once."""
+
+    def __init__(
+        self,
+        base: setup.Base,
+        mesh: Mesh,
+        adapters: setup.Adapters,
+        prompts: list[list[int]],
+        sampling: generation_config.Sampling,
+    ):
+        self._graphdef, self._prompts, self._sampling = adapters.graphdef, prompts, sampling
+        self._engine: engine.Engine | None = None
+        self._how = {
+            "eos_ids": base.eos_ids,
+            "slots": min(SLOTS, sharding.round_up(len(prompts), mesh)),
+            "context": max(map(len, prompts)) + sampling.max_new_tokens,
+            "mesh": mesh,
+        }
+        self._reader = base.tokenizer
+
+    def __call__(self, trained: Any, frozen: model_state.Frozen) -> list[str]:
+        if self._engine is None:
+            model = nnx.merge(self._graphdef, trained, frozen.dropout_keys, frozen.base)
+            self._engine = engine.Engine(model, self._reader, **self._how)
+        else:
+            self._engine.use(trained, frozen)
+        found = [result.text for result in self._engine.generate(self._prompts, self._sampling)]
+        self._engine.release()
+        return found
 
 
 def encoded_prompts(settings: groups.TrainSettings, base: setup.Base) -> list[list[int]]:
@@ -83,7 +107,7 @@ def encoded_prompts(settings: groups.TrainSettings, base: setup.Base) -> list[li
     tokenizer.check_ids(base.tokenizer, encoded, base.architecture.vocab_size)
     context = base.architecture.context
     for ids in encoded:
-        continuation.check_length(len(ids), settings.prompts.sampling, context)
+        engine.check_length(len(ids), settings.prompts.sampling.max_new_tokens, context)
     return encoded
 
 
@@ -99,10 +123,5 @@ def continuations(
     """The model's continuation of each prompt."""
     if not prompts:
         return []
-    continue_ = _generation(base, mesh, adapters, settings.prompts.sampling)
-    key = jax.random.key(settings.loop.seed)
-    return list(
-        continuation.continuations(
-            continue_, trained, frozen, prompts, base.tokenizer, key=key, mesh=mesh
-        )
-    )
+    sampling = dataclasses.replace(settings.prompts.sampling, seed=settings.loop.seed)
+    return _Generation(base, mesh, adapters, prompts, sampling)(trained, frozen)

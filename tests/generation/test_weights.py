@@ -15,8 +15,8 @@ from lora_jax.checkpoints import loader
 from lora_jax.generation import weights as decode_weights
 from lora_jax.lora import config
 from lora_jax.lora.nnx import sites
+from lora_jax.models import cache, llama
 from lora_jax.models import config as model_config
-from lora_jax.models import llama
 from lora_jax.parallel import devices
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import conversion
@@ -42,16 +42,20 @@ def test_steps_with_the_dense_form_give_the_same_logits(fmt):
     whole = model(fmt)
 
     @functools.partial(jax.jit, static_argnums=2)
-    def step(ids, cache, derived):
-        how = {"forms": decode_weights.derive(whole, "dense", 2)} if derived else {}
-        return whole.extend(ids, cache, **how)
+    def step(ids, kv, derived, start):
+        arrays = decode_weights.derive(whole, "dense", 2)
+        how = {"forms": decode_weights.forms(whole, "dense", arrays)} if derived else {}
+        start = jnp.full(2, start)
+        place = cache.Place(start, jnp.full(2, ids.shape[1]), start + ids.shape[1])
+        hidden, kv = whole.extend(ids, kv, place, **how)
+        return whole.logits(hidden[:, -1]), kv
 
     ids = jnp.array([[1, 5, 9, 300], [1, 77, 8, 4]])
-    _, plain = jax.jit(whole.extend)(ids, whole.empty_cache(2, 12))
+    _, plain = step(ids, whole.empty_cache(2, 12), False, 0)
     derived = plain
-    for _ in range(2):
-        logits, plain = step(ids[:, :1], plain, False)
-        found, derived = step(ids[:, :1], derived, True)
+    for number in range(4, 6):
+        logits, plain = step(ids[:, :1], plain, False, number)
+        found, derived = step(ids[:, :1], derived, True, number)
         assert np.abs(logits).max() > 1
         for value, expected in ((found, logits), (derived.k, plain.k), (derived.v, plain.v)):
             np.testing.assert_allclose(value, expected, atol=2e-4)
@@ -103,8 +107,10 @@ def test_the_form_for_hopper_lowers():
     def step(ids):
         whole = llama.LlamaForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         conversion.quantize_model(whole, "int4")
-        forms = decode_weights.derive(whole, "k_minor", 4)
-        return whole.extend(ids, whole.empty_cache(4, 8), forms=forms)[0]
+        arrays = decode_weights.derive(whole, "k_minor", 4)
+        forms = decode_weights.forms(whole, "k_minor", arrays)
+        place = cache.Place(jnp.zeros(4, int), jnp.ones(4, int), jnp.ones(4, int))
+        return whole.extend(ids, whole.empty_cache(4, 8), place, forms=forms)[0]
 
     ids = jax.ShapeDtypeStruct((4, 1), jnp.int32)
     text = jax.jit(step).trace(ids).lower(lowering_platforms=("cuda",)).as_text()

@@ -786,6 +786,110 @@ def make_nf4_dq(seed):
     save_npz(HERE / "nf4_dq.npz", {name: array.numpy() for name, array in arrays.items()})
 
 
+SAMPLING = (  # settings of transformers' GenerationConfig, and ours of its processors' arguments
+    dict(),
+    dict(temperature=0.7),
+    dict(temperature=1.6, top_k=5),
+    dict(top_k=1),
+    dict(top_k=500),
+    dict(top_p=0.9),
+    dict(temperature=0.5, top_p=0.3),
+    dict(top_p=1e-4),
+    dict(min_p=0.1),
+    dict(temperature=2.5, min_p=0.6),
+    dict(temperature=1.3, top_k=20, top_p=0.8, min_p=0.2),
+    dict(repetition_penalty=1.4),
+    dict(repetition_penalty=0.6, temperature=0.8, top_p=0.95),
+    dict(presence_penalty=0.9),
+    dict(frequency_penalty=0.45, temperature=1.2, top_k=30),
+    dict(presence_penalty=-0.5, frequency_penalty=-0.25, repetition_penalty=1.2, top_p=0.7),
+    dict(bias=6.0),
+    dict(bias=-8.0, repetition_penalty=1.3, top_k=9),
+    dict(min_tokens=9),
+    dict(min_tokens=8, top_k=10),
+    dict(grammar=True),
+    dict(grammar=True, min_tokens=20, bias=3.0, repetition_penalty=1.2, presence_penalty=0.4,
+         frequency_penalty=0.2, temperature=0.9, top_k=25, top_p=0.9, min_p=0.05),
+    dict(top_k=10, ties=True),
+    dict(temperature=1.7, min_p=0.5, ties=True),
+)  # fmt: skip
+
+
+class OutputPenalties(transformers.LogitsProcessor):
+    """vLLM's presence and frequency penalties, of which transformers has none."""
+
+    def __init__(self, start, presence, frequency):
+        self.start, self.presence, self.frequency = start, presence, frequency
+
+    def __call__(self, input_ids, scores):
+        counts = torch.zeros_like(scores)
+        output = input_ids[:, self.start :]
+        counts.scatter_add_(1, output, torch.ones_like(output, dtype=scores.dtype))
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+def make_sampling(seed):
+    """transformers' own list of processors for each settings, before and after its warpers."""
+    vocab, num_prompt, num_output, stops = 200, 12, 8, (3, 17, 150)
+    model = build(tiny_config({}))
+    rng = np.random.default_rng(seed)
+    rows = []
+    for settings in SAMPLING:
+        settings = dict(settings)
+        logits = rng.normal(0, 3, vocab).astype(np.float32)
+        if settings.pop("ties", False):
+            logits = np.round(logits)
+        logits[list(stops)] = logits.max() + np.array([1, -2, 0.5], np.float32)
+        # So that penalties meet likely tokens, repeated ones, and tokens of both prompt and output.
+        likely = np.argsort(-logits)[:40]
+        prompt = rng.choice(np.concatenate([likely, np.arange(vocab)]), num_prompt)
+        output = rng.choice(np.concatenate([likely[:6], prompt[:3]]), num_output)
+        allowed = np.ones(vocab, bool)
+        if settings.pop("grammar", False):
+            allowed = rng.random(vocab) < 0.4
+        biased = rng.choice(likely, 5, replace=False)
+        bias = settings.pop("bias", 0.0)
+        penalties = [settings.pop(f"{name}_penalty", 0.0) for name in ("presence", "frequency")]
+        min_tokens = settings.pop("min_tokens", 0)
+        generation = transformers.GenerationConfig(
+            do_sample=True,
+            num_beams=1,
+            min_new_tokens=min_tokens or None,
+            eos_token_id=list(stops),
+            sequence_bias=[[[int(token)], bias] for token in biased] if bias else None,
+            **{"top_k": 0} | settings,
+        )
+        generation._eos_token_tensor = torch.tensor(stops)
+        ids = torch.tensor(np.concatenate([prompt, output]))[None]
+        found = []
+        for do_sample in (False, True):
+            generation.do_sample = do_sample
+            processors = model._get_logits_processor(
+                generation,
+                input_ids_seq_length=num_prompt,
+                prefix_allowed_tokens_fn=lambda *_, allowed=allowed: np.flatnonzero(
+                    allowed
+                ).tolist(),
+                logits_processor=[OutputPenalties(num_prompt, *penalties)],
+            )
+            found.append(processors(ids, torch.tensor(logits)[None])[0].numpy())
+        dense_bias = np.zeros(vocab, np.float32)
+        dense_bias[biased] = bias
+        row = dict(
+            logits=logits, prompt=prompt, output=output, bias=dense_bias, allowed=allowed,
+            stops=np.array(stops), min_tokens=min_tokens,
+            presence_penalty=penalties[0], frequency_penalty=penalties[1],
+            repetition_penalty=settings.get("repetition_penalty", 1.0),
+            **{name: settings.get(name, default) for name, default in
+               (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))},
+            edited=found[0], scores=found[1],
+        )  # fmt: skip
+        rows.append(row)
+    save_npz(
+        HERE / "sampling.npz", {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only these models (default: everything)")
@@ -812,7 +916,8 @@ def main():
             make_lora(name, **settings)
     for name, make, seed in (("lora_patterns", make_lora_patterns, 103),
                              ("lora_mixed", make_lora_mixed, 112),
-                             ("tied_heads", make_tied_heads, 113)):  # fmt: skip
+                             ("tied_heads", make_tied_heads, 113),
+                             ("sampling", make_sampling, 114)):  # fmt: skip
         if not arguments.names or name in arguments.names:
             make(seed)
     if not arguments.names:

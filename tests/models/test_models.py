@@ -12,6 +12,7 @@ from flax import nnx
 
 from lora_jax import errors
 from lora_jax.checkpoints import loader
+from lora_jax.models import cache
 from lora_jax.models import config as model_config
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -78,28 +79,56 @@ def test_right_padding_leaves_the_prompt_alone(name):
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
 
 
+def generate(name, rows, num_new, *, size=None):
+    """Greedy tokens after prompts `rows` of different lengths: together, then one at a time.
+
+    size: places of the cache.
+    """
+    graphdef, state = split_model(name)
+    lengths = np.array([len(ids) for ids in rows], np.int32)
+    ids = np.zeros((len(rows), max(lengths)), np.int32)
+    for own, prompt in zip(ids, rows, strict=True):
+        own[: len(prompt)] = prompt
+
+    @jax.jit
+    def extend(state, ids, kv, start, num_real, length):
+        model = nnx.merge(graphdef, state)
+        hidden, kv = model.extend(ids, kv, cache.Place(start, num_real, length))
+        last = hidden[jnp.arange(len(rows)), num_real - 1]
+        return model.logits(last).argmax(-1).astype(jnp.int32), kv
+
+    size = int(size or max(lengths) + num_new)
+    kv = nnx.merge(graphdef, state).empty_cache(len(rows), size)
+    token, kv = extend(state, ids, kv, np.zeros_like(lengths), lengths, lengths)
+    tokens = [token]
+    for _ in range(num_new - 1):
+        lengths = lengths + 1
+        token, kv = extend(state, token[:, None], kv, lengths - 1, np.ones_like(lengths), lengths)
+        tokens.append(token)
+    return np.stack(tokens, axis=1)
+
+
+def golden_generations(name, num_new):
+    """(prompts, the tokens that follow each)"""
+    arrays = golden(name)
+    rows = [arrays[f"prompt{i}_ids"] for i in range(2) if f"gen{i}_ids" in arrays]
+    return rows, [arrays[f"gen{i}_ids"][len(ids) :][:num_new] for i, ids in enumerate(rows)]
+
+
 @pytest.mark.parametrize("name", CACHED)
 def test_cache_reproduces_greedy_generation(name):
-    """Prompts of different lengths in one left-padded batch, then one token at a time."""
-    arrays, num_new = golden(name), 16
-    rows = [i for i in range(2) if f"gen{i}_ids" in arrays]
-    lengths = [len(arrays[f"prompt{i}_ids"]) for i in rows]
-    ids, mask = (arrays[key][rows, -max(lengths) :] for key in ("pad_ids", "pad_mask"))
+    """Prompts of different lengths, padded on the right, then one token at a time."""
+    rows, expected = golden_generations(name, 16)
+    np.testing.assert_array_equal(generate(name, rows, 16), expected)
 
-    graphdef, state = split_model(name)
-    cache = nnx.merge(graphdef, state).empty_cache(len(rows), max(lengths) + num_new)
-    extend = jax.jit(lambda state, *args: nnx.merge(graphdef, state).extend(*args))
-    logits, cache = extend(state, jnp.asarray(ids), cache, jnp.asarray(mask))
-    tokens = [logits.argmax(-1)]
-    for _ in range(num_new - 1):
-        logits, cache = extend(state, tokens[-1][:, None].astype(jnp.int32), cache)
-        tokens.append(logits.argmax(-1))
-    found = np.stack(tokens, axis=1)
-    expected = [
-        arrays[f"gen{i}_ids"][length : length + num_new]
-        for i, length in zip(rows, lengths, strict=True)
-    ]
-    np.testing.assert_array_equal(found, expected)
+
+def test_a_cache_of_sliding_windows_overwrites_what_no_token_sees():
+    rows, expected = golden_generations("mistral", 16)
+    window = model_config.load(GOLDEN / "models" / "mistral").sliding_windows[0]
+    longest = max(map(len, rows))
+    size = window + longest - 1
+    assert size < longest + 15
+    np.testing.assert_array_equal(generate("mistral", rows, 16, size=size), expected)
 
 
 def test_dynamic_rope_depends_on_the_length_of_the_input():

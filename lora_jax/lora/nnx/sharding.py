@@ -1,9 +1,11 @@
 """How the adapters of a Flax NNX model are split over a mesh: as the weights they belong to."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lora_jax.layers import placement
 from lora_jax.lora.nnx import sites
@@ -11,20 +13,28 @@ from lora_jax.lora.nnx.model_state import LoRAParam
 from lora_jax.quant import linear as quant_linear
 
 
-def params(site: sites.Site, A: jax.Array, B: jax.Array) -> tuple[LoRAParam, LoRAParam]:
-    """A [*lead, K, R] has the weight's input axis, and B [*lead, R, N] its output axis."""
+def params(
+    site: sites.Site, A: jax.Array, *outputs: jax.Array, kind: type[nnx.Variable] = LoRAParam
+) -> tuple[nnx.Variable, ...]:
+    """A [*lead, K, R] has the weight's input axis, and B [*lead, R, N] its output axis.
+
+    outputs: B, and others of its axes.
+    """
     num_lead = len(site.lead)
     lead = range(num_lead)
-    return _param(site, A, (*lead, num_lead, None)), _param(site, B, (*lead, None, num_lead + 1))
+    split = (_param(site, array, (*lead, None, num_lead + 1), kind) for array in outputs)
+    return _param(site, A, (*lead, num_lead, None), kind), *split
 
 
 def magnitude(site: sites.Site, array: jax.Array) -> LoRAParam:
     """m [*lead, N] has the output axis."""
     num_lead = len(site.lead)
-    return _param(site, array, (*range(num_lead), num_lead + 1))
+    return _param(site, array, (*range(num_lead), num_lead + 1), LoRAParam)
 
 
-def _param(site: sites.Site, array: jax.Array, which: Sequence[int | None]) -> LoRAParam:
+def _param(
+    site: sites.Site, array: jax.Array, which: Sequence[int | None], kind: type[nnx.Variable]
+) -> Any:
     """A parameter whose axes are the axes `which` of the weight's matrix [*lead, K, N].
 
     It has their mesh axes if the weight is on a mesh, and their names in Flax's metadata.
@@ -45,4 +55,4 @@ def _param(site: sites.Site, array: jax.Array, which: Sequence[int | None]) -> L
         names = [None if i is None else metadata["out_sharding"][i] for i in which]
         names.insert(site.axis, names.pop(0))
         metadata["out_sharding"] = tuple(names)
-    return LoRAParam(jnp.moveaxis(array, 0, site.axis), **metadata)
+    return kind(jnp.moveaxis(array, 0, site.axis), **metadata)

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -79,10 +78,7 @@ class OneAdapter(NamedTuple):
         means: Mapping[str, float],
     ) -> tuple[run_folder.Metrics, list[evaluate.Answer]]:  # fmt: skip
         """(exact match, the answers). The answers are decoded greedily with `answer`."""
-        found = evaluate.answers(
-            answer, trained, self.frozen, prompts, reader,
-            key=jax.random.key(0), mesh=self.mesh,
-        )  # fmt: skip
+        found = evaluate.answers(answer(trained, self.frozen), prompts, reader)
         return {"exact_match": evaluate.exact_match(found)}, found
 
     def evaluation_text(self, metrics: run_folder.Metrics, num_scored: int) -> str:

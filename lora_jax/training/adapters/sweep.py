@@ -146,9 +146,7 @@ class SweepAdapters:
                 answers[member.name] = answers[left[0]]
                 continue
             alone = side_by_side.one(trained, self.frozen, index)
-            answers[member.name] = evaluate.answers(
-                answer, *alone, prompts, reader, key=jax.random.key(0), mesh=self.mesh
-            )
+            answers[member.name] = evaluate.answers(answer(*alone), prompts, reader)
         matches = {f"exact_match/{name}": evaluate.exact_match(found)
                    for name, found in answers.items()}  # fmt: skip
         least = min(left, key=lambda name: (not math.isfinite(losses[name]), losses[name]))

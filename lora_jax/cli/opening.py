@@ -1,0 +1,139 @@
+"""A base model and its adapter from the flags, loaded for generation."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lora_jax import assets, console, errors, hub, lora, tokenizer
+from lora_jax.checkpoints import inventory, loader, model_folder
+from lora_jax.cli import arguments
+from lora_jax.data import chat
+from lora_jax.generation import engine
+from lora_jax.lora import adapter as lora_adapter
+from lora_jax.lora import peft, tied_head
+from lora_jax.models import llama
+from lora_jax.parallel import devices, processes
+from lora_jax.parallel import mesh as sharding
+from lora_jax.training.settings import groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What is to be loaded, before any weight is: prompts can be checked against it.
+
+    name: the base as it was given. num_tokens: of the model's embedding.
+    """
+
+    name: str
+    folder: pathlib.Path
+    adapter: pathlib.Path | None
+    adapted: lora_adapter.Adapter | None
+    reader: Any
+    quant: str
+    num_tokens: int
+    context: int
+    eos_ids: tuple[int, ...]
+    mesh: Mesh
+
+
+def files(
+    settings: groups.ModelSettings, model: str | None, adapter: str | None, *, own: bool = True
+) -> Files:
+    """The files of a base and its adapter. The base is `model`, else the adapter's, else the demo.
+
+    own: the adapter becomes part of the model; else it only names the base and the tokenizer.
+    """
+    if processes.leads() and (warning := devices.unused_accelerator()):
+        print(f"warning: {warning}", file=sys.stderr)
+    devices.keep_freed_memory()
+    devices.keep_compiled()
+    found = hub.adapter_folder(adapter) if adapter else None
+    name, revision = model, settings.revision
+    if not name:
+        named = peft.settings(found) if found else {"base_model_name_or_path": assets.FOLDER}
+        name = str(named.get("base_model_name_or_path") or "")
+        revision = revision or named.get("revision")
+    if not name:
+        raise errors.UserError(
+            expected="base_model_name_or_path in adapter_config.json",
+            found="none",
+            where=str(found),
+            do="give the base model with --model",
+        )
+    folder = hub.model_folder(name, revision, named_by=None if model else found)
+    architecture = model_folder.config(folder)
+    quant = settings.resolve_quant(architecture, folder)
+    if found and settings.quant is None and processes.leads():
+        arguments.note_other_base(found, quant)
+    num_bytes = inventory.loaded_bytes(folder, dtype=settings.dtype, quantization=quant)
+    mesh = sharding.choose(settings.mesh, num_bytes)
+    reader = tokenizer.load(folder, found)
+    adapted, num_tokens = None, architecture.vocab_size
+    if found and own:
+        adapted = peft.read(found)
+        num_tokens = tied_head.num_tokens(adapted, architecture, str(found))
+        if num_tokens != architecture.vocab_size and processes.leads():
+            print(f"the adapter brings {num_tokens} tokens, in place of the base's "
+                  f"{architecture.vocab_size}", file=sys.stderr)  # fmt: skip
+    return Files(
+        name, folder, found, adapted, reader, quant, num_tokens, architecture.context,
+        tuple(chat.stop_ids(reader, folder)), mesh,
+    )  # fmt: skip
+
+
+def load(settings: groups.ModelSettings, found: Files) -> llama.LlamaForCausalLM:
+    """The model, with its adapter."""
+    with jax.set_mesh(found.mesh):
+        model = loader.load(
+            found.folder,
+            dtype=settings.dtype,
+            quantization=found.quant,
+            search=not settings.quant_fast,
+            mesh=found.mesh,
+        )
+        if processes.leads():
+            note = inventory.dense_note(found.quant, model)
+            for each in filter(None, (note, *model_folder.notes(found.folder))):
+                print(each, file=sys.stderr)
+        if found.adapted:
+            lora.attach(model, found.adapted, where=str(found.adapter))
+    return model
+
+
+def start(found: Files, model: llama.LlamaForCausalLM, *, slots: int, **how: Any) -> engine.Engine:
+    """The engine for a loaded model. how: see engine.Engine."""
+    serving = engine.Engine(
+        model, found.reader, eos_ids=found.eos_ids, slots=slots, mesh=found.mesh, **how
+    )
+    if serving.form and processes.leads():
+        size = console.size(serving.form_bytes)
+        print(f"decode: a {serving.form} copy of the weights, {size}", file=sys.stderr)
+    return serving
+
+
+def adapter_names(typed: list[str]) -> Mapping[str, str]:
+    """{name: path} of `--adapter name=path`; a path alone is named after its folder or its run.
+
+    Raises: UserError if two have the same name.
+    """
+    found: dict[str, str] = {}
+    for each in typed:
+        name, equals, path = each.partition("=")
+        if not equals or pathlib.Path(each).exists():
+            parts = pathlib.Path(each.rstrip("/")).parts
+            path = each
+            name = parts[-2] if parts[-1] == "adapter" and len(parts) > 1 else parts[-1]
+        if name in found:
+            raise errors.UserError(
+                expected="adapters of different names",
+                found=f"two that are named {name}",
+                where="--adapter",
+                do="name them: --adapter NAME=PATH",
+            )
+        found[name] = path
+    return found

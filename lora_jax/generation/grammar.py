@@ -1,0 +1,233 @@
+"""Grammars that a text must follow, and which tokens they allow next. Imports no jax.
+
+llguidance does the work. A grammar is a text, so that it can be part of a request's settings:
+config.Sampling(grammar=grammar.json_schema({"type": "object"})).
+"""
+
+import functools
+import json
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from lora_jax import errors
+
+if typing.TYPE_CHECKING:
+    import llguidance
+
+# Between the parts of JSON. Without a bound, a small model may write spaces until its text is cut.
+_SPACES = r"[ \n\r\t]{1,40}"
+_MOST_COMPILED = 32  # grammars kept, each with its automaton
+_MOST_CHARACTERS = 1_000_000
+# Formats of strings that are enforced. By JSON Schema a program may ignore those it does not know.
+_FORMATS = frozenset(
+    "date-time time date duration email hostname ipv4 ipv6 uuid uri unknown".split()
+)
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("const", "enum", "default", "examples")
+
+
+def json_schema(schema: Any, *, lenient: bool = False) -> str:
+    """The grammar of JSON that is valid by `schema`: an object, true or false.
+
+    lenient: keywords that cannot be enforced, such as `uniqueItems` or `not`, have no effect, and
+    `oneOf` means `anyOf`. Otherwise they are an error when the grammar is compiled.
+    """
+    if not isinstance(schema, Mapping | bool):
+        raise errors.UserError(
+            expected="a JSON schema: an object, true or false", found=_shown(schema)
+        )
+    options: dict[str, Any] = {"whitespace_pattern": _SPACES}
+    if lenient:
+        options |= {"lenient": True, "coerce_one_of": True}
+    try:
+        known = _with_known_formats(schema)
+        if isinstance(known, bool):  # options need an object
+            known = {} if known else {"type": []}
+        own = known.get("x-guidance")
+        known["x-guidance"] = (dict(own) if isinstance(own, Mapping) else {}) | options
+        text = json.dumps({"grammars": [{"json_schema": known}]}, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise errors.UserError(expected="a JSON schema", found=str(error)) from None
+    return _checked(text)
+
+
+def json_object() -> str:
+    """The grammar of any JSON object."""
+    return json_schema({"type": "object"})
+
+
+def regex(pattern: str) -> str:
+    """The grammar of texts that the whole pattern matches, as re.fullmatch does.
+
+    The syntax is that of Rust's crate regex: no references back, no looking around. \\d is 0 to 9.
+    """
+    inside = _library().regex_to_lark(_checked(pattern), "d")
+    return lark(f"start: /{inside}/" if inside else 'start: ""')
+
+
+def lark(grammar: str) -> str:
+    """The grammar in llguidance's form of Lark's syntax; its first rule is `start`."""
+    if not grammar.strip():
+        raise errors.UserError(expected="a grammar with a rule `start`", found=_shown(grammar))
+    return json.dumps({"grammars": [{"lark_grammar": _checked(grammar)}]})
+
+
+def choice(texts: Sequence[str]) -> str:
+    """The grammar of these texts alone."""
+    if isinstance(texts, str) or not texts:
+        raise errors.UserError(expected="a list of texts to choose from", found=_shown(texts))
+    return lark("start: " + " | ".join(map(quoted, dict.fromkeys(texts))))
+
+
+def quoted(text: str) -> str:
+    """A text as it is written in a grammar of `lark`."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+class Grammar:
+    """Compiles grammars for a tokenizer; the last few are kept.
+
+    reader: the tokenizer. num_tokens: the rows of the model's head. Ids beyond the tokenizer's
+    vocabulary, with which heads are padded, are never allowed. eos_ids: allowed where a text may
+    end.
+    Raises: UserError if llguidance is not installed, or does not know this kind of tokenizer.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        num_tokens: int,
+        eos_ids: Collection[int],
+    ):
+        library = _library()
+        size = max(num_tokens, len(reader))
+        try:
+            self._tokenizer = library.LLTokenizer(
+                reader.backend_tokenizer.to_str(),
+                n_vocab=size,
+                eos_token=sorted({each for each in eos_ids if each < size}),
+            )
+        except Exception as error:  # the Rust library raises bare Exceptions
+            raise errors.UserError(
+                expected="a tokenizer that llguidance can read: byte-level BPE, or SentencePiece "
+                "with byte fallback",
+                found=str(error),
+                where=str(reader.name_or_path),
+                do="ask for text without a grammar",
+            ) from error
+        self._num_tokens, self._is_cut = num_tokens, size > num_tokens
+        self._compiled = functools.lru_cache(maxsize=_MOST_COMPILED)(self._compile)
+
+    def matcher(self, grammar: str) -> "Matcher":
+        """A matcher at the beginning of a text. Compiling takes milliseconds, of the largest
+        grammars a second; another thread can run in the meantime.
+
+        Raises: UserError if the grammar has an error, is too large, or has no text.
+        """
+        return Matcher(self._compiled(grammar).deep_copy(), self._num_tokens, self._is_cut)
+
+    def _compile(self, grammar: str) -> "llguidance.LLMatcher":
+        library = _library()
+        limits = library.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+        made = library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        if not made.is_error():
+            first = made.deep_copy()
+            first.compute_bitmask()
+            if not first.is_error() and (first.is_accepting() or not first.is_stopped()):
+                return made
+            made = first
+        raise errors.UserError(
+            expected="a grammar that llguidance can compile", found=_reason(made), where="grammar"
+        )
+
+
+class Matcher:
+    """A grammar at a place in a text: which tokens may come next."""
+
+    def __init__(self, matcher: "llguidance.LLMatcher", num_tokens: int, is_cut: bool):
+        self._matcher, self._num_tokens, self._is_cut = matcher, num_tokens, is_cut
+
+    def mask(self, out: Int[np.ndarray, " words"]) -> None:
+        """Writes bit i % 32 of out[i // 32] for each token i: 1 where it is allowed.
+
+        out: int32 [⌈num_tokens / 32⌉], such as a row of the batch's masks.
+        Raises: UserError if the grammar is too complex here, or no token of the vocabulary fits.
+        """
+        if out.dtype != np.int32 or out.shape != (-(-self._num_tokens // 32),):
+            raise ValueError(f"a mask of int32 is expected, and this is {out.dtype}{out.shape}")
+        if self._is_cut or not out.flags.c_contiguous:
+            whole = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+            out[:] = whole[: len(out)]
+            if rest := self._num_tokens % 32:
+                out[-1] &= (1 << rest) - 1
+        else:
+            self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+        stuck = self._matcher.is_stopped() and not self._matcher.is_accepting()
+        if self._matcher.is_error() or stuck or not out.any():
+            raise errors.UserError(
+                expected="a grammar that can be continued with the model's tokens",
+                found=_reason(self._matcher),
+                where="grammar",
+            )
+
+    def accept(self, token: int) -> bool:
+        """Moves on by a token, an EOS included; False if the grammar does not allow it here."""
+        return bool(self._matcher.consume_token(token))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete, and nothing can follow but EOS."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise errors.UserError(
+            expected="the package llguidance, which grammars need",
+            found="not installed",
+            do='pip install "lora-jax[serve]"',
+        ) from None
+    return llguidance
+
+
+def _with_known_formats(schema: Any) -> Any:
+    """A copy of a schema without the formats of strings that cannot be enforced."""
+    if isinstance(schema, Mapping):
+        return {
+            name: {key: _with_known_formats(each) for key, each in value.items()}
+            if name in _NAMED and isinstance(value, Mapping)
+            else value
+            if name in _VALUES
+            else _with_known_formats(value)
+            for name, value in schema.items()
+            if name != "format" or value in _FORMATS
+        }
+    if isinstance(schema, Sequence) and not isinstance(schema, str):
+        return [_with_known_formats(each) for each in schema]
+    return schema
+
+
+def _checked(grammar: str) -> str:
+    if len(grammar) > _MOST_CHARACTERS:
+        raise errors.UserError(
+            expected=f"a grammar of at most {_MOST_CHARACTERS} characters", found=str(len(grammar))
+        )
+    if any("\ud800" <= each <= "\udfff" for each in grammar):
+        raise errors.UserError(expected="a grammar in UTF-8", found="half a surrogate pair")
+    return grammar
+
+
+def _shown(given: object) -> str:
+    return repr(given)[:100]
+
+
+def _reason(matcher: "llguidance.LLMatcher") -> str:
+    """llguidance's message, without the state of its parser."""
+    text = matcher.get_error() or f"no text follows it ({matcher.stop_reason()})"
+    return text.partition("\n<")[0].strip()[:500]

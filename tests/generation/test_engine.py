@@ -1,0 +1,434 @@
+"""The engine: Hugging Face's greedy tokens, seeds, stopping, reuse of prefixes, compilations."""
+
+import contextlib
+import functools
+import pathlib
+import re
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax._src import monitoring
+
+from lora_jax import errors, lora, tokenizer
+from lora_jax.checkpoints import loader
+from lora_jax.generation import config, engine, grammar
+from lora_jax.generation import pool as pools
+from lora_jax.lora import config as lora_config
+from lora_jax.lora.nnx import bank
+from lora_jax.parallel import mesh as sharding
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+STORIES = GOLDEN / "models" / "stories260K"
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+NUM_NEW = 12
+GREEDY = config.Sampling(max_new_tokens=NUM_NEW)
+SAMPLED = config.Sampling(max_new_tokens=NUM_NEW, temperature=1.0)
+
+
+@functools.cache
+def model(name, quantization="none"):
+    one = sharding.make_mesh(ONE)
+    folder = GOLDEN / "models" / name
+    return loader.load(folder, dtype="float32", quantization=quantization, mesh=one)
+
+
+@functools.cache
+def reader():
+    return tokenizer.load(STORIES)
+
+
+@functools.cache
+def shared(name="stories260K", quantization="none", slots=3):
+    """An engine that tests share: its programs are compiled once."""
+    return engine.Engine(model(name, quantization), reader(), eos_ids=(), slots=slots)
+
+
+def fresh(slots=2, **how):
+    return engine.Engine(model("stories260K"), reader(), slots=slots, **{"eos_ids": ()} | how)
+
+
+def golden(name):
+    """[(prompt, the tokens that follow)] of every stored generation."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        count = sum(key.startswith("gen") and key.endswith("_ids") for key in arrays)
+        prompts = [arrays[f"prompt{i}_ids"].tolist() for i in range(count)]
+        return [
+            (prompt, tuple(arrays[f"gen{i}_ids"][len(prompt) :].tolist()))
+            for i, prompt in enumerate(prompts)
+        ]
+
+
+def tokens(serving, prompts, sampling, **how):
+    return [result.tokens for result in serving.generate(prompts, sampling, **how)]
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list to which an entry is added whenever XLA compiles a program."""
+    found = []
+
+    def note(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield found
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_bias", "llama_dynamic", "qwen2_window", "qwen3"])
+def test_greedy_tokens_equal_hugging_faces(name):
+    """More prompts than slots, of unequal length."""
+    prompts, following = zip(*golden(name), strict=True)
+    assert len({len(prompt) for prompt in prompts}) > 1
+    found = tokens(shared(name), prompts, GREEDY)
+    assert found == [own[:NUM_NEW] for own in following]
+
+
+def test_a_hundred_greedy_tokens_of_a_real_model():
+    prompts, following = zip(*golden("stories260K"), strict=True)
+    assert tokens(shared(), prompts, config.Sampling(max_new_tokens=100)) == [*following]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
+def test_a_quantized_base_generates(quantization):
+    """Its tokens are nearly those of the float model."""
+    prompts, following = zip(*golden("stories260K"), strict=True)
+    found = tokens(shared(quantization=quantization), prompts, GREEDY)
+    assert tokens(shared(quantization=quantization), prompts, GREEDY) == found
+    expected = [own[:NUM_NEW] for own in following]
+    agreement = np.mean(np.array(found) == np.array(expected))
+    assert agreement > (0.9 if quantization == "int8" else 0.3)
+
+
+def test_an_adapter_of_the_model_changes_what_is_generated_and_dropout_does_not():
+    own = loader.load(GOLDEN / "models" / "llama", dtype="float32")
+    targets = lora_config.LoRAConfig(targets=("q_proj", "down_proj"), dropout=0.5)
+    lora.inject(own, targets, rngs=nnx.Rngs(0))
+    own.train()
+    serving = engine.Engine(own, reader(), eos_ids=(), slots=3)
+    prompts, following = zip(*golden("llama"), strict=True)
+    expected = [own[:NUM_NEW] for own in following]
+    assert tokens(serving, prompts, GREEDY) == expected
+    _, trained, frozen = lora.split(own)
+    serving.use(jax.tree.map(lambda x: x + 0.3, trained), frozen)
+    assert tokens(serving, prompts, GREEDY) != expected
+    serving.use(trained, frozen)
+    assert tokens(serving, prompts, GREEDY) == expected
+
+
+def test_a_text_ends_before_its_eos():
+    prompts, following = zip(*golden("stories260K"), strict=True)
+    eos = following[0][4]
+    serving = fresh(eos_ids=(eos, 9999))
+    results = [*serving.generate(prompts, GREEDY)]
+    ends = [own.index(eos) if eos in own[:NUM_NEW] else None for own in following]
+    assert len(set(ends)) > 1
+    for prompt, own, end, result in zip(prompts, following, ends, results, strict=True):
+        kept = own[:NUM_NEW] if end is None else own[:end]
+        assert result.text == tokenizer.continuation(reader(), prompt, kept)
+        assert result.finish_reason == ("length" if end is None else "stop")
+        assert result.tokens == (own[:NUM_NEW] if end is None else own[: end + 1])
+
+
+def test_stop_ids_and_strings_of_a_request():
+    prompt, following = golden("stories260K")[0]
+    serving = shared()
+    text = tokenizer.continuation(reader(), prompt, following[:NUM_NEW])
+    stop = text[5:9]
+
+    def result(**how):
+        return serving.submit(prompt, config.Sampling(max_new_tokens=NUM_NEW, **how)).result()
+
+    found = result(stop=("never", stop))
+    assert (found.text, found.finish_reason, found.stop_reason) == (
+        text[: text.index(stop)], "stop", stop,
+    )  # fmt: skip
+    assert result(stop=(stop,), include_stop=True).text == text[: text.index(stop) + len(stop)]
+    found = result(stop_token_ids=(following[3],))
+    first = following.index(following[3])
+    assert found.tokens == following[: first + 1] and found.stop_reason == following[3]
+    assert result(stop_token_ids=(following[0],), min_tokens=5).tokens[0] != following[0]
+    assert len(result(stop_token_ids=(following[0],), min_tokens=5).tokens) >= 5
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company_order_and_slot():
+    """32 requests alone, together, and in another order, with all kinds of settings."""
+    rng = np.random.default_rng(0)
+    settings = [
+        config.Sampling(
+            max_new_tokens=int(rng.integers(3, 14)), temperature=float(rng.choice([0, 0.7, 1.3])),
+            top_k=int(rng.choice([0, 20])), top_p=float(rng.choice([1, 0.9])),
+            repetition_penalty=float(rng.choice([1, 1.3])), frequency_penalty=float(i % 3 == 0),
+            seed=i,
+        )
+        for i in range(32)
+    ]  # fmt: skip
+    prompts = [rng.integers(3, 500, rng.integers(1, 40)).tolist() for _ in settings]
+    serving = shared()
+
+    def together(order):
+        requests = {i: serving.submit(prompts[i], settings[i]) for i in order}
+        return [requests[i].result().tokens for i in range(32)]
+
+    alone = [serving.submit(*each).result().tokens for each in zip(prompts, settings, strict=True)]
+    assert together(range(32)) == alone
+    assert together(rng.permutation(32).tolist()) == alone
+    other = [serving.submit(prompt, SAMPLED).result().tokens for prompt in prompts[:4]]
+    assert other != [serving.submit(prompt, SAMPLED).result().tokens for prompt in prompts[:4]]
+
+
+def test_nothing_compiles_after_the_first_requests():
+    """200 requests of all kinds."""
+    serving = fresh(slots=4, context=256)
+    rng = np.random.default_rng(0)
+
+    def run(count):
+        asked = []
+        for i in range(count):
+            prompt = rng.integers(3, 500, rng.integers(1, 150)).tolist()
+            sampling = config.Sampling(
+                max_new_tokens=int(rng.integers(1, 6)), temperature=float(i % 2), top_k=i % 3,
+                logprobs=i % 4 if i % 5 == 0 else None, seed=i if i % 2 else None,
+                prompt_logprobs=1 if i % 7 == 0 else None,
+                presence_penalty=float(i % 6 == 0), logit_bias=((i % 500, 1.0),) * (i % 8 == 0),
+                min_tokens=i % 2, stop=("a",) * (i % 3),
+            )  # fmt: skip
+            asked.append(serving.submit(prompt, sampling))
+            if i % 9 == 0:
+                asked.append(serving.submit([*prompt, 5], sampling))  # with a prefix to copy
+        asked[1].abort()
+        return [each.result() for each in asked]
+
+    run(40)
+    with compilations() as found:
+        assert len(run(200)) > 200
+        assert not found
+    assert serving.stats().cached_tokens > 0
+
+
+def test_a_prefix_is_reused_within_a_slot_and_by_copying():
+    serving = fresh(slots=2)
+    long = np.random.default_rng(1).integers(3, 500, 60).tolist()
+    first = serving.submit(long, GREEDY).result()
+    again = serving.submit(long, GREEDY).result()
+    assert (again.tokens, again.cached_tokens) == (first.tokens, 59)
+    chat = [*long, *first.tokens, 7]  # the next turn
+    turn = serving.submit(chat, GREEDY).result()
+    assert turn.cached_tokens == 60 + NUM_NEW - 1
+    both = [serving.submit([*chat, last], GREEDY) for last in (9, 10)]
+    results = [each.result() for each in both]
+    assert [result.cached_tokens for result in results] == [len(chat), len(chat)]
+    for prompt, result in zip(([*chat, 9], [*chat, 10]), results, strict=True):
+        serving.release()
+        alone = serving.submit(prompt, GREEDY).result()
+        assert (alone.tokens, alone.cached_tokens) == (result.tokens, 0)
+
+
+def test_logprobs_are_those_of_the_whole_forward_pass():
+    prompt, following = golden("stories260K")[0]
+    sampling = config.Sampling(max_new_tokens=4, logprobs=3, prompt_logprobs=2)
+    result = shared().submit(prompt, sampling).result()
+    ids = [*prompt, *following[:4]]
+    logits = model("stories260K")(jnp.array([ids], jnp.int32))[0]
+    expected = np.asarray(jax.nn.log_softmax(logits))
+    found = [*result.prompt_logprobs, *result.logprobs]
+    assert [each.token for each in found] == ids[1:]
+    for at, each in enumerate(found):
+        top = 2 if at < len(prompt) - 1 else 3
+        best = np.argsort(-expected[at])[:top]
+        assert [id_ for id_, _ in each.top] == best.tolist()
+        assert abs(each.logprob - expected[at, each.token]) < 1e-4
+        assert np.abs([value for _, value in each.top] - expected[at, best]).max() < 1e-4
+    assert result.logprobs[0].logprob == result.logprobs[0].top[0][1]  # the same float
+
+
+def test_an_aborted_request_ends_and_frees_its_slot():
+    serving = fresh(slots=1)
+    prompt = golden("stories260K")[0][0]
+    first = serving.submit(prompt, config.Sampling(max_new_tokens=300))
+    second = serving.submit(prompt, GREEDY)
+    pieces = iter(first)
+    next(pieces)
+    first.abort()
+    assert [*pieces][-1].finish_reason == "abort"
+    assert second.result().finish_reason == "length"
+    queued = [serving.submit(prompt, GREEDY) for _ in range(2)]
+    queued[1].abort()  # before it has begun
+    assert [each.result().finish_reason for each in queued] == ["length", "abort"]
+    assert serving.stats()[:2] == (0, 0)
+
+
+def test_long_prompts_do_not_stall_the_others():
+    serving = fresh(slots=2, context=512)
+    short = serving.submit([1, 5], config.Sampling(max_new_tokens=40))
+    long = serving.submit(np.random.default_rng(0).integers(3, 500, 480).tolist(), GREEDY)
+    next(iter(short))
+    order = []
+    while len(order) < 2:
+        serving.advance()
+        for name, each in (("short", short), ("long", long)):
+            if name not in order and not each._pieces.empty():
+                order.append(name)
+    assert order == ["short", "long"]
+
+
+def test_a_thread_serves_many_callers():
+    expected = tokens(shared(), [own for own, _ in golden("stories260K")], GREEDY)
+    found = {}
+    with fresh(slots=2) as serving:
+        serving.start()
+
+        def call(number, prompt):
+            found[number] = serving.submit(prompt, GREEDY).result().tokens
+
+        threads = [
+            threading.Thread(target=call, args=(number, prompt))
+            for number, (prompt, _) in enumerate(golden("stories260K") * 3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [found[number] for number in range(len(found))] == expected * 3
+    assert serving.submit([1], GREEDY).emit is not None
+    with pytest.raises(RuntimeError, match="closed"):
+        serving.submit([1], GREEDY).result()
+
+
+def test_pieces_make_the_text_and_never_change():
+    prompt, following = golden("stories260K")[0]
+    text = ""
+    for piece in shared().submit(prompt, GREEDY):
+        text += piece.text
+    assert text == tokenizer.continuation(reader(), prompt, following[:NUM_NEW])
+
+
+def test_what_cannot_be_served_is_refused_at_once():
+    serving = shared()
+    sampling = config.Sampling(max_new_tokens=500, logit_bias=((512, 1.0),))
+    with pytest.raises(errors.UserError) as raised:
+        serving.submit([1, 600] * 10, sampling, adapters="pirate")
+    for problem in ("context of 512", "600", "pirate", "logit_bias"):
+        assert problem in str(raised.value)
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error():
+    engine.check_length(54, 10, 64)
+    with pytest.raises(errors.UserError, match=r"(?s)64 tokens.*55 tokens.*--max-new-tokens 9"):
+        engine.check_length(55, 10, 64)
+    with pytest.raises(errors.UserError, match="shorten the prompt") as raised:
+        engine.check_length(64, 10, 64)
+    assert "--max-new-tokens 0" not in str(raised.value)
+
+
+def test_all_invalid_settings_are_named():
+    with pytest.raises(errors.UserError) as raised:
+        config.Sampling(max_new_tokens=0, temperature=-1.0, top_k=-2, top_p=0.0, min_p=1.5)
+    for problem in ("max_new_tokens 0", "temperature -1.0", "top_k -2", "top_p 0.0", "min_p 1.5"):
+        assert problem in str(raised.value)
+
+
+def test_the_cache_is_updated_in_place():
+    """No program copies it: none has room for a second one."""
+    serving = fresh(slots=8, context=512)
+    serving.submit([1, 5, 9], GREEDY).result()
+    state, weights = serving._state, serving._all_weights()
+    live = np.ones(8, bool)
+    with jax.set_mesh(serving.mesh):
+        compiled = serving.programs.decode.lower(weights, state, live, None, span=512).compile()
+    cache = sum(array.nbytes for array in state.cache)
+    uses = compiled.memory_analysis()
+    assert uses.alias_size_in_bytes > cache
+    assert uses.temp_size_in_bytes < cache / 4
+
+
+def test_a_grammar_beside_requests_without_one():
+    pytest.importorskip("llguidance")
+    serving = fresh(slots=2, eos_ids=(2,))
+    prompt, following = golden("stories260K")[0]
+    date = config.Sampling(
+        max_new_tokens=40, temperature=1.0, seed=3, grammar=grammar.regex(r"[a-d]{3}-[x-z]{2}")
+    )
+    both = [serving.submit(prompt, date), serving.submit(prompt, GREEDY)]
+    found, plain = (each.result() for each in both)
+    assert re.fullmatch(r"[a-d]{3}-[x-z]{2}", found.text) and found.finish_reason == "stop"
+    assert plain.tokens == following[:NUM_NEW]
+    with pytest.raises(errors.UserError, match="grammar"):
+        serving.submit(prompt, config.Sampling(grammar=grammar.regex("(")))
+
+
+@functools.cache
+def pooled():
+    """An engine of two slots on a model with three adapters, and the adapters."""
+    own = loader.load(STORIES, dtype="float32", mesh=sharding.make_mesh(ONE))
+    kinds = {
+        "a": lora_config.LoRAConfig(rank=4, alpha=64, targets=("q_proj", "v_proj")),
+        "b": lora_config.LoRAConfig(rank=12, alpha=96, targets="all-linear"),
+        "dora": lora_config.LoRAConfig(rank=4, alpha=64, targets=("o_proj",), use_dora=True),
+    }
+    adapters = {}
+    for number, (name, kind) in enumerate(kinds.items()):
+        alone = loader.load(STORIES, dtype="float32")
+        lora.inject(alone, kind, rngs=nnx.Rngs(number))
+        noise = np.random.default_rng(number)
+        state = nnx.state(alone, lora.LoRAParam)
+        nnx.update(alone, jax.tree.map(lambda a: a + 0.05 * noise.normal(size=a.shape), state))  # noqa: B023
+        adapters[name] = lora.collect(alone, kind)
+    bank.add(own, slots=4, rank=8)
+    pool = pools.Pool(own)
+    for name, adapter in adapters.items():
+        pool.load(name, adapter)
+    return engine.Engine(own, reader(), eos_ids=(), slots=3, pool=pool), adapters
+
+
+def test_adapters_in_one_batch_give_the_tokens_of_each_alone():
+    serving, adapters = pooled()
+    prompt = golden("stories260K")[0][0]
+    expected = {}
+    for name, adapter in adapters.items():
+        alone = loader.load(STORIES, dtype="float32")
+        lora.attach(alone, adapter)
+        expected[name] = tokens(
+            engine.Engine(alone, reader(), eos_ids=(), slots=1), [prompt], GREEDY
+        )
+    expected[None] = tokens(shared(), [prompt], GREEDY)
+    assert len({str(own) for own in expected.values()}) == 4
+    asked = [(name, serving.submit(prompt, GREEDY, adapters=name)) for name in [*expected] * 2]
+    for name, request in asked:
+        assert [request.result().tokens] == expected[name]
+
+
+def test_a_replaced_adapter_meets_no_prefix_of_the_old_one_and_nothing_compiles():
+    serving, adapters = pooled()
+    prompt = np.random.default_rng(0).integers(3, 500, 40).tolist()
+    old = serving.submit(prompt, GREEDY, adapters="a").result()
+    assert serving.submit(prompt, GREEDY, adapters="a").result().cached_tokens == 39
+    running = serving.submit(prompt, config.Sampling(max_new_tokens=30), adapters="a")
+    next(iter(running))
+    with compilations() as found:
+        serving.pool.load("a", adapters["b"], replace=True)
+        new = serving.submit(prompt, GREEDY, adapters="a").result()
+        assert (new.tokens != old.tokens, new.cached_tokens) == (True, 0)
+        assert running.result().tokens[:NUM_NEW] == old.tokens  # it keeps what it began with
+        same = serving.submit(prompt, GREEDY, adapters="b").result()
+        assert (same.tokens, same.cached_tokens) == (new.tokens, 39)  # known by its content
+        mixed = serving.submit(prompt, GREEDY, adapters={"b": 0.5, "dora": 0.5}).result()
+        assert mixed.cached_tokens == 0
+    assert not found
+    serving.pool.load("a", adapters["a"], replace=True)
+
+
+def test_more_adapters_than_slots_take_turns():
+    """b takes two of the four slots, and each request waits until its adapter has room."""
+    serving, _ = pooled()
+    prompt = golden("stories260K")[0][0]
+    names = ["a", "b", "dora", "b", "a", "dora"] * 3
+    asked = [serving.submit(prompt, GREEDY, adapters={name: 1.0, "b": 0.5}) for name in names]
+    assert {request.result().finish_reason for request in asked} == {"length"}

@@ -1,0 +1,320 @@
+"""Rows of one batch with different adapters equal the model with each adapter alone."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from lora_jax import errors, lora
+from lora_jax.checkpoints import loader
+from lora_jax.generation import pool as pools
+from lora_jax.generation import weights as decode_weights
+from lora_jax.lora import adapter as lora_adapter
+from lora_jax.lora import config as lora_config
+from lora_jax.lora import peft
+from lora_jax.lora.nnx import bank
+from lora_jax.models import cache
+from lora_jax.parallel import mesh as sharding
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+SLOTS, RANK = 12, 4
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+KINDS = {
+    "lora": {"rank": 4, "alpha": 8},
+    "rslora": {"rank": 2, "use_rslora": True, "targets": "all-linear"},
+    "patterns": {
+        "rank": 3, "targets": ("q_proj", "up_proj", "down_proj"), "layers": (1,),
+        "rank_pattern": {r"1\.self_attn\.q_proj": 6, "down_proj": 1},
+        "alpha_pattern": {"up_proj": 5},
+    },
+    "large": {"rank": 9, "targets": ("o_proj", "gate_proj")},  # three slots
+    "dora": {"rank": 3, "use_dora": True, "targets": "all-linear"},
+    "large_dora": {"rank": 7, "use_dora": True, "targets": ("k_proj", "down_proj"), "layers": (1,)},
+}  # fmt: skip
+
+
+@functools.cache
+def base(quantization="none", dtype="float32", mesh=None):
+    """A LLaMA with biases on all linear layers."""
+    mesh = mesh or sharding.make_mesh(ONE)
+    how = {"quantization": quantization, "search": False, "mesh": mesh}
+    return nnx.split(loader.load(GOLDEN / "models" / "llama_bias", dtype=dtype, **how))
+
+
+def fresh(*how):
+    return nnx.merge(*base(*how), copy=True)
+
+
+@functools.cache
+def adapter(kind):
+    """Trained on the unquantized base: of DoRA, the magnitudes are not the lengths."""
+    model, rng = fresh(), np.random.default_rng(sorted(KINDS).index(kind))
+    config = lora_config.LoRAConfig(**KINDS[kind])
+    lora.inject(model, config, rngs=nnx.Rngs(0))
+    found = lora.collect(model, config)
+    factors = {
+        path: own._replace(
+            A=rng.normal(0, 0.3, own.A.shape).astype(np.float32),
+            B=rng.normal(0, 0.3, own.B.shape).astype(np.float32),
+            magnitude=None if own.magnitude is None
+            else own.magnitude * rng.uniform(0.7, 1.4, own.magnitude.shape).astype(np.float32),
+        )
+        for path, own in found.factors.items()
+    }  # fmt: skip
+    return lora_adapter.Adapter(config, factors)
+
+
+@functools.cache
+def banked(*how):
+    """(a model with a bank of all KINDS, its pool)."""
+    model = fresh(*how)
+    bank.add(model, slots=SLOTS, rank=RANK)
+    pool = pools.Pool(model)
+    for kind in KINDS:
+        pool.load(kind, adapter(kind))
+    return model, pool
+
+
+IDS = jnp.asarray(np.random.default_rng(5).integers(3, 60, (len(KINDS) + 1, 9)))
+
+
+@jax.jit
+def call(parts, ids, rows):
+    with bank.mixture(rows):
+        return nnx.merge(*parts)(ids)
+
+
+def alone(kind, ids, *how):
+    model = fresh(*how)
+    if kind:
+        lora.attach(model, adapter(kind))
+    return np.asarray(nnx.jit(lambda model, ids: model(ids))(model, ids))
+
+
+def close(found, expected, tolerance):
+    found, expected = np.asarray(found), np.asarray(expected)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error <= tolerance, error
+
+
+def rows_of(pool, *weights):
+    """Rows of a batch, which hold nothing after."""
+    leases = [pool.acquire(own) for own in weights]
+    for lease in leases:
+        pool.release(lease)
+    return np.stack([lease.row for lease in leases])
+
+
+@pytest.mark.parametrize(
+    ("how", "kinds", "tolerance"),
+    [
+        (("none",), tuple(KINDS), 1e-5),
+        (("int4",), ("patterns", "dora"), 1e-5),
+        (("nf4",), ("large_dora",), 1e-5),
+        (("int4", "bfloat16"), ("dora",), 0.03),
+    ],
+)
+def test_each_row_equals_its_adapter_alone(how, kinds, tolerance):
+    model, pool = banked(*how)
+    rows = rows_of(pool, *({kind: 1} for kind in KINDS), {})
+    assert [int((row != 0).sum()) for row in rows] == [1, 1, 2, 3, 1, 2, 0]
+    found = np.asarray(call(nnx.split(model), IDS, rows))
+    plain = alone(None, IDS, *how)
+    for row, kind in enumerate(KINDS):
+        if kind not in kinds:
+            continue
+        expected = alone(kind, IDS[row : row + 1], *how)
+        close(found[row], expected[0], tolerance)
+        assert np.linalg.norm(expected[0] - plain[row]) > 20 * tolerance * np.linalg.norm(
+            plain[row]
+        )
+    close(found[-1], plain[-1], tolerance)
+
+
+def test_without_weights_a_bank_changes_nothing():
+    model, _ = banked("none")
+    found = nnx.jit(lambda model: model(IDS))(model)
+    np.testing.assert_array_equal(found, alone(None, IDS))
+
+
+def test_decoding_from_second_forms_of_the_weights_equals_the_forward_pass():
+    model, pool = banked("int4")
+    rows = rows_of(pool, *({kind: 1} for kind in KINDS), {})
+
+    @jax.jit
+    def decode(parts, ids, rows):
+        model = nnx.merge(*parts)
+        arrays = decode_weights.derive(model, "dense", len(rows))
+        forms = decode_weights.forms(model, "dense", arrays)
+        count, length = ids.shape
+        last, whole = jnp.full(count, length - 1), jnp.full(count, length)
+        with bank.mixture(rows):
+            prompt = cache.Place(jnp.zeros_like(last), last, whole)
+            _, kv = model.extend(ids[:, :-1], model.empty_cache(count, length), prompt)
+            step = cache.Place(last, jnp.ones_like(last), whole)
+            hidden, _ = model.extend(ids[:, -1:], kv, step, forms=forms)
+            return model.logits(hidden[:, -1])
+
+    parts = nnx.split(model)
+    close(decode(parts, IDS, rows), np.asarray(call(parts, IDS, rows))[:, -1], 1e-5)
+
+
+def test_a_mixture_equals_the_combined_adapter():
+    weights = {"lora": 0.7, "rslora": -0.4, "large": 0.3}
+    model, pool = banked("none")
+    rows = np.repeat(rows_of(pool, weights), len(IDS), axis=0)
+    combined = lora_adapter.combined([(adapter(kind), own) for kind, own in weights.items()])
+    expected = fresh()
+    lora.attach(expected, combined)
+    close(call(nnx.split(model), IDS, rows), expected(IDS), 1e-5)
+
+
+def test_a_mixture_of_dora_adapters_is_that_of_their_changes():
+    """On one layer, y − base is Σ w · (y of each − base)."""
+    model, pool = banked("none")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 32)).astype(np.float32))
+
+    def k_proj(*weights):
+        with bank.mixture(sum(weights)):
+            layer = jax.tree.map(lambda a: a[1], nnx.state(model.model.layers.self_attn.k_proj))
+            return nnx.merge(nnx.graphdef(model.model.layers.self_attn.k_proj), layer)(x)
+
+    one, two = (own[None] for own in rows_of(pool, {"dora": 1}, {"large_dora": 1}))
+    plain = k_proj(0 * one)
+    change = 0.7 * (k_proj(one) - plain) + 0.3 * (k_proj(two) - plain)
+    close(k_proj(0.7 * one, 0.3 * two) - plain, change, 1e-5)
+
+
+GOLDENS = {
+    "llama": ("lora_qv", "lora_all_rslora", "lora_plus", "lora_pissa", "lora_patterns"),
+    "llama_bias": ("lora_dora",),
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_rows_of_one_batch_equal_pefts_logits(name):
+    one = sharding.make_mesh(ONE)
+    model = loader.load(GOLDEN / "models" / name, dtype="float32", mesh=one)
+    bank.add(model, slots=8, rank=4)
+    pool, each = pools.Pool(model), []
+    for run in GOLDENS[name]:
+        folder = "adapter" if run == "lora_patterns" else "final_adapter"
+        pool.load(run, GOLDEN / run / folder)
+        with np.load(GOLDEN / run / "eval_logits.npz") as golden:
+            each.append({key: golden[key] for key in ("input_ids", "attention_mask", "logits")})
+    rows = [pool.acquire({run: 1}).row for run in GOLDENS[name] for _ in each[0]["input_ids"]]
+    ids, mask, logits = (np.concatenate([own[key] for own in each]) for key in each[0])
+    with bank.mixture(np.stack(rows)):
+        found = np.asarray(model(jnp.asarray(ids), jnp.asarray(mask)))
+    np.testing.assert_allclose(found[mask == 1], logits[mask == 1], atol=1e-4, rtol=0)
+
+
+def test_embeddings_and_heads_can_have_a_bank():
+    model = fresh()
+    bank.add(model, slots=2, rank=4, targets=("embed_tokens", "lm_head", "q_proj"))
+    config = lora_config.LoRAConfig(rank=4, targets=("embed_tokens", "lm_head", "q_proj"))
+    expected, rng = fresh(), np.random.default_rng(0)
+    lora.inject(expected, config, rngs=nnx.Rngs(0))
+    for variable in jax.tree.leaves(
+        nnx.state(expected, lora.LoRAParam), is_leaf=lambda v: isinstance(v, nnx.Variable)
+    ):
+        variable.set_value(jnp.asarray(rng.normal(0, 0.3, variable.shape), jnp.float32))
+    pool = pools.Pool(model)
+    pool.load("all", lora.collect(expected, config))
+    rows = np.repeat(pool.acquire({"all": 1}).row[None], len(IDS), axis=0)
+    close(call(nnx.split(model), IDS, rows), expected(IDS), 1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_eight_devices_equal_one(quantization):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    weights = [{kind: 1} for kind in KINDS] + [{}, {"lora": 0.5, "dora": 0.5}]
+    ids = jnp.concatenate([IDS, IDS[:1]])
+    model, pool = banked(quantization)
+    expected = call(nnx.split(model), ids, rows_of(pool, *weights))
+    with jax.set_mesh(mesh):
+        model, pool = banked(quantization, "float32", mesh)
+        attention, mlp = model.model.layers.self_attn, model.model.layers.mlp
+        for layer, of_A, of_B in (
+            (attention.q_proj, "fsdp", "tensor"), (attention.o_proj, "tensor", "fsdp"),
+            (mlp.down_proj, "tensor", "fsdp"),
+        ):  # fmt: skip
+            assert layer.bank_A[...].sharding.spec[1:] == (of_A, None)
+            assert layer.bank_B[...].sharding.spec[1:] == (None, of_B)
+        found = call(nnx.split(model), ids, rows_of(pool, *weights))
+    close(found, expected, 1e-5)
+
+
+def test_explicit_meshes_equal_one_device():
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    where = jax.sharding.NamedSharding(mesh, jax.P("data", "tensor"))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 16)).astype(np.float32))
+    config = lora_config.LoRAConfig(rank=2, targets=("a",), use_dora=True)
+
+    def output(placed, rows=None):
+        model = nnx.Dict(a=nnx.Linear(16, 32, rngs=nnx.Rngs(0)))
+        own = x
+        if placed:
+            model.a.kernel.set_value(jax.device_put(model.a.kernel[...], where))
+            own = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data")))
+        lora.inject(model, config, rngs=nnx.Rngs(1))
+        found = lora.collect(model, config).factors["a"]
+        found = found._replace(B=found.B + 0.5, magnitude=found.magnitude * 1.5)
+        lora.strip(model)
+        bank.add(model, slots=3, rank=2, targets=("a",))
+        pool = pools.Pool(model)
+        pool.load("own", lora_adapter.Adapter(config, {"a": found}))
+        row = pool.acquire({"own": 0.5}).row
+        with bank.mixture(np.stack([row, 0 * row, row, row])):
+            return model.a(own)
+
+    expected = output(False)
+    with jax.set_mesh(mesh):
+        found = output(True)
+    assert found.sharding.spec == jax.P("data", None, "tensor")
+    close(found, expected, 1e-6)
+
+
+def test_what_cannot_have_a_bank_is_refused_by_name():
+    model = nnx.Dict(
+        conv=nnx.Conv(3, 4, (3,), rngs=nnx.Rngs(0)), linear=nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    )
+    with pytest.raises(errors.UserError, match="conv is a Conv"):
+        bank.add(model, slots=2, rank=4, targets=("conv", "linear"))
+    with pytest.raises(errors.UserError, match="q_proj"):
+        bank.add(model, slots=2, rank=4, targets=("q_proj",))
+    with pytest.raises(errors.UserError, match="0 slots"):
+        bank.add(model, slots=0, rank=4, targets=("linear",))
+    assert type(model.linear) is nnx.Linear
+    bank.add(model, slots=2, rank=4, targets=("linear",))
+    with pytest.raises(errors.UserError, match="linear has one"):
+        bank.add(model, slots=2, rank=4, targets=("linear",))
+    with pytest.raises(ValueError, match=r"expected weights \(5, 2\).*found \(4, 2\)"):
+        with bank.mixture(np.zeros((4, 2))):
+            model.linear(jnp.ones((5, 4)))
+
+
+def test_numbers_that_overflow_stay_in_their_row():
+    model = nnx.Dict(a=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    bank.add(model, slots=2, rank=1, targets=("a",))
+    model.a.bank_A[...] = jnp.full((4, 2), jnp.asarray([3e38, 1.0]))
+    model.a.bank_B[...] = jnp.ones((2, 4))
+    x = jnp.full((2, 4), 10.0)
+    with bank.mixture(np.asarray([[1, 0], [0, 1]])):
+        found = model.a(x)
+    assert not np.isfinite(found[0]).any()
+    np.testing.assert_allclose(found[1], model.a(x)[1] + 40, rtol=1e-6)
+
+
+def test_adapters_in_folders_have_the_same_rows(tmp_path):
+    """`peft.write` and back, by the path and with a home folder's sign."""
+    peft.write(tmp_path / "own", adapter("patterns"))
+    _, pool = banked("none")
+    pool.load("again", tmp_path / "own")
+    assert pool.digest("again") == pool.digest("patterns")
+    pool.unload("again")
