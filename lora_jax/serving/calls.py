@@ -47,10 +47,12 @@ def grammar(chat: protocol.Chat, source: str) -> str | None:
     Raises: Refusal if a tool's parameters are no JSON schema that can be followed.
     """
     if chat.tool_choice in ("none", "auto"):
-        return None
+        return None  # without llguidance too
     from lora_jax.serving import tools
 
     try:
-        return tools.grammar(chat.tools, chat.tool_choice, source)
+        return tools.grammar(
+            chat.tools, chat.tool_choice, source, parallel=chat.parallel_tool_calls
+        )
     except errors.UserError as error:
         raise refusal.of(error, "tools") from None
