@@ -1,4 +1,5 @@
-"""The packages of the extra `train`, which commands and runs need, and a model of one's own not."""
+"""The packages of the extras: `train`, which commands and runs need, and a model of one's own not;
+and `serve`, which the server needs beside it."""
 
 import contextlib
 import importlib.metadata
@@ -18,20 +19,23 @@ TRAIN = {  # {package: its module}
     "tqdm": "tqdm",
     "transformers": "transformers",
 }
+SERVE = {name: name for name in ("starlette", "uvicorn", "llguidance")}
+_EXTRAS = {"train": TRAIN, "serve": SERVE}
 
 
-def require(*packages: str, any_version: bool = False) -> None:
+def require(*packages: str, extra: str = "train", any_version: bool = False) -> None:
     """Raises UserError if one of these packages, of all without any, is missing or too old."""
-    packages = packages or tuple(TRAIN)
-    if missing := [name for name in packages if not _is_installed(TRAIN[name])]:
+    modules = _EXTRAS[extra]
+    packages = packages or tuple(modules)
+    if missing := [name for name in packages if not _is_installed(modules[name])]:
         wrong = [f"not installed: {', '.join(missing)}"]
     else:
-        wrong = [] if any_version else [*_too_old(packages)]
+        wrong = [] if any_version else [*_too_old(packages, extra)]
     if wrong:
         raise errors.UserError(
-            expected="the packages of the extra `train`",
+            expected=f"the packages of the extra `{extra}`",
             found=wrong,
-            do='pip install "lora-jax[train]"',
+            do=f'pip install "lora-jax[{extra}]"',
         )
 
 
@@ -43,14 +47,14 @@ def _is_installed(module: str) -> bool:
     return found is not None and found.origin is not None  # else a folder with the same name
 
 
-def _too_old(packages: Iterable[str]) -> Iterator[str]:
+def _too_old(packages: Iterable[str], extra: str) -> Iterator[str]:
     """Those with another version than lora-jax's own metadata, which pip wrote, ask for."""
     from packaging import requirements  # huggingface_hub and others bring it
 
     # Not found: lora-jax or the package is a source tree that is not installed.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for each in map(requirements.Requirement, importlib.metadata.requires("lora-jax") or ()):
-            if each.name in packages and each.marker and each.marker.evaluate({"extra": "train"}):
+            if each.name in packages and each.marker and each.marker.evaluate({"extra": extra}):
                 version = importlib.metadata.version(each.name)
                 if not each.specifier.contains(version, prereleases=True):
                     yield f"{each.name} {version}, which is not {each.specifier}"

@@ -53,20 +53,26 @@ def imported_at_once(tree):
             yield from imported_at_once(node)
 
 
-def test_importing_any_module_but_a_runs_checkpoints_takes_the_core_alone():
+def test_importing_any_module_but_a_runs_checkpoints_and_the_server_takes_the_core_alone():
     known = CORE | sys.stdlib_module_names | {"lora_jax"}
     more = {
         path.relative_to(cli.ROOT).as_posix(): found
         for path in (cli.ROOT / "lora_jax").rglob("*.py")
         if (found := {*imported_at_once(ast.parse(path.read_text()))} - known)
     }
-    assert more == {"lora_jax/training/output/snapshots.py": {"orbax", "tensorstore"}}
+    assert more == {
+        "lora_jax/training/output/snapshots.py": {"orbax", "tensorstore"},
+        "lora_jax/serving/app.py": {"starlette"},
+        "lora_jax/serving/run.py": {"uvicorn"},
+    }
 
 
 def test_the_extras_are_those_of_pyproject():
     assert {module.partition(".")[0] for module in extras.TRAIN.values()} == TRAIN
     assert not TRAIN & CORE
-    assert "lora-jax[train]" in PROJECT["optional-dependencies"]["test"]
+    optional = PROJECT["optional-dependencies"]
+    assert {*extras.SERVE} == modules(optional["serve"]) - {"lora-jax"}
+    assert "lora-jax[train]" in optional["serve"] and "lora-jax[serve]" in optional["test"]
 
 
 @pytest.mark.parametrize("verb", main.VERBS)
@@ -76,6 +82,12 @@ def test_a_command_without_the_extra_says_what_installs_it(core_alone, verb):
     assert PIP in message
     assert f"not installed: {', '.join(extras.TRAIN)} to do" in message
     assert "usage:" in cli.run(verb, "--help").out
+
+
+def test_serving_names_the_extra_that_it_needs_beside(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    message = cli.refused("serve", "--port", "0")
+    assert "found: not installed: uvicorn to do:" in message and "lora-jax[serve]" in message
 
 
 def test_a_command_names_only_what_is_missing(monkeypatch):

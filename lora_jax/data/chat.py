@@ -82,6 +82,44 @@ class Encoder:
         assert best is not None
         return self._tokens(best)
 
+    def prompt(
+        self,
+        messages: list[template.Message],
+        fields: Mapping[str, typing.Any],
+        *,
+        generate: bool = True,
+        continues: bool = False,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """The ids of a chat as `encode` has them, for the model to go on with.
+
+        generate: followed by the start of the assistant's turn. continues: without what ends the
+        last message. add_special_tokens: with those of the tokenizer beside the template's.
+        Raises: ChatError if the chat cannot be rendered.
+        """
+        how = self._template(fields)
+        problem: ChatError | None = None
+        best: tuple[int, str] | None = None
+        for form in reading.forms(messages, how.source):
+            try:
+                text = how.render(form, generate=generate, continues=continues)
+            except ChatError as error:
+                problem = problem or error
+                continue
+            try:
+                missing = how.left_out(form)
+            except ChatError:  # the template changes texts, or reads what is in them
+                missing = len(form)
+            if best is None or missing < best[0]:
+                best = missing, text
+            if not missing:
+                break
+        if best is None:
+            raise problem or ChatError("the chat cannot be rendered")
+        return self._tokenizer(
+            best[1], add_special_tokens=add_special_tokens, verbose=False
+        ).input_ids
+
     def _template(self, fields: Mapping[str, typing.Any]) -> template.Template:
         tools = reading.parsed(fields.get("tools"))
         options = reading.parsed(fields.get("chat_template_kwargs"))

@@ -82,8 +82,11 @@ class Template:
         self._literals = _literals(self.source)
         self._known_ends: _Ends | None = None
 
-    def render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
-        """The text of a chat. generate: followed by the generation prompt.
+    def render(
+        self, messages: Sequence[Message], *, generate: bool = False, continues: bool = False
+    ) -> str:
+        """The text of a chat. generate: followed by the generation prompt. continues: without what
+        ends the last message.
 
         Raises: ChatError if the template refuses the chat.
         """
@@ -93,6 +96,7 @@ class Template:
                 tools=self._tools,
                 tokenize=False,
                 add_generation_prompt=generate,
+                continue_final_message=continues,
                 **self._options,
             )
         except Exception as error:  # an expression of a template can fail in any way
@@ -103,8 +107,6 @@ class Template:
 
         Raises: ChatError if the template refuses the chat, or changes what it is given.
         """
-        if len(messages) * _COLORS > _NUM_COLORS:
-            raise ChatError(f"it has {len(messages)} messages")
         text = self.render(messages)
         colors = self._owners(messages, text)
         owners = np.where(colors < 0, -1, colors // _COLORS)
@@ -121,6 +123,14 @@ class Template:
             lost = [n for n in lost if not unseen.get(n)]
         return Rendering(text, spans, lost)
 
+    def left_out(self, messages: Sequence[Message]) -> int:
+        """How many messages have a text or tool call that is not, or not whole, in the chat's text.
+
+        Raises: ChatError as `rendering`.
+        """
+        seen = set(np.unique(self._owners(messages, self.render(messages))).tolist())
+        return sum(not _is_whole(message, n, seen) for n, message in enumerate(messages))
+
     def end_of_turn(self) -> int | None:
         """The id of the token that ends an answer, such as <|im_end|>; None if it is plain text."""
         ids = self._tokenizer(self._ends().final.strip(), add_special_tokens=False).input_ids
@@ -128,6 +138,8 @@ class Template:
 
     def _owners(self, messages: Sequence[Message], text: str) -> np.ndarray:
         """For each character the number of its color, −1 for what the template writes."""
+        if len(messages) * _COLORS > _NUM_COLORS:
+            raise ChatError(f"it has {len(messages)} messages")
         for keep in (re.compile("(?!)"), self._literals):  # what the template looks for, if it does
             colored = [_colored(message, n, keep) for n, message in enumerate(messages)]
             try:

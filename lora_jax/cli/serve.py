@@ -1,0 +1,205 @@
+"""Serve a model and its adapters over HTTP, in OpenAI's protocol."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax import assets, console, errors, extras, hub
+from lora_jax.cli import arguments
+from lora_jax.serving import settings as serve_settings
+from lora_jax.training.settings import checks, groups
+
+KEY = "LORA_JAX_API_KEY"  # in the environment, where other users of the machine do not see it
+DEFAULTS = {"slots": 8, **dataclasses.asdict(serve_settings.ServeSettings())}
+DESCRIPTION = """\
+Serve a model and its adapters over HTTP, in OpenAI's protocol.
+
+  lora-jax serve --adapter runs/…/adapter --quant int4
+  lora-jax serve --model huggyllama/llama-7b --use-4bit --adapter mine=PATH
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The model, its adapters, and the server.
+
+    model: None: the base model of the first adapter, or without an adapter the demo model.
+    adapters: {name: folder or hub id}. slots: how many choices are generated at the same time.
+    context: the most tokens of prompt and output; None: those of the model.
+    """
+
+    model: str | None
+    base: groups.ModelSettings
+    adapters: dict[str, str]
+    slots: int
+    context: int | None
+    server: serve_settings.ServeSettings
+
+
+def flags(**where: Any) -> arguments.Flags:
+    """The flags of `serve`. where: see arguments.Flags."""
+    flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
+    arguments.add_model(flags)
+    flags.add("--adapter", "PEFT adapter, folder or hub id, by the name that requests give in "
+              "`model`; may be repeated. Without --model, the config of the first names the base "
+              "model", action="append", metavar="NAME=PATH|HUB_ID")  # fmt: skip
+    flags.add("--served-model-name", "the base's name in `model` (default: the last part of its "
+              "path or id)", metavar="NAME")  # fmt: skip
+    flags.group("engine")
+    flags.add("--slots", "choices generated at the same time", type=int, metavar="N")
+    flags.add("--context", "maximum number of tokens of prompt and output (default: the model's)",
+              type=int, metavar="T")  # fmt: skip
+    flags.group("access")
+    flags.add("--host", "address to listen on; 0.0.0.0: all of this machine's")
+    flags.add("--port", "port to listen on; 0: a free one", type=int)
+    flags.add("--api-key", "what clients must send as a bearer token (default: the environment "
+              f"variable {KEY}, else none)", metavar="KEY")  # fmt: skip
+    flags.add("--allow-origin", "origin whose web pages may read answers, or '*'; may be repeated",
+              action="append", metavar="ORIGIN")  # fmt: skip
+    flags.switch("--allow-runtime-lora", "adapters below --adapters-dir can be loaded and "
+                 "unloaded by requests")  # fmt: skip
+    flags.add("--adapters-dir", "folder of such adapters", metavar="PATH")
+    flags.group("limits")
+    flags.add("--max-body", "bytes of a request", type=int, metavar="N")
+    flags.add("--max-prompt", "tokens of a prompt (default: the context's)", type=int, metavar="T")
+    flags.add("--max-tokens", "tokens that a choice may generate (default: the context's)",
+              type=int, metavar="T")  # fmt: skip
+    flags.add("--max-n", "choices of a prompt", type=int, metavar="N")
+    flags.add("--max-queue", "choices that may wait for a slot; more get 429", type=int,
+              metavar="N")  # fmt: skip
+    flags.add("--timeout", "seconds that a request may take", type=float, metavar="S")
+    flags.add("--drain", "seconds that requests have to end after SIGTERM", type=float,
+              metavar="S")  # fmt: skip
+    return flags
+
+
+def parse(argv: list[str] | None = None) -> arguments.Given:
+    """The typed flags."""
+    return arguments.quantization(flags().typed(argv))
+
+
+def settings_of(typed: arguments.Given) -> Settings:
+    """The settings from the typed flags. Raises: UserError if they contradict each other."""
+    own = {field.name for field in dataclasses.fields(groups.ModelSettings)}
+    base = groups.ModelSettings(**{name: typed[name] for name in own & typed.keys()})
+    problems = [*checks.quant_fast(base)]
+    values = {name: typed.get(name, DEFAULTS[name]) for name in DEFAULTS}
+    slots = values.pop("slots")
+    values["allow_origin"] = tuple(values["allow_origin"])
+    values["api_key"] = values["api_key"] or os.environ.get(KEY) or None
+    if "adapters_dir" in typed:
+        values["adapters_dir"] = pathlib.Path(typed["adapters_dir"])
+    server, adapters = serve_settings.ServeSettings(), {}
+    with errors.noted(problems):
+        adapters = named(typed.get("adapter", ()))
+    with errors.noted(problems):
+        server = serve_settings.ServeSettings(**values)
+    wrong = [
+        f"--{name} {value}"
+        for name, value in (("slots", slots), ("context", typed.get("context")))
+        if value is not None and value < 1
+    ]
+    if wrong:
+        problems.append(errors.UserError(expected="at least 1", found=wrong))
+    if problems:
+        raise errors.UserError.together(problems)
+    return Settings(typed.get("model"), base, adapters, slots, typed.get("context"), server)
+
+
+def named(typed: Sequence[str]) -> dict[str, str]:
+    """{name: path} of adapters that were typed as NAME=PATH or PATH.
+
+    A path alone is named by its last part; adapter/ in a run folder, by the run.
+    Raises: UserError if two have the same name.
+    """
+    found: dict[str, str] = {}
+    twice = []
+    for text in typed:
+        given = re.fullmatch(r"([^/\\=]+)=(.+)", text)
+        if given and not pathlib.Path(text).exists():
+            name, path = given.groups()
+        else:
+            whole = pathlib.Path(text).absolute()
+            name, path = whole.parent.name if whole.name == "adapter" else whole.name, text
+        if name in found:
+            twice.append(f"{name}={path} and {name}={found[name]}")
+        found.setdefault(name, path)
+    if twice:
+        raise errors.UserError(
+            expected="a name for each adapter", found=twice, where="--adapter",
+            do="--adapter NAME=PATH",
+        )  # fmt: skip
+    return found
+
+
+def main() -> int:
+    settings = settings_of(parse())
+    extras.require(extra="serve")
+    from lora_jax.generation import loading
+    from lora_jax.serving import models, run, server
+
+    model, base = _model(settings)
+    name = settings.server.served_model_name or pathlib.PurePath(model).name
+    if name in settings.adapters:
+        raise errors.UserError(
+            expected="a name for each model",
+            found=f"{name}, of the base and of an adapter",
+            do="--served-model-name NAME, or --adapter NAME=PATH",
+        )
+    engine = loading.open(
+        model, base, settings.adapters, slots=settings.slots, context=settings.context,
+        runtime=settings.server.allow_runtime_lora,
+    )  # fmt: skip
+    engine.start()
+    try:
+        known = models.Models(
+            engine.pool, name, engine.context, settings.server, model, settings.adapters
+        )
+        run.run(
+            server.Server(engine, known, settings.server), lambda url: _say(settings, name, url)
+        )
+    finally:
+        engine.close()
+    return 0
+
+
+def _model(settings: Settings) -> tuple[str, groups.ModelSettings]:
+    """The base model, and how it is loaded: the typed one, the first adapter's, or the demo's."""
+    from lora_jax.lora import peft
+
+    if settings.model or not settings.adapters:
+        return settings.model or str(assets.FOLDER), settings.base
+    folder = hub.adapter_folder(next(iter(settings.adapters.values())))
+    named = peft.settings(folder)
+    name = str(named.get("base_model_name_or_path") or "")
+    if not name:
+        raise errors.UserError(
+            expected="base_model_name_or_path in adapter_config.json", found="none",
+            where=str(folder), do="give the base model with --model",
+        )  # fmt: skip
+    revision = settings.base.revision or named.get("revision")
+    return name, dataclasses.replace(settings.base, revision=revision)
+
+
+def _say(settings: Settings, name: str, url: str) -> None:
+    """Prints where the server is, and how to ask it."""
+    names = ", ".join((name, *settings.adapters))
+    console.say("serve", f"{url}/v1; model: {names}")
+    if not settings.model and not settings.adapters:
+        console.say("", "This is the demo's base. Serve a run with --adapter runs/…/adapter, or "
+                    "another model with --model.")  # fmt: skip
+    body = (
+        f'{{"model": "{[name, *settings.adapters][-1]}", "prompt": "In Milan", "max_tokens": 32}}'
+    )
+    print(f"{'try':<{console.LABEL}}curl {url}/v1/completions -H 'Content-Type: application/json' "
+          f"-d '{body}'", flush=True)  # fmt: skip
+    if (
+        settings.server.host not in ("127.0.0.1", "localhost", "::1")
+        and not settings.server.api_key
+    ):
+        print("warning: anyone who reaches this address can use the server; --api-key asks for a "
+              "key", file=sys.stderr)  # fmt: skip

@@ -1,0 +1,71 @@
+"""Serving until a signal: listen, answer, drain."""
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from lora_jax import errors
+from lora_jax.serving import app, server
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run(serving: server.Server, ready: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or Ctrl-C. Then no connection is accepted, and requests have
+    `limits.drain` seconds to end. A second Ctrl-C ends at once.
+
+    ready: called with the server's URL when it listens. Raises: UserError if it cannot listen.
+    """
+    limits = serving.limits
+    listening = _listen(limits.host, limits.port)
+    config = uvicorn.Config(
+        app.make(serving),
+        lifespan="on",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(limits.drain)),
+        backlog=2048,
+    )
+    host = f"[{limits.host}]" if ":" in limits.host else limits.host
+    ready(f"http://{host}:{listening.getsockname()[1]}")
+    with listening:
+        _Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise errors.UserError(
+            expected="an address to listen on",
+            found=error.strerror or str(error),
+            where=f"--host {host} --port {port}",
+            do="choose another --port; 0 takes a free one",
+        ) from None
+    return listening
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which sends itself the signal again when it has drained: an exit code of −15."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {each: signal.signal(each, self.handle_exit) for each in _SIGNALS}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)

@@ -1,0 +1,298 @@
+"""What the endpoints do: bodies of requests → answers, in terms of no web framework."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+from lora_jax.generation import config
+from lora_jax.serving import (
+    bridge,
+    calls,
+    fields,
+    generating,
+    metrics,
+    models,
+    prompts,
+    protocol,
+    refusal,
+    responses,
+    settings,
+    structure,
+    tokens,
+)
+
+BEAT = 15.0  # seconds without output after which a stream gets a comment, which keeps it open
+Json = dict[str, Any]
+
+
+class Server:
+    """An engine, its models and its limits. Start it in the event loop that serves it.
+
+    engine: a generation.Engine that runs in a thread of its own.
+    """
+
+    def __init__(self, engine: Any, known: models.Models, limits: settings.ServeSettings):
+        self.models, self.limits, self.metrics = known, limits, metrics.Metrics()
+        self._engine, self._reader = engine, engine.reader
+        self._prompts = prompts.Prompts(engine.reader, engine.context, limits.max_prompt)
+        self._texts = tokens.Tokens(engine.reader)
+        # A fast tokenizer cannot be used by two threads at once: "Already borrowed".
+        self._texts_thread = concurrent.futures.ThreadPoolExecutor(1, "prompts")
+        self._loads_thread = concurrent.futures.ThreadPoolExecutor(1, "adapters")
+        self._link: bridge.Bridge | None = None
+        self._preparing = 0
+
+    def start(self) -> None:
+        self._link = bridge.Bridge(self._engine)
+
+    def stop(self) -> None:
+        self._texts_thread.shutdown(cancel_futures=True)
+        self._loads_thread.shutdown(cancel_futures=True)
+
+    @property
+    def link(self) -> bridge.Bridge:
+        assert self._link is not None, "start() comes first"
+        return self._link
+
+    # ------------------------------------------------------------------ generation
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Inside, a request is read. Raises: Refusal 429 if too many wait already."""
+        self._check_queue(1)
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
+
+    async def chat(self, body: Mapping[str, Any]) -> "Answer":
+        """Answers /v1/chat/completions. Raises: Refusal."""
+        chat = protocol.chat(body)
+        model, adapters = self._model(chat.asked)
+        ids = await self._in_text_thread(self._prompts.chat, chat)
+        source = self._reader.get_chat_template(None, chat.tools or None)
+        forced = await self._in_text_thread(calls.grammar, chat, source)
+        form = responses.Chat(chat, model, self._texts, source)
+        return await self._generate(chat.asked, form, [ids], adapters, forced)
+
+    async def completion(self, body: Mapping[str, Any]) -> "Answer":
+        """Answers /v1/completions. Raises: Refusal."""
+        completion = protocol.completion(body)
+        model, adapters = self._model(completion.asked)
+        ids = await self._in_text_thread(self._prompts.completion, completion)
+        form = responses.Completion(completion, model, self._texts)
+        return await self._generate(completion.asked, form, ids, adapters, None)
+
+    async def _generate(
+        self,
+        asked: protocol.Asked,
+        form: responses.Chat | responses.Completion,
+        ids: list[list[int]],
+        adapters: Mapping[str, float],
+        grammar: str | None,
+    ) -> "Answer":
+        if grammar is None and asked.structure:
+            grammar = await self._in_text_thread(structure.grammar, asked.structure)
+        samplings = [self._sampling(asked, len(each), grammar, form.usual_tokens) for each in ids]
+        self._check_queue(len(ids) * asked.n)
+        generation = generating.Generation(self.link, self.metrics, self.limits.timeout)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(generation)
+            for each, sampling in zip(ids, samplings, strict=True):
+                discards = asked.max_tokens == 0
+                generation.submit(each, sampling, adapters, asked.n, discards=discards)
+            stack.pop_all()  # nothing went wrong: the answer ends it
+        return Answer(asked, form, generation)
+
+    def _sampling(
+        self, asked: protocol.Asked, num_prompt: int, grammar: str | None, usual: int | None
+    ) -> config.Sampling:
+        most = self._prompts.room(num_prompt, asked.max_tokens, self.limits.max_tokens, usual)
+        if asked.sampling.min_tokens > most:
+            raise refusal.Refusal(
+                f"min_tokens: {asked.sampling.min_tokens} is above max_tokens, {most}",
+                param="min_tokens",
+            )
+        return dataclasses.replace(asked.sampling, max_new_tokens=max(most, 1), grammar=grammar)
+
+    def _model(self, asked: protocol.Asked) -> tuple[str, dict[str, float]]:
+        if asked.n > self.limits.max_n:
+            raise refusal.Refusal(
+                f"n: {asked.n} is above this server's limit of {self.limits.max_n}", param="n"
+            )
+        return self.models.chosen(asked.model, asked.adapters)
+
+    def _check_queue(self, more: int) -> None:
+        room = self._engine.stats().slots + self.limits.max_queue
+        if more > room:
+            raise refusal.Refusal(
+                f"{more} choices in one request are more than the {room} this server has room for"
+            )
+        if self.link.open + more > room or self._preparing > room:
+            raise refusal.Refusal(
+                "Too many requests wait already. Try again later.",
+                status=429,
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+
+    async def _in_text_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._texts_thread, function, *arguments)
+
+    # ------------------------------------------------------------------ tokens
+
+    async def tokenize(self, body: Mapping[str, Any]) -> Json:
+        """Answers /tokenize: the ids of a text or of a chat. Raises: Refusal."""
+        given = fields.Fields(body)
+        self.models.chosen(given.text("model"), {})
+        show = given.flag("return_token_strs")
+        special = given.flag("add_special_tokens", True)
+        if "messages" in given:
+            chat = protocol.chat(body)
+            ids = await self._in_text_thread(self._prompts.chat, chat)
+        else:
+            prompt = given.text("prompt")
+            if prompt is None and "prompt" not in given:
+                given.wrong("prompt", "expected a string, or messages")
+            given.raise_problems()
+            ids = await self._in_text_thread(self._prompts.encode, prompt, special)
+        shown = [self._texts.text(each) for each in ids] if show else None
+        return {
+            "count": len(ids),
+            "max_model_len": self._engine.context,
+            "tokens": ids,
+            "token_strs": shown,
+        }
+
+    async def detokenize(self, body: Mapping[str, Any]) -> Json:
+        """Answers /detokenize: the text of ids, with special tokens. Raises: Refusal."""
+        given = fields.Fields(body)
+        self.models.chosen(given.text("model"), {})
+        ids = given.array("tokens", int, "token ids")
+        if "tokens" not in given or not all(0 <= each < 2**31 for each in ids):
+            given.wrong("tokens", "expected an array of token ids")
+        given.raise_problems()
+        return {"prompt": await self._in_text_thread(self._texts.whole, ids, False)}
+
+    def tokenizer_info(self) -> Json:
+        """Answers /tokenizer_info: what a client needs to render and encode as this server does."""
+        reader = self._reader
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {
+            "tokenizer_class": type(reader).__name__,
+            **{name: getattr(reader, name) for name in names},
+            "additional_special_tokens": sorted(set(reader.all_special_tokens)),
+            "chat_template": reader.chat_template,
+            "vocab_size": len(reader),
+            "model_max_length": self._engine.context,
+        }
+
+    # ------------------------------------------------------------------ adapters, numbers
+
+    async def load_adapter(self, body: Mapping[str, Any]) -> str:
+        """Answers /v1/load_lora_adapter. Raises: Refusal."""
+        self.models.check_runtime()
+        given = fields.Fields(body)
+        name, path = given.text("lora_name", ""), given.text("lora_path", "")
+        replace = given.flag("load_inplace")
+        for field, value in (("lora_name", name), ("lora_path", path)):
+            if not value:
+                given.wrong(field, "expected a string")
+        given.raise_problems()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(
+            self._loads_thread, lambda: self.models.load(name, path, replace=replace)
+        )
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    async def unload_adapter(self, body: Mapping[str, Any]) -> str:
+        """Answers /v1/unload_lora_adapter. Raises: Refusal."""
+        self.models.check_runtime()
+        given = fields.Fields(body)
+        name = given.text("lora_name", "")
+        if not name:
+            given.wrong("lora_name", "expected a string")
+        given.raise_problems()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._loads_thread, self.models.unload, name)
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    def metrics_text(self) -> str:
+        """Answers /metrics."""
+        stats, sample = self._engine.stats(), metrics.Sample
+        adapters = [({"adapter": name}, count) for name, count in self.link.by_adapter.items()]
+        return self.metrics.text(
+            [
+                sample("requests_waiting", "Choices that wait for a slot.", [({}, stats.waiting)]),
+                sample("requests_running", "Choices in a slot.", [({}, stats.running)]),
+                sample("slots", "Choices that can run at the same time.", [({}, stats.slots)]),
+                sample("slots_used_ratio", "The share of slots that are in use.",
+                      [({}, stats.running / max(stats.slots, 1))]),
+                sample("prompt_cached_tokens_total", "Tokens of prompts that were in the cache.",
+                      [({}, stats.cached_tokens)], "counter"),
+                sample("adapters_loaded", "Adapters that can be named.",
+                      [({}, len(self.models.adapters()))]),
+                sample("adapter_requests", "Choices that wait or run, by adapter.", adapters),
+            ]
+        )  # fmt: skip
+
+
+class Answer:
+    """What a request gets: `whole`, or `events` one by one. Each ends its generation."""
+
+    def __init__(
+        self,
+        asked: protocol.Asked,
+        form: responses.Chat | responses.Completion,
+        generation: generating.Generation,
+    ):
+        self.streams, self.id = asked.stream, form.id
+        self._asked, self._form, self._generation = asked, form, generation
+
+    async def whole(self) -> Json:
+        """The whole answer. Raises: Refusal if the engine fails."""
+        with self._generation:
+            async for _ in self._generation.pieces():
+                pass
+            return self._form.response(self._generation)
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events. An error is the last of them."""
+        with self._generation:
+            begun: set[int] = set()
+            try:
+                async for batch in self._generation.pieces(BEAT):
+                    if not batch:
+                        yield ": waiting\n\n"
+                    events = []
+                    for choice, piece in batch:
+                        if choice.index not in begun:
+                            begun.add(choice.index)
+                            events += map(self._event, self._form.begin(choice))
+                        events += map(self._event, self._form.go_on(choice, piece))
+                    if events:
+                        yield "".join(events)
+                if self._asked.include_usage:
+                    yield _event(self._form.usage(self._generation))
+                yield "data: [DONE]\n\n"
+            except refusal.Refusal as error:
+                yield _event(error.body)
+
+    def abort(self) -> None:
+        """Ends the generation of an answer that nobody asks for."""
+        self._generation.__exit__()
+
+    def _event(self, chunk: Json) -> str:
+        if self._asked.include_usage:
+            chunk["usage"] = self._generation.usage if self._asked.continuous_usage else None
+        return _event(chunk)
+
+
+def _event(data: Json) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
