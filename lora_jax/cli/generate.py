@@ -10,7 +10,7 @@ from lora_jax.cli import arguments
 from lora_jax.generation import config as generation_config
 from lora_jax.training.settings import checks, groups
 
-DEFAULTS = {"seed": 0, **dataclasses.asdict(generation_config.Sampling())}
+DEFAULTS = {**dataclasses.asdict(generation_config.Sampling()), "seed": 0, "slots": 64}
 DESCRIPTION = """\
 Continue prompts with a LLaMA, with or without a LoRA adapter.
 
@@ -32,7 +32,7 @@ class GenerateSettings:
     prompts: tuple[str, ...]
     chat: bool
     sampling: generation_config.Sampling
-    seed: int
+    slots: int
 
 
 def flags(**where: Any) -> arguments.Flags:
@@ -54,6 +54,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--min-p", "sample from tokens at least P times as likely as the most likely one",
               type=float, metavar="P")  # fmt: skip
     flags.add("--seed", "random seed of sampling", type=int)
+    flags.add("--slots", "prompts that are continued at the same time", type=int, metavar="N")
     arguments.add_processes(flags)
     return flags
 
@@ -95,7 +96,7 @@ def settings_of(typed: arguments.Given) -> GenerateSettings:
         raise errors.UserError.together(problems)
     return GenerateSettings(
         typed.get("model"), base, typed.get("adapter"), tuple(prompts),
-        bool(typed.get("chat")), sampling, values["seed"],
+        bool(typed.get("chat")), sampling, values["slots"],
     )  # fmt: skip
 
 
@@ -129,9 +130,8 @@ def continuations(settings: GenerateSettings) -> Iterator[str]:
         slots=min(len(encoded), settings.slots),
         context=max(map(len, encoded)) + num_new,
     )
-    sampling = dataclasses.replace(settings.sampling, seed=settings.seed)
     with serving:
-        for result in serving.generate(encoded, sampling):
+        for result in serving.generate(encoded, settings.sampling):
             yield result.text
 
 

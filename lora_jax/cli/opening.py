@@ -14,12 +14,17 @@ from lora_jax.checkpoints import inventory, loader, model_folder
 from lora_jax.cli import arguments
 from lora_jax.data import chat
 from lora_jax.generation import engine
+from lora_jax.generation import pool as pools
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import peft, tied_head
+from lora_jax.lora.nnx import bank
 from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
 from lora_jax.training.settings import groups
+
+_RANKS = (8, 16)  # of a slot; an adapter of a larger rank takes several
+_BANK_SLOTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,45 @@ def load(settings: groups.ModelSettings, found: Files) -> llama.LlamaForCausalLM
     return model
 
 
+def pool(
+    model: llama.LlamaForCausalLM, adapters: Mapping[str, str], *, growing: bool = False
+) -> pools.Pool | None:
+    """The adapters {name: folder or hub id}, in a bank on the model; None if there are none.
+
+    growing: others will be loaded later, so all linear layers get a bank.
+    Raises: UserError that lists every adapter that does not fit.
+    """
+    if not adapters and not growing:
+        return None
+    problems: list[errors.UserError] = []
+    folders: dict[str, pathlib.Path] = {}
+    read: list[lora_adapter.Adapter] = []
+    for name, path in adapters.items():
+        with errors.noted(problems):
+            folders[name] = hub.adapter_folder(path)
+            read.append(peft.read(folders[name]))
+    if problems:
+        raise errors.UserError.together(problems)
+    ranks = [factors.A.shape[1] for own in read for factors in own.factors.values()]
+    rank = next(size for size in _RANKS if size >= min(max(ranks, default=16), _RANKS[-1]))
+    needed = sum(-(-max(f.A.shape[1] for f in own.factors.values()) // rank)
+                 for own in read if own.factors)  # fmt: skip
+    targets = {path for own in read for path in own.factors}
+    bank.add(
+        model,
+        slots=max(_BANK_SLOTS if growing else 1, min(needed, _BANK_SLOTS)),
+        rank=rank,
+        targets="all-linear" if growing or not targets else tuple(sorted(targets)),
+    )
+    found = pools.Pool(model)
+    for name, folder in folders.items():
+        with errors.noted(problems):
+            found.load(name, folder)
+    if problems:
+        raise errors.UserError.together(problems)
+    return found
+
+
 def start(found: Files, model: llama.LlamaForCausalLM, *, slots: int, **how: Any) -> engine.Engine:
     """The engine for a loaded model. how: see engine.Engine."""
     serving = engine.Engine(
@@ -114,26 +158,3 @@ def start(found: Files, model: llama.LlamaForCausalLM, *, slots: int, **how: Any
         size = console.size(serving.form_bytes)
         print(f"decode: a {serving.form} copy of the weights, {size}", file=sys.stderr)
     return serving
-
-
-def adapter_names(typed: list[str]) -> Mapping[str, str]:
-    """{name: path} of `--adapter name=path`; a path alone is named after its folder or its run.
-
-    Raises: UserError if two have the same name.
-    """
-    found: dict[str, str] = {}
-    for each in typed:
-        name, equals, path = each.partition("=")
-        if not equals or pathlib.Path(each).exists():
-            parts = pathlib.Path(each.rstrip("/")).parts
-            path = each
-            name = parts[-2] if parts[-1] == "adapter" and len(parts) > 1 else parts[-1]
-        if name in found:
-            raise errors.UserError(
-                expected="adapters of different names",
-                found=f"two that are named {name}",
-                where="--adapter",
-                do="name them: --adapter NAME=PATH",
-            )
-        found[name] = path
-    return found

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import assets, console, errors, extras, hub
+from lora_jax import console, errors, extras
 from lora_jax.cli import arguments
 from lora_jax.serving import settings as serve_settings
 from lora_jax.training.settings import checks, groups
@@ -139,25 +139,28 @@ def named(typed: Sequence[str]) -> dict[str, str]:
 def main() -> int:
     settings = settings_of(parse())
     extras.require(extra="serve")
-    from lora_jax.generation import loading
+    from lora_jax.cli import opening
     from lora_jax.serving import models, run, server
 
-    model, base = _model(settings)
-    name = settings.server.served_model_name or pathlib.PurePath(model).name
+    first = next(iter(settings.adapters.values()), None)
+    found = opening.files(settings.base, settings.model, first, own=False)
+    name = settings.server.served_model_name or pathlib.PurePath(found.name).name
     if name in settings.adapters:
         raise errors.UserError(
             expected="a name for each model",
             found=f"{name}, of the base and of an adapter",
             do="--served-model-name NAME, or --adapter NAME=PATH",
         )
-    engine = loading.open(
-        model, base, settings.adapters, slots=settings.slots, context=settings.context,
-        runtime=settings.server.allow_runtime_lora,
+    model = opening.load(settings.base, found)
+    growing = settings.server.allow_runtime_lora
+    engine = opening.start(
+        found, model, slots=settings.slots, context=settings.context,
+        pool=opening.pool(model, settings.adapters, growing=growing),
     )  # fmt: skip
     engine.start()
     try:
         known = models.Models(
-            engine.pool, name, engine.context, settings.server, model, settings.adapters
+            engine.pool, name, engine.context, settings.server, found.name, settings.adapters
         )
         run.run(
             server.Server(engine, known, settings.server), lambda url: _say(settings, name, url)
@@ -165,24 +168,6 @@ def main() -> int:
     finally:
         engine.close()
     return 0
-
-
-def _model(settings: Settings) -> tuple[str, groups.ModelSettings]:
-    """The base model, and how it is loaded: the typed one, the first adapter's, or the demo's."""
-    from lora_jax.lora import peft
-
-    if settings.model or not settings.adapters:
-        return settings.model or str(assets.FOLDER), settings.base
-    folder = hub.adapter_folder(next(iter(settings.adapters.values())))
-    named = peft.settings(folder)
-    name = str(named.get("base_model_name_or_path") or "")
-    if not name:
-        raise errors.UserError(
-            expected="base_model_name_or_path in adapter_config.json", found="none",
-            where=str(folder), do="give the base model with --model",
-        )  # fmt: skip
-    revision = settings.base.revision or named.get("revision")
-    return name, dataclasses.replace(settings.base, revision=revision)
 
 
 def _say(settings: Settings, name: str, url: str) -> None:
