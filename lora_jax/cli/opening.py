@@ -154,7 +154,8 @@ def start(found: Files, model: llama.LlamaForCausalLM, *, slots: int, **how: Any
     serving = engine.Engine(
         model, found.reader, eos_ids=found.eos_ids, slots=slots, mesh=found.mesh, **how
     )
-    if serving.form and processes.leads():
-        size = console.size(serving.form_bytes)
-        print(f"decode: a {serving.form} copy of the weights, {size}", file=sys.stderr)
+    form = serving.batch.form
+    if form and processes.leads():
+        size = console.size(serving.batch.form_bytes)
+        print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
     return serving

@@ -1,7 +1,6 @@
 """The engine: requests in, their text out piece by piece, many at a time in one batch."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import threading
@@ -9,32 +8,30 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from lora_jax import errors, tokenizer
+from lora_jax.generation import batch as batches
 from lora_jax.generation import config as generation_config
+from lora_jax.generation import followed
 from lora_jax.generation import grammar as grammars
 from lora_jax.generation import output as outputs
 from lora_jax.generation import pool as pools
 from lora_jax.generation import request as requests
-from lora_jax.generation import sampling as samplers
-from lora_jax.generation import slots as slot_choice
-from lora_jax.generation import steps
-from lora_jax.generation import weights as decode_weights
-from lora_jax.lora.nnx import bank, model_state
+from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
 
-_CHUNKS = (32, 128, 512)  # tokens of a prompt that are computed at once
-_SHORTEST_SPAN = 256
 _PATIENCE = 4  # how often, times the slots, later requests may be served before an earlier one
+_FEW = 4  # requests at most, while guessed tokens are worth their computation
 
 
 class Stats(NamedTuple):
-    """Requests that wait and run now; and in total, their tokens and those found in the cache."""
+    """Requests that wait and run now; and in total, their tokens and those found in the cache.
+
+    guessed, accepted: tokens that were guessed by repetition, and those that were right.
+    """
 
     waiting: int
     running: int
@@ -43,35 +40,8 @@ class Stats(NamedTuple):
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
-
-
-@dataclasses.dataclass
-class _Work:
-    """A request that is being served.
-
-    filled: how many tokens of the prompt are in the cache. sent: for how many tokens a step was
-    dispatched. overtaken: how many later requests were served first.
-    """
-
-    request: requests.Request
-    output: outputs.Output
-    matcher: grammars.Matcher | None = None
-    slot: slot_choice.Slot | None = None
-    lease: Any = None
-    mixture: np.ndarray | None = None
-    filled: int = 0
-    sent: int = 0
-    overtaken: int = 0
-    done: bool = False
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the whole prompt but its last token is in the cache."""
-        return self.filled == len(self.request.prompt) - 1
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + self.sent
+    guessed_tokens: int
+    accepted_tokens: int
 
 
 class Engine:
@@ -79,6 +49,9 @@ class Engine:
 
     A free slot takes the next request at once. Long prompts are computed in chunks between the
     steps of the others. The host reads the tokens of a step while the devices compute the next.
+
+    Of several processes, all make the same engine. They call `generate` with the same prompts; or
+    process 0 calls `start`, and the others `follow` it.
 
     Args:
       model: with or without an adapter of its own.
@@ -88,6 +61,10 @@ class Engine:
       context: the most tokens of a request, prompt and output; None: those of the model.
       mesh: of devices; None: one device.
       pool: the adapters that requests may name.
+      kv_dtype: "int8" halves the memory of the cache, and changes the logits a little; None: the
+        model's dtype.
+      speculate: guess so many tokens from repetitions in the text, and compute them in one step.
+        The tokens of greedy requests stay the same. It has an effect while few requests run.
       seed: for the seeds of requests that have none.
     """
 
@@ -101,39 +78,32 @@ class Engine:
         context: int | None = None,
         mesh: Mesh | None = None,
         pool: pools.Pool | None = None,
+        kv_dtype: str | None = None,
+        speculate: int = 0,
         seed: int = 0,
     ):
         self.reader, self.eos_ids, self.pool = reader, tuple(eos_ids), pool
         self.context = min(context or model.config.context, model.config.context)
-        self.mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-        self.num_slots = slots
-        self.vocab_size = model.config.vocab_size
-        graphdef, *parts = nnx.split(
-            model, bank.BankParam, model_state.LoRAParam, model_state.DropoutKey, ...
+        self.num_slots, self.vocab_size = slots, model.config.vocab_size
+        self.batch = batches.Batch(
+            model,
+            num_slots=slots,
+            context=self.context,
+            mesh=mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}),
+            pool=pool,
+            kv_dtype=kv_dtype,
         )
-        parts = (sharding.place(nnx.to_pure_dict(part), self.mesh) for part in parts)
-        adapters, trained, keys, base = parts
-        self._weights = steps.Weights(base, trained, keys, adapters)
-        self.form = decode_weights.choose(model, self.mesh)
-        self.form_bytes = decode_weights.num_bytes(model, self.form) if self.form else 0
-        self.programs = steps.Programs(graphdef, self.form)
-        self._groups = steps.num_groups(slots, self.mesh)
-        self._size = _size(model.config, self.context)
-        self._can_reuse = model.config.rope.rope_type != "dynamic"
-        self._state: steps.State | None = None
-        self._slots = [
-            slot_choice.Slot(index, index * self._groups // slots) for index in range(slots)
-        ]
+        self._speculate = speculate if self.batch.can_speculate else 0
         self._seeds = np.random.default_rng(seed)
-        self._inbox: collections.deque[_Work] = collections.deque()
-        self._waiting: list[_Work] = []
-        self._running: list[_Work] = []
-        self._dispatched: tuple[Any, list[_Work]] | None = None
+        self._inbox: collections.deque[batches.Work] = collections.deque()
+        self._waiting: list[batches.Work] = []
+        self._running: list[batches.Work] = []
+        self._dispatched: batches.Step | None = None
         self._totals = collections.Counter()
-        self._clock = 0
         self._lock = threading.RLock()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._followers: followed.Leader | None = None
         self._closing = False
         self._failure: str | None = None
 
@@ -173,7 +143,7 @@ class Engine:
             ))  # fmt: skip
             return request
         output = outputs.Output(request, self.reader, self.eos_ids)
-        self._inbox.append(_Work(request, output, matcher))
+        self._inbox.append(batches.Work(request, output, matcher))
         with self._wake:
             self._wake.notify()
         return request
@@ -204,8 +174,25 @@ class Engine:
     def start(self) -> None:
         """Serves from a thread of its own from now on."""
         if self._thread is None:
+            self._followers = followed.leader()
             self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
             self._thread.start()
+
+    def follow(self) -> None:
+        """Does what the engine of process 0 does, until that is closed."""
+        while (news := followed.receive()) is not None:
+            for each in news.submitted:
+                self.submit(each.prompt, each.sampling, adapters=each.adapters)
+            known = {work.request.number: work for work in (*self._waiting, *self._running)}
+            known |= dict(enumerate(self._inbox, self._totals["requests"]))
+            for number in news.aborted:
+                if number in known:
+                    known[number].request.abort()
+            self.advance()
+
+    def warm_up(self) -> None:
+        """Compiles what the first short requests need, before they come."""
+        self.submit([0, 0], generation_config.Sampling(2, temperature=1.0)).result()
 
     def close(self) -> None:
         """Ends all requests, and the thread."""
@@ -214,6 +201,8 @@ class Engine:
             self._wake.notify()
         if self._thread:
             self._thread.join()
+        if self._followers:
+            self._followers.close()
         with self._lock:
             self._end_all("abort")
 
@@ -228,6 +217,7 @@ class Engine:
         return Stats(
             len(self._waiting) + len(self._inbox), len(self._running), self.num_slots,
             total["requests"], total["prompt"], total["cached"], total["generated"],
+            total["guessed"], total["accepted"],
         )  # fmt: skip
 
     def advance(self) -> None:
@@ -243,17 +233,12 @@ class Engine:
     def use(self, trained: Any, frozen: model_state.Frozen) -> None:
         """Takes other values of the model's own adapter and base, between requests."""
         with self._lock:
-            self.release()
-            self._weights = self._weights._replace(
-                base=frozen.base, trained=trained, keys=frozen.dropout_keys
-            )
+            self.batch.use(trained, frozen)
 
     def release(self) -> None:
         """Frees the cache and the weights' second form; the next request makes them again."""
         with self._lock:
-            self._state, self._weights = None, self._weights._replace(forms=None)
-            for slot in self._slots:
-                slot.tokens, slot.key = [], None
+            self.batch.release()
 
     # One turn.
 
@@ -274,25 +259,36 @@ class Engine:
     def _turn(self) -> None:
         self._take()
         self._admit()
-        if self._dispatched and any(work.matcher for work in self._running):
-            # A grammar allows the next token by the one before it.
-            self._read_dispatched()
-        ready = [work for work in self._running if work.is_ready and not work.done
-                 and work.sent < work.request.sampling.max_new_tokens]  # fmt: skip
+        guesses = 0 < len(self._running) <= _FEW and self._speculate
+        if guesses or any(work.matcher for work in self._running):
+            # The next step depends on the tokens of the one before.
+            self._read(self._dispatched)
+            self._dispatched = None
+        ready = [work for work in self._running
+                 if work.is_ready and not work.done and work.left > 0]  # fmt: skip
         ready, allowed = self._allowed(ready)
         before, self._dispatched = self._dispatched, None
-        with self._on_devices():
-            if ready:
-                self._dispatch(ready, allowed)
-            self._fill()
-        if before:
-            self._read(*before)
+        if ready:
+            drafts = self._drafts(ready) if guesses and allowed is None else {}
+            if drafts:
+                self._dispatched = self.batch.verify(ready, drafts, self._speculate)
+            else:
+                self._dispatched = self.batch.decode(ready, allowed)
+        self.batch.fill(self._running)
+        self._read(before)
 
-    def _read_dispatched(self) -> None:
-        before, self._dispatched = self._dispatched, None
-        self._read(*before)
+    def _drafts(self, ready: list[batches.Work]) -> dict[int, Sequence[int]]:
+        """Guesses at the next tokens of greedy requests, by slot."""
+        found = {}
+        for work in ready:
+            if work.request.sampling.is_plain_greedy:
+                draft = work.lookup.draft(min(self._speculate, work.left - 1))
+                if draft:
+                    found[work.slot.index] = draft
+                    self._totals["guessed"] += len(draft)
+        return found
 
-    def _allowed(self, ready: list[_Work]) -> tuple[list[_Work], np.ndarray | None]:
+    def _allowed(self, ready: list[batches.Work]) -> tuple[list[batches.Work], np.ndarray | None]:
         """(those that go on, the tokens that their grammars allow, as bits)."""
         if not any(work.matcher for work in ready):
             return ready, None
@@ -309,12 +305,19 @@ class Engine:
 
     def _take(self) -> None:
         """New requests join the queue; those that were aborted end."""
-        while self._inbox:
-            self._waiting.append(self._inbox.popleft())
+        new = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        for work in new:
+            work.request.number = self._totals["requests"]
             self._totals["requests"] += 1
-        for work in [*self._waiting, *self._running]:
-            if work.request.aborted.is_set() and not work.done:
-                self._end(work, work.output.end("abort"))
+        self._waiting += new
+        aborted = [work for work in (*self._waiting, *self._running)
+                   if work.request.aborted.is_set() and not work.done]  # fmt: skip
+        if self._followers:
+            self._followers.send(
+                [work.request for work in new], [work.request.number for work in aborted]
+            )
+        for work in aborted:
+            self._end(work, work.output.end("abort"))
         self._waiting = [work for work in self._waiting if not work.done]
 
     def _admit(self) -> None:
@@ -324,135 +327,73 @@ class Engine:
             if blocked or not self._start(work):
                 left.append(work)
                 blocked |= work.overtaken > _PATIENCE * self.num_slots
-                blocked |= all(slot.busy for slot in self._slots)
+                blocked |= not self.batch.has_free_slot
             else:
                 for earlier in left:
                     earlier.overtaken += 1
         self._waiting = left
 
-    def _start(self, work: _Work) -> bool:
+    def _start(self, work: batches.Work) -> bool:
         """Gives a request a slot and its adapters; False if there are none now."""
-        if all(slot.busy for slot in self._slots):
+        if not self.batch.has_free_slot:
             return False
-        request, key = work.request, ()
-        work.mixture = np.zeros(self.num_adapters, np.float32)
-        if request.adapters:
+        if work.request.adapters:
             try:
-                work.lease = self.pool.acquire(request.adapters)
+                work.lease = self.pool.acquire(work.request.adapters)
             except errors.UserError as error:  # unloaded while it waited
                 self._end(work, work.output.end("error", str(error)))
                 return True
             if work.lease is None:
                 return False
-            work.mixture, key = work.lease.row, work.lease.key
-        reuse = key if self._can_reuse and request.sampling.prompt_logprobs is None else None
-        choice = slot_choice.choose(self._slots, request.prompt, reuse)
-        slot, source, common = choice
-        if self._state is None:
-            self._make_state()
-        with self._on_devices():
-            if source is not slot and common:
-                self._copy(source, slot)
-            slot.tokens, slot.key, slot.busy = list(request.prompt[:common]), key, True
-            work.slot, work.filled = slot, common
-            request.cached_tokens = common
-            self._state = self.programs.admit(
-                self._state, np.int32(slot.index), np.int32(request.prompt[-1]),
-                np.int32(len(request.prompt)), work.mixture, self._row(work),
-            )  # fmt: skip
+        self.batch.admit(work, self.eos_ids)
         self._running.append(work)
-        self._totals["prompt"] += len(request.prompt)
-        self._totals["cached"] += common
+        self._totals["prompt"] += len(work.request.prompt)
+        self._totals["cached"] += work.filled
         return True
 
-    def _dispatch(self, ready: list[_Work], allowed: np.ndarray | None) -> None:
-        """Starts a step of these requests."""
-        live = np.zeros(self.num_slots, bool)
-        live[[work.slot.index for work in ready]] = True
-        span = self._span(max(work.length for work in ready))
-        self._state, tokens, found = self.programs.decode(
-            self._all_weights(), self._state, live, allowed, span=span
-        )
-        for work in ready:
-            work.sent += 1
-        wanted = any(work.request.sampling.logprobs is not None for work in ready)
-        read = (tokens, found if wanted else None)
-        jax.tree.map(lambda array: array.copy_to_host_async(), read)
-        self._dispatched = read, ready
-
-    def _fill(self) -> None:
-        """Starts the next chunk of a prompt, one in each group of slots."""
-        chosen: dict[int, _Work] = {}
-        for work in self._running:
-            if not work.is_ready and not work.done:
-                chosen.setdefault(work.slot.group, work)
-        if not chosen:
-            return
-        most = max(len(work.request.prompt) - 1 - work.filled for work in chosen.values())
-        size = _chunk_size(most)
-        shape = (self._groups, size)
-        ids, following = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        start, num_real, length, row = np.zeros((4, self._groups), np.int32)
-        mixture = np.zeros((self._groups, self.num_adapters), np.float32)
-        for group, work in chosen.items():
-            prompt, first = work.request.prompt, work.filled
-            own = prompt[first : min(first + size, len(prompt) - 1)]
-            ids[group, : len(own)] = own
-            following[group, : len(own)] = prompt[first + 1 : first + 1 + len(own)]
-            start[group], num_real[group], length[group] = first, len(own), len(prompt)
-            row[group] = work.slot.index - group * (self.num_slots // self._groups)
-            mixture[group] = work.mixture
-        chunk = steps.Chunk(ids, start, num_real, length, row, mixture)
-        how = {"span": self._span(int((start + num_real).max()))}
-        scored = any(work.request.sampling.prompt_logprobs is not None for work in chosen.values())
-        if scored:
-            self._state, found = self.programs.score(
-                self._all_weights(), self._state, chunk, following, **how
-            )
-            found = jax.tree.map(np.asarray, found)
-        else:
-            self._state = self.programs.prefill(self._all_weights(), self._state, chunk, **how)
-        for group, work in chosen.items():
-            count = int(num_real[group])
-            work.slot.tokens += work.request.prompt[work.filled : work.filled + count]
-            work.filled += count
-            top = work.request.sampling.prompt_logprobs
-            if top is not None:
-                work.request.prompt_logprobs += [
-                    _logprob(int(following[group, i]), found, (group, i), top) for i in range(count)
-                ]
-
-    def _read(self, found: tuple[Any, Any], ready: list[_Work]) -> None:
+    def _read(self, step: batches.Step | None) -> None:
         """Reads the tokens of a step, and delivers them."""
-        tokens, logprobs = jax.tree.map(np.asarray, found)
-        for work in ready:
+        if step is None:
+            return
+        tokens = np.asarray(step.tokens)
+        logprobs = step.logprobs and type(step.logprobs)(*map(np.asarray, step.logprobs))
+        for work in step.works:
             if work.done:
                 continue  # it ended with the token before this one
             index, top = work.slot.index, work.request.sampling.logprobs
-            token = int(tokens[index])
-            own = None if top is None else _logprob(token, logprobs, index, top)
-            # The token before it is in the cache now.
-            work.slot.tokens.append((*work.request.prompt[-1:], *work.output.tokens)[-1])
-            self._totals["generated"] += 1
-            piece = work.output.push(token, own)
-            if work.matcher:
-                work.matcher.accept(token)
-                if work.matcher.finished and not piece.finish_reason:
-                    work.request.emit(piece)
-                    piece = work.output.end("stop")
-            if piece.finish_reason:
-                self._end(work, piece)
-            else:
-                work.request.emit(piece)
+            count = 1
+            if step.counts is not None:
+                count = int(np.asarray(step.counts)[index])
+                work.sent += count
+                self._totals["accepted"] += count - 1
+            for token in tokens[index, :count].tolist():
+                own = None if top is None else batches.logprob(token, logprobs, index, top)
+                self._deliver(work, token, own)
+                if work.done:
+                    break
 
-    def _end(self, work: _Work, piece: requests.Piece) -> None:
+    def _deliver(self, work: batches.Work, token: int, logprob: requests.Logprob | None) -> None:
+        # The token before it is in the cache now.
+        work.slot.tokens.append((*work.request.prompt[-1:], *work.output.tokens[-1:])[-1])
+        self._totals["generated"] += 1
+        piece = work.output.push(token, logprob)
+        if self._speculate:
+            work.lookup.extend([token])
+        if work.matcher:
+            work.matcher.accept(token)
+            if work.matcher.finished and not piece.finish_reason:
+                work.request.emit(piece)
+                piece = work.output.end("stop")
+        if piece.finish_reason:
+            self._end(work, piece)
+        else:
+            work.request.emit(piece)
+
+    def _end(self, work: batches.Work, piece: requests.Piece) -> None:
         """Delivers the last piece, and frees what the request holds."""
         work.done = True
         if work.slot is not None:
-            self._clock += 1
-            work.slot.busy, work.slot.used = False, self._clock
-            if len(work.slot.tokens) > self._size:
-                work.slot.key = None  # the first tokens were overwritten
+            self.batch.free(work.slot)
             self._running.remove(work)
         if work.lease is not None:
             self.pool.release(work.lease)
@@ -465,53 +406,6 @@ class Engine:
             if not work.done:
                 self._end(work, work.output.end(reason, error))
         self._waiting, self._dispatched = [], None
-
-    # Arrays.
-
-    @property
-    def num_adapters(self) -> int:
-        """The slots for adapters."""
-        return self.pool.num_slots if self.pool else 0
-
-    def _all_weights(self) -> steps.Weights:
-        return self._weights._replace(adapters=self.pool.state) if self.pool else self._weights
-
-    def _make_state(self) -> None:
-        with self._on_devices():
-            if self.form:
-                own_rows = self.num_slots // self._groups
-                self._weights = self._weights._replace(
-                    forms=self.programs.derive(self._weights, own_rows)
-                )
-            self._state = self.programs.empty(
-                self._all_weights(), self.num_slots, self._size, self.num_adapters
-            )
-
-    def _copy(self, source: slot_choice.Slot, target: slot_choice.Slot) -> None:
-        own = self.num_slots // self._groups
-        # In the other groups, a slot is copied onto itself.
-        where = np.zeros((2, self._groups), np.int32)
-        where[:, target.group] = source.index % own, target.index % own
-        self._state = self.programs.copy(self._state, *where)
-
-    def _row(self, work: _Work) -> samplers.Rows:
-        request, stops = work.request, []
-        if request.sampling.min_tokens:
-            stops += request.sampling.stop_token_ids
-            stops += () if request.sampling.ignore_eos else self.eos_ids
-        return samplers.row(request.sampling, request.prompt, stops, self.vocab_size)
-
-    def _span(self, length: int) -> int:
-        """How much of the cache a program reads: few sizes, so that few are compiled."""
-        span = _SHORTEST_SPAN
-        while span < length:
-            span *= 2
-        return self._size if span >= self._size or self._size < self.context else span
-
-    @contextlib.contextmanager
-    def _on_devices(self):
-        with jax.set_mesh(self.mesh):
-            yield
 
     def _check(self, prompt, sampling, adapters: Mapping[str, float]) -> None:
         """Raises: UserError with everything that is wrong with a request."""
@@ -561,26 +455,3 @@ def check_length(num_prompt_tokens: int, max_new_tokens: int, context: int) -> N
             if num_prompt_tokens < context
             else "shorten the prompt",
         )
-
-
-def _chunk_size(num_tokens: int) -> int:
-    """How many of so many tokens to compute at once; less than half of a chunk is padding."""
-    padded = next((size for size in _CHUNKS if size >= num_tokens), _CHUNKS[-1])
-    whole = max((size for size in _CHUNKS if size <= num_tokens), default=padded)
-    return padded if num_tokens > padded // 2 else whole
-
-
-def _size(config: Any, context: int) -> int:
-    """Places for each sequence: if all layers have sliding windows, only those are kept."""
-    windows = config.sliding_windows
-    if windows and all(windows):
-        return min(context, max(windows) + _CHUNKS[-1])
-    return context
-
-
-def _logprob(token: int, found: Any, at: Any, top: int) -> requests.Logprob:
-    return requests.Logprob(
-        token,
-        float(found.chosen[at]),
-        tuple(zip(found.ids[at][:top].tolist(), found.values[at][:top].tolist(), strict=True)),
-    )  # fmt: skip

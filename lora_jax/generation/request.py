@@ -69,6 +69,7 @@ class Request:
         self.prompt = prompt
         self.sampling = sampling
         self.adapters = dict(adapters)
+        self.number = -1  # in the order in which the engine took its requests
         self.cached_tokens = 0
         self.prompt_logprobs: list[Logprob] = []
         self.aborted = threading.Event()

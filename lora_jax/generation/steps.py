@@ -77,19 +77,14 @@ class Programs:
     def __init__(self, graphdef: nnx.GraphDef, form: str | None = None):
         self._graphdef, self._form = graphdef, form
         jit = functools.partial(jax.jit, compiler_options=platform.compiler_options())
-        self.empty = jit(self._empty, static_argnums=(1, 2, 3))
+        self.empty = jit(self._empty, static_argnums=(1, 2, 3, 4))
         self.derive = jit(self._derive, static_argnums=1)
         self.decode = jit(self._decode, donate_argnums=1, static_argnames="span")
+        self.verify = jit(self._verify, donate_argnums=1, static_argnames="span")
         self.prefill = jit(self._prefill, donate_argnums=1, static_argnames="span")
         self.score = jit(self._score, donate_argnums=1, static_argnames="span")
         self.copy = jit(functools.partial(_copy), donate_argnums=0)
         self.admit = jit(functools.partial(_admit), donate_argnums=0)
-
-    def num_compiled(self) -> int:
-        """How many programs there are so far."""
-        return sum(
-            each._cache_size() for each in vars(self).values() if hasattr(each, "_cache_size")
-        )
 
     def _model(self, weights: Weights) -> nnx.Module:
         model = nnx.merge(
@@ -101,16 +96,17 @@ class Programs:
     def _extend(self, model, weights, ids, kv, place, mixture):
         forms = None
         if weights.forms is not None and (self._form == "dense" or ids.shape[1] == 1):
+            # Other forms are for as many rows as there are slots.
             forms = decode_weights.forms(model, self._form, weights.forms)
         mixed = bank.mixture(mixture) if mixture.shape[1] else contextlib.nullcontext()
         with mixed:
             return model.extend(ids, kv, place, forms=forms)
 
-    def _empty(self, weights, num_slots, max_length, num_adapters):
+    def _empty(self, weights, num_slots, max_length, num_adapters, kv_dtype=None):
         """The state without requests."""
         model = self._model(weights)
         return _placed(State(
-            model.empty_cache(num_slots, max_length),
+            model.empty_cache(num_slots, max_length, kv_dtype),
             jnp.zeros(num_slots, jnp.int32),
             jnp.zeros(num_slots, jnp.int32),
             jnp.zeros((num_slots, num_adapters), jnp.float32),
@@ -136,6 +132,37 @@ class Programs:
             rows=rows,
         )
         return _placed(state), *_everywhere((tokens, found))
+
+    def _verify(self, weights, state, live, drafts, num_drafts, *, span=None):
+        """(state, tokens [B, 1 + D], how many of them are new [B], Logprobs of the first).
+
+        drafts [B, D]: guesses at the next tokens, num_drafts [B] of them in each slot. They are
+        computed together, and those before the first wrong one are new tokens; so is the right one
+        in its place. Source: Leviathan et al. 2023, https://arxiv.org/abs/2211.17192, for greedy
+        decoding.
+        """
+        model = self._model(weights)
+        num_real = live * (1 + num_drafts)
+        place = cache.Place(state.lengths - 1, num_real, state.lengths, span=span)
+        ids = jnp.concatenate([state.tokens[:, None], drafts], axis=1)
+        hidden, kv = self._extend(model, weights, ids, state.cache, place, state.mixture)
+        logits = _everywhere(model.logits(hidden))
+        first, found, rows = sampling.sample(logits[:, 0], state.rows, state.lengths, live)
+        rest = jnp.argmax(logits[:, 1:], axis=-1).astype(jnp.int32)
+        tokens = jnp.concatenate([first[:, None], rest], axis=1)
+        right = (tokens[:, :-1] == drafts) & (
+            jnp.arange(drafts.shape[1])[None] < num_drafts[:, None]
+        )
+        num_right = jnp.cumprod(right.astype(jnp.int32), axis=1).sum(axis=1)
+        counts = live * (1 + num_right)
+        last = jnp.take_along_axis(tokens, num_right[:, None], axis=1)[:, 0]
+        state = state._replace(
+            cache=kv,
+            lengths=state.lengths + counts,
+            tokens=jnp.where(live, last, state.tokens),
+            rows=rows,
+        )
+        return _placed(state), *_everywhere((tokens, counts, found))
 
     def _prefill(self, weights, state, chunk, *, span=None):
         """The state with the chunk's keys and values."""

@@ -151,14 +151,13 @@ class LlamaForCausalLM(nnx.Module):
         if not self.config.tie_word_embeddings:
             self.lm_head.out_features = num_tokens
 
-    def empty_cache(self, batch_size: int, max_length: int) -> cache.KVCache:
-        """A cache with room for max_length tokens of each sequence."""
+    def empty_cache(
+        self, batch_size: int, max_length: int, kv_dtype: str | None = None
+    ) -> cache.KVCache:
+        """A cache with room for max_length tokens of each sequence. kv_dtype: see cache.empty."""
         c = self.config
         shape = (c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim)
-        dtype = self.model.embed_tokens.embedding.dtype
-        if platform.on_cpu() and dtype == jnp.bfloat16:
-            dtype = jnp.uint16
-        return cache.KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return cache.empty(shape, self.model.embed_tokens.embedding.dtype, kv_dtype)
 
 
 class LlamaModel(nnx.Module):

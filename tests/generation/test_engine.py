@@ -1,7 +1,9 @@
 """The engine: Hugging Face's greedy tokens, seeds, stopping, reuse of prefixes, compilations."""
 
 import contextlib
+import dataclasses
 import functools
+import json
 import pathlib
 import re
 import threading
@@ -15,7 +17,7 @@ from jax._src import monitoring
 
 from lora_jax import errors, lora, tokenizer
 from lora_jax.checkpoints import loader
-from lora_jax.generation import config, engine, grammar
+from lora_jax.generation import config, engine, followed, grammar
 from lora_jax.generation import pool as pools
 from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import bank
@@ -339,11 +341,11 @@ def test_the_cache_is_updated_in_place():
     """No program copies it: none has room for a second one."""
     serving = fresh(slots=8, context=512)
     serving.submit([1, 5, 9], GREEDY).result()
-    state, weights = serving._state, serving._all_weights()
-    live = np.ones(8, bool)
-    with jax.set_mesh(serving.mesh):
-        compiled = serving.programs.decode.lower(weights, state, live, None, span=512).compile()
-    cache = sum(array.nbytes for array in state.cache)
+    batch, live = serving.batch, np.ones(8, bool)
+    with batch.on_devices():
+        lowered = batch.programs.decode.lower(batch.weights, batch.state, live, None, span=512)
+    compiled = lowered.compile()
+    cache = batch.state.cache.k.nbytes + batch.state.cache.v.nbytes
     uses = compiled.memory_analysis()
     assert uses.alias_size_in_bytes > cache
     assert uses.temp_size_in_bytes < cache / 4
@@ -432,3 +434,61 @@ def test_more_adapters_than_slots_take_turns():
     names = ["a", "b", "dora", "b", "a", "dora"] * 3
     asked = [serving.submit(prompt, GREEDY, adapters={name: 1.0, "b": 0.5}) for name in names]
     assert {request.result().finish_reason for request in asked} == {"length"}
+
+
+def test_guessed_tokens_are_those_that_come_without_guesses():
+    """In texts with repetitions, and beside a request that samples."""
+    prompt, following = golden("stories260K")[0]
+    repeated = [*prompt, *following[:40]] * 2
+    prompts = [repeated, prompt, repeated[:50]]
+    long = config.Sampling(max_new_tokens=40)
+    expected = tokens(shared(), prompts, long)
+    drawn = shared().submit(prompt, dataclasses.replace(long, temperature=1.0, seed=1)).result()
+    serving = fresh(slots=4, speculate=4)
+    other = serving.submit(prompt, dataclasses.replace(long, temperature=1.0, seed=1))
+    assert tokens(serving, prompts, long) == expected
+    assert other.result().tokens == drawn.tokens
+    stats = serving.stats()
+    assert 30 < stats.accepted_tokens <= stats.guessed_tokens
+    assert stats.generated_tokens == 4 * 40
+
+
+def test_a_cache_in_int8_gives_nearly_the_same_logits():
+    prompt, following = golden("stories260K")[0]
+    sampling = config.Sampling(max_new_tokens=20, prompt_logprobs=0, logprobs=0)
+    ids = [*prompt, *following[:60]]
+    serving = fresh(kv_dtype="int8", context=256)
+    found, expected = (
+        [each.logprob for each in engine_.submit(ids, sampling).result().prompt_logprobs]
+        for engine_ in (serving, shared())
+    )
+    assert 0 < np.abs(np.subtract(found, expected)).max() < 0.1
+    cache = serving.batch.state.cache
+    assert cache.k.dtype == jnp.int8 and cache.k_scale.shape == cache.k.shape[:-1]
+    with pytest.raises(errors.UserError, match="int8"):
+        fresh(kv_dtype="fp8").submit([1], GREEDY).result()
+
+
+def test_a_follower_does_what_the_leader_does(monkeypatch):
+    """What process 0 sends is enough for the same tokens, with aborts, in every turn."""
+    sent = []
+    leading, following = fresh(slots=2), fresh(slots=2, seed=7)
+    leading._followers = followed.Leader()
+    monkeypatch.setattr(followed.processes, "broadcast", lambda value: sent.append(value))
+    prompts = [own for own, _ in golden("stories260K")]
+    asked = [leading.submit(prompt, SAMPLED) for prompt in prompts * 2]
+    asked[1].abort()
+    found = [each.result() for each in asked]
+    leading.close()
+    assert sent.pop() is None
+    messages = iter([*map(json.loads, map(json.dumps, sent)), None])
+    monkeypatch.setattr(followed.processes, "broadcast", lambda _: next(messages))
+    taken = []
+    submit = following.submit
+    monkeypatch.setattr(
+        following, "submit", lambda *args, **how: taken.append(submit(*args, **how)) or taken[-1]
+    )
+    following.follow()
+    results = [each.result() for each in taken]
+    assert [each.tokens for each in results] == [each.tokens for each in found]
+    assert [each.finish_reason for each in results] == [each.finish_reason for each in found]

@@ -1,0 +1,316 @@
+"""The requests in the slots of a cache on the devices, and the programs that serve them."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from lora_jax.generation import grammar as grammars
+from lora_jax.generation import lookup, steps
+from lora_jax.generation import output as outputs
+from lora_jax.generation import pool as pools
+from lora_jax.generation import request as requests
+from lora_jax.generation import sampling as samplers
+from lora_jax.generation import slots as slot_choice
+from lora_jax.generation import weights as decode_weights
+from lora_jax.lora.nnx import bank, model_state
+from lora_jax.models import config as model_config
+from lora_jax.models import llama
+from lora_jax.parallel import mesh as sharding
+
+_CHUNKS = (32, 128, 512)  # tokens of a prompt that are computed at once
+_SHORTEST_SPAN = 256
+
+
+@dataclasses.dataclass
+class Work:
+    """A request that waits or is being served.
+
+    filled: how many tokens of the prompt are in the cache. sent: for how many tokens a step was
+    dispatched. overtaken: how many later requests were served first.
+    """
+
+    request: requests.Request
+    output: outputs.Output
+    matcher: grammars.Matcher | None = None
+    slot: slot_choice.Slot | None = None
+    lease: pools.Lease | None = None
+    filled: int = 0
+    sent: int = 0
+    overtaken: int = 0
+    done: bool = False
+
+    @functools.cached_property
+    def lookup(self) -> lookup.Lookup:
+        """Of the prompt and the output so far."""
+        return lookup.Lookup((*self.request.prompt, *self.output.tokens))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the whole prompt but its last token is in the cache."""
+        return self.filled == len(self.request.prompt) - 1
+
+    @property
+    def length(self) -> int:
+        """Of the sequence when the steps that were dispatched are done."""
+        return len(self.request.prompt) + self.sent
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be generated."""
+        return self.request.sampling.max_new_tokens - self.sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that was dispatched: its tokens [B, T], how many of them count [B], and log p."""
+
+    works: Sequence[Work]
+    tokens: jax.Array
+    counts: jax.Array | None
+    logprobs: samplers.Logprobs | None
+
+
+class Batch:
+    """The slots, their state on the devices, and the weights of the model.
+
+    kv_dtype: None, the model's, or "int8". See engine.Engine for the others.
+    """
+
+    def __init__(
+        self,
+        model: llama.LlamaForCausalLM,
+        *,
+        num_slots: int,
+        context: int,
+        mesh: Mesh,
+        pool: pools.Pool | None,
+        kv_dtype: str | None,
+    ):
+        graphdef, *parts = nnx.split(
+            model, bank.BankParam, model_state.LoRAParam, model_state.DropoutKey, ...
+        )
+        parts = (sharding.place(nnx.to_pure_dict(part), mesh) for part in parts)
+        adapters, trained, keys, base = parts
+        self._own_weights = steps.Weights(base, trained, keys, adapters)
+        self.form = decode_weights.choose(model, mesh)
+        self.form_bytes = decode_weights.num_bytes(model, self.form) if self.form else 0
+        self.programs = steps.Programs(graphdef, self.form)
+        self._mesh, self._pool, self._kv_dtype = mesh, pool, kv_dtype
+        self.num_slots, self.vocab_size = num_slots, model.config.vocab_size
+        self._groups = steps.num_groups(num_slots, mesh)
+        self._context, self._size = context, size(model.config, context)
+        self._is_static = model.config.rope.rope_type != "dynamic"
+        self._state: steps.State | None = None
+        self._slots = [
+            slot_choice.Slot(index, index * self._groups // num_slots) for index in range(num_slots)
+        ]
+        self._clock = 0
+
+    @property
+    def has_free_slot(self) -> bool:
+        return not all(slot.busy for slot in self._slots)
+
+    @property
+    def can_speculate(self) -> bool:
+        """Whether a token may be computed beside others that turn out to be wrong.
+
+        Dynamic rotary embeddings depend on the length of the sequence.
+        """
+        return self._is_static
+
+    @property
+    def num_adapters(self) -> int:
+        """The slots for adapters."""
+        return self._pool.num_slots if self._pool else 0
+
+    @property
+    def weights(self) -> steps.Weights:
+        """The arrays that the programs read now."""
+        own = self._own_weights
+        return own._replace(adapters=self._pool.state) if self._pool else own
+
+    @property
+    def state(self) -> steps.State:
+        """The state of the slots; made if there is none."""
+        if self._state is None:
+            with self.on_devices():
+                if self.form:
+                    own_rows = self.num_slots // self._groups
+                    forms = self.programs.derive(self._own_weights, own_rows)
+                    self._own_weights = self._own_weights._replace(forms=forms)
+                self._state = self.programs.empty(
+                    self.weights, self.num_slots, self._size, self.num_adapters, self._kv_dtype
+                )
+        return self._state
+
+    def on_devices(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which programs run."""
+        return jax.set_mesh(self._mesh)
+
+    def use(self, trained: Any, frozen: model_state.Frozen) -> None:
+        """Takes other values of the model's own adapter and base."""
+        self.release()
+        self._own_weights = self._own_weights._replace(
+            base=frozen.base, trained=trained, keys=frozen.dropout_keys
+        )
+
+    def release(self) -> None:
+        """Frees the state and the weights' second form; they are made again when needed."""
+        self._state, self._own_weights = None, self._own_weights._replace(forms=None)
+        for slot in self._slots:
+            slot.tokens, slot.key = [], None
+
+    def admit(self, work: Work, eos_ids: Sequence[int]) -> None:
+        """Gives a request a free slot, with what is known of its prompt."""
+        request, sampling = work.request, work.request.sampling
+        key = work.lease.key if work.lease else ()
+        reused = key if self._is_static and sampling.prompt_logprobs is None else None
+        slot, source, common = slot_choice.choose(self._slots, request.prompt, reused)
+        stops: list[int] = []
+        if sampling.min_tokens:
+            stops += sampling.stop_token_ids
+            stops += () if sampling.ignore_eos else eos_ids
+        row = samplers.row(sampling, request.prompt, stops, self.vocab_size)
+        state = self.state
+        with self.on_devices():
+            if source is not slot and common:
+                state = self.programs.copy(state, *self._copied(source, slot))
+            self._state = self.programs.admit(
+                state, np.int32(slot.index), np.int32(request.prompt[-1]),
+                np.int32(len(request.prompt)), self._mixture(work), row,
+            )  # fmt: skip
+        slot.tokens, slot.key, slot.busy = list(request.prompt[:common]), key, True
+        work.slot, work.filled, request.cached_tokens = slot, common, common
+
+    def free(self, slot: slot_choice.Slot) -> None:
+        """Ends a request's use of a slot, which keeps its tokens."""
+        self._clock += 1
+        slot.busy, slot.used = False, self._clock
+        if len(slot.tokens) > self._size:
+            slot.key = None  # the first tokens were overwritten
+
+    def decode(self, works: Sequence[Work], allowed: np.ndarray | None) -> Step:
+        """Starts a step of these requests. allowed: bits of the tokens that grammars allow."""
+        span = self._span(max(work.length for work in works))
+        with self.on_devices():
+            self._state, tokens, found = self.programs.decode(
+                self.weights, self.state, self._live(works), allowed, span=span
+            )
+        for work in works:
+            work.sent += 1
+        return _reading(works, tokens[:, None], None, found)
+
+    def verify(self, works: Sequence[Work], drafts: Mapping[int, Sequence[int]], most: int) -> Step:
+        """Starts a step that also checks guesses. drafts: {slot: its next tokens, at most most}."""
+        ids, counts = np.zeros((self.num_slots, most), np.int32), np.zeros(self.num_slots, np.int32)
+        for slot, draft in drafts.items():
+            ids[slot, : len(draft)], counts[slot] = draft, len(draft)
+        span = self._span(max(work.length for work in works) + most)
+        with self.on_devices():
+            self._state, tokens, counted, found = self.programs.verify(
+                self.weights, self.state, self._live(works), ids, counts, span=span
+            )
+        return _reading(works, tokens, counted, found)
+
+    def fill(self, works: Sequence[Work]) -> None:
+        """Starts the next chunk of a prompt, one in each group of slots."""
+        chosen: dict[int, Work] = {}
+        for work in works:
+            if not work.is_ready and not work.done:
+                chosen.setdefault(work.slot.group, work)
+        if not chosen:
+            return
+        chunk, following = self._chunk(chosen)
+        span = self._span(int((chunk.start + chunk.num_real).max()))
+        found = None
+        with self.on_devices():
+            if any(work.request.sampling.prompt_logprobs is not None for work in chosen.values()):
+                self._state, found = self.programs.score(
+                    self.weights, self.state, chunk, following, span=span
+                )
+                found = jax.tree.map(np.asarray, found)
+            else:
+                self._state = self.programs.prefill(self.weights, self.state, chunk, span=span)
+        for group, work in chosen.items():
+            count, top = int(chunk.num_real[group]), work.request.sampling.prompt_logprobs
+            work.slot.tokens += work.request.prompt[work.filled : work.filled + count]
+            work.filled += count
+            if top is not None:
+                work.request.prompt_logprobs += [
+                    logprob(int(following[group, i]), found, (group, i), top) for i in range(count)
+                ]
+
+    def _chunk(self, chosen: Mapping[int, Work]) -> tuple[steps.Chunk, np.ndarray]:
+        """(the chunk, the token after each of its tokens) of one request in each group."""
+        most = max(len(work.request.prompt) - 1 - work.filled for work in chosen.values())
+        shape = (self._groups, chunk_size(most))
+        ids, following = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        start, num_real, length, row = (np.zeros(self._groups, np.int32) for _ in range(4))
+        mixture = np.zeros((self._groups, self.num_adapters), np.float32)
+        for group, work in chosen.items():
+            prompt, first = work.request.prompt, work.filled
+            own = prompt[first : min(first + shape[1], len(prompt) - 1)]
+            ids[group, : len(own)] = own
+            following[group, : len(own)] = prompt[first + 1 : first + 1 + len(own)]
+            start[group], num_real[group], length[group] = first, len(own), len(prompt)
+            row[group] = work.slot.index - group * (self.num_slots // self._groups)
+            mixture[group] = self._mixture(work)
+        return steps.Chunk(ids, start, num_real, length, row, mixture), following
+
+    def _copied(self, source: slot_choice.Slot, target: slot_choice.Slot) -> np.ndarray:
+        """The slot to copy from and to in each group; in the others, a slot onto itself."""
+        own = self.num_slots // self._groups
+        where = np.zeros((2, self._groups), np.int32)
+        where[:, target.group] = source.index % own, target.index % own
+        return where
+
+    def _live(self, works: Sequence[Work]) -> np.ndarray:
+        live = np.zeros(self.num_slots, bool)
+        live[[work.slot.index for work in works]] = True
+        return live
+
+    def _mixture(self, work: Work) -> np.ndarray:
+        return work.lease.row if work.lease else np.zeros(self.num_adapters, np.float32)
+
+    def _span(self, length: int) -> int:
+        """How much of the cache a program reads: few sizes, so that few are compiled."""
+        span = _SHORTEST_SPAN
+        while span < length:
+            span *= 2
+        return self._size if span >= self._size or self._size < self._context else span
+
+
+def chunk_size(num_tokens: int) -> int:
+    """How many of so many tokens to compute at once; less than half of a chunk is padding."""
+    padded = next((size for size in _CHUNKS if size >= num_tokens), _CHUNKS[-1])
+    whole = max((size for size in _CHUNKS if size <= num_tokens), default=padded)
+    return padded if num_tokens > padded // 2 else whole
+
+
+def size(config: model_config.LlamaConfig, context: int) -> int:
+    """Places for each sequence: if all layers have sliding windows, only those are kept."""
+    windows = config.sliding_windows
+    if windows and all(windows):
+        return min(context, max(windows) + _CHUNKS[-1])
+    return context
+
+
+def logprob(token: int, found: samplers.Logprobs, at: Any, top: int) -> requests.Logprob:
+    """Of one token at an index of the arrays, with the `top` most likely ones."""
+    pairs = zip(found.ids[at][:top].tolist(), found.values[at][:top].tolist(), strict=True)
+    return requests.Logprob(token, float(found.chosen[at]), tuple(pairs))
+
+
+def _reading(works, tokens, counts, found) -> Step:
+    """The step, whose results are on their way to the host."""
+    wanted = any(work.request.sampling.logprobs is not None for work in works)
+    step = Step([*works], tokens, counts, found if wanted else None)
+    jax.tree.map(lambda array: array.copy_to_host_async(), (tokens, counts, step.logprobs))
+    return step
