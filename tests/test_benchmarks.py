@@ -45,3 +45,15 @@ def test_matmul_times_every_form(monkeypatch, capsys):
     forms = {(rows, form) for _, rows, form, *_ in rows}
     assert len(forms) == len(rows) == 2 * 8
     assert all(float(milliseconds) > 0 for *_, milliseconds, _ in rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sampling_times_every_setting(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    sampling = importlib.import_module("sampling")
+    flags = ["sampling.py", "--vocab", "300", "--rows", "1,2", "--rounds", "1", "--patience", "0"]
+    monkeypatch.setattr(sys, "argv", flags)
+    sampling.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 2 * (len(sampling.CASES) + 2)
+    assert all(float(milliseconds) > 0 for *_, milliseconds in rows)

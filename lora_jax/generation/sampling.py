@@ -162,7 +162,7 @@ def logprobs(logits: Float[Array, "T V"], ids: Int[Array, " T"]) -> Logprobs:
     values, top = jax.lax.top_k(logits, min(config.MOST_LOGPROBS, logits.shape[1]))
     own = jnp.take_along_axis(logits, ids[:, None], axis=1)
     largest = logits.max(axis=1, keepdims=True)  # XLA would sort everything for values[:, :1]
-    total = jnp.exp(logits - largest).sum(axis=1, keepdims=True)
+    total = _total(jnp.exp(logits - largest))[:, None]
     # Side by side, so that equal logits become equal floats.
     both = jnp.concatenate([own, values], axis=1) - largest - jnp.log(total)
     return Logprobs(both[:, 0], top, both[:, 1:])
@@ -209,7 +209,6 @@ def weights(
     """
     drawn = rows.temperature > 0
     top = logits.max(axis=1)
-    top = jnp.where(top == -jnp.inf, 0, top)  # a row whose tokens are all excluded
     temperature = jnp.maximum(rows.temperature, jnp.finfo(jnp.float32).tiny)
     scale = jnp.where(drawn, temperature, 1)[:, None]
 
@@ -229,7 +228,7 @@ def weights(
     share = jnp.where(drawn, rows.top_p, 1)
 
     def mass(t):
-        return jnp.where(w >= t[:, None], w, 0).sum(axis=1)
+        return _total(jnp.where(w >= t[:, None], w, 0))
 
     def nucleus():
         goal = share * mass(jnp.zeros_like(share))
@@ -247,11 +246,10 @@ def _penalized(rows: Rows) -> Bool[Array, " B"]:
 
 
 def _restricted(allowed, vocab: int) -> Bool[Array, " B"]:
-    """Whether any token's bit is not set."""
+    """Whether any token's bit is not set. Bits beyond the vocabulary do not matter."""
     full = np.full(allowed.shape[1], 2**32 - 1, np.uint32)
-    full[vocab // 32 :] = 0
     if vocab % 32:
-        full[vocab // 32] = 2 ** (vocab % 32) - 1
+        full[-1] = 2 ** (vocab % 32) - 1
     return ((~allowed).astype(jnp.uint32) & full[None]).any(axis=1)
 
 
@@ -321,6 +319,11 @@ def _block(values: Float[Array, "B V"], block: Int[Array, " B"], fill: float):
     """Block number `block` of each row: [B, 128]."""
     index = block[:, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)[None]
     return jnp.take_along_axis(values, index, axis=1, mode="fill", fill_value=fill)
+
+
+def _total(values: Float[Array, "B V"]) -> Float[Array, " B"]:
+    """The sum of each row, whose rounding depends less on the number of rows than a plain one."""
+    return _blocks(values, 0).sum(axis=2).sum(axis=1)
 
 
 def _at(values: Float[Array, "B N"], index: Int[Array, " B"]) -> Float[Array, " B"]:

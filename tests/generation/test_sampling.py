@@ -157,10 +157,11 @@ def test_a_row_is_the_same_alone_and_in_any_batch(vocab):
             one, _, after_one = sample(*few[:3], live[taken], few[3])
             np.testing.assert_array_equal(one, tokens[taken])
             np.testing.assert_array_equal(after_one.counts, after.counts[taken])
-    # in company that ends, or of greedy rows
-    half = np.arange(num) % 2 == 0
-    found, _, _ = sample(logits, rows, length, jnp.asarray(half), allowed)
+    half = np.arange(num) % 2 == 0  # in company that ends
+    found, _, ended = sample(logits, rows, length, jnp.asarray(half), allowed)
     np.testing.assert_array_equal(found, np.where(half, tokens, 0))
+    np.testing.assert_array_equal(ended.counts[half], after.counts[half])
+    np.testing.assert_array_equal(ended.counts[~half], rows.counts[~half])
 
 
 @pytest.mark.parametrize(
@@ -300,9 +301,41 @@ def test_log_probabilities_of_a_prompt():
     found = samplers.logprobs(jnp.asarray(logits), ids)
     expected = np.log(softmax(logits))
     np.testing.assert_allclose(found.chosen, expected[np.arange(9), ids], rtol=1e-5)
-    for row in range(9):  # every token that is among the most likely: the same float
-        every = samplers.logprobs(jnp.tile(logits[row], (20, 1)), found.ids[row])
-        np.testing.assert_array_equal(every.chosen, found.values[row])
+    for rank in range(config.MOST_LOGPROBS):  # of any of the most likely tokens: the same float
+        ranked = samplers.logprobs(jnp.asarray(logits), found.ids[:, rank])
+        np.testing.assert_array_equal(ranked.chosen, found.values[:, rank])
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (dict(top_k=3, top_p=0.5, min_p=0.1), set()),
+        (dict(logprobs=True), {"logprobs"}),
+        (dict(temperature=1), {"weights"}),
+        (dict(temperature=1, top_k=3), {"weights", "_bisect"}),
+        (dict(temperature=1, top_p=0.5), {"weights", "_bisect"}),
+        (dict(presence_penalty=1), {"edit"}),
+        (dict(biased=True), {"edit"}),
+        (dict(min_length=9), {"edit"}),
+    ],
+)
+def test_what_no_live_row_asks_for_does_not_run(monkeypatch, settings, expected):
+    ran = set()
+
+    def recorded(name, function, *arguments):
+        jax.debug.callback(functools.partial(ran.add, name))
+        return function(*arguments)
+
+    for name in ("weights", "_bisect", "edit", "logprobs"):
+        function = functools.partial(recorded, name, getattr(samplers, name))
+        monkeypatch.setattr(samplers, name, function)
+    rows = make_rows(2, 40, **settings)
+    for live, found in (([False, False], set()), ([False, True], expected)):
+        ran.clear()
+        samplers.sample(jnp.asarray(normal(2, 40)), rows, jnp.ones(2, jnp.int32), jnp.array(live),
+                        jnp.asarray(pack(np.ones((2, 40), bool))))  # fmt: skip
+        jax.effects_barrier()
+        assert ran == found
 
 
 def test_state_is_updated_in_place_by_one_program():
