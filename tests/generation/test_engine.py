@@ -413,7 +413,8 @@ def test_a_replaced_adapter_meets_no_prefix_of_the_old_one_and_nothing_compiles(
     old = serving.submit(prompt, GREEDY, adapters="a").result()
     assert serving.submit(prompt, GREEDY, adapters="a").result().cached_tokens == 39
     running = serving.submit(prompt, config.Sampling(max_new_tokens=30), adapters="a")
-    next(iter(running))
+    serving.advance()
+    assert serving.stats().running == 1
     with compilations() as found:
         serving.pool.load("a", adapters["b"], replace=True)
         new = serving.submit(prompt, GREEDY, adapters="a").result()
