@@ -206,13 +206,23 @@ def collected(
     A B − A₀ B₀, which takes twice the rank.
     """
     at = np.unravel_index(index, site.lead)
-    A, B = np.asarray(A[at])[:, :rank], np.asarray(B[at])[:rank]
+    A, B = _read(A, at)[:, :rank], _read(B, at)[:rank]
     if start is not None:
-        A0, B0 = (np.asarray(part[at]) for part in start)
+        A0, B0 = (_read(part, at) for part in start)
         A, B = np.concatenate([A, A0[:, :rank]], axis=1), np.concatenate([B, -B0[:rank]])
-    magnitude = None if magnitude is None else np.asarray(magnitude[at])
+    magnitude = None if magnitude is None else _read(magnitude, at)
     window = getattr(site.linear_map, "window", ())
     return lora_adapter.Factors(A, B, magnitude, site.kind, window)
+
+
+def _read(stack: jax.Array | np.ndarray, at: tuple[np.intp, ...]) -> np.ndarray:
+    """stack[at], on the host."""
+    if isinstance(stack, jax.Array) and not (
+        stack.is_fully_addressable or stack.is_fully_replicated
+    ):
+        return np.asarray(stack[at])
+    # Read whole, which jax does once: slicing on the device compiles programs for each shape.
+    return np.asarray(stack)[at]
 
 
 def dropped(

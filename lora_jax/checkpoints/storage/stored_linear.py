@@ -1,5 +1,6 @@
 """A quantized linear layer on disk, and what the modules of all formats share."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -51,10 +52,7 @@ class PackedSpec(NamedTuple):
     def shapes(self, rows: int, columns: int, multiple: int) -> packing.Packed:
         """The arrays of a weight [rows, columns] whose input axis is cut into `multiple` parts."""
         if self.group is None:
-            weight = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
-            return jax.eval_shape(
-                lambda w: formats.quantize(w, self.fmt, multiple, search=False), weight
-            )
+            return _quantized_shapes(self.fmt, rows, columns, multiple)
         groups = -(-rows // (self.group * multiple)) * multiple
 
         def array(exists, dtype, *shape):
@@ -70,6 +68,15 @@ class PackedSpec(NamedTuple):
             nested_offset=array(self.nested, jnp.float32, 1),
             order=array(self.order, jnp.int32, rows),
         )
+
+
+@functools.cache
+def _quantized_shapes(fmt: str, rows: int, columns: int, multiple: int) -> packing.Packed:
+    """Cached, because tracing the quantizer is slow and a model has few shapes."""
+    weight = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+    found = jax.eval_shape(lambda w: formats.quantize(w, fmt, multiple, search=False), weight)
+    # Without the sharding that an explicit mesh in use gives them: the next call may have another.
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), found)
 
 
 class Recipe(NamedTuple):

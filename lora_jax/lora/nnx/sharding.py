@@ -47,7 +47,7 @@ def _param(
         def turned(names):
             return how.matrix_axes((names[axis], *names[:axis], *names[axis + 1 :]))
 
-        sharding = placement.of_matrix(how, jnp.moveaxis(weight[...], axis, 0))
+        sharding = placement.of_matrix(how, _moved(weight[...], axis, 0))
         metadata = placement.metadata(weight, turned)
     if sharding is not None:
         array = placement.placed(array, placement.fitting(sharding, array.shape, which))
@@ -55,4 +55,9 @@ def _param(
         names = [None if i is None else metadata["out_sharding"][i] for i in which]
         names.insert(site.axis, names.pop(0))
         metadata["out_sharding"] = tuple(names)
-    return kind(jnp.moveaxis(array, 0, site.axis), **metadata)
+    return kind(_moved(array, 0, site.axis), **metadata)
+
+
+def _moved(array: jax.Array, source: int, target: int) -> jax.Array:
+    """jnp.moveaxis, which also copies an array whose axes stay where they are."""
+    return array if source == target else jnp.moveaxis(array, source, target)
