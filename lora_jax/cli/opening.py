@@ -1,6 +1,7 @@
 """A base model and its adapter from the flags, loaded for generation."""
 
 import dataclasses
+import math
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from lora_jax import assets, console, errors, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder
 from lora_jax.cli import arguments
 from lora_jax.data import chat
-from lora_jax.generation import engine
+from lora_jax.generation import batch, engine
 from lora_jax.generation import pool as pools
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import peft, tied_head
@@ -25,6 +26,7 @@ from lora_jax.training.settings import groups
 
 _RANKS = (8, 16)  # of a slot; an adapter of a larger rank takes several
 _BANK_SLOTS = 8
+CONTEXT = 8192  # of requests, by default, if the model allows it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +151,51 @@ def pool(
     return found
 
 
-def start(found: Files, model: llama.LlamaForCausalLM, *, slots: int, **how: Any) -> engine.Engine:
-    """The engine for a loaded model. how: see engine.Engine."""
+def start(
+    found: Files,
+    model: llama.LlamaForCausalLM,
+    *,
+    slots: int,
+    context: int | None = None,
+    kv_dtype: str | None = None,
+    **how: Any,
+) -> engine.Engine:
+    """The engine for a loaded model. how: see engine.Engine.
+
+    Raises: UserError if the memory has no room for the keys and values.
+    """
+    if context is None and model.config.context > CONTEXT:
+        context = CONTEXT
+        if processes.leads():
+            print(f"note: requests may have {CONTEXT:,} tokens; --context T allows up to "
+                  f"{model.config.context:,}", file=sys.stderr)  # fmt: skip
+    _check_room(model, found, slots, context or model.config.context, kv_dtype)
     serving = engine.Engine(
-        model, found.reader, eos_ids=found.eos_ids, slots=slots, mesh=found.mesh, **how
-    )
+        model, found.reader, eos_ids=found.eos_ids, slots=slots, context=context, mesh=found.mesh,
+        kv_dtype=kv_dtype, **how,
+    )  # fmt: skip
     form = serving.batch.form
     if form and processes.leads():
         size = console.size(serving.batch.form_bytes)
         print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
     return serving
+
+
+def _check_room(model, found: Files, slots: int, context: int, kv_dtype: str | None) -> None:
+    device = found.mesh.local_devices[0]
+    free = devices.free_bytes(device)
+    places = batch.size(model.config, context)
+    shape = jax.eval_shape(lambda: model.empty_cache(slots, places, kv_dtype))
+    where = sharding.cache(slots, model.config.num_key_value_heads, found.mesh)
+    needed = sum(
+        math.prod(where.shard_shape(part.shape)) * part.dtype.itemsize
+        for part in jax.tree.leaves(shape)
+    )
+    if free is not None and needed > free and processes.leads():
+        raise errors.UserError(
+            expected=f"keys and values that fit into the {console.size(free)} that are free",
+            found=f"{slots} slots of {context} tokens, which take {console.size(needed)} on a "
+            "device",
+            do="lower --slots or --context"
+            + ("" if kv_dtype else ", or use --kv-cache-dtype int8"),
+        )

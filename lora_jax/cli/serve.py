@@ -14,7 +14,7 @@ from lora_jax.serving import settings as serve_settings
 from lora_jax.training.settings import checks, groups
 
 KEY = "LORA_JAX_API_KEY"  # in the environment, where other users of the machine do not see it
-DEFAULTS = {"slots": 8, **dataclasses.asdict(serve_settings.ServeSettings())}
+DEFAULTS = {"slots": 8, "speculate": 0, **dataclasses.asdict(serve_settings.ServeSettings())}
 DESCRIPTION = """\
 Serve a model and its adapters over HTTP, in OpenAI's protocol.
 
@@ -29,7 +29,8 @@ class Settings:
 
     model: None: the base model of the first adapter, or without an adapter the demo model.
     adapters: {name: folder or hub id}. slots: how many choices are generated at the same time.
-    context: the most tokens of prompt and output; None: those of the model.
+    context: the most tokens of prompt and output; None: those of the model, up to opening.CONTEXT.
+    kv_dtype, speculate: see generation.Engine.
     """
 
     model: str | None
@@ -37,6 +38,8 @@ class Settings:
     adapters: dict[str, str]
     slots: int
     context: int | None
+    kv_dtype: str | None
+    speculate: int
     server: serve_settings.ServeSettings
 
 
@@ -51,8 +54,12 @@ def flags(**where: Any) -> arguments.Flags:
               "path or id)", metavar="NAME")  # fmt: skip
     flags.group("engine")
     flags.add("--slots", "choices generated at the same time", type=int, metavar="N")
-    flags.add("--context", "maximum number of tokens of prompt and output (default: the model's)",
-              type=int, metavar="T")  # fmt: skip
+    flags.add("--context", "maximum number of tokens of prompt and output (default: the model's, "
+              "up to 8192)", type=int, metavar="T")  # fmt: skip
+    flags.add("--kv-cache-dtype", "int8 halves the memory of keys and values, and changes the "
+              "logits a little", choices=("auto", "int8"))  # fmt: skip
+    flags.add("--speculate", "guess N tokens at a time from repetitions in the text, while few "
+              "requests run", type=int, metavar="N")  # fmt: skip
     flags.group("access")
     flags.add("--host", "address to listen on; 0.0.0.0: all of this machine's")
     flags.add("--port", "port to listen on; 0: a free one", type=int)
@@ -74,6 +81,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--timeout", "seconds that a request may take", type=float, metavar="S")
     flags.add("--drain", "seconds that requests have to end after SIGTERM", type=float,
               metavar="S")  # fmt: skip
+    arguments.add_processes(flags)
     return flags
 
 
@@ -88,7 +96,7 @@ def settings_of(typed: arguments.Given) -> Settings:
     base = groups.ModelSettings(**{name: typed[name] for name in own & typed.keys()})
     problems = [*checks.quant_fast(base)]
     values = {name: typed.get(name, DEFAULTS[name]) for name in DEFAULTS}
-    slots = values.pop("slots")
+    slots, speculate = values.pop("slots"), values.pop("speculate")
     values["allow_origin"] = tuple(values["allow_origin"])
     values["api_key"] = values["api_key"] or os.environ.get(KEY) or None
     if "adapters_dir" in typed:
@@ -102,12 +110,16 @@ def settings_of(typed: arguments.Given) -> Settings:
         f"--{name} {value}"
         for name, value in (("slots", slots), ("context", typed.get("context")))
         if value is not None and value < 1
-    ]
+    ] + ([f"--speculate {speculate}"] if speculate < 0 else [])
     if wrong:
         problems.append(errors.UserError(expected="at least 1", found=wrong))
     if problems:
         raise errors.UserError.together(problems)
-    return Settings(typed.get("model"), base, adapters, slots, typed.get("context"), server)
+    kv_dtype = typed.get("kv_cache_dtype")
+    return Settings(
+        typed.get("model"), base, adapters, slots, typed.get("context"),
+        None if kv_dtype == "auto" else kv_dtype, speculate, server,
+    )  # fmt: skip
 
 
 def named(typed: Sequence[str]) -> dict[str, str]:
@@ -137,11 +149,15 @@ def named(typed: Sequence[str]) -> dict[str, str]:
 
 
 def main() -> int:
-    settings = settings_of(parse())
+    settings = settings_of(arguments.join(parse()))
     extras.require(extra="serve")
+    import jax
+
     from lora_jax.cli import opening
+    from lora_jax.parallel import processes
     from lora_jax.serving import models, run, server
 
+    growing = settings.server.allow_runtime_lora
     first = next(iter(settings.adapters.values()), None)
     found = opening.files(settings.base, settings.model, first, own=False)
     name = settings.server.served_model_name or pathlib.PurePath(found.name).name
@@ -151,13 +167,24 @@ def main() -> int:
             found=f"{name}, of the base and of an adapter",
             do="--served-model-name NAME, or --adapter NAME=PATH",
         )
+    if growing and jax.process_count() > 1:
+        raise errors.UserError(
+            expected="one process, to load adapters at run time",
+            found=f"--allow-runtime-lora in {jax.process_count()} processes",
+            do="name the adapters with --adapter",
+        )
     model = opening.load(settings.base, found)
-    growing = settings.server.allow_runtime_lora
     engine = opening.start(
         found, model, slots=settings.slots, context=settings.context,
+        kv_dtype=settings.kv_dtype, speculate=settings.speculate,
         pool=opening.pool(model, settings.adapters, growing=growing),
     )  # fmt: skip
+    if not processes.leads():
+        engine.follow()
+        return 0
     engine.start()
+    console.say("serve", "compiling the first programs")
+    engine.warm_up()
     try:
         known = models.Models(
             engine.pool, name, engine.context, settings.server, found.name, settings.adapters

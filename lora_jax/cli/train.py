@@ -238,3 +238,6 @@ def _show(outcome: "loop.Outcome") -> None:
     print(f"\nto generate with it:\n  {console.command('generate')} {same} \\\n"
           f"    --adapter {console.quoted(str(outcome.adapter))} \\\n"
           f"    --prompt {console.quoted(example[0] if example else '…')}")  # fmt: skip
+    same = same.removesuffix(" --chat")
+    print(f"to serve it, as OpenAI's API does:\n  {console.command('serve')} {same} \\\n"
+          f"    --adapter {console.quoted(str(outcome.adapter))}")  # fmt: skip

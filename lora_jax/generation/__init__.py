@@ -9,6 +9,7 @@ __getattr__, __all__ = lazy.names(
     __name__,
     {
         "Engine": f"{__name__}.engine:Engine",
+        "Pool": f"{__name__}.pool:Pool",
         "Request": f"{__name__}.request:Request",
         "Piece": f"{__name__}.request:Piece",
         "Result": f"{__name__}.request:Result",
