@@ -36,6 +36,11 @@ def json_schema(schema: Any, *, lenient: bool = False) -> str:
     lenient: keywords that cannot be enforced, such as `uniqueItems` or `not`, have no effect, and
     `oneOf` means `anyOf`. Otherwise they are an error when the grammar is compiled.
     """
+    return _checked(f'{{"grammars": [{{"json_schema": {schema_text(schema, lenient=lenient)}}}]}}')
+
+
+def schema_text(schema: Any, *, lenient: bool = False) -> str:
+    """A schema as llguidance takes it, such as after %json in a grammar of `lark`."""
     if not isinstance(schema, Mapping | bool):
         raise errors.UserError(
             expected="a JSON schema: an object, true or false", found=_shown(schema)
@@ -49,10 +54,9 @@ def json_schema(schema: Any, *, lenient: bool = False) -> str:
             known = {} if known else {"type": []}
         own = known.get("x-guidance")
         known["x-guidance"] = (dict(own) if isinstance(own, Mapping) else {}) | options
-        text = json.dumps({"grammars": [{"json_schema": known}]}, ensure_ascii=False)
+        return json.dumps(known, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise errors.UserError(expected="a JSON schema", found=str(error)) from None
-    return _checked(text)
 
 
 def json_object() -> str:

@@ -1,0 +1,215 @@
+"""Calls of tools: found in text of each template's form, whole or in pieces, and forced."""
+
+import json
+import random
+
+import pytest
+
+from lora_jax import assets, errors, tokenizer
+from lora_jax.generation import grammar
+from lora_jax.serving import tools
+
+HERMES = "…within <tool_call></tool_call> XML tags…"
+MISTRAL = "{{- '[TOOL_CALLS] [' }}"
+LLAMA = """{{- '"parameters": ' }}"""
+OTHER = "{{ message.content }}"
+NAMES = ["weather", "get_time"]
+PARIS = ("weather", {"city": "Paris"})
+TIME = ("get_time", {})
+
+# (template, what the model writes, the text beside the calls, the calls)
+TABLE = {
+    "text": (HERMES, "Hello < you > {} \n", "Hello < you > {} \n", []),
+    "one": (HERMES, '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n'
+            "</tool_call>", None, [PARIS]),
+    "text and two": (HERMES, 'I look.\n\n<tool_call>{"name":"weather","arguments":{"city":"Paris"}}'
+                     '</tool_call>\n<tool_call>\n{"name": "get_time"}\n</tool_call>\n',
+                     "I look.", [PARIS, TIME]),
+    "text after": (HERMES, '<tool_call>{"name": "get_time", "arguments": null}</tool_call>\nDone.',
+                   "Done.", [TIME]),
+    "list": (HERMES, '<tool_call>[{"name": "get_time", "arguments": {}}, {"name": "weather", '
+             '"arguments": {"city": "Paris"}}]</tool_call>', None, [TIME, PARIS]),
+    "JSON in JSON": (HERMES, '<tool_call>{"name": "weather", "arguments": "{\\"city\\": '
+                     '\\"Paris\\"}"}</tool_call>', None, [PARIS]),
+    "closing in a string": (HERMES, '<tool_call>{"name": "weather", "arguments": {"city": '
+                            '"</tool_call>"}}</tool_call>', None,
+                            [("weather", {"city": "</tool_call>"})]),
+    "never closed": (HERMES, '<tool_call>\n{"name": "get_time", "arguments": {}}', None, [TIME]),
+    "cut": (HERMES, 'So: <tool_call>\n{"name": "get_ti', 'So: <tool_call>\n{"name": "get_ti', []),
+    "no JSON": (HERMES, "The tag <tool_call> is a tag.", "The tag <tool_call> is a tag.", []),
+    "broken, then good": (HERMES, '<tool_call>{"name": }</tool_call> <tool_call>{"name": '
+                          '"get_time"}</tool_call>', '<tool_call>{"name": }</tool_call>', [TIME]),
+    "half an opening": (HERMES, "a <tool_cal", "a <tool_cal", []),
+    "line break in a string": (HERMES, '<tool_call>{"name": "weather", "arguments": {"city": '
+                               '"a\nb"}}</tool_call>', None, [("weather", {"city": "a\nb"})]),
+    "JSON is text": (HERMES, '{"name": "get_time", "arguments": {}}',
+                     '{"name": "get_time", "arguments": {}}', []),
+    "mistral": (MISTRAL, '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}}, '
+                '{"name": "get_time", "arguments": {}, "id": "123456789"}]', None, [PARIS, TIME]),
+    "mistral, special token left out": (MISTRAL, ' [{"name": "get_time", "arguments": {}}]', None,
+                                        [TIME]),
+    "mistral, named": (MISTRAL, 'Yes.[TOOL_CALLS]weather[ARGS]{"city": "Paris"}[TOOL_CALLS]get_time'
+                       "[CALL_ID]abc[ARGS]{}", "Yes.", [PARIS, TIME]),
+    "mistral, named, special tokens left out": (MISTRAL, 'weather{"city": "Paris"}', None, [PARIS]),
+    "mistral, text": (MISTRAL, "weather is fine. [1] {2}", "weather is fine. [1] {2}", []),
+    "mistral, list": (MISTRAL, '[1, {"a": 2}]', '[1, {"a": 2}]', []),
+    "llama": (LLAMA, '{"name": "weather", "parameters": {"city": "Paris"}}', None, [PARIS]),
+    "llama, tag": (LLAMA, '<|python_tag|>{"name": "get_time", "parameters": {}}', None, [TIME]),
+    "llama, two": (LLAMA, '{"name": "get_time", "parameters": {}}; {"name": "weather", '
+                   '"parameters": {"city": "Paris"}}', None, [TIME, PARIS]),
+    "llama, type": (LLAMA, '\n{"type": "function", "function": {"name": "get_time", '
+                    '"parameters": {}}}', None, [TIME]),
+    "llama, another name": (LLAMA, '{"name": "Ada", "parameters": {}}',
+                            '{"name": "Ada", "parameters": {}}', []),
+    "llama, JSON": (LLAMA, '{"city": "Paris", "x": {}} ok', '{"city": "Paris", "x": {}} ok', []),
+    "llama, JSON later": (LLAMA, 'So {"name": "get_time", "parameters": {}}',
+                          'So {"name": "get_time", "parameters": {}}', []),
+    "llama, code": (LLAMA, "<|python_tag|>print({1})", "<|python_tag|>print({1})", []),
+    "no tools in the template": (OTHER, '{"name": "get_time", "arguments": {}}', None, [TIME]),
+}  # fmt: skip
+
+
+def found(parser_calls):
+    return [(call.name, json.loads(call.arguments)) for call in parser_calls]
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_calls_are_divided_from_text(case):
+    source, text, content, calls = TABLE[case]
+    said, made = tools.parse(text, source, NAMES)
+    assert (said, found(made)) == (content, calls)
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_pieces_give_what_the_whole_gives(case):
+    source, text, content, calls = TABLE[case]
+    draws = random.Random(0)
+    for most in (1, 1, 2, 3, 5, 8, 13):
+        parser, said, at = tools.Parser(source, NAMES), "", 0
+        while at < len(text):
+            size = draws.randint(1, most)
+            said += parser.push(text[at : at + size])
+            at += size
+            assert (content or "").startswith(said)  # nothing is taken back
+        assert (said + parser.finish() or None, found(parser.calls)) == (content, calls)
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "at_once"),
+    [
+        (HERMES, "Hello you", "Hello you"),
+        (HERMES, "a <b", "a <b"),
+        (HERMES, "a <tool", "a"),  # a space before a call is no text
+        (HERMES, "a <tool_call>", "a"),
+        (HERMES, "a <tool_call> b", "a <tool_call> b"),
+        (LLAMA, "Hello {", "Hello {"),
+        (LLAMA, '{"na', ""),
+        (LLAMA, '{"city', '{"city'),
+        (LLAMA, "{}", "{}"),
+        (MISTRAL, "weat", ""),
+        (MISTRAL, "weather is", "weather is"),
+        (MISTRAL, "wet", "wet"),
+    ],
+)
+def test_only_what_may_begin_a_call_is_withheld(source, text, at_once):
+    assert tools.Parser(source, NAMES).push(text) == at_once
+
+
+def test_a_call_is_there_as_soon_as_it_is_complete():
+    parser = tools.Parser(HERMES, NAMES)
+    assert parser.push('<tool_call>{"name": "get_time", "arguments": {}}</tool_call') == ""
+    assert not parser.calls
+    assert parser.push("> and") == "and" and found(parser.calls) == [TIME]
+
+
+def test_any_name_is_called_if_none_are_given():
+    text = '{"name": "other", "parameters": {"a": 1}}'
+    assert found(tools.parse(text, LLAMA)[1]) == [("other", {"a": 1})]
+
+
+def test_the_arguments_stay_readable():
+    text = '<tool_call>{"name": "weather", "arguments": {"city": "Zürich"}}</tool_call>'
+    assert tools.parse(text, HERMES)[1] == [tools.Call("weather", '{"city": "Zürich"}')]
+
+
+# ---------------------------------------------------------------------- forced calls
+
+TOOLS = [
+    {"type": "function", "function": {
+        "name": "weather",
+        "parameters": {
+            "$defs": {"city": {"enum": ["Paris", "Rome"]}},
+            "properties": {"city": {"$ref": "#/$defs/city"}},
+            "required": ["city"], "additionalProperties": False,
+        },
+    }},
+    {"type": "function", "function": {"name": "get_time"}},
+]  # fmt: skip
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    reader = tokenizer.load(assets.FOLDER)
+    return reader, grammar.Grammar(reader, len(reader), [reader.eos_token_id])
+
+
+def accepts(compiled, text, forced):
+    """Whether the text is one of the grammar."""
+    reader, grammars = compiled
+    matcher = grammars.matcher(forced)
+    ids = reader(text, add_special_tokens=False).input_ids
+    return all(map(matcher.accept, ids)) and matcher.accept(reader.eos_token_id)
+
+
+FORMS = {HERMES: '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>',
+         MISTRAL: '[{"name": "%s", "arguments": %s}]',
+         LLAMA: '{"name": "%s", "parameters": %s}',
+         OTHER: '{"name": "%s", "arguments": %s}'}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", FORMS)
+@pytest.mark.parametrize(
+    ("choice", "name", "arguments", "fits"),
+    [
+        ("required", "weather", '{"city": "Rome"}', True),
+        ("required", "get_time", "{}", True),
+        ("required", "get_time", '{"x": 1}', False),
+        ("required", "weather", '{"city": "Oslo"}', False),
+        ("required", "weather", "{}", False),
+        ("required", "other", "{}", False),
+        (NAMED, "weather", '{"city": "Paris"}', True),
+        (NAMED, "get_time", "{}", False),
+    ],
+)
+def test_a_forced_call_follows_its_parameters(compiled, source, choice, name, arguments, fits):
+    text = FORMS[source] % (name, arguments)
+    forced = tools.grammar(TOOLS, choice, source)
+    assert accepts(compiled, text, forced) is fits
+    assert not accepts(compiled, "Hello", forced)
+    if fits:
+        assert found(tools.parse(text, source, NAMES)[1]) == [(name, json.loads(arguments))]
+
+
+def test_only_required_calls_may_be_several(compiled):
+    one = FORMS[HERMES] % ("weather", '{"city": "Rome"}')
+    two = f"{one}\n{one}"
+    assert accepts(compiled, two, tools.grammar(TOOLS, "required", HERMES))
+    assert not accepts(compiled, two, tools.grammar(TOOLS, "required", HERMES, parallel=False))
+    assert not accepts(compiled, two, tools.grammar(TOOLS, NAMED, HERMES))
+    assert len(tools.parse(two, HERMES)[1]) == 2
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_nothing_is_forced_without_need(choice):
+    assert tools.grammar(TOOLS, choice, HERMES) is None
+
+
+def test_parameters_of_a_strict_tool_must_be_enforced(compiled):
+    schema = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    with pytest.raises(errors.UserError, match="uniqueItems"):
+        compiled[1].matcher(tools.grammar([tool], "required", HERMES))
+    tool["function"]["strict"] = False
+    compiled[1].matcher(tools.grammar([tool], "required", HERMES))
