@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Continue prompts with a model and its adapter: the same as `lora-jax serve`."""
+"""Serve a model and its adapters over HTTP: the same as `lora-jax serve`."""
 
 from lora_jax.cli import main
 
