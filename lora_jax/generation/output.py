@@ -28,16 +28,16 @@ class Output:
         early = len(self.tokens) < self._sampling.min_tokens
         own = token in self._sampling.stop_token_ids
         if not early and (own or token in self._eos):
-            last = self._text.push(token) if self._sampling.include_stop else ""
-            return self._last("stop", token if own else None, last, (token,), logprobs)
+            new = self._text.push(token) if self._sampling.include_stop else ""
+            return self._last("stop", token if own else None, new, (token,), logprobs)
         new = self._text.push(token)
         if early:
             return requests.Piece(new, (token,), logprobs)
-        new, found = self._stops.push(new)
-        if found is not None:
-            return requests.Piece(new, (token,), logprobs, "stop", found)
         if len(self.tokens) == self._sampling.max_new_tokens:
             return self._last("length", None, new, (token,), logprobs)
+        new, found = self._stops.push(new, self._text.held)
+        if found is not None:
+            return requests.Piece(new, (token,), logprobs, "stop", found)
         return requests.Piece(new, (token,), logprobs)
 
     def end(self, reason: str, error: str | None = None) -> requests.Piece:
@@ -45,10 +45,8 @@ class Output:
         return self._last(reason, None, "", (), ())._replace(error=error)
 
     def _last(self, reason, stop_reason, new, tokens, logprobs) -> requests.Piece:
-        """With the text that was withheld, in which a stop string may still be found."""
-        held, found = self._stops.push(self._text.finish())
+        """With all text that was withheld, in which a stop string may still be found."""
+        text, found = self._stops.push(new + self._text.finish())
         if found is not None:
-            reason, stop_reason = "stop", found
-        else:
-            held += self._stops.finish()
-        return requests.Piece(new + held, tokens, logprobs, reason, stop_reason)
+            return requests.Piece(text, tokens, logprobs, "stop", found)
+        return requests.Piece(text + self._stops.finish(), tokens, logprobs, reason, stop_reason)
