@@ -26,7 +26,7 @@ NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 # ---------------------------------------------------------------------- commands, in one place
 
 SCRIPTS = {"inspect_data": "inspect"}  # scripts whose name is not their verb's
-VERBS = ("train", "plan", "generate", "serve", "merge", "quantize", "inspect", "report")
+VERBS = ("train", "plan", "generate", "chat", "serve", "merge", "quantize", "inspect", "report")
 
 
 def verb_and_flags(command: str) -> tuple[str, list[str]] | None:

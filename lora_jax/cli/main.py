@@ -13,6 +13,7 @@ from lora_jax.cli import arguments
 VERBS = {
     "train": "fine-tune a model with LoRA",
     "generate": "continue prompts with a model and its adapter",
+    "chat": "chat with a model and its adapters in the terminal",
     "serve": "serve a model and its adapters over HTTP",
     "merge": "fold an adapter into its base",
     "quantize": "write a quantized copy of a model, or report its error",
