@@ -11,7 +11,7 @@ from starlette import applications, exceptions, requests, responses, routing
 from starlette.middleware import Middleware, cors
 
 import lora_jax
-from lora_jax.serving import fields, refusal, server
+from lora_jax.serving import fields, page, refusal, server
 
 _OPEN = ("/health", "/")  # without an API key: alive or not, and the page, which asks for the key
 _GONE = 499  # nginx's status for a client that has left; nobody gets it
@@ -31,6 +31,12 @@ def make(serving: server.Server) -> applications.Starlette:
             return _response(answer(request))
 
         return routing.Route(path, endpoint, methods=["GET"])
+
+    async def chat_page(_: requests.Request) -> responses.Response:
+        return responses.HTMLResponse(
+            page.page(),
+            headers={"content-security-policy": page.POLICY, "referrer-policy": "no-referrer"},
+        )
 
     async def ping(_: requests.Request) -> responses.Response:
         return responses.Response()
@@ -67,6 +73,7 @@ def make(serving: server.Server) -> applications.Starlette:
             post("/detokenize", serving.detokenize),
             get("/tokenizer_info", lambda _: serving.tokenizer_info()),
             get("/health", lambda _: {"status": "ok"}),
+            routing.Route("/", chat_page, methods=["GET"]),
             routing.Route("/ping", ping, methods=["GET", "POST"]),
             get("/version", lambda _: {"version": lora_jax.__version__}),
             get("/metrics", lambda _: serving.metrics_text()),
