@@ -1,6 +1,7 @@
 """The engine: requests in, their text out piece by piece, many at a time in one batch."""
 
 import collections
+import copy
 import dataclasses
 import functools
 import threading
@@ -94,6 +95,7 @@ class Engine:
             kv_dtype=kv_dtype,
         )
         self._speculate = speculate if self.batch.can_speculate else 0
+        self._decoder = reader  # for tokens of the output
         self._seeds = np.random.default_rng(seed)
         self._inbox: collections.deque[batches.Work] = collections.deque()
         self._waiting: list[batches.Work] = []
@@ -142,7 +144,7 @@ class Engine:
                 finish_reason="error", error=self._failure or "the engine is closed"
             ))  # fmt: skip
             return request
-        output = outputs.Output(request, self.reader, self.eos_ids)
+        output = outputs.Output(request, self._decoder, self.eos_ids)
         self._inbox.append(batches.Work(request, output, matcher))
         with self._wake:
             self._wake.notify()
@@ -174,6 +176,8 @@ class Engine:
     def start(self) -> None:
         """Serves from a thread of its own from now on."""
         if self._thread is None:
+            # A tokenizer that decodes refuses to encode in another thread at the same time.
+            self._decoder = copy.deepcopy(self.reader)
             self._followers = followed.leader()
             self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
             self._thread.start()
@@ -260,7 +264,8 @@ class Engine:
         self._take()
         self._admit()
         guesses = 0 < len(self._running) <= _FEW and self._speculate
-        if guesses or any(work.matcher for work in self._running):
+        guessed = self._dispatched is not None and self._dispatched.counts is not None
+        if guesses or guessed or any(work.matcher for work in self._running):
             # The next step depends on the tokens of the one before.
             self._read(self._dispatched)
             self._dispatched = None

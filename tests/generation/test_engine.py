@@ -454,6 +454,21 @@ def test_guessed_tokens_are_those_that_come_without_guesses():
     assert stats.generated_tokens == 4 * 40
 
 
+def test_requests_that_end_guessing_do_not_change_the_others():
+    """With more requests than guesses are for."""
+    prompt, following = golden("stories260K")[0]
+    repeated = [*prompt, *following[:40]] * 2
+    long = config.Sampling(max_new_tokens=40)
+    (expected,) = tokens(shared(), [repeated], long)
+    serving = fresh(slots=8, speculate=4)
+    first = serving.submit(repeated, long)
+    for _ in range(8):
+        serving.advance()
+    assert serving.stats().accepted_tokens > 0
+    others = [serving.submit(repeated, long) for _ in range(6)]
+    assert [each.result().tokens for each in (first, *others)] == [expected] * 7
+
+
 def test_a_cache_in_int8_gives_nearly_the_same_logits():
     prompt, following = golden("stories260K")[0]
     sampling = config.Sampling(max_new_tokens=20, prompt_logprobs=0, logprobs=0)
