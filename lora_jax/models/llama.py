@@ -154,7 +154,7 @@ class LlamaForCausalLM(nnx.Module):
     def empty_cache(self, batch_size: int, max_length: int) -> cache.KVCache:
         """A cache with room for max_length tokens of each sequence."""
         c = self.config
-        shape = (c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, batch_size, c.num_key_value_heads, max_length, c.head_dim)
         dtype = self.model.embed_tokens.embedding.dtype
         if platform.on_cpu() and dtype == jnp.bfloat16:
             dtype = jnp.uint16
