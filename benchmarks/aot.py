@@ -149,9 +149,9 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
         sizes = sharding.parse(spec.mesh or "data=-1", len(devices))
         mesh = sharding.make_mesh(sizes, devices)
         start = time.monotonic()
-        function, arguments = spec.program(mesh)
+        program = spec.program(mesh)
         with jax.set_mesh(mesh):
-            traced = function.trace(*arguments)
+            traced = program.trace(mesh)
             lowered = traced.lower()
             lowering = time.monotonic() - start
             with _log() as log:

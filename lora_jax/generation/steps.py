@@ -235,7 +235,7 @@ def _placed(state: State) -> State:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return state
-    where = sharding.cache(state.cache.k.shape[1], state.cache.k.shape[3], mesh)
+    where = sharding.cache(state.cache.k.shape[1], state.cache.k.shape[2], mesh)
     kv = jax.tree.map(lambda a: lax.with_sharding_constraint(a, where), state.cache)
     return _everywhere(state._replace(cache=None))._replace(cache=kv)
 

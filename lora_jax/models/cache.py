@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import layout
 from jaxtyping import Array, Float, Int, Num
 
 from lora_jax import errors
@@ -18,21 +19,23 @@ from lora_jax.kernels import platform
 from lora_jax.kernels.attention import dense
 
 KV_DTYPES = (None, "int8")
+_TILE = 8  # places of a head in one tile of a TPU
 
 
 class KVCache(NamedTuple):
-    """Keys and values in all layers [L, B, S, K, H].
+    """Keys and values in all layers [L, B, K, S, H].
 
     The token at position p is in place p, or p mod S where every layer has a sliding window and S
-    is less than the context. In int8, each is multiplied by a scale of its token and head. On a CPU
-    bfloat16 is stored as its bits, because XLA would convert the whole cache to float32 and back to
-    write one token.
+    is less than the context. The places of a head are next to each other, as its product with the
+    queries wants them: XLA's GPU backend copied the whole cache into that order, and back, in each
+    step. In int8, each is multiplied by a scale of its token and head. On a CPU bfloat16 is stored
+    as its bits, because XLA would convert the whole cache to float32 and back to write one token.
     """
 
-    k: Num[Array, "L B S K H"]
-    v: Num[Array, "L B S K H"]
-    k_scale: Float[Array, "L B S K"] | None = None
-    v_scale: Float[Array, "L B S K"] | None = None
+    k: Num[Array, "L B K S H"]
+    v: Num[Array, "L B K S H"]
+    k_scale: Float[Array, "L B K S"] | None = None
+    v_scale: Float[Array, "L B K S"] | None = None
 
 
 def empty(
@@ -87,7 +90,7 @@ def attention_to(
 
     windows: the distinct sliding windows. kinds: the index of each layer's window.
     """
-    size = cache.k.shape[2]
+    size = cache.k.shape[3]
     steps = jnp.arange(num_tokens)[None]
     new = place.start[:, None] + steps
     is_real = steps < place.num_real[:, None]
@@ -104,7 +107,7 @@ def attention_to(
         dtype = v.dtype
         new = KVCache(k, v) if kv.k_scale is None else KVCache(*_int8(k, v))
         kv = jax.tree.map(
-            lambda stored, each: _write(stored, _as(each, stored.dtype), layer, places, place.row),
+            lambda stored, each: _write(stored, _as(each, stored.dtype), layer, places, place),
             kv, new,
         )  # fmt: skip
         k, v, k_scale, v_scale = (
@@ -133,23 +136,67 @@ def _int8(k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
     return k, v, k_scale, v_scale
 
 
-def _write(stored, new, layer, places, row):
-    """stored [L, B, S, …] with new [G, T, …] in the places [G, T] of a layer.
+def _write(stored, new, layer, places, place):
+    """stored [L, B, K, S, …] with new [G, T, K, …] in the places [G, T] of a layer.
 
     One scatter, with the sequences or groups as a batch axis, which a mesh may split. (`.at` under
     vmap would move that axis to the front, and so copy the cache.)
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    unsplit = mesh.size == mesh.shape.get("tensor")
+    if platform.platform_here() == "tpu" and unsplit and stored.ndim == 5:
+        return _write_tiles(stored, new, layer, place)
     layers = jnp.broadcast_to(layer, places.shape)
-    if row is None:
+    if place.row is None:
         return _scatter(stored, (layers, places), new)
-    rows = jnp.broadcast_to(row[:, None], places.shape)
-    grouped = stored.reshape(stored.shape[0], len(row), -1, *stored.shape[2:])
+    rows = jnp.broadcast_to(place.row[:, None], places.shape)
+    grouped = stored.reshape(stored.shape[0], len(rows), -1, *stored.shape[2:])
     return _scatter(grouped, (layers, rows, places), new).reshape(stored.shape)
 
 
+def _write_tiles(stored, new, layer, place):
+    """The same for sequences that no mesh splits, one after the other.
+
+    For a scatter, XLA's TPU backend wants the heads of a token next to each other, and copies the
+    whole cache into that order and back. This writes whole tiles, in which the places of no new
+    token keep what they have.
+    """
+    (num_groups, num_tokens, heads, width), size = new.shape, stored.shape[3]
+    window = min(num_tokens if num_tokens > 1 else _TILE, size)
+    rows = jnp.arange(num_groups) * (stored.shape[1] // num_groups)
+    rows = rows if place.row is None else rows + place.row
+    padded = jnp.pad(new, ((0, 0), (window, window), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def put(stored, group, first, token):
+        """With the window from place `first`, which is for the new token number `token`."""
+        where = (layer, rows[group], 0, first, 0)
+        sizes = (1, 1, heads, window, width)
+        tokens = token + jnp.arange(window)
+        is_new = (tokens >= 0) & (tokens < place.num_real[group])
+        own = lax.dynamic_slice(padded, (group, 0, window + token, 0), sizes[1:])[None]
+        mixed = jnp.where(is_new[:, None], own, lax.dynamic_slice(stored, where, sizes))
+        return _in_order(lax.dynamic_update_slice(stored, mixed, where))
+
+    def each(group, stored):
+        start = place.start[group] % size
+        first = start if num_tokens > 1 else start // window * window
+        first = jnp.minimum(first, size - window)
+        stored = put(stored, group, first, first - start)
+        # Those that do not fit at the end begin again at place 0.
+        return put(stored, group, 0, size - start) if num_tokens > 1 else stored
+
+    return lax.fori_loop(0, num_groups, each, stored)
+
+
+def _in_order(stored):
+    """The same. XLA keeps its last axis minor, and so has nothing to copy between programs."""
+    return layout.with_layout_constraint(stored, layout.Layout(tuple(range(stored.ndim))))
+
+
 def _scatter(operand, indices, updates):
-    """operand [L, G, …, S, *rest] with updates [G, T, *rest] at its indices, each [G, T]."""
-    indexed = (0, *range(2, 1 + len(indices)))
+    """operand [L, G, …, K, S, *H] with updates [G, T, K, *H] at its other indices, each [G, T]."""
+    at = operand.ndim - 1 - (updates.ndim - 3)  # the axis of places
+    indexed = (0, *range(2, at - 1), at)
     dims = lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(2, updates.ndim)),
         inserted_window_dims=indexed,
@@ -161,14 +208,16 @@ def _scatter(operand, indices, updates):
 
 
 def _read(stored, layer, place):
-    """[G, span, …] of a layer."""
-    own = lax.dynamic_index_in_dim(stored, layer, keepdims=False)
+    """[G, K, span, …] of a layer."""
+    span = stored.shape[3] if place.span is None else min(place.span, stored.shape[3])
+    sizes = (1, *stored.shape[1:3], span, *stored.shape[4:])
+    own = lax.dynamic_slice(stored, (layer, *[0] * (stored.ndim - 1)), sizes)[0]
     if place.row is not None:
         grouped = own.reshape(len(place.row), -1, *own.shape[1:])
         own = jax.vmap(lambda own, row: lax.dynamic_index_in_dim(own, row, keepdims=False))(
             grouped, place.row
         )
-    return own[:, : place.span]
+    return own
 
 
 def _as(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

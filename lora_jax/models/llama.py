@@ -156,7 +156,7 @@ class LlamaForCausalLM(nnx.Module):
     ) -> cache.KVCache:
         """A cache with room for max_length tokens of each sequence. kv_dtype: see cache.empty."""
         c = self.config
-        shape = (c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, batch_size, c.num_key_value_heads, max_length, c.head_dim)
         return cache.empty(shape, self.model.embed_tokens.embedding.dtype, kv_dtype)
 
 

@@ -97,10 +97,10 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def cache(num_rows: int, num_heads: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """For keys and values [L, B, S, K, H]: B as `rows`, K over tensor; unsplit if uneven."""
+    """For keys and values [L, B, K, S, H]: B as `rows`, K over tensor; unsplit if uneven."""
     heads = None if num_heads % mesh.shape["tensor"] else "tensor"
     (split,) = rows(num_rows, mesh).spec or (None,)
-    return NamedSharding(mesh, PartitionSpec(None, split, None, heads))
+    return NamedSharding(mesh, PartitionSpec(None, split, heads))
 
 
 def rows(num_rows: int, mesh: Mesh | AbstractMesh) -> NamedSharding:

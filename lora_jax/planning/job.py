@@ -63,22 +63,26 @@ class Job:
 
 def job_from(fields: dict[str, Any]) -> Job:
     """The Job whose dataclasses.asdict was written as JSON and read back."""
-    architecture = fields["architecture"]
-    rope = rope_config.RopeConfig(**architecture["rope"])
-    stored = architecture["quantization"]
-    stored = None if stored is None else model_quantization.Quantization(**stored)
-    windows = tuple(architecture["sliding_windows"])
     given = fields["generation"]
     return Job(
         **fields
         | {
-            "architecture": model_config.LlamaConfig(
-                **architecture | {"rope": rope, "sliding_windows": windows, "quantization": stored}
-            ),
+            "architecture": architecture_from(fields["architecture"]),
             "lora": config.LoRAConfig(**fields["lora"]),
             "optim": optim_config.OptimConfig(**fields["optim"]),
             "generation": None if given is None else tuple(given),
         }
+    )
+
+
+def architecture_from(fields: dict[str, Any]) -> model_config.LlamaConfig:
+    """The same for an architecture."""
+    rope = rope_config.RopeConfig(**fields["rope"])
+    stored = fields["quantization"]
+    stored = None if stored is None else model_quantization.Quantization(**stored)
+    windows = tuple(fields["sliding_windows"])
+    return model_config.LlamaConfig(
+        **fields | {"rope": rope, "sliding_windows": windows, "quantization": stored}
     )
 
 

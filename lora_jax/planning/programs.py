@@ -5,6 +5,7 @@ the process that compiles, so `compiled` starts one: python -m lora_jax.planning
 """
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -12,22 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
 from lora_jax.generation import steps
-from lora_jax.generation import weights as decode_weights
 from lora_jax.optim import adamw
 from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train
 from lora_jax.parallel import devices
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, hlo
+from lora_jax.planning import chips, hlo, serving
 from lora_jax.planning import job as jobs
 
 
@@ -51,15 +51,21 @@ class Host(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A jitted function and the shapes of its arguments."""
+    """A jitted function, the shapes of its arguments, and its static keyword arguments."""
 
     function: Any
     arguments: Sequence[Any]
+    static: Mapping[str, Any] = MappingProxyType({})
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         """The program for the devices of `mesh`."""
         with jax.set_mesh(mesh):
-            return self.function.trace(*self.arguments).lower()
+            return self.trace(mesh).lower()
+
+    def trace(self, mesh: Mesh) -> jax.stages.Traced:
+        """The same, with its jaxpr."""
+        with jax.set_mesh(mesh):
+            return self.function.trace(*self.arguments, **self.static)
 
 
 def train_step(job: jobs.Job, mesh: Mesh) -> Program:
@@ -86,33 +92,36 @@ def generation(job: jobs.Job, mesh: Mesh) -> Program:
     """The step of `generation.Engine` that gives each sequence of job.generation a new token."""
     rows, prompt, new = job.generation
     graphdef, trained, frozen, _ = jobs.model_parts(job, mesh)
-    model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-    form = decode_weights.choose(model, mesh)
-    run = steps.Programs(graphdef, form)
     weights = steps.Weights(frozen.base, trained, frozen.dropout_keys, {})
+    return _decode(serving.of_weights(graphdef, weights, rows, prompt + new, mesh), mesh)
+
+
+def decode(job: serving.Serving, mesh: Mesh) -> Program:
+    """The step that gives each slot a new token."""
+    return _decode(serving.shapes(job, mesh), mesh, job.span)
+
+
+def prefill(job: serving.Serving, mesh: Mesh) -> Program:
+    """The program for a chunk of a prompt in each group of slots."""
+    found = serving.shapes(job, mesh)
+    groups = found.num_groups
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    each = array((groups,), jnp.int32)
+    chunk = steps.Chunk(
+        array((groups, min(serving.CHUNK, job.context)), jnp.int32), each, each, each, each,
+        array((groups, job.adapters), jnp.float32),
+    )  # fmt: skip
+    arguments = found.weights, found.state, chunk
+    return Program(found.programs.prefill, arguments, {"span": job.span})
+
+
+def _decode(found: serving.Shapes, mesh: Mesh, span: int | None = None) -> Program:
     whole = NamedSharding(mesh, PartitionSpec())
-    state = jax.eval_shape(lambda weights: run.empty(weights, rows, prompt + new, 0), weights)
-    cache = sharding.cache(rows, state.cache.k.shape[3], mesh)
-    state = _on(state._replace(cache=None), whole)._replace(cache=_on(state.cache, cache))
-    if form:
-        own_rows = rows // steps.num_groups(rows, mesh)
-        derived = jax.eval_shape(lambda weights: run.derive(weights, own_rows), weights)
-        forms = _on(derived, whole)
-    else:
-        forms = None
-    weights = jobs.shapes(weights, mesh)._replace(forms=forms)
-    live = jax.ShapeDtypeStruct((rows,), bool, sharding=whole)
-    return Program(run.decode, (weights, state, live))
+    live = jax.ShapeDtypeStruct((len(found.state.lengths),), bool, sharding=whole)
+    return Program(found.programs.decode, (found.weights, found.state, live), {"span": span})
 
 
-def _on(tree: Any, where: NamedSharding) -> Any:
-    """The arrays of `tree` as shapes with that sharding."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
-    )
-
-
-PROGRAMS = {"train": train_step, "generate": generation}
+PROGRAMS = {"train": train_step, "generate": generation, "decode": decode, "prefill": prefill}
 
 
 def compile_here(

@@ -51,7 +51,8 @@ def test_attention_to_a_cache(num_queries, heads, groups, dtype):
     real = np.arange(40)[None] >= np.array([[0], [7]])
     seen = np.arange(40)[None] <= 20 + np.arange(num_queries)[:, None]
     visible = jnp.asarray(seen[None] & real[:, None])
-    found = jax.jit(dense_attention.attention)(q, k, v, visible)
+    stored = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    found = jax.jit(dense_attention.attention)(q, *stored, visible)
     assert found.dtype == dtype
     close(found, dense(q, k, v, visible), dtype)
 

@@ -131,6 +131,28 @@ def test_a_cache_of_sliding_windows_overwrites_what_no_token_sees():
     np.testing.assert_array_equal(generate("mistral", rows, 16, size=size), expected)
 
 
+@pytest.mark.parametrize(("num_tokens", "row"), [(1, False), (5, False), (12, True), (20, True)])
+def test_the_cache_is_written_alike_on_a_tpu(num_tokens, row):
+    """Also past the end of the cache, from where the tokens go on at place 0."""
+    rng = np.random.default_rng(0)
+    stored = rng.normal(size=(2, 6, 3, 20, 4)).astype(np.float32)
+    groups = 3 if row else 6
+    new = rng.normal(size=(groups, num_tokens, 3, 4)).astype(np.float32)
+    start = np.array([0, 3, 17, 8, 19, 41][:groups])
+    num_real = np.array([num_tokens, 0, num_tokens, 1, num_tokens // 2, num_tokens][:groups])
+    row = np.array([0, 1, 1]) if row else None
+    place = cache.Place(start, num_real, start, row)
+    new_places = start[:, None] + np.arange(num_tokens)
+    places = np.where(np.arange(num_tokens) < num_real[:, None], new_places % 20, 20)
+    expected = stored.copy()
+    for group, token in np.argwhere(places < 20):
+        index = group if row is None else 2 * group + row[group]
+        expected[1, index, :, places[group, token]] = new[group, token]
+    for write in (cache._write, cache._write_tiles):
+        arguments = (places, place) if write is cache._write else (place,)
+        np.testing.assert_array_equal(jax.jit(write)(stored, new, 1, *arguments), expected)
+
+
 def test_dynamic_rope_depends_on_the_length_of_the_input():
     """Beyond max_position_embeddings even the first tokens are rotated more slowly."""
     ids, _ = prompts("llama_dynamic")[-1]

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from lora_jax.kernels import platform
+
 _HIDDEN = -1e30  # logit of a key that a query does not see
 
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     visible: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v; head n of q belongs to head n // (N/K) of k.
@@ -23,24 +25,29 @@ def attention(
     https://arxiv.org/abs/2305.13245 (grouped heads).
     """
     sequences, num_queries, heads, width = q.shape
-    groups = k.shape[2]
+    groups = k.shape[1]
     # [B, K, (N/K)·T, H]: one product for a group of heads. q is scaled because it is the smallest.
     q = (q * jnp.asarray(1 / math.sqrt(width), q.dtype)).reshape(
         sequences, num_queries, groups, -1, width
     )
     q = q.transpose(0, 2, 3, 1, 4).reshape(sequences, groups, -1, width)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    # Without these barriers, XLA's CPU backend drops the rounding to bfloat16 and multiplies in
-    # float32, at half the speed.
-    q, k, v = lax.optimization_barrier((q, k, v))
+    q, k, v = _rounded((q, k, v))
     logits = _product(q, k, 3)
     by_query = (*logits.shape[:2], -1, *visible.shape[1:])
     logits = jnp.where(visible[:, None, None], logits.reshape(by_query), _HIDDEN)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-    probabilities = lax.optimization_barrier(probabilities.reshape(*q.shape[:3], -1))
+    probabilities = _rounded(probabilities.reshape(*q.shape[:3], -1))
     out = _product(probabilities, v, 2).astype(v.dtype)
     out = out.reshape(sequences, groups, -1, num_queries, width).transpose(0, 3, 1, 2, 4)
     return out.reshape(sequences, num_queries, heads, width)
+
+
+def _rounded(arrays):
+    """The same. XLA's CPU backend drops the rounding to bfloat16 otherwise, and multiplies in
+    float32, at half the speed. Elsewhere it would write a copy of the keys and values."""
+    if platform.platform_here() in ("gpu", "tpu"):
+        return arrays
+    return lax.optimization_barrier(arrays)
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
