@@ -38,6 +38,17 @@ def make(serving: server.Server) -> applications.Starlette:
             headers={"content-security-policy": page.POLICY, "referrer-policy": "no-referrer"},
         )
 
+    def openai(prefix: str) -> list[routing.Route]:
+        def one(request: requests.Request) -> Any:
+            return serving.models.one(request.path_params["id"])
+
+        return [
+            post(f"{prefix}/chat/completions", serving.chat),
+            post(f"{prefix}/completions", serving.completion),
+            get(f"{prefix}/models", lambda _: {"object": "list", "data": serving.models.listed()}),
+            get(f"{prefix}/models/{{id:path}}", one),
+        ]
+
     async def ping(_: requests.Request) -> responses.Response:
         return responses.Response()
 
@@ -63,10 +74,8 @@ def make(serving: server.Server) -> applications.Starlette:
         middleware.append(Middleware(_Guarded, key=limits.api_key))
     return applications.Starlette(
         routes=[
-            post("/v1/chat/completions", serving.chat),
-            post("/v1/completions", serving.completion),
-            get("/v1/models", lambda _: {"object": "list", "data": serving.models.listed()}),
-            get("/v1/models/{id:path}", lambda req: serving.models.one(req.path_params["id"])),
+            *openai("/v1"),
+            *openai(""),  # for clients whose address lacks the /v1
             post("/v1/load_lora_adapter", serving.load_adapter),
             post("/v1/unload_lora_adapter", serving.unload_adapter),
             post("/tokenize", serving.tokenize),

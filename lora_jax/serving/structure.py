@@ -62,10 +62,12 @@ def _response_format(given: reading.Fields) -> list[Structure]:
     kind = asked.get("type", "text" if not asked else None)
     if kind == "text":
         return []
-    if kind == "json_object":
+    if kind == "json_object" and asked.get("schema") is None:
         return [Structure("json_object", None, name)]
-    if kind == "json_schema":
+    if kind in ("json_schema", "json_object"):
         within = asked.get("json_schema")
+        if within is None:
+            within = asked  # llama.cpp's and Together's form: the schema beside the type
         schema = within.get("schema") if isinstance(within, dict) else None
         if isinstance(schema, dict | bool):
             return [Structure("json", schema, name, within.get("strict") is True)]

@@ -1,0 +1,43 @@
+"""Runs `lora-jax serve` for the scripts beside this one, in the environment of lora_jax.
+
+LORA_JAX_PYTHON: the interpreter of that environment; the scripts themselves need their clients.
+"""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+STORIES = ROOT / "tests/golden/models/stories260K"
+PYTHON = os.environ.get("LORA_JAX_PYTHON", sys.executable)
+
+
+@contextlib.contextmanager
+def process(*flags: object) -> Iterator[tuple[str, subprocess.Popen]]:
+    """(the URL of a server on a free port, its process). It ends with the context."""
+    command = [PYTHON, "-m", "lora_jax", "serve", "--port", "0", *map(str, flags)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in started.stdout:
+            if "://" in line and line.startswith("serve "):
+                url = line.split()[1].removesuffix("/v1;")
+                break
+        else:
+            raise SystemExit(f"the server ended with {started.wait()}")
+        threading.Thread(target=started.stdout.read, daemon=True).start()
+        yield url, started
+    finally:
+        started.terminate()
+        started.wait()
+
+
+@contextlib.contextmanager
+def running(*flags: object) -> Iterator[str]:
+    """The URL of a server on a free port."""
+    with process(*flags) as (url, _):
+        yield url
