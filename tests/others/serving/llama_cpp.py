@@ -28,7 +28,10 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 ADAPTED = (
-    (r"\"(davinci-002|gpt-3\.5-turbo(-instruct)?|codellama70b|llama-test-model)\"", '"stories260K"'),
+    (
+        r"\"(davinci-002|gpt-3\.5-turbo(-instruct)?|codellama70b|llama-test-model)\"",
+        '"stories260K"',
+    ),
     (r"\.startswith\(\"b\"\)", '.startswith("")'),
     (r"(delta(?:\"\]\[\"|\.)content(?:\"\])?) is None", r'\1 in (None, "")'),
     (r"\"(But she|\(Suddenly|\(Aside|Whillicter|\(going)(\\\"|[^\"\n])*\"", '""'),

@@ -195,7 +195,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(started, monkeypatch, c
 
 # A chat whose model is a stub, at a terminal of its own.
 AT_A_TERMINAL = """
-import threading
+import fcntl, termios, threading
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C there is a signal here
 from lora_jax.cli import conversation
 from lora_jax.generation import config, request
 
@@ -219,8 +220,7 @@ print("ended well")
 def test_at_a_terminal_ctrl_c_stops_answers_and_twice_at_the_prompt_the_chat():
     leader, follower = pty.openpty()
     running = subprocess.Popen([sys.executable, "-c", AT_A_TERMINAL], cwd=cli.ROOT, stdin=follower,
-                               stdout=follower, stderr=follower, start_new_session=True,
-                               preexec_fn=_controlled)  # fmt: skip
+                               stdout=follower, stderr=follower, start_new_session=True)  # fmt: skip
     os.close(follower)
     seen = ""
 
@@ -258,13 +258,6 @@ def test_at_a_terminal_ctrl_c_stops_answers_and_twice_at_the_prompt_the_chat():
     until("ended well")
     assert running.wait(60) == 0
     os.close(leader)
-
-
-def _controlled():
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 # ---------------------------------------------------------------------- the command
