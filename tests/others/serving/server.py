@@ -14,14 +14,14 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 STORIES = ROOT / "tests/golden/models/stories260K"
 PYTHON = os.environ.get("LORA_JAX_PYTHON", sys.executable)
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @contextlib.contextmanager
 def process(*flags: object) -> Iterator[tuple[str, subprocess.Popen]]:
     """(the URL of a server on a free port, its process). It ends with the context."""
     command = [PYTHON, "-m", "lora_jax", "serve", "--port", "0", *map(str, flags)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         for line in started.stdout:
             if "://" in line and line.startswith("serve "):
