@@ -7,9 +7,13 @@ import shutil
 import sys
 import textwrap
 import time
+import typing
 from collections.abc import Mapping, Sequence
 
 from lora_jax.parallel import processes
+
+if typing.TYPE_CHECKING:
+    import tqdm
 
 LABEL = 10  # columns
 _SCRIPTS = {"inspect": "inspect_data"}  # verbs whose script has another name
@@ -98,6 +102,14 @@ def remat(chosen: str, needs: Mapping[str, int], limit: int) -> str:
     others = ", ".join(f"{name} {size(need)}" for name, need in needs.items() if name != chosen)
     text = f"{chosen}: {size(needs[chosen])} of {size(limit)} planned"
     return f"{text}; {others}" if others else text
+
+
+def bar(total: int, first: int, unit: str) -> "tqdm.tqdm":
+    """A bar on stderr, if that is a terminal, of `total` things of which `first` are done."""
+    import tqdm
+
+    hidden = not sys.stderr.isatty() or not processes.leads()
+    return tqdm.tqdm(total=total, initial=first, unit=unit, disable=hidden, dynamic_ncols=True)
 
 
 class Progress:
