@@ -1,4 +1,4 @@
-"""Compiles the kernels, the train step and the decode loop for devices that this machine lacks.
+"""Compiles the kernels, the train step and the decode step for devices that this machine lacks.
 
 python benchmarks/aot.py              all RUNS, each in its own process → benchmarks/aot.md
 python benchmarks/aot.py CASE TARGET  one run → one line of JSON
@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, hlo, programs
+from lora_jax.planning import chips, hlo, programs, serving
 from lora_jax.planning import job as jobs
 
 TIME_LIMIT = 900  # seconds for one run
@@ -59,10 +59,12 @@ def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> pro
     return programs.train_step(job, mesh)
 
 
-def decode_loop(name: str, rows: int, mesh: Mesh) -> programs.Program:
-    """Generation: prompts of 128 tokens, then 128 new ones."""
+def decode_step(name: str, slots: int, mesh: Mesh) -> programs.Program:
+    """The engine's step that gives each slot a new token; 256 tokens of each in the cache."""
     architecture = memory.architecture(*memory.MODELS[name])
-    return programs.generation(jobs.Job(architecture, generation=(rows, 128, 128)), mesh)
+    job = serving.Serving(architecture, slots=slots, context=256)
+    with jax.set_mesh(mesh):
+        return programs.decode(job, mesh)
 
 
 def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> programs.Program:
@@ -129,10 +131,10 @@ _mixed = "data=2,fsdp=2,tensor=2"
 # Not 2048 tokens, or an activation would have the shape of a part of a weight.
 _add("train-mixed8", ("tpu:v5e-8", "gpu:h100-8"), train_step, _7B, 4, 1536, "full", mesh=_mixed)
 _decode_weights = LLAMA_7B + SIDE_BY_SIDE
-_add("decode-1", TPUS + GPUS, decode_loop, _7B, 1, weights=_decode_weights)
-_add("decode-8", (V5E, H100), decode_loop, _7B, 8, weights=_decode_weights)
-_add("decode-16", (V5E, H100, A100), decode_loop, _7B, 16, weights=_decode_weights)
-_add("decode-64", (V6E, H100), decode_loop, _7B, 64, weights=_decode_weights)
+_add("decode-1", TPUS + GPUS, decode_step, _7B, 1, weights=_decode_weights)
+_add("decode-8", (V5E, H100), decode_step, _7B, 8, weights=_decode_weights)
+_add("decode-16", (V5E, H100, A100), decode_step, _7B, 16, weights=_decode_weights)
+_add("decode-64", (V6E, H100), decode_step, _7B, 64, weights=_decode_weights)
 
 
 def compile_here(case: str, target: str) -> dict[str, Any]:
@@ -176,8 +178,6 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
             "kernels": kernel_calls(program),
             "dense": written(program, local, dense=True),
             "packed": written(program, local, dense=False),
-            "dense_in_decode": written(program, local, dense=True, in_decode=True),
-            "packed_in_decode": written(program, local, dense=False, in_decode=True),
             "spilled_bytes": spilled_bytes(printed) if target.startswith("gpu") else None,
             "roofline": roofline(traced, folder, target) if cycles else None,
         }
@@ -209,7 +209,7 @@ KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "cublas")
 def kernel_calls(program: Sequence[hlo.Step]) -> dict[str, int]:
     """{name: number of calls} of the kernels that are not XLA's own."""
     found: collections.Counter[str] = collections.Counter()
-    for (_, opcode, text, *_), times, _, _ in program:
+    for (_, opcode, text, *_), times, _ in program:
         if opcode == "custom-call":
             name = re.search(r'custom_call_target="([^"]*)"', text)[1]
             found.update({kernel: times for kernel in KERNELS if kernel in name})
@@ -220,11 +220,7 @@ NO_RESULT = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "con
 
 
 def written(
-    program: Sequence[hlo.Step],
-    weights: set[tuple[int, int]],
-    *,
-    dense: bool,
-    in_decode: bool = False,
+    program: Sequence[hlo.Step], weights: set[tuple[int, int]], *, dense: bool
 ) -> dict[str, int]:
     """{array: number of writes} of weights [K, N], dense or packed, to the device's memory."""
     forms = set()
@@ -235,8 +231,8 @@ def written(
             forms |= {(k // 8, n)}
     four_bit = {(k, n) for k, n in weights} | {(n, k) for k, n in weights}
     found: collections.Counter[str] = collections.Counter()
-    for (shape, opcode, *_), times, fused, decoding in program:
-        if fused or opcode in NO_RESULT or opcode.endswith("-start") or in_decode > decoding:
+    for (shape, opcode, *_), times, fused in program:
+        if fused or opcode in NO_RESULT or opcode.endswith("-start"):
             continue
         for dtype, dims, layout in hlo.arrays(shape):
             dims = tuple(size for size in dims if size != 1)
@@ -368,12 +364,12 @@ that of the kernel's instructions, forward and backward. spilled bytes: of regis
 kernels write to memory.
 """
 MODEL = """
-## The train step and the decode loop of a 7B LLaMA
+## The train step and the decode step of a 7B LLaMA
 
-int4, adapters of rank 8 on q and v. train: B×T-remat for B sequences of T tokens, or a mesh with a
-sequence of 2048 tokens for each data shard. decode: the number of prompts of 128 tokens, each
-followed by 128 new ones. written: dense or packed weights that reach memory, and how often, in a
-train step or in one iteration of the decode loop.
+int4. train, with adapters of rank 8 on q and v: B×T-remat for B sequences of T tokens, or a mesh
+with a sequence of 2048 tokens for each data shard. decode: the engine's step for so many slots of
+256 tokens; its arguments include the copy in which Hopper reads the weights. written: dense or
+packed weights that reach memory, and how often, in one step.
 """
 
 
@@ -390,8 +386,7 @@ def report(results: Sequence[dict[str, Any]], seconds: float, cpu: float) -> Ite
     columns = ("peak_bytes", "argument_bytes", "kernels", "dense", "packed", "collectives")
     yield from _table(results, "train", (*titles, "collectives"), columns)
     yield ""
-    columns = ("peak_bytes", "argument_bytes", "kernels", "dense_in_decode", "packed_in_decode")
-    yield from _table(results, "decode", titles, columns)
+    yield from _table(results, "decode", titles, columns[:-1])
 
 
 def _table(results, kind: str, titles: Sequence[str], columns: Sequence[str]) -> Iterator[str]:

@@ -11,16 +11,13 @@ import statistics
 import tempfile
 import time
 
+import decoding
 import end_to_end
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lora_jax.checkpoints import loader
 from lora_jax.generation import pool as pools
 from lora_jax.generation import weights as decode_weights
-from lora_jax.kernels import platform
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import bank
@@ -58,45 +55,22 @@ def adapters(model, rank, targets, **kind):
 
 
 def make_steps(folder, how, case):
-    """A function that decodes so many tokens in each row; it is compiled once."""
+    """The step of a model whose rows have an adapter each."""
     one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     model = loader.load(folder, mesh=one, **how)
-    rows = None
+    mixture = None
     if case:
         rank, targets = case
         bank.add(model, slots=ROWS, rank=rank, targets=targets)
         pool = pools.Pool(model)
         for number, own in enumerate(adapters(model, rank, targets)):
             pool.load(str(number), own)
-        rows = np.stack([pool.acquire({str(number): 1}).row for number in range(ROWS)])
-    form, parts = decode_weights.choose(model, one), nnx.split(model)
-    ids = jnp.ones((ROWS, PROMPT), jnp.int32)
-
-    def decode(model, rows, number):
-        forms = decode_weights.derive(model, form, ROWS) if form else None
-        logits, cache = model.extend(ids, model.empty_cache(ROWS, PROMPT + STEPS + 1))
-
-        def step(_, carry):
-            logits, cache = carry
-            return model.extend(jnp.argmax(logits, axis=-1)[:, None], cache, forms=forms)
-
-        return jax.lax.fori_loop(0, number, step, (logits, cache))[0]
-
-    def call(parts, rows, number):
-        model = nnx.merge(*parts)
-        if rows is None:
-            return decode(model, rows, number)
-        with bank.mixture(rows):
-            return decode(model, rows, number)
-
-    compiled = jax.jit(call, compiler_options=platform.compiler_options())
-    return lambda number: jax.block_until_ready(compiled(parts, rows, number))
-
-
-def seconds(function, number):
-    start = time.perf_counter()
-    function(number)
-    return time.perf_counter() - start
+        mixture = np.stack([pool.acquire({str(number): 1}).row for number in range(ROWS)])
+    graphdef, weights = decoding.split(model)
+    form = decode_weights.choose(model, one)
+    return decoding.Steps(
+        graphdef, weights, form, slots=ROWS, prompt=PROMPT, room=STEPS, mixture=mixture
+    )
 
 
 def main() -> None:
@@ -109,14 +83,13 @@ def main() -> None:
     how = {"dtype": flags.dtype, "quantization": flags.quant}
     with tempfile.TemporaryDirectory() as folder:
         end_to_end.write_model(pathlib.Path(folder), flags.size, flags.dtype)
-        functions = {name: make_steps(folder, how, case) for name, case in CASES.items()}
-    for function in functions.values():
-        function(1)
+        each = {name: make_steps(folder, how, case) for name, case in CASES.items()}
     times = {name: [] for name in CASES}
     for _ in range(flags.rounds):
-        for name, function in functions.items():
-            least = seconds(function, 1)  # prefill, and deriving the weights' second form
-            times[name].append((seconds(function, STEPS + 1) - least) / STEPS)
+        for name, steps in each.items():
+            start = time.perf_counter()
+            steps.run(STEPS)
+            times[name].append((time.perf_counter() - start) / STEPS)
     medians = {name: statistics.median(own) for name, own in times.items()}
     print("| 8 rows | ms a step | share of the speed without a bank |\n|---|---|---|")
     for name, median in medians.items():

@@ -16,8 +16,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
+import decoding
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -28,12 +28,11 @@ from flax import nnx
 
 from lora_jax import lora
 from lora_jax.checkpoints import loader
-from lora_jax.generation import config as generation_config
-from lora_jax.generation import continuation
 from lora_jax.generation import weights as decode_weights
 from lora_jax.lora import config
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
+from lora_jax.models import llama
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 from lora_jax.optim import loss as train_loss
@@ -87,18 +86,18 @@ def write_model(folder: pathlib.Path, size: str, dtype: str) -> None:
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def load(case: dict, mesh):
-    """(model, graphdef, adapters, frozen), as a training run has them."""
+def load(case: dict, mesh) -> llama.LlamaForCausalLM:
+    """The model with adapters."""
     devices.keep_freed_memory()
     how = {"dtype": case["dtype"], "quantization": case["quant"], "mesh": mesh}
     model = loader.load(case["model"], **how)
     lora.inject(model, config.LoRAConfig(), rngs=nnx.Rngs(0))
-    graphdef, *state = model_state.split(model)
-    return model, graphdef, *jax.block_until_ready(sharding.place(state, mesh))
+    return model
 
 
 def run_train(case: dict, mesh) -> dict:
-    _, graphdef, trained, frozen = load(case, mesh)
+    graphdef, *state = model_state.split(load(case, mesh))
+    trained, frozen = sharding.place(state, mesh)
     rows, length, *_ = WORK[case["size"]]
     settings, num_steps = optim_config.OptimConfig(), case["steps"] + 2
     # The same number of steps in every case, so that cached programs can be used again.
@@ -110,7 +109,7 @@ def run_train(case: dict, mesh) -> dict:
         ids = token_ids(case, (1, rows, length), index)
         return jax.device_put(train_loss.Batch(ids, ids, np.ones_like(ids)), sharding.batch(mesh))
 
-    compiled, result = compile_timed(step, state, frozen, batch_at(0))
+    compiled, result = decoding.compile_timed(step, state, frozen, batch_at(0))
     steps = train_step.steps(compiled, state, frozen, batch_at, num_steps)
     next(steps)
     result["first_s"] = since_start()
@@ -124,29 +123,17 @@ def run_train(case: dict, mesh) -> dict:
 
 
 def run_decode(case: dict, mesh) -> dict:
-    """tok_s excludes the prefill: it uses the time for all new tokens minus the time for one."""
-    model, graphdef, *state = load(case, mesh)
-    form = decode_weights.choose(model, mesh)
-    _, _, length, new = WORK[case["size"]]
-    ids = token_ids(case, (case["batch"], length), 0)
-    rows = jax.device_put((ids, np.ones_like(ids)), sharding.rows(len(ids), mesh))
-    timer, times, result = quiet.Timer(case["patience"]), {}, {}
-    for count in (1, new):
-        sampling = generation_config.Sampling(max_new_tokens=count)
-        continue_ = continuation.make(graphdef, sampling, (), form=form)
-        arguments = (*state, *rows, jax.random.key(0))
-        compiled, found = compile_timed(continue_, *arguments)
-        jax.block_until_ready(compiled(*arguments))
-        result = found | {"first_s": result.get("first_s") or since_start()}
-
-        def call(compiled=compiled, arguments=arguments):
-            jax.block_until_ready(compiled(*arguments))
-
-        times[count] = timer.time(call, case["reps"])
-    seconds = times[new]["s"] - times[1]["s"]
-    speed = {"tok_s": len(ids) * (new - 1) / seconds, "rss_mb": peak_rss()}
+    """tok_s: of the engine's steps after the prompts."""
+    model = load(case, mesh)
+    form, (_, _, prompt, new) = decode_weights.choose(model, mesh), WORK[case["size"]]
+    graphdef, weights = decoding.split(model)
+    steps = decoding.Steps(graphdef, weights, form, slots=case["batch"], prompt=prompt, room=new)
+    steps.run(1)
+    result = steps.compiling | {"first_s": since_start()}
+    result |= quiet.Timer(case["patience"]).time(lambda: steps.run(new), case["reps"])
+    result |= {"tok_s": case["batch"] * new / result["s"], "rss_mb": peak_rss()}
     copy = {"copy_mb": decode_weights.num_bytes(model, form) / 2**20} if form else {}
-    return result | times[new] | speed | copy
+    return result | copy
 
 
 def base_dots(case: dict, tokens: int, timer: quiet.Timer) -> float:
@@ -178,15 +165,6 @@ def base_dots(case: dict, tokens: int, timer: quiet.Timer) -> float:
 def token_ids(case: dict, shape: tuple[int, ...], seed: int) -> np.ndarray:
     vocab = ARCHITECTURES[case["size"]][-1]
     return np.random.default_rng(seed).integers(3, vocab, shape, np.int32)
-
-
-def compile_timed(function, *arguments):
-    """(the compiled function, its compile_s and temp_mb: XLA's memory beyond the arguments)."""
-    start = time.perf_counter()
-    compiled = function.lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return compiled, {"compile_s": seconds, "temp_mb": temporaries / 2**20}
 
 
 def since_start() -> float:

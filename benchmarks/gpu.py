@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+import decoding
 import jax
 import jax.numpy as jnp
 import memory
@@ -24,8 +25,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax import lora
-from lora_jax.generation import config as generation_config
-from lora_jax.generation import continuation
+from lora_jax.generation import steps
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
@@ -283,10 +283,11 @@ def num_weights(architecture: tuple) -> int:
 
 def measure_decode(report: Report, sizes: Sizes, fmt: str, bandwidth: float) -> None:
     prompt, new_tokens, batches = sizes.decode
-    vocab, hidden, _, layers, heads, kv_heads, _ = sizes.model
+    _, hidden, _, layers, heads, kv_heads, _ = sizes.model
     graphdef, trained, frozen = random_model(sizes.model, fmt)
     read = {name: part for name, part in frozen.base["model"].items() if name != "embed_tokens"}
     read = trained, read, frozen.base["lm_head"]
+    arrays = steps.Weights(frozen.base, trained, frozen.dropout_keys, {})
     weights = sum(array.nbytes for array in jax.tree.leaves(read))
     kv = 2 * 2 * layers * kv_heads * (hidden // heads) * (prompt + new_tokens / 2)  # bytes per row
     device = jax.devices()[0]
@@ -298,15 +299,9 @@ def measure_decode(report: Report, sizes: Sizes, fmt: str, bandwidth: float) -> 
     for rows, form in ((rows, form) for rows in batches for form in (None, second_form)):
         if form == "k_minor" and decode_weights.best(device) != form:
             continue
-        ids = jax.random.randint(jax.random.key(3), (rows, prompt), 0, vocab)
-        arguments = trained, frozen, ids, jnp.ones_like(ids), jax.random.key(4)
-        short, long = (
-            jax_seconds(
-                sizes.seconds, continuation.make(graphdef, sampling, (), form=form), *arguments
-            )
-            for sampling in map(generation_config.Sampling, (1, 1 + new_tokens))
-        )
-        taken = (long - short) / new_tokens
+        step = decoding.Steps(graphdef, arrays, form, slots=rows, prompt=prompt, room=new_tokens)
+        run = functools.partial(step.run, new_tokens)
+        taken = seconds(run, lambda _: None, sizes.seconds) / new_tokens
         num_bytes = weights + rows * kv
         report.row(rows, form or "as stored", f"{taken * 1e3:.2f}", f"{rows / taken:.0f}",
                    f"{num_bytes / 1e9:.2f}", f"{num_bytes / taken / bandwidth:.0%}")  # fmt: skip

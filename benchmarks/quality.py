@@ -21,10 +21,8 @@ from lora_jax import assets, tokenizer
 from lora_jax.assets import demo_corpus
 from lora_jax.checkpoints import loader
 from lora_jax.generation import config as generation_config
-from lora_jax.generation import continuation
+from lora_jax.generation import engine as engines
 from lora_jax.kernels import packed as packing
-from lora_jax.lora.nnx import model_state
-from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -89,14 +87,12 @@ def demo_text() -> Text:
 def stories_text() -> Text:
     """Stories that the float32 model samples."""
     reader = tokenizer.load(STORIES)
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
-    with jax.set_mesh(mesh):
-        graphdef, trained, frozen = model_state.split(loader.load(STORIES, dtype="float32"))
-        sampling = generation_config.Sampling(max_new_tokens=255, temperature=1.0)
-        generate = continuation.make(graphdef, sampling, eos_ids=())
-        start = np.full((8 * BATCHES, 1), reader.bos_token_id, np.int32)
-        new = generate(trained, frozen, start, np.ones_like(start), jax.random.key(0))
-    return _text(STORIES, np.concatenate([start, np.asarray(new)], axis=1))
+    sampling = generation_config.Sampling(max_new_tokens=255, temperature=1.0, seed=0)
+    model, count = loader.load(STORIES, dtype="float32"), 8 * BATCHES
+    engine = engines.Engine(model, reader, eos_ids=(), slots=count, context=256)
+    results = engine.generate([[reader.bos_token_id]] * count, sampling)
+    ids = [[reader.bos_token_id, *result.tokens] for result in results]
+    return _text(STORIES, np.array(ids, np.int32))
 
 
 def _text(folder: pathlib.Path, ids: np.ndarray) -> Text:

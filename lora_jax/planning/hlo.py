@@ -18,14 +18,13 @@ class Instruction(NamedTuple):
 class Step(NamedTuple):
     """An instruction that runs `times` times.
 
-    fused: part of another instruction, so that its own result does not reach memory. in_decode: in
-    a loop without a fixed number of iterations, which is the decode loop.
+    fused: part of another instruction, so that its own result does not reach memory. A loop without
+    a fixed number of iterations counts once.
     """
 
     instruction: Instruction
     times: int
     fused: bool
-    in_decode: bool
 
 
 def parse(text: str) -> list[Step]:
@@ -47,9 +46,9 @@ def parse(text: str) -> list[Step]:
             computations[current].append(instruction)
     steps: list[Step] = []
 
-    def walk(name: str, times: int, fused: bool, in_decode: bool) -> None:
+    def walk(name: str, times: int, fused: bool) -> None:
         for instruction in computations[name]:
-            steps.append(Step(instruction, times, fused, in_decode))
+            steps.append(Step(instruction, times, fused))
             opcode, text = instruction.opcode, instruction.text
             called = re.findall(r"(?:calls|to_apply|\w+_computation)=%?([\w.\-]+)", text)
             for names in re.findall(r"(?:branch|called)_computations=\{(.*?)\}", text):
@@ -57,12 +56,12 @@ def parse(text: str) -> list[Step]:
             if opcode == "while":
                 count = trip_count(text, computations)
                 body = re.search(r"body=%?([\w.\-]+)", text)[1]
-                walk(body, times * (count or 1), fused, in_decode or count is None)
+                walk(body, times * (count or 1), fused)
             elif opcode in ("call", "conditional", "async-start", "fusion", "custom-call"):
                 for each in called:
-                    walk(each, times, fused or opcode == "fusion", in_decode)
+                    walk(each, times, fused or opcode == "fusion")
 
-    walk(entry, 1, False, False)
+    walk(entry, 1, False)
     return steps
 
 
@@ -97,7 +96,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 def collective_bytes(program: Sequence[Step]) -> dict[str, dict[str, int]]:
     """{kind: {"count": …, "bytes": received by each device}} of the collectives that run."""
     totals: dict[str, dict[str, int]] = {}
-    for (shape, opcode, *_), times, _, _ in program:
+    for (shape, opcode, *_), times, _ in program:
         kind = opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
@@ -116,7 +115,7 @@ def dot_flops(program: Sequence[Step]) -> int:
     It counts `dot` instructions: all products on a CPU, but not those of kernels or libraries.
     """
     total = 0
-    for instruction, times, _, _ in program:
+    for instruction, times, _ in program:
         if instruction.opcode != "dot":
             continue
         (_, result, _), (_, left, _) = (

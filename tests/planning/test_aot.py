@@ -109,10 +109,10 @@ def test_the_hopper_kernel_reads_its_stack_in_place(run, results):
 
 @of("decode", among=[run for run in GPU_RUNS if run[1] != aot.A100 and "kernel" not in run[0]])
 def test_decoding_on_hopper_writes_no_weight(run, results):
-    """Within its loop; prefill and the copy before it do. There are four products per layer."""
+    """There are four products per layer."""
     result = results(run)
     assert result["kernels"] == {"mosaic_gpu": 4 * 32}
-    assert not result["dense_in_decode"] and not result["packed_in_decode"]
+    assert not result["dense"] and not result["packed"]
 
 
 @of("decode1-", among=[run for run in GPU_RUNS if run[1] == aot.A100])
@@ -124,7 +124,7 @@ def test_one_row_writes_no_weight(run, results):
 
 @of("decode-1", among=[("decode-1", aot.A100)])
 def test_decoding_one_row_unpacks_no_weight(run, results):
-    assert not results(run)["dense_in_decode"]
+    assert not results(run)["dense"]
 
 
 @of("kernel", among=GPU_RUNS)
@@ -233,7 +233,6 @@ def test_a_program_is_parsed_with_its_loops():
     program, weight = hlo.parse(PROGRAM), {(4096, 4096)}
     assert aot.written(program, weight, dense=True) == {"bf16[4096,4096]": 33}
     assert aot.written(program, weight, dense=False) == {"u32[512,4096]": 33}
-    assert aot.written(program, weight, dense=True, in_decode=True) == {"bf16[4096,4096]": 1}
     assert aot.written(program, {(4096, 11008)}, dense=True) == {}
     assert aot.kernel_calls(program) == {"tpu_custom_call": 33}
     assert hlo.collective_bytes(program) == {"all-gather": {"count": 33, "bytes": 33 * 128}}
