@@ -3,7 +3,8 @@
     python load.py [--requests 500] [--rounds 3]
 
 Half of the requests are greedy, half have a seed. Each text is compared with the same request sent
-alone. The time to the first token is compared with the place in the queue.
+alone. The times to the first token are compared with a straight line, and with the order of the
+requests in the queue.
 """
 
 import argparse
@@ -33,21 +34,27 @@ def request(number: int) -> dict:
     }
 
 
-async def ask(client: openai.AsyncOpenAI, number: int) -> dict:
-    start = time.monotonic()
-    text, first, usage, reasons = "", None, None, []
-    stream = await client.completions.create(
+async def open_stream(client: openai.AsyncOpenAI, number: int) -> openai.AsyncStream:
+    """The stream of a request, which is in the server's queue by then."""
+    return await client.completions.create(
         **request(number), stream=True, stream_options={"include_usage": True}
     )
-    queued = time.monotonic() - start  # the headers come when the request is in the queue
+
+
+async def read(stream: openai.AsyncStream) -> dict:
+    text, first, usage, reasons = "", None, None, []
     async for chunk in stream:
         for choice in chunk.choices:
-            first = first or time.monotonic() - start
+            first = first or time.monotonic()
             text += choice.text
             reasons += [choice.finish_reason] if choice.finish_reason else []
         usage = chunk.usage or usage
-    assert len(reasons) == 1 and usage is not None, (number, reasons, usage)
-    return {"text": text, "queued": queued, "first": first, "usage": usage}
+    assert len(reasons) == 1 and usage is not None, (reasons, usage)
+    return {"text": text, "first": first, "usage": usage}
+
+
+async def ask(client: openai.AsyncOpenAI, number: int) -> dict:
+    return await read(await open_stream(client, number))
 
 
 def rss(pid: int) -> float:
@@ -75,8 +82,7 @@ async def run(url: str, pid: int, count: int, rounds: int) -> int:
         mixed = [n for n, each in good if each["text"] != alone[str(request(n))]["text"]]
         wrong += len(lost) + len(mixed)
         memory.append(rss(pid))
-        firsts = [each["first"] for _, each in sorted(good, key=lambda pair: pair[1]["queued"])]
-        order = sorted(firsts)
+        order = sorted(each["first"] - start for _, each in good)
         tokens = sum(each["usage"].completion_tokens for _, each in good)
         # How far the time to first token is from proportional to the place in the queue.
         ideal = [order[0] + (order[-1] - order[0]) * n / len(order) for n in range(len(order))]
@@ -84,15 +90,18 @@ async def run(url: str, pid: int, count: int, rounds: int) -> int:
             f"round {turn + 1}: {took:.1f} s, {tokens / took:.0f} tokens/s, lost {len(lost)}, "
             f"mixed up {len(mixed)}, {memory[-1]:.0f} MiB; first token: median "
             f"{statistics.median(order):.2f} s, last {order[-1]:.2f} s, off the queue's line by "
-            f"{max(abs(a - b) for a, b in zip(order, ideal)) / order[-1]:.0%}, "
-            f"correlation with the place in the queue "
-            f"{statistics.correlation(range(len(firsts)), firsts):.2f}",
+            f"{max(abs(a - b) for a, b in zip(order, ideal)) / order[-1]:.0%}",
             flush=True,
         )
         for each in lost[:3]:
             print("  lost:", repr(each)[:300])
         for n in mixed[:3]:
             print("  mixed:", request(n), results[n]["text"], alone[str(request(n))]["text"])
+    # One after the other into the queue, so that each has a place in it.
+    tasks = [asyncio.create_task(read(await open_stream(client, n))) for n in range(count)]
+    firsts = [each["first"] for each in await asyncio.gather(*tasks)]
+    later = [sum(b < a for b in firsts[n + 1 :]) for n, a in enumerate(firsts)]
+    print(f"in order: at most {max(later)} later requests had their first token before an earlier")
     await client.close()
     return wrong
 

@@ -9,7 +9,8 @@ import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 STORIES = ROOT / "tests/golden/models/stories260K"
@@ -41,3 +42,17 @@ def running(*flags: object) -> Iterator[str]:
     """The URL of a server on a free port."""
     with process(*flags) as (url, _):
         yield url
+
+
+def report(given: object, *checks: Callable[[object], object]) -> int:
+    """Runs checks and prints how each ended. Returns how many failed."""
+    failed = 0
+    for check in checks:
+        name = check.__name__.replace("_", " ")
+        try:
+            check(given)
+            print(f"passed  {name}", flush=True)
+        except Exception:
+            failed += 1
+            print(f"failed  {name}\n{traceback.format_exc()}", flush=True)
+    return failed

@@ -1,0 +1,117 @@
+"""lm-eval's local-completions against the server, equal to the log-likelihoods of lora_jax itself.
+
+    python lm_eval_task.py    # and with --own FILE in the environment of lora_jax
+
+A task of multiple choice and one of whole texts, on stories260K. lm-eval finds the tokenizer with
+/tokenizer_info and needs none of its own.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import server
+
+ROWS = [
+    ("Once upon a time, there was a little", [" girl", " dog", " cloud", " moon named"]),
+    ("Lily and Tom went to the", [" park", " store to buy", " sky", " red"]),
+    ("The cat was very", [" happy", " sad and cried", " blue", " box"]),
+    ("He saw a big, red", [" ball", " apple on the tree", " mom", " ran"]),
+    ("“Thank you”, said the", [" bird", " girl", " boy 🙂", " naïve fish"]),
+]
+CHOICES = """\
+task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_target: 0
+doc_to_choice: "{{choices}}"
+target_delimiter: ""
+metric_list: [{metric: acc}]
+metadata: {version: 1}
+"""
+TEXTS = """\
+task: texts
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}{{choices[0]}}"
+metric_list: [{metric: word_perplexity}]
+metadata: {version: 1}
+"""
+
+
+def own(path: str) -> None:
+    """Prints the log-likelihood of each (context, continuation) in a file, computed by lora_jax."""
+    import numpy as np
+
+    from lora_jax import tokenizer
+    from lora_jax.checkpoints import loader
+
+    model, reader = loader.load(server.STORIES), tokenizer.load(server.STORIES)
+    found = []
+    for context, continuation in json.loads(pathlib.Path(path).read_text()):
+        known = tokenizer.encode(reader, [context])[0]
+        ids = tokenizer.encode(reader, [context + continuation])[0]
+        logits = np.asarray(model(np.asarray([ids])), np.float64)[0, :-1]
+        top = logits.max(-1, keepdims=True)
+        logprobs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+        rows = np.arange(len(known) - 1, len(ids) - 1)
+        found.append(float(logprobs[rows, ids[len(known) :]].sum()))
+    print(json.dumps(found))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--own")
+    given = parser.parse_args()
+    if given.own:
+        own(given.own)
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        rows = folder / "rows.jsonl"
+        rows.write_text("".join(
+            json.dumps({"text": text, "choices": choices}) + "\n" for text, choices in ROWS
+        ))  # fmt: skip
+        for task, text in (("choices", CHOICES), ("texts", TEXTS)):
+            (folder / f"{task}.yaml").write_text(text.replace("ROWS", str(rows)))
+        with server.running("--model", server.STORIES) as url:
+            model = f"model=stories260K,base_url={url}/v1/completions,tokenizer_backend=remote,"
+            subprocess.run(
+                [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args",
+                 model + "num_concurrent=4", "--tasks", "choices,texts", "--include_path", folder,
+                 "--log_samples", "--output_path", folder / "out"],
+                check=True,
+            )  # fmt: skip
+        pairs, theirs = [], []
+        for path in sorted((folder / "out").rglob("samples_*.jsonl")):
+            for line in path.read_text().splitlines():
+                sample = json.loads(line)
+                for asked, answer in zip(
+                    sample["arguments"].values(), sample["resps"], strict=True
+                ):
+                    values = [*asked.values()]
+                    pairs.append(values if len(values) == 2 else ["", *values])
+                    theirs.append(float(answer[0][0] if len(values) == 2 else answer[0]))
+        (folder / "pairs.json").write_text(json.dumps(pairs))
+        command = [server.PYTHON, __file__, "--own", folder / "pairs.json"]
+        ours = json.loads(subprocess.run(
+            command, check=True, env=server.ENV, capture_output=True, text=True
+        ).stdout.splitlines()[-1])  # fmt: skip
+    for pair, one, other in zip(pairs, ours, theirs, strict=True):
+        print(f"{one:12.5f} {other:12.5f}  {pair}")
+    worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{len(ours)} log-likelihoods; the largest difference is {worst:.1e}")
+    return int(worst > 1e-4)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
