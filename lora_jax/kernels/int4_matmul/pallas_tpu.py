@@ -106,6 +106,13 @@ def _call(
     steps = contracted // tile.contracted
     tile_k = tile.outputs if transpose else tile.contracted
     tile_n = tile.contracted if transpose else tile.outputs
+    if not interpret:
+        # XLA does not know that the kernel reads one layer, and would move a whole stack into the
+        # memory on the chip in each iteration of a loop.
+        q, scale, column_scale = (
+            pltpu.with_memory_space_constraint(stack, pltpu.HBM)
+            for stack in (q, scale, column_scale)
+        )
     # A block of scales covers `shared` tiles, as many as make its rows whole, or all of them.
     tile_groups = tile_k // group
     shared = math.lcm(tile_groups, tpu_tiles.scale_unit(scale.dtype)) // tile_groups
