@@ -219,8 +219,10 @@ print("ended well")
 
 def test_at_a_terminal_ctrl_c_stops_answers_and_twice_at_the_prompt_the_chat():
     leader, follower = pty.openpty()
-    running = subprocess.Popen([sys.executable, "-c", AT_A_TERMINAL], cwd=cli.ROOT, 
-                               stdin=follower, stdout=follower, stderr=follower, start_new_session=True)  # fmt: skip
+    running = subprocess.Popen(
+        [sys.executable, "-c", AT_A_TERMINAL],
+        cwd=cli.ROOT, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+    )  # fmt: skip
     os.close(follower)
     seen = ""
 
