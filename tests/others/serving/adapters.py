@@ -28,7 +28,7 @@ def main(folder: str) -> None:
         lora.inject(model, settings, rngs=nnx.Rngs(number))
         keys = iter(jax.random.split(jax.random.key(number), 1000))
         drawn = jax.tree.map(
-            lambda x: 0.1 * jax.random.normal(next(keys), x.shape, x.dtype),
+            lambda x, keys=keys: 0.1 * jax.random.normal(next(keys), x.shape, x.dtype),
             nnx.state(model, lora.LoRAParam),
         )
         nnx.update(model, drawn)

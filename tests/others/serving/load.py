@@ -90,7 +90,7 @@ async def run(url: str, pid: int, count: int, rounds: int) -> int:
             f"round {turn + 1}: {took:.1f} s, {tokens / took:.0f} tokens/s, lost {len(lost)}, "
             f"mixed up {len(mixed)}, {memory[-1]:.0f} MiB; first token: median "
             f"{statistics.median(order):.2f} s, last {order[-1]:.2f} s, off the queue's line by "
-            f"{max(abs(a - b) for a, b in zip(order, ideal)) / order[-1]:.0%}",
+            f"{max(abs(a - b) for a, b in zip(order, ideal, strict=True)) / order[-1]:.0%}",
             flush=True,
         )
         for each in lost[:3]:

@@ -1,6 +1,6 @@
 """Asks for everything that OpenAI's client knows, and checks what comes.
 
-    python openai_client.py MODEL    # a model with a chat template
+python openai_client.py MODEL    # a model with a chat template
 """
 
 import argparse
