@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 from lora_jax import console, errors
-from lora_jax.cli import arguments, serve
+from lora_jax.cli import arguments, sampling_flags, serve
 from lora_jax.generation import config as generation_config
-from lora_jax.training.settings import checks, groups
+from lora_jax.training.settings import groups
 
 DEFAULTS = {**dataclasses.asdict(generation_config.Sampling()), "max_new_tokens": None}
 DESCRIPTION = """\
@@ -50,13 +50,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.group("sampling")
     flags.add("--max-new-tokens", "maximum number of tokens of an answer (default: the rest of the "
               "context)", type=int, metavar="N")  # fmt: skip
-    flags.add("--temperature", "0: always take the most likely token", type=float)
-    flags.add("--top-k", "sample from the K most likely tokens; 0: all", type=int, metavar="K")
-    flags.add("--top-p", "sample from the most likely tokens whose probabilities sum to P",
-              type=float, metavar="P")  # fmt: skip
-    flags.add("--min-p", "sample from tokens at least P times as likely as the most likely one",
-              type=float, metavar="P")  # fmt: skip
-    flags.add("--seed", "random seed of sampling", type=int)
+    sampling_flags.add(flags)
     return flags
 
 
@@ -67,26 +61,12 @@ def parse(argv: list[str] | None = None) -> arguments.Given:
 
 def settings_of(typed: arguments.Given) -> ChatSettings:
     """The settings from the typed flags. Raises: UserError if they contradict each other."""
-    own = {field.name for field in dataclasses.fields(groups.ModelSettings)}
-    base = groups.ModelSettings(**{name: typed[name] for name in own & typed.keys()})
-    problems = [*checks.quant_fast(base)]
-    adapters, sampling = {}, generation_config.Sampling()
+    problems: list[errors.UserError] = []
+    base = sampling_flags.base(typed, problems)
+    adapters = {}
     with errors.noted(problems):
         adapters = serve.named(typed.get("adapter", ()))
-    with errors.noted(problems):
-        names = {field.name for field in dataclasses.fields(sampling)}
-        sampling = generation_config.Sampling(
-            **{name: typed[name] for name in names & typed.keys()}
-        )
-    filters = [name for name in ("top_k", "top_p", "min_p") if name in typed]
-    if filters and not typed.get("temperature"):
-        problems.append(
-            errors.UserError(
-                expected="flags that have an effect",
-                found=[f"--{name.replace('_', '-')} at temperature 0" for name in filters],
-                do="--temperature 1 to sample",
-            )
-        )
+    sampling = sampling_flags.sampling(typed, problems)
     if typed.get("context", 1) < 1:
         problems.append(errors.UserError("at least 1", f"--context {typed['context']}"))
     if problems:

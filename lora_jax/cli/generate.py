@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_jax import console, errors
-from lora_jax.cli import arguments, results_file
+from lora_jax.cli import arguments, results_file, sampling_flags
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import request
 from lora_jax.parallel import processes
-from lora_jax.training.settings import checks, groups
+from lora_jax.training.settings import groups
 
 DEFAULTS = {**dataclasses.asdict(generation_config.Sampling()), "seed": 0, "slots": 64}
 DESCRIPTION = """\
@@ -57,12 +57,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.switch("--chat", "apply the chat template to each prompt")
     flags.group("sampling")
     flags.add("--max-new-tokens", "maximum number of generated tokens", type=int, metavar="N")
-    flags.add("--temperature", "0: always take the most likely token", type=float)
-    flags.add("--top-k", "sample from the K most likely tokens; 0: all", type=int, metavar="K")
-    flags.add("--top-p", "sample from the most likely tokens whose probabilities sum to P",
-              type=float, metavar="P")  # fmt: skip
-    flags.add("--min-p", "sample from tokens at least P times as likely as the most likely one",
-              type=float, metavar="P")  # fmt: skip
+    sampling_flags.add(flags)
     flags.add("--repetition-penalty", "divides the positive logits of tokens that were there",
               type=float, metavar="P")  # fmt: skip
     flags.add("--presence-penalty", "subtracted from the logits of generated tokens", type=float,
@@ -72,7 +67,6 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--stop", "text at which to stop; may be repeated", action="append", metavar="TEXT")
     flags.add("--min-tokens", "do not stop before N tokens", type=int, metavar="N")
     flags.switch("--ignore-eos", "do not stop at the model's stop tokens")
-    flags.add("--seed", "random seed of sampling", type=int)
     flags.add("--slots", "prompts that are continued at the same time", type=int, metavar="N")
     arguments.add_processes(flags)
     return flags
@@ -85,9 +79,8 @@ def parse(argv: list[str] | None = None) -> arguments.Given:
 
 def settings_of(typed: arguments.Given) -> GenerateSettings:
     """The settings from the typed flags. Raises: UserError if they contradict each other."""
-    own = {field.name for field in dataclasses.fields(groups.ModelSettings)}
-    base = groups.ModelSettings(**{name: typed[name] for name in own & typed.keys()})
-    problems = [*checks.quant_fast(base)]
+    problems: list[errors.UserError] = []
+    base = sampling_flags.base(typed, problems)
     prompts = list(typed.get("prompt", []))
     if "prompts_file" in typed:
         with errors.noted(problems):
@@ -97,19 +90,7 @@ def settings_of(typed: arguments.Given) -> GenerateSettings:
             errors.UserError(expected="at least one prompt", found="none", do='--prompt "…"')
         )
     values = DEFAULTS | typed
-    sampling = generation_config.Sampling()
-    with errors.noted(problems):
-        fields = {field.name: values[field.name] for field in dataclasses.fields(sampling)}
-        sampling = generation_config.Sampling(**fields | {"stop": tuple(fields["stop"])})
-    filters = [name for name in ("top_k", "top_p", "min_p") if values[name] != DEFAULTS[name]]
-    if filters and not values["temperature"]:
-        problems.append(
-            errors.UserError(
-                expected="flags that have an effect",
-                found=[f"--{name.replace('_', '-')} at temperature 0" for name in filters],
-                do="--temperature 1 to sample",
-            )
-        )
+    sampling = sampling_flags.sampling(values, problems)
     if problems:
         raise errors.UserError.together(problems)
     return GenerateSettings(

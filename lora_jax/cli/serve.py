@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax import console, errors, extras
-from lora_jax.cli import arguments
+from lora_jax.cli import arguments, sampling_flags
 from lora_jax.serving import settings as serve_settings
-from lora_jax.training.settings import checks, groups
+from lora_jax.training.settings import groups
 
 KEY = "LORA_JAX_API_KEY"  # in the environment, where other users of the machine do not see it
 DEFAULTS = {"slots": 8, "speculate": 0, **dataclasses.asdict(serve_settings.ServeSettings())}
@@ -92,9 +92,8 @@ def parse(argv: list[str] | None = None) -> arguments.Given:
 
 def settings_of(typed: arguments.Given) -> Settings:
     """The settings from the typed flags. Raises: UserError if they contradict each other."""
-    own = {field.name for field in dataclasses.fields(groups.ModelSettings)}
-    base = groups.ModelSettings(**{name: typed[name] for name in own & typed.keys()})
-    problems = [*checks.quant_fast(base)]
+    problems: list[errors.UserError] = []
+    base = sampling_flags.base(typed, problems)
     values = {name: typed.get(name, DEFAULTS[name]) for name in DEFAULTS}
     slots, speculate = values.pop("slots"), values.pop("speculate")
     values["allow_origin"] = tuple(values["allow_origin"])
