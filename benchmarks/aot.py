@@ -368,7 +368,7 @@ MODEL = """
 
 int4. train, with adapters of rank 8 on q and v: B×T-remat for B sequences of T tokens, or a mesh
 with a sequence of 2048 tokens for each data shard. decode: the engine's step for so many slots of
-256 tokens; its arguments include the copy in which Hopper reads the weights. written: dense or
+256 tokens; on Hopper it reads only the k_minor copy of the weights, made before. written: dense or
 packed weights that reach memory, and how often, in one step.
 """
 
