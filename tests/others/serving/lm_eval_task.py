@@ -3,7 +3,8 @@
     python lm_eval_task.py    # and with --own FILE in the environment of lora_jax
 
 A task of multiple choice and one of whole texts, on stories260K. lm-eval finds the tokenizer with
-/tokenizer_info and needs none of its own.
+/tokenizer_info and needs none of its own. It then encodes contexts without BOS, whatever its
+add_bos_token says.
 """
 
 import argparse
@@ -58,8 +59,10 @@ def own(path: str) -> None:
     model, reader = loader.load(server.STORIES), tokenizer.load(server.STORIES)
     found = []
     for context, continuation in json.loads(pathlib.Path(path).read_text()):
-        known = tokenizer.encode(reader, [context])[0]
-        ids = tokenizer.encode(reader, [context + continuation])[0]
+        # lm-eval asks /tokenize for ids without BOS, and puts it before whole texts itself.
+        known = reader(context, add_special_tokens=False).input_ids or [reader.bos_token_id]
+        ids = reader(context + continuation, add_special_tokens=False).input_ids
+        ids = ids if context else [*known, *ids]
         logits = np.asarray(model(np.asarray([ids])), np.float64)[0, :-1]
         top = logits.max(-1, keepdims=True)
         logprobs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
