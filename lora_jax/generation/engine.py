@@ -28,7 +28,7 @@ from lora_jax.lora.nnx import bank, model_state
 from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
 
-_CHUNKS = (32, 128, 512)  # tokens of a prompt that are computed at once
+CHUNKS = (32, 128, 512)  # tokens of a prompt that are computed at once
 _SHORTEST_SPAN = 256
 _PATIENCE = 4  # how often, times the slots, later requests may be served before an earlier one
 
@@ -118,7 +118,7 @@ class Engine:
         self.form_bytes = decode_weights.num_bytes(model, self.form) if self.form else 0
         self.programs = steps.Programs(graphdef, self.form)
         self._groups = steps.num_groups(slots, self.mesh)
-        self._size = _size(model.config, self.context)
+        self._size = cache_size(model.config, self.context)
         self._can_reuse = model.config.rope.rope_type != "dynamic"
         self._state: steps.State | None = None
         self._slots = [
@@ -565,16 +565,16 @@ def check_length(num_prompt_tokens: int, max_new_tokens: int, context: int) -> N
 
 def _chunk_size(num_tokens: int) -> int:
     """How many of so many tokens to compute at once; less than half of a chunk is padding."""
-    padded = next((size for size in _CHUNKS if size >= num_tokens), _CHUNKS[-1])
-    whole = max((size for size in _CHUNKS if size <= num_tokens), default=padded)
+    padded = next((size for size in CHUNKS if size >= num_tokens), CHUNKS[-1])
+    whole = max((size for size in CHUNKS if size <= num_tokens), default=padded)
     return padded if num_tokens > padded // 2 else whole
 
 
-def _size(config: Any, context: int) -> int:
+def cache_size(config: Any, context: int) -> int:
     """Places for each sequence: if all layers have sliding windows, only those are kept."""
     windows = config.sliding_windows
     if windows and all(windows):
-        return min(context, max(windows) + _CHUNKS[-1])
+        return min(context, max(windows) + CHUNKS[-1])
     return context
 
 
