@@ -5,12 +5,12 @@ The same as `lora-jax train --plan`, with the flags of `train`.
 
 import dataclasses
 import json
-import signal
-import textwrap
+import sys
 from typing import Any
 
 from lora_jax import console, errors, hub
-from lora_jax.cli import arguments, train
+from lora_jax.cli import arguments, plan_serve, train
+from lora_jax.cli import plan_output as output
 from lora_jax.training.settings import groups
 
 DESCRIPTION = """\
@@ -18,36 +18,19 @@ Plan the memory and time of a training job, without weights or devices.
 
   lora-jax plan --model huggyllama/llama-7b --use-4bit --target gpu:h100
   lora-jax plan --model owner/name --seq-len 4096 --target tpu:v5e-8
+  lora-jax plan --serve --help                     the same for a server
 
 The other flags are those of train, of which these change the plan most.
 """
-MAIN = ("--target", "--hbm", "--no-compile", "--json", "--model", "--quant", "--mesh", "--seq-len",
-        "--rank", "--targets", "--batch-size", "--grad-accum", "--remat")  # fmt: skip
-Report = dict[str, Any]  # what --json prints, or a part of it
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
-          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
-
-
-def num_bytes(text: str) -> int:
-    """17179869184 from "16GiB", 16000000000 from "16GB". Raises: UserError if it is no size."""
-    number = text.strip().lower().removesuffix("b")
-    unit = number.lstrip("0123456789.")
-    try:
-        size = int(float(number.removesuffix(unit)) * _UNITS[unit.strip()])
-    except (ValueError, KeyError):
-        size = 0
-    if size <= 0:
-        raise errors.UserError(
-            expected="a memory size such as 16GiB or 16GB", found=repr(text), where="--hbm"
-        )
-    return size
+MAIN = ("--serve", "--target", "--hbm", "--no-compile", "--json", "--model", "--quant", "--mesh",
+        "--seq-len", "--rank", "--targets", "--batch-size", "--grad-accum", "--remat")  # fmt: skip
 
 
 def run(of: train.Asked) -> int:
     """Prints the plan of the run that `train` would start with these flags."""
     asked, settings = of.others, of.settings
     arguments.refuse_processes(asked, "--plan")
-    limit = num_bytes(asked["hbm"]) if "hbm" in asked else None
+    limit = output.num_bytes(asked["hbm"]) if "hbm" in asked else None
     base = hub.config_folder(settings.model.model, settings.model.revision)
 
     import jax
@@ -103,19 +86,19 @@ def run(of: train.Asked) -> int:
         job = dataclasses.replace(job, remat=remat)
         chosen = "--remat auto is " + console.remat(remat, needs, limit) + "\n" if needs else ""
     memory = device_memory.memory(job, sizes, target.chip, there)
-    found: Report = {
+    found: output.Report = {
         "model": settings.model.model,
         "job": _settings(job),
         "target": asked.get("target") or f"{host.count} × {host.kind}",
         "mesh": sizes,
         "memory": {**memory._asdict(), "total": memory.total, "generating": memory.generating},
     }
-    show = (lambda *_: None) if asked.get("json") else _print
+    show = (lambda *_: None) if asked.get("json") else output.print_wrapped
     show(f"plan of {console.near(settings.model.model)}: {_flags(job)}")
     show(f"on {found['target']}, mesh " + console.pairs(sizes) + "\n" + chosen)
     compiled: programs.Compiled | str = "--no-compile"
     if not asked.get("no_compile"):
-        compiled = _compiled(job, asked.get("target"), sizes)
+        compiled = output.compile_(job, asked.get("target"), sizes)
     found["xla"] = compiled if isinstance(compiled, str) else compiled._asdict()
     need = memory.need(None if isinstance(compiled, str) else compiled.peak_bytes)
     fits = None if limit is None else need <= limit
@@ -136,16 +119,7 @@ def run(of: train.Asked) -> int:
     return 0
 
 
-def _print(text: str) -> None:
-    """Prints the lines of `text`, wrapped to the width of the terminal."""
-    for line in text.split("\n"):
-        indent = " " * (len(line) - len(line.lstrip()) + 2)
-        print(*textwrap.wrap(line, console.width(), subsequent_indent=indent,
-                             break_long_words=False, break_on_hyphens=False) or [""],
-              sep="\n", flush=True)  # fmt: skip
-
-
-def _settings(job) -> Report:
+def _settings(job) -> output.Report:
     names = ("dtype", "quant", "remat", "batch_size", "grad_accum", "seq_len", "generation", "beta")
     return {name: getattr(job, name) for name in names} | {"rank": job.lora.rank}
 
@@ -178,46 +152,24 @@ def _generation(settings: groups.TrainSettings, context: int) -> tuple[int, int,
     return max(asked, key=lambda each: each[0] * (each[1] + each[2]), default=None)
 
 
-def _compiled(job, target: str | None, sizes: dict[str, int]):
-    from lora_jax.planning import chips, programs
-
-    if target is not None:
-        try:
-            chips.check(target)
-        except errors.UserError as error:
-            parts = [line.split(":", 1)[1].strip() for line in str(error).strip().splitlines()]
-            return "wanted " + "; ".join(parts)
-    # So that subprocess.run ends the compiler's process on Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return programs.compiled(job, target, sizes)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _row(name: str, size: int | str, note: str = "") -> str:
-    shown = size if isinstance(size, str) else console.size(size)
-    return f"  {name:<38}{shown:>10}  {note}".rstrip()
-
-
 def _show_memory(show, memory, compiled) -> None:
     show("memory of each device, as planned")
     for name, size in (memory.resident | memory.kept).items():
-        show(_row(name, size))
+        show(output.row(name, size))
     largest = max(memory.work, key=memory.work.get)
     for name, size in memory.work.items():
-        show(_row(f"work: {name}", size, "" if name == largest else "(not at its peak)"))
-    show(_row("total", memory.total))
+        show(output.row(f"work: {name}", size, "" if name == largest else "(not at its peak)"))
+    show(output.row("total", memory.total))
     for name, size in memory.generation.items():
-        show(_row(f"when generating: {name}", size, "(not during a step)"))
+        show(output.row(f"when generating: {name}", size, "(not during a step)"))
     if isinstance(compiled, str):
         show(f"\nXLA's own plan: none: {compiled}")
     else:
         error = memory.total / compiled.peak_bytes - 1
         show(f"\nXLA's own plan, compiled in {compiled.seconds:.0f} s")
-        show(_row("peak", compiled.peak_bytes, f"(planned {error:+.1%})"))
-        show(_row("arguments", compiled.argument_bytes))
-        show(_row("temporaries, as they are laid out", compiled.temp_bytes))
+        show(output.row("peak", compiled.peak_bytes, f"(planned {error:+.1%})"))
+        show(output.row("arguments", compiled.argument_bytes))
+        show(output.row("temporaries, as they are laid out", compiled.temp_bytes))
 
 
 def _show_verdict(show, need: int, limit: int, fits: bool, memory, compiled) -> None:
@@ -231,22 +183,22 @@ def _show_verdict(show, need: int, limit: int, fits: bool, memory, compiled) -> 
         show(f"  barely: with the gaps between arrays it takes {console.size(laid_out)}")
 
 
-def _show_operations(show, plan, job, sizes, there, target, compiled) -> Report:
+def _show_operations(show, plan, job, sizes, there, target, compiled) -> output.Report:
     operations = plan.operations(job)
     useful = plan.useful(job)
     moved = plan.bytes_moved(job, sizes, there, target.platform)
     collectives = None if isinstance(compiled, str) else compiled.collectives
     show("\nan optimizer step, all devices together")
     for name, flops in operations._asdict().items():
-        show(_row(f"{name}, floating point operations", f"{flops / 1e12:.3g} T"))
+        show(output.row(f"{name}, floating point operations", f"{flops / 1e12:.3g} T"))
     again = f"({1 - useful / operations.total:.0%} overhead)"
-    show(_row("total", f"{operations.total / 1e12:.4g} T", again))
+    show(output.row("total", f"{operations.total / 1e12:.4g} T", again))
     show("each device")
-    show(_row("bytes read and written", moved, "(an estimate)"))
+    show(output.row("bytes read and written", moved, "(an estimate)"))
     for kind, total in (collectives or {}).items():
-        show(_row(f"{kind}, received", total["bytes"], f"({total['count']} times)"))
+        show(output.row(f"{kind}, received", total["bytes"], f"({total['count']} times)"))
     if collectives is not None and not collectives:
-        show(_row("collectives", "none"))
+        show(output.row("collectives", "none"))
     found = {
         "flops": {**operations._asdict(), "total": operations.total, "useful": useful},
         "bytes_moved": moved,
@@ -261,10 +213,10 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> Report:
     show("\nlower bound of the time: at the published peaks, which no program reaches")
     for name, seconds in least._asdict().items():
         shown = "not known" if seconds is None else f"{seconds:.4g} s"
-        show(_row(f"step, {name} alone", shown))
-    show(_row("step, at least", f"{least.seconds:.4g} s", f"({bound})"))
-    show(_row("tokens/s, at most", f"{tokens / least.seconds:,.0f}"))
-    show(_row("MFU, at most", f"{mfu:.0%}", "(of work done once)"))
+        show(output.row(f"step, {name} alone", shown))
+    show(output.row("step, at least", f"{least.seconds:.4g} s", f"({bound})"))
+    show(output.row("tokens/s, at most", f"{tokens / least.seconds:,.0f}"))
+    show(output.row("MFU, at most", f"{mfu:.0%}", "(of work done once)"))
     return found | {
         "floor": {**least._asdict(), "seconds": least.seconds},
         "tokens_per_second_at_most": tokens / least.seconds,
@@ -274,7 +226,7 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> Report:
 
 def _show_proposals(
     show, plan, job, sizes, chip: str, limit: int, there, fits: bool, asked
-) -> Report:
+) -> output.Report:
     """What would fit; for the first proposal also whether XLA agrees."""
     from lora_jax.planning import memory
 
@@ -286,16 +238,16 @@ def _show_proposals(
         "seq_len": "the longest --seq-len",
         "remat": "the fastest --remat",
     }
-    values: Report = {}
+    values: output.Report = {}
     for field, name in names.items():
         proposal = getattr(found, field)
         values[field] = proposal and getattr(proposal, field)
         size = proposal and memory.memory(proposal, sizes, chip, there).need()
         value = "nothing" if proposal is None else str(values[field])
         note = "" if size is None else f"({console.size(size)})"
-        show(_row(name, value, note))
+        show(output.row(name, value, note))
     tried = found.batch_size or found.remat or found.seq_len
-    answer: Report = {"proposals": values}
+    answer: output.Report = {"proposals": values}
     if not fits:
         show("to make it fit:")
         ways = [
@@ -307,7 +259,7 @@ def _show_proposals(
             show("  no change of these settings; use a smaller model, or larger devices")
         answer["changes"] = dict(ways)
     if tried is not None and tried != job and not asked.get("no_compile"):
-        compiled = _compiled(tried, asked.get("target"), sizes)
+        compiled = output.compile_(tried, asked.get("target"), sizes)
         show(f"\nthe first of these, compiled: {_flags(tried)}")
         if isinstance(compiled, str):
             show(f"  no plan by XLA: {compiled}")
@@ -324,18 +276,23 @@ def flags(**where: Any) -> arguments.Flags:
     """Its own flags, and those of `train`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, short=MAIN, **where)
     flags.group("planning")
+    flags.switch("--serve", "plan a server, which has other flags: plan --serve --help")
     train.add_planning(flags)
     train.add_run(flags)
     return flags
 
 
-def parse(argv: list[str] | None = None) -> train.Asked:
+def parse(argv: list[str] | None = None) -> train.Asked | plan_serve.Settings:
     """What the flags ask for."""
+    if "--serve" in (sys.argv[1:] if argv is None else argv):
+        return plan_serve.parse(argv)
     return train.asked(flags(), argv)
 
 
 def main() -> int:
     asked = parse()
+    if isinstance(asked, plan_serve.Settings):
+        return plan_serve.run(asked)
     if asked.settings is None:
         raise errors.UserError(
             expected="the flags of a run", found="--resume", do="give the flags of the run instead"

@@ -24,7 +24,7 @@ from lora_jax.models import config as model_config
 from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
 
-_CHUNKS = (32, 128, 512)  # tokens of a prompt that are computed at once
+CHUNKS = (32, 128, 512)  # tokens of a prompt that are computed at once
 _SHORTEST_SPAN = 256
 
 
@@ -289,8 +289,8 @@ class Batch:
 
 def chunk_size(num_tokens: int) -> int:
     """How many of so many tokens to compute at once; less than half of a chunk is padding."""
-    padded = next((size for size in _CHUNKS if size >= num_tokens), _CHUNKS[-1])
-    whole = max((size for size in _CHUNKS if size <= num_tokens), default=padded)
+    padded = next((size for size in CHUNKS if size >= num_tokens), CHUNKS[-1])
+    whole = max((size for size in CHUNKS if size <= num_tokens), default=padded)
     return padded if num_tokens > padded // 2 else whole
 
 
@@ -298,7 +298,7 @@ def size(config: model_config.LlamaConfig, context: int) -> int:
     """Places for each sequence: if all layers have sliding windows, only those are kept."""
     windows = config.sliding_windows
     if windows and all(windows):
-        return min(context, max(windows) + _CHUNKS[-1])
+        return min(context, max(windows) + CHUNKS[-1])
     return context
 
 

@@ -221,7 +221,7 @@ def _admit(state, slot, token, length, mixture, row: sampling.Rows):
     ))  # fmt: skip
 
 
-def num_groups(num_slots: int, mesh: jax.sharding.Mesh) -> int:
+def num_groups(num_slots: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Into how many groups of slots a mesh splits the cache."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return 1 if num_slots % shards else shards

@@ -22,6 +22,9 @@ from lora_jax.planning import job as jobs
 from lora_jax.planning import resident
 from lora_jax.quant import formats
 
+HOPPER = ("gpu:h100", "gpu:h200")
+HOPPER_ROWS = 64  # the most of its kernel for decoding
+
 
 class Memory(NamedTuple):
     """Bytes on one device, by what they hold, in the order in which a table shows them.
@@ -230,13 +233,22 @@ def _generation(
     rows, prompt, new = job.generation
     c = job.architecture
     item = jnp.dtype(job.dtype).itemsize
-    shape = (c.num_hidden_layers, rows, prompt + new, c.num_key_value_heads, c.head_dim)
+    shape = (c.num_hidden_layers, rows, c.num_key_value_heads, prompt + new, c.head_dim)
     own = sharding.cache(rows, c.num_key_value_heads, sharding.mesh_of(sizes)).shard_shape(shape)
     found = {"KV cache": 2 * math.prod(own) * item}
+    # bias, counts and seen of each token of the vocabulary
+    found["sampling state"] = 9 * rows * c.vocab_size
     entries = sum(entries for _, entries in known.weights.values()) * c.num_hidden_layers
     if sizes["fsdp"] * sizes["tensor"] == 1:  # see generation.weights.choose
-        if chip == "cpu":
-            found["dense copy of the weights"] = entries * item
-        elif chip in ("gpu:h100", "gpu:h200") and job.quant.startswith("int4"):
-            found["int4 copy of the weights"] = entries // 2
+        form = second_form(entries, job.quant, chip, item)
+        if form and not (chip in HOPPER and rows > HOPPER_ROWS):
+            kind = "int4" if chip in HOPPER else "dense"
+            found[f"{kind} copy of the weights"] = form
     return found
+
+
+def second_form(entries: int, quant: str, chip: str, item: int) -> int:
+    """Bytes of the second form of weights with so many entries, see generation.weights."""
+    if chip == "cpu":
+        return entries * item
+    return entries // 2 if chip in HOPPER and quant.startswith("int4") else 0

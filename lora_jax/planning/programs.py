@@ -1,6 +1,6 @@
 """A job's programs, compiled for a target ahead of time from shapes: no weights, no device.
 
-They are the train step of `optim.make_step` and the step of `generation.Engine`. XLA may abort
+They are the train step of `optim.make_step` and the programs of `generation.Engine`. XLA may abort
 the process that compiles, so `compiled` starts one: python -m lora_jax.planning.programs.
 """
 
@@ -125,7 +125,7 @@ PROGRAMS = {"train": train_step, "generate": generation, "decode": decode, "pref
 
 
 def compile_here(
-    job: jobs.Job, target: str | None, sizes: Mapping[str, int], what: str
+    job: jobs.Job | serving.Serving, target: str | None, sizes: Mapping[str, int], what: str
 ) -> Compiled:
     """Compiles one of PROGRAMS in this process, which XLA may abort.
 
@@ -160,7 +160,7 @@ def host_here() -> Host:
 
 
 def compiled(
-    job: jobs.Job,
+    job: jobs.Job | serving.Serving,
     target: str | None,
     sizes: Mapping[str, int],
     what: str = "train",
@@ -239,7 +239,8 @@ def _answer() -> None:
     if what == "host":
         found: NamedTuple = host_here()
     else:
-        found = compile_here(jobs.job_from(asked.pop("job")), **asked, what=what)
+        read = serving.serving_from if what in ("decode", "prefill") else jobs.job_from
+        found = compile_here(read(asked.pop("job")), **asked, what=what)
     print(json.dumps(found._asdict()))
 
 

@@ -67,7 +67,7 @@ def test_the_help_of_plan_starts_with_its_own_flags_and_fits_on_a_page(command):
     code, out = command("plan", "--help")
     lines = out.splitlines()
     assert code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 80
-    assert flags_in(out)[:4] == ["target", "hbm", "no-compile", "json"]
+    assert flags_in(out)[:5] == ["serve", "target", "hbm", "no-compile", "json"]
     assert {"seq-len", "batch-size", "rank", "remat"} < set(flags_in(out))
     assert set(flags_in(out)) < set(flags_in(command("plan", "--help-all")[1]))
 

@@ -20,7 +20,17 @@ from lora_jax import errors
 from lora_jax.lora import config
 from lora_jax.models import config as model_config
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, hlo, memory, operations, programs, proposals, resident
+from lora_jax.planning import (
+    chips,
+    hlo,
+    memory,
+    operations,
+    programs,
+    proposals,
+    resident,
+    serving,
+    serving_memory,
+)
 from lora_jax.planning import job as jobs
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -221,12 +231,78 @@ def test_generation_counts_if_it_needs_more_than_a_step():
     )
     assert few.need() == few.total > few.generating and few.need(2**40) == 2**40
     cache = 64 * 512 * 32 * 2 * 4096 * 2  # tokens · layers · keys and values · width · bytes
+    cache += 64 * 9 * 32000  # and the sampling state of each slot and token of the vocabulary
     assert many.need() == many.generating == sum(many.resident.values()) + cache > many.total
     # Held-out prompts are as long as an example: shorter examples make room.
     scored = dataclasses.replace(LLAMA_7B, generation=(64, LLAMA_7B.seq_len, 0))
     shorter = proposals.propose(scored, ONE, "tpu:v5e", 16e9, there).seq_len
     assert shorter.generation == (64, shorter.seq_len, 0) and shorter.seq_len < LLAMA_7B.seq_len
     assert memory.memory(shorter, ONE, "tpu:v5e", there).need() <= proposals.HEADROOM * 16e9
+
+
+LLAMA_8B = serving.Serving(
+    architecture(4096, 14336, 32, 32, 8, 128256), context=1024, adapters=8, span=512
+)
+
+
+@pytest.mark.parametrize(
+    "chip, slots, arguments, temporaries",
+    [  # XLA's plans for these; on an H100 the words and their scales before the copy come on top
+        ("gpu:h100", 8, 7_613_255_320 + 3_489_660_928 + 223_596_544, 523_539_704),
+        ("gpu:h100", 64, 15_194_100_928 + 3_489_660_928 + 223_596_544, 523_539_704),
+        ("gpu:a100", 64, 15_194_101_824, 552_821_488),
+        ("tpu:v5e", 8, 7_613_273_088, 20_776_960),
+        ("tpu:v6e", 64, 15_194_119_168, 103_310_016),
+    ],
+)
+def test_the_memory_of_serving_is_what_xla_planned(chip, slots, arguments, temporaries):
+    job = dataclasses.replace(LLAMA_8B, slots=slots)
+    found = serving_memory.of(job, ONE, chip, serving_memory.known(job, ONE, chip))
+    assert sum(found.resident.values()) == pytest.approx(arguments, rel=1e-3)
+    assert found.total == pytest.approx(arguments + temporaries, rel=0.01)
+
+
+def test_an_engine_holds_what_serving_plans():
+    """Nearly to the byte, on the devices of a mesh too."""
+    small = serving.Serving(TINY.architecture, slots=4, context=64, adapters=3, rank=4)
+    for sizes in (ONE, ONE | {"data": 2}, ONE | {"tensor": 2}):
+        known = serving_memory.known(small, sizes, "tpu:v5e")
+        planned = serving_memory.of(small, sizes, "tpu:v5e", known).resident
+        shapes = serving.shapes(small, sharding.mesh_of(sizes), form=None)
+        held = sum(map(resident.local_bytes, jax.tree.leaves((shapes.weights, shapes.state))))
+        assert sum(planned.values()) == pytest.approx(held, abs=1000)
+
+
+def test_serving_proposes_the_most_slots_and_the_longest_context():
+    known = serving_memory.known(LLAMA_8B, ONE, "tpu:v5e")
+
+    def total(**changes):
+        job = dataclasses.replace(LLAMA_8B, span=None, **changes)
+        return serving_memory.of(job, ONE, "tpu:v5e", known).total
+
+    most = serving_memory.HEADROOM * 16e9
+    job = dataclasses.replace(LLAMA_8B, span=None)
+    slots = serving_memory.most_slots(job, ONE, "tpu:v5e", 16e9, known)
+    assert total(slots=slots) <= most < total(slots=slots + 1)
+    job = dataclasses.replace(job, slots=32)
+    context = serving_memory.longest_context(job, ONE, "tpu:v5e", 16e9, known)
+    assert total(slots=32, context=context) <= most < total(slots=32, context=context + 128)
+    assert serving_memory.most_slots(job, ONE, "tpu:v5e", 6e9, known) == 0
+
+
+def test_the_speed_of_serving_is_bound_by_the_bytes_of_a_step():
+    """At one slot: packed weights, scales, head, bank and 1024 tokens of keys and values."""
+    job = dataclasses.replace(LLAMA_8B, slots=1, adapters=0)
+    known = serving_memory.known(job, ONE, "gpu:h100")
+    entries = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
+    step = entries * (1 / 2 + 1 / 32) + 2 * 4096 * 128256 + 1024 * 2**17
+    speed = serving_memory.tokens_per_second(job, ONE, chips.parse("gpu:h100"), known, 1024)
+    assert speed == pytest.approx(3350e9 / step, rel=0.01)
+
+
+def test_a_serving_job_survives_json():
+    job = dataclasses.replace(LLAMA_8B, targets=("q_proj", "v_proj"))
+    assert serving.serving_from(json.loads(json.dumps(dataclasses.asdict(job)))) == job
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused():
@@ -315,6 +391,24 @@ def test_whether_it_fits_includes_generation(folder):
     assert "does not fit: " in told and "of 1 MB, when generating" in told
 
 
+def test_a_server_is_planned(folder, monkeypatch):
+    made = programs.Compiled(0, 0, 10**6, 1.0, {})
+    monkeypatch.setattr(programs, "compiled", lambda *_: made)
+    monkeypatch.setattr(chips, "check", lambda _: None)
+    flags = ("--serve", "--model", folder, "--use-4bit", "--target", "tpu:v5e", "--slots", 4)
+    flags += ("--adapters", 2)
+    told = cli.run("plan", *flags)
+    assert told.code == 0 and max(map(len, told.out.splitlines()[1:])) <= 80, told
+    for part in ("bank of adapters", "KV cache", "prefill of 512", "upper bound of the speed"):
+        assert part in told.out
+    found = json.loads(cli.run("plan", *flags, "--json").out)
+    assert found["need"] == sum(found["memory"]["resident"].values()) + 10**6 and found["fits"]
+    assert found["proposals"]["slots"] > 4 and found["proposals"]["context"] == 512
+    refused = cli.refused("plan", *flags, "--context", 0, "--rank", 0)
+    assert "--context 0" in refused and "--rank 0" in refused
+    assert "--context 600" in cli.refused("plan", *flags, "--context", 600)
+
+
 def test_prompts_that_train_would_refuse_are_refused(folder):
     flags = ("--no-compile", "--model", folder, "--target", "cpu:1", "--prompt", "a")
     assert "--max-new-tokens 511" in cli.refused("plan", *flags, "--max-new-tokens", 5000)
@@ -339,7 +433,7 @@ def test_planning_flags_without_plan_are_refused():
 
 @pytest.mark.parametrize("size", ["16", "16 GB", "16GiB", "0.5tib"])
 def test_a_memory_size_is_read(size):
-    from lora_jax.cli import plan as script
+    from lora_jax.cli import plan_output as script
 
     exact = {"16": 16, "16 GB": 16 * 10**9, "16GiB": 2**34, "0.5tib": 2**39}
     assert script.num_bytes(size) == exact[size]
@@ -348,7 +442,7 @@ def test_a_memory_size_is_read(size):
 @pytest.mark.parametrize("size", ["", "GB", "16XB", "-1GB", "1e9"])
 def test_an_invalid_memory_size_is_refused(folder, size):
     with pytest.raises(errors.UserError, match="16GiB"):
-        from lora_jax.cli import plan as script
+        from lora_jax.cli import plan_output as script
 
         script.num_bytes(size)
 

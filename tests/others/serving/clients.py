@@ -1,6 +1,6 @@
 """Ten lines for each client library: a chat, a stream, a structured answer, a call of a tool.
 
-    python clients.py MODEL    # a model with a chat template
+python clients.py MODEL    # a model with a chat template
 """
 
 import argparse
@@ -55,7 +55,8 @@ def langchain(url):
         model="m", base_url=f"{url}/v1", api_key="none", temperature=0, max_tokens=80, max_retries=0
     )
     text = model.invoke("What is the capital of France?").content
-    assert text and "".join(c.content for c in model.stream("What is the capital of France?")) == text
+    streamed = model.stream("What is the capital of France?")
+    assert text and "".join(each.content for each in streamed) == text
     for method in ("json_schema", "function_calling"):
         found = model.with_structured_output(City, method=method).invoke("A city, please.")
         assert isinstance(found, City), method
