@@ -90,7 +90,7 @@ def collectives(name):
     """[(kind, dtype, dimensions other than 1, count)] of the step's communication."""
     return [
         (kind, dtype, tuple(n for n in dims if n != 1), times)
-        for instruction, times, _, _ in trained_on(name)[1]
+        for instruction, times, _ in trained_on(name)[1]
         if (kind := instruction.opcode.removesuffix("-start")) in hlo.COLLECTIVES
         for dtype, dims, _ in hlo.arrays(instruction.shape)
     ]
