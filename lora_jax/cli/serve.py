@@ -172,13 +172,15 @@ def main() -> int:
             found=f"--allow-runtime-lora in {jax.process_count()} processes",
             do="name the adapters with --adapter",
         )
+    leads = processes.leads()
+    listening = run.bind(settings.server.host, settings.server.port) if leads else None
     model = opening.load(settings.base, found)
     engine = opening.start(
         found, model, slots=settings.slots, context=settings.context,
         kv_dtype=settings.kv_dtype, speculate=settings.speculate,
         pool=opening.pool(model, settings.adapters, growing=growing),
     )  # fmt: skip
-    if not processes.leads():
+    if listening is None:
         engine.follow()
         return 0
     engine.start()
@@ -189,8 +191,9 @@ def main() -> int:
             engine.pool, name, engine.context, settings.server, found.name, settings.adapters
         )
         run.run(
-            server.Server(engine, known, settings.server), lambda url: _say(settings, name, url)
-        )
+            server.Server(engine, known, settings.server), listening,
+            lambda url: _say(settings, name, url),
+        )  # fmt: skip
     finally:
         engine.close()
     return 0

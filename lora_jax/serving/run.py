@@ -14,14 +14,16 @@ from lora_jax.serving import app, server
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(serving: server.Server, ready: Callable[[str], None]) -> None:
+def run(serving: server.Server, listening: socket.socket, ready: Callable[[str], None]) -> None:
     """Serves until SIGTERM or Ctrl-C. Then no connection is accepted, and requests have
     `limits.drain` seconds to end. A second Ctrl-C ends at once.
 
-    ready: called with the server's URL when it listens. Raises: UserError if it cannot listen.
+    listening: from `bind`. ready: called with the server's URL when it listens. Raises: UserError
+    if it cannot listen.
     """
     limits = serving.limits
-    listening = _listen(limits.host, limits.port)
+    with _taken(listening, limits.host, limits.port):
+        listening.listen(2048)
     config = uvicorn.Config(
         app.make(serving),
         lifespan="on",
@@ -37,13 +39,24 @@ def run(serving: server.Server, ready: Callable[[str], None]) -> None:
         _Server(config).run(sockets=[listening])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """The address of a server, taken before the model is loaded, which takes long.
+
+    It accepts no connection before `run`. Raises: UserError if it cannot be taken.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
-    try:
+    with _taken(listening, host, port):
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(2048)
+    return listening
+
+
+@contextlib.contextmanager
+def _taken(listening: socket.socket, host: str, port: int) -> Iterator[None]:
+    """Raises: UserError if the address cannot be taken: another server may be there by now."""
+    try:
+        yield
     except OSError as error:
         listening.close()
         raise errors.UserError(
@@ -52,7 +65,6 @@ def _listen(host: str, port: int) -> socket.socket:
             where=f"--host {host} --port {port}",
             do="choose another --port; 0 takes a free one",
         ) from None
-    return listening
 
 
 class _Server(uvicorn.Server):

@@ -52,6 +52,16 @@ def test_a_completion(serve):
     assert only(client.engine.asked).sampling.max_new_tokens == 5
 
 
+def test_the_paths_without_v1(serve):
+    client = serve()
+    chat = {"messages": [{"role": "user", "content": "ab"}]}
+    for path, fields in (("/completions", {"prompt": "ab"}), ("/chat/completions", chat)):
+        answer = client.post(path, **fields)
+        assert answer.status == 200 and answer.json["choices"][0]["finish_reason"] == "stop"
+    assert client.get("/models").json == client.get("/v1/models").json
+    assert client.get("/models/base").json["id"] == "base"
+
+
 def test_prompts_in_every_form_and_n_choices_of_each(serve):
     client = serve()
     ids = client.post("/tokenize", prompt="ab").json["tokens"]

@@ -233,7 +233,7 @@ def test_a_signal_lets_requests_end(reader):
         asking.append(threading.Thread(target=_ask, args=(host, int(port), engine, answers)))
         asking[0].start()
 
-    run.run(serving, ask)
+    run.run(serving, run.bind("127.0.0.1", 0), ask)
     asking[0].join(5)
     engine.close()
     whole, after = answers
@@ -264,11 +264,20 @@ def _ask(host, port, engine, answers):
     connection.close()
 
 
-def test_an_address_that_is_taken(reader):
-    with run._listen("127.0.0.1", 0) as taken:
+def test_an_address_that_is_taken(serve):
+    with run.bind("127.0.0.1", 0) as taken:
+        taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(errors.UserError, match=f"--port {port}"):
-            run._listen("127.0.0.1", port)
+            run.bind("127.0.0.1", port)
+    # Two servers that load at the same time: the second one to listen cannot.
+    with run.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        second = run.bind("127.0.0.1", port)
+        first.listen()
+        serving = serve(port=port).server
+        with pytest.raises(errors.UserError, match=f"--port {port}"):
+            run.run(serving, second, lambda url: pytest.fail("it listens"))
 
 
 def test_an_error_of_the_server_is_no_traceback_for_the_client(serve, monkeypatch, capsys):

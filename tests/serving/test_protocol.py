@@ -94,6 +94,7 @@ def test_fields_of_sampling(read, given, setting):
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": "json_object"}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": 3}}, "response_format"),
         ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
@@ -213,6 +214,10 @@ def test_the_choice_of_a_tool(given, choice):
     ("given", "kind", "value", "strict"),
     [
         ({"response_format": {"type": "json_object"}}, "json_object", None, True),
+        ({"response_format": {"type": "json_object", "schema": {"type": "null"}}}, "json",
+         {"type": "null"}, False),
+        ({"response_format": {"type": "json_schema", "schema": {"type": "null"}}}, "json",
+         {"type": "null"}, False),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
             "type": "object"}}}}, "json", {"type": "object"}, False),
         ({"response_format": {"type": "json_schema", "json_schema": {"strict": True, "schema": {

@@ -132,7 +132,7 @@ def llm(url):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
-    flags = ("--context", 1024, "--served-model-name", "m")
+    flags = ("--context", 2048, "--served-model-name", "m")
     with server.running("--model", parser.parse_args().model, *flags) as url:
         return server.report(url, litellm_, langchain, pydantic_ai_, instructor_, llm)
 
