@@ -4,8 +4,10 @@ The time of a step with few sequences is the time to read the weights. So each p
 the layout that it reads fastest, with the weights that share an input (q, k and v; gate and up)
 concatenated:
 
-  dense    [N, K] in the compute dtype, one array per layer: on a CPU, XLA does not fuse unpacking
-           into a product, and it would first copy a layer out of a stack
+  dense    in the compute dtype, one array per layer: on a CPU, XLA does not fuse unpacking into a
+           product, and it would first copy a layer out of a stack. [K, N] in float32, in which a
+           product of 2 to 32 rows takes 0.75 times as long as with [N, K]; bfloat16 has [N, K],
+           with which it is faster by up to 15 %
   k_minor  int4 [L, N, K], for the tensor cores of a Hopper GPU
 """
 
@@ -124,7 +126,7 @@ def _is_int4(linear: nnx.Linear | quant_linear.QuantLinear) -> bool:
 
 
 def _dense(linears: Sequence, index: int, dtype) -> jax.Array:
-    """W [ΣN, K], dense, which concatenates the weights of one layer."""
+    """W [ΣN, K], dense, which concatenates the weights of one layer; in float32 W [K, ΣN]."""
 
     def weight(linear):
         if isinstance(linear, nnx.Linear):
@@ -132,12 +134,16 @@ def _dense(linears: Sequence, index: int, dtype) -> jax.Array:
         packed = packing.layer(linear.packed, index)
         return formats.dequantize(packed, linear.fmt, linear.in_features, dtype)
 
-    return jnp.concatenate([weight(linear).T for linear in linears])
+    each = [weight(linear) for linear in linears]
+    if dtype == jnp.float32:
+        return jnp.concatenate(each, axis=1)
+    return jnp.concatenate([weight.T for weight in each])
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x · Wᵀ."""
-    product = matmul.contract(x.reshape(-1, x.shape[-1]), weight, -1, 1)
+    """The product of x with what `_dense` returned."""
+    axis = 0 if weight.dtype == jnp.float32 else 1
+    product = matmul.contract(x.reshape(-1, x.shape[-1]), weight, -1, axis)
     return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
