@@ -45,8 +45,8 @@ def flags(**where: Any) -> arguments.Flags:
               "--model, the config of the first names the base model", action="append",
               metavar="NAME=PATH|HUB_ID")  # fmt: skip
     flags.add("--system", "system prompt (default: that of the chat template)", metavar="TEXT")
-    flags.add("--context", "maximum number of tokens of the chat (default: the model's)", type=int,
-              metavar="T")  # fmt: skip
+    flags.add("--context", "maximum number of tokens of the chat (default: the model's, up to "
+              f"{generation_config.DEFAULT_CONTEXT})", type=int, metavar="T")  # fmt: skip
     flags.group("sampling")
     flags.add("--max-new-tokens", "maximum number of tokens of an answer (default: the rest of the "
               "context)", type=int, metavar="N")  # fmt: skip

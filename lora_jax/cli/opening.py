@@ -14,7 +14,7 @@ from lora_jax import assets, console, errors, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder
 from lora_jax.cli import arguments
 from lora_jax.data import chat
-from lora_jax.generation import batch, engine
+from lora_jax.generation import batch, config, engine
 from lora_jax.generation import pool as pools
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import peft, tied_head
@@ -26,7 +26,6 @@ from lora_jax.training.settings import groups
 
 _RANKS = (8, 16)  # of a slot; an adapter of a larger rank takes several
 _BANK_SLOTS = 8
-CONTEXT = 8192  # of requests, by default, if the model allows it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +163,10 @@ def start(
 
     Raises: UserError if the memory has no room for the keys and values.
     """
-    if context is None and model.config.context > CONTEXT:
-        context = CONTEXT
+    if context is None and model.config.context > config.DEFAULT_CONTEXT:
+        context = config.DEFAULT_CONTEXT
         if processes.leads():
-            print(f"note: requests may have {CONTEXT:,} tokens; --context T allows up to "
+            print(f"note: requests may have {context:,} tokens; --context T allows up to "
                   f"{model.config.context:,}", file=sys.stderr)  # fmt: skip
     _check_room(model, found, slots, context or model.config.context, kv_dtype)
     serving = engine.Engine(

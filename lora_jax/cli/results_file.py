@@ -14,7 +14,7 @@ class ResultsFile:
     """Appends a result for each prompt, in order: {index, prompt, text, finish_reason, …}.
 
     digest: of everything that the results depend on beside the prompts; each line has it. A last
-    line that a killed run left incomplete is cut off.
+    line that a killed run left incomplete is cut off, if it is the beginning of the next result.
     Raises: UserError if another process writes to the file, or if it is of other prompts or another
     digest; the file is then as it was.
     """
@@ -49,9 +49,10 @@ class ResultsFile:
         self._file.seek(0)
         done, end = 0, 0
         for line in self._file:
-            if not line.endswith(b"\n"):
+            problem = self._problem(line, done)
+            if not line.endswith(b"\n") and self._is_torn(line, done):
                 break
-            if problem := self._problem(line, done):
+            if problem:
                 raise errors.UserError(
                     expected="the results of an earlier run with the same prompts, model and "
                     "settings, or no file",
@@ -62,6 +63,18 @@ class ResultsFile:
             done, end = done + 1, end + len(line)
         self._file.truncate(end)
         return done
+
+    def _is_torn(self, line: bytes, index: int) -> bool:
+        """Whether a last line without an end is the beginning of this result."""
+        if index >= len(self._prompts):
+            return False
+        own = self._line(index)[:-1]  # without the brace at its end
+        size = min(len(own), len(line))
+        return line[:size] == own[:size]
+
+    def _line(self, index: int, **more: Any) -> bytes:
+        line = {"index": index, "prompt": self._prompts[index], **more}
+        return json.dumps(line, ensure_ascii=False).encode()
 
     def _problem(self, line: bytes, index: int) -> str:
         try:
@@ -81,7 +94,6 @@ class ResultsFile:
     def add(self, **result: Any) -> None:
         """Writes the next result."""
         index = self.num_done
-        line = {"index": index, "prompt": self._prompts[index], **result, "settings": self._digest}
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.write(self._line(index, **result, settings=self._digest) + b"\n")
         self._file.flush()
         self.num_done += 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_jax import console, errors, extras
 from lora_jax.cli import arguments, sampling_flags
+from lora_jax.generation import config
 from lora_jax.serving import settings as serve_settings
 from lora_jax.training.settings import groups
 
@@ -29,7 +30,8 @@ class Settings:
 
     model: None: the base model of the first adapter, or without an adapter the demo model.
     adapters: {name: folder or hub id}. slots: how many choices are generated at the same time.
-    context: the most tokens of prompt and output; None: those of the model, up to opening.CONTEXT.
+    context: the most tokens of prompt and output; None: those of the model, up to
+    config.DEFAULT_CONTEXT.
     kv_dtype, speculate: see generation.Engine.
     """
 
@@ -55,7 +57,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.group("engine")
     flags.add("--slots", "choices generated at the same time", type=int, metavar="N")
     flags.add("--context", "maximum number of tokens of prompt and output (default: the model's, "
-              "up to 8192)", type=int, metavar="T")  # fmt: skip
+              f"up to {config.DEFAULT_CONTEXT})", type=int, metavar="T")  # fmt: skip
     flags.add("--kv-cache-dtype", "int8 halves the memory of keys and values, and changes the "
               "logits a little", choices=("auto", "int8"))  # fmt: skip
     flags.add("--speculate", "guess N tokens at a time from repetitions in the text, while few "

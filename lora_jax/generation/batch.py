@@ -143,7 +143,7 @@ class Batch:
             with self.on_devices():
                 if self.form:
                     own_rows = self.num_slots // self._groups
-                    forms = self.programs.derive(self._own_weights, own_rows)
+                    forms = self.programs.derive(self.weights, own_rows)
                     self._own_weights = self._own_weights._replace(forms=forms)
                 self._state = self.programs.empty(
                     self.weights, self.num_slots, self._size, self.num_adapters, self._kv_dtype

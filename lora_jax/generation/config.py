@@ -4,6 +4,7 @@ import dataclasses
 
 from lora_jax import errors
 
+DEFAULT_CONTEXT = 8192  # tokens of a served request or a chat, if the model allows so many
 MOST_LOGPROBS = 20
 MOST_STOP_IDS = 32  # of one request, when they must be excluded until min_tokens
 

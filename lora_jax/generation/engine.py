@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from lora_jax import errors, tokenizer
 from lora_jax.generation import batch as batches
 from lora_jax.generation import config as generation_config
-from lora_jax.generation import followed
 from lora_jax.generation import grammar as grammars
+from lora_jax.generation import lockstep
 from lora_jax.generation import output as outputs
 from lora_jax.generation import pool as pools
 from lora_jax.generation import request as requests
@@ -105,7 +105,7 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._followers: followed.Leader | None = None
+        self._followers: lockstep.Leader | None = None
         self._closing = False
         self._failure: str | None = None
 
@@ -178,13 +178,13 @@ class Engine:
         if self._thread is None:
             # A tokenizer that decodes refuses to encode in another thread at the same time.
             self._decoder = copy.deepcopy(self.reader)
-            self._followers = followed.leader()
+            self._followers = lockstep.leader()
             self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
             self._thread.start()
 
     def follow(self) -> None:
         """Does what the engine of process 0 does, until that is closed."""
-        while (news := followed.receive()) is not None:
+        while (news := lockstep.receive()) is not None:
             for each in news.submitted:
                 self.submit(each.prompt, each.sampling, adapters=each.adapters)
             known = {work.request.number: work for work in (*self._waiting, *self._running)}

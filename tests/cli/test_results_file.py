@@ -45,9 +45,11 @@ def test_a_file_of_something_else_is_refused_and_stays_as_it_was(tmp_path):
         with pytest.raises(errors.UserError, match=problem):
             results_file.ResultsFile(path, prompts, digest)
         assert path.read_bytes() == before
-    path.write_text('{"prompt": "a", "completion": "b"}\n')  # such as a data set
-    with pytest.raises(errors.UserError, match="another kind of file"):
-        results_file.ResultsFile(path, PROMPTS, "digest")
+    for text in ('{"prompt": "a"}\n', '{"prompt": "a"}', "notes", '{"index": 0, "prompt": "c"'):
+        path.write_text(text)  # such as a data set; the last line need not end
+        with pytest.raises(errors.UserError, match="another kind of file"):
+            results_file.ResultsFile(path, PROMPTS, "digest")
+        assert path.read_text() == text
 
 
 def test_two_processes_do_not_write_to_one_file(tmp_path):

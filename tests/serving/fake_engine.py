@@ -46,10 +46,10 @@ class Engine:
         self._waiting = queue.SimpleQueue()
         self._thread = None
 
-    def submit(self, prompt, sampling, *, adapters={}, listener=None):  # noqa: B006
+    def submit(self, prompt, sampling, *, adapters=None, listener=None):
         if any(each >= len(self.reader) for each in prompt):
             raise errors.UserError(expected="ids of the vocabulary", found=str(max(prompt)))
-        made = request.Request(tuple(prompt), sampling, adapters, listener=listener)
+        made = request.Request(tuple(prompt), sampling, adapters or {}, listener=listener)
         self.asked.append(made)
         self._waiting.put(made)
         return made
