@@ -226,14 +226,26 @@ def test_at_a_terminal_ctrl_c_stops_answers_and_twice_at_the_prompt_the_chat():
     os.close(follower)
     seen = ""
 
-    def until(text):
+    def shows(text, seconds):
         nonlocal seen
-        end = time.monotonic() + 60
+        end = time.monotonic() + seconds
         while text not in seen and time.monotonic() < end:
             if select.select([leader], [], [], 1)[0]:
                 seen += os.read(leader, 4096).decode()
-        assert text in seen, seen
+        return text in seen
+
+    def until(text):
+        nonlocal seen
+        assert shows(text, 60), seen
         seen = seen.partition(text)[2]
+
+    def press_until(text):
+        """Python notices Ctrl-C between a prompt and the read after it only with the next one."""
+        for _ in range(3):
+            typed("\x03")
+            if shows(text, 5):
+                break
+        until(text)
 
     def typed(text):
         os.write(leader, text.encode())
@@ -247,17 +259,14 @@ def test_at_a_terminal_ctrl_c_stops_answers_and_twice_at_the_prompt_the_chat():
     typed("hello\n")
     until("you said hello")
     until("> ")
-    typed("\x03")
-    until("Ctrl-C again")
+    press_until("Ctrl-C again")
     until("> ")
     typed("again\n")  # in between, so that the next one is the first
     until("you said again")
     until("> ")
-    typed("\x03")
-    until("Ctrl-C again")
+    press_until("Ctrl-C again")
     until("> ")
-    typed("\x03")
-    until("ended well")
+    press_until("ended well")
     assert running.wait(60) == 0
     os.close(leader)
 
