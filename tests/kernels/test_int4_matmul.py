@@ -203,6 +203,22 @@ def test_layers_in_a_scan_keep_no_dense_weight(fmt):
     assert "f32[3,64,64]" in hlo(dense)  # so the search would find them
 
 
+@pytest.mark.parametrize("fmt", ["int4", "nf4"])
+def test_experts_are_mapped_over(fmt):
+    """Each with its own weight: the kernels for all platforms are traced."""
+    each = [packed_weight(fmt, 256, 128), packed_weight(fmt, 256, 128)._replace(
+        scale=2 * packed_weight(fmt, 256, 128).scale
+    )]  # fmt: skip
+    packed, x = jax.tree.map(lambda *parts: jnp.stack(parts), *each), normal(1, 2, 5, 256)
+    dy = normal(2, 2, 5, 128)
+    run = functools.partial(value_and_vjp, multiply(fmt))
+    found = jax.jit(jax.vmap(run))(jnp.asarray(x), packed, jnp.asarray(dy))
+    for number, own in enumerate(each):
+        expected = run(jnp.asarray(x[number]), own, jnp.asarray(dy[number]))
+        for value, alone in zip(found, expected, strict=True):
+            np.testing.assert_allclose(value[number], alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("fmt", ["int4", "nf4", "fp4"])
 def test_nibble_i_of_word_j_is_row_8j_plus_i(fmt):
     """Setting one nibble changes exactly one row of one column."""

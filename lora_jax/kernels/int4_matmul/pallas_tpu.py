@@ -109,10 +109,7 @@ def _call(
     if not interpret:
         # XLA does not know that the kernel reads one layer, and would move a whole stack into the
         # memory on the chip in each iteration of a loop.
-        q, scale, column_scale = (
-            pltpu.with_memory_space_constraint(stack, pltpu.HBM)
-            for stack in (q, scale, column_scale)
-        )
+        q, scale, column_scale = map(_in_main_memory, (q, scale, column_scale))
     # A block of scales covers `shared` tiles, as many as make its rows whole, or all of them.
     tile_groups = tile_k // group
     shared = math.lcm(tile_groups, tpu_tiles.scale_unit(scale.dtype)) // tile_groups
@@ -153,6 +150,17 @@ def _call(
         ),
         interpret=interpret,
     )(layer, x, q, scale, column_scale)
+
+
+@jax.custom_batching.custom_vmap
+def _in_main_memory(stack: jax.Array) -> jax.Array:
+    """The same array, which XLA leaves where it is."""
+    return pltpu.with_memory_space_constraint(stack, pltpu.HBM)
+
+
+@_in_main_memory.def_vmap
+def _(_, batched, stack):  # for which JAX has no rule
+    return _in_main_memory(stack), batched[0]
 
 
 def _kernel(group, scaled_in, steps, shared, transpose, *refs):
