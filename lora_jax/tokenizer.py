@@ -160,6 +160,16 @@ def check_ids(
         )
 
 
+def check_text(texts: Iterable[str]) -> None:
+    """Raises: UserError if a text has half of a character, which a wrong encoding leaves."""
+    if broken := [text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)]:
+        raise errors.UserError(
+            expected="text in UTF-8",
+            found=[ascii(text[:60]) for text in broken],
+            do="check the terminal's or the file's encoding",
+        )
+
+
 def encode(
     tokenizer: "transformers.PreTrainedTokenizerBase", texts: Sequence[str]
 ) -> list[list[int]]:
@@ -170,12 +180,7 @@ def encode(
     """
     if not texts:
         return []
-    if broken := [text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)]:
-        raise errors.UserError(
-            expected="text in UTF-8",
-            found=[ascii(text[:60]) for text in broken],
-            do="check the terminal's or the file's encoding",
-        )
+    check_text(texts)
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     bodies = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids

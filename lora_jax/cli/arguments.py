@@ -20,7 +20,8 @@ from lora_jax.training.settings import assemble, groups, names
 Given = dict[str, Any]  # {flag, with _ for -: value} of the typed flags
 
 # Flags with a path on this machine.
-_PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file", "config")
+_PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file",
+          "output_file", "config")  # fmt: skip
 _PROCESSES = ("coordinator", "num_processes", "process_id")
 
 

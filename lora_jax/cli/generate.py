@@ -1,19 +1,23 @@
 """Continue prompts with a LLaMA, with or without a LoRA adapter."""
 
-import contextlib
 import dataclasses
-import hashlib
+import datetime
 import json
 import pathlib
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_jax import console, errors
 from lora_jax.cli import arguments, results_file, sampling_flags
 from lora_jax.generation import config as generation_config
-from lora_jax.generation import request
 from lora_jax.parallel import processes
-from lora_jax.training.settings import groups
+from lora_jax.training.settings import checks, groups
+
+if TYPE_CHECKING:
+    from lora_jax.cli import opening
+    from lora_jax.data import prompt_files
+    from lora_jax.generation import request
 
 DEFAULTS = {**dataclasses.asdict(generation_config.Sampling()), "seed": 0, "slots": 64}
 DESCRIPTION = """\
@@ -21,6 +25,7 @@ Continue prompts with a LLaMA, with or without a LoRA adapter.
 
   lora-jax generate --adapter runs/…/adapter --quant int4 --prompt "…"
   lora-jax generate --model huggyllama/llama-7b --use-4bit --prompt "…"
+  lora-jax generate --adapter … --prompts-file IN.jsonl --output-file OUT.jsonl
 """
 
 
@@ -28,18 +33,19 @@ Continue prompts with a LLaMA, with or without a LoRA adapter.
 class GenerateSettings:
     """The prompts, the model and adapter, and how tokens are sampled.
 
-    model: None: the base model of the adapter, or without an adapter the demo model. slots: how
-    many prompts are continued at a time. output: the file of the results; None: they are printed.
+    model: None: the base model of the adapter, or without an adapter the demo model. chat: a text
+    is a user's message. chat_time: what a chat template prints; None: the present.
     """
 
     model: str | None
     base: groups.ModelSettings
     adapter: str | None
-    prompts: tuple[str, ...]
+    prompts: "tuple[prompt_files.Prompt, ...]"
     chat: bool
+    chat_time: str | None
+    output_file: pathlib.Path | None
     sampling: generation_config.Sampling
     slots: int
-    output: pathlib.Path | None = None
 
 
 def flags(**where: Any) -> arguments.Flags:
@@ -50,23 +56,26 @@ def flags(**where: Any) -> arguments.Flags:
               metavar="PATH|HUB_ID")  # fmt: skip
     flags.group("prompts")
     flags.add("--prompt", "text to continue; may be repeated", action="append")
-    flags.add("--prompts-file", "file with one prompt per line; .jsonl: with an object that has "
-              "`prompt` on each", metavar="FILE")  # fmt: skip
-    flags.add("--output-file", "write a JSON object for each prompt, as they come; the same "
-              "command continues after the last one", metavar="FILE.jsonl")  # fmt: skip
-    flags.switch("--chat", "apply the chat template to each prompt")
+    flags.add("--prompts-file", "file with one prompt per line; or .jsonl, .json, .csv, .parquet "
+              "with prompt or messages in each example", metavar="FILE")  # fmt: skip
+    flags.switch("--chat", "apply the chat template to each prompt; messages always need it")
+    flags.add("--chat-time", "the time that a chat template prints, e.g. 2026-01-31 (default: the "
+              "present)", metavar="TIME")  # fmt: skip
+    flags.add("--output-file", "write the results as JSON lines; the same command goes on with "
+              "the file of a run that was stopped", metavar="FILE.jsonl")  # fmt: skip
     flags.group("sampling")
     flags.add("--max-new-tokens", "maximum number of generated tokens", type=int, metavar="N")
     sampling_flags.add(flags)
-    flags.add("--repetition-penalty", "divides the positive logits of tokens that were there",
+    flags.add("--repetition-penalty", "divides the logits of tokens in the prompt and the output",
               type=float, metavar="P")  # fmt: skip
-    flags.add("--presence-penalty", "subtracted from the logits of generated tokens", type=float,
-              metavar="P")  # fmt: skip
-    flags.add("--frequency-penalty", "the same for each time a token was generated", type=float,
-              metavar="P")  # fmt: skip
-    flags.add("--stop", "text at which to stop; may be repeated", action="append", metavar="TEXT")
-    flags.add("--min-tokens", "do not stop before N tokens", type=int, metavar="N")
-    flags.switch("--ignore-eos", "do not stop at the model's stop tokens")
+    flags.add("--presence-penalty", "subtracted from the logit of each token in the output",
+              type=float, metavar="P")  # fmt: skip
+    flags.add("--frequency-penalty", "subtracted as often as the token is in the output",
+              type=float, metavar="P")  # fmt: skip
+    flags.add("--stop", "text that ends a continuation, and is not part of it; may be repeated",
+              action="append", metavar="TEXT")  # fmt: skip
+    flags.add("--min-tokens", "generate at least N tokens", type=int, metavar="N")
+    flags.switch("--ignore-eos", "do not stop at the model's end of text")
     flags.add("--slots", "prompts that are continued at the same time", type=int, metavar="N")
     arguments.add_processes(flags)
     return flags
@@ -79,130 +88,183 @@ def parse(argv: list[str] | None = None) -> arguments.Given:
 
 def settings_of(typed: arguments.Given) -> GenerateSettings:
     """The settings from the typed flags. Raises: UserError if they contradict each other."""
+    from lora_jax.data import prompt_files  # imported late, to keep --help fast
+
     problems: list[errors.UserError] = []
     base = sampling_flags.base(typed, problems)
-    prompts = list(typed.get("prompt", []))
+    data = groups.DataSettings(chat_time=typed.get("chat_time"))
+    problems += checks.chat_time(data)
+    prompts = [prompt_files.Prompt(text, "--prompt") for text in typed.get("prompt", ())]
+    before = len(problems)
     if "prompts_file" in typed:
         with errors.noted(problems):
-            prompts += _lines(pathlib.Path(typed["prompts_file"]))
-    elif not prompts:
-        problems.append(
-            errors.UserError(expected="at least one prompt", found="none", do='--prompt "…"')
-        )
+            prompts += prompt_files.read(pathlib.Path(typed["prompts_file"]))
+    if not prompts and len(problems) == before:
+        problems.append(errors.UserError(
+            expected="at least one prompt", found="none", where=typed.get("prompts_file"),
+            do='--prompt "…"',
+        ))  # fmt: skip
     values = DEFAULTS | typed
     sampling = sampling_flags.sampling(values, problems)
+    problems += _out_of_range(values)
     if problems:
         raise errors.UserError.together(problems)
     return GenerateSettings(
-        typed.get("model"), base, typed.get("adapter"), tuple(prompts),
-        bool(typed.get("chat")), sampling, values["slots"],
-        pathlib.Path(typed["output_file"]) if "output_file" in typed else None,
+        typed.get("model"), base, typed.get("adapter"), tuple(prompts), bool(typed.get("chat")),
+        data.chat_time, pathlib.Path(typed["output_file"]) if "output_file" in typed else None,
+        sampling, values["slots"],
     )  # fmt: skip
+
+
+def _out_of_range(values: arguments.Given) -> Iterator[errors.UserError]:
+    if values["slots"] < 1:
+        yield errors.UserError(expected="at least 1", found=f"--slots {values['slots']}")
+    if values["min_tokens"] > values["max_new_tokens"]:
+        yield errors.UserError(
+            expected="--min-tokens up to --max-new-tokens",
+            found=f"{values['min_tokens']} and {values['max_new_tokens']}",
+        )
 
 
 def main() -> int:
     settings = settings_of(arguments.join(parse()))
-    if settings.output is None:
-        texts = continuations(settings)
-        for prompt, text in zip(settings.prompts, texts, strict=True):
-            shown = f"> {prompt}\n{text}" if settings.chat else f"{prompt}{text}"
-            print(shown, end="\n\n", flush=True)
-        return 0
-    with contextlib.ExitStack() as opened:
-        written, file = 0, None
-        if processes.leads():
-            digest = _digest(settings)
-            file = results_file.ResultsFile(settings.output, settings.prompts, digest)
-            opened.callback(file.close)
-            written = file.num_done
-        _write(settings, file, processes.broadcast(written))
+    from lora_jax.cli import opening
+
+    found = opening.files(settings.base, settings.model, settings.adapter)
+    if processes.leads():
+        _say_what_is_unusual(settings)
+    if settings.output_file is None:
+        encoded, _ = _encoded(settings, found, None)
+        for prompt, result in zip(
+            settings.prompts, _results(settings, found, encoded), strict=True
+        ):
+            print(_shown(settings, prompt, result.text), end="\n\n", flush=True)
+    elif processes.leads():
+        with results_file.ResultsFile(settings.output_file) as file:
+            _write(settings, found, file)
+    else:
+        _write(settings, found, None)
     return 0
 
 
-def _write(settings: GenerateSettings, file: results_file.ResultsFile | None, written: int) -> None:
-    """Writes the results that are not in the file yet; only one process has it."""
-    total = len(settings.prompts)
-    if file and written:
-        console.say("resume", f"{written} of {total} results are in {settings.output}")
-    if written < total:
-        with console.bar(total, written, "prompt") as bar:
-            for result in results(settings, first=written):
-                if file:
-                    file.add(text=result.text, finish_reason=result.finish_reason,
-                             num_tokens=len(result.tokens))  # fmt: skip
-                bar.update()
-    if file:
-        console.say("results", f"{total} in {settings.output}")
+def _write(
+    settings: GenerateSettings, found: "opening.Files", file: results_file.ResultsFile | None
+) -> None:
+    """Generates what the file has not yet. file: None in all processes but the first."""
+    encoded, time = _encoded(settings, found, file)
+    begun = list(_begun(settings, found, encoded, time))
+    processes.same("prompts", results_file.digest(begun))
+    done = processes.broadcast(file.resume(begun) if file else 0)
+    total = len(begun)
+    if done:
+        console.say("results", f"{done:,} of {total:,} prompts are done in {settings.output_file}")
+    if done == total:
+        return
+    with console.bar(total, done, "prompt") as bar:
+        generated = _results(settings, found, encoded, done)
+        for number, result in enumerate(generated, start=done):
+            if file:
+                file.add(begun[number], {
+                    "text": result.text,
+                    "finish_reason": result.finish_reason,
+                    "num_tokens": len(result.tokens),
+                })  # fmt: skip
+            bar.update()
+    console.say("results", f"{total - done:,} continuations written to {settings.output_file}")
 
 
-def continuations(settings: GenerateSettings) -> Iterator[str]:
-    """Yields the continuation of each prompt."""
-    return (result.text for result in results(settings))
+def _encoded(
+    settings: GenerateSettings, found: "opening.Files", file: results_file.ResultsFile | None
+) -> "tuple[list[prompt_files.Ids], str | None]":
+    """(the ids of each prompt, the time that the chat template prints or None).
 
-
-def results(settings: GenerateSettings, first: int = 0) -> Iterator[request.Result]:
-    """Yields the result of each prompt, from prompt number `first`."""
+    Raises: UserError with all prompts that are too long.
+    """
     from lora_jax import tokenizer
-    from lora_jax.cli import opening
+    from lora_jax.data import clock, prompt_files
     from lora_jax.generation import engine
 
-    found = opening.files(settings.base, settings.model, settings.adapter)
-    if settings.chat:
-        encoded = [tokenizer.chat_prompt(found.reader, prompt) for prompt in settings.prompts]
-    else:
-        encoded = tokenizer.encode(found.reader, list(settings.prompts))
-    tokenizer.check_ids(found.reader, encoded, found.num_tokens)
-    num_new = settings.sampling.max_new_tokens
-    for ids in encoded:
-        engine.check_length(len(ids), num_new, found.context)
+    time = None
+    is_chat = settings.chat or any(isinstance(each.value, list) for each in settings.prompts)
+    if is_chat and clock.is_read(found.reader):
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        time = settings.chat_time or processes.broadcast((file and file.chat_time()) or now)
+        clock.stop(found.reader, time)
+    encoded = prompt_files.encode(settings.prompts, found.reader, as_chat=settings.chat)
+    problems: list[errors.UserError] = []
+    with errors.noted(problems):
+        tokenizer.check_ids(found.reader, encoded, found.num_tokens)
+    for prompt, ids in zip(settings.prompts, encoded, strict=True):
+        with errors.noted(problems):
+            engine.check_length(
+                len(ids), settings.sampling.max_new_tokens, found.context, where=prompt.origin
+            )
+    if problems:
+        raise errors.UserError.together(problems)
+    return encoded, time
+
+
+def _begun(
+    settings: GenerateSettings,
+    found: "opening.Files",
+    encoded: "list[prompt_files.Ids]",
+    time: str | None,
+) -> Iterator[dict[str, Any]]:
+    """What the line of each prompt has, whatever is generated."""
+    how = results_file.digest(
+        results_file.digest_of_base(found.folder),
+        results_file.digest_of_adapter(found.adapter) if found.adapter else None,
+        [found.quant, settings.base.quant_fast, settings.base.dtype],
+        found.eos_ids,
+        dataclasses.asdict(settings.sampling),
+    )
+    for index, (prompt, ids) in enumerate(zip(settings.prompts, encoded, strict=True)):
+        plain = json.loads(json.dumps(prompt.value, default=str))
+        begun = {
+            "index": index,
+            "prompt": plain,
+            "settings": results_file.digest(how, ids.tobytes()),
+        }
+        yield begun if time is None else {**begun, "chat_time": time}
+
+
+def _results(
+    settings: GenerateSettings,
+    found: "opening.Files",
+    encoded: "list[prompt_files.Ids]",
+    done: int = 0,
+) -> Iterator["request.Result"]:
+    """Yields the results of the prompts after those that are done."""
+    from lora_jax.cli import opening
+
+    # The slots are those of the whole run, because other shapes are rounded in other ways.
     serving = opening.start(
         found,
         opening.load(settings.base, found),
         slots=min(len(encoded), settings.slots),
-        context=max(map(len, encoded)) + num_new,
+        context=max(map(len, encoded)) + settings.sampling.max_new_tokens,
+        fewer=True,
     )
+    sampling = dataclasses.replace(settings.sampling, seed=settings.sampling.seed + done)
     with serving:
-        seed = settings.sampling.seed + first
-        sampling = dataclasses.replace(settings.sampling, seed=seed)
-        yield from serving.generate(encoded[first:], sampling)
+        yield from serving.generate(encoded[done:], sampling)
 
 
-def _digest(settings: GenerateSettings) -> str:
-    """Of what the results depend on: the model's name, the adapter's files, the settings."""
-    known = dataclasses.asdict(settings)
-    for name in ("prompts", "output", "slots"):
-        del known[name]
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    if settings.adapter and (folder := pathlib.Path(settings.adapter)).is_dir():
-        for path in sorted(folder.glob("adapter*")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _shown(settings: GenerateSettings, prompt: "prompt_files.Prompt", text: str) -> str:
+    if isinstance(prompt.value, str):
+        return f"> {prompt.value}\n{text}" if settings.chat else f"{prompt.value}{text}"
+    content = prompt.value[-1].get("content")
+    if isinstance(content, list):
+        content = json.dumps(content, ensure_ascii=False)
+    return f"{content or ''}{text}" if prompt.continues else f"> {content or ''}\n{text}"
 
 
-def _lines(path: pathlib.Path) -> list[str]:
-    """The prompts of a file. Raises: UserError with each line that has none."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.UserError(
-            expected="a UTF-8 text file with one prompt per line",
-            found=getattr(error, "strerror", str(error)),
-            where=str(path),
-        ) from None
-    if path.suffix != ".jsonl":
-        return [line for line in lines if line.strip()]
-    prompts, wrong = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(json.loads(line)["prompt"])
-            if not isinstance(prompts[-1], str):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
-            wrong.append(f"line {number}: {line[:60]}")
-    if wrong:
-        raise errors.UserError(
-            expected='an object with a text as "prompt" on each line', found=wrong, where=str(path)
-        )
-    return prompts
+def _say_what_is_unusual(settings: GenerateSettings) -> None:
+    """Prints what of the prompts may not be what a user means."""
+    if count := sum(each.continues for each in settings.prompts):
+        print(f"note: {count} of the chats end with an answer, which is continued; leave it out "
+              "to have it written anew", file=sys.stderr)  # fmt: skip
+    texts = [each.value for each in settings.prompts if each.origin != "--prompt"]
+    if texts and all(isinstance(each, str) and each[:1] + each[-1:] == "{}" for each in texts):
+        print("note: the prompts look like JSON, but each line is read as a text; to read their "
+              "fields, name the file .jsonl", file=sys.stderr)  # fmt: skip

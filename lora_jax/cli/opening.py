@@ -16,6 +16,7 @@ from lora_jax.cli import arguments
 from lora_jax.data import chat
 from lora_jax.generation import batch, config, engine
 from lora_jax.generation import pool as pools
+from lora_jax.generation import weights as decode_weights
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import peft, tied_head
 from lora_jax.lora.nnx import bank
@@ -26,6 +27,7 @@ from lora_jax.training.settings import groups
 
 _RANKS = (8, 16)  # of a slot; an adapter of a larger rank takes several
 _BANK_SLOTS = 8
+_SHARE = 0.8  # of the free memory, for keys and values; the rest is for a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +159,12 @@ def start(
     slots: int,
     context: int | None = None,
     kv_dtype: str | None = None,
+    fewer: bool = False,
     **how: Any,
 ) -> engine.Engine:
     """The engine for a loaded model. how: see engine.Engine.
+
+    fewer: with as many of the slots as the memory has room for.
 
     Raises: UserError if the memory has no room for the keys and values.
     """
@@ -168,7 +173,15 @@ def start(
         if processes.leads():
             print(f"note: requests may have {context:,} tokens; --context T allows up to "
                   f"{model.config.context:,}", file=sys.stderr)  # fmt: skip
-    _check_room(model, found, slots, context or model.config.context, kv_dtype)
+    own = context or model.config.context
+    wanted = slots
+    if fewer:
+        slots = processes.broadcast(_fitting(model, found, slots, own, kv_dtype))
+    _check_room(model, found, slots, own, kv_dtype, fixed=not fewer)
+    if slots < wanted and processes.leads():
+        size = console.size(_cache_bytes(model, found, wanted, own, kv_dtype))
+        print(f"note: {slots} prompts at a time, because the keys and values of {wanted} take "
+              f"{size}, which does not fit into the free memory", file=sys.stderr)  # fmt: skip
     serving = engine.Engine(
         model, found.reader, eos_ids=found.eos_ids, slots=slots, context=context, mesh=found.mesh,
         kv_dtype=kv_dtype, **how,
@@ -180,21 +193,44 @@ def start(
     return serving
 
 
-def _check_room(model, found: Files, slots: int, context: int, kv_dtype: str | None) -> None:
-    device = found.mesh.local_devices[0]
-    free = devices.free_bytes(device)
-    places = batch.size(model.config, context)
-    shape = jax.eval_shape(lambda: model.empty_cache(slots, places, kv_dtype))
-    where = sharding.cache(slots, model.config.num_key_value_heads, found.mesh)
-    needed = sum(
-        math.prod(where.shard_shape(part.shape)) * part.dtype.itemsize
-        for part in jax.tree.leaves(shape)
-    )
+def _fitting(model, found: Files, slots: int, context: int, kv_dtype: str | None) -> int:
+    """The slots, halved until their cache leaves room for a step."""
+    free = devices.free_bytes(found.mesh.local_devices[0])
+    form = decode_weights.choose(model, found.mesh)
+    room = (free or 0) - (decode_weights.num_bytes(model, form) if form else 0)
+    fitting = slots
+    while (
+        free is not None
+        and fitting > 1
+        and _cache_bytes(model, found, fitting, context, kv_dtype) > _SHARE * room
+    ):
+        fitting //= 2
+    return fitting
+
+
+def _check_room(
+    model, found: Files, slots: int, context: int, kv_dtype: str | None, *, fixed: bool
+) -> None:
+    """fixed: the number of slots and the context were given."""
+    free = devices.free_bytes(found.mesh.local_devices[0])
+    needed = _cache_bytes(model, found, slots, context, kv_dtype)
     if free is not None and needed > free and processes.leads():
         raise errors.UserError(
             expected=f"keys and values that fit into the {console.size(free)} that are free",
             found=f"{slots} slots of {context} tokens, which take {console.size(needed)} on a "
             "device",
-            do="lower --slots or --context"
-            + ("" if kv_dtype else ", or use --kv-cache-dtype int8"),
+            do="lower --slots or --context" + ("" if kv_dtype else ", or use --kv-cache-dtype int8")
+            if fixed
+            else "lower --max-new-tokens, or shorten the longest prompt",
         )
+
+
+def _cache_bytes(model, found: Files, slots: int, context: int, kv_dtype: str | None) -> int:
+    """Of the keys and values on a device."""
+    places = batch.size(model.config, context)
+    shape = jax.eval_shape(lambda: model.empty_cache(slots, places, kv_dtype))
+    where = sharding.cache(slots, model.config.num_key_value_heads, found.mesh)
+    return sum(
+        math.prod(where.shard_shape(part.shape)) * part.dtype.itemsize
+        for part in jax.tree.leaves(shape)
+    )

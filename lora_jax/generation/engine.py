@@ -443,19 +443,21 @@ class Engine:
             raise errors.UserError.together(problems)
 
 
-def check_length(num_prompt_tokens: int, max_new_tokens: int, context: int) -> None:
+def check_length(
+    num_prompt_tokens: int, max_new_tokens: int, context: int, *, where: str = "--prompt"
+) -> None:
     """Raises UserError if the prompt has no tokens, or leaves no room for the new ones."""
     if num_prompt_tokens == 0:
         raise errors.UserError(
             expected="a prompt of at least one token",
             found="an empty prompt, and a tokenizer that adds no BOS",
-            where="--prompt",
+            where=where,
         )
     if num_prompt_tokens + max_new_tokens > context:
         raise errors.UserError(
             expected=f"prompt + new tokens within the model's context of {context} tokens",
             found=f"a prompt of {num_prompt_tokens} tokens + {max_new_tokens} new ones",
-            where="--prompt, --max-new-tokens",
+            where=where,
             do=f"shorten the prompt, or --max-new-tokens {max(context - num_prompt_tokens, 1)}"
             if num_prompt_tokens < context
             else "shorten the prompt",

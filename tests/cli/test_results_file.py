@@ -1,80 +1,99 @@
-"""`generate --output-file`: results as they come, and a second run that continues."""
+"""`generate --output-file`: its lines, and how a run that was stopped goes on."""
 
 import json
+import pathlib
 
-import cli
 import pytest
 
 from lora_jax import errors
 from lora_jax.cli import results_file
 
-PROMPTS = ("a", "b", "ü")
+BEGUN = [{"index": n, "prompt": f"é{n}", "settings": f"d{n}"} for n in range(3)]
+FOUND = {"text": "a\nb\u2028", "finish_reason": "stop", "num_tokens": 2}
 
 
-def filled(path, count=3):
-    file = results_file.ResultsFile(path, PROMPTS, "digest")
-    for number in range(count):
-        file.add(text=f"text {number}", finish_reason="stop", num_tokens=number)
-    file.close()
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "new/results.jsonl"
 
 
-def test_a_torn_line_is_cut_off_and_the_rest_is_kept(tmp_path):
-    whole, torn = tmp_path / "whole.jsonl", tmp_path / "new" / "torn.jsonl"
-    filled(whole)
-    lines = whole.read_bytes().splitlines(keepends=True)
-    assert json.loads(lines[2]) == {
-        "index": 2, "prompt": "ü", "text": "text 2", "finish_reason": "stop", "num_tokens": 2,
-        "settings": "digest",
-    }  # fmt: skip
-    torn.parent.mkdir()
-    torn.write_bytes(lines[0] + lines[1][:20])
-    file = results_file.ResultsFile(torn, PROMPTS, "digest")
-    file.close()
-    assert (file.num_done, torn.read_bytes()) == (1, lines[0])
+def write(path, begun=BEGUN):
+    with results_file.ResultsFile(path) as file:
+        for each in begun[file.resume(begun) :]:
+            file.add(each, FOUND)
+    return path.read_bytes()
 
 
-def test_a_file_of_something_else_is_refused_and_stays_as_it_was(tmp_path):
-    path = tmp_path / "out.jsonl"
-    filled(path, 2)
-    before = path.read_bytes()
-    for prompts, digest, problem in (
-        (("a", "c"), "digest", "line 2.*|another prompt"),
-        (("a",), "digest", "another prompt"),
-        (PROMPTS, "other", "another model or other settings"),
+def resumed(path, begun=BEGUN):
+    with results_file.ResultsFile(path) as file:
+        return file.resume(begun)
+
+
+def test_a_file_that_ends_anywhere_is_completed(path):
+    whole = write(path)
+    rows = [json.loads(line) for line in whole.decode().removesuffix("\n").split("\n")]
+    assert rows == [{**each, **FOUND} for each in BEGUN]
+    assert [*rows[0]] == ["index", "prompt", "text", "finish_reason", "num_tokens", "settings"]
+    for end in range(len(whole) + 1):
+        path.write_bytes(whole[:end])
+        assert resumed(path) == whole[:end].count(b"\n")
+        assert write(path) == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('{"prompt": "mine"}\n', "not prompt 0"),
+        ('{"prompt": "mine"}', "no such run"),
+        ("a text of mine\n", "not prompt 0"),
+        ("\n", "not prompt 0"),
+        ('{"index": 0, "prompt": "é0", "settings": "other"}\n', "another model"),
+        ('{"index": 0, "prompt": "other", "settings": "d0"}\n', "not prompt 0"),
+    ],
+)
+def test_another_file_is_refused_and_stays_as_it_is(path, content, found):
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(errors.UserError, match=found):
+        resumed(path)
+    assert path.read_text() == content
+
+
+def test_fewer_prompts_are_refused_and_more_are_added(path):
+    whole = write(path)
+    with pytest.raises(errors.UserError, match="more lines than the 2 prompts"):
+        resumed(path, BEGUN[:2])
+    assert path.read_bytes() == whole
+    assert resumed(path, [*BEGUN, {**BEGUN[0], "index": 3}]) == 3
+
+
+def test_a_second_process_is_refused(path):
+    with (
+        results_file.ResultsFile(path),
+        pytest.raises(errors.UserError, match="another run is writing"),
     ):
-        with pytest.raises(errors.UserError, match=problem):
-            results_file.ResultsFile(path, prompts, digest)
-        assert path.read_bytes() == before
-    for text in ('{"prompt": "a"}\n', '{"prompt": "a"}', "notes", '{"index": 0, "prompt": "c"'):
-        path.write_text(text)  # such as a data set; the last line need not end
-        with pytest.raises(errors.UserError, match="another kind of file"):
-            results_file.ResultsFile(path, PROMPTS, "digest")
-        assert path.read_text() == text
+        results_file.ResultsFile(path)
+    assert resumed(path) == 0
 
 
-def test_two_processes_do_not_write_to_one_file(tmp_path):
-    first = results_file.ResultsFile(tmp_path / "out.jsonl", PROMPTS, "digest")
-    with pytest.raises(errors.UserError, match="in use"):
-        results_file.ResultsFile(tmp_path / "out.jsonl", PROMPTS, "digest")
-    first.close()
-    results_file.ResultsFile(tmp_path / "out.jsonl", PROMPTS, "digest").close()
+def test_a_full_disk_and_a_folder_are_errors(tmp_path):
+    with pytest.raises(errors.UserError, match="No space left"):
+        with results_file.ResultsFile(pathlib.Path("/dev/full")) as file:
+            file.add(BEGUN[0], FOUND)
+    with pytest.raises(errors.UserError, match="Is a directory"):
+        results_file.ResultsFile(tmp_path)
 
 
-def test_a_run_that_is_continued_gives_the_results_of_one_that_was_not(tmp_path):
-    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    texts = ["In Milan", "Eva has", "Tom has 41 cats."]
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    flags = ("generate", "--prompts-file", prompts, "--output-file", out, "--temperature", "1",
-             "--max-new-tokens", "6", "--stop", "never", "--repetition-penalty", "1.1")  # fmt: skip
-    cli.run(*flags)
-    whole = out.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    assert [json.loads(line)["prompt"] for line in lines] == texts
-    out.write_bytes(lines[0] + lines[1][:9])
-    ended = cli.run(*flags)
-    assert out.read_bytes() == whole
-    assert "1 of 3 results" in ended.out
-    assert "3 in" in cli.run(*flags).out  # nothing is left
-    prompts.write_text('{"prompt": "a"}\nb\n{"text": "c"}\n')
-    refused = cli.refused("generate", "--prompts-file", prompts)
-    assert "line 2: b" in refused and "line 3" in refused
+def test_the_digests_change_with_what_they_are_of(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder, name in ((base, "config"), (adapter, "adapter_config")):
+        folder.mkdir()
+        (folder / f"{name}.json").write_text("{}")
+        (folder / f"{name}.safetensors").write_bytes(bytes(10_000_000))
+    found = results_file.digest_of_base(base), results_file.digest_of_adapter(adapter)
+    (base / "README.md").write_text("a")
+    assert found == (results_file.digest_of_base(base), results_file.digest_of_adapter(adapter))
+    (base / "config.safetensors").write_bytes(b"\1" * 10_000_000)
+    (adapter / "adapter_config.safetensors").write_bytes(bytes(9_999_999) + b"\1")
+    assert found[0] != results_file.digest_of_base(base)
+    assert found[1] != results_file.digest_of_adapter(adapter)
