@@ -24,8 +24,9 @@ from lora_jax.models import config as model_config
 from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
 
-CHUNKS = (32, 128, 512)  # tokens of a prompt that are computed at once
-_SHORTEST_SPAN = 256
+CHUNKS = (32, 64, 128, 512)  # tokens of a prompt that are computed at once
+_MOST_AT_ONCE = 512  # tokens of prompts between two steps, so that they do not stall the others
+_SHORTEST_SPAN = 128
 
 
 @dataclasses.dataclass
@@ -54,7 +55,7 @@ class Work:
     @property
     def is_ready(self) -> bool:
         """Whether the whole prompt but its last token is in the cache."""
-        return self.filled == len(self.request.prompt) - 1
+        return _unfilled(self) == 0
 
     @property
     def length(self) -> int:
@@ -220,13 +221,49 @@ class Batch:
         return _reading(works, tokens, counted, found)
 
     def fill(self, works: Sequence[Work]) -> None:
-        """Starts the next chunk of a prompt, one in each group of slots."""
+        """Starts the computation of prompts, up to _MOST_AT_ONCE tokens in each group of slots."""
+        left = _MOST_AT_ONCE
+        while left > 0:
+            waiting = [work for work in works if not work.is_ready and not work.done]
+            if not waiting:
+                return
+            fill = self._fill_slots if self._is_together(waiting) else self._fill_one
+            left -= fill(waiting)
+
+    def _is_together(self, waiting: Sequence[Work]) -> bool:
+        """Whether to compute a chunk of the prompts in all slots at once, not one after the other.
+
+        A slot whose prompt does not wait computes padding, so half of them have to.
+        """
+        scored = any(work.request.sampling.prompt_logprobs is not None for work in waiting)
+        return 2 * len(waiting) >= self.num_slots > self._groups and not scored
+
+    def _fill_slots(self, waiting: Sequence[Work]) -> int:
+        """Fills a chunk of each prompt; returns its tokens in a group of slots."""
+        fair = _MOST_AT_ONCE * self._groups // self.num_slots
+        size = max((each for each in CHUNKS if each <= fair), default=CHUNKS[0])
+        ids = np.zeros((self.num_slots, size), np.int32)
+        start, num_real, length = (np.zeros(self.num_slots, np.int32) for _ in range(3))
+        for work in waiting:
+            own = work.request.prompt[work.filled : work.filled + min(size, _unfilled(work))]
+            slot = work.slot.index
+            ids[slot, : len(own)] = own
+            start[slot], num_real[slot] = work.filled, len(own)
+            length[slot] = len(work.request.prompt)
+        chunk = steps.Chunk(ids, start, num_real, length)
+        with self.on_devices():
+            self._state = self.programs.prefill(
+                self.weights, self.state, chunk, span=self._span(int((start + num_real).max()))
+            )
+        for work in waiting:
+            _note_filled(work, int(num_real[work.slot.index]))
+        return size * self.num_slots // self._groups
+
+    def _fill_one(self, waiting: Sequence[Work]) -> int:
+        """Fills a chunk of one prompt in each group of slots; returns its tokens."""
         chosen: dict[int, Work] = {}
-        for work in works:
-            if not work.is_ready and not work.done:
-                chosen.setdefault(work.slot.group, work)
-        if not chosen:
-            return
+        for work in waiting:
+            chosen.setdefault(work.slot.group, work)
         chunk, following = self._chunk(chosen)
         span = self._span(int((chunk.start + chunk.num_real).max()))
         found = None
@@ -240,23 +277,22 @@ class Batch:
                 self._state = self.programs.prefill(self.weights, self.state, chunk, span=span)
         for group, work in chosen.items():
             count, top = int(chunk.num_real[group]), work.request.sampling.prompt_logprobs
-            work.slot.tokens += work.request.prompt[work.filled : work.filled + count]
-            work.filled += count
+            _note_filled(work, count)
             if top is not None:
                 work.request.prompt_logprobs += [
                     logprob(int(following[group, i]), found, (group, i), top) for i in range(count)
                 ]
+        return chunk.ids.shape[1]
 
     def _chunk(self, chosen: Mapping[int, Work]) -> tuple[steps.Chunk, np.ndarray]:
         """(the chunk, the token after each of its tokens) of one request in each group."""
-        most = max(len(work.request.prompt) - 1 - work.filled for work in chosen.values())
-        shape = (self._groups, chunk_size(most))
+        shape = (self._groups, chunk_size(max(map(_unfilled, chosen.values()))))
         ids, following = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         start, num_real, length, row = (np.zeros(self._groups, np.int32) for _ in range(4))
         mixture = np.zeros((self._groups, self.num_adapters), np.float32)
         for group, work in chosen.items():
             prompt, first = work.request.prompt, work.filled
-            own = prompt[first : min(first + shape[1], len(prompt) - 1)]
+            own = prompt[first : first + min(shape[1], _unfilled(work))]
             ids[group, : len(own)] = own
             following[group, : len(own)] = prompt[first + 1 : first + 1 + len(own)]
             start[group], num_real[group], length[group] = first, len(own), len(prompt)
@@ -285,6 +321,16 @@ class Batch:
         while span < length:
             span *= 2
         return self._size if span >= self._size or self._size < self._context else span
+
+
+def _unfilled(work: Work) -> int:
+    """How many tokens of the prompt are still to be computed; the last one is by `decode`."""
+    return len(work.request.prompt) - 1 - work.filled
+
+
+def _note_filled(work: Work, count: int) -> None:
+    work.slot.tokens += work.request.prompt[work.filled : work.filled + count]
+    work.filled += count
 
 
 def chunk_size(num_tokens: int) -> int:

@@ -225,7 +225,7 @@ class Engine:
         )  # fmt: skip
 
     def advance(self) -> None:
-        """One turn: at most one step of all slots, and one chunk of a prompt."""
+        """One turn: at most one step of all slots, then some tokens of the prompts that wait."""
         with self._lock:
             try:
                 self._turn()

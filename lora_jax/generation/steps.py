@@ -53,18 +53,19 @@ class State(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """T tokens of a prompt in each of G groups of slots.
+    """T tokens of a prompt in one slot of each of G groups; or in all slots, which are G then.
 
-    start: the position of the first. num_real: how many are real, 0 where a group has no prompt.
-    length: of the whole prompt. row: the slot's number within its group.
+    start: the position of the first. num_real: how many are real, 0 where there is no prompt.
+    length: of the whole prompt. row: the slot's number within its group; None: all slots. mixture:
+    the weights of X adapters; None: those of the slots.
     """
 
     ids: Int[Array, "G T"]
     start: Int[Array, " G"]
     num_real: Int[Array, " G"]
     length: Int[Array, " G"]
-    row: Int[Array, " G"]
-    mixture: Float[Array, "G X"]
+    row: Int[Array, " G"] | None = None
+    mixture: Float[Array, "G X"] | None = None
 
 
 class Programs:
@@ -185,7 +186,8 @@ class Programs:
 
     def _hidden(self, model, weights, state, chunk, span):
         place = cache.Place(chunk.start, chunk.num_real, chunk.length, chunk.row, span)
-        hidden, kv = self._extend(model, weights, chunk.ids, state.cache, place, chunk.mixture)
+        mixture = state.mixture if chunk.mixture is None else chunk.mixture
+        hidden, kv = self._extend(model, weights, chunk.ids, state.cache, place, mixture)
         return hidden, _placed(state._replace(cache=kv))
 
 

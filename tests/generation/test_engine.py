@@ -208,7 +208,7 @@ def test_nothing_compiles_after_the_first_requests():
         asked[1].abort()
         return [each.result() for each in asked]
 
-    run(40)
+    run(200)
     with compilations() as found:
         assert len(run(200)) > 200
         assert not found
