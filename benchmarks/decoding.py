@@ -63,6 +63,8 @@ class Steps:
         self._state = state._replace(tokens=jnp.asarray(ids[:, -1]))
         if form:
             weights = weights._replace(forms=programs.derive(weights, slots))
+        if form == "dense":
+            weights = weights._replace(adapters=programs.spread(weights.adapters))
         self._weights = weights
         self._step, self.compiling = compile_timed(
             programs.decode, weights, self._begin(), self._live

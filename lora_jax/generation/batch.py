@@ -109,6 +109,7 @@ class Batch:
         self._context, self._size = context, size(model.config, context)
         self._is_static = model.config.rope.rope_type != "dynamic"
         self._state: steps.State | None = None
+        self._spread: tuple[Any, Any] | None = None  # the bank that was spread, and the result
         self._slots = [
             slot_choice.Slot(index, index * self._groups // num_slots) for index in range(num_slots)
         ]
@@ -134,8 +135,14 @@ class Batch:
     @property
     def weights(self) -> steps.Weights:
         """The arrays that the programs read now."""
-        own = self._own_weights
-        return own._replace(adapters=self._pool.state) if self._pool else own
+        if not self._pool:
+            return self._own_weights
+        adapters = self._pool.state
+        if self.form == "dense":
+            if self._spread is None or self._spread[0] is not adapters:
+                self._spread = adapters, self.programs.spread(adapters)
+            adapters = self._spread[1]
+        return self._own_weights._replace(adapters=adapters)
 
     @property
     def state(self) -> steps.State:
@@ -164,7 +171,8 @@ class Batch:
 
     def release(self) -> None:
         """Frees the state and the weights' second form; they are made again when needed."""
-        self._state, self._own_weights = None, self._own_weights._replace(forms=None)
+        self._state, self._spread = None, None
+        self._own_weights = self._own_weights._replace(forms=None)
         for slot in self._slots:
             slot.tokens, slot.key = [], None
 

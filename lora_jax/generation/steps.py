@@ -80,6 +80,7 @@ class Programs:
         jit = functools.partial(jax.jit, compiler_options=platform.compiler_options())
         self.empty = jit(self._empty, static_argnums=(1, 2, 3, 4))
         self.derive = jit(self._derive, static_argnums=1)
+        self.spread = jit(decode_weights.spread)
         self.decode = jit(self._decode, donate_argnums=1, static_argnames="span")
         self.verify = jit(self._verify, donate_argnums=1, static_argnames="span")
         self.prefill = jit(self._prefill, donate_argnums=1, static_argnames="span")

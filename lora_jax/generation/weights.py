@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from lora_jax.kernels import int4_matmul, matmul
 from lora_jax.kernels import packed as packing
-from lora_jax.layers import registry
+from lora_jax.layers import registry, stack
 from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
 from lora_jax.quant import formats
@@ -87,6 +87,14 @@ def forms(
                              for product in each))  # fmt: skip
 
     return of
+
+
+def spread(adapters: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a bank for steps with the dense form: one per layer too; call it under jit."""
+    found = dict(adapters)
+    if layers := adapters.get("model", {}).get("layers"):
+        found["model"] = {**adapters["model"], "layers": stack.unstacked(layers)}
+    return found
 
 
 def _concatenated(model: llama.LlamaForCausalLM) -> llama.Forms:

@@ -20,6 +20,15 @@ class LayerIndex(nnx.Param):
     """Which layer of the stack a module is: of L numbers in the stack, one in the scan."""
 
 
+class Layers(tuple):
+    """The arrays of a stack one by one, for where a slice of the stack would be a copy."""
+
+
+jax.tree_util.register_pytree_node(
+    Layers, lambda own: (tuple(own), None), lambda _, own: Layers(own)
+)
+
+
 def index(num_layers: int, axis: int = 0) -> LayerIndex:
     """A LayerIndex, for a scan that slices parameters on that axis."""
     return LayerIndex(jnp.expand_dims(jnp.arange(num_layers), range(axis)))
@@ -34,3 +43,15 @@ def current(index: LayerIndex | None, axis: int = 0) -> jax.Array | None:
 def split(layers: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
     """(graphdef, whole, sliced): scan over `sliced`, and merge each slice with all of `whole`."""
     return nnx.split(layers, Whole, ...)
+
+
+def unstacked(tree: Any) -> Any:
+    """Stacked arrays [L, …] as Layers; call it under jit."""
+    return jax.tree.map(lambda array: Layers(array[i] for i in range(len(array))), tree)
+
+
+def at(sliced: Any, index: int) -> Any:
+    """What a scan over `sliced` would give its layer `index`."""
+    return jax.tree.map(
+        lambda array: array[index], sliced, is_leaf=lambda own: isinstance(own, Layers)
+    )

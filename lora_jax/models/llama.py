@@ -217,12 +217,12 @@ class LlamaModel(nnx.Module):
         carry = (hidden, kv)
         if isinstance(forms, Sequence):  # each has its own arrays, which a scan cannot slice
             for index, form in enumerate(forms):
-                carry, _ = layer(carry, jax.tree.map(lambda a: a[index], xs), form)  # noqa: B023
+                carry, _ = layer(carry, stack.at(xs, index), form)
         elif remat == "none" and platform.on_cpu():
             # XLA's CPU backend converts the whole stacks that a scan keeps to float32 and back.
             each = jax.jit(layer)  # traced once for all layers
             for index in range(c.num_hidden_layers):
-                carry, _ = each(carry, jax.tree.map(lambda a: a[index], xs))  # noqa: B023
+                carry, _ = each(carry, stack.at(xs, index))
         else:
             carry, _ = lax.scan(_rematerialized(layer, remat), carry, xs)
         hidden, kv = carry

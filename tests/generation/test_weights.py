@@ -13,8 +13,9 @@ from flax import nnx
 from lora_jax import lora
 from lora_jax.checkpoints import loader
 from lora_jax.generation import weights as decode_weights
+from lora_jax.layers import stack
 from lora_jax.lora import config
-from lora_jax.lora.nnx import sites
+from lora_jax.lora.nnx import bank, sites
 from lora_jax.models import cache, llama
 from lora_jax.models import config as model_config
 from lora_jax.parallel import devices
@@ -115,6 +116,23 @@ def test_the_form_for_hopper_lowers():
     ids = jax.ShapeDtypeStruct((4, 1), jnp.int32)
     text = jax.jit(step).trace(ids).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 4  # in the body of the scan over layers
+
+
+def test_a_spread_bank_has_an_array_for_each_layer_of_the_stack():
+    own = loader.load(STORIES, dtype="float32")
+    bank.add(own, slots=2, rank=2, targets=("q_proj", "embed_tokens"))
+    stored = jax.tree.map(lambda a: np.arange(a.size).reshape(a.shape), bank.state(own))
+    found = jax.jit(decode_weights.spread)(stored)
+    np.testing.assert_array_equal(
+        found["model"]["embed_tokens"]["bank_A"], stored["model"]["embed_tokens"]["bank_A"]
+    )
+    whole = stored["model"]["layers"]["self_attn"]["q_proj"]
+    each = found["model"]["layers"]["self_attn"]["q_proj"]
+    for name in bank.NAMES:
+        assert len(each[name]) == len(whole[name])
+        for index, expected in enumerate(whole[name]):
+            np.testing.assert_array_equal(stack.at(each, index)[name], expected)
+            np.testing.assert_array_equal(stack.at(whole, index)[name], expected)
 
 
 def test_sharded_weights_have_no_second_form():
