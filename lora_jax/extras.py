@@ -1,5 +1,5 @@
 """The packages of the extras: `train`, which commands and runs need, and a model of one's own not;
-and `serve`, which the server needs beside it."""
+`serve`, which the server needs beside it; and `gpu-kernels`, which are used where installed."""
 
 import contextlib
 import importlib.metadata
@@ -20,7 +20,8 @@ TRAIN = {  # {package: its module}
     "transformers": "transformers",
 }
 SERVE = {name: name for name in ("starlette", "uvicorn", "llguidance")}
-_EXTRAS = {"train": TRAIN, "serve": SERVE}
+GPU_KERNELS = {"tokamax": "tokamax"}
+_EXTRAS = {"train": TRAIN, "serve": SERVE, "gpu-kernels": GPU_KERNELS}
 
 
 def require(*packages: str, extra: str = "train", any_version: bool = False) -> None:

@@ -72,6 +72,7 @@ def test_the_extras_are_those_of_pyproject():
     assert not TRAIN & CORE
     optional = PROJECT["optional-dependencies"]
     assert {*extras.SERVE} == modules(optional["serve"]) - {"lora-jax"}
+    assert {*extras.GPU_KERNELS} == modules(optional["gpu-kernels"])
     assert "lora-jax[train]" in optional["serve"] and "lora-jax[serve]" in optional["test"]
 
 

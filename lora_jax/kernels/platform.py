@@ -21,6 +21,14 @@ def on_cpu() -> bool:
     return platform_here() == "cpu"
 
 
+def compute_capability() -> float | None:
+    """That of this process's NVIDIA GPU, such as 9.0; None where it has none."""
+    if jax.default_backend() != "gpu":
+        return None
+    found = str(jax.local_devices()[0].compute_capability)
+    return float(found) if found.replace(".", "").isdigit() else None
+
+
 def compiler_options() -> dict[str, bool] | None:
     """jax.jit's compiler_options for a large function on the ambient mesh.
 

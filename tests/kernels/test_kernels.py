@@ -1,6 +1,7 @@
 """The implementations of attention, SwiGLU and the cross-entropy, against their definitions."""
 
 import functools
+import sys
 import types
 
 import jax
@@ -10,9 +11,10 @@ import optax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from lora_jax import extras
 from lora_jax.kernels import attention, cross_entropy, swiglu
 from lora_jax.kernels import platform as platforms
-from lora_jax.kernels.attention import cudnn, splash, xla
+from lora_jax.kernels.attention import cudnn, splash, tokamax_gpu, xla
 from lora_jax.kernels.attention import dense as dense_attention
 from lora_jax.parallel import mesh as sharding
 
@@ -107,6 +109,47 @@ def test_splash_attention(window):
     attend_and_check(attend, dtype="float32", groups=2, window=window)
 
 
+def keys_in_a_range(q, k, v, first):
+    """What tokamax's kernel computes."""
+    slots = jnp.arange(q.shape[1])[None]
+    visible = (slots[:, None] >= first[:, :, None]) & (slots[:, :, None] >= slots[:, None])
+    return dense(q, k, v, visible)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_packed_examples_are_ranges_of_keys(dtype, window, monkeypatch):
+    """As tokamax is asked to compute them, which is not installed here."""
+    monkeypatch.setattr(tokamax_gpu, "_flash", keys_in_a_range)
+    attend = functools.partial(tokamax_gpu.attend, examples=jnp.asarray(PACKED), window=window)
+    attend_and_check(attend, dtype=dtype, groups=2, window=window)
+
+    padding = jnp.asarray(PACKED == 0)
+    q = normal(0, 2, LENGTH, 4, 16, dtype=dtype)
+    found, pull_back = jax.vjp(attend, q, q, q)
+    assert jnp.isfinite(found).all()
+    for gradient in pull_back(found * padding[..., None, None].astype(dtype)):
+        assert not gradient[~padding].any()  # padding has an output, but sees no other token
+
+
+def test_the_first_key_that_a_query_sees():
+    """That of its example or of the window; padding, here on all sides, sees itself alone."""
+    examples = jnp.asarray([[0, 0, 1, 1, 1, 1, 0, 2, 2, 0], [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]])
+    first = tokamax_gpu.first_keys(examples, None)
+    assert first.tolist() == [[0, 1, 2, 2, 2, 2, 6, 7, 7, 9], [0, 1, *[2] * 8]]
+    first = tokamax_gpu.first_keys(examples, 3)
+    assert first.tolist() == [[0, 1, 2, 2, 2, 3, 6, 7, 7, 9], [0, 1, 2, 2, 2, 3, 4, 5, 6, 7]]
+
+
+def test_an_example_that_is_not_side_by_side_is_not_computed_wrong(monkeypatch):
+    monkeypatch.setattr(tokamax_gpu, "_flash", lambda q, k, v, first: q)
+    examples = jnp.asarray([[1, 1, 2, 2, 0], [1, 1, 0, 1, 1], [1, 2, 2, 1, 0], [0, 0, 1, 1, 2]])
+    q = jnp.ones((4, 5, 1, 8))
+    wrong = jnp.isnan(tokamax_gpu.attend(q, q, q, examples))
+    assert wrong.all(axis=(1, 2, 3)).tolist() == [False, True, True, False]
+    assert wrong.any(axis=(1, 2, 3)).tolist() == [False, True, True, False]
+
+
 def test_layers_may_have_different_windows():
     """In a scan over layers; one of the windows is wider than the sequence."""
     windows, examples = (50, None, 1000), jnp.asarray(PACKED)
@@ -178,10 +221,12 @@ def test_cudnn_computes_sequences_of_one_example(monkeypatch):
 
 def test_the_implementation_suits_the_platform(monkeypatch):
     q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
-    forms = {"tpu": splash, "gpu": cudnn, "cpu": xla}
-    monkeypatch.setattr(cudnn, "refusal", lambda *_: None)
-    for platform, form in (*forms.items(), (None, xla)):
+    for platform, form in {"tpu": splash, "cpu": xla, "gpu": xla, None: xla}.items():
         monkeypatch.setattr(platforms, "platform_here", lambda platform=platform: platform)
+        assert attention._form(q, q, q) is form.attend
+    monkeypatch.setattr(platforms, "platform_here", lambda: "gpu")
+    for form in (cudnn, tokamax_gpu):  # which is preferred
+        monkeypatch.setattr(form, "refusal", lambda *_: None)
         assert attention._form(q, q, q) is form.attend
 
 
@@ -199,7 +244,32 @@ def test_the_platform_is_that_of_the_ambient_mesh(monkeypatch, kind, platform):
 def test_cudnn_refuses_what_it_cannot_take():
     q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
     assert "float32" in cudnn.refusal(*[q.astype(jnp.float32)] * 3)
-    assert "no GPU" in cudnn.refusal(q, q, q)
+    assert "no NVIDIA GPU" in cudnn.refusal(q, q, q)
+
+
+def test_tokamax_refuses_what_it_cannot_take(monkeypatch):
+    q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    refusal = tokamax_gpu.refusal
+    assert "float32" in refusal(*[q.astype(jnp.float32)] * 3)
+    assert "width 320" in refusal(*[jnp.zeros((1, 8, 2, 320), jnp.bfloat16)] * 3)
+    assert "no NVIDIA GPU" in refusal(q, q, q)
+    for capability, refused in ((8.0, True), (8.9, True), (12.0, True), (9.0, False)):
+        monkeypatch.setattr(platforms, "compute_capability", lambda found=capability: found)
+        monkeypatch.setattr(extras, "require", lambda **_: None)
+        assert (str(capability) in (refusal(q, q, q) or "")) is refused
+    monkeypatch.undo()
+    monkeypatch.setattr(platforms, "compute_capability", lambda: 9.0)
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    assert "not installed: tokamax" in refusal(q, q, q)
+
+
+@pytest.mark.parametrize(("found", "capability"), [("9.0", 9.0), ("10.3", 10.3), ("gfx942", None)])
+def test_the_compute_capability_is_that_of_an_nvidia_gpu(found, capability, monkeypatch):
+    assert platforms.compute_capability() is None
+    device = types.SimpleNamespace(compute_capability=found)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert platforms.compute_capability() == capability
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -3,7 +3,8 @@
 The ambient mesh (jax.set_mesh) decides which implementation runs:
 
   TPU    splash attention, JAX's Pallas kernel
-  GPU    cuDNN's flash attention, if every sequence is one example with its padding at the end
+  GPU    tokamax's flash attention, where it is installed;
+         else cuDNN's, if every sequence is one example with its padding at the end
   else   blocks, in XLA's own operations
 """
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.kernels import partition as dealing
 from lora_jax.kernels import platform
-from lora_jax.kernels.attention import cudnn, xla
+from lora_jax.kernels.attention import cudnn, tokamax_gpu, xla
 
 _log = logging.getLogger(__name__)
 
@@ -37,11 +38,12 @@ def self_attention(
     """softmax(q kᵀ / √H, over the visible keys) v; head n of q belongs to head n // (N/K) of k.
 
     A token sees itself and the tokens before it in its own example. examples: the number of each
-    token's example, 0 on padding, which no token sees and whose output is arbitrary but finite;
-    None: each sequence is one example. If windows[kind] is w, a token sees at most w tokens,
-    including itself; kind may differ between the layers of a scan, and is required if there are
-    several windows. Operands stay in their dtype; sums and softmax are in float32. partition: how
-    the ambient mesh splits the sequences (`rows`) and heads (`n`).
+    token's example, which ascends along a sequence, and 0 on padding, which is not within an
+    example, is seen by no token, and whose output is arbitrary but finite; None: each sequence is
+    one example. If windows[kind] is w, a token sees at most w tokens, including itself; kind may
+    differ between the layers of a scan, and is required if there are several windows. Operands
+    stay in their dtype; sums and softmax are in float32. partition: how the ambient mesh splits
+    the sequences (`rows`) and heads (`n`).
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1; Ainslie et al. 2023,
     https://arxiv.org/abs/2305.13245 (grouped heads).
     """
@@ -81,8 +83,10 @@ def _form(q, k, v):
 
         return splash.attend
     if where == "gpu":
-        reason = cudnn.refusal(q, k, v)
-        if reason is None:
-            return cudnn.attend
-        _log.debug("no cuDNN attention for q %s, k %s: %s", q.shape, k.shape, reason)
+        # Not cuDNN's even for single examples: a program that chooses at run time saves for both.
+        for form in (tokamax_gpu, cudnn):
+            reason = form.refusal(q, k, v)
+            if reason is None:
+                return form.attend
+            _log.debug("not %s for q %s, k %s: %s", form.__name__, q.shape, k.shape, reason)
     return xla.attend

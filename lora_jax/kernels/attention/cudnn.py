@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from lora_jax.kernels import platform
 from lora_jax.kernels.attention import xla
 
 
@@ -43,10 +44,10 @@ def refusal(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     """Why cuDNN does not take these operands here, or None if it does."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{q.dtype}"
-    if jax.default_backend() != "gpu":
-        return "the program is compiled where there is no GPU"
-    capability = str(jax.local_devices()[0].compute_capability)
-    if not capability.replace(".", "").isdigit() or float(capability) < 8:
+    capability = platform.compute_capability()
+    if capability is None:
+        return "the program is compiled where there is no NVIDIA GPU"
+    if capability < 8:
         return f"a GPU of compute capability {capability}"
     try:
         jax.eval_shape(functools.partial(_cudnn, window=None), q, k, v)
