@@ -155,19 +155,21 @@ def pairs(length: int, example: int) -> tuple[float, float, float]:
 INTRODUCTION = """\
 # Attention of packed sequences on GPUs, compiled without the devices
 
-`python benchmarks/packed_attention.py` makes this page, here with {versions}. Nothing ran: memory
-is what the compiler plans for one device, without the workspace of cuDNN.
+`python benchmarks/packed_attention.py` makes this page, here with
+{versions}.
+Nothing ran: memory is what the compiler plans for one device, without the workspace of cuDNN.
 
 attention B×T: attention and its derivative for B packed sequences of T tokens, {heads} heads over
 {groups} of width {width}. step: the train step of a model in int4 with adapters of rank 8 on q and
 v. kernels: those that are launched; a loop without a fixed number of iterations counts once, and
-of cuDNN and blocks both count. spilled bytes: of registers.
+of cuDNN and blocks both count. spilled bytes: of registers. For the A100, tokamax has no
+derivative without a mask of the squared length.
 
 | program | target | attention | temp | peak | kernels | spilled bytes | compiled in |
 |---|---|---|---|---|---|---|---|"""
 PAIRS = """
 Pairs of a query and a key that are computed, over those that are visible, by blocks of 512 and by
-tokamax's tiles of 128. Its derivative visits all earlier keys of a sequence.
+tokamax's tiles of 128. The derivative of tokamax visits all earlier keys of a sequence.
 
 | sequence | examples of | blocks | tokamax, forward | tokamax, derivative |
 |---|---|---|---|---|"""

@@ -251,7 +251,7 @@ def test_tokamax_refuses_what_it_cannot_take(monkeypatch):
     q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
     refusal = tokamax_gpu.refusal
     assert "float32" in refusal(*[q.astype(jnp.float32)] * 3)
-    assert "width 320" in refusal(*[jnp.zeros((1, 8, 2, 320), jnp.bfloat16)] * 3)
+    assert "width 192" in refusal(*[jnp.zeros((1, 8, 2, 192), jnp.bfloat16)] * 3)
     assert "no NVIDIA GPU" in refusal(q, q, q)
     for capability, refused in ((8.0, True), (8.9, True), (12.0, True), (9.0, False)):
         monkeypatch.setattr(platforms, "compute_capability", lambda found=capability: found)
