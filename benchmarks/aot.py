@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import architectures
 import jax
 import jax.numpy as jnp
 import memory
@@ -54,14 +55,14 @@ class Case(NamedTuple):
 
 def train_step(name: str, rows: int, tokens: int, remat: str, mesh: Mesh) -> programs.Program:
     """The train step of an int4 model with adapters of rank 8 on q and v."""
-    architecture = memory.architecture(*memory.MODELS[name])
+    architecture = memory.architecture(*architectures.MODELS[name])
     job = jobs.Job(architecture, remat=remat, batch_size=rows, seq_len=tokens)
     return programs.train_step(job, mesh)
 
 
 def decode_step(name: str, slots: int, mesh: Mesh) -> programs.Program:
     """The engine's step that gives each slot a new token; 256 tokens of each in the cache."""
-    architecture = memory.architecture(*memory.MODELS[name])
+    architecture = memory.architecture(*architectures.MODELS[name])
     job = serving.Serving(architecture, slots=slots, context=256)
     with jax.set_mesh(mesh):
         return programs.decode(job, mesh)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from typing import Any
 
+import architectures
 import jax
 import jax.numpy as jnp
 import memory
@@ -27,7 +28,9 @@ from lora_jax.planning import job as jobs
 
 TARGETS = ("gpu:h100",)
 MODEL = "Llama-3.1-8B"
-JOB = jobs.Job(memory.architecture(*memory.MODELS[MODEL]), remat="full", batch_size=4, grad_accum=4)
+JOB = jobs.Job(
+    memory.architecture(*architectures.MODELS[MODEL]), remat="full", batch_size=4, grad_accum=4
+)
 ONE = dict.fromkeys(sharding.AXES, 1)
 
 

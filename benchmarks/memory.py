@@ -3,6 +3,7 @@
 python benchmarks/memory.py
 """
 
+import architectures
 import jax
 from flax import nnx
 
@@ -14,15 +15,6 @@ from lora_jax.models import llama
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 from lora_jax.quant import conversion
-
-MODELS = {  # name: (vocab, hidden, ffn, layers, heads, kv heads, tied)
-    "Llama-3.2-1B": (128256, 2048, 8192, 16, 32, 8, True),
-    "Llama-3.2-3B": (128256, 3072, 8192, 28, 24, 8, True),
-    "Llama-2-7B": (32000, 4096, 11008, 32, 32, 32, False),
-    "Llama-3.1-8B": (128256, 4096, 14336, 32, 32, 8, False),
-    "Llama-2-13B": (32000, 5120, 13824, 40, 40, 40, False),
-    "Llama-3.1-70B": (128256, 8192, 28672, 80, 64, 8, False),
-}
 
 
 def architecture(vocab, hidden, ffn, layers, heads, kv_heads, tied) -> model_config.LlamaConfig:
@@ -49,7 +41,7 @@ def measure(name: str, fmt: str) -> tuple[int, int, int]:
 
     def build():
         model = llama.LlamaForCausalLM(
-            architecture(*MODELS[name]), dtype="bfloat16", rngs=nnx.Rngs(0)
+            architecture(*architectures.MODELS[name]), dtype="bfloat16", rngs=nnx.Rngs(0)
         )
         if fmt != "none":
             conversion.quantize_model(model, fmt)
@@ -64,7 +56,7 @@ def measure(name: str, fmt: str) -> tuple[int, int, int]:
 def main() -> None:
     print("| model | " + " | ".join(quant.QUANTS) + " | A, B | their moments |")
     print("|---|" + "---|" * (len(quant.QUANTS) + 2))
-    for name in MODELS:
+    for name in architectures.MODELS:
         measured = [measure(name, fmt) for fmt in quant.QUANTS]
         base = [f"{m[0] / 1e9:.2f} GB" for m in measured]
         rest = [f"{part / 1e6:.1f} MB" for part in measured[0][1:]]

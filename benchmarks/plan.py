@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import architectures
 import memory
 
 from lora_jax.parallel import mesh as sharding
@@ -56,7 +57,7 @@ class Run(NamedTuple):
     @property
     def job(self) -> jobs.Job:
         return jobs.Job(
-            memory.architecture(*memory.MODELS[self.model]),
+            memory.architecture(*architectures.MODELS[self.model]),
             quant=self.quant,
             remat=self.remat,
             batch_size=self.rows,

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 
+import architectures
 import end_to_end
 import jax
 import memory
@@ -123,7 +124,7 @@ def measure(folder: pathlib.Path, rows: int, length: int, remat: str, rounds: in
 def planned(name: str, rows: int, length: int, remat: str, target: str) -> list[str]:
     """The cells of a row of the table of a target."""
     mesh = sharding.make_mesh(ONE, chips.devices(target))
-    job = jobs.Job(memory.architecture(*memory.MODELS[name]), remat=remat, batch_size=rows,
+    job = jobs.Job(memory.architecture(*architectures.MODELS[name]), remat=remat, batch_size=rows,
                     seq_len=length)  # fmt: skip
     cells, device = [], chips.parse(target)
     with jax.set_mesh(mesh):

@@ -84,7 +84,11 @@ def compilations():
         monitoring.unregister_event_duration_listener(note)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_bias", "llama_dynamic", "qwen2_window", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("llama", marks=pytest.mark.device),
+     "llama_bias", "llama_dynamic", "qwen2_window", "qwen3"],
+)  # fmt: skip
 def test_greedy_tokens_equal_hugging_faces(name):
     """More prompts than slots, of unequal length."""
     prompts, following = zip(*golden(name), strict=True)
@@ -98,6 +102,7 @@ def test_a_hundred_greedy_tokens_of_a_real_model():
     assert tokens(shared(), prompts, config.Sampling(max_new_tokens=100)) == [*following]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
 def test_a_quantized_base_generates(quantization):
     """Its tokens are nearly those of the float model."""

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import device_tier
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels.int4_matmul import mosaic_gpu, xla_gpu
 
@@ -46,6 +48,7 @@ def relative_error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(
     "fmt, num_rows",
     [("int4", 1), ("int4", 4), ("asymmetric", 1), ("asymmetric", 3), ("nf4", 1), ("nf4-dq", 1)],
@@ -71,6 +74,7 @@ def test_matvec_takes_few_rows(codes, num_rows):
         xla_gpu.matvec(normal(num_rows, 64), random_packed(64, 8, codes), codes)
 
 
+@pytest.mark.device
 def test_k_minor_is_the_transposed_nibbles():
     q = random_packed(64, 24, "int4", layers=(3,)).q
     found = jax.jit(mosaic_gpu.k_minor)(q)
@@ -82,11 +86,17 @@ def test_k_minor_is_the_transposed_nibbles():
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """Runs Mosaic GPU kernels on a CPU, with their copies, barriers and indices.
+def on_hopper(monkeypatch):
+    """Runs Mosaic GPU kernels on a Hopper GPU, or interpreted on a CPU, with their copies, barriers
+    and indices.
 
     The interpreter lacks the arithmetic in registers; plain sums replace it.
     """
+    if not device_tier.interprets("gpu"):
+        if decode_weights.best(jax.devices()[0]) != "k_minor":
+            pytest.skip("a kernel for GPUs of compute capability 9.0")
+        yield
+        return
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     if not hasattr(params, "force_gpu_interpret_mode"):
         pytest.skip("jax 0.10.1 and older cannot be told to interpret every kernel")
@@ -104,6 +114,7 @@ def interpreted(monkeypatch):
         yield
 
 
+@pytest.mark.device
 # One row, padded; five steps in two parts; one group per product, and two; tiles of 128 columns.
 @pytest.mark.parametrize(
     "num_rows, k, n, group, scale_dtype",
@@ -114,7 +125,7 @@ def interpreted(monkeypatch):
         (33, 640, 256, 128, "float32"),
     ],
 )
-def test_mosaic_kernel_interpreted(interpreted, num_rows, k, n, group, scale_dtype):
+def test_mosaic_kernel(on_hopper, num_rows, k, n, group, scale_dtype):
     layers = 3
     codes = draw.integers(-8, 8, (layers, n, k))
     scale = draw.integers(-127, 128, (layers, k // group, n))

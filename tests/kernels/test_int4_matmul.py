@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import device_tier
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from lora_jax.quant import formats
 FORMATS = ("int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "fp4", "asymmetric", "int8")
 # (leading axes of x, K, N): odd and single rows, K not a multiple of the group or of 8, odd N
 SHAPES = [((1,), 128, 16), ((2, 3), 100, 13), ((), 44, 1), ((33, 1), 300, 130)]
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+TOLERANCE = device_tier.TOLERANCE
 
 
 def normal(seed, *shape):
@@ -108,6 +109,7 @@ def check(fmt, lead, rows, columns, dtype, **how):
         assert (error <= TOLERANCE[dtype] * size).all()
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("lead", "rows", "columns"), SHAPES)
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -115,6 +117,7 @@ def test_contract(fmt, lead, rows, columns, dtype):
     check(fmt, lead, rows, columns, dtype)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("implementation", "fmt"),
@@ -122,12 +125,17 @@ def test_contract(fmt, lead, rows, columns, dtype):
      ("pallas_tpu", "asymmetric")],
 )  # fmt: skip
 def test_contract_of_each_implementation(implementation, fmt, dtype):
+    if implementation == "pallas_tpu":
+        device_tier.interprets("tpu")
     check(fmt, (5, 1), 300, 130, dtype, implementation=implementation)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("implementation", [None, "pallas_tpu"])
 def test_a_layer_of_a_stack(implementation):
     """In a scan over the index of a whole stack, the result is that of each layer alone."""
+    if implementation == "pallas_tpu":
+        device_tier.interprets("tpu")
     layers = [formats.quantize(jnp.asarray(normal(i, 64, 24)), "int4") for i in range(3)]
     whole = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
     x = jnp.asarray(normal(9, 4, 64))
@@ -147,6 +155,7 @@ def test_a_layer_of_a_stack(implementation):
         np.testing.assert_allclose(dx, np.cos(x @ weight) @ weight.T, atol=1e-3)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("fmt", ["int4", "nf4", "nf4-dq", "int8"])
 def test_bfloat16_accumulates_in_float32(fmt):
     """4096 ones: a bfloat16 sum would stop at 256."""
@@ -203,6 +212,7 @@ def test_layers_in_a_scan_keep_no_dense_weight(fmt):
     assert "f32[3,64,64]" in hlo(dense)  # so the search would find them
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("fmt", ["int4", "nf4"])
 def test_experts_are_mapped_over(fmt):
     """Each with its own weight: the kernels for all platforms are traced."""
@@ -270,6 +280,7 @@ def test_operands_that_do_not_match_are_an_error(change, match):
         int4_matmul.int4_matmul(**arguments)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("out_dtype", [None, "float32"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_dense_matmul_value_and_derivatives(dtype, out_dtype):

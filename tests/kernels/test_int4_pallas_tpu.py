@@ -1,5 +1,6 @@
-"""The fused TPU kernel, interpreted on the CPU, against the dequantized weight in float32."""
+"""The fused TPU kernel, interpreted on a CPU, against the dequantized weight in float32."""
 
+import device_tier
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +37,8 @@ def check(rows, k, n, group, *, dtype, scale_dtype=jnp.int8, transpose=False):
     stack = weight(k, n, group, scale_dtype)
     x = np.random.default_rng(1).standard_normal((rows, n if transpose else k))
     x = jnp.asarray(x, dtype)
-    y = pallas_tpu.matmul(x, *stack[:3], jnp.int32(1), transpose=transpose, interpret=True)
+    how = {"transpose": transpose, "interpret": device_tier.interprets("tpu")}
+    y = pallas_tpu.matmul(x, *stack[:3], jnp.int32(1), **how)
     dense = np.asarray(dense_layer(stack, 1))
     expected = np.asarray(x, np.float32) @ (dense.T if transpose else dense)
     assert y.dtype == dtype
@@ -45,6 +47,7 @@ def check(rows, k, n, group, *, dtype, scale_dtype=jnp.int8, transpose=False):
     assert error < (2e-6 if dtype == jnp.float32 else 8e-3)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
     ("rows", "k", "n", "group", "dtype", "scale_dtype"),
@@ -59,6 +62,7 @@ def test_multiplies_with_one_layer(rows, k, n, group, dtype, scale_dtype, transp
     check(rows, k, n, group, dtype=dtype, scale_dtype=scale_dtype, transpose=transpose)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(
     ("tile", "shape", "transpose"),
     [

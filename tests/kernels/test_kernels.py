@@ -4,6 +4,7 @@ import functools
 import sys
 import types
 
+import device_tier
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +13,13 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from lora_jax import extras
-from lora_jax.kernels import attention, cross_entropy, swiglu
+from lora_jax.kernels import attention, cross_entropy, embedding, swiglu
 from lora_jax.kernels import platform as platforms
 from lora_jax.kernels.attention import cudnn, splash, tokamax_gpu, xla
 from lora_jax.kernels.attention import dense as dense_attention
 from lora_jax.parallel import mesh as sharding
 
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+TOLERANCE = device_tier.TOLERANCE
 
 
 def normal(seed, *shape, dtype="float32", scale=1):
@@ -44,6 +45,7 @@ def dense(q, k, v, visible):
     return jax.nn.dot_product_attention(*wide, mask=visible[:, None]).astype(q.dtype)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("num_queries", "heads", "groups"), [(1, 4, 2), (1, 2, 2), (3, 6, 1)])
 def test_attention_to_a_cache(num_queries, heads, groups, dtype):
@@ -90,6 +92,7 @@ def attend_and_check(attend, *, dtype, groups, window, examples=PACKED):
         close(a, b, dtype)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(
     ("dtype", "groups", "window"),
     [("float32", 2, None), ("bfloat16", 2, None), ("float32", 1, 50), ("bfloat16", 4, 150)],
@@ -102,9 +105,11 @@ def test_self_attention_in_blocks(size, dtype, groups, window, monkeypatch):
     attend_and_check(attend, dtype=dtype, groups=groups, window=window)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("window", [None, 50])
 def test_splash_attention(window):
-    attend = functools.partial(splash.attend, window=window, interpret=True)
+    interpret = device_tier.interprets("tpu")
+    attend = functools.partial(splash.attend, window=window, interpret=interpret)
     attend = functools.partial(attend, examples=jnp.asarray(PACKED))
     attend_and_check(attend, dtype="float32", groups=2, window=window)
 
@@ -148,6 +153,17 @@ def test_an_example_that_is_not_side_by_side_is_not_computed_wrong(monkeypatch):
     wrong = jnp.isnan(tokamax_gpu.attend(q, q, q, examples))
     assert wrong.all(axis=(1, 2, 3)).tolist() == [False, True, True, False]
     assert wrong.any(axis=(1, 2, 3)).tolist() == [False, True, True, False]
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("examples", [PACKED, np.ones_like(PACKED)], ids=["packed", "whole"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_self_attention_as_the_platform_chooses(dtype, examples):
+    """cuDNN on a GPU where it takes the operands, splash attention on a TPU, blocks elsewhere."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh):
+        attend = functools.partial(attention.self_attention, examples=jnp.asarray(examples))
+        attend_and_check(attend, dtype=dtype, groups=2, window=None, examples=examples)
 
 
 def test_layers_may_have_different_windows():
@@ -272,6 +288,7 @@ def test_the_compute_capability_is_that_of_an_nvidia_gpu(found, capability, monk
     assert platforms.compute_capability() == capability
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_swiglu(dtype):
     gate, up, cotangent = (normal(i, 5, 40, dtype=dtype, scale=3) for i in range(3))
@@ -286,12 +303,21 @@ def test_swiglu(dtype):
         close(a, b, dtype)
 
 
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_embedding(dtype):
+    table, ids = normal(0, 50, 24, dtype=dtype), np.array([[0, 49, 7], [7, 7, 1]])
+    found = jax.jit(embedding.lookup)(table, jnp.asarray(ids))
+    np.testing.assert_array_equal(found, np.asarray(table)[ids])
+
+
 def naive(hidden, head, targets):
     logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     return jnp.where(targets >= 0, each, 0)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("sequences", "length"), [(2, 600), (3, 7), (600, 2)])
 def test_cross_entropy(sequences, length, dtype):
@@ -347,6 +373,7 @@ def test_logits_are_computed_only_for_trained_tokens(trained, chunks, monkeypatc
     np.testing.assert_allclose(found, naive(hidden, head, targets), rtol=1e-5)
 
 
+@pytest.mark.device
 def test_cross_entropy_of_logits_whose_exponential_overflows():
     value = cross_entropy.cross_entropy(
         jnp.full((1, 1, 1), 1e4), jnp.array([[1.0, -1.0]]), jnp.zeros((1, 1), jnp.int32)

@@ -131,6 +131,7 @@ def three_steps():
     return [(saved(state), metrics) for state, metrics in run]
 
 
+@pytest.mark.device
 def test_loss_is_over_the_labels_that_are_not_ignored():
     graphdef, trained, frozen = parts()
     batch = one_micro_batch()
@@ -187,9 +188,12 @@ def test_batches_come_in_order_and_their_errors_pass_through():
     assert seen == [1, 2, 3]
 
 
-def test_training_lowers_the_loss():
-    _, _, frozen = parts()
-    run = train_step.steps(compiled(), begin(), frozen, lambda _: make_batch(), 8)
+@pytest.mark.device
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_training_lowers_the_loss(quantization):
+    _, _, frozen = parts(quantization)
+    step, state = compiled(quantization), begin(quantization)
+    run = train_step.steps(step, state, frozen, lambda _: make_batch(), 8)
     losses = [metrics["loss"] for _, metrics in run]
     assert losses[-1] < 0.8 * losses[0]
 

@@ -250,7 +250,7 @@ def test_a_train_step_uses_attention_of_cudnn(sizes, monkeypatch):
     monkeypatch.setattr(cudnn, "refusal", lambda *_: None)
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
-    architecture = aot.memory.architecture(*aot.memory.MODELS["Llama-3.2-1B"])
+    architecture = aot.memory.architecture(*aot.architectures.MODELS["Llama-3.2-1B"])
     job = jobs.Job(architecture, batch_size=4, remat="full")
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), chips.devices(target))
     with jax.set_mesh(mesh):
