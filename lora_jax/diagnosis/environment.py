@@ -1,6 +1,7 @@
 """Rules for environment variables: flags of XLA and settings of JAX that cost time or memory."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 from lora_jax.diagnosis import gpus, packages
@@ -22,18 +23,16 @@ _FLAGS = {  # {flag of XLA: (the values that hurt; (): all, why)}
     "xla_dump_to": ((), "each program that is compiled is also written there"),
 }
 _FEW = 0.5  # of a GPU's memory
-_UNKNOWN = "Unknown flag in XLA_FLAGS"  # and more: XLA ends the process
+_UNKNOWN = r"Unknown flags? in XLA_FLAGS: *(.+)"  # then XLA ends the process
 
 
 def problems(system: System) -> Iterator[Problem]:
     """What a healthy installation is better without."""
     for name in system.jax.on:
         yield Problem(f"{name.upper()} is on: {_SETTINGS[name]}", f"unset {name.upper()}")
-    text = f"{system.jax.error or ''} {system.jax.log}"
-    if _UNKNOWN in text:
-        unknown = text.split(_UNKNOWN)[1].lstrip("s: ").splitlines()[0]
-        what = f"XLA_FLAGS has a flag that this jaxlib does not know and ends for: {unknown}"
-        yield Problem(what, "unset XLA_FLAGS, or leave the flag out", unusable=True)
+    if unknown := re.search(_UNKNOWN, f"{system.jax.error}\n{system.jax.log}"):
+        what = f"XLA_FLAGS has a flag that ends this version of XLA: {unknown[1]}"
+        yield Problem(what, "leave the flag out of XLA_FLAGS", unusable=True)
     yield from _flags(system)
     value = system.environment.get("JAX_PLATFORMS")
     if value and system.jax.error and not system.nvidia.gpus and not system.tpu.chips:

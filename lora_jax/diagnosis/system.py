@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from lora_jax.diagnosis import nvidia_smi, probe, tpu_vm
 
 _PACKAGES = re.compile(r"lora-jax|jax|jaxlib|flax|optax|jax-.*|libtpu.*|nvidia-.*")
-_VARIABLES = re.compile(r"(JAX|XLA|CUDA|TPU|LIBTPU|NVIDIA|NCCL)_.*|LD_LIBRARY_PATH|TF_CPP.*")
+_VARIABLES = re.compile(r"(JAX|XLA|CUDA|TPU|LIBTPU|NVIDIA|NCCL)_.*|LD_LIBRARY_PATH")
 # Libraries of CUDA that come as wheels with JAX.
 _LIBRARIES = re.compile(r"lib(cudart|cudnn|cublas|cusparse|cusolver|cufft|nvJitLink|nvrtc)\b.*\.so")
 
@@ -21,7 +21,8 @@ _LIBRARIES = re.compile(r"lib(cudart|cudnn|cublas|cusparse|cusolver|cufft|nvJitL
 class System:
     """packages: {name: version}. wanted: {package: the versions that the installed jax asks for}.
     environment: the variables that matter to JAX. shadowing: the folders of LD_LIBRARY_PATH with
-    libraries that the wheels have too. shared_memory: the bytes of /dev/shm.
+    libraries that the wheels have too. memory, shared_memory: the bytes of the host, and of
+    /dev/shm.
     """
 
     python: str = ""
@@ -32,6 +33,7 @@ class System:
     wanted: Mapping[str, str] = dataclasses.field(default_factory=dict)
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shadowing: tuple[str, ...] = ()
+    memory: int | None = None
     shared_memory: int | None = None
     nvidia: nvidia_smi.Found = dataclasses.field(default_factory=nvidia_smi.Found)
     tpu: tpu_vm.Found = dataclasses.field(default_factory=tpu_vm.Found)
@@ -57,11 +59,19 @@ def read(ask: Callable[[], probe.Answer] = probe.ask) -> System:
         wanted=_wanted(packages),
         environment={k: v for k, v in sorted(os.environ.items()) if _VARIABLES.fullmatch(k)},
         shadowing=tuple(filter(_shadows, os.environ.get("LD_LIBRARY_PATH", "").split(":"))),
+        memory=host_memory(),
         shared_memory=_shared_memory(),
         nvidia=nvidia,
         tpu=tpu,
         jax=ask(),
     )
+
+
+def host_memory() -> int | None:
+    """The bytes of the machine's memory; None: unknown."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def _packages() -> dict[str, str]:

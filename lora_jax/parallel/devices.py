@@ -62,9 +62,8 @@ def held_bytes() -> int:
 def memory_bytes(device: jax.Device) -> int | None:
     """Memory of a device that JAX may use; of a CPU, its share of the host's; None: unknown."""
     if device.platform == "cpu":
-        with contextlib.suppress(OSError, ValueError):
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _num_local(device)
-        return None
+        memory = system.host_memory()
+        return memory and memory // _num_local(device)
     return _stats(device).get("bytes_limit")
 
 

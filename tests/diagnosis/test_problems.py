@@ -169,7 +169,7 @@ UNUSABLE = {
     ),
     "an unknown flag": (
         cpu(jax=fails("F1129 x] Unknown flag in XLA_FLAGS: --xla_nonsense=1")),
-        "ends for: --xla_nonsense=1",
+        "version of XLA: --xla_nonsense=1",
         "leave the flag out",
     ),
     "a platform that is not there": (

@@ -10,6 +10,7 @@ The ambient mesh (jax.set_mesh) decides which implementation runs:
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,17 @@ def self_attention(
         axis_names=set(axes),
         check_vma=False,
     )(q, k, v, examples, kind)
+
+
+def chosen(q: Any, k: Any, v: Any, *, packed: bool) -> str:
+    """The module that computes self_attention on the ambient mesh: "splash", "cudnn" or "xla".
+
+    q, k, v may be jax.ShapeDtypeStruct. packed: whether a sequence has several examples.
+    """
+    form = _form(q, k, v)
+    if packed and form is cudnn.attend:  # it finds that out when it runs
+        form = xla.attend
+    return form.__module__.rpartition(".")[2]
 
 
 def _attend(q, k, v, examples, kind, windows):

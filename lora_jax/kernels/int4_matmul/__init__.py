@@ -13,6 +13,7 @@ the shapes decide which of them runs:
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,17 @@ def from_k_minor(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def chosen(
+    where: str, x: Any, packed: packing.Packed, *, codes: str = "int4", transpose: bool = False
+) -> str:
+    """The form that int4_matmul takes on a platform, "cpu", "gpu" or "tpu": a method of Forms.
+
+    x [M, K] and `packed`, one weight, may be jax.ShapeDtypeStruct. transpose: for the derivative,
+    whose x is [M, N].
+    """
+    return _best(where, forms.Forms(codes, dealing.WHOLE, transpose), x, packed)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _matmul(x, packed, layer, codes, partition, implementation):
     product = forms.Forms(codes, partition, transpose=False)
@@ -151,19 +163,25 @@ def _run(product, x, packed, layer, implementation):
     if implementation == "mosaic_gpu":
         _refuse(implementation, product.mosaic_refusal(x, packed))
         return product.mosaic(*arguments)
-    gpu = cpu = product.xla
-    if not product.transpose:
-        if len(x) <= xla_gpu.MOST_ROWS[product.codes]:
-            gpu = product.summed
-        if len(x) <= _BLOCKED_ROWS:
-            cpu = product.blocked
-    if platform.on_cpu():
-        return cpu(*arguments)  # the code below would also trace the kernels, which takes time
-    tpu = product.tpu
-    if reason := product.tpu_refusal(x, packed):
-        _log.debug("no Pallas kernel for x %s, q %s: %s", x.shape, packed.q.shape, reason)
-        tpu = product.xla
+    if platform.on_cpu():  # the code below would also trace the kernels, which takes time
+        return getattr(product, _best("cpu", product, x, packed))(*arguments)
+    tpu, cpu, gpu = (
+        getattr(product, _best(each, product, x, packed)) for each in ("tpu", "cpu", "gpu")
+    )
     return lax.platform_dependent(*arguments, tpu=tpu, cpu=cpu, default=gpu)
+
+
+def _best(where: str, product: forms.Forms, x: Any, packed: packing.Packed) -> str:
+    """The method of Forms that suits a platform; arrays may be jax.ShapeDtypeStruct."""
+    if where == "tpu":
+        if reason := product.tpu_refusal(x, packed):
+            _log.debug("no Pallas kernel for x %s, q %s: %s", x.shape, packed.q.shape, reason)
+        return "xla" if reason else "tpu"
+    if product.transpose:
+        return "xla"
+    if where == "cpu":
+        return "blocked" if len(x) <= _BLOCKED_ROWS else "xla"
+    return "summed" if len(x) <= xla_gpu.MOST_ROWS[product.codes] else "xla"
 
 
 def _refuse(implementation: str, reason: str | None) -> None:

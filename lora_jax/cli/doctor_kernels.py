@@ -1,0 +1,109 @@
+"""The parts of `doctor` that need a working JAX: what its device computes with."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.generation import weights
+from lora_jax.kernels import attention, int4_matmul
+from lora_jax.kernels import packed as packing
+from lora_jax.parallel import mesh as sharding
+
+# The shapes of Llama-3.1-8B: heads, groups, width of a head; d_in, d_out and group of a product.
+_HEADS = (32, 8, 128)
+_WEIGHT = (4096, 14336, 32)
+_TOKENS = (2048, 8192, 32768)
+_ROWS = (1, 8, 64, 2048)
+
+
+HEADER = f"{'':<34}{'form':<14}{'error':>8}{'ms':>9}{'of peak':>9}"
+
+
+class Row(NamedTuple):
+    """A kernel, checked and timed. problem: what is wrong with it. error: relative to the largest
+    value of the float32 reference. share: of the chip's roofline; None: its peaks are not known.
+    """
+
+    operation: str
+    shapes: str
+    implementation: str
+    problem: str | None
+    error: float | None
+    seconds: float | None
+    share: float | None
+
+    def line(self) -> str:
+        """In the columns of HEADER; what is wrong is on a line of its own."""
+        error = "–" if self.error is None else f"{self.error:.1e}"
+        time = "–" if self.seconds is None else f"{1e3 * self.seconds:.3g}"
+        share = "–" if self.share is None else f"{self.share:.0%}"
+        name = f"{self.operation}, {self.shapes}"
+        line = f"{name:<34}{self.implementation:<14}{error:>8}{time:>9}{share:>9}"
+        return f"{line}\n  WRONG: {self.problem}" if self.problem else line
+
+
+def rows() -> Iterator[Row]:
+    """The kernels that a job on the first device uses, one after the other."""
+    yield from ()
+
+
+Choices = dict[str, list[dict[str, Any]]]
+
+
+def choices() -> Choices:
+    """What the operations choose on the first device by themselves."""
+    device = jax.local_devices()[0]
+    with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), [device])):
+        return {
+            "attention": [
+                {"tokens": tokens, "packed": packed, "implementation": _attention(tokens, packed)}
+                for packed in (False, True)
+                for tokens in _TOKENS
+            ],
+            "int4": [
+                {"rows": rows, "backward": backward, "implementation": _int4(rows, backward)}
+                for backward in (False, True)
+                for rows in _ROWS
+            ],
+            "decoding": [{"weights": weights.best(device) or "as they are"}],
+        }
+
+
+def _attention(tokens: int, packed: bool) -> str:
+    heads, groups, width = _HEADS
+    q, k = (jax.ShapeDtypeStruct((1, tokens, n, width), jnp.bfloat16) for n in (heads, groups))
+    return attention.chosen(q, k, k, packed=packed)
+
+
+def _int4(rows: int, backward: bool) -> str:
+    d_in, d_out, group = _WEIGHT
+    array = jax.ShapeDtypeStruct
+    weight = packing.Packed(
+        array((d_in // 8, d_out), jnp.uint32),
+        array((d_in // group, d_out), jnp.int8),
+        array((1, d_out), jnp.float32),
+    )
+    x = array((rows, d_out if backward else d_in), jnp.bfloat16)
+    return int4_matmul.chosen(jax.default_backend(), x, weight, transpose=backward)
+
+
+def sentences(found: Choices) -> Iterator[tuple[str, str]]:
+    """(label, text) of each of `choices`."""
+    alone, packed = _by(found["attention"], "packed", "tokens")
+    yield "attention", f"{alone}; with packing {packed}"
+    forward, backward = _by(found["int4"], "backward", "rows")
+    yield "int4", f"{forward}; backward {backward}"
+    yield "decoding", f"weights {found['decoding'][0]['weights']}"
+
+
+def _by(found: list[dict[str, Any]], switch: str, unit: str) -> Iterator[str]:
+    """For the rows of `choices` without and with `switch`: "blocked (1, 8 rows), xla (64 rows)"."""
+    for on in (False, True):
+        rows = [each for each in found if each[switch] == on]
+        forms = itertools.groupby(rows, key=lambda each: each["implementation"])
+        sizes = {form: ", ".join(str(each[unit]) for each in group) for form, group in forms}
+        parts = [f"{form} ({sizes[form]} {unit})" for form in sizes]
+        yield ", ".join(parts) if len(parts) > 1 else "".join(sizes)
