@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,14 +52,16 @@ def main() -> int:
         show("wrong", "nothing found")
     failed = any(each.unusable for each in wrong)
     if not failed:
-        failed = _show_kernels(show, report, check=not asked["no_kernels"])
+        failed = _show_kernels(found, show, report, check=not asked["no_kernels"])
     if asked["json"]:
         print(json.dumps(report, indent=2))
     return int(failed)
 
 
-def _show_kernels(show, report: dict[str, Any], *, check: bool) -> bool:
+def _show_kernels(found: system.System, show, report: dict[str, Any], *, check: bool) -> bool:
     """Shows what this machine's device computes with. Returns whether a kernel is wrong."""
+    if found.jax.platform == "cpu":  # else plugins that have nothing to open print why, once more
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from lora_jax.cli import doctor_kernels  # imports jax
 
     rows = []
@@ -93,16 +96,17 @@ def _machine(found: system.System) -> Iterator[tuple[str, str]]:
         yield "CUDA", console.pairs(wheels)
     kinds = collections.Counter(found.jax.devices)
     devices = [_device(each, count) for each, count in kinds.items()] or ["JAX finds none"]
-    if found.memory:
-        devices.append(f"{console.size(found.memory)} of memory in the machine")
+    machine = [f"{console.size(found.memory)} of memory"] if found.memory else []
     if found.nvidia.gpus:
         gpu = found.nvidia.gpus[0]
-        newest = f", for CUDA up to {found.nvidia.cuda}" if found.nvidia.cuda else ""
         memory = f" with {console.size(gpu.memory)}" if gpu.memory else ""
-        devices.append(f"{len(found.nvidia.gpus)} × {gpu.name}{memory} in the machine, driver "
-                       f"{gpu.driver}{newest}")  # fmt: skip
+        newest = f" for CUDA up to {found.nvidia.cuda}" if found.nvidia.cuda else ""
+        machine.append(
+            f"{len(found.nvidia.gpus)} × {gpu.name}{memory}, driver {gpu.driver}{newest}"
+        )
     if found.tpu.chips:
-        devices.append(f"{found.tpu.chips} TPU chips in the machine")
+        machine.append(f"{found.tpu.chips} TPU chips")
+    devices += ["machine: " + "; ".join(machine)] if machine else []
     yield "devices", "\n".join(devices)
     if found.environment:
         yield "variables", console.pairs(found.environment)

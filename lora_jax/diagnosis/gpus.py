@@ -84,7 +84,7 @@ def _unused(system: System) -> Problem | None:
     install = packages.reinstall(system)
     if not installed:
         return Problem(
-            f"there is a {gpu.name}, but JAX is installed without its plugin for CUDA",
+            f"JAX is installed without its plugin for CUDA, which the {gpu.name} needs",
             install, unusable=True,
         )  # fmt: skip
     if installed[0] > fits:
@@ -99,11 +99,10 @@ def _unused(system: System) -> Problem | None:
     if any(sign in log for sign in _SIGNS):
         if system.shadowing:
             return shadowed(system, unusable=True)
-        return Problem(
-            "JAX's plugin finds no libraries of CUDA that fit it",
-            install.replace("pip install", "pip install --upgrade --force-reinstall"),
-            unusable=True,
-        )
+        if any(name.startswith("nvidia-cudnn") for name in system.packages):
+            install = install.replace("pip install", "pip install --force-reinstall")
+        what = "JAX's plugin finds no libraries of CUDA that fit it"
+        return Problem(what, install, unusable=True)
     if "OUT_OF_MEMORY" in log or "no supported devices found" in log:
         return Problem(
             f"JAX could not open the {gpu.name}: too little of its memory is free",

@@ -12,8 +12,11 @@ CUDA = {13: (580, 7.5), 12: (525, 5.2)}
 
 
 def reinstall(system: System) -> str:
-    """The pip line for the machine's devices that keeps the version of jax."""
-    extra = f"cuda{cuda(system) or max(CUDA)}" if system.nvidia.gpus else ""
+    """The pip line for the machine's devices that keeps the versions of jax and, if it can be
+    used, of CUDA."""
+    newest = cuda(system) or max(CUDA)
+    usable = [major for major in plugins(system) if major <= newest]
+    extra = f"cuda{(usable or [newest])[0]}" if system.nvidia.gpus else ""
     extra = "tpu" if system.tpu.chips else extra
     installed = system.packages.get("jax", "")
     version = f"=={installed}" if re.fullmatch(r"[\d.]+", installed) else ""

@@ -36,7 +36,7 @@ def _unexplained(system: System) -> Iterator[Problem]:
         said = [line for line in system.jax.log.splitlines() if "rror" in line or "fail" in line]
         reason = " ".join(said[-1].split())[:300] if said else "it does not say why"
         yield Problem(
-            f"JAX sees only the CPU, but there is a {name}: {reason}",
+            f"JAX does not open the {name}: {reason}",
             "JAX_LOGGING_LEVEL=DEBUG python -c 'import jax; jax.devices()' shows more",
             unusable=True,
         )

@@ -7,6 +7,9 @@ from lora_jax.diagnosis import packages
 from lora_jax.diagnosis.problem import Problem
 from lora_jax.diagnosis.system import System
 
+# jax/_src/cloud_tpu_init.py asks for huge pages on all others.
+_OLD = ("TPU v2", "TPU v3", "TPU v4")
+
 
 def problems(system: System) -> Iterator[Problem]:
     """Why JAX does not use the TPU that is there, and what makes it slow."""
@@ -15,7 +18,8 @@ def problems(system: System) -> Iterator[Problem]:
         return
     if system.jax.platform != "tpu":
         yield from _unused(system)
-    if not found.huge_pages:
+    newer = any(not each.kind.startswith(_OLD) for each in system.jax.devices)
+    if system.jax.platform == "tpu" and newer and not found.huge_pages:
         yield Problem(
             "transparent huge pages are off, so the TPU takes longer to start and stop",
             'sudo sh -c "echo always > /sys/kernel/mm/transparent_hugepage/enabled"',
@@ -39,6 +43,11 @@ def _unused(system: System) -> Iterator[Problem]:
         what = "another user holds the TPU, or has left libtpu's lock file behind"
         do = "sudo lsof -w /dev/accel* /dev/vfio/* names the process; without one, sudo rm "
         yield Problem(what, f"{do}/tmp/libtpu_lockfile", unusable=True)
+    elif failure := re.search(r"\w+: TPU initialization failed[^(\n]*", log):
+        do = "restart the TPU VM"
+        if system.container:
+            do = "start the container with --privileged --net=host"
+        yield Problem(f"libtpu cannot start the TPU: {failure[0].strip()}", do, unusable=True)
 
 
 def _held(process: str) -> Problem:

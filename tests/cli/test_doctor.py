@@ -67,8 +67,11 @@ def test_an_accelerator_that_cannot_be_used_ends_it_with_1(machine):
     machine(nvidia=nvidia_smi.Found((gpu,), 1, None, "13.0"))
     ended = cli.run("doctor")
     assert ended.code == 1 and "int4" not in ended.out
-    assert "1 × NVIDIA L4 with 24 GB in the machine, driver 580.65.06, for CUDA" in ended.out
-    assert "wrong     there is a NVIDIA L4, but JAX" in ended.out
+    out = " ".join(ended.out.split())
+    assert "machine: 1 × NVIDIA L4 with 24 GB, driver 580.65.06 for CUDA up to 13.0" in out
+    assert (
+        "wrong     JAX is installed without its plugin for CUDA, which the NVIDIA L4" in ended.out
+    )
     assert '          → pip install "jax[cuda13]==0.10.2"' in ended.out
 
 

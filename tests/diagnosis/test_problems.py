@@ -59,6 +59,7 @@ HEALTHY = {
     "gpu with forward compatibility": gpu(driver="535.104.05"),
     "gpu of a system whose cuda is not pip's": gpu(BASE),
     "tpu": tpu(),
+    "an old tpu": tpu(jax=probe.Answer((probe.Device("tpu", "TPU v4"),)), huge_pages=False),
     "an older jaxlib that jax takes": cpu({**BASE, "jaxlib": "0.10.1"}),
     "harmless settings": gpu(
         environment={
@@ -127,7 +128,12 @@ UNUSABLE = {
     "libraries of CUDA are missing": (
         gpu(CUDA12, jax=sees("cpu", log=CUSPARSE)),
         "no libraries",
-        'pip install --upgrade --force-reinstall "jax[cuda13]==0.10.2"',
+        'pip install "jax[cuda12]==0.10.2"',
+    ),
+    "libraries of CUDA do not load": (
+        gpu({**CUDA13, "nvidia-cudnn-cu13": "9.1"}, jax=sees("cpu", log="Outdated cuDNN inst")),
+        "no libraries",
+        'pip install --force-reinstall "jax[cuda13]==0.10.2"',
     ),
     "the GPU's memory is held": (
         gpu(jax=sees("cpu", log="INTERNAL: no supported devices found for platform CUDA")),
@@ -148,6 +154,16 @@ UNUSABLE = {
     ),
     "a lock file of another user": (
         tpu(lock=True, jax=fails("RuntimeError: x")), "lock file", "/tmp/libtpu_lockfile",
+    ),
+    "a TPU that does not start": (
+        tpu(jax=fails("RuntimeError: NOT_FOUND: TPU initialization failed: No device. (set x)")),
+        "NOT_FOUND: TPU initialization failed: No device.",
+        "restart the TPU VM",
+    ),
+    "a TPU in a container": (
+        tpu(jax=fails("NOT_FOUND: TPU initialization failed: No device."), container=True),
+        "cannot start the TPU",
+        "--privileged",
     ),
     "hosts of a slice that wait": (
         tpu(jax=fails("no answer within 120 s"), **uses("TPU_WORKER_HOSTNAMES", "a,b")),
