@@ -66,11 +66,12 @@ def _show_kernels(found: system.System, show, report: dict[str, Any], *, check: 
 
     rows = []
     if check:
+        show(None, doctor_kernels.HEADER)
         for row in doctor_kernels.rows():
-            if not rows:
-                show("kernels", doctor_kernels.HEADER)
             rows.append(row)
-            show("", row.line())
+            show(None, row.line())
+            if row.problem:
+                show("", f"wrong: {row.problem}")
     report["kernels"] = [row._asdict() for row in rows]
     report["choices"] = doctor_kernels.choices()
     for label, text in doctor_kernels.sentences(report["choices"]):
@@ -118,8 +119,9 @@ def _device(device, count: int) -> str:
     return f"JAX: {count} × {device.kind} ({device.platform}){memory}{capability}"
 
 
-def _show(label: str, text: str) -> None:
-    """Prints the lines of `text` behind a label, each wrapped to the width of the terminal."""
+def _show(label: str | None, text: str) -> None:
+    """Prints the lines of `text` behind a label, wrapped to the width of the terminal; with None,
+    as they are."""
     for line in text.splitlines():
-        print(console.labelled(label, line), flush=True)
-        label = ""
+        print(line if label is None else console.labelled(label, line), flush=True)
+        label = label and ""

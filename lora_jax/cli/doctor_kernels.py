@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from lora_jax.cli import doctor_cases, timing
 from lora_jax.generation import weights
 from lora_jax.kernels import attention, int4_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.parallel import mesh as sharding
+from lora_jax.planning import chips
 
 # The shapes of Llama-3.1-8B: heads, groups, width of a head; d_in, d_out and group of a product.
 _HEADS = (32, 8, 128)
@@ -18,8 +22,9 @@ _WEIGHT = (4096, 14336, 32)
 _TOKENS = (2048, 8192, 32768)
 _ROWS = (1, 8, 64, 2048)
 
-
-HEADER = f"{'':<34}{'form':<14}{'error':>8}{'ms':>9}{'of peak':>9}"
+TOLERANCE = 2e-2  # of the largest value; operands are in bfloat16
+_COLUMNS = "{:<38}{:<12}{:>9}{:>9}{:>9}"
+HEADER = _COLUMNS.format("kernels", "form", "error", "ms", "of peak")
 
 
 class Row(NamedTuple):
@@ -36,18 +41,54 @@ class Row(NamedTuple):
     share: float | None
 
     def line(self) -> str:
-        """In the columns of HEADER; what is wrong is on a line of its own."""
+        """In the columns of HEADER."""
         error = "–" if self.error is None else f"{self.error:.1e}"
         time = "–" if self.seconds is None else f"{1e3 * self.seconds:.3g}"
         share = "–" if self.share is None else f"{self.share:.0%}"
-        name = f"{self.operation}, {self.shapes}"
-        line = f"{name:<34}{self.implementation:<14}{error:>8}{time:>9}{share:>9}"
-        return f"{line}\n  WRONG: {self.problem}" if self.problem else line
+        name = f"  {self.operation}, {self.shapes}"
+        return _COLUMNS.format(name, self.implementation, error, time, share)
 
 
-def rows() -> Iterator[Row]:
-    """The kernels that a job on the first device uses, one after the other."""
-    yield from ()
+def rows(sizes: doctor_cases.Sizes | None = None) -> Iterator[Row]:
+    """The operations on the first device, one after the other. sizes: None: those for it."""
+    device = jax.local_devices()[0]
+    sizes = sizes or (doctor_cases.SMALL if device.platform == "cpu" else doctor_cases.FULL)
+    peaks = chips.of_kind(device.platform, device.device_kind, 1).peaks
+    with jax.set_mesh(_mesh(device)):
+        for case in doctor_cases.cases(device, sizes):
+            yield _checked(case, peaks)
+
+
+def _checked(case: doctor_cases.Case, peaks: chips.Peaks | None) -> Row:
+    named = Row(case.operation, case.shapes, case.implementation, None, None, None, None)
+    try:
+        calls = timing.Calls(case.run, *case.arguments)
+        with jax.default_matmul_precision("highest"):
+            right = jax.jit(case.reference)(0, *case.arguments)
+        found, right = map(jax.tree.leaves, (calls.result, right))
+        error = float(np.max([*map(_error, found, right)]))  # NaN if one is
+        if not error <= TOLERANCE:
+            return named._replace(problem=f"error {error:.2g}, expected at most {TOLERANCE}")
+        seconds = calls.seconds()
+    except Exception as failure:  # of the compiler or the device: the others may still work
+        return named._replace(problem=" ".join(str(failure).split())[:200])
+    least = peaks and max(case.flops / peaks.flops, case.num_bytes / peaks.bandwidth)
+    return named._replace(error=error, seconds=seconds, share=least and least / seconds)
+
+
+@jax.jit
+def _largest(found: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    difference = found.astype(jnp.float32) - right
+    return jnp.abs(difference).max(), jnp.abs(right).max()
+
+
+def _error(found: jax.Array, right: jax.Array) -> float:
+    difference, size = _largest(found, right)
+    return float(difference / size)
+
+
+def _mesh(device: jax.Device) -> Mesh:
+    return sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), [device])
 
 
 Choices = dict[str, list[dict[str, Any]]]
@@ -56,7 +97,7 @@ Choices = dict[str, list[dict[str, Any]]]
 def choices() -> Choices:
     """What the operations choose on the first device by themselves."""
     device = jax.local_devices()[0]
-    with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), [device])):
+    with jax.set_mesh(_mesh(device)):
         return {
             "attention": [
                 {"tokens": tokens, "packed": packed, "implementation": _attention(tokens, packed)}

@@ -58,7 +58,7 @@ def test_the_same_as_json(machine):
 def test_a_wrong_kernel_ends_it_with_1(machine):
     machine(rows=(RIGHT, WRONG))
     ended = cli.run("doctor")
-    assert ended.code == 1 and "WRONG: error 0.5, at most 0.01" in ended.out
+    assert ended.code == 1 and "wrong: error 0.5, at most 0.01" in ended.out
     assert cli.run("doctor", "--no-kernels").code == 0
 
 

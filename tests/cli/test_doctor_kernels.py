@@ -1,0 +1,75 @@
+"""The check and the timing of doctor's kernels, on tiny ones and on faulty ones."""
+
+import jax.numpy as jnp
+import pytest
+
+from lora_jax.cli import doctor_cases, doctor_kernels, timing
+from lora_jax.planning import chips
+
+TINY = doctor_cases.Sizes(
+    matmuls=((64, 128),), stack=3 * 64 * 64, rows=((1, 16), (16,)), tokens=(32,), heads=(4, 2, 8),
+    vocabulary=(64, 32),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "_SECONDS", 0)
+
+
+def test_the_kernels_of_this_device_are_right():
+    rows = [*doctor_kernels.rows(TINY)]
+    assert [row.operation for row in rows] == [
+        "int4", "int4", "int4 backward", "attention", "attention, packed", "cross-entropy",
+        "embedding",
+    ]  # fmt: skip
+    assert [row.implementation for row in rows[:3]] == ["blocked", "xla", "xla"]
+    for row in rows:
+        assert row.problem is None and row.error <= doctor_kernels.TOLERANCE, row
+        assert row.seconds > 0 and row.share is None  # a CPU has no published peaks
+        assert len(row.line()) <= 80
+    assert rows[0].shapes == "1 × 64 → 128" and rows[2].shapes == "16 × 128 → 64"
+    assert rows[0].error > 0  # it was compared with another computation
+
+
+def case(run, arguments=None):
+    """One that should double its argument."""
+    x = jnp.arange(4, dtype=jnp.float32)
+    return doctor_cases.Case(
+        "double", "4", "mine", run, lambda number, x: (x, 2 * x), arguments or (x,), 12.0, 6.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "problem"),
+    [
+        (lambda number, x: (x, 2 * x), None),
+        (lambda number, x: (x, 2 * x * 1.001), None),
+        (lambda number, x: (x, (2 * x).at[3].set(0)), "error 1, expected at most 0.02"),
+        (lambda number, x: (x, 2 * x / (x != 2)), "error inf"),
+        (lambda number, x: (x, jnp.log(-x)), "error nan"),
+        (lambda number, x: 1 / 0, "division by zero"),
+    ],
+)
+def test_a_wrong_result_or_an_exception_is_a_problem(run, problem):
+    row = doctor_kernels._checked(case(run), None)
+    assert (row.problem is None) if problem is None else (problem in row.problem)
+    assert (row.seconds is None) == (problem is not None)
+
+
+@pytest.mark.parametrize(("flops", "bandwidth", "least"), [(2.0, 6.0, 6.0), (12.0, 2.0, 3.0)])
+def test_the_share_of_the_roofline(monkeypatch, flops, bandwidth, least):
+    monkeypatch.setattr(timing.Calls, "seconds", lambda self: 12.0)
+    peaks = chips.Peaks(flops, bandwidth, 1.0)
+    row = doctor_kernels._checked(case(lambda number, x: (x, 2 * x)), peaks)
+    assert row.share == pytest.approx(least / 12)
+
+
+def test_a_timing_is_that_of_one_call(monkeypatch):
+    calls = timing.Calls(lambda number, x: x + number, jnp.zeros(2))
+    assert calls.result.tolist() == [0, 0] and calls._run(5).tolist() == [4, 4]
+    monkeypatch.setattr(timing, "_SECONDS", 1.0)
+    counts = []
+    monkeypatch.setattr(calls, "_timed", lambda count: counts.append(count) or 0.01 * count)
+    assert calls.seconds() == pytest.approx(0.01)
+    assert counts[-1] >= 100 and len(set(counts[-timing._TIMINGS :])) == 1
