@@ -162,15 +162,14 @@ def _decoding(stack: packing.Packed, every: tuple[int, ...]) -> Iterator[Case]:
 
 
 def _attention(heads: tuple[int, int, int], tokens: int, packed: bool) -> Case:
-    """Forward and backward."""
+    """Forward and backward. Packed: four examples."""
     heads, groups, width = heads
     count = 4 if packed else 1  # examples
     q, k, v = (_normal(n, 1, tokens, h, width) for n, h in enumerate((heads, groups, groups)))
     numbers = jnp.asarray(np.arange(tokens)[None] * count // tokens + 1, jnp.int32)
 
     def dense_attention(q, k, v, numbers):
-        order = jnp.arange(tokens)
-        visible = (numbers[:, :, None] == numbers[:, None]) & (order[:, None] >= order[None])
+        visible = (numbers[:, :, None] == numbers[:, None]) & jnp.tri(tokens, dtype=bool)[None]
         return dense.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), visible)
 
     def with_gradients(attend, q, k, v, numbers):

@@ -1,5 +1,6 @@
 """The parts of `doctor` that need a working JAX: what its device computes with."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,16 +13,11 @@ from jax.sharding import Mesh
 from lora_jax.cli import doctor_cases, timing
 from lora_jax.generation import weights
 from lora_jax.kernels import attention, int4_matmul
-from lora_jax.kernels import packed as packing
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips
+from lora_jax.quant import formats
 
-# The shapes of Llama-3.1-8B: heads, groups, width of a head; d_in, d_out and group of a product.
-_HEADS = (32, 8, 128)
-_WEIGHT = (4096, 14336, 32)
 _TOKENS = (2048, 8192, 32768)
-_ROWS = (1, 8, 64, 2048)
-
 TOLERANCE = 2e-2  # of the largest value; operands are in bfloat16
 _COLUMNS = "{:<38}{:<12}{:>9}{:>9}{:>9}"
 HEADER = _COLUMNS.format("kernels", "form", "error", "ms", "of peak")
@@ -105,30 +101,30 @@ def choices() -> Choices:
                 for tokens in _TOKENS
             ],
             "int4": [
-                {"rows": rows, "backward": backward, "implementation": _int4(rows, backward)}
+                {
+                    "rows": rows,
+                    "backward": backward,
+                    "implementation": _int4(device, rows, backward),
+                }
                 for backward in (False, True)
-                for rows in _ROWS
+                for rows in doctor_cases.FULL.rows[0]
             ],
             "decoding": [{"weights": weights.best(device) or "as they are"}],
         }
 
 
 def _attention(tokens: int, packed: bool) -> str:
-    heads, groups, width = _HEADS
+    heads, groups, width = doctor_cases.FULL.heads
     q, k = (jax.ShapeDtypeStruct((1, tokens, n, width), jnp.bfloat16) for n in (heads, groups))
     return attention.chosen(q, k, k, packed=packed)
 
 
-def _int4(rows: int, backward: bool) -> str:
-    d_in, d_out, group = _WEIGHT
-    array = jax.ShapeDtypeStruct
-    weight = packing.Packed(
-        array((d_in // 8, d_out), jnp.uint32),
-        array((d_in // group, d_out), jnp.int8),
-        array((1, d_out), jnp.float32),
-    )
-    x = array((rows, d_out if backward else d_in), jnp.bfloat16)
-    return int4_matmul.chosen(jax.default_backend(), x, weight, transpose=backward)
+def _int4(device: jax.Device, rows: int, backward: bool) -> str:
+    d_in, d_out = doctor_cases.FULL.matmuls[-1]
+    dense = jax.ShapeDtypeStruct((d_in, d_out), jnp.bfloat16)
+    weight = jax.eval_shape(functools.partial(formats.quantize, fmt="int4"), dense)
+    x = jax.ShapeDtypeStruct((rows, d_out if backward else d_in), jnp.bfloat16)
+    return int4_matmul.chosen(device.platform, x, weight, transpose=backward)
 
 
 def sentences(found: Choices) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax.cli import doctor_cases, doctor_kernels, timing
+from lora_jax.kernels.int4_matmul import forms
 from lora_jax.planning import chips
 
 TINY = doctor_cases.Sizes(
@@ -30,6 +31,17 @@ def test_the_kernels_of_this_device_are_right():
         assert len(row.line()) <= 80
     assert rows[0].shapes == "1 × 64 → 128" and rows[2].shapes == "16 × 128 → 64"
     assert rows[0].error > 0  # it was compared with another computation
+
+
+def test_a_faulty_kernel_is_found(monkeypatch):
+    blocked = forms.Forms.blocked
+
+    def without_a_tile(self, *arguments):
+        return blocked(self, *arguments).at[:, :16].set(0)
+
+    monkeypatch.setattr(forms.Forms, "blocked", without_a_tile)
+    row = next(doctor_kernels.rows(TINY))
+    assert row.implementation == "blocked" and "expected at most 0.02" in row.problem
 
 
 def case(run, arguments=None):
