@@ -13,12 +13,12 @@ from lora_jax.diagnosis import problems, system
 from lora_jax.diagnosis.problem import Problem
 
 DESCRIPTION = """\
-Say what is wrong with an installation, and check and time the kernels on its device.
+Say what is wrong with an installation, and check and time its kernels.
 
   lora-jax doctor
   lora-jax doctor --json > doctor.json             the same, for a bug report
 
-The exit code is 1 if JAX cannot use a device that is there or a kernel is wrong, else 0.
+The exit code is 1 if a device cannot be used or a kernel is wrong, else 0.
 """
 
 

@@ -9,9 +9,9 @@ from lora_jax.diagnosis.problem import Problem
 from lora_jax.diagnosis.system import System
 
 _SETTINGS = {  # those of probe.SETTINGS
-    "jax_enable_x64": "numbers take 8 bytes where 4 are meant, and some kernels do not take them",
+    "jax_enable_x64": "arrays take 64 bits where 32 are meant, which costs time and memory",
     "jax_disable_jit": "nothing is compiled, so that everything is slow",
-    "jax_debug_nans": "each result is checked for NaN, and programs with one run again uncompiled",
+    "jax_debug_nans": "each result is checked for NaN",
     "jax_debug_infs": "each result is checked for infinity",
 }
 _OFF = ("0", "false")
@@ -34,8 +34,9 @@ def problems(system: System) -> Iterator[Problem]:
         what = f"XLA_FLAGS has a flag that ends this version of XLA: {unknown[1]}"
         yield Problem(what, "leave the flag out of XLA_FLAGS", unusable=True)
     yield from _flags(system)
-    value = system.environment.get("JAX_PLATFORMS")
-    if value and system.jax.error and not system.nvidia.gpus and not system.tpu.chips:
+    value, error = system.environment.get("JAX_PLATFORMS", "cpu"), system.jax.error or ""
+    no_backend = "backend" in error or error.startswith("AssertionError")  # jax 0.10 asserts
+    if value != "cpu" and no_backend and not system.accelerated:
         what = f"JAX_PLATFORMS={value} names a platform that JAX does not find here"
         yield Problem(what, "unset JAX_PLATFORMS", unusable=True)
     if system.nvidia.gpus:

@@ -33,7 +33,7 @@ def problems(system: System) -> Iterator[Problem]:
             "(8.0 has them), and no cuDNN attention",
             "try --dtype float32, or use another GPU",
         )
-    held = [each for each in found.gpus if each.memory and each.used > _HELD * each.memory]
+    held = [each for each in found.gpus if (each.used or 0) > _HELD * (each.memory or 0)]
     if held:
         used, memory = (round(n / 1e9) for n in (held[0].used, held[0].memory))
         by = f" by {', '.join(found.users[:3])}" if found.users else ""
@@ -90,10 +90,10 @@ def _unused(system: System) -> Problem | None:
     if installed[0] > fits:
         driver, capability = packages.CUDA[installed[0]]
         needs = f"a driver {driver} or newer and compute capability {capability:g}"
-        has = f"driver {gpu.driver}, {gpu.capability or 'unknown'}"
+        has = f"driver {gpu.driver}, compute capability {gpu.capability or 'unknown'}"
         old = f"jax-cuda{installed[0]}-plugin jax-cuda{installed[0]}-pjrt"
         return Problem(
-            f"CUDA {installed[0]} needs {needs}; this is {has}",
+            f"CUDA {installed[0]} needs {needs}; this machine has {has}",
             f"pip uninstall -y {old} && {install}", unusable=True,
         )  # fmt: skip
     if any(sign in log for sign in _SIGNS):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -53,11 +54,15 @@ def ask(limit: float = SECONDS) -> Answer:
         log = (late.stderr or b"").decode(errors="replace")
         return Answer(error=f"{TIMEOUT} {limit:g} s", log=log)
     if child.returncode:  # only an abort: exceptions are part of the answer
-        last = child.stderr.strip().splitlines()[-1:] or [f"it ended with {child.returncode}"]
-        return Answer(error=last[0], log=child.stderr)
+        said = child.stderr.strip().splitlines()
+        return Answer(error=said[-1] if said else _ended(child.returncode), log=child.stderr)
     found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     devices = tuple(Device(**each) for each in found.pop("devices", ()))
     return Answer(devices, found.get("error"), child.stderr, tuple(found.get("on", ())))
+
+
+def _ended(code: int) -> str:
+    return f"it ended with {signal.Signals(-code).name if code < 0 else code}"
 
 
 def here() -> dict[str, Any]:

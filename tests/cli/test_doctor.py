@@ -95,5 +95,10 @@ def test_the_extra_is_not_needed_but_named(machine, monkeypatch):
     assert ended.code == 0 and 'pip install "lora-jax[train]"' in ended.out
 
 
+def test_the_help_fits(machine):
+    machine()
+    assert max(map(len, cli.run("doctor", "--help").lines)) <= 80
+
+
 def test_an_unknown_flag_is_refused():
     assert "--jsn" in cli.refused("doctor", "--jsn")

@@ -58,6 +58,7 @@ HEALTHY = {
     "gpu with cuda 12 and its driver": gpu(CUDA12, driver="535.104.05"),
     "gpu with forward compatibility": gpu(driver="535.104.05"),
     "gpu of a system whose cuda is not pip's": gpu(BASE),
+    "gpu whose memory the driver does not know": gpu(memory=None, used=None),
     "tpu": tpu(),
     "an old tpu": tpu(jax=probe.Answer((probe.Device("tpu", "TPU v4"),)), huge_pages=False),
     "an older jaxlib that jax takes": cpu({**BASE, "jaxlib": "0.10.1"}),
@@ -194,7 +195,9 @@ UNUSABLE = {
         "unset JAX_PLATFORMS",
     ),
     "JAX does not start": (
-        cpu(jax=fails("ImportError: libstdc++.so.6")), "libstdc++", 'pip install "jax==0.10.2"',
+        cpu(**uses("JAX_PLATFORMS", "cpu"), jax=fails("ImportError: libstdc++.so.6")),
+        "libstdc++",
+        'pip install "jax==0.10.2"',
     ),
 }  # fmt: skip
 
@@ -237,7 +240,7 @@ OTHERS = {
         gpu({**CUDA13, "nvidia-cublas": "13.1.0.3"}, capability="10.0"), "wrong", ">=13.2",
     ),
     "small pages": (tpu(huge_pages=False), "huge pages", "echo always"),
-    "x64": (cpu(jax=sees("cpu", on=("jax_enable_x64",))), "8 bytes", "unset JAX_ENABLE_X64"),
+    "x64": (cpu(jax=sees("cpu", on=("jax_enable_x64",))), "64 bits", "unset JAX_ENABLE_X64"),
     "no jit": (cpu(jax=sees("cpu", on=("jax_disable_jit",))), "nothing", "unset JAX_DISABLE_JIT"),
     "no autotuning": (
         gpu(**uses("XLA_FLAGS", "--xla_gpu_autotune_level=0")), "not timed", "XLA_FLAGS",

@@ -134,7 +134,7 @@ def test_jax_that_fails_aborts_or_hangs_is_an_answer(monkeypatch):
 
     answer = ended(-6, "", "some lines\nF1] Unknown flag in XLA_FLAGS: --x\n")
     assert answer.error == "F1] Unknown flag in XLA_FLAGS: --x" and answer.platform is None
-    assert ended(-11, "", "").error == "it ended with -11"
+    assert ended(-11, "", "").error == "it ended with SIGSEGV"
     answer = ended(0, 'noise\n{"devices": [{"platform": "tpu", "kind": "TPU v5e"}]}\n', "a log")
     assert (answer.platform, answer.log) == ("tpu", "a log")
 
