@@ -29,14 +29,18 @@ def say(label: str, text: str) -> None:
     """Prints `label     text`, wrapped to the width of the terminal."""
     import tqdm  # imported late, to keep --help fast
 
-    indent = " " * LABEL
+    # Above the progress bar, if there is one.
+    tqdm.tqdm.write(labelled(label, text))
+    sys.stdout.flush()
+
+
+def labelled(label: str, text: str) -> str:
+    """`label     text`, wrapped to the width of the terminal."""
     lines = textwrap.wrap(
-        text, width(), initial_indent=f"{label:<{LABEL}}", subsequent_indent=indent,
+        text, width(), initial_indent=f"{label:<{LABEL}}", subsequent_indent=" " * LABEL,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-    # Above the progress bar, if there is one.
-    tqdm.tqdm.write("\n".join(lines))
-    sys.stdout.flush()
+    return "\n".join(lines)
 
 
 def pairs(settings: Mapping[str, object]) -> str:

@@ -26,7 +26,8 @@ NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 # ---------------------------------------------------------------------- commands, in one place
 
 SCRIPTS = {"inspect_data": "inspect"}  # scripts whose name is not their verb's
-VERBS = ("train", "plan", "generate", "chat", "serve", "merge", "quantize", "inspect", "report")
+VERBS = ("train", "plan", "generate", "chat", "serve", "merge", "quantize", "inspect", "report",
+         "doctor")  # fmt: skip
 
 
 def verb_and_flags(command: str) -> tuple[str, list[str]] | None:

@@ -184,7 +184,7 @@ def _values(value: str | Sequence[str]) -> Sequence[str]:
 
 
 def add_model(flags: Flags) -> None:
-    """--model, --revision, --quant, --quant-fast, --use-4bit, --no-4bit, --dtype, --mesh."""
+    """--model, --revision, --quant, --use-4bit, --dtype, --mesh and others."""
     flags.group("model")
     flags.add("--model", "folder or Hugging Face id (default: the demo model)",
               metavar="PATH|HUB_ID")  # fmt: skip
@@ -199,6 +199,7 @@ def add_model(flags: Flags) -> None:
     flags.add("--dtype", "compute dtype (default: that of config.json; float16 becomes bfloat16)")
     flags.add("--mesh", "devices by axis, e.g. data=-1,fsdp=8,tensor=1 (default: fsdp if the base "
               "does not fit on one device, else data)")  # fmt: skip
+    flags.add("--kernels", "auto: those for this device, if they are right on it; xla: none")
 
 
 def add_data(flags: Flags) -> None:

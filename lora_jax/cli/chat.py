@@ -96,7 +96,7 @@ def main() -> int:
         )
     model = opening.load(settings.base, found)
     engine = opening.start(
-        found, model, slots=2, context=settings.context,
+        found, model, slots=2, context=settings.context, kernels=settings.base.kernels,
         pool=opening.pool(model, settings.adapters),
     )  # fmt: skip
     engine.start()

@@ -244,6 +244,7 @@ def _results(
         slots=min(len(encoded), settings.slots),
         context=max(map(len, encoded)) + settings.sampling.max_new_tokens,
         fewer=True,
+        kernels=settings.base.kernels,
     )
     sampling = dataclasses.replace(settings.sampling, seed=settings.sampling.seed + done)
     with serving:

@@ -20,6 +20,7 @@ VERBS = {
     "plan": "plan the memory and time of a training job",
     "inspect": "show examples as the model sees them",
     "report": "write the report.html of a run",
+    "doctor": "say what is wrong with an installation, and check its kernels",
 }
 
 

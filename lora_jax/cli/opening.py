@@ -23,6 +23,7 @@ from lora_jax.lora.nnx import bank
 from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
+from lora_jax.selftest import of_model, proof
 from lora_jax.training.settings import groups
 
 _RANKS = (8, 16)  # of a slot; an adapter of a larger rank takes several
@@ -160,11 +161,12 @@ def start(
     context: int | None = None,
     kv_dtype: str | None = None,
     fewer: bool = False,
+    kernels: str = "auto",
     **how: Any,
 ) -> engine.Engine:
     """The engine for a loaded model. how: see engine.Engine.
 
-    fewer: with as many of the slots as the memory has room for.
+    fewer: with as many of the slots as the memory has room for. kernels: see ModelSettings.
 
     Raises: UserError if the memory has no room for the keys and values.
     """
@@ -182,6 +184,7 @@ def start(
         size = console.size(_cache_bytes(model, found, wanted, own, kv_dtype))
         print(f"note: {slots} prompts at a time, because the keys and values of {wanted} take "
               f"{size}, which does not fit into the free memory", file=sys.stderr)  # fmt: skip
+    _prove(kernels, model, found, slots)
     serving = engine.Engine(
         model, found.reader, eos_ids=found.eos_ids, slots=slots, context=context, mesh=found.mesh,
         kv_dtype=kv_dtype, **how,
@@ -191,6 +194,17 @@ def start(
         size = console.size(serving.batch.form_bytes)
         print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
     return serving
+
+
+def _prove(kernels: str, model: llama.LlamaForCausalLM, found: Files, slots: int) -> None:
+    """Checks the kernels that decode on these devices; those that fail are left out."""
+    proof.apply(kernels)
+    with jax.set_mesh(found.mesh):
+        if kernels == "xla" or not proof.is_needed():
+            return
+        for line in proof.run([*of_model.generation(model, slots)]).lines():
+            if processes.leads():
+                print(f"kernels: {line}", file=sys.stderr)
 
 
 def _fitting(model, found: Files, slots: int, context: int, kv_dtype: str | None) -> int:

@@ -179,7 +179,7 @@ def main() -> int:
     model = opening.load(settings.base, found)
     engine = opening.start(
         found, model, slots=settings.slots, context=settings.context,
-        kv_dtype=settings.kv_dtype, speculate=settings.speculate,
+        kv_dtype=settings.kv_dtype, speculate=settings.speculate, kernels=settings.base.kernels,
         pool=opening.pool(model, settings.adapters, growing=growing),
     )  # fmt: skip
     if listening is None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lora_jax.kernels import int4_matmul, matmul
+from lora_jax.kernels import choice, int4_matmul, matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.layers import registry, stack
 from lora_jax.models import llama
@@ -49,7 +49,8 @@ def choose(model: llama.LlamaForCausalLM, mesh: Mesh) -> str | None:
 def best(device: Any) -> str | None:
     """The form that a jax.Device reads fastest; None: the weights as they are."""
     if device.platform == "gpu":
-        return "k_minor" if device.compute_capability == _HOPPER else None
+        hopper = device.compute_capability == _HOPPER
+        return "k_minor" if hopper and not choice.refusal(choice.INT4_HOPPER) else None
     return "dense" if device.platform == "cpu" else None
 
 
@@ -58,10 +59,10 @@ def derive(model: llama.LlamaForCausalLM, form: str, num_rows: int) -> Any:
     if form == "dense":
         dtype = model.model.embed_tokens.embedding.dtype
         return [
-            [_dense(linears, index, dtype) for linears in _concatenated(model)]
+            [_dense(linears, index, dtype) for linears in concatenated(model)]
             for index in range(model.config.num_hidden_layers)
         ]
-    return [_k_minor(linears, num_rows) for linears in _concatenated(model)]
+    return [k_minor(linears, num_rows) for linears in concatenated(model)]
 
 
 def forms(
@@ -79,7 +80,7 @@ def forms(
         and functools.partial(
             int4_matmul.from_k_minor, packed=packed, partition=linears[0].partition
         )
-        for packed, linears in zip(arrays, _concatenated(model), strict=True)
+        for packed, linears in zip(arrays, concatenated(model), strict=True)
     ]
 
     def of(index):
@@ -97,7 +98,7 @@ def spread(adapters: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _concatenated(model: llama.LlamaForCausalLM) -> llama.Forms:
+def concatenated(model: llama.LlamaForCausalLM) -> llama.Forms:
     """The layers of which each form concatenates the weights."""
     attention, mlp = model.model.layers.self_attn, model.model.layers.mlp
     return llama.Forms(
@@ -155,8 +156,8 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def _k_minor(linears: Sequence, num_rows: int) -> packing.Packed | None:
-    """The concatenated weights; None if the kernel refuses them."""
+def k_minor(linears: Sequence, num_rows: int, layers: slice = slice(None)) -> packing.Packed | None:
+    """The concatenated weights of these layers of the stacks; None if the kernel refuses them."""
     from lora_jax.kernels.int4_matmul import mosaic_gpu  # its imports take a second
 
     first = linears[0]
@@ -166,7 +167,9 @@ def _k_minor(linears: Sequence, num_rows: int) -> packing.Packed | None:
     kinds = {tuple(a if a is None else a.shape[:-1] for a in packed) for packed in each}
     if len(kinds) > 1 or first.packed.order is not None:
         return None  # different groups, or each weight needs its own order of x's features
-    packed = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *each)
+    packed = jax.tree.map(
+        lambda *parts: jnp.concatenate([part[layers] for part in parts], axis=-1), *each
+    )
     _, words, columns = packed.q.shape
     k, groups = 8 * words, packed.scale.shape[-2]
     shape = (num_rows, k, columns, k // groups)

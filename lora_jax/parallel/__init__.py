@@ -1,6 +1,6 @@
 """Devices, meshes with their sharding rules, and runs of several processes.
 
-May import `kernels`, `models`, `quant`.
+May import `diagnosis`, `kernels`, `models`, `quant`.
 """
 
 from lora_jax import lazy

@@ -2,21 +2,18 @@
 
 import contextlib
 import ctypes
-import glob
-import importlib.metadata
 import os
 import pathlib
 import platform
 import re
 import resource
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 
 import jax
 
 from lora_jax import errors
+from lora_jax.diagnosis import probe, problems, system
 
 _COMPILED_BYTES = 4 << 30  # of cached compiled programs; the least recently used are deleted
 
@@ -32,42 +29,11 @@ def unused_accelerator() -> str | None:
     """A warning if the machine has a GPU or TPU that JAX does not see, else None."""
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
         return None
-    if name := nvidia_gpu():
-        installed = [d.name for d in importlib.metadata.distributions(name="jax-cuda13-plugin")]
-        installed += [d.name for d in importlib.metadata.distributions(name="jax-cuda12-plugin")]
-        if installed:
-            return (
-                f"JAX sees only the CPU: {installed[0]} is installed but could not open the "
-                f"{name}. Does another process use it, or is its driver too old? See nvidia-smi"
-            )
-        return (
-            f'JAX sees only the CPU, but there is a {name}: pip install "jax[cuda13]" '
-            '(with a driver older than 580: "jax[cuda12]")'
-        )
-    if has_tpu():
-        return 'JAX sees only the CPU, but there is a TPU: pip install "jax[tpu]"'
-    return None
-
-
-def nvidia_gpu() -> str | None:
-    """Name of the first NVIDIA GPU that the driver lists."""
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        with contextlib.suppress(subprocess.TimeoutExpired, OSError):
-            asked = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-            if asked.returncode == 0 and asked.stdout.strip():
-                return asked.stdout.splitlines()[0]
-    return "NVIDIA GPU" if pathlib.Path("/proc/driver/nvidia/gpus").is_dir() else None
-
-
-def has_tpu() -> bool:
-    """Whether the device files of a TPU exist (Google's PCI vendor id is 0x1ae0)."""
-    if glob.glob("/dev/accel[0-9]*"):
-        return True
-    vendors = glob.glob("/sys/class/vfio-dev/*/device/vendor") + glob.glob(
-        "/sys/bus/pci/drivers/vfio-pci/*/vendor"
-    )
-    return any(pathlib.Path(vendor).read_text().strip() == "0x1ae0" for vendor in vendors)
+    found = system.read(lambda: probe.Answer((probe.Device("cpu", "cpu"),)))
+    why = [each for each in problems.problems(found) if each.unusable and found.accelerated]
+    if not why:
+        return None
+    return f"JAX sees only the CPU: {why[0].what}: {why[0].do} (`lora-jax doctor` says more)"
 
 
 def device_peak_bytes() -> int | None:
@@ -96,9 +62,8 @@ def held_bytes() -> int:
 def memory_bytes(device: jax.Device) -> int | None:
     """Memory of a device that JAX may use; of a CPU, its share of the host's; None: unknown."""
     if device.platform == "cpu":
-        with contextlib.suppress(OSError, ValueError):
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _num_local(device)
-        return None
+        memory = system.host_memory()
+        return memory and memory // _num_local(device)
     return _stats(device).get("bytes_limit")
 
 
@@ -142,14 +107,18 @@ def keep_compiled() -> None:
     """
     if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir:
         return
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = folder / "lora_jax/xla"
+    folder = cache_folder() / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # the home folder is not writable
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
+
+
+def cache_folder() -> pathlib.Path:
+    """~/.cache/lora_jax, or where XDG_CACHE_HOME says."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora_jax"
 
 
 def keep_freed_memory() -> None:
@@ -185,7 +154,7 @@ def explain(error: BaseException) -> errors.UserError | None:
         return errors.UserError(
             expected="a device that this process can open",
             found=text.splitlines()[0],
-            do="stop the process that uses it (nvidia-smi, or lsof /dev/accel0), "
-            "or set JAX_PLATFORMS=cpu to run without it",
+            do="`lora-jax doctor` says why; stop the process that uses it, if there is one, or set "
+            "JAX_PLATFORMS=cpu to run without it",
         )
     return None

@@ -122,7 +122,9 @@ def _on_mesh(
         settings = setup.choose_remat(settings, architecture, mesh, data)
     prompts = scoring.encoded_prompts(settings, base)
     start, held = time.time(), devices.held_bytes()
-    adapters = setup.load(settings, base, mesh)
+    shape = None if data is None else (settings.loop.batch_size, data.batches.length)
+    generates = bool(prompts or settings.eval.exact_match)
+    adapters = setup.load(settings, base, mesh, shape, scoring.SLOTS if generates else 0)
     watch.add("load", start)
     if data is None:
         texts = scoring.continuations(settings, base, mesh, adapters, prompts,

@@ -17,10 +17,12 @@ from lora_jax.console import say
 from lora_jax.data import chat, clock
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
+from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, proposals
 from lora_jax.planning import job as jobs
+from lora_jax.selftest import case, of_model, proof
 from lora_jax.training import run_data
 from lora_jax.training.adapters import one_adapter, sweep
 from lora_jax.training.output import run_folder
@@ -149,8 +151,18 @@ def choose_remat(
     return settings.replace(remat=chosen)
 
 
-def load(settings: groups.TrainSettings, base: Base, mesh: Mesh) -> Adapters:
-    """The base model on its devices, with the adapters that the run trains."""
+def load(
+    settings: groups.TrainSettings,
+    base: Base,
+    mesh: Mesh,
+    shape: tuple[int, int] | None,
+    slots: int,
+) -> Adapters:
+    """The base model on its devices, with the adapters that the run trains.
+
+    shape: of a micro-batch, [sequences, tokens], and slots: of generation; None and 0 if there is
+    none. Kernels that are not right at these shapes are left out.
+    """
     config = settings.lora
     principal = None
     if settings.model.quant != "none" and config.init_lora_weights != "default":
@@ -163,6 +175,7 @@ def load(settings: groups.TrainSettings, base: Base, mesh: Mesh) -> Adapters:
         mesh=mesh,
         residual=None if principal is None else principal.take,
     )
+    _prove(settings, model, shape, slots)
     lora.inject(model, config, rngs=nnx.Rngs(settings.loop.seed), principal=principal)
     graphdef, *state = model_state.split(model)
     trained, frozen = sharding.place(state, mesh)
@@ -171,6 +184,29 @@ def load(settings: groups.TrainSettings, base: Base, mesh: Mesh) -> Adapters:
     one = one_adapter.OneAdapter(settings, model, graphdef, trained, frozen, mesh)
     _say_sizes(settings, base, one)
     return sweep.adapters(one) if settings.loop.sweep else one
+
+
+def _prove(
+    settings: groups.TrainSettings,
+    model: llama.LlamaForCausalLM,
+    shape: tuple[int, int] | None,
+    slots: int,
+) -> None:
+    """Checks the kernels of the run on its devices; those that fail are left out."""
+    proof.apply(settings.model.kernels)
+    if settings.model.kernels == "xla" or not proof.is_needed():
+        return
+    cases: list[case.Case] = []
+    if shape is not None:
+        batch, length = shape
+        packed = settings.data.packing or settings.data.dpo
+        cases += of_model.training(
+            model, batch=batch * num_adapters(settings), length=length, packed=packed
+        )
+    if slots:
+        cases += of_model.generation(model, slots)
+    for line in proof.run(cases).lines():
+        say("kernels", line)
 
 
 def _say_sizes(settings: groups.TrainSettings, base: Base, adapter: one_adapter.OneAdapter) -> None:

@@ -1,6 +1,7 @@
 """The advice about accelerators that are unused, too small or in use by another process."""
 
 import collections
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import errors
+from lora_jax.diagnosis import nvidia_smi, system, tpu_vm
 from lora_jax.parallel import devices
 
 GPU_FULL = (
@@ -26,19 +28,28 @@ def test_describe_counts_and_names_the_devices():
     assert devices.describe() == "8 × cpu (cpu)"
 
 
+def machine(monkeypatch, **found):
+    """Sets what is found beside what JAX sees."""
+    read = system.System(packages={"jax": "0.10.2", "jaxlib": "0.10.2"}, **found)
+    monkeypatch.setattr(devices.system, "read", lambda ask: dataclasses.replace(read, jax=ask()))
+
+
+L4 = nvidia_smi.Found((nvidia_smi.Gpu("NVIDIA L4", "580.65.06"),), 1)
+
+
 @pytest.mark.parametrize(
-    ("gpu", "tpu", "parts"),
+    ("found", "parts"),
     [
-        ("NVIDIA H100 80GB HBM3", False, ("NVIDIA H100 80GB HBM3", 'pip install "jax[cuda13]"')),
-        (None, True, ("a TPU", 'pip install "jax[tpu]"')),
+        ({"nvidia": L4}, ("NVIDIA L4", 'pip install "jax[cuda13]==0.10.2"')),
+        ({"tpu": tpu_vm.Found(4)}, ("a TPU", 'pip install "jax[tpu]==0.10.2"')),
     ],
 )
-def test_an_accelerator_that_jax_does_not_see_is_reported(monkeypatch, gpu, tpu, parts):
-    monkeypatch.setattr(devices, "nvidia_gpu", lambda: gpu)
-    monkeypatch.setattr(devices, "has_tpu", lambda: tpu)
+def test_an_accelerator_that_jax_does_not_see_is_reported(monkeypatch, found, parts):
+    machine(monkeypatch, **found)
     assert devices.unused_accelerator() is None  # because JAX_PLATFORMS=cpu is set
     monkeypatch.delenv("JAX_PLATFORMS")
-    assert all(part in devices.unused_accelerator() for part in ("only the CPU", *parts))
+    warning = devices.unused_accelerator()
+    assert all(part in warning for part in ("only the CPU", "lora-jax doctor", *parts))
 
 
 def test_programs_compiled_for_an_accelerator_are_cached(tmp_path):
@@ -68,36 +79,12 @@ def test_programs_compiled_for_an_accelerator_are_cached(tmp_path):
 
 
 def test_no_warning_without_an_accelerator_or_if_jax_uses_it(monkeypatch):
-    monkeypatch.setattr(devices, "nvidia_gpu", lambda: None)
-    monkeypatch.setattr(devices, "has_tpu", lambda: False)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    machine(monkeypatch)
     assert devices.unused_accelerator() is None
-    monkeypatch.setattr(devices, "nvidia_gpu", lambda: "NVIDIA L4")
+    machine(monkeypatch, nvidia=L4)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert devices.unused_accelerator() is None
-
-
-@pytest.mark.parametrize(
-    ("returncode", "stdout", "name"),
-    [(0, "NVIDIA L4\nNVIDIA L4\n", "NVIDIA L4"), (9, "driver not loaded", None), (0, "", None)],
-)
-def test_the_driver_is_asked_for_the_name(monkeypatch, returncode, stdout, name):
-    def answer(command, **_):
-        return subprocess.CompletedProcess(command, returncode, stdout)
-
-    monkeypatch.setattr(devices.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(devices.subprocess, "run", answer)
-    monkeypatch.setattr(devices.pathlib.Path, "is_dir", lambda _: False)
-    assert devices.nvidia_gpu() == name
-
-
-def test_a_driver_that_hangs_means_no_gpu_and_no_failure(monkeypatch):
-    def hang(command, timeout, **_):
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(devices.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(devices.subprocess, "run", hang)
-    monkeypatch.setattr(devices.pathlib.Path, "is_dir", lambda _: False)
-    assert devices.nvidia_gpu() is None
 
 
 def test_peak_memory_is_that_of_the_process_if_the_device_reports_none(monkeypatch):

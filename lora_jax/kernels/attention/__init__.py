@@ -18,8 +18,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from lora_jax.kernels import choice, platform
 from lora_jax.kernels import partition as dealing
-from lora_jax.kernels import platform
 from lora_jax.kernels.attention import cudnn, tokamax_gpu, xla
 
 _log = logging.getLogger(__name__)
@@ -77,16 +77,37 @@ def _attend(q, k, v, examples, kind, windows):
 
 
 def _form(q, k, v):
-    where = platform.platform_here()
-    if where == "tpu":
+    kernel = kernel_of(q, k, v)
+    if kernel == choice.ATTENTION_TPU:
         from lora_jax.kernels.attention import splash  # its imports take a second
 
         return splash.attend
+    return _ON_GPU[kernel].attend if kernel in _ON_GPU else xla.attend
+
+
+def kernel_of(
+    q: jax.ShapeDtypeStruct | jax.Array,
+    k: jax.ShapeDtypeStruct | jax.Array,
+    v: jax.ShapeDtypeStruct | jax.Array,
+    *,
+    packed: bool = False,
+) -> str:
+    """The kernel, of choice.KERNELS, that self_attention uses on a device; choice.XLA if none.
+
+    packed: whether a sequence has several examples.
+    """
+    where = platform.platform_here()
+    if where == "tpu" and not choice.refusal(choice.ATTENTION_TPU):
+        return choice.ATTENTION_TPU
     if where == "gpu":
         # Not cuDNN's even for single examples: a program that chooses at run time saves for both.
-        for form in (tokamax_gpu, cudnn):
-            reason = form.refusal(q, k, v)
+        for kernel, form in _ON_GPU.items():
+            reason = choice.refusal(kernel) or form.refusal(q, k, v)
             if reason is None:
-                return form.attend
-            _log.debug("not %s for q %s, k %s: %s", form.__name__, q.shape, k.shape, reason)
-    return xla.attend
+                # For packed sequences, cuDNN's leaves the work to XLA when the program runs.
+                return choice.XLA if packed and form is cudnn else kernel
+            _log.debug("not %s for q %s, k %s: %s", kernel, q.shape, k.shape, reason)
+    return choice.XLA
+
+
+_ON_GPU = {choice.ATTENTION_TOKAMAX: tokamax_gpu, choice.ATTENTION_CUDNN: cudnn}

@@ -20,9 +20,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from lora_jax.kernels import choice, platform
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
-from lora_jax.kernels import platform
 from lora_jax.kernels.int4_matmul import forms, xla_gpu
 
 IMPLEMENTATIONS = ("xla", "int8_activations", "pallas_tpu", "mosaic_gpu")
@@ -151,19 +151,51 @@ def _run(product, x, packed, layer, implementation):
     if implementation == "mosaic_gpu":
         _refuse(implementation, product.mosaic_refusal(x, packed))
         return product.mosaic(*arguments)
-    gpu = cpu = product.xla
-    if not product.transpose:
-        if len(x) <= xla_gpu.MOST_ROWS[product.codes]:
-            gpu = product.summed
-        if len(x) <= _BLOCKED_ROWS:
-            cpu = product.blocked
-    if platform.on_cpu():
-        return cpu(*arguments)  # the code below would also trace the kernels, which takes time
-    tpu = product.tpu
-    if reason := product.tpu_refusal(x, packed):
-        _log.debug("no Pallas kernel for x %s, q %s: %s", x.shape, packed.q.shape, reason)
-        tpu = product.xla
+    where = platform.platform_here()
+    if where:  # tracing all of the forms takes time
+        return _form(product, where, x, packed)(*arguments)
+    cpu, gpu, tpu = (_form(product, each, x, packed) for each in ("cpu", "gpu", "tpu"))
     return lax.platform_dependent(*arguments, tpu=tpu, cpu=cpu, default=gpu)
+
+
+def kernel_of(
+    x: jax.ShapeDtypeStruct | jax.Array,
+    packed: packing.Packed,
+    *,
+    codes: str = "int4",
+    partition: dealing.Partition = dealing.WHOLE,
+    transpose: bool = False,
+) -> str:
+    """The kernel, of choice.KERNELS, that computes x · W here, or x · Wᵀ; choice.XLA if none.
+
+    x [M, …]; the platform is that of the ambient mesh.
+    """
+    product = forms.Forms(codes, partition, transpose)
+    return _kernel(product, platform.platform_here(), x, packed)
+
+
+def _kernel(product, where, x, packed) -> str:
+    if where == "tpu":
+        reason = choice.refusal(choice.INT4_TPU) or product.tpu_refusal(x, packed)
+        if reason is None:
+            return choice.INT4_TPU
+        _log.debug("no Pallas kernel for x %s, q %s: %s", x.shape, packed.q.shape, reason)
+    elif where == "gpu" and not product.transpose:
+        few = x.shape[0] <= xla_gpu.MOST_ROWS[product.codes]
+        if few and not choice.refusal(choice.INT4_FEW_ROWS):
+            return choice.INT4_FEW_ROWS
+    return choice.XLA
+
+
+def _form(product, where, x, packed):
+    """The form of the product that suits the platform."""
+    kernel = _kernel(product, where, x, packed)
+    if kernel == choice.INT4_TPU:
+        return product.tpu
+    if kernel == choice.INT4_FEW_ROWS:
+        return product.summed
+    blocked = where == "cpu" and not product.transpose and len(x) <= _BLOCKED_ROWS
+    return product.blocked if blocked else product.xla
 
 
 def _refuse(implementation: str, reason: str | None) -> None:

@@ -36,6 +36,8 @@ class ModelSettings:
       dtype: compute dtype; None: config.json's, with float16 read as bfloat16.
       mesh: devices by axis, such as "data=-1,fsdp=8"; None: fsdp if the base does not fit on one
         device, else data.
+      kernels: "auto": the kernels that suit the device and are right on it; "xla": XLA's own
+        operations.
     """
 
     model: str = str(assets.FOLDER)
@@ -44,6 +46,7 @@ class ModelSettings:
     quant_fast: bool = False
     dtype: str | None = None
     mesh: str | None = None
+    kernels: str = "auto"
 
     def resolve_quant(self, architecture: model_config.LlamaConfig, folder: pathlib.Path) -> str:
         """The format in which the model in `folder` is loaded.
@@ -290,6 +293,7 @@ NAMES = tuple(FIELDS)
 CHOICES: dict[str, tuple[str, ...]] = {
     "quant": quant.QUANTS,
     "dtype": ("float32", "bfloat16"),
+    "kernels": ("auto", "xla"),
     "schedule": optim_config.SCHEDULES,
     "remat": ("auto", *model_config.REMAT),
     "report_to": tuple(REPORTS),

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from lora_jax import assets, errors
 from lora_jax.training.settings import assemble, checks, convert, groups
 
-# What a resumed run may change: reporting, prompts, the mesh, how a step is split, how many bad
-# rows are skipped, and where the model and the data lie. Their contents are compared when the
-# checkpoint is read.
+# What a resumed run may change: reporting, prompts, the mesh, kernels, how a step is split, how
+# many bad rows are skipped, and where the model and the data lie. Their contents are compared when
+# the checkpoint is read.
 _MAY_CHANGE = ("output_dir", "skip_bad_rows", "prompt", "chat", "max_new_tokens", "temperature",
-         "mesh", "max_time", "log_every", "report_to", "profile", *assemble.PATHS)  # fmt: skip
+         "mesh", "kernels", "max_time", "log_every", "report_to", "profile",
+         *assemble.PATHS)  # fmt: skip
 _SPLIT = ("batch_size", "grad_accum")
 
 
@@ -21,9 +22,9 @@ def resumed(
 ) -> groups.TrainSettings:
     """The settings in run.json, with `given` in place of those that may change.
 
-    These are reporting, prompts, the mesh, skip_bad_rows, where the model and the data lie, and how
-    a step is split: batch_size and grad_accum, if their product stays the same. where: the path of
-    run.json.
+    These are reporting, prompts, the mesh, kernels, skip_bad_rows, where the model and the data
+    lie, and how a step is split: batch_size and grad_accum, if their product stays the same. where:
+    the path of run.json.
     Raises: UserError if another setting is given and differs.
     """
     before = assemble.from_record(_with_demo_here(record), frozenset(given))

@@ -1,0 +1,124 @@
+"""A kernel at one set of shapes, compared with the same operation by XLA in float32."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Arrays = dict[str, jax.Array]
+
+
+class Case(NamedTuple):
+    """An operation and its reference, both (weights, inputs) → {name: array}.
+
+    The arrays of both have the same shapes; only some rows need be in them. `compute` also takes
+    the number of the call, by which a stack's layers take turns. kernel: one of choice.KERNELS, or
+    choice.XLA. operation, shapes: as a reader sees them. inputs: returns them. flops,
+    num_bytes: of `compute`, at the least.
+    """
+
+    kernel: str
+    operation: str
+    shapes: str
+    weights: Any
+    inputs: Callable[[], Any]
+    compute: Callable[[Any, Any, Any], Arrays]
+    reference: Callable[[Any, Any], Arrays]
+    flops: float
+    num_bytes: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation} by {self.kernel}: {self.shapes}"
+
+
+class Distance(NamedTuple):
+    """How far an array is from its reference: relative to all of it, in its worst row (the last
+    axis) relative to that row, and in its worst element relative to its row's RMS."""
+
+    whole: Float[Array, ""] | float
+    row: Float[Array, ""] | float
+    element: Float[Array, ""] | float
+
+
+# The first is what the tests of the kernels allow for bfloat16, to which some devices round the
+# operands of products of float32. A missing tile of 128 of 4,096 summands makes 0.18 in its rows.
+LIMITS = Distance(whole=2e-2, row=8e-2, element=0.5)
+_FLOOR = 0.1  # of the RMS of all rows: a row that is smaller is compared with that
+
+
+class Finding(NamedTuple):
+    """What became of a case. problem: None if the kernel is right; else what is wrong."""
+
+    kernel: str
+    name: str
+    problem: str | None = None
+    distance: Distance | None = None
+    failed_to_run: bool = False
+
+
+def start(case: Case) -> jax.stages.Lowered:
+    """The program that `finish` runs, not compiled."""
+    return jax.jit(functools.partial(_measure, case)).lower(case.weights)
+
+
+def finish(case: Case, program: jax.stages.Compiled) -> Finding:
+    """What is found when the compiled program of `start` runs.
+
+    Raises: what jax raises if it cannot run.
+    """
+    found = jax.device_get(program(case.weights))
+    worst = Distance(
+        *(max(map(float, each), key=_order) for each in zip(*found.values(), strict=True))
+    )
+    wrong = [
+        f"{name} off by {float(value):.2g} in {part}, of at most {limit:g}"
+        for name, distance in found.items()
+        for part, value, limit in zip(("all", "a row", "an element"), distance, LIMITS, strict=True)
+        if not value <= limit  # also NaN
+    ]
+    return Finding(case.kernel, case.name, wrong[0] if wrong else None, worst)
+
+
+def check(case: Case) -> Finding:
+    """What is found when the case runs; an exception of the compiler or the device is a problem."""
+    try:
+        return finish(case, start(case).compile())
+    except Exception as error:
+        return failure(case, error)
+
+
+def failure(case: Case, error: Exception) -> Finding:
+    """The finding of a case that could not run."""
+    text = str(error).strip() or type(error).__name__
+    return Finding(case.kernel, case.name, text.splitlines()[0][:300], failed_to_run=True)
+
+
+def _order(value: float) -> float:
+    return float("inf") if value != value else value  # NaN is the worst
+
+
+def _measure(case: Case, weights: Any) -> dict[str, Distance]:
+    # In the device's default precision: on a TPU, products of float32 that are exact take ten times
+    # as long to compile. Without the barrier, XLA could compute both from common parts.
+    inputs = case.inputs()
+    found = case.compute(weights, inputs, 0)
+    expected = case.reference(weights, jax.lax.optimization_barrier(inputs))
+    return {name: distance(found[name], expected[name]) for name in expected}
+
+
+def distance(found: Float[Array, "... N"], expected: Float[Array, "... N"]) -> Distance:
+    """See Distance."""
+    wide = expected.astype(jnp.float32)
+    error = found.astype(jnp.float32) - wide
+    size = jnp.sqrt(jnp.mean(wide**2, axis=-1))
+    size = jnp.maximum(size, _FLOOR * jnp.sqrt(jnp.mean(wide**2)))
+    size = jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
+    return Distance(
+        jnp.sqrt(jnp.mean(error**2) / jnp.maximum(jnp.mean(wide**2), 1e-30)),
+        jnp.max(jnp.sqrt(jnp.mean(error**2, axis=-1)) / size),
+        jnp.max(jnp.abs(error).max(axis=-1) / size),
+    )

@@ -1,0 +1,94 @@
+"""The cases of a model: its own weights, stacks and shardings, at the shapes of a job."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lora_jax.generation import batch as batches
+from lora_jax.generation import steps
+from lora_jax.generation import weights as decode_weights
+from lora_jax.kernels import choice
+from lora_jax.models import llama
+from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import formats
+from lora_jax.quant import linear as quant_linear
+from lora_jax.selftest import case, operations
+
+
+def training(
+    model: llama.LlamaForCausalLM, *, batch: int, length: int, packed: bool
+) -> Iterator[case.Case]:
+    """What a step with micro-batches [batch, length] computes, forward and backward."""
+    yield from _products(model, batch * length, backward=True)
+    config = model.config
+    dtype = model.model.embed_tokens.embedding.dtype
+    for window in dict.fromkeys(config.sliding_windows or (None,)):
+        for several in (False, True) if packed else (False,):
+            yield operations.self_attention(
+                batch=batch,
+                length=length,
+                heads=config.num_attention_heads,
+                kv_heads=config.num_key_value_heads,
+                width=config.head_dim,
+                dtype=dtype,
+                packed=several,
+                window=window,
+                partition=model.model.layers.self_attn.partition,
+            )
+    size = {"batch": batch, "length": length}
+    table = model.model.embed_tokens
+    if type(table) is llama.Embedding:
+        yield operations.embedding_lookup(table.embedding[...], **size, partition=table.partition)
+    head = model.frozen_head()
+    if head is not None:
+        yield operations.vocabulary_loss(
+            head, **size, dtype=dtype, partition=sharding.partition(("lm_head",))
+        )
+
+
+def generation(model: llama.LlamaForCausalLM, slots: int) -> Iterator[case.Case]:
+    """The products of kernels with a token of each slot, and with chunks of prompts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    own = slots // steps.num_groups(slots, mesh)
+    for rows in dict.fromkeys((own, *batches.CHUNKS)):
+        for found in _products(model, rows, backward=False):
+            if found.kernel != choice.XLA:
+                yield found
+    if decode_weights.best(jax.local_devices()[0]) == "k_minor":
+        for linears in decode_weights.concatenated(model):
+            if found := _hopper(linears, own):
+                yield found
+
+
+def _products(model: nnx.Module, rows: int, *, backward: bool) -> Iterator[case.Case]:
+    """One for each kind of quantized layer, with the last layer of its stack."""
+    seen = set()
+    for _, layer in nnx.iter_graph(model):
+        if not isinstance(layer, quant_linear.QuantLinear) or formats.codes(layer.fmt) == "int8":
+            continue
+        packed = layer.packed._replace(order=None)
+        shapes = tuple(a if a is None else (a.shape, a.dtype) for a in packed)
+        kind = (layer.fmt, shapes, layer.partition, layer.dtype, layer.param_dtype)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        yield operations.int4_product(
+            packed,
+            rows=rows,
+            dtype=layer.dtype or layer.param_dtype,
+            codes=formats.codes(layer.fmt),
+            layer=len(packed.q) - 1 if packed.q.ndim == 3 else None,
+            partition=layer.partition,
+            backward=backward,
+        )
+
+
+def _hopper(linears: Sequence[Any], rows: int) -> case.Case | None:
+    """The product with the last layer of weights that decoding concatenates."""
+    turned = decode_weights.k_minor(linears, rows, slice(-1, None))
+    if turned is None:
+        return None
+    last = [jax.tree.map(lambda a: a[-1:], linear.packed) for linear in linears]
+    return operations.hopper_product(turned, last, rows=rows, partition=linears[0].partition)

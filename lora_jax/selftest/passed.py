@@ -1,0 +1,98 @@
+"""The record of cases that were right on this machine's device, in the cache folder.
+
+A pass holds for the same chip, driver, compiler, kernels and shapes. While cases run, a file says
+so. If the process ends there, as a fault in a compiler may end it, the next one runs them one by
+one, and a case that ends that process too is not tried again.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+import lora_jax
+from lora_jax import kernels
+from lora_jax.parallel import devices
+from lora_jax.selftest import case
+
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the compilers
+
+
+def has_passed(one: case.Case) -> bool:
+    """Whether the case has passed before."""
+    return _path(one).is_file()
+
+
+def note(one: case.Case, found: case.Finding) -> None:
+    """Records a pass. If the cache folder cannot be written, it is checked again."""
+    path = _path(one)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps({"case": one.name, "distance": found.distance, **_where()}))
+        new.replace(path)
+
+
+class Mark:
+    """A context in which a file exists that says what runs. one: a case; None: several."""
+
+    def __init__(self, one: case.Case | None = None):
+        self.path = _path(one).with_suffix(".running") if one else _folder() / "cases.running"
+
+    def is_left_behind(self) -> bool:
+        """Whether a process has ended within the context."""
+        try:
+            os.kill(int(self.path.read_text()), 0)
+        except (FileNotFoundError, PermissionError):
+            return False
+        except (OSError, ValueError):
+            return True
+        return False
+
+    def __enter__(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(str(os.getpid()))
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def _folder() -> pathlib.Path:
+    return devices.cache_folder() / "selftest"
+
+
+def _path(one: case.Case) -> pathlib.Path:
+    key = json.dumps([one.name, _where()])
+    return _folder() / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _where() -> dict[str, Any]:
+    """What a result depends on, beside the case."""
+    device = jax.local_devices()[0]
+    return {
+        "chip": device.device_kind,
+        "devices": jax.device_count(),
+        "driver": device.client.platform_version,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "jax": jax.__version__,
+        "lora_jax": lora_jax.__version__,
+        "kernels": _sources(),
+        "flags": [os.environ.get(name, "") for name in _FLAGS],
+    }
+
+
+def _sources() -> str:
+    """A digest of the source of the kernels, which a checkout may change within a version."""
+    found = hashlib.sha256()
+    for path in sorted(pathlib.Path(kernels.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]

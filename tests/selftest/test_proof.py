@@ -1,0 +1,229 @@
+"""Kernels that are faulty on purpose are found, left out, and the run ends with the right loss."""
+
+import functools
+import json
+
+import cli
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import errors, training
+from lora_jax.kernels import attention, choice, int4_matmul, platform
+from lora_jax.kernels.attention import splash
+from lora_jax.kernels.int4_matmul import forms
+from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import formats
+from lora_jax.selftest import case, operations, passed, proof
+
+TPU_PRODUCT, TPU_ATTENTION = forms.Forms.tpu, splash.attend
+
+
+@pytest.fixture(autouse=True)
+def like_a_tpu(monkeypatch, tmp_path):
+    """This device gets a TPU's kernels, interpreted; nothing is remembered of other tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(platform, "platform_here", lambda: "tpu")
+    monkeypatch.setattr(forms.Forms, "tpu", functools.partialmethod(TPU_PRODUCT, interpret=True))
+    monkeypatch.setattr(splash, "attend", functools.partial(TPU_ATTENTION, interpret=True))
+    jax.clear_caches()  # of programs with XLA's operations
+    with choice.restored():
+        yield
+    jax.clear_caches()
+
+
+@functools.cache
+def weight():
+    return formats.quantize(jax.random.normal(jax.random.key(1), (256, 384)), "int4")
+
+
+def product(rows=40, backward=True, packed=None):
+    packed = weight() if packed is None else packed
+    return operations.int4_product(packed, rows=rows, dtype=jnp.bfloat16, backward=backward)
+
+
+def attended(**how):
+    shape = {"batch": 2, "length": 300, "heads": 4, "kv_heads": 2, "width": 16}
+    return operations.self_attention(**shape, dtype=jnp.float32, **how)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        product,
+        attended,
+        functools.partial(attended, packed=True),
+        functools.partial(attended, packed=True, window=50),
+        lambda: operations.vocabulary_loss(
+            jax.random.normal(jax.random.key(0), (16, 500)), batch=2, length=400, dtype="float32"
+        ),
+        lambda: operations.embedding_lookup(jnp.arange(32.0).reshape(8, 4), batch=2, length=9),
+    ],
+)
+def test_right_kernels_pass(make):
+    found = case.check(make())
+    assert found.problem is None, found
+    assert found.distance.whole < 5e-3
+
+
+def swapped(self, x, packed, layer):
+    """The nibbles of each byte are in the wrong order."""
+    q = ((packed.q & 0x0F0F0F0F) << 4) | ((packed.q >> 4) & 0x0F0F0F0F)
+    return TPU_PRODUCT(self, x, packed._replace(q=q), layer, interpret=True)
+
+
+def without_a_tile(self, x, packed, layer):
+    return TPU_PRODUCT(self, x, packed, layer, interpret=True).at[8:16, :128].set(0)
+
+
+def without_a_group(self, x, packed, layer):
+    """Of the summands of 128 columns."""
+    y = TPU_PRODUCT(self, x, packed, layer, interpret=True)
+    less = TPU_PRODUCT(self, x.at[:, :32].set(0), packed, layer, interpret=True)
+    return y.at[:, :128].set(less[:, :128])
+
+
+def not_a_number(self, x, packed, layer):
+    return TPU_PRODUCT(self, x, packed, layer, interpret=True).at[0, 0].set(jnp.nan)
+
+
+def an_exception(self, x, packed, layer):
+    raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile")
+
+
+FAULTS = (swapped, without_a_tile, without_a_group, not_a_number, an_exception)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_product_is_left_out(fault, monkeypatch):
+    monkeypatch.setattr(forms.Forms, "tpu", fault)
+    one = product()
+    assert one.kernel == choice.INT4_TPU
+    found = proof.run([one])
+    (left_out,) = found.left_out
+    assert left_out.kernel == choice.INT4_TPU and not found.kernels
+    assert choice.refusal(choice.INT4_TPU) == left_out.problem
+    (line,) = found.lines()
+    assert "int4_matmul/pallas_tpu is left out" in line and left_out.problem in line
+    x = jnp.ones((40, 256), jnp.bfloat16)
+    y = int4_matmul.int4_matmul(x, weight())
+    assert jnp.array_equal(y, int4_matmul.int4_matmul(x, weight(), implementation="xla"))
+    assert product().kernel == choice.XLA
+    assert not [*(cache() / "selftest").glob("[0-9a-f]*")]  # a failure is checked again
+
+
+def without_a_block(*arguments, **how):
+    """The second half of the queries does not see the first half of the keys."""
+    q, k, v, *rest = arguments
+    half = q.shape[1] // 2
+    out = TPU_ATTENTION(q, k, v, *rest, **how, interpret=True)
+    blind = TPU_ATTENTION(q, k, v.at[:, :half].set(0), *rest, **how, interpret=True)
+    return jnp.concatenate([out[:, :half], blind[:, half:]], axis=1)
+
+
+def test_faulty_attention_is_left_out(monkeypatch):
+    monkeypatch.setattr(splash, "attend", without_a_block)
+    found = proof.run([attended(packed=True), product()])
+    assert [each.kernel for each in found.left_out] == [choice.ATTENTION_TPU]
+    assert found.kernels == (choice.INT4_TPU,)
+    q = jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float32)
+    assert attention.kernel_of(q, q, q) == choice.XLA
+
+
+def cache():
+    return passed.devices.cache_folder()
+
+
+def test_a_pass_is_remembered_for_the_same_case(monkeypatch):
+    assert proof.run([product()]).num_run == 1
+    monkeypatch.setattr(forms.Forms, "tpu", an_exception)
+    found = proof.run([product()])
+    assert found.num_run == 0 and found.kernels == (choice.INT4_TPU,) and not [*found.lines()]
+    (record,) = (cache() / "selftest").iterdir()
+    assert json.loads(record.read_text())["case"] == product().name
+    monkeypatch.setattr(passed, "_where", lambda: {"driver": "another"})
+    assert proof.run([product()]).left_out
+
+
+def test_a_case_that_ended_the_process_is_not_tried_again(monkeypatch):
+    """First the cases that were compiled at the same time run one by one; then not at all."""
+    together, alone = passed.Mark(), passed.Mark(product())
+    gone = "999999999"  # no process has this number
+    together.path.parent.mkdir(parents=True)
+    together.path.write_text(gone)
+    assert proof.run([product()]).kernels == (choice.INT4_TPU,)
+    assert not together.path.exists() and not alone.path.exists()
+
+    (cache() / "selftest").joinpath(passed._path(product()).name).unlink()
+    together.path.write_text(gone)
+    alone.path.write_text(gone)
+    (left_out,) = proof.run([product()]).left_out
+    assert str(alone.path) in left_out.problem
+
+
+def test_an_operation_that_nothing_replaces_is_an_error(monkeypatch):
+    one = operations.embedding_lookup(jnp.arange(32.0).reshape(8, 4), batch=2, length=9)
+    wrong = one._replace(compute=lambda table, ids, number: {"y": table[ids] + 1})
+    with pytest.raises(errors.UserError, match="embedding by xla"):
+        proof.run([wrong])
+    failing = one._replace(compute=lambda *_: 1 / 0)
+    (line,) = proof.run([failing]).lines()  # the job will say more, if it fails as well
+    assert "could not be checked" in line and "division by zero" in line
+
+
+def test_a_mesh_computes_as_the_job_does():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, jax.devices()[:4])
+    partition = sharding.partition(("q_proj",))
+    with jax.set_mesh(mesh):
+        one = operations.int4_product(
+            weight(), rows=40, dtype=jnp.float32, partition=partition, backward=True
+        )
+        assert one.kernel == choice.INT4_TPU and "data=2 × tensor=2" in one.name
+        assert case.check(one).problem is None
+        found = case.check(attended(packed=True, partition=partition))
+        assert found.problem is None, found
+
+
+@pytest.mark.parametrize("count", [1, 5, 129, 256, 300, 4096, 50_000, 100_001, 10**6])
+def test_the_rows_that_are_compared_are_in_every_tile(count):
+    rows = operations.some(count)
+    assert min(count, 128) <= len(rows) <= 1025
+    assert rows[0] >= 0 and rows[-1] == count - 1 and (np.diff(rows) > 0).all()
+    if count <= 1024 * 128:
+        assert {*(rows // 128)} == {*range(-(-count // 128))}
+
+
+def run(tmp_path, name, **how):
+    """(the losses of a run, what it printed about kernels)."""
+    data = tmp_path / "rows.jsonl"
+    data = data if data.exists() else cli.write_rows(data, 16)
+    made = training.settings.build(
+        model=str(cli.BASE), dataset=str(data), max_steps=1, batch_size=8, grad_accum=1,
+        seq_len=32, rank=4, quant="int4", dtype="float32", packing=True,
+        output_dir=str(tmp_path / name), **how,
+    )  # fmt: skip
+    return [metrics["loss"] for metrics in training.run(made)]
+
+
+def test_a_run_with_faulty_kernels_falls_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(forms.Forms, "tpu", swapped)
+    monkeypatch.setattr(splash, "attend", without_a_block)
+    faulty = run(tmp_path, "faulty")
+    out = " ".join(capsys.readouterr().out.split())
+    with choice.restored():
+        assert run(tmp_path, "xla", kernels="xla") == faulty
+    assert "\nkernels " not in capsys.readouterr().out
+    for kernel in (choice.INT4_TPU, choice.ATTENTION_TPU):
+        assert f"{kernel} is left out" in out
+
+
+def test_generate_falls_back(monkeypatch):
+    monkeypatch.setattr(forms.Forms, "tpu", an_exception)
+    command = ("generate", "--model", cli.BASE, "--quant", "int4", "--prompt", "Once", "--slots", 8,
+               "--max-new-tokens", 4)  # fmt: skip
+    faulty = cli.run(*command)
+    assert faulty.code == 0 and "Mosaic failed to compile" in faulty.err
+    with choice.restored():
+        plain = cli.run(*command, "--kernels", "xla")
+    assert plain.out == faulty.out and "left out" not in plain.err
