@@ -1,4 +1,4 @@
-"""The engine against transformers' `generate` and `generate_batch`, and llama.cpp, on a CPU.
+"""The engine and the server against transformers' generation and llama.cpp, on a CPU.
 
 python benchmarks/generation.py MODEL_FOLDER|125m [--hf PYTHON] [--llama PYTHON] [--rounds 5]
 
@@ -74,8 +74,12 @@ class Worker:
         return json.loads(line) if line else {"error": "the process has ended"}
 
     def close(self) -> None:
-        self._process.kill()  # a peer's threads would keep it alive
-        self._process.wait()
+        self._process.stdin.close()  # at which it ends, and a server that it has started
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # a peer's threads keep it alive
+            self._process.kill()
+            self._process.wait()
 
 
 class Ours:
@@ -145,8 +149,10 @@ def words(folder: pathlib.Path):
 def workers(model: str, flags: argparse.Namespace, file: str) -> dict[str, Worker]:
     """{name: worker}; the name ends with the format of the weights."""
     own, peers = [sys.executable, __file__, "--worker"], str(HERE / "generation_peers.py")
+    served = [sys.executable, str(HERE / "generation_served.py")]
     formats = flags.formats.split(",")
     commands = {f"engine {how}": [*own, model, how] for how in formats}
+    commands |= {f"server {how}": [*served, model, how] for how in formats}
     for kind in ("rank 8 on q, v", "rank 16 on all linear layers"):
         commands |= {f"8 adapters, {kind}, {how}": [*own, model, how, kind]
                      for how in formats[:1]}  # fmt: skip
