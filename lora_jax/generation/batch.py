@@ -241,15 +241,28 @@ class Batch:
     def _is_together(self, waiting: Sequence[Work]) -> bool:
         """Whether to compute a chunk of the prompts in all slots at once, not one after the other.
 
-        A slot whose prompt does not wait computes padding, so half of them have to.
+        A slot whose prompt does not wait computes padding, so half of them have to. Long prompts
+        are better one after the other: their chunks are large, and the first one ends sooner.
         """
-        scored = any(work.request.sampling.prompt_logprobs is not None for work in waiting)
-        return 2 * len(waiting) >= self.num_slots > self._groups and not scored
+        if 2 * len(waiting) < self.num_slots or self.num_slots == self._groups:
+            return False
+        if any(work.request.sampling.prompt_logprobs is not None for work in waiting):
+            return False
+        # The logits of attention must not take more memory than those of the longest chunk.
+        own = self.num_slots // self._groups * self._together_size
+        span = self._span(max(work.filled for work in waiting) + self._together_size)
+        fits = own * span <= CHUNKS[-1] * self._size
+        return fits and max(map(_unfilled, waiting)) <= CHUNKS[-2]
+
+    @functools.cached_property
+    def _together_size(self) -> int:
+        """The size of a chunk that is computed in all slots at once."""
+        fair = _MOST_AT_ONCE * self._groups // self.num_slots
+        return max((each for each in CHUNKS if each <= fair), default=CHUNKS[0])
 
     def _fill_slots(self, waiting: Sequence[Work]) -> int:
         """Fills a chunk of each prompt; returns its tokens in a group of slots."""
-        fair = _MOST_AT_ONCE * self._groups // self.num_slots
-        size = max((each for each in CHUNKS if each <= fair), default=CHUNKS[0])
+        size = self._together_size
         ids = np.zeros((self.num_slots, size), np.int32)
         start, num_real, length = (np.zeros(self.num_slots, np.int32) for _ in range(3))
         for work in waiting:
