@@ -19,7 +19,7 @@ from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
-from lora_jax.training import monitor, run_data, scoring, setup, stop
+from lora_jax.training import first_steps, frozen_base, monitor, run_data, scoring, setup, stop
 from lora_jax.training.output import record as records
 from lora_jax.training.output import resuming as checkpoint
 from lora_jax.training.output import run_folder, snapshots
@@ -175,6 +175,7 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
                 processes.end(130, "stopped")
                 return _stopped(job, 0, 130)
         with stop.Stop() as stopper:
+            base = frozen_base.FrozenBase(job.adapters.frozen, job.mesh, folder, record)
             try:
                 if evaluation.metrics:
                     yield evaluation.metrics
@@ -182,10 +183,12 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
                 state = yield from _train(job, step, state, watched)
             except GeneratorExit:
                 kept.wait()
+                base.check()
                 records.note_end(job, record, compilations, finished=False, step=kept.latest() or 0)
                 records.report(folder)
                 raise
             kept.wait()
+            base.check()
             trained, done = checkpoint.chosen(state, kept, record), int(state.step)
             saved = job.adapters.save(folder, trained, job.base.folder, job.num_steps, record)
             finished = done == job.num_steps or patience.spent
@@ -219,6 +222,7 @@ def _train(
         step, state, job.adapters.frozen, functools.partial(_batch, job), until
     )
     spikes, profile = monitor.Spikes(), monitor.Profile(settings.run.profile, int(state.step))
+    early = first_steps.FirstSteps(job.adapters.model, state, job.folder, record)
     utilization = monitor.Utilization(*setup.to_plan(settings, job.base.architecture, job.mesh))
     try:
         with console.Progress(int(state.step), job.num_steps, settings.run.log_every) as progress:
@@ -261,6 +265,7 @@ def _train(
                 # Asked once, so that the step that ends the loop is also the one that is saved.
                 late = time.monotonic() - job.begun > (settings.run.max_time or math.inf)
                 stopping = processes.anyone(stopper.asked or late)
+                early.after(state, last=last or stopping)
                 if traced := profile.done(number, last or stopping):
                     say("profile", traced)
                 due = number % settings.run.save_every == 0

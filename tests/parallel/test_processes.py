@@ -104,6 +104,7 @@ def test_a_lost_process_and_sigterm_end_all_and_the_resumed_run_is_the_same(
     assert "4 × cpu (cpu) in 2 processes, mesh data=4" in ended.out[0] and ended.out[1] == ""
     advice = f"start all of them again with --resume --output-dir {folder}"
     message = f"process {victim} of 2 was lost; {advice}"
+    assert run_json(folder)["checks"] == {"trained_layers": 5, "without_gradient": []}
     # Without process 0, jax's coordination service prints a message too.
     printed = ended.err[1 - victim]
     assert f"\n{message}\n" in printed and (victim == 0 or printed.count("\n") == 2), printed

@@ -47,6 +47,8 @@ def whole(tmp_path_factory):
 def test_all_kinds_together_train_and_are_saved(whole):
     rows = [row["loss"] for row in cli.metrics(whole) if "loss" in row]
     assert rows[-1] < 0.9 * rows[0]
+    checks = json.loads((whole / "run.json").read_text())["checks"]
+    assert checks == {"trained_layers": 11, "without_gradient": [], "changed_base": []}
     adapter = peft.read(whole / "adapter")
     # PiSSA is saved as a change of the original weights, which has twice the rank.
     shapes = {path: own.A.shape for path, own in adapter.factors.items()}

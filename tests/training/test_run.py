@@ -140,6 +140,7 @@ def test_run_json_has_settings_versions_devices_and_results(whole):
     # XLA plans 17.5 MB of this step for each of the eight devices, including gaps between arrays.
     planned = run["memory"]["planned_bytes"]
     assert 0.5 < planned / (8 * 17.5e6) < 1 and planned < run["peak_bytes"]
+    assert run["checks"] == {"trained_layers": 10, "without_gradient": [], "changed_base": []}
     assert [len(run["samples"][when]) for when in ("before", "after")] == [2, 2]
 
 
@@ -148,6 +149,8 @@ def test_the_output_of_a_run(whole):
     assert "step 0: held-out loss" in ended.out and "exact match" in ended.out
     assert re.search(r"trainable \(0\.\d\d%\)", ended.out)
     assert "step 1 of 6: loss" in ended.out and "step 6 of 6: loss" in ended.out
+    assert "check     all 10 trained layers have a gradient and change" in ended.out
+    assert "check     the base is unchanged" in ended.out
     assert "\r" not in ended.out  # no progress bar without a terminal
     assert re.search(r"^adapter +run/adapter$", ended.out, re.MULTILINE)
     assert re.search(r"^report +run/report.html$", ended.out, re.MULTILINE)
@@ -309,6 +312,7 @@ def test_a_sweep_equals_separate_runs_even_if_stopped_and_with_a_lost_member(
 
     run = json.loads((folder / "run.json").read_text())
     found = run["sweep"]["members"]
+    assert run["checks"]["trained_layers"] == 10 and not run["checks"]["without_gradient"]
     assert run["sweep"]["best"] == "lr=5e-4" and list(found) == ["lr=5e-4", "lr=1e-3", "lr=2e-4"]
     assert found["lr=1e-3"]["lost"] == 4 and "eval_loss" not in found["lr=1e-3"]
     perplexity = math.exp(expected[-1]["eval_loss"])

@@ -11,6 +11,7 @@ import pytest
 from lora_jax import errors
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
+from lora_jax.training import digests
 from lora_jax.training.output import snapshots as snapshot
 
 PATH = ("model", "layers", "self_attn", "q_proj")
@@ -181,21 +182,21 @@ def test_if_no_checkpoint_is_readable_all_are_reported_and_kept(tmp_path, mesh):
 
 def test_the_digest_depends_on_every_bit_and_not_on_the_sharding(mesh):
     state = state_at(3, mesh, seed=3)
-    digests = snapshot._digests(state)
+    found = snapshot._digests(state)
     other = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
-    assert snapshot._digests(state_at(3, other, seed=3)) == digests
+    assert snapshot._digests(state_at(3, other, seed=3)) == found
     values = np.asarray(jax.tree.leaves(state.lora)[0])
     for bit in (0, 31):
         for position in (0, values.size - 1):
             words = values.copy().view(np.uint32)
             words.reshape(-1)[position] ^= np.uint32(1 << bit)
-            assert snapshot._digest(words.view(np.float32)) != snapshot._digest(values)
+            assert digests.of(words.view(np.float32)) != digests.of(values)
     swapped = values.copy()
     swapped[0], swapped[1] = values[1], values[0]
-    assert snapshot._digest(swapped) != snapshot._digest(values)
+    assert digests.of(swapped) != digests.of(values)
     for dtype in ("bfloat16", "int32", "float16"):
         ones = jnp.ones((3, 5), dtype)
-        assert snapshot._digest(ones) != snapshot._digest(ones.at[2, 1].set(2))
+        assert digests.of(ones) != digests.of(ones.at[2, 1].set(2))
 
 
 # ------------------------------------------------------------------------- the best one

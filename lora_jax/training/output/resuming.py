@@ -30,7 +30,7 @@ def restore(
     if processes.broadcast(kept.latest()) is None:
         say("resume", "no finished checkpoint: starting over")
         return state
-    record.samples = before.get("samples", {})
+    record.samples, record.checks = before.get("samples", {}), before.get("checks", {})
     for name, earlier in before.get("seconds", {}).items():  # of the run before it was resumed
         job.watch.seconds[name] = job.watch.seconds.get(name, 0) + earlier
     record.compile_seconds = before.get("compile_seconds", 0)

@@ -44,6 +44,7 @@ class Record:
     base: dict[str, str | None]
     data: dict[str, str | None]
     samples: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
+    checks: dict[str, Any] = dataclasses.field(default_factory=dict)  # of adapter and base
     best: dict[str, float] | None = None
     sweep: dict[str, str | Scores] | None = None
     seconds: dict[str, float] | None = None

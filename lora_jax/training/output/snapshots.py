@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -17,6 +16,7 @@ import tensorstore
 from lora_jax import errors
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import processes
+from lora_jax.training import digests
 
 # The parts of a checkpoint.
 _STATE = "state"  # A, B, the moments and the step
@@ -207,19 +207,5 @@ def _put(read: Any, like: jax.Array) -> jax.Array:
 
 def _digests(tree: Any) -> dict[str, int]:
     """{path: digest} of the arrays of `tree`, independent of their sharding."""
-    found = jax.tree_util.tree_leaves_with_path(jax.tree.map(_digest, tree))
+    found = jax.tree_util.tree_leaves_with_path(jax.tree.map(digests.of, tree))
     return {jax.tree_util.keystr(path): int(digest) for path, digest in found}
-
-
-@jax.jit
-def _digest(array: jax.Array) -> jax.Array:
-    """Σ word · (2 · position + 1) mod 2³², independent of the sharding.
-
-    Odd factors have an inverse mod 2³², so a change of one word always changes the sum.
-    """
-    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{array.dtype.itemsize * 8}"))
-    position, stride = jnp.zeros(array.shape, jnp.uint32), 1
-    for axis in reversed(range(array.ndim)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-        position, stride = position + along * np.uint32(stride), stride * array.shape[axis] % 2**32
-    return (words.astype(jnp.uint32) * (2 * position + 1)).sum(dtype=jnp.uint32)
