@@ -22,6 +22,7 @@ from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
+from lora_jax.parallel import mesh as sharding
 
 _OWN = ("lora_scaling", "lora_mask")  # frozen arrays that each member has its own of
 _STACK = "layers"  # the part of a LLaMA whose arrays are [L, …]
@@ -121,7 +122,8 @@ def make_step(
         every = state.lora, state.opt_state, peaks, found, gradient
         trained, moments, metrics = jax.vmap(own)(*every)
         metrics = _by_name(metrics, members) | {"num_tokens": (batch.attention_mask != 0).sum()}
-        return train_step.State(trained, moments, state.step + 1), metrics
+        after = train_step.State(trained, moments, state.step + 1)
+        return sharding.keep_placed(after), metrics
 
     return jax.jit(step, donate_argnums=0, compiler_options=platform.compiler_options())
 
