@@ -249,20 +249,14 @@ class Batch:
         if any(work.request.sampling.prompt_logprobs is not None for work in waiting):
             return False
         # The logits of attention must not take more memory than those of the longest chunk.
-        own = self.num_slots // self._groups * self._together_size
-        span = self._span(max(work.filled for work in waiting) + self._together_size)
-        fits = own * span <= CHUNKS[-1] * self._size
+        own = self.num_slots // self._groups
+        span = self._span(max(work.filled for work in waiting) + common_size(own))
+        fits = own * common_size(own) * span <= CHUNKS[-1] * self._size
         return fits and max(map(_unfilled, waiting)) <= CHUNKS[-2]
-
-    @functools.cached_property
-    def _together_size(self) -> int:
-        """The size of a chunk that is computed in all slots at once."""
-        fair = _MOST_AT_ONCE * self._groups // self.num_slots
-        return max((each for each in CHUNKS if each <= fair), default=CHUNKS[0])
 
     def _fill_slots(self, waiting: Sequence[Work]) -> int:
         """Fills a chunk of each prompt; returns its tokens in a group of slots."""
-        size = self._together_size
+        size = common_size(self.num_slots // self._groups)
         ids = np.zeros((self.num_slots, size), np.int32)
         start, num_real, length = (np.zeros(self.num_slots, np.int32) for _ in range(3))
         for work in waiting:
@@ -359,6 +353,12 @@ def chunk_size(num_tokens: int) -> int:
     padded = next((size for size in CHUNKS if size >= num_tokens), CHUNKS[-1])
     whole = max((size for size in CHUNKS if size <= num_tokens), default=padded)
     return padded if num_tokens > padded // 2 else whole
+
+
+def common_size(num_slots: int) -> int:
+    """The tokens of each slot in a chunk that is computed in all slots of a group at once."""
+    fair = _MOST_AT_ONCE // num_slots
+    return max((each for each in CHUNKS if each <= fair), default=CHUNKS[0])
 
 
 def size(config: model_config.LlamaConfig, context: int) -> int:

@@ -103,7 +103,8 @@ def of(job: serving.Serving, sizes: Mapping[str, int], chip: str, own: Known) ->
     if unpacked and f"{'int4' if hopper else 'dense'} copy of the weights" not in found:
         decode += unpacked if rows > 1 else own.words
     tokens = min(serving.CHUNK, job.context)
-    activations = tokens * 2 * (c.intermediate_size // sizes["tensor"]) * item
+    most = max(tokens, rows * batches.common_size(rows))  # short prompts, in all slots at once
+    activations = most * 2 * (c.intermediate_size // sizes["tensor"]) * item
     attention = tokens * span * heads * (4 + item) if platform != "tpu" else 4 * tokens * span
     if platform == "cpu":
         unpacked = 0 if own.form else own.dense
