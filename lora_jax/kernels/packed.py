@@ -58,8 +58,13 @@ class Packed(NamedTuple):
 
 
 def layer(packed: Packed, index: jax.typing.ArrayLike) -> Packed:
-    """The weight of one layer of a stack [L, …]."""
-    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), packed)
+    """The weight of one layer of a stack [L, …]; index is not negative."""
+
+    def of(stack):
+        # With the arithmetic for a negative index, XLA's GPU backend copies the words of a layer.
+        return lax.dynamic_index_in_dim(stack, index, keepdims=False, allow_negative_indices=False)
+
+    return jax.tree.map(of, packed)
 
 
 def scales(packed: Packed) -> Float[Array, "groups N"]:
