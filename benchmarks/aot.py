@@ -300,8 +300,9 @@ def instruction_words(folder: str) -> list[tuple[int, int]]:
         if name and name[1] != "TLP":
             listing = path.read_text(errors="replace")
             depths = re.findall(r"^\s*(?:0x[0-9a-f]+|0)\s+\w*\s*:\s*(>?)", listing, re.MULTILINE)
-            found[int(name[2] or 0)] = depths.count(">"), len(depths)
-    return [found[number] for number in sorted(found)]
+            found[int(name[2] or 0), name[1]] = depths.count(">"), len(depths)
+    # A derivative may have the number of its function: transpose_jvp_f.2 is the one of jvp_f.2.
+    return [found[key] for key in sorted(found)]
 
 
 def run(case: str, target: str) -> dict[str, Any]:
