@@ -50,8 +50,8 @@ def rows(sizes: doctor_cases.Sizes | None = None) -> Iterator[Row]:
     sizes = sizes or (doctor_cases.SMALL if device.platform == "cpu" else doctor_cases.FULL)
     peaks = chips.of_kind(device.platform, device.device_kind, 1).peaks
     with jax.set_mesh(_mesh(device)):
-        for case in doctor_cases.cases(device, sizes):
-            yield _checked(case, peaks)
+        for named in doctor_cases.cases(device, sizes):
+            yield _checked(named, peaks)
 
 
 def _checked(named: doctor_cases.Case, peaks: chips.Peaks | None) -> Row:

@@ -17,6 +17,7 @@ from lora_jax.data import chat
 from lora_jax.generation import batch, config, engine
 from lora_jax.generation import pool as pools
 from lora_jax.generation import weights as decode_weights
+from lora_jax.kernels import choice
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import peft, tied_head
 from lora_jax.lora.nnx import bank
@@ -198,7 +199,7 @@ def start(
 
 def _prove(kernels: str, model: llama.LlamaForCausalLM, found: Files, slots: int) -> None:
     """Checks the kernels that decode on these devices; those that fail are left out."""
-    proof.apply(kernels)
+    choice.use(kernels)
     with jax.set_mesh(found.mesh):
         if kernels == "xla" or not proof.is_needed():
             return

@@ -25,6 +25,16 @@ KERNELS = (
 )
 
 _left_out: dict[str, str] = {}  # {kernel: why}
+_only_xla = False
+
+
+def use(mode: str) -> None:
+    """From now on, programs that are compiled have no kernel if mode is "xla"; with "auto", those
+    that are not left out."""
+    global _only_xla
+    if _only_xla != (mode == "xla"):
+        _only_xla = mode == "xla"
+        jax.clear_caches()  # of programs that were traced before
 
 
 def leave_out(kernel: str, why: str) -> None:
@@ -41,16 +51,17 @@ def leave_out(kernel: str, why: str) -> None:
 
 def refusal(kernel: str) -> str | None:
     """Why the kernel is left out, or None."""
-    return _left_out.get(kernel)
+    return "--kernels xla" if _only_xla else _left_out.get(kernel)
 
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
     """A context after which the same kernels are left out as before."""
-    before = dict(_left_out)
+    before, mode = dict(_left_out), "xla" if _only_xla else "auto"
     try:
         yield
     finally:
+        use(mode)
         if before != _left_out:
             _left_out.clear()
             _left_out.update(before)

@@ -16,8 +16,8 @@ class Case(NamedTuple):
 
     The arrays of both have the same shapes; only some rows need be in them. `compute` also takes
     the number of the call, by which a stack's layers take turns. kernel: one of choice.KERNELS, or
-    choice.XLA. operation, shapes: as a reader sees them. inputs: returns them. flops,
-    num_bytes: of `compute`, at the least.
+    choice.XLA. operation, shapes: as a reader sees them; together they name the case. inputs: makes
+    the inputs. flops, num_bytes: of `compute`, at the least.
     """
 
     kernel: str

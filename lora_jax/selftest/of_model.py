@@ -52,7 +52,7 @@ def generation(model: llama.LlamaForCausalLM, slots: int) -> Iterator[case.Case]
     """The products of kernels with a token of each slot, and with chunks of prompts."""
     mesh = jax.sharding.get_abstract_mesh()
     own = slots // steps.num_groups(slots, mesh)
-    for rows in dict.fromkeys((own, *batches.CHUNKS)):
+    for rows in dict.fromkeys((own, *batches.CHUNKS, own * batches.common_size(own))):
         for found in _products(model, rows, backward=False):
             if found.kernel != choice.XLA:
                 yield found

@@ -6,17 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from lora_jax.kernels import attention, choice, cross_entropy, embedding, int4_matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
-from lora_jax.selftest import case
+from lora_jax.selftest import case, draws
 
-_FEW, _MANY = 256, 1024  # rows that are compared, if each tile has one of the few
-_TILE = 128
 _TOKENS = 600  # of the cross-entropy: more than a chunk
 
 
@@ -39,14 +36,14 @@ def int4_product(
     if backward:
         dy = jax.ShapeDtypeStruct((rows, n), dtype)
         found.append(int4_matmul.kernel_of(dy, packed, **how, transpose=True))
-    compared = some(rows)
+    compared = draws.some(rows)
 
     def product(packed, x, number=0, **more):
         index = None if layer is None else (layer + jnp.int32(number)) % len(packed.q)
         return int4_matmul.int4_matmul(x, packed, layer=index, **how, **more)
 
     def inputs():
-        return random(0, (rows, k), dtype), random(1, (rows, n), dtype)
+        return draws.random(0, (rows, k), dtype), draws.random(1, (rows, n), dtype)
 
     def compute(packed, given, number):
         x, dy = given
@@ -67,7 +64,8 @@ def int4_product(
         kernel,
         f"{codes} product" + (" and gradient" if backward else ""),
         f"{jnp.dtype(dtype).name} [{rows}, {k}] × W{stack} [{k}, {n}], groups of {k // groups}, "
-        f"{packed.scale.dtype} scales{_of(partition)}",
+        f"{packed.scale.dtype} scales{'' if packed.group_bias is None else ' and bias'}"
+        + _of(partition),
         packed, inputs, compute, reference,
         flops=2.0 * rows * k * n * passes,
         num_bytes=passes * (bytes_of(packed, layer) + jnp.dtype(dtype).itemsize * rows * (k + n)),
@@ -101,7 +99,7 @@ def hopper_product(
         f"{jnp.dtype(dtype).name} [{rows}, {k}] × W [{k}, {n}], {turned.scale.dtype} scales"
         + _of(partition),
         (turned, stacks),
-        lambda: random(0, (rows, k), dtype),
+        lambda: draws.random(0, (rows, k), dtype),
         compute,
         reference,
         flops=2.0 * rows * k * n,
@@ -126,12 +124,12 @@ def self_attention(
     shapes = [(batch, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
     shaped = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[:3])
     kernel = attention.kernel_of(*shaped, packed=packed)
-    queries = some(length)
+    queries = draws.some(length)
     how = {"windows": (window,), "partition": partition}
     window = window or length
 
     def inputs():
-        q, k, v, d_out = (random(n, shape, dtype) for n, shape in enumerate(shapes))
+        q, k, v, d_out = (draws.random(n, shape, dtype) for n, shape in enumerate(shapes))
         examples = _examples(batch, length, packed)
         compared = jnp.zeros((1, length), bool).at[:, queries].set(True) & (examples != 0)
         return q, k, v, jnp.where(compared[..., None, None], d_out, 0), examples
@@ -218,11 +216,11 @@ def vocabulary_loss(
     """The cross-entropy of some tokens, and its gradient."""
     width, size = head.shape
     count = min(_TOKENS, batch * length)
-    chosen = spread(batch * length, count)
+    chosen = draws.spread(batch * length, count)
 
     def inputs():
-        every = jnp.full(batch * length, -100).at[chosen].set(numbers(0, (count,), size))
-        return random(1, (batch, length, width), dtype), every.reshape(batch, length)
+        every = jnp.full(batch * length, -100).at[chosen].set(draws.numbers(0, (count,), size))
+        return draws.random(1, (batch, length, width), dtype), every.reshape(batch, length)
 
     def rows(each, gradient):
         return {"loss": each.reshape(-1)[chosen], "dh": gradient.reshape(-1, width)[chosen]}
@@ -243,7 +241,7 @@ def vocabulary_loss(
             return jax.nn.logsumexp(logits) - logits[target[0]]
 
         def all_of(hidden):
-            return lax.map(lambda part: one(*part), (hidden, targets), batch_size=_TILE)
+            return lax.map(lambda part: one(*part), (hidden, targets), batch_size=128)
 
         each, vjp = jax.vjp(all_of, hidden.astype(jnp.float32))
         return {"loss": each, "dh": vjp(jnp.ones_like(each))[0]}
@@ -278,50 +276,12 @@ def embedding_lookup(
         "embedding",
         f"{table.dtype.name} [{size}, {width}], ids [{batch}, {length}]{_of(partition)}",
         table,
-        lambda: numbers(0, (batch, length), size),
+        lambda: draws.numbers(0, (batch, length), size),
         compute,
         lambda table, ids: {"y": jnp.take(table, ids, axis=0)},
         flops=0.0,
         num_bytes=2.0 * batch * length * width * table.dtype.itemsize,
     )  # fmt: skip
-
-
-def random(seed: int, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Uniform, with mean 0 and variance 1. jax.random takes a second to compile for a TPU."""
-    uniform = (_bits(seed, shape) >> 8).astype(jnp.float32) / 2**23 - 1
-    return (math.sqrt(3) * uniform).astype(dtype)
-
-
-def numbers(seed: int, shape: tuple[int, ...], size: int) -> jax.Array:
-    """Integers in [0, size)."""
-    return (_bits(seed, shape) % jnp.uint32(size)).astype(jnp.int32)
-
-
-def _bits(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    """A hash of the indices. Source of the multipliers: https://github.com/skeeto/hash-prospector"""
-    x = jnp.full(shape, (seed + 1) * 0x9E3779B9 % 2**32, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = math.prod(shape[axis + 1 :]) % 2**32
-        x += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return x ^ (x >> 16)
-
-
-def some(count: int) -> np.ndarray:
-    """Some of `count` rows, in different places of each tile, and the last row."""
-    step = 1 << max(0, math.ceil(math.log2(count / _FEW)))
-    if step > _TILE:
-        step = _TILE * math.ceil(count / (_TILE * _MANY))
-    parts = np.arange(-(-count // step))
-    rows = parts * step + 37 * parts % step
-    return np.union1d(rows[rows < count], [count - 1])
-
-
-def spread(count: int, number: int) -> np.ndarray:
-    """`number` different rows of `count`: one of each of `number` parts."""
-    starts = np.arange(number + 1) * count // number
-    return starts[:-1] + 37 * np.arange(number) % np.diff(starts)
 
 
 def bytes_of(weights: Any, layer: int | None) -> int:
@@ -334,4 +294,10 @@ def _of(partition: dealing.Partition) -> str:
     axes = {axis: size for axis, size in dealing.open_axes().items() if size > 1}
     if partition == dealing.WHOLE or not axes:
         return ""
-    return ", on " + " × ".join(f"{axis}={size}" for axis, size in axes.items())
+    rows, *_ = partition.computed(0)
+    split = {"rows": "·".join(rows), **dict(zip(("K", "N"), partition.stored(), strict=True))}
+    return (
+        ", on "
+        + " × ".join(f"{axis}={size}" for axis, size in axes.items())
+        + "".join(f", {name} over {axis}" for name, axis in split.items() if axis)
+    )

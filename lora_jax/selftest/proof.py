@@ -39,13 +39,6 @@ class Proof(NamedTuple):
             )
 
 
-def apply(mode: str) -> None:
-    """Leaves out all kernels if `mode` is "xla"."""
-    if mode == "xla":
-        for kernel in choice.KERNELS:
-            choice.leave_out(kernel, "--kernels xla")
-
-
 def is_needed() -> bool:
     """Whether the ambient mesh has devices that kernels are written for."""
     return platform.platform_here() in ("gpu", "tpu")

@@ -15,6 +15,7 @@ from lora_jax import console, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder, safetensors_files
 from lora_jax.console import say
 from lora_jax.data import chat, clock
+from lora_jax.kernels import choice
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
@@ -193,7 +194,7 @@ def _prove(
     slots: int,
 ) -> None:
     """Checks the kernels of the run on its devices; those that fail are left out."""
-    proof.apply(settings.model.kernels)
+    choice.use(settings.model.kernels)
     if settings.model.kernels == "xla" or not proof.is_needed():
         return
     cases: list[case.Case] = []

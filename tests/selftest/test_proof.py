@@ -15,7 +15,7 @@ from lora_jax.kernels.attention import splash
 from lora_jax.kernels.int4_matmul import forms
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
-from lora_jax.selftest import case, operations, passed, proof
+from lora_jax.selftest import case, draws, operations, passed, proof
 
 TPU_PRODUCT, TPU_ATTENTION = forms.Forms.tpu, splash.attend
 
@@ -180,6 +180,13 @@ def test_a_mesh_computes_as_the_job_does():
             weight(), rows=40, dtype=jnp.float32, partition=partition, backward=True
         )
         assert one.kernel == choice.INT4_TPU and "data=2 × tensor=2" in one.name
+        other = sharding.partition(("o_proj",))  # of the same shape, but a pass of another case
+        assert (
+            one.name
+            != operations.int4_product(
+                weight(), rows=40, dtype=jnp.float32, partition=other, backward=True
+            ).name
+        )
         assert case.check(one).problem is None
         found = case.check(attended(packed=True, partition=partition))
         assert found.problem is None, found
@@ -187,7 +194,7 @@ def test_a_mesh_computes_as_the_job_does():
 
 @pytest.mark.parametrize("count", [1, 5, 129, 256, 300, 4096, 50_000, 100_001, 10**6])
 def test_the_rows_that_are_compared_are_in_every_tile(count):
-    rows = operations.some(count)
+    rows = draws.some(count)
     assert min(count, 128) <= len(rows) <= 1025
     assert rows[0] >= 0 and rows[-1] == count - 1 and (np.diff(rows) > 0).all()
     if count <= 1024 * 128:
@@ -213,6 +220,9 @@ def test_a_run_with_faulty_kernels_falls_back(tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     with choice.restored():
         assert run(tmp_path, "xla", kernels="xla") == faulty
+        assert choice.refusal(choice.ATTENTION_CUDNN) == "--kernels xla"
+        choice.use("auto")  # as the next run in this process does
+        assert choice.refusal(choice.ATTENTION_CUDNN) is None
     assert "\nkernels " not in capsys.readouterr().out
     for kernel in (choice.INT4_TPU, choice.ATTENTION_TPU):
         assert f"{kernel} is left out" in out
