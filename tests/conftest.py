@@ -41,6 +41,7 @@ import hypothesis
 import jax
 import pytest
 import thrift
+import typecheck
 
 hypothesis.settings.register_profile(
     "suite", max_examples=200, deadline=None, derandomize=True, database=None
@@ -51,6 +52,7 @@ hypothesis.settings.load_profile("suite")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 device_tier.begin()
 thrift.begin()
+typecheck.begin()
 
 # A module stays on one worker, for what its tests share. The longest are begun first, so that the
 # workers end together.
