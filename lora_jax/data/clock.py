@@ -4,6 +4,8 @@ import datetime
 import json
 import typing
 
+from lora_jax.data import template_source
+
 if typing.TYPE_CHECKING:
     import transformers
 
@@ -38,11 +40,9 @@ def _stopped(source: str, now: datetime.datetime) -> str:
     """The template, with its own strftime_now in front that knows the formats it is called with."""
     import jinja2
 
-    from lora_jax.data import template
-
     if _CALL not in source:
         return source
-    tree = template.parsed(source)
+    tree = template_source.parsed(source)
     formats = {
         call.args[0].value
         for call in (tree.find_all(jinja2.nodes.Call) if tree else ())

@@ -7,31 +7,20 @@ itself writes around a message is compared with what it writes in short chats, t
 generation prompt ends and what ends a turn. Imports no jax.
 """
 
-import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.data import colors, template_source
+
 if typing.TYPE_CHECKING:
-    import jinja2
     import transformers
 
-Message = dict[str, typing.Any]
+Message = colors.Message
 Span = tuple[int, int]  # the first character, and the one after the last
 
-_FIRST_COLOR, _NUM_COLORS = 0xF0000, 0x1FFFE  # private use, which templates do not know
-# Of a message: one for its text, for the names of functions it calls, for their arguments, and for
-# each key of these, so that keys stay different.
-_COLORS = 16
-_TEXT, _NAME, _ARGUMENTS, _FIRST_KEY = range(4)
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-# JSON and HTML escape some characters, and templates look for brackets: these have no color.
-_COLORABLE = re.compile(r"""[^\s"'\\<>&{}\[\]|]""")
-_BRACKETS = re.compile(r"[{}\[\]|]")  # have one in a text of nothing else
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_GENERATION_TAGS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _PROBES = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xyz"}]
 
 
@@ -79,7 +68,7 @@ class Template:
         except ValueError as error:  # of several templates none is the default
             raise ChatError(str(error)) from error
         self._tokenizer, self._tools, self._options = tokenizer, tools, options or {}
-        self._literals = _literals(self.source)
+        self._literals = template_source.literals(self.source)
         self._known_ends: _Ends | None = None
 
     def render(
@@ -108,13 +97,13 @@ class Template:
         Raises: ChatError if the template refuses the chat, or changes what it is given.
         """
         text = self.render(messages)
-        colors = self._owners(messages, text)
-        owners = np.where(colors < 0, -1, colors // _COLORS)
-        seen = set(np.unique(colors).tolist())
+        own = self._colors(messages, text)
+        owners = np.where(own < 0, -1, own // colors.PER_MESSAGE)
+        seen = set(np.unique(own).tolist())
         lost = [
             number
             for number, message in enumerate(messages)
-            if trained[number] and not _is_whole(message, number, seen)
+            if trained[number] and not colors.is_whole(message, number, seen)
         ]
         spans = [*self._generated(messages, owners, trained)]
         if not spans:
@@ -128,37 +117,34 @@ class Template:
 
         Raises: ChatError as `rendering`.
         """
-        seen = set(np.unique(self._owners(messages, self.render(messages))).tolist())
-        return sum(not _is_whole(message, n, seen) for n, message in enumerate(messages))
+        seen = set(np.unique(self._colors(messages, self.render(messages))).tolist())
+        return sum(not colors.is_whole(message, n, seen) for n, message in enumerate(messages))
 
     def end_of_turn(self) -> int | None:
         """The id of the token that ends an answer, such as <|im_end|>; None if it is plain text."""
         ids = self._tokenizer(self._ends().final.strip(), add_special_tokens=False).input_ids
         return ids[0] if ids and ids[0] in self._tokenizer.added_tokens_decoder else None
 
-    def _owners(self, messages: Sequence[Message], text: str) -> np.ndarray:
-        """For each character the number of its color, −1 for what the template writes."""
-        if len(messages) * _COLORS > _NUM_COLORS:
+    def _colors(self, messages: Sequence[Message], text: str) -> np.ndarray:
+        """The number of each character's color, −1 for what the template writes."""
+        if len(messages) > colors.MOST_MESSAGES:
             raise ChatError(f"it has {len(messages)} messages")
-        for keep in (re.compile("(?!)"), self._literals):  # what the template looks for, if it does
-            colored = [_colored(message, n, keep) for n, message in enumerate(messages)]
+        for keep in (colors.NOTHING, self._literals):  # what the template looks for, if it does
             try:
-                other = self.render(colored)
+                other = self.render(
+                    [colors.painted(each, n, keep) for n, each in enumerate(messages)]
+                )
             except ChatError:
                 continue
-            if len(other) == len(text):
-                before, after = _codes(text), _codes(other)
-                differ = before != after
-                if (after[differ] >= _FIRST_COLOR).all():
-                    owners = np.where(differ, after.astype(np.int64) - _FIRST_COLOR, -1)
-                    return _without_echoes(owners, messages)
+            if (found := colors.of_characters(text, other, messages)) is not None:
+                return found
         raise ChatError("the chat template changes the text of the messages")
 
     def _generated(
         self, messages: Sequence[Message], owners: np.ndarray, trained: Sequence[bool]
     ) -> Iterator[Span]:
         """Yields what a template itself marks as generated, but not in untrained answers."""
-        if not _GENERATION.search(self.source):
+        if not template_source.marks_generation(self.source):
             return
         from transformers.utils import chat_template_utils
 
@@ -257,7 +243,7 @@ class Template:
         def after_last(*messages: Message, generate: bool = False) -> str | None:
             try:
                 text = self.render(messages, generate=generate)
-                owners = self._owners(messages, self.render(messages))
+                owners = self._colors(messages, self.render(messages))
             except ChatError:
                 return None
             at = np.flatnonzero(owners >= 0)
@@ -281,11 +267,11 @@ class Template:
         """What ends the answer in a chat where a user's message follows it."""
         try:
             text = self.render(chat)
-            owners = self._owners(chat, text)
+            owners = self._colors(chat, text)
         except ChatError:
             return final
-        of_user, of_answer = (np.flatnonzero(owners // _COLORS == n) for n in (0, 1))
-        at = np.flatnonzero(owners // _COLORS == 2)
+        of_user, of_answer = (np.flatnonzero(owners // colors.PER_MESSAGE == n) for n in (0, 1))
+        at = np.flatnonzero(owners // colors.PER_MESSAGE == 2)
         if not (len(of_user) and len(of_answer) and len(at)):
             return final
         head, between = text[: of_user[0]], text[of_answer[-1] + 1 : at[0]]
@@ -296,114 +282,6 @@ class Template:
         least = len(between) - _common(head[::-1], between[::-1])
         size = _border(between, least, max(least, _common(final, between)))
         return between[: size or self._special_end(between) or _header(between, opening)]
-
-
-def parsed(source: str) -> "jinja2.nodes.Template | None":
-    """The syntax tree of a template; None if it has an error."""
-    import jinja2
-
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        return environment.parse(_GENERATION_TAGS.sub("", source))
-    except jinja2.TemplateError:
-        return None
-
-
-def _literals(source: str) -> re.Pattern[str]:
-    """Matches what a template compares its input with or looks for in it."""
-    import jinja2
-
-    roles = {"user", "assistant", "system", "developer", "tool", "function", "ipython", "model"}
-    tree = parsed(source)
-    if tree is None:
-        return re.compile("(?!)")
-    tests = (jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test)
-    found = {
-        constant.value.strip()
-        for node in tree.find_all(tests)
-        for constant in node.find_all(jinja2.nodes.Const)
-        if isinstance(constant.value, str)
-    }
-    texts = sorted((each for each in found - roles if len(each) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
-
-
-def _colored(message: Message, number: int, keep: re.Pattern[str]) -> Message:
-    """The message in its colors. keep: what has none."""
-    text, name, arguments, *keys = (
-        chr(_FIRST_COLOR + _COLORS * number + k) for k in range(_COLORS)
-    )
-
-    def paint(value: typing.Any, color: str) -> typing.Any:
-        if isinstance(value, str):
-            parts, at = [], 0
-            for found in keep.finditer(value):
-                parts += [_COLORABLE.sub(color, value[at : found.start()]), found.group()]
-                at = found.end()
-            painted = "".join([*parts, _COLORABLE.sub(color, value[at:])])
-            return painted if _COLORABLE.search(value) else _BRACKETS.sub(color, value)
-        if isinstance(value, list):
-            return [paint(each, color) for each in value]
-        if isinstance(value, dict):
-            kept = ("type", "id", "role")
-            return {k: v if k in kept else paint(v, color) for k, v in value.items()}
-        return value
-
-    def paint_arguments(value: typing.Any) -> typing.Any:
-        if not isinstance(value, dict):
-            return paint(value, arguments)
-        # In the order of the keys, which a template may sort.
-        colors = dict(zip(sorted(value, key=str.lower), keys, strict=False))
-        return {
-            paint(key, colors[key]) if key in colors else key: paint(each, arguments)
-            for key, each in value.items()
-        }
-
-    def paint_call(call: Message) -> Message:
-        painted = dict(call)
-        if "name" in call:
-            painted["name"] = paint(call["name"], name)
-        if "arguments" in call:
-            painted["arguments"] = paint_arguments(call["arguments"])
-        return painted
-
-    painted = dict(message)
-    for field in ("content", *_REASONING):
-        if field in message:
-            painted[field] = paint(message[field], text)
-    if "tool_calls" in message:
-        painted["tool_calls"] = [
-            paint_call(call) | {k: paint_call(v) for k, v in call.items() if k == "function"}
-            for call in message["tool_calls"]
-        ]
-    return painted
-
-
-def _is_whole(message: Message, number: int, seen: set[int]) -> bool:
-    """Whether a message's answer and its tool calls are among the colors that were seen. Reasoning
-    may be left out, and of a tool call either its name or its arguments."""
-    answer = message.get("content")
-    if isinstance(answer, str):
-        answer = answer.rpartition("</think>")[2]
-    keep = re.compile("(?!)")
-    text = _in_colors(_colored({"content": answer} if answer else {}, number, keep))
-    calls = _in_colors(_colored({"tool_calls": message.get("tool_calls", [])}, number, keep))
-    return text <= seen and (not message.get("tool_calls") or bool(calls & seen))
-
-
-def _in_colors(message: Message) -> set[int]:
-    codes = _codes(json.dumps(message, ensure_ascii=False)).astype(np.int64) - _FIRST_COLOR
-    return set(codes[codes >= 0].tolist())
-
-
-def _without_echoes(owners: np.ndarray, messages: Sequence[Message]) -> np.ndarray:
-    """The colors without the names of functions where they are not called: templates write them
-    again in front of the answer of a tool."""
-    for number, message in enumerate(messages):
-        if names := [call.get("function", call)["name"] for call in message.get("tool_calls", ())]:
-            at = np.flatnonzero(owners == _COLORS * number + _NAME)
-            owners[at[sum(len(_COLORABLE.findall(name)) for name in names) :]] = -1
-    return owners
 
 
 def _border(text: str, least: int, most: int) -> int:
@@ -419,10 +297,6 @@ def _header(text: str, opening: str) -> int:
     """Where the header of the next turn begins: it has the beginning of an assistant's header."""
     sizes = [_common(text[n:], opening) for n in range(len(text))]
     return int(np.argmax(sizes)) if max(sizes, default=0) > 1 else 0
-
-
-def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def _common(a: str, b: str) -> int:
