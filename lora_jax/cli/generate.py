@@ -182,7 +182,7 @@ def _encoded(
     """
     from lora_jax import tokenizer
     from lora_jax.data import clock, prompt_files
-    from lora_jax.generation import engine
+    from lora_jax.generation import limits
 
     time = None
     is_chat = settings.chat or any(isinstance(each.value, list) for each in settings.prompts)
@@ -196,7 +196,7 @@ def _encoded(
         tokenizer.check_ids(found.reader, encoded, found.num_tokens)
     for prompt, ids in zip(settings.prompts, encoded, strict=True):
         with errors.noted(problems):
-            engine.check_length(
+            limits.check_length(
                 len(ids), settings.sampling.max_new_tokens, found.context, where=prompt.origin
             )
     if problems:

@@ -135,7 +135,7 @@ def _generation(settings: groups.TrainSettings, context: int) -> tuple[int, int,
 
     Without a tokenizer each byte counts as a token. Held-out prompts with answers count seq_len.
     """
-    from lora_jax.generation import engine
+    from lora_jax.generation import limits
     from lora_jax.training import scoring
 
     prompts = settings.prompts.prompt
@@ -144,7 +144,7 @@ def _generation(settings: groups.TrainSettings, context: int) -> tuple[int, int,
         longest = max(len(text.encode()) for text in prompts) + 1  # for BOS
         new = settings.prompts.max_new_tokens
         # A prompt has at least one token.
-        engine.check_length(1, new, context)
+        limits.check_length(1, new, context)
         length = min(-(-longest // 16) * 16, context - new)
         asked.append((min(len(prompts), scoring.SLOTS), length, new))
     if settings.eval.exact_match:

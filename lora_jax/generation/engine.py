@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax import errors, tokenizer
+from lora_jax import errors
 from lora_jax.generation import batch as batches
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import grammar as grammars
-from lora_jax.generation import lockstep
+from lora_jax.generation import limits, lockstep
 from lora_jax.generation import output as outputs
 from lora_jax.generation import pool as pools
 from lora_jax.generation import request as requests
@@ -131,7 +131,10 @@ class Engine:
         sampling = sampling or generation_config.Sampling()
         adapters = {adapters: 1.0} if isinstance(adapters, str) else dict(adapters or {})
         prompt = tuple(int(token) for token in prompt)
-        self._check(prompt, sampling, adapters)
+        limits.check(
+            prompt, sampling, adapters, reader=self.reader, eos_ids=self.eos_ids,
+            context=self.context, vocab_size=self.vocab_size, pool=self.pool,
+        )  # fmt: skip
         matcher = self._grammar.matcher(sampling.grammar) if sampling.grammar else None
         if sampling.seed is None and sampling.temperature:
             sampling = dataclasses.replace(sampling, seed=int(self._seeds.integers(2**63)))
@@ -411,54 +414,3 @@ class Engine:
             if not work.done:
                 self._end(work, work.output.end(reason, error))
         self._waiting, self._dispatched = [], None
-
-    def _check(self, prompt, sampling, adapters: Mapping[str, float]) -> None:
-        """Raises: UserError with everything that is wrong with a request."""
-        problems: list[errors.UserError] = []
-        with errors.noted(problems):
-            check_length(len(prompt), sampling.max_new_tokens, self.context)
-        with errors.noted(problems):
-            tokenizer.check_ids(self.reader, [prompt], self.vocab_size)
-        with errors.noted(problems):
-            if self.pool:
-                self.pool.check(adapters)
-            elif adapters:
-                raise errors.UserError(
-                    expected="a model that has adapters by name",
-                    found=f"a request for {', '.join(adapters)}",
-                )
-        biased = [token for token, _ in sampling.logit_bias if not 0 <= token < self.vocab_size]
-        if biased:
-            problems.append(errors.UserError(
-                expected=f"ids from 0 to {self.vocab_size - 1}", found=[*map(str, biased)],
-                where="logit_bias",
-            ))  # fmt: skip
-        stops = len(sampling.stop_token_ids) + len(self.eos_ids)
-        if sampling.min_tokens and stops > generation_config.MOST_STOP_IDS:
-            problems.append(errors.UserError(
-                expected=f"at most {generation_config.MOST_STOP_IDS} stop tokens with min_tokens",
-                found=f"{stops}", where="stop_token_ids",
-            ))  # fmt: skip
-        if problems:
-            raise errors.UserError.together(problems)
-
-
-def check_length(
-    num_prompt_tokens: int, max_new_tokens: int, context: int, *, where: str = "--prompt"
-) -> None:
-    """Raises UserError if the prompt has no tokens, or leaves no room for the new ones."""
-    if num_prompt_tokens == 0:
-        raise errors.UserError(
-            expected="a prompt of at least one token",
-            found="an empty prompt, and a tokenizer that adds no BOS",
-            where=where,
-        )
-    if num_prompt_tokens + max_new_tokens > context:
-        raise errors.UserError(
-            expected=f"prompt + new tokens within the model's context of {context} tokens",
-            found=f"a prompt of {num_prompt_tokens} tokens + {max_new_tokens} new ones",
-            where=where,
-            do=f"shorten the prompt, or --max-new-tokens {max(context - num_prompt_tokens, 1)}"
-            if num_prompt_tokens < context
-            else "shorten the prompt",
-        )

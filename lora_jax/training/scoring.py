@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from lora_jax import tokenizer
 from lora_jax.console import say
 from lora_jax.generation import config as generation_config
-from lora_jax.generation import engine
+from lora_jax.generation import engine, limits
 from lora_jax.lora.nnx import model_state
 from lora_jax.parallel import mesh as sharding
 from lora_jax.training import evaluate, monitor, setup
@@ -107,7 +107,7 @@ def encoded_prompts(settings: groups.TrainSettings, base: setup.Base) -> list[li
     tokenizer.check_ids(base.tokenizer, encoded, base.architecture.vocab_size)
     context = base.architecture.context
     for ids in encoded:
-        engine.check_length(len(ids), settings.prompts.sampling.max_new_tokens, context)
+        limits.check_length(len(ids), settings.prompts.sampling.max_new_tokens, context)
     return encoded
 
 

@@ -17,7 +17,7 @@ from jax._src import monitoring
 
 from lora_jax import errors, lora, tokenizer
 from lora_jax.checkpoints import loader
-from lora_jax.generation import config, engine, grammar, lockstep
+from lora_jax.generation import config, engine, grammar, limits, lockstep
 from lora_jax.generation import pool as pools
 from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import bank
@@ -327,11 +327,11 @@ def test_what_cannot_be_served_is_refused_at_once():
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error():
-    engine.check_length(54, 10, 64)
+    limits.check_length(54, 10, 64)
     with pytest.raises(errors.UserError, match=r"(?s)64 tokens.*55 tokens.*--max-new-tokens 9"):
-        engine.check_length(55, 10, 64)
+        limits.check_length(55, 10, 64)
     with pytest.raises(errors.UserError, match="shorten the prompt") as raised:
-        engine.check_length(64, 10, 64)
+        limits.check_length(64, 10, 64)
     assert "--max-new-tokens 0" not in str(raised.value)
 
 
