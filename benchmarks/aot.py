@@ -97,6 +97,7 @@ ATTENTION, UP, DOWN = (4096, 4096), (4096, 11008), (11008, 4096)  # of a 7B LLaM
 LLAMA_7B = (ATTENTION, UP, DOWN)
 SIDE_BY_SIDE = ((4096, 3 * 4096), (4096, 2 * 11008))  # q, k and v; gate and up
 V5E, V6E, H100, H200, A100 = "tpu:v5e", "tpu:v6e", "gpu:h100", "gpu:h200", "gpu:a100"
+L4 = "gpu:l4"
 TPUS, HOPPER, GPUS = (V5E, V6E), (H100, H200), (H100, H200, A100)
 
 CASES: dict[str, Case] = {}
@@ -115,9 +116,11 @@ for _weight in LLAMA_7B:
     _add(_name, TPUS + GPUS, kernel, 8192, *_weight, "both", weights=(_weight,))
     for _rows in (1, 16):
         _name = f"kernel-decode{_rows}-{_shape}"
-        _add(_name, (*TPUS, A100), kernel, _rows, *_weight, "forward", weights=(_weight,))
+        _add(_name, (*TPUS, A100, L4), kernel, _rows, *_weight, "forward", weights=(_weight,))
         _name = f"kernel-decode{_rows}-{_shape}-k_minor"
         _add(_name, HOPPER, kernel, _rows, *_weight, "k_minor", weights=(_weight,))
+    _name = f"kernel-decode64-{_shape}"
+    _add(_name, (A100, L4), kernel, 64, *_weight, "forward", weights=(_weight,))
 _7B = "Llama-2-7B"
 _add("train-1x2048-full", (*TPUS, H100, A100), train_step, _7B, 1, 2048, "full")
 _add("train-4x2048-full", (V5E, *GPUS), train_step, _7B, 4, 2048, "full")
@@ -360,10 +363,10 @@ with {versions}. Nothing ran: memory is what the compiler plans for one device.
 ## Kernels
 
 One product with an int4 weight (groups of 32, int8 scales), read in place from a stack of layers.
-k_minor is the copy that decoding on Hopper makes first. temp: memory in addition to arguments and
-results. roofline: on a TPU, the least time (of the matrix units, or to move weight, x and y) over
-that of the kernel's instructions, forward and backward. spilled bytes: of registers that the GPU
-kernels write to memory.
+k_minor is the copy that decoding on Hopper makes first. triton: the kernel for up to 128 rows on
+other GPUs. temp: memory in addition to arguments and results. roofline: on a TPU, the least time
+(of the matrix units, or to move weight, x and y) over that of the kernel's instructions, forward
+and backward. spilled bytes: of registers that the GPU kernels write to memory.
 """
 MODEL = """
 ## The train step and the decode step of a 7B LLaMA

@@ -18,7 +18,7 @@ import random_model
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import int4_matmul
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels.int4_matmul import mosaic_gpu, xla, xla_gpu
+from lora_jax.kernels.int4_matmul import mosaic_gpu, triton_gpu, xla, xla_gpu
 from lora_jax.quant import formats
 
 TOLERANCE = 1e-2  # for ‖error‖ / ‖result‖; one rounding to bfloat16 costs 2e-3
@@ -63,8 +63,11 @@ def forms(quant: str, packed: packing.Packed, rows: int, is_hopper: bool) -> dic
     }
     if rows <= xla_gpu.MOST_ROWS[codes]:
         found["sums"] = lambda x, p, _, i: xla_gpu.matvec(x, packing.layer(p, i), codes)
-    refused = mosaic_gpu.refusal(rows, k, n, k // groups, BF16, packed.scale.dtype)
-    if is_hopper and codes == "int4" and not refused:
+    shape = rows, k, n, k // groups, BF16, packed.scale.dtype
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and codes == "int4" and not triton_gpu.refusal(*shape):
+        found["triton"] = lambda x, p, _, i: triton_gpu.matmul(x, p, i)
+    if is_hopper and codes == "int4" and not mosaic_gpu.refusal(*shape):
         found["mosaic"] = lambda x, p, words, i: mosaic_gpu.matmul(
             x, words, p.scale, p.column_scale, i
         )

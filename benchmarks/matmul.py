@@ -22,7 +22,7 @@ TRAIN_ROWS = 256
 FORMS = {  # implementations by platform; None: the one that the package chooses
     "cpu": (None, "xla", "int8_activations"),
     "tpu": (None, "xla", "pallas_tpu"),
-    "gpu": (None, "xla", "mosaic_gpu"),
+    "gpu": (None, "xla", "triton_gpu", "mosaic_gpu"),
 }
 LEAST_SECONDS = 0.02  # of a timing, which repeats calls that take less
 

@@ -25,7 +25,7 @@ from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, hlo, programs, serving, serving_memory
 
 LIVE = 512
-TARGETS = (aot.H100, aot.A100, aot.V5E, aot.V6E)
+TARGETS = (aot.H100, aot.A100, aot.L4, aot.V5E, aot.V6E)
 RUNS = [(target, slots) for target in TARGETS for slots in (1, 8, 64)]
 _ONE = dict.fromkeys(sharding.AXES, 1)
 
@@ -119,18 +119,13 @@ compiles all of them with Triton; on a GPU it may choose other ones, which move 
 
 The goal is that 85% of what is moved is needed. TPUs reach it, GPUs do not:
 
-- H100 and A100: XLA's matrix products do not read a layer's keys, values, A and B in place. They
-  are first copied out of their stacks, so they are read twice and written once. On an H100 with 64
-  slots that is 8.6 GB of the 15.1 GB that are moved beside what is needed. Reading the whole cache
-  instead of the part that is in use does not avoid the copy.
-- H100 with 64 slots: much of the rest is float32 outputs of the int4 kernel, in several parts that
-  are added afterwards, and of the products with A and B.
-- A100, one slot: the product of few rows writes its sums over each group of the weight, in float32.
-- A100, 8 and 64 slots: the int4 product writes each weight as a dense one and reads it again, and
-  copies the packed words first. The product of few rows takes at most 4 rows, because the sums of 8
-  do not fit into the registers of a thread. Three rows at a time, 8 slots would move 30.5 GB and
-  write no dense weight, but on an L4 a product 4096 × 11008 spills registers. What reads
-  each word once is a kernel for tensor cores, as on an H100.
+- XLA's matrix products do not read a layer's keys, values, A and B in place. They are first
+  copied out of their stacks, so they are read twice and written once. With 64 slots that is 8.6 GB
+  beside what is needed. Reading the whole cache instead of the part that is in use does not avoid
+  the copy.
+- With 64 slots, much of the rest is float32 outputs of the int4 kernels, in several parts that are
+  added afterwards, and of the products with A and B. An A100 splits more products into such parts
+  than an L4, which has fewer processors to keep busy.
 
 | target | slots | needed | moved | needed / moved | copies of the cache | temp | dense |
 |---|---|---|---|---|---|---|---|

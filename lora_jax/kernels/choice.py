@@ -10,6 +10,7 @@ import jax
 
 INT4_TPU = "int4_matmul/pallas_tpu"
 INT4_HOPPER = "int4_matmul/mosaic_gpu"
+INT4_TENSOR_CORES = "int4_matmul/triton_gpu"
 INT4_FEW_ROWS = "int4_matmul/xla_gpu"
 ATTENTION_TPU = "attention/splash"
 ATTENTION_TOKAMAX = "attention/tokamax"
@@ -18,6 +19,7 @@ XLA = "xla"  # none of them: XLA's own operations
 KERNELS = (
     INT4_TPU,
     INT4_HOPPER,
+    INT4_TENSOR_CORES,
     INT4_FEW_ROWS,
     ATTENTION_TPU,
     ATTENTION_TOKAMAX,

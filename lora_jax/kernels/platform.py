@@ -29,6 +29,20 @@ def compute_capability() -> float | None:
     return float(found) if found.replace(".", "").isdigit() else None
 
 
+def is_ampere_to_hopper() -> bool:
+    """Whether this process's GPU is one of NVIDIA's of compute capability 8.0 to 9.0.
+
+    True where there is no GPU, for programs that are compiled ahead of time.
+    """
+    return jax.default_backend() != "gpu" or 8 <= (compute_capability() or 0) < 10
+
+
+def num_processors() -> int:
+    """The streaming multiprocessors of the ambient mesh's GPU; those of an A100 where unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device and device.num_cores) or 108
+
+
 def compiler_options() -> dict[str, bool] | None:
     """jax.jit's compiler_options for a large function on the ambient mesh.
 

@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import triton as pltriton
+from jax.sharding import AxisType
 
 from lora_jax.generation import weights as decode_weights
+from lora_jax.kernels import choice, int4_matmul, platform
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels.int4_matmul import mosaic_gpu, xla_gpu
+from lora_jax.kernels import partition as dealing
+from lora_jax.kernels.int4_matmul import mosaic_gpu, triton_gpu, xla_gpu
 
 draw = np.random.default_rng(0)
 
@@ -204,3 +208,148 @@ def test_mosaic_kernel_says_what_it_refuses(changed, reason):
 def test_mosaic_kernel_refuses_by_name():
     with pytest.raises(ValueError, match="does not take 65 rows"):
         jax.eval_shape(mosaic_gpu.matmul, *mosaic_shapes(65, 4096, 4096, 32))
+
+
+LAYERS = 3
+
+
+def stack_of(k, n, group, scale_dtype="int8", bias_dtype=None):
+    """A stack of random weights: integer scales of columns of floats, or a bias of groups."""
+    words = jnp.asarray(draw.integers(0, 2**32, (LAYERS, k // 8, n), np.uint32))
+    scale = jnp.asarray(draw.integers(-127, 128, (LAYERS, k // group, n)), scale_dtype)
+    if bias_dtype:
+        bias = jnp.asarray(draw.normal(size=scale.shape) * 100, bias_dtype)
+        return packing.Packed(words, scale, group_bias=bias)
+    column = jnp.asarray(draw.uniform(0.5, 2, (LAYERS, 1, n)), jnp.float32)
+    return packing.Packed(words, scale, column)
+
+
+@jax.jit
+def second_layer(stack):
+    return packing.dequantize(packing.layer(stack, 1))
+
+
+@pytest.mark.device
+# One row; eleven steps in two parts, with a bias; two tiles of rows, and one group for all of K.
+@pytest.mark.parametrize(
+    "num_rows, k, n, group, scale_dtype, bias_dtype, dtype",
+    [
+        (1, 256, 64, 32, "int8", None, "bfloat16"),
+        (5, 1408, 128, 64, "bfloat16", "float32", "float16"),
+        (100, 384, 192, 384, "float32", None, "bfloat16"),
+    ],
+)
+def test_triton_kernel(num_rows, k, n, group, scale_dtype, bias_dtype, dtype):
+    stack = stack_of(k, n, group, scale_dtype, bias_dtype)
+    x = normal(num_rows, k, dtype=dtype)
+    if not device_tier.interprets("gpu") and not platform.is_ampere_to_hopper():
+        pytest.skip("a kernel for GPUs of compute capability 8.0 to 9.0")
+    splits = triton_gpu._tile(num_rows, k, n, stack).splits
+    assert splits == (2 if k == 1408 else 1)
+    found = int4_matmul.int4_matmul(x, stack, layer=jnp.int32(1), implementation="triton_gpu")
+    assert found.dtype == x.dtype and found.shape == (num_rows, n)
+    expected = np.asarray(x, np.float64) @ np.asarray(second_layer(stack), np.float64)
+    assert relative_error(found, expected) < (5e-3 if dtype == "bfloat16" else 6e-4)
+
+
+def test_triton_kernel_over_a_mesh():
+    """Each of two devices has half of K; the derivative is that of the dense product."""
+    stack, x = stack_of(512, 64, 32), normal(4, 512, dtype=jnp.bfloat16)
+
+    def product(x, **how):
+        return int4_matmul.int4_matmul(x, stack, layer=jnp.int32(1), **how)
+
+    @jax.jit
+    def value_and_vjp(x):
+        over = dealing.Partition(k="tensor")
+        y, vjp = jax.vjp(lambda x: product(x, partition=over, implementation="triton_gpu"), x)
+        return y, *vjp(y)
+
+    with jax.set_mesh(jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))):
+        y, dx = value_and_vjp(x)
+    weight = np.asarray(second_layer(stack), np.float64)
+    assert relative_error(y, np.asarray(x, np.float64) @ weight) < 5e-3
+    assert relative_error(dx, np.asarray(y, np.float64) @ weight.T) < 5e-3
+
+
+@pytest.mark.skipif(
+    hasattr(pltriton, "get_gpu_info"), reason="jax 0.11 and newer must know the GPU to lower"
+)
+def test_a_gpu_gets_the_triton_kernel_alone_and_batched():
+    """The words reach it as they are stored: the whole stack, and no slice of it."""
+    stack = stack_of(256, 128, 32)
+
+    def product(x):
+        return int4_matmul.int4_matmul(x, stack, layer=jnp.int32(1))
+
+    for function, shape in ((product, (20, 256)), (jax.vmap(product), (3, 20, 256))):
+        traced = jax.jit(function).trace(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        call = next(line for line in text.splitlines() if "xla.gpu.triton" in line)
+        assert "tensor<3x32x128xui32>" in call
+        assert "dynamic_slice" not in text
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({}, None),
+        ({"num_rows": 128, "k": 384, "n": 64, "group": 384, "dtype": jnp.float16}, None),
+        ({"num_rows": 129}, "129 rows"),
+        ({"dtype": jnp.float32}, "float32"),
+        ({"scale_dtype": jnp.uint8}, "uint8"),
+        ({"group": 12}, "groups of 12"),
+        ({"k": 4160}, "multiples of 128"),
+        ({"n": 4128}, "of 64"),
+    ],
+)
+def test_triton_kernel_says_what_it_refuses(changed, reason):
+    taken = {"num_rows": 8, "k": 4096, "n": 4096, "group": 32, "dtype": jnp.bfloat16}
+    found = triton_gpu.refusal(**({**taken, "scale_dtype": jnp.int8} | changed))
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    "capability, takes", [("7.5", False), ("8.0", True), ("8.9", True), ("9.0", True),
+                          ("10.0", False), ("12.0", False), ("gfx942", False)]
+)  # fmt: skip
+def test_triton_kernel_is_for_some_gpus(capability, takes, monkeypatch):
+    device = type("Device", (), {"compute_capability": capability})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    found = triton_gpu.refusal(8, 4096, 4096, 32, jnp.bfloat16, jnp.int8)
+    assert found is None if takes else "8.0 to 9.0" in found
+
+
+def test_a_gpu_has_its_kernel_for_each_product(monkeypatch):
+    monkeypatch.setattr(platform, "platform_here", lambda: "gpu")
+    shape = jax.ShapeDtypeStruct
+    int4, biased = stack_of(256, 128, 32), stack_of(256, 128, 32, "bfloat16", "bfloat16")
+    nf4 = random_packed(256, 128, "nf4", layers=(LAYERS,))
+
+    def kernel(rows, packed=int4, dtype=jnp.bfloat16, **how):
+        return int4_matmul.kernel_of(shape((rows, 256), dtype), packed, **how)
+
+    assert kernel(1) == kernel(128) == kernel(8, biased) == choice.INT4_TENSOR_CORES
+    assert kernel(129) == choice.XLA
+    assert kernel(8, transpose=True) == choice.XLA
+    assert kernel(4, dtype=jnp.float32) == kernel(1, nf4, codes="nf4") == choice.INT4_FEW_ROWS
+    assert kernel(5, dtype=jnp.float32) == kernel(2, nf4, codes="nf4") == choice.XLA
+    both = biased._replace(column_scale=int4.column_scale)
+    assert kernel(8, both) == choice.XLA
+    # XLA would gather the weight for a kernel that it cannot split.
+    with jax.set_mesh(jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))):
+        assert kernel(8, partition=dealing.Partition(k="tensor")) == choice.INT4_TENSOR_CORES
+        assert kernel(8) == choice.XLA
+    with choice.restored():
+        choice.leave_out(choice.INT4_TENSOR_CORES, "wrong")
+        assert (kernel(4), kernel(8)) == (choice.INT4_FEW_ROWS, choice.XLA)
+
+
+def test_k_is_split_until_every_processor_has_its_share():
+    """64 tiles of 64 columns for the 108 processors of an A100: five parts make 3 for each. The
+    partial sums of many rows outweigh what more parts would gain."""
+    assert triton_gpu._splits(64, num_rows=8, k=4096) == 5
+    assert triton_gpu._splits(32, num_rows=64, k=4096) == 3
+    assert triton_gpu._splits(108, num_rows=8, k=4096) == 1
+    assert triton_gpu._splits(1, num_rows=1, k=128) == 1

@@ -121,16 +121,22 @@ def test_decoding_on_hopper_writes_no_weight(run, results):
     assert not result["dense"] and not result["packed"]
 
 
-@of("decode1-", among=[run for run in GPU_RUNS if run[1] == aot.A100])
-def test_one_row_writes_no_weight(run, results):
-    """On any GPU, without a kernel of our own."""
+AMPERE_AND_ADA = [run for run in GPU_RUNS if run[1] in (aot.A100, aot.L4)]
+
+
+@of("kernel-decode", among=AMPERE_AND_ADA)
+def test_the_triton_kernel_reads_its_stack_in_place(run, results):
     result = results(run)
+    assert result["kernels"] == {"triton": 1}
     assert not result["dense"] and not result["packed"]
 
 
-@of("decode-1", among=[("decode-1", aot.A100)])
-def test_decoding_one_row_unpacks_no_weight(run, results):
-    assert not results(run)["dense"]
+@of("decode-", among=[run for run in AMPERE_AND_ADA if "kernel" not in run[0]])
+def test_decoding_on_other_gpus_writes_no_weight(run, results):
+    """There are seven products per layer."""
+    result = results(run)
+    assert result["kernels"] == {"triton": 7 * 32}
+    assert not result["dense"] and not result["packed"]
 
 
 @of("kernel", among=GPU_RUNS)

@@ -4,9 +4,9 @@ One public function over several implementations. The platform that the program 
 the shapes decide which of them runs:
 
   TPU    a fused kernel, forward and backward
-  GPU    few rows of x: sums that write no dense weight;
-         else dequantize, then a dense product
-         (on Hopper, up to 64 rows and with transposed words: from_k_minor, a fused kernel)
+  GPU    up to 128 rows of x: a fused kernel; for few rows that it does not take, sums that write
+         no dense weight; else dequantize, then a dense product
+         (on Hopper, up to 64 rows and with transposed words: from_k_minor, another fused kernel)
   CPU    few rows of x: dequantize block by block, in cache;
          else dequantize, then a dense product
 """
@@ -25,7 +25,7 @@ from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.int4_matmul import forms, xla_gpu
 
-IMPLEMENTATIONS = ("xla", "int8_activations", "pallas_tpu", "mosaic_gpu")
+IMPLEMENTATIONS = ("xla", "int8_activations", "pallas_tpu", "triton_gpu", "mosaic_gpu")
 _BLOCKED_ROWS = 8  # the most rows of x for which a CPU uses xla.blocked
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def int4_matmul(
       "xla"               dequantize, then a dense product
       "int8_activations"  rounds x as well, see xla.py; its derivative is that of "xla"
       "pallas_tpu"        interpreted where there is no TPU
+      "triton_gpu"        interpreted on a CPU; its derivative is that of "xla"
       "mosaic_gpu"        transposes the words first (use from_k_minor to do that once for many
                           products); its derivative is that of "xla"
 
@@ -137,7 +138,7 @@ def _run(product, x, packed, layer, implementation):
         packed = packing.Packed(packed.q, packing.scales(packed), group_bias=packed.group_bias)
         layer = None
     arguments = x, packed, layer
-    if implementation in ("int8_activations", "mosaic_gpu") and product.transpose:
+    if implementation in ("int8_activations", "triton_gpu", "mosaic_gpu") and product.transpose:
         implementation = "xla"  # they are for decoding
     if implementation == "xla":
         return product.xla(*arguments)
@@ -148,6 +149,10 @@ def _run(product, x, packed, layer, implementation):
         _refuse(implementation, product.tpu_refusal(x, packed))
         interpreted = functools.partial(product.tpu, interpret=True)
         return lax.platform_dependent(*arguments, tpu=product.tpu, default=interpreted)
+    if implementation == "triton_gpu":
+        _refuse(implementation, product.triton_refusal(x, packed))
+        interpreted = functools.partial(product.triton, interpret=True)
+        return lax.platform_dependent(*arguments, cpu=interpreted, default=product.triton)
     if implementation == "mosaic_gpu":
         _refuse(implementation, product.mosaic_refusal(x, packed))
         return product.mosaic(*arguments)
@@ -181,6 +186,10 @@ def _kernel(product, where, x, packed) -> str:
             return choice.INT4_TPU
         _log.debug("no Pallas kernel for x %s, q %s: %s", x.shape, packed.q.shape, reason)
     elif where == "gpu" and not product.transpose:
+        reason = choice.refusal(choice.INT4_TENSOR_CORES) or product.triton_refusal(x, packed)
+        if reason is None:
+            return choice.INT4_TENSOR_CORES
+        _log.debug("no Triton kernel for x %s, q %s: %s", x.shape, packed.q.shape, reason)
         few = x.shape[0] <= xla_gpu.MOST_ROWS[product.codes]
         if few and not choice.refusal(choice.INT4_FEW_ROWS):
             return choice.INT4_FEW_ROWS
@@ -192,6 +201,8 @@ def _form(product, where, x, packed):
     kernel = _kernel(product, where, x, packed)
     if kernel == choice.INT4_TPU:
         return product.tpu
+    if kernel == choice.INT4_TENSOR_CORES:
+        return product.triton
     if kernel == choice.INT4_FEW_ROWS:
         return product.summed
     blocked = where == "cpu" and not product.transpose and len(x) <= _BLOCKED_ROWS

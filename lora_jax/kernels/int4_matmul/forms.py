@@ -42,7 +42,7 @@ class Forms(NamedTuple):
 
         return self._dealt_out(form, x, *_stacked(packed, layer))
 
-    # The imports of the two kernels take a second, so each method does them itself.
+    # The imports of the kernels take a second, so each method does them itself.
 
     def tpu(self, x, packed, layer, interpret=False):
         from lora_jax.kernels.int4_matmul import pallas_tpu
@@ -54,6 +54,12 @@ class Forms(NamedTuple):
             )  # fmt: skip
             return self._with_group_bias(y, x, packed, layer)
 
+        return self._dealt_out(kernel, x, *_stacked(packed, layer))
+
+    def triton(self, x, packed, layer, interpret=False):
+        from lora_jax.kernels.int4_matmul import triton_gpu
+
+        kernel = functools.partial(triton_gpu.matmul, interpret=interpret)
         return self._dealt_out(kernel, x, *_stacked(packed, layer))
 
     def mosaic(self, x, packed, layer):
@@ -77,6 +83,19 @@ class Forms(NamedTuple):
 
         return self.unreadable() or pallas_tpu.refusal(
             *self._sizes(x, packed), x.dtype, packed.scale.dtype, transpose=self.transpose
+        )
+
+    def triton_refusal(self, x, packed) -> str | None:
+        try:
+            from lora_jax.kernels.int4_matmul import triton_gpu
+        except ImportError:
+            return "this version of jax, which has no Triton in Pallas"
+        if packed.group_bias is not None and packed.column_scale is not None:
+            return "a bias of groups beside a scale of columns"
+        if self.partition == dealing.WHOLE and dealing.num_devices() > 1:
+            return "arrays that XLA splits: it cannot split a kernel"
+        return self.unreadable() or triton_gpu.refusal(
+            *self._sizes(x, packed), x.dtype, packed.scale.dtype
         )
 
     def mosaic_refusal(self, x, packed) -> str | None:
