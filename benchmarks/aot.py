@@ -120,7 +120,7 @@ for _weight in LLAMA_7B:
         _name = f"kernel-decode{_rows}-{_shape}-k_minor"
         _add(_name, HOPPER, kernel, _rows, *_weight, "k_minor", weights=(_weight,))
     _name = f"kernel-decode64-{_shape}"
-    _add(_name, (A100, L4), kernel, 64, *_weight, "forward", weights=(_weight,))
+    _add(_name, (H100, A100, L4), kernel, 64, *_weight, "forward", weights=(_weight,))
 _7B = "Llama-2-7B"
 _add("train-1x2048-full", (*TPUS, H100, A100), train_step, _7B, 1, 2048, "full")
 _add("train-4x2048-full", (V5E, *GPUS), train_step, _7B, 4, 2048, "full")
@@ -363,10 +363,10 @@ with {versions}. Nothing ran: memory is what the compiler plans for one device.
 ## Kernels
 
 One product with an int4 weight (groups of 32, int8 scales), read in place from a stack of layers.
-k_minor is the copy that decoding on Hopper makes first. triton: the kernel for up to 128 rows on
-other GPUs. temp: memory in addition to arguments and results. roofline: on a TPU, the least time
-(of the matrix units, or to move weight, x and y) over that of the kernel's instructions, forward
-and backward. spilled bytes: of registers that the GPU kernels write to memory.
+k_minor is the copy that decoding on Hopper makes first. triton: the kernel for up to 128 rows of
+words as they are stored. temp: memory in addition to arguments and results. roofline: on a TPU, the
+least time (of the matrix units, or to move weight, x and y) over that of the kernel's instructions,
+forward and backward. spilled bytes: of registers that the GPU kernels write to memory.
 """
 MODEL = """
 ## The train step and the decode step of a 7B LLaMA

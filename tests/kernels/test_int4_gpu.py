@@ -337,6 +337,8 @@ def test_a_gpu_has_its_kernel_for_each_product(monkeypatch):
     assert kernel(5, dtype=jnp.float32) == kernel(2, nf4, codes="nf4") == choice.XLA
     both = biased._replace(column_scale=int4.column_scale)
     assert kernel(8, both) == choice.XLA
+    huge = jax.tree.map(lambda a: shape((2**21, *a.shape[1:]), a.dtype), int4)
+    assert kernel(8, huge) == choice.XLA
     # XLA would gather the weight for a kernel that it cannot split.
     with jax.set_mesh(jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))):
         assert kernel(8, partition=dealing.Partition(k="tensor")) == choice.INT4_TENSOR_CORES

@@ -121,18 +121,15 @@ def test_decoding_on_hopper_writes_no_weight(run, results):
     assert not result["dense"] and not result["packed"]
 
 
-AMPERE_AND_ADA = [run for run in GPU_RUNS if run[1] in (aot.A100, aot.L4)]
-
-
-@of("kernel-decode", among=AMPERE_AND_ADA)
+@of("kernel-decode", among=[run for run in GPU_RUNS if "k_minor" not in run[0]])
 def test_the_triton_kernel_reads_its_stack_in_place(run, results):
     result = results(run)
     assert result["kernels"] == {"triton": 1}
     assert not result["dense"] and not result["packed"]
 
 
-@of("decode-", among=[run for run in AMPERE_AND_ADA if "kernel" not in run[0]])
-def test_decoding_on_other_gpus_writes_no_weight(run, results):
+@of("decode-", among=[run for run in GPU_RUNS if run[1] == aot.A100 and "kernel" not in run[0]])
+def test_decoding_on_an_a100_writes_no_weight(run, results):
     """There are seven products per layer."""
     result = results(run)
     assert result["kernels"] == {"triton": 7 * 32}
@@ -277,31 +274,32 @@ BELOW = {
     (aot.H100, 1): 0.80,
     (aot.H100, 8): 0.66,
     (aot.H100, 64): 0.39,
-    (aot.A100, 1): 0.66,
-    (aot.A100, 8): 0.14,
-    (aot.A100, 64): 0.16,
+    (aot.A100, 1): 0.84,
+    (aot.A100, 8): 0.65,
+    (aot.A100, 64): 0.40,
+    (aot.L4, 1): 0.85,
+    (aot.L4, 8): 0.66,
+    (aot.L4, 64): 0.42,
 }
-UNPACKED = {"bf16[128,32,4096]": 32, "bf16[448,32,4096]": 32, "bf16[128,32,14336]": 64}
-DENSE = {(aot.A100, 8): UNPACKED, (aot.A100, 64): UNPACKED}  # the others write no dense weight
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("run", serving_aot.RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
-def test_a_decode_step_of_the_engine_moves_what_it_needs(run):
-    """And copies nothing of the cache. The known exceptions are BELOW and DENSE."""
+@pytest.mark.parametrize("step", serving_aot.RUNS, ids=lambda step: f"{step[0]}-{step[1]}")
+def test_a_decode_step_of_the_engine_moves_what_it_needs(step):
+    """And copies nothing of the cache, and writes no dense weight. BELOW has the exceptions."""
     try:
-        chips.check(run[0])
+        chips.check(step[0])
     except errors.UserError as error:
         pytest.skip(str(error))
-    result = serving_aot.run(*run)
+    result = serving_aot.run(*step)
     assert "error" not in result, result["error"]
     assert result["cache_copies"] == 0
     assert result["alias_bytes"] >= result["cache_bytes"]
     assert result["temp_bytes"] < result["cache_bytes"] / 2  # no room for all keys or all values
-    assert result["dense"] == DENSE.get(run, {})
+    assert not result["dense"]
     share = result["needed"] / result["moved"]
-    if run in BELOW:  # a larger share belongs into the table too
-        assert share == pytest.approx(BELOW[run], abs=0.01)
+    if step in BELOW:  # a larger share belongs into the table too
+        assert share == pytest.approx(BELOW[step], abs=0.01)
     else:
         assert LEAST_NEEDED <= share <= 1.01
 

@@ -92,6 +92,8 @@ class Forms(NamedTuple):
             return "this version of jax, which has no Triton in Pallas"
         if packed.group_bias is not None and packed.column_scale is not None:
             return "a bias of groups beside a scale of columns"
+        if packed.scale.size >= 2**31:
+            return "a stack with 2³¹ scales or more: Triton's indices have 32 bits"
         if self.partition == dealing.WHOLE and dealing.num_devices() > 1:
             return "arrays that XLA splits: it cannot split a kernel"
         return self.unreadable() or triton_gpu.refusal(
