@@ -24,6 +24,7 @@ from lora_jax.quant import formats
 
 HOPPER = ("gpu:h100", "gpu:h200")
 HOPPER_ROWS = 64  # the most of its kernel for decoding
+GPU_ROWS = 128  # the most of the kernel that reads words as they are stored
 
 
 class Memory(NamedTuple):

@@ -100,7 +100,9 @@ def of(job: serving.Serving, sizes: Mapping[str, int], chip: str, own: Known) ->
     in_kernel = platform == "tpu" and own.form == 0
     unpacked = 0 if in_kernel or job.quant == "none" else own.words + own.dense
     decode = max(3 * logits, 0 if platform == "tpu" else rows * layer)
-    if unpacked and f"{'int4' if hopper else 'dense'} copy of the weights" not in found:
+    has_form = f"{'int4' if hopper else 'dense'} copy of the weights" in found
+    reads_words = job.quant.startswith("int4") and item == 2 and rows <= memory.GPU_ROWS
+    if unpacked and not has_form and not (platform == "gpu" and reads_words):
         decode += unpacked if rows > 1 else own.words
     tokens = min(serving.CHUNK, job.context)
     most = max(tokens, rows * batches.common_size(rows))  # short prompts, in all slots at once

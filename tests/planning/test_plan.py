@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from lora_jax import errors
+from lora_jax.kernels.int4_matmul import triton_gpu
 from lora_jax.lora import config
 from lora_jax.models import config as model_config
 from lora_jax.parallel import mesh as sharding
@@ -250,7 +251,7 @@ LLAMA_8B = serving.Serving(
     [  # XLA's plans for these; on an H100 the words and their scales before the copy come on top
         ("gpu:h100", 8, 7_613_255_320 + 3_489_660_928 + 223_596_544, 523_539_704),
         ("gpu:h100", 64, 15_194_100_928 + 3_489_660_928 + 223_596_544, 523_539_704),
-        ("gpu:a100", 64, 15_194_101_824, 552_821_488),
+        ("gpu:a100", 64, 15_194_101_824, 523_539_704),
         ("tpu:v5e", 8, 7_613_273_088, 20_776_960),
         ("tpu:v6e", 64, 15_194_119_168, 103_310_016),
     ],
@@ -260,6 +261,20 @@ def test_the_memory_of_serving_is_what_xla_planned(chip, slots, arguments, tempo
     found = serving_memory.of(job, ONE, chip, serving_memory.known(job, ONE, chip))
     assert sum(found.resident.values()) == pytest.approx(arguments, rel=1e-3)
     assert found.total == pytest.approx(arguments + temporaries, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "quant, slots, unpacks", [("int4", 128, False), ("int4", 129, True), ("nf4", 8, True)]
+)
+def test_a_step_on_an_a100_unpacks_what_its_kernel_does_not_read(quant, slots, unpacks):
+    assert memory.GPU_ROWS == triton_gpu.MOST_ROWS
+    job = dataclasses.replace(LLAMA_8B, slots=slots, quant=quant)
+    known = serving_memory.known(job, ONE, "gpu:a100")
+    found = serving_memory.of(job, ONE, "gpu:a100", known).work["decode"]
+    keys_and_values = 2 * 512 * 1024 * 2 * slots
+    logits = 3 * 4 * 128256 * slots
+    without = max(keys_and_values, logits)
+    assert found == without + (known.words + known.dense if unpacks else 0)
 
 
 def test_an_engine_holds_what_serving_plans():
