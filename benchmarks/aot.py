@@ -34,8 +34,9 @@ import jax.numpy as jnp
 import memory
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.kernels import int4_matmul
+from lora_jax.kernels import choice, int4_matmul
 from lora_jax.kernels import packed as packing
+from lora_jax.kernels.attention import cached
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, hlo, programs, serving
 from lora_jax.planning import job as jobs
@@ -93,6 +94,23 @@ def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> programs.
     return programs.Program(jax.jit(multiply), arguments)
 
 
+def attention(groups: int, kv_dtype: jax.typing.DTypeLike, mesh: Mesh) -> programs.Program:
+    """Of a token of 8 sequences, to keys and values read in place from a stack of layers."""
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    stack = array((LAYERS, 8, groups, 1024, 128), kv_dtype)
+    scales = array(stack.shape[:-1], jnp.float32) if kv_dtype == jnp.int8 else None
+    each, one = array((8,), jnp.int32), array((), jnp.int32)
+
+    def attend(q, k, v, k_scale, v_scale, layer, start, num_real, window):
+        assert cached.kernel_of(q, k) == choice.ATTENTION_CACHED
+        how = {"layer": layer, "start": start, "num_real": num_real, "window": window}
+        return cached.attend(q, k, v, k_scale, v_scale, **how)
+
+    q = array((8, 1, 32, 128), jnp.bfloat16)
+    arguments = q, stack, stack, scales, scales, one, each, each, one
+    return programs.Program(jax.jit(attend), arguments)
+
+
 ATTENTION, UP, DOWN = (4096, 4096), (4096, 11008), (11008, 4096)  # of a 7B LLaMA
 LLAMA_7B = (ATTENTION, UP, DOWN)
 SIDE_BY_SIDE = ((4096, 3 * 4096), (4096, 2 * 11008))  # q, k and v; gate and up
@@ -121,6 +139,8 @@ for _weight in LLAMA_7B:
         _add(_name, HOPPER, kernel, _rows, *_weight, "k_minor", weights=(_weight,))
     _name = f"kernel-decode64-{_shape}"
     _add(_name, (H100, A100, L4), kernel, 64, *_weight, "forward", weights=(_weight,))
+for _name, *_how in (("gqa", 8, jnp.bfloat16), ("mha", 32, jnp.bfloat16), ("int8", 8, jnp.int8)):
+    _add(f"kernel-attention-{_name}", (*GPUS, L4), attention, *_how, weights=())
 _7B = "Llama-2-7B"
 _add("train-1x2048-full", (*TPUS, H100, A100), train_step, _7B, 1, 2048, "full")
 _add("train-4x2048-full", (V5E, *GPUS), train_step, _7B, 4, 2048, "full")
@@ -366,7 +386,9 @@ One product with an int4 weight (groups of 32, int8 scales), read in place from 
 k_minor is the copy that decoding on Hopper makes first. triton: the kernel for up to 128 rows of
 words as they are stored. temp: memory in addition to arguments and results. roofline: on a TPU, the
 least time (of the matrix units, or to move weight, x and y) over that of the kernel's instructions,
-forward and backward. spilled bytes: of registers that the GPU kernels write to memory.
+forward and backward. spilled bytes: of registers that the GPU kernels write to memory. attention:
+of a token of 8 sequences to their keys and values, 32 heads with 8 (gqa) or 32 (mha) heads of keys,
+or 8 in int8.
 """
 MODEL = """
 ## The train step and the decode step of a 7B LLaMA

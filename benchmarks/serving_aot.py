@@ -40,9 +40,13 @@ def job_of(target: str, slots: int) -> serving.Serving:
 def needed(job: serving.Serving, target: str) -> int:
     """Bytes that a step must read: weights, head, bank, and the live keys and values."""
     known = serving_memory.known(job, _ONE, target)
+    return known.streamed + 2 * job.architecture.num_hidden_layers * live_keys(job)
+
+
+def live_keys(job: serving.Serving) -> int:
+    """Bytes of a layer's keys in the sequences, and of its values."""
     c = job.architecture
-    token = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    return known.streamed + job.slots * job.span * token
+    return 2 * job.slots * job.span * c.num_key_value_heads * c.head_dim
 
 
 def compile_here(target: str, slots: int) -> dict[str, Any]:
@@ -63,7 +67,9 @@ def compile_here(target: str, slots: int) -> dict[str, Any]:
         "target": target,
         "slots": slots,
         "needed": needed(job, target),
-        "moved": traffic.bytes_moved(text, aot.KERNELS, c.num_hidden_layers),
+        "moved": traffic.bytes_moved(
+            text, aot.KERNELS, c.num_hidden_layers, {tuple(shape): live_keys(job)}
+        ),
         "cache_bytes": 2 * 2 * job.slots * c.num_hidden_layers * job.context * entries,
         "alias_bytes": uses.alias_size_in_bytes,
         "temp_bytes": uses.temp_size_in_bytes,
@@ -113,9 +119,11 @@ INTRODUCTION = """\
 linear layers, requests of 512 tokens, greedy. needed: weights, scales, head, bank, and the live
 keys and values, each read once. moved: what the instructions of the compiled program read from and
 write to main memory. Each instruction counts all that it reads, also what a GPU's cache would still
-hold. Registers that a GPU kernel spills do not count. temp: memory beside arguments. dense: dense
-weights that are written. Nothing ran. Without a device, XLA cannot time its matrix products and
-compiles all of them with Triton; on a GPU it may choose other ones, which move other amounts.
+hold. Of the cache, the attention kernel of GPUs counts the live keys and values: the lengths, by
+which its loops end, are no part of the program. Registers that a GPU kernel spills do not count.
+temp: memory beside arguments. dense: dense weights that are written. Nothing ran. Without a device,
+XLA cannot time its matrix products and compiles all of them with Triton; on a GPU it may choose
+other ones, which move other amounts.
 
 The goal is that 85% of what is moved is needed. TPUs reach it, GPUs do not:
 

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from lora_jax.planning import hlo
@@ -27,13 +28,19 @@ _MARKERS = ("AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndices
             "PrepareAsyncCall")  # fmt: skip
 
 
-def bytes_moved(text: str, kernels: Sequence[str], stack: int) -> int:
+def bytes_moved(
+    text: str,
+    kernels: Sequence[str],
+    stack: int,
+    known: Mapping[tuple[int, ...], int] = MappingProxyType({}),
+) -> int:
     """Bytes that a compiled program (HLO text) reads from and writes to the device's main memory.
 
     An array counts for each instruction that reads or writes it, one that is sliced or updated in
     place for that part alone. Of a conditional, the branch that moves least counts. A loop without
     a fixed number of iterations counts once. kernels: parts of the names of custom calls that read
-    one layer of arrays with `stack` of them.
+    one layer of arrays with `stack` of them. known: bytes that they read of an array of these axes,
+    where that depends on values.
     """
     bodies = _operations(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1]
@@ -107,7 +114,9 @@ def bytes_moved(text: str, kernels: Sequence[str], stack: int) -> int:
             if any(kernel in target for kernel in kernels):
                 for index, name in enumerate(operation.operands):
                     (_, dims, _), *_ = hlo.arrays(body[name].shape)
-                    if len(dims) > 2 and dims[0] == stack:
+                    if dims in known:
+                        sizes[index] = known[dims]
+                    elif len(dims) > 2 and dims[0] == stack:
                         sizes[index] //= stack
             return sum(sizes) + _memory(operation.shape)
         if opcode == "copy-start":  # (to, from, …)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.generation import weights
+from lora_jax.kernels import choice
 from lora_jax.kernels import packed as packing
-from lora_jax.selftest import case, operations
+from lora_jax.selftest import case, decoding, operations
 
 _DTYPE = jnp.bfloat16
 _GROUP = 32
@@ -81,6 +82,13 @@ def cases(device: jax.Device, sizes: Sizes) -> Iterator[Case]:
                     dtype=_DTYPE, packed=packed,
                 ),
             )  # fmt: skip
+    for slots in sizes.rows[0]:
+        found = decoding.cached_attention(
+            slots=slots, places=sizes.tokens[0], heads=heads, kv_heads=groups, width=width,
+            dtype=_DTYPE,
+        )  # fmt: skip
+        if found.kernel != choice.XLA:
+            yield Case("attention to a cache", f"{slots} × {sizes.tokens[0]} tokens", found)
     vocabulary, width = sizes.vocabulary
     tokens = max(sizes.tokens)
     head = _normal(1, width, vocabulary) / math.sqrt(width)

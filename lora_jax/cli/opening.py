@@ -185,7 +185,7 @@ def start(
         size = console.size(_cache_bytes(model, found, wanted, own, kv_dtype))
         print(f"note: {slots} prompts at a time, because the keys and values of {wanted} take "
               f"{size}, which does not fit into the free memory", file=sys.stderr)  # fmt: skip
-    _prove(kernels, model, found, slots)
+    _prove(kernels, found, model, slots, kv_dtype, how.get("speculate", 0))
     serving = engine.Engine(
         model, found.reader, eos_ids=found.eos_ids, slots=slots, context=context, mesh=found.mesh,
         kv_dtype=kv_dtype, **how,
@@ -197,13 +197,16 @@ def start(
     return serving
 
 
-def _prove(kernels: str, model: llama.LlamaForCausalLM, found: Files, slots: int) -> None:
-    """Checks the kernels that decode on these devices; those that fail are left out."""
+def _prove(kernels: str, found: Files, *job: Any) -> None:
+    """Checks the kernels that decode on these devices; those that fail are left out.
+
+    job: the arguments of of_model.generation.
+    """
     choice.use(kernels)
     with jax.set_mesh(found.mesh):
         if kernels == "xla" or not proof.is_needed():
             return
-        for line in proof.run([*of_model.generation(model, slots)]).lines():
+        for line in proof.run([*of_model.generation(*job)]).lines():
             if processes.leads():
                 print(f"kernels: {line}", file=sys.stderr)
 

@@ -15,6 +15,7 @@ INT4_FEW_ROWS = "int4_matmul/xla_gpu"
 ATTENTION_TPU = "attention/splash"
 ATTENTION_TOKAMAX = "attention/tokamax"
 ATTENTION_CUDNN = "attention/cudnn"
+ATTENTION_CACHED = "attention/flash_decoding"
 XLA = "xla"  # none of them: XLA's own operations
 KERNELS = (
     INT4_TPU,
@@ -24,6 +25,7 @@ KERNELS = (
     ATTENTION_TPU,
     ATTENTION_TOKAMAX,
     ATTENTION_CUDNN,
+    ATTENTION_CACHED,
 )
 
 _left_out: dict[str, str] = {}  # {kernel: why}

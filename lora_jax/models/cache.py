@@ -15,8 +15,8 @@ from jax.experimental import layout
 from jaxtyping import Array, Float, Int, Num
 
 from lora_jax import errors
-from lora_jax.kernels import platform
-from lora_jax.kernels.attention import dense
+from lora_jax.kernels import choice, platform
+from lora_jax.kernels.attention import cached, dense
 
 KV_DTYPES = (None, "int8")
 _TILE = 8  # places of a head in one tile of a TPU
@@ -86,9 +86,10 @@ def attention_to(
     windows: Sequence[int | None],
     kinds: Int[Array, " L"],
 ) -> Callable:
-    """(layer, the cache, q, k, v, _) → (attended, the cache with the new tokens).
+    """(layer, the cache, q, k, v, partition) → (attended, the cache with the new tokens).
 
-    windows: the distinct sliding windows. kinds: the index of each layer's window.
+    windows: the distinct sliding windows. kinds: the index of each layer's window. partition: how
+    a mesh splits the sequences and heads.
     """
     size = cache.k.shape[3]
     steps = jnp.arange(num_tokens)[None]
@@ -103,13 +104,17 @@ def attention_to(
     seen = (distance >= 0) & (held >= 0)[:, None]
     widths = jnp.asarray([window or np.iinfo(np.int32).max for window in windows], jnp.int32)
 
-    def attend(layer, kv, q, k, v, _):
+    def attend(layer, kv, q, k, v, partition):
         dtype = v.dtype
         new = KVCache(k, v) if kv.k_scale is None else KVCache(*_int8(k, v))
         kv = jax.tree.map(
             lambda stored, each: _write(stored, _as(each, stored.dtype), layer, places, place),
             kv, new,
         )  # fmt: skip
+        window = widths[kinds[layer]]
+        if place.row is None and cached.kernel_of(q, kv.k, partition) != choice.XLA:
+            where = {"layer": layer, "start": place.start, "num_real": place.num_real}
+            return cached.attend(q, *kv, **where, window=window, partition=partition), kv
         k, v, k_scale, v_scale = (
             None if stored is None else _read(stored, layer, place) for stored in kv
         )
@@ -119,7 +124,7 @@ def attention_to(
             k, v = (
                 (a * scale[..., None]).astype(dtype) for a, scale in ((k, k_scale), (v, v_scale))
             )
-        return dense.attention(q, k, v, seen & (distance < widths[kinds[layer]])), kv
+        return dense.attention(q, k, v, seen & (distance < window)), kv
 
     return attend
 

@@ -14,7 +14,9 @@ from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
-from lora_jax.selftest import case, operations
+from lora_jax.selftest import case, decoding, operations
+
+_PLACES = 300  # of the cache that attention is checked with
 
 
 def training(
@@ -48,8 +50,13 @@ def training(
         )
 
 
-def generation(model: llama.LlamaForCausalLM, slots: int) -> Iterator[case.Case]:
-    """The products of kernels with a token of each slot, and with chunks of prompts."""
+def generation(
+    model: llama.LlamaForCausalLM, slots: int, kv_dtype: str | None = None, speculate: int = 0
+) -> Iterator[case.Case]:
+    """What kernels compute with a token of each slot, and with chunks of prompts.
+
+    kv_dtype, speculate: see generation.Engine.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     own = slots // steps.num_groups(slots, mesh)
     for rows in dict.fromkeys((own, *batches.CHUNKS, own * batches.common_size(own))):
@@ -60,6 +67,10 @@ def generation(model: llama.LlamaForCausalLM, slots: int) -> Iterator[case.Case]
         for linears in decode_weights.concatenated(model):
             if found := _hopper(linears, own):
                 yield found
+    for tokens in dict.fromkeys((1, 1 + speculate)):
+        found = _cached_attention(model.model, slots, kv_dtype, tokens)
+        if found.kernel != choice.XLA:
+            yield found
 
 
 def _products(model: nnx.Module, rows: int, *, backward: bool) -> Iterator[case.Case]:
@@ -83,6 +94,24 @@ def _products(model: nnx.Module, rows: int, *, backward: bool) -> Iterator[case.
             partition=layer.partition,
             backward=backward,
         )
+
+
+def _cached_attention(
+    model: llama.LlamaModel, slots: int, kv_dtype: str | None, tokens: int
+) -> case.Case:
+    c = model.config
+    return decoding.cached_attention(
+        slots=slots,
+        places=_PLACES,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        width=c.head_dim,
+        dtype=model.embed_tokens.embedding.dtype,
+        kv_dtype=kv_dtype,
+        tokens=tokens,
+        window=_PLACES // 3 if c.sliding_windows else None,
+        partition=model.layers.self_attn.partition,
+    )
 
 
 def _hopper(linears: Sequence[Any], rows: int) -> case.Case | None:

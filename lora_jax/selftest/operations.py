@@ -65,7 +65,7 @@ def int4_product(
         f"{codes} product" + (" and gradient" if backward else ""),
         f"{jnp.dtype(dtype).name} [{rows}, {k}] × W{stack} [{k}, {n}], groups of {k // groups}, "
         f"{packed.scale.dtype} scales{'' if packed.group_bias is None else ' and bias'}"
-        + _of(partition),
+        + of_mesh(partition),
         packed, inputs, compute, reference,
         flops=2.0 * rows * k * n * passes,
         num_bytes=passes * (bytes_of(packed, layer) + jnp.dtype(dtype).itemsize * rows * (k + n)),
@@ -97,7 +97,7 @@ def hopper_product(
         choice.INT4_HOPPER,
         "int4 product of decoding",
         f"{jnp.dtype(dtype).name} [{rows}, {k}] × W [{k}, {n}], {turned.scale.dtype} scales"
-        + _of(partition),
+        + of_mesh(partition),
         (turned, stacks),
         lambda: draws.random(0, (rows, k), dtype),
         compute,
@@ -165,7 +165,7 @@ def self_attention(
         f"{jnp.dtype(dtype).name} [{batch}, {length}, {heads}, {width}], {kv_heads} heads of keys"
         + (", packed" if packed else "")
         + (f", window {window}" if window < length else "")
-        + _of(partition),
+        + of_mesh(partition),
         (), inputs, compute, reference,
         flops=14 * pairs * width,  # two products of a pair of tokens forward, five backward
         num_bytes=8.0 * batch * length * (heads + kv_heads) * width * jnp.dtype(dtype).itemsize,
@@ -251,7 +251,7 @@ def vocabulary_loss(
         choice.XLA,
         "cross-entropy and gradient",
         f"{jnp.dtype(dtype).name} [{batch}, {length}, {width}], {count} tokens, "
-        f"vocabulary {size}{_of(partition)}",
+        f"vocabulary {size}{of_mesh(partition)}",
         head, inputs, compute, reference,
         flops=4.0 * count * width * size,
         num_bytes=2.0 * item * width * size,
@@ -274,7 +274,7 @@ def embedding_lookup(
     return case.Case(
         choice.XLA,
         "embedding",
-        f"{table.dtype.name} [{size}, {width}], ids [{batch}, {length}]{_of(partition)}",
+        f"{table.dtype.name} [{size}, {width}], ids [{batch}, {length}]{of_mesh(partition)}",
         table,
         lambda: draws.numbers(0, (batch, length), size),
         compute,
@@ -290,7 +290,8 @@ def bytes_of(weights: Any, layer: int | None) -> int:
     return sum(a.nbytes if layer is None else a.nbytes // len(a) for a in arrays)
 
 
-def _of(partition: dealing.Partition) -> str:
+def of_mesh(partition: dealing.Partition) -> str:
+    """How the ambient mesh splits an operation, as part of a case's shapes."""
     axes = {axis: size for axis, size in dealing.open_axes().items() if size > 1}
     if partition == dealing.WHOLE or not axes:
         return ""

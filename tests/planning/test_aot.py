@@ -115,10 +115,25 @@ def test_the_hopper_kernel_reads_its_stack_in_place(run, results):
 
 @of("decode", among=[run for run in GPU_RUNS if run[1] != aot.A100 and "kernel" not in run[0]])
 def test_decoding_on_hopper_writes_no_weight(run, results):
-    """There are four products per layer."""
+    """There are four products per layer, and attention."""
     result = results(run)
-    assert result["kernels"] == {"mosaic_gpu": 4 * 32}
+    assert result["kernels"] == {"mosaic_gpu": 4 * 32, "triton": 32}
     assert not result["dense"] and not result["packed"]
+
+
+@of("kernel-attention", among=GPU_RUNS)
+def test_attention_reads_the_cache_in_place(run, results):
+    """A layer's keys have 8 MB or more; what is written are the parts of the output."""
+    result = results(run)
+    assert result["kernels"] == {"triton": 1}
+    assert result["temp_bytes"] < 1e6
+
+
+@of("decode-", among=[run for run in GPU_RUNS if run[0] in ("decode-16", "decode-64")])
+def test_decoding_copies_no_cache(run, results):
+    """That of 64 slots has 8.6 GB, for which XLA's products once had a second one."""
+    slots = int(run[0].removeprefix("decode-"))
+    assert results(run)["temp_bytes"] < slots * 256 * 32 * 2 * 8192 / 4
 
 
 @of("kernel-decode", among=[run for run in GPU_RUNS if "k_minor" not in run[0]])
@@ -356,4 +371,6 @@ def test_what_is_moved_is_counted_in_place():
     layer = 2 * 8 * 64
     each = 5 * layer + 4
     assert traffic.bytes_moved(MOVES, ("tpu_custom_call",), 4) == 4 * each + 2 * 4 * layer
+    known = traffic.bytes_moved(MOVES, ("tpu_custom_call",), 4, {(4, 8, 64): 100})
+    assert known == 4 * (each - layer + 100) + 2 * 4 * layer
     assert serving_aot.copies(hlo.parse(MOVES), (4, 8, 64)) == 1
