@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import memory
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.kernels import choice, int4_matmul
+from lora_jax.kernels import choice, int4_matmul, low_rank
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels.attention import cached
 from lora_jax.parallel import mesh as sharding
@@ -111,6 +111,24 @@ def attention(groups: int, kv_dtype: jax.typing.DTypeLike, mesh: Mesh) -> progra
     return programs.Program(jax.jit(attend), arguments)
 
 
+def bank(rows: int, d_in: int, d_out: int, mesh: Mesh) -> programs.Program:
+    """The products with A and B of 8 adapters of rank 16, read in place from a stack of layers."""
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    x, y, A, B = (
+        array(shape, jnp.bfloat16)
+        for shape in ((rows, d_in), (rows, d_out), (LAYERS, d_in, 128), (LAYERS, 128, d_out))
+    )
+
+    def multiply(x, y, A, B, weights, stretch, layer):
+        assert low_rank.kernel_of(x, A, B) == choice.LOW_RANK
+        mixed = low_rank.shrink(x, A, layer).astype(x.dtype)
+        return low_rank.expand(y, mixed, B, weights, stretch, None, layer)
+
+    weights, stretch = array((rows, 8), jnp.float32), array((LAYERS, 8, d_out), jnp.float32)
+    arguments = x, y, A, B, weights, stretch, array((), jnp.int32)
+    return programs.Program(jax.jit(multiply), arguments)
+
+
 ATTENTION, UP, DOWN = (4096, 4096), (4096, 11008), (11008, 4096)  # of a 7B LLaMA
 LLAMA_7B = (ATTENTION, UP, DOWN)
 SIDE_BY_SIDE = ((4096, 3 * 4096), (4096, 2 * 11008))  # q, k and v; gate and up
@@ -141,6 +159,8 @@ for _weight in LLAMA_7B:
     _add(_name, (H100, A100, L4), kernel, 64, *_weight, "forward", weights=(_weight,))
 for _name, *_how in (("gqa", 8, jnp.bfloat16), ("mha", 32, jnp.bfloat16), ("int8", 8, jnp.int8)):
     _add(f"kernel-attention-{_name}", (*GPUS, L4), attention, *_how, weights=())
+for _rows in (1, 64):
+    _add(f"kernel-bank{_rows}-4096x11008", (*GPUS, L4), bank, _rows, *UP, weights=())
 _7B = "Llama-2-7B"
 _add("train-1x2048-full", (*TPUS, H100, A100), train_step, _7B, 1, 2048, "full")
 _add("train-4x2048-full", (V5E, *GPUS), train_step, _7B, 4, 2048, "full")
@@ -388,7 +408,7 @@ words as they are stored. temp: memory in addition to arguments and results. roo
 least time (of the matrix units, or to move weight, x and y) over that of the kernel's instructions,
 forward and backward. spilled bytes: of registers that the GPU kernels write to memory. attention:
 of a token of 8 sequences to their keys and values, 32 heads with 8 (gqa) or 32 (mha) heads of keys,
-or 8 in int8.
+or 8 in int8. bank: the products with A and B of 8 adapters of rank 16.
 """
 MODEL = """
 ## The train step and the decode step of a 7B LLaMA

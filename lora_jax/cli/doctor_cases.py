@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.generation import weights
 from lora_jax.kernels import choice
 from lora_jax.kernels import packed as packing
-from lora_jax.selftest import case, decoding, operations
+from lora_jax.selftest import case, decoding, low_rank, operations
 
 _DTYPE = jnp.bfloat16
 _GROUP = 32
@@ -71,6 +71,10 @@ def cases(device: jax.Device, sizes: Sizes) -> Iterator[Case]:
                 )
         if weights.best(device) == "k_minor":
             yield from _decoding(stack, sizes.rows[0])
+        for rows in sizes.rows[0]:
+            found = low_rank.products(rows=rows, k=d_in, n=d_out, slots=8, rank=16, dtype=_DTYPE)
+            if found.kernel != choice.XLA:
+                yield Case("8 adapters of rank 16", f"{rows} × {d_in} → {d_out}", found)
     heads, groups, width = sizes.heads
     for tokens in sizes.tokens:
         for packed in (False, True):

@@ -16,6 +16,7 @@ ATTENTION_TPU = "attention/splash"
 ATTENTION_TOKAMAX = "attention/tokamax"
 ATTENTION_CUDNN = "attention/cudnn"
 ATTENTION_CACHED = "attention/flash_decoding"
+LOW_RANK = "low_rank/triton_gpu"
 XLA = "xla"  # none of them: XLA's own operations
 KERNELS = (
     INT4_TPU,
@@ -26,6 +27,7 @@ KERNELS = (
     ATTENTION_TOKAMAX,
     ATTENTION_CUDNN,
     ATTENTION_CACHED,
+    LOW_RANK,
 )
 
 _left_out: dict[str, str] = {}  # {kernel: why}

@@ -210,7 +210,8 @@ class LlamaModel(nnx.Module):
             block = nnx.merge(graphdef, whole, state)
             if form is None:
                 form = forms(index) if callable(forms) else Forms()
-            hidden, kv = block(hidden, cos, sin, functools.partial(attend, index, kv), form)
+            with stack.running(index):
+                hidden, kv = block(hidden, cos, sin, functools.partial(attend, index, kv), form)
             return (hidden, kv), None
 
         xs = (sliced, jnp.arange(c.num_hidden_layers))

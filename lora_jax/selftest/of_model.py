@@ -1,6 +1,6 @@
 """The cases of a model: its own weights, stacks and shardings, at the shapes of a job."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +10,12 @@ from lora_jax.generation import batch as batches
 from lora_jax.generation import steps
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import choice
+from lora_jax.lora.nnx import bank
 from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
-from lora_jax.selftest import case, decoding, operations
+from lora_jax.selftest import case, decoding, low_rank, operations
 
 _PLACES = 300  # of the cache that attention is checked with
 
@@ -67,8 +68,11 @@ def generation(
         for linears in decode_weights.concatenated(model):
             if found := _hopper(linears, own):
                 yield found
-    for tokens in dict.fromkeys((1, 1 + speculate)):
-        found = _cached_attention(model.model, slots, kv_dtype, tokens)
+    for found in (
+        *(_cached_attention(model.model, slots, kv_dtype, tokens)
+          for tokens in dict.fromkeys((1, 1 + speculate))),
+        *_bank(model, dict.fromkeys((own, own * (1 + speculate), *batches.CHUNKS))),
+    ):  # fmt: skip
         if found.kernel != choice.XLA:
             yield found
 
@@ -112,6 +116,16 @@ def _cached_attention(
         window=_PLACES // 3 if c.sliding_windows else None,
         partition=model.layers.self_attn.partition,
     )
+
+
+def _bank(model: nnx.Module, each: Iterable[int]) -> Iterator[case.Case]:
+    """The products with the bank of each kind of stacked layers, for so many rows."""
+    banked = [site for site in bank.find(model) if site.lead]
+    slots, rank = bank.size(model) if banked else (0, 0)
+    kinds = {(site.in_features, site.out_features, bank.dtype_of(site)) for site in banked}
+    for k, n, dtype in sorted(kinds, key=str):
+        for rows in each:
+            yield low_rank.products(rows=rows, k=k, n=n, slots=slots, rank=rank, dtype=dtype)
 
 
 def _hopper(linears: Sequence[Any], rows: int) -> case.Case | None:

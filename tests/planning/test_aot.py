@@ -129,6 +129,14 @@ def test_attention_reads_the_cache_in_place(run, results):
     assert result["temp_bytes"] < 1e6
 
 
+@of("kernel-bank", among=GPU_RUNS)
+def test_a_bank_is_read_in_place(run, results):
+    """B has 2.8 MB; what is written are the parts of x A."""
+    result = results(run)
+    assert result["kernels"] == {"triton": 2}
+    assert result["temp_bytes"] < 1e6
+
+
 @of("decode-", among=[run for run in GPU_RUNS if run[0] in ("decode-16", "decode-64")])
 def test_decoding_copies_no_cache(run, results):
     """That of 64 slots has 8.6 GB, for which XLA's products once had a second one."""

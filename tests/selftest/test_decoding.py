@@ -1,4 +1,4 @@
-"""Attention to a KV cache that is faulty on purpose is found and left out."""
+"""Kernels of decoding on GPUs that are faulty on purpose are found and left out."""
 
 import functools
 
@@ -9,11 +9,16 @@ from flax import nnx
 
 from lora_jax.kernels import choice, platform
 from lora_jax.kernels.attention import flash_decoding
+from lora_jax.kernels.low_rank import triton_gpu
+from lora_jax.lora.nnx import bank
 from lora_jax.models import config, llama
 from lora_jax.parallel import mesh as sharding
-from lora_jax.selftest import case, decoding, of_model, proof
+from lora_jax.selftest import case, decoding, low_rank, of_model, proof
 
-KERNEL = functools.partial(flash_decoding.attend, interpret=True)
+KERNEL, SHRINK, EXPAND = (
+    functools.partial(function, interpret=True)
+    for function in (flash_decoding.attend, triton_gpu.shrink, triton_gpu.expand)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +27,8 @@ def like_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(platform, "platform_here", lambda: "gpu")
     monkeypatch.setattr(flash_decoding, "attend", KERNEL)
+    monkeypatch.setattr(triton_gpu, "shrink", SHRINK)
+    monkeypatch.setattr(triton_gpu, "expand", EXPAND)
     with choice.restored():
         yield
 
@@ -82,21 +89,82 @@ def test_a_faulty_kernel_is_left_out(fault, monkeypatch):
     assert attended().kernel == choice.XLA
 
 
+def products(rows=7):
+    how = {"k": 192, "n": 128, "slots": 3, "rank": 16, "dtype": jnp.bfloat16}
+    return low_rank.products(rows=rows, **how)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_right_products_pass(rows):
+    found = case.check(products(rows))
+    assert found.kernel == choice.LOW_RANK and found.problem is None, found
+
+
+def shrunk_in_the_first_layer(x, A, layer):
+    return SHRINK(x, A, 0 * layer)
+
+
+def without_the_last_rows(x, A, layer):
+    return SHRINK(x.at[:, 128:].set(0), A, layer)
+
+
+def expanded_in_the_first_layer(*operands):
+    *rest, layer = operands
+    return EXPAND(*rest, 0 * layer)
+
+
+def without_the_last_columns(*operands):
+    return EXPAND(*operands).at[:, 96:].set(operands[0][:, 96:])
+
+
+def without_a_stretch(y, mixed, B, weights, *rest):
+    return EXPAND(y, mixed, B, 0 * weights, *rest)
+
+
+@pytest.mark.parametrize(
+    "name, fault",
+    [
+        ("shrink", shrunk_in_the_first_layer),
+        ("shrink", without_the_last_rows),
+        ("expand", expanded_in_the_first_layer),
+        ("expand", without_the_last_columns),
+        ("expand", without_a_stretch),
+    ],
+)
+def test_faulty_products_are_left_out(name, fault, monkeypatch):
+    monkeypatch.setattr(triton_gpu, name, fault)
+    found = proof.run([products()])
+    assert [each.kernel for each in found.left_out] == [choice.LOW_RANK]
+    assert products().kernel == choice.XLA
+
+
 def test_a_model_names_its_cases():
-    """One for a token of each slot, and one with guesses; none where the kernel takes no heads."""
+    """Of attention to a token of each slot, and to guesses; and of each shape of its bank."""
 
     def names(width, **how):
         c = config.LlamaConfig(
-            vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            vocab_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
             num_attention_heads=4, num_key_value_heads=2, head_dim=width,
             max_position_embeddings=64, **how,
         )  # fmt: skip
-        model = nnx.eval_shape(lambda: llama.LlamaForCausalLM(c, rngs=nnx.Rngs(0)))
+
+        def make():
+            model = llama.LlamaForCausalLM(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+            bank.add(model, slots=2, rank=8, targets=["up_proj", "down_proj"])
+            return model
+
         with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))):
+            model = nnx.eval_shape(make)
             return [one.shapes for one in of_model.generation(model, 3, "int8", 2)]
 
-    assert names(16, sliding_windows=(64,)) == [
-        "float32 [3, 1, 4, 16], 2 heads of 300 int8 keys, window 100",
-        "float32 [3, 3, 4, 16], 2 heads of 300 int8 keys, window 100",
+    of_bank = [
+        f"bfloat16 [{rows}, {k}] × A [{k}, 16] × B [16, {n}]"
+        for k, n in ((128, 64), (64, 128))
+        for rows in (3, 9, 32, 64)
     ]
-    assert names(24) == []
+    assert names(16, sliding_windows=(64,)) == [
+        "bfloat16 [3, 1, 4, 16], 2 heads of 300 int8 keys, window 100",
+        "bfloat16 [3, 3, 4, 16], 2 heads of 300 int8 keys, window 100",
+        *of_bank,
+    ]
+    assert names(24) == of_bank

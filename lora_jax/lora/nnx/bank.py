@@ -23,8 +23,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from lora_jax import errors
-from lora_jax.kernels import explicit, matmul
-from lora_jax.layers import linear_map, mixin, projections, registry
+from lora_jax.kernels import choice, explicit, low_rank, matmul
+from lora_jax.layers import linear_map, mixin, projections, registry, stack
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.nnx import adapted, saved, sharding, sites
@@ -35,7 +35,7 @@ NAMES = ("bank_A", "bank_B", "bank_stretch")
 _WEIGHTS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("weights", default=None)
 
 
-class BankParam(nnx.Variable):
+class BankParam(stack.WholeOnGPU):
     """What a bank holds of all slots: A [L, K, X·R], B [L, X·R, N] or v [L, X, N]."""
 
 
@@ -64,17 +64,27 @@ class BankLayer(mixin.Mixin):
                 f"the input; found {weights.shape}"
             )
         how = registry.linear_map_of(self)
+        is_embedding = isinstance(how, linear_map.Embedding)
+        arrays = [getattr(self, name)[...] for name in NAMES]
+        layer = stack.here() if arrays[0].ndim == 3 else None
 
-        def output(x, y, weights, A, B, stretch, bias):
-            if isinstance(how, linear_map.Embedding):
+        def output(x, y, weights, A, B, stretch, bias, layer):
+            if not is_embedding:
+                x = x.astype(jnp.promote_types(x.dtype, y.dtype))  # as the layer itself did
+            if layer is not None:
+                rows = x.reshape(-1, x.shape[-1])
+                if not is_embedding and low_rank.kernel_of(rows, A, B) != choice.XLA:
+                    out = _in_place(rows, y, weights, A, B, stretch, bias, layer)
+                    return out.reshape(y.shape)
+                A, B, stretch = (
+                    lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (A, B, stretch)
+                )
+            if is_embedding:
                 shrunk = how.take(A, x).astype(jnp.float32)
             else:
-                x = x.astype(jnp.promote_types(x.dtype, y.dtype))  # as the layer itself did
                 shrunk = matmul.matmul(x, A, jnp.float32)
             weights = jnp.expand_dims(weights, range(1, y.ndim - 1))
-            each = jnp.repeat(weights, A.shape[-1] // len(stretch), axis=-1)
-            # Where it is zero, not even an infinite product of another row's adapter counts.
-            mixed = jnp.where(each == 0, 0, shrunk * each)
+            mixed = _mixed(shrunk, weights)
             extra = matmul.matmul(mixed.astype(jnp.result_type(A, y)), B, jnp.float32)
             plain = y.astype(jnp.float32)
             unbiased = plain
@@ -83,9 +93,23 @@ class BankLayer(mixin.Mixin):
             stretched = matmul.matmul(weights, stretch) * unbiased
             return (plain + extra + stretched).astype(y.dtype)
 
-        arrays = (getattr(self, name)[...] for name in NAMES)
         bias = registry.bias_of(self)
-        return explicit.like(y, output, x, y, weights, *arrays, bias)
+        return explicit.like(y, output, x, y, weights, *arrays, bias, layer)
+
+
+def _mixed(shrunk, weights):
+    """(x A) · w [..., X·R], from x A and w [..., X]."""
+    each = jnp.repeat(weights, shrunk.shape[-1] // weights.shape[-1], axis=-1)
+    # Where it is zero, not even an infinite product of another row's adapter counts.
+    return jnp.where(each == 0, 0, shrunk * each)
+
+
+def _in_place(rows, y, weights, A, B, stretch, bias, layer):
+    """The output [M, N] for rows [M, K] of x, from the stacks of all layers."""
+    weights = jnp.repeat(weights, len(rows) // len(weights), axis=0)
+    mixed = _mixed(low_rank.shrink(rows, A, layer), weights).astype(B.dtype)
+    y = y.reshape(len(rows), -1)
+    return low_rank.expand(y, mixed, B, weights, stretch, bias, layer)
 
 
 @contextlib.contextmanager
