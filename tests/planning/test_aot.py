@@ -56,7 +56,7 @@ def results(request):
     wanted = dict.fromkeys(
         item.callspec.params["run"]
         for item in request.session.items
-        if item.module is request.module and "run" in getattr(item, "fixturenames", ())
+        if item.module is request.module and "results" in getattr(item, "fixturenames", ())
     )
     missing = {}
     for _, target in wanted:
@@ -293,17 +293,7 @@ def test_a_train_step_uses_attention_of_cudnn(sizes, monkeypatch):
 
 LEAST_NEEDED = 0.85  # share of the moved bytes
 # What misses it, and by how much; benchmarks/serving_aot.md says why.
-BELOW = {
-    (aot.H100, 1): 0.80,
-    (aot.H100, 8): 0.66,
-    (aot.H100, 64): 0.39,
-    (aot.A100, 1): 0.84,
-    (aot.A100, 8): 0.65,
-    (aot.A100, 64): 0.40,
-    (aot.L4, 1): 0.85,
-    (aot.L4, 8): 0.66,
-    (aot.L4, 64): 0.42,
-}
+BELOW = {(aot.H100, 64): 0.73, (aot.A100, 64): 0.73, (aot.L4, 64): 0.82}
 
 
 @pytest.mark.aot
