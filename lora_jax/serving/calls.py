@@ -4,7 +4,7 @@ import uuid
 from typing import Any
 
 from lora_jax import errors
-from lora_jax.serving import protocol, refusal
+from lora_jax.serving import protocol, refusal, structure
 
 
 class Parser:
@@ -42,17 +42,20 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def grammar(chat: protocol.Chat, source: str) -> str | None:
-    """The grammar of a call that tool_choice demands; None if it demands none.
+    """The grammar of what tool_choice demands, or of what response_format leaves beside calls.
 
+    None if tools demand none. A forced call has no text that response_format could be about.
     Raises: Refusal if a tool's parameters are no JSON schema that can be followed.
     """
-    if chat.tool_choice in ("none", "auto"):
+    form = chat.asked.structure
+    if chat.tool_choice == "none" or (chat.tool_choice == "auto" and not form):
         return None  # without llguidance too
     from lora_jax.serving import tools
 
+    text = structure.schema(form) if form and chat.tool_choice == "auto" else None
     try:
         return tools.grammar(
-            chat.tools, chat.tool_choice, source, parallel=chat.parallel_tool_calls
+            chat.tools, chat.tool_choice, source, parallel=chat.parallel_tool_calls, text=text
         )
     except errors.UserError as error:
         raise refusal.of(error, "tools") from None

@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.generation import grammar as grammars
+from lora_jax.generation import schemas
 
 
 class Call(NamedTuple):
@@ -179,6 +180,8 @@ class Parser:
         calls = _calls({"name": name[1], "arguments": value} if name else value)
         if is_bare and not all(self._names is None or call.name in self._names for call in calls):
             calls = []
+        if is_bare and not name and _has_other_keys(value):
+            calls = []
         rest = self._held[end:].lstrip()
         if rest.startswith(self._form.closing):
             return calls, len(self._held) - len(rest) + len(self._form.closing)
@@ -191,28 +194,34 @@ def grammar(
     source: str,
     *,
     parallel: bool = True,
+    text: str | None = None,
 ) -> str | None:
-    """The grammar of the calls that tool_choice demands; None if it is "auto" or "none".
+    """The grammar of the calls that tool_choice demands; None if nothing is demanded.
 
     "required" is one or more calls of any tools, without `parallel` exactly one; a named tool is
-    called once. Arguments follow the tool's `parameters`. Keywords that cannot be enforced are an
-    error in a tool that is `strict`, and have no effect in others.
+    called once. "auto" is such calls, or JSON by the schema `text`, and free without one.
+    Arguments follow the tool's `parameters`. Keywords that cannot be enforced are an error in a
+    tool that is `strict`, and have no effect in others.
     Raises: UserError if parameters are no JSON schema.
     """
-    if choice in ("auto", "none"):
+    if choice == "none" or (choice == "auto" and text is None):
         return None
     named = None if isinstance(choice, str) else choice["function"]["name"]
-    how, rules = form(source), []
+    how, rules = form(source), [] if text is None else [f"text: %json {text}"]
     functions = [tool["function"] for tool in tools]
     asked = [each for each in functions if named in (None, each["name"])]
     for number, function in enumerate(asked):
-        schema = function.get("parameters") or {"properties": {}, "additionalProperties": False}
-        text = grammars.schema_text(
-            {"type": "object", **schema}, lenient=function.get("strict") is not True
-        )
+        schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+        if schema.get("properties") == {}:  # which is how a function without parameters is written
+            schema.setdefault("additionalProperties", False)
+        lenient = function.get("strict") is not True
+        if text is not None and how.bare == "{":  # JSON as well: read alike until they differ
+            schema = _as_one(function["name"], how.key, schema)
+            rules.append(f"call{number}: %json {grammars.schema_text(schema, lenient=lenient)}")
+            continue
         head = grammars.quoted(f'{{"name": {json.dumps(function["name"])}, "{how.key}": ')
         rules.append(f'call{number}: {head} arguments{number} "}}"')
-        rules.append(f"arguments{number}: %json {text}")
+        rules.append(f"arguments{number}: %json {grammars.schema_text(schema, lenient=lenient)}")
     several = parallel and named is None
     if how is _HERMES:
         one = r'"<tool_call>\n" call "\n</tool_call>"'
@@ -221,8 +230,20 @@ def grammar(
         start = '"[" call (", " call)* "]"' if several else '"[" call "]"'
     else:  # these models write one call at a time
         start = "call"
+    start += "" if text is None else " | text"
     call = " | ".join(f"call{number}" for number in range(len(asked)))
     return grammars.lark("\n".join((f"start: {start}", f"call: {call}", *rules)))
+
+
+def _as_one(name: str, key: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a whole call."""
+    arguments = schemas.within(arguments, f"/properties/{key}")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, key: arguments},
+        "required": ["name", key],
+        "additionalProperties": False,
+    }
 
 
 def _calls(value: object) -> list[Call]:
@@ -230,6 +251,12 @@ def _calls(value: object) -> list[Call]:
     values = value if isinstance(value, list) else [value]
     calls = [_call(each) for each in values]
     return [] if None in calls else [each for each in calls if each]
+
+
+def _has_other_keys(value: object) -> bool:
+    """Whether JSON has keys that a call does not have: an answer that happens to look like one."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(each, dict) and each.keys() - {*_FIRST_KEYS} for each in values)
 
 
 def _call(value: object) -> Call | None:

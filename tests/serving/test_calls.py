@@ -96,6 +96,7 @@ def test_an_answer_of_a_tool_is_rendered(says):
         {"structured_outputs": {"choice": ["a", "b"]}},
         {"structured_outputs": {"grammar": 'start: "a"'}},
         {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [TOOL], "response_format": {"type": "json_object"}},
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}}},
     ],
 )
@@ -105,6 +106,14 @@ def test_a_grammar_is_asked_for(says, fields):
     assert only(client.engine.asked).sampling.grammar
     client.chat()
     assert client.engine.asked[1].sampling.grammar is None
+
+
+def test_a_forced_call_has_no_text_for_a_response_format(says):
+    client = says("ok")
+    for more in ({}, {"response_format": {"type": "json_object"}}):
+        client.chat(tools=[TOOL], tool_choice="required", **more)
+    alone, both = (each.sampling.grammar for each in client.engine.asked)
+    assert alone == both
 
 
 def test_a_grammar_with_an_error_is_the_clients(says):

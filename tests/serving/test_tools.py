@@ -61,6 +61,8 @@ TABLE = {
                     '"parameters": {}}}', None, [TIME]),
     "llama, another name": (LLAMA, '{"name": "Ada", "parameters": {}}',
                             '{"name": "Ada", "parameters": {}}', []),
+    "llama, JSON with the name of a tool": (LLAMA, '{"name": "weather", "wind": 3}',
+                                            '{"name": "weather", "wind": 3}', []),
     "llama, JSON": (LLAMA, '{"city": "Paris", "x": {}} ok', '{"city": "Paris", "x": {}} ok', []),
     "llama, JSON later": (LLAMA, 'So {"name": "get_time", "parameters": {}}',
                           'So {"name": "get_time", "parameters": {}}', []),
@@ -204,6 +206,26 @@ def test_only_required_calls_may_be_several(compiled):
 @pytest.mark.parametrize("choice", ["auto", "none"])
 def test_nothing_is_forced_without_need(choice):
     assert tools.grammar(TOOLS, choice, HERMES) is None
+
+
+@pytest.mark.parametrize("source", FORMS)
+def test_a_call_or_else_json(compiled, source):
+    """What tools beside a response_format leave."""
+    text = grammar.schema_text({"properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    either = tools.grammar(TOOLS, "auto", source, text=text)
+    call, answer = FORMS[source] % ("weather", '{"city": "Rome"}'), '{"n": 5}'
+    assert accepts(compiled, call, either) and accepts(compiled, answer, either)
+    assert not accepts(compiled, call.replace("Rome", "Oslo"), either)
+    assert not accepts(compiled, "Hello", either) and not accepts(compiled, '{"m": 5}', either)
+    assert tools.parse(answer, source, NAMES) == (answer, [])
+
+
+def test_a_function_without_parameters_gets_no_arguments(compiled):
+    for parameters in ({"type": "object", "properties": {}}, {}, None):
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        forced = tools.grammar([tool], "required", HERMES)
+        assert accepts(compiled, FORMS[HERMES] % ("f", "{}"), forced)
+        assert not accepts(compiled, FORMS[HERMES] % ("f", '{"a": 1}'), forced)
 
 
 def test_parameters_of_a_strict_tool_must_be_enforced(compiled):
