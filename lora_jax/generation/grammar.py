@@ -81,7 +81,8 @@ def choice(texts: Sequence[str]) -> str:
     """The grammar of these texts alone."""
     if isinstance(texts, str) or not texts:
         raise errors.UserError(expected="a list of texts to choose from", found=_shown(texts))
-    return lark("start: " + " | ".join(map(quoted, dict.fromkeys(texts))))
+    options = " | ".join(map(quoted, dict.fromkeys(texts)))
+    return lark(f"start: TEXT\nTEXT: {options}")  # a rule could not have thousands of them
 
 
 def quoted(text: str) -> str:

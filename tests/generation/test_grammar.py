@@ -114,6 +114,14 @@ def test_a_text_is_one_of_the_choices(readers):
     assert found == set(options)
 
 
+def test_choices_may_be_thousands(readers):
+    reader, compiled = readers["bytes"]
+    matcher = compiled.matcher(grammar.choice([f"option {number}" for number in range(5000)]))
+    for token in reader("option 4711", add_special_tokens=False).input_ids:
+        assert token in allowed(matcher, len(reader) + PADDING) and matcher.accept(token)
+    assert matcher.accept(reader.eos_token_id)
+
+
 def test_a_rule_of_lark_may_use_a_schema(readers):
     rules = 'start: "<" name ">" %json {"type": "boolean"}\nname: /[a-c]+/'
     texts = [walk(*readers["tiny"], grammar.lark(rules), seed) for seed in range(5)]

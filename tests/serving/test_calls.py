@@ -1,5 +1,7 @@
 """Tools and grammars: what the engine is asked for, and what becomes of the text."""
 
+import threading
+
 import fake_engine
 import pytest
 
@@ -117,5 +119,14 @@ def test_a_forced_call_has_no_text_for_a_response_format(says):
 
 
 def test_a_grammar_with_an_error_is_the_clients(says):
-    answer = says("ok").chat(structured_outputs={"grammar": "   "})
-    assert answer.status == 400 and answer.error["param"] == "structured_outputs.grammar"
+    for wrong in ("   ", "wrong"):  # which is seen before it is compiled, and by then
+        answer = says("ok").chat(structured_outputs={"grammar": wrong})
+        assert answer.status == 400 and answer.error["param"] == "structured_outputs.grammar"
+
+
+def test_a_grammar_is_compiled_while_others_are_answered(says):
+    client = says("ok")
+    client.chat(structured_outputs={"regex": "a+"})
+    grammar, thread = only(client.engine.compiled)
+    assert grammar == only(client.engine.asked).sampling.grammar
+    assert thread is not threading.current_thread()  # that of the event loop

@@ -327,6 +327,8 @@ def test_tokenize_and_detokenize(serve):
     assert chat["tokens"] == list(client.engine.asked[-1].prompt)
     assert client.post("/detokenize", tokens=found["tokens"]).json == {"prompt": "<s> abcd"}
     assert client.post("/detokenize", tokens=[]).json == {"prompt": ""}
+    unknown = [len(client.engine.reader)]
+    assert client.post("/detokenize", tokens=unknown).error["param"] == "tokens"
     assert client.post("/detokenize", tokens=["a"]).error["param"] == "tokens"
     assert client.post("/detokenize").error["param"] == "tokens"
     assert client.post("/tokenize").error["param"] == "prompt"
@@ -365,6 +367,7 @@ def test_health_version_metrics(serve):
 def test_other_paths_and_methods(serve):
     client = serve()
     assert client.get("/v1/nothing").status == 404
+    assert "/v1/chat/completions" in client.post("/v1/responses", input="ab").error["message"]
     assert client.get("/v1/nothing").error["type"] == "not_found_error"
     assert client.get("/v1/chat/completions").status == 405
     assert client.get("/v1/chat/completions").error

@@ -16,12 +16,27 @@ import tempfile
 
 import server
 
-ROWS = [
+ROWS = [  # (context, continuations: the first one is right)
     ("Once upon a time, there was a little", [" girl", " dog", " cloud", " moon named"]),
     ("Lily and Tom went to the", [" park", " store to buy", " sky", " red"]),
     ("The cat was very", [" happy", " sad and cried", " blue", " box"]),
     ("He saw a big, red", [" ball", " apple on the tree", " mom", " ran"]),
     ("“Thank you”, said the", [" bird", " girl", " boy 🙂", " naïve fish"]),
+    ("One day, a boy named Tim", [" went", " was playing", " tree", " the"]),
+    ("The sun was shining and the birds were", [" singing", " blue", " mom", " ate a car"]),
+    ("She put the toy in the", [" box", " happy", " jumped", " sky and sad"]),
+    ("Mom said, “Be", [" careful", " nice to him", " dog", " 17"]),
+    ("They played together all", [" day", " night long", " cat", " because"]),
+    ("The dog ran after the", [" ball", " cat up the tree", " sleepy", " said"]),
+    ("Tom was sad because he lost his", [" toy", " red hat", " happy", " and"]),
+    ("The bird could fly very", [" high", " far away", " table", " named"]),
+    ("Anna wanted to eat the", [" cake", " cookie", " cloud", " of"]),
+    ("It was time to go", [" home", " to bed", " a", " yellow"]),
+    ("The boy and the girl were best", [" friends", " toys", " park", " ran"]),
+    ("He said sorry and gave her a", [" hug", " big hug", " sad", " the"]),
+    ("The little fish lived in the", [" sea", " big blue water", " happy", " said"]),
+    ("She opened the door and saw a", [" cat", " big surprise", " to", " slowly"]),
+    ("From that day on, they were", [" friends", " always kind", " door", " the"]),
 ]
 CHOICES = """\
 task: choices
