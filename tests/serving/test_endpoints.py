@@ -262,6 +262,13 @@ def test_the_ids_of_a_chat_are_those_of_the_template(serve):
     assert prompt_text(client).endswith("<assistant>cd")
     client.chat(messages=[*messages[:2], {"role": "assistant", "content": None}])
     assert prompt_text(client).endswith("<assistant><assistant>")
+    refused = (
+        {"content": None, "refusal": "cd"},
+        {"content": [{"type": "refusal", "refusal": "cd"}]},
+    )
+    for each in refused:  # as OpenAI's models do
+        client.chat(messages=[*messages[:2], {"role": "assistant", **each}])
+        assert prompt_text(client).endswith("<assistant>cd<assistant>")
 
 
 @pytest.mark.parametrize(
