@@ -31,8 +31,7 @@ def main() -> int:
              url, "--artifact-dir", folder, *LOAD.split(), "--extra-inputs", "ignore_eos:true"],
             check=True,
         )  # fmt: skip
-        (path,) = pathlib.Path(folder).rglob("profile_export_aiperf.json")
-        found = json.loads(path.read_text())
+        found = json.loads(pathlib.Path(folder, "profile_export_aiperf.json").read_text())
     for name in SHOWN:
         print(name, json.dumps(found.get(name)))
     failed = (found.get("error_request_count") or {"avg": 0})["avg"]

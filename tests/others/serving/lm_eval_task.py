@@ -72,19 +72,23 @@ def own(path: str) -> None:
     from lora_jax.checkpoints import loader
 
     model, reader = loader.load(server.STORIES), tokenizer.load(server.STORIES)
-    found = []
-    for context, continuation in json.loads(pathlib.Path(path).read_text()):
+    pairs, lengths, rows = json.loads(pathlib.Path(path).read_text()), [], []
+    for context, continuation in pairs:
         # lm-eval asks /tokenize for ids without BOS, and puts it before whole texts itself.
         known = reader(context, add_special_tokens=False).input_ids or [reader.bos_token_id]
         ids = reader(context + continuation, add_special_tokens=False).input_ids
-        ids = ids if context else [*known, *ids]
-        padded = np.zeros((1, 64), np.int32)  # one shape, to compile once
-        padded[0, : len(ids)] = ids
-        logits = np.asarray(model(padded), np.float64)[0, : len(ids) - 1]
-        top = logits.max(-1, keepdims=True)
-        logprobs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-        rows = np.arange(len(known) - 1, len(ids) - 1)
-        found.append(float(logprobs[rows, ids[len(known) :]].sum()))
+        rows.append(ids if context else [*known, *ids])
+        lengths.append(len(known))
+    batch = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in zip(batch, rows, strict=True):
+        row[: len(ids)] = ids
+    logits = np.asarray(model(batch), np.float64)
+    top = logits.max(-1, keepdims=True)
+    logprobs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    found = [
+        float(own[np.arange(known - 1, len(ids) - 1), ids[known:]].sum())
+        for own, known, ids in zip(logprobs, lengths, rows, strict=True)
+    ]
     print(json.dumps(found))
 
 
