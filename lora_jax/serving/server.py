@@ -78,7 +78,7 @@ class Server:
         model, adapters = self._model(chat.asked)
         ids = await _within(self._texts_thread, self._prompts.chat, chat)
         source = self._reader.get_chat_template(None, chat.tools or None)
-        forced = await _within(self._texts_thread, calls.grammar, chat, source)
+        forced = await _within(self._texts_thread, calls.grammar, chat, source, self._reader)
         form = responses.Chat(chat, model, self._texts, source)
         return await self._generate(chat.asked, form, [ids], adapters, forced)
 

@@ -1,4 +1,4 @@
-"""Calls of tools in generated text, and grammars that force one.
+"""Calls of tools in generated text.
 
 How a model writes a call is read off the text of its chat template:
 
@@ -17,11 +17,8 @@ a call may be without them. Imports no jax.
 import contextlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
-
-from lora_jax.generation import grammar as grammars
-from lora_jax.generation import schemas
+from collections.abc import Collection
+from typing import NamedTuple
 
 
 class Call(NamedTuple):
@@ -49,18 +46,18 @@ _NAME = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 _FIRST_KEYS = ("name", "type", "function", "id", "parameters", "arguments")  # of a call
 _DECODER = json.JSONDecoder(strict=False)  # models write line breaks into strings
 
-_HERMES = Form("<tool_call>", "</tool_call>")
-_MISTRAL = Form("[TOOL_CALLS]", bare="[", named=True)
+HERMES = Form("<tool_call>", "</tool_call>")
+MISTRAL = Form("[TOOL_CALLS]", bare="[", named=True)
 _LLAMA = Form("<|python_tag|>", bare="{", key="parameters")
 _OTHER = Form("<|python_tag|>", bare="{")
 
 
 def form(source: str) -> Form:
     """How calls are written with this chat template."""
-    if _HERMES.opening in source:
-        return _HERMES
-    if _MISTRAL.opening in source:
-        return _MISTRAL
+    if HERMES.opening in source:
+        return HERMES
+    if MISTRAL.opening in source:
+        return MISTRAL
     return _LLAMA if re.search(r'"parameters\\?": ', source) else _OTHER
 
 
@@ -186,64 +183,6 @@ class Parser:
         if rest.startswith(self._form.closing):
             return calls, len(self._held) - len(rest) + len(self._form.closing)
         return None if self._form.closing.startswith(rest) and not is_end else (calls, end)
-
-
-def grammar(
-    tools: Sequence[Mapping[str, Any]],
-    choice: str | Mapping[str, Any],
-    source: str,
-    *,
-    parallel: bool = True,
-    text: str | None = None,
-) -> str | None:
-    """The grammar of the calls that tool_choice demands; None if nothing is demanded.
-
-    "required" is one or more calls of any tools, without `parallel` exactly one; a named tool is
-    called once. "auto" is such calls, or JSON by the schema `text`, and free without one.
-    Arguments follow the tool's `parameters`. Keywords that cannot be enforced are an error in a
-    tool that is `strict`, and have no effect in others.
-    Raises: UserError if parameters are no JSON schema.
-    """
-    if choice == "none" or (choice == "auto" and text is None):
-        return None
-    named = None if isinstance(choice, str) else choice["function"]["name"]
-    how, rules = form(source), [] if text is None else [f"text: %json {text}"]
-    functions = [tool["function"] for tool in tools]
-    asked = [each for each in functions if named in (None, each["name"])]
-    for number, function in enumerate(asked):
-        schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
-        if schema.get("properties") == {}:  # which is how a function without parameters is written
-            schema.setdefault("additionalProperties", False)
-        lenient = function.get("strict") is not True
-        if text is not None and how.bare == "{":  # JSON as well: read alike until they differ
-            schema = _as_one(function["name"], how.key, schema)
-            rules.append(f"call{number}: %json {grammars.schema_text(schema, lenient=lenient)}")
-            continue
-        head = grammars.quoted(f'{{"name": {json.dumps(function["name"])}, "{how.key}": ')
-        rules.append(f'call{number}: {head} arguments{number} "}}"')
-        rules.append(f"arguments{number}: %json {grammars.schema_text(schema, lenient=lenient)}")
-    several = parallel and named is None
-    if how is _HERMES:
-        one = r'"<tool_call>\n" call "\n</tool_call>"'
-        start = rf'{one} ("\n" {one})*' if several else one
-    elif how is _MISTRAL:
-        start = '"[" call (", " call)* "]"' if several else '"[" call "]"'
-    else:  # these models write one call at a time
-        start = "call"
-    start += "" if text is None else " | text"
-    call = " | ".join(f"call{number}" for number in range(len(asked)))
-    return grammars.lark("\n".join((f"start: {start}", f"call: {call}", *rules)))
-
-
-def _as_one(name: str, key: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a whole call."""
-    arguments = schemas.within(arguments, f"/properties/{key}")
-    return {
-        "type": "object",
-        "properties": {"name": {"const": name}, key: arguments},
-        "required": ["name", key],
-        "additionalProperties": False,
-    }
 
 
 def _calls(value: object) -> list[Call]:

@@ -99,6 +99,7 @@ def test_an_answer_of_a_tool_is_rendered(says):
         {"structured_outputs": {"grammar": 'start: "a"'}},
         {"tools": [TOOL], "tool_choice": "required"},
         {"tools": [TOOL], "response_format": {"type": "json_object"}},
+        {"tools": [{**TOOL, "function": {**TOOL["function"], "strict": True}}]},
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}}},
     ],
 )
@@ -106,7 +107,7 @@ def test_a_grammar_is_asked_for(says, fields):
     client = says("ok")
     client.chat(**fields)
     assert only(client.engine.asked).sampling.grammar
-    client.chat()
+    client.chat(tools=[TOOL])
     assert client.engine.asked[1].sampling.grammar is None
 
 
