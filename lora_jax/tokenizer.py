@@ -151,10 +151,10 @@ def check_ids(
     """Raises: UserError if an id has no row in the embedding: jax would read another row."""
     largest = max((max(ids, default=0) for ids in sequences), default=0)
     if largest >= num_embeddings:
+        token = tokenizer.convert_ids_to_tokens(int(largest))
         raise errors.UserError(
             expected=f"ids below {num_embeddings}, the rows of the model's embedding",
-            found=f"the token {tokenizer.convert_ids_to_tokens(int(largest))!r}, whose id is "
-            f"{largest}",
+            found=f"the id {largest}" + (f" of the token {token!r}" if token else ""),
             where=str(tokenizer.name_or_path),
             do="use the tokenizer that the model was made with, without tokens added later",
         )

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -211,7 +212,8 @@ def _say(settings: Settings, name: str, url: str) -> None:
     body = (
         f'{{"model": "{[name, *settings.adapters][-1]}", "prompt": "In Milan", "max_tokens": 32}}'
     )
-    print(f"{'try':<{console.LABEL}}curl {url}/v1/completions -H 'Content-Type: application/json' "
+    address = shlex.quote(f"{url}/v1/completions")  # for the brackets of IPv6
+    print(f"{'try':<{console.LABEL}}curl {address} -H 'Content-Type: application/json' "
           f"-d '{body}'", flush=True)  # fmt: skip
     if (
         settings.server.host not in ("127.0.0.1", "localhost", "::1")

@@ -153,6 +153,13 @@ class Engine:
             self._wake.notify()
         return request
 
+    def compile_grammar(self, grammar: str) -> None:
+        """Compiles the grammar of a request, in any thread: `submit` need not do it then.
+
+        Raises: UserError if it has an error.
+        """
+        self._grammar.matcher(grammar)
+
     def generate(
         self,
         prompts: Iterable[Sequence[int]],
@@ -308,7 +315,7 @@ class Engine:
                     work.matcher.mask(allowed[work.slot.index])
                 left.append(work)
             except errors.UserError as error:
-                self._end(work, work.output.end("error", str(error)))
+                self._end(work, work.output.end("error", error.on_one_line()))
         return left, allowed
 
     def _take(self) -> None:

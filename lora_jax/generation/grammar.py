@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lora_jax import errors
+from lora_jax.generation import schemas
 
 if typing.TYPE_CHECKING:
     import llguidance
@@ -22,17 +23,13 @@ if typing.TYPE_CHECKING:
 _SPACES = r"[ \n\r\t]{1,40}"
 _MOST_COMPILED = 32  # grammars kept, each with its automaton
 _MOST_CHARACTERS = 1_000_000
-# Formats of strings that are enforced. By JSON Schema a program may ignore those it does not know.
-_FORMATS = frozenset(
-    "date-time time date duration email hostname ipv4 ipv6 uuid uri unknown".split()
-)
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_VALUES = ("const", "enum", "default", "examples")
 
 
 def json_schema(schema: Any, *, lenient: bool = False) -> str:
     """The grammar of JSON that is valid by `schema`: an object, true or false.
 
+    Objects have only the properties that their schema lists, unless `additionalProperties` says
+    that they may have others.
     lenient: keywords that cannot be enforced, such as `uniqueItems` or `not`, have no effect, and
     `oneOf` means `anyOf`. Otherwise they are an error when the grammar is compiled.
     """
@@ -49,7 +46,7 @@ def schema_text(schema: Any, *, lenient: bool = False) -> str:
     if lenient:
         options |= {"lenient": True, "coerce_one_of": True}
     try:
-        known = _with_known_formats(schema)
+        known = schemas.followable(schema, _is_beyond if lenient else lambda _: False)
         if isinstance(known, bool):  # options need an object
             known = {} if known else {"type": []}
         own = known.get("x-guidance")
@@ -84,7 +81,8 @@ def choice(texts: Sequence[str]) -> str:
     """The grammar of these texts alone."""
     if isinstance(texts, str) or not texts:
         raise errors.UserError(expected="a list of texts to choose from", found=_shown(texts))
-    return lark("start: " + " | ".join(map(quoted, dict.fromkeys(texts))))
+    options = " | ".join(map(quoted, dict.fromkeys(texts)))
+    return lark(f"start: TEXT\nTEXT: {options}")  # a rule could not have thousands of them
 
 
 def quoted(text: str) -> str:
@@ -200,21 +198,12 @@ def _library() -> Any:
     return llguidance
 
 
-def _with_known_formats(schema: Any) -> Any:
-    """A copy of a schema without the formats of strings that cannot be enforced."""
-    if isinstance(schema, Mapping):
-        return {
-            name: {key: _with_known_formats(each) for key, each in value.items()}
-            if name in _NAMED and isinstance(value, Mapping)
-            else value
-            if name in _VALUES
-            else _with_known_formats(value)
-            for name, value in schema.items()
-            if name != "format" or value in _FORMATS
-        }
-    if isinstance(schema, Sequence) and not isinstance(schema, str):
-        return [_with_known_formats(each) for each in schema]
-    return schema
+@functools.lru_cache(maxsize=1024)
+def _is_beyond(pattern: str) -> bool:
+    """Whether llguidance does not support a pattern, such as one that looks ahead."""
+    schema = {"type": "string", "pattern": pattern}
+    grammar = json.dumps({"grammars": [{"json_schema": schema}]})
+    return "not supported" in _library().LLMatcher.validate_grammar(grammar)
 
 
 def _checked(grammar: str) -> str:

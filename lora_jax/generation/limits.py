@@ -33,12 +33,14 @@ def check(
                 expected="a model that has adapters by name",
                 found=f"a request for {', '.join(adapters)}",
             )
-    biased = [token for token, _ in sampling.logit_bias if not 0 <= token < vocab_size]
-    if biased:
-        problems.append(errors.UserError(
-            expected=f"ids from 0 to {vocab_size - 1}", found=[*map(str, biased)],
-            where="logit_bias",
-        ))  # fmt: skip
+    for where, ids in (
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+        ("stop_token_ids", sampling.stop_token_ids),
+    ):
+        if unknown := [str(token) for token in ids if not 0 <= token < vocab_size]:
+            problems.append(errors.UserError(
+                expected=f"ids from 0 to {vocab_size - 1}", found=unknown, where=where
+            ))  # fmt: skip
     stops = len(sampling.stop_token_ids) + len(eos_ids)
     if sampling.min_tokens and stops > config.MOST_STOP_IDS:
         problems.append(errors.UserError(

@@ -255,6 +255,8 @@ async def _refused(_: requests.Request, error: Exception) -> responses.Response:
 async def _http_error(request: requests.Request, error: Exception) -> responses.Response:
     assert isinstance(error, exceptions.HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code == 404:
+        message += "; here are /v1/chat/completions, /v1/completions and /v1/models"
     return _error(refusal.Refusal(message, status=error.status_code, headers=error.headers))
 
 

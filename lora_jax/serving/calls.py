@@ -1,10 +1,14 @@
 """Calls of tools in a chat's output, and the grammar that forces one."""
 
+import typing
 import uuid
 from typing import Any
 
 from lora_jax import errors
-from lora_jax.serving import protocol, refusal
+from lora_jax.serving import protocol, refusal, structure
+
+if typing.TYPE_CHECKING:
+    import transformers
 
 
 class Parser:
@@ -41,18 +45,30 @@ def _call(call: Any) -> dict[str, Any]:
     }
 
 
-def grammar(chat: protocol.Chat, source: str) -> str | None:
-    """The grammar of a call that tool_choice demands; None if it demands none.
+def grammar(
+    chat: protocol.Chat, source: str, reader: "transformers.PreTrainedTokenizerBase"
+) -> str | None:
+    """The grammar of what tool_choice, response_format and strict tools demand.
 
+    None if they demand none. A forced call has no text that response_format could be about.
     Raises: Refusal if a tool's parameters are no JSON schema that can be followed.
     """
-    if chat.tool_choice in ("none", "auto"):
+    form = chat.asked.structure
+    is_free = chat.tool_choice == "auto" and not form
+    if chat.tool_choice == "none" or (is_free and not chat.tools):
         return None  # without llguidance too
-    from lora_jax.serving import tools
+    from lora_jax.serving import tool_grammar
 
+    text = structure.schema(form) if form and chat.tool_choice == "auto" else None
+    shown = {  # in the text, in which calls are found
+        name: token
+        for name, token in reader.get_added_vocab().items()
+        if token not in reader.all_special_ids
+    }
     try:
-        return tools.grammar(
-            chat.tools, chat.tool_choice, source, parallel=chat.parallel_tool_calls
-        )
+        return tool_grammar.grammar(
+            chat.tools, chat.tool_choice, source,
+            parallel=chat.parallel_tool_calls, text=text, tokens=shown,
+        )  # fmt: skip
     except errors.UserError as error:
         raise refusal.of(error, "tools") from None

@@ -49,6 +49,7 @@ class Generation:
         self._link, self._metrics, self._timeout = link, metrics, timeout
         self._inbox = bridge.Inbox()
         self._since = time.monotonic()
+        self._cut = "abort"  # why choices end that the engine has not ended
         self.choices: list[Choice] = []
 
     def submit(
@@ -78,6 +79,8 @@ class Generation:
         for choice in self.choices:
             if choice.finish_reason is None:
                 choice.request.abort()
+                choice.finish_reason = self._cut
+                self._metrics.finished.add(1, self._cut)
 
     async def pieces(
         self, beat: float | None = None
@@ -93,7 +96,7 @@ class Generation:
             left = end - time.monotonic()
             arrived = await self._inbox.take(max(left if beat is None else min(left, beat), 0))
             if not arrived and time.monotonic() >= end:
-                self._metrics.finished.add(running, "timeout")
+                self._cut = "timeout"
                 raise refusal.Refusal(
                     f"The request took longer than {self._timeout:g} seconds.",
                     status=504, code="timeout", headers=_NO_RETRY,

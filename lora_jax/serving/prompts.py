@@ -127,11 +127,23 @@ class Prompts:
 
 
 def _with_content(message: object) -> object:
-    """OpenAI's clients write the content of an assistant's message without text as null."""
-    if isinstance(message, dict) and message.get("role") == "assistant":
-        calls = message.get("tool_calls") or message.get("function_call")
-        return message if calls or message.get("content") else {**message, "content": ""}
-    return message
+    """An assistant's message as templates read it.
+
+    OpenAI's clients write one without text as null, and one that refuses as `refusal`.
+    """
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        return message
+    content = message.get("content") or message.get("refusal")
+    if isinstance(content, list):
+        content = [
+            {"type": "text", "text": part.get("refusal")}
+            if isinstance(part, dict) and part.get("type") == "refusal"
+            else part
+            for part in content
+        ]
+    if not content and (message.get("tool_calls") or message.get("function_call")):
+        return message
+    return {**message, "content": content or ""}
 
 
 @contextlib.contextmanager

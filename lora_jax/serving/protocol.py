@@ -79,8 +79,11 @@ def chat(body: Mapping[str, Any]) -> Chat:
     most = given.whole("max_completion_tokens", most, least=1)
     tools, choice = structure.tools(given)
     asked = _asked(given, most, top if logprobs else None)
-    if asked.structure and (choice not in ("none", "auto") or (tools and choice == "auto")):
-        given.wrong("response_format", 'cannot be combined with tools; tool_choice: "none" can')
+    if asked.structure and asked.structure.param != "response_format" and choice != "none":
+        given.wrong(
+            asked.structure.param, 'cannot be combined with tools; response_format or '
+            'tool_choice: "none" can'
+        )  # fmt: skip
     continues = given.flag("continue_final_message")
     generate = given.flag("add_generation_prompt", not continues)
     if generate and continues:

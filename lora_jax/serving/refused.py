@@ -25,7 +25,6 @@ BOTH = {
     "priority": Known((0,)),
     "prompt_embeds": Known(),
     "cache_salt": Known(("",)),
-    "service_tier": Known(("auto", "default")),
     "store": Known((False,)),
     # Other servers' names and samplers.
     "repeat_penalty": Known((1,), "use repetition_penalty"),

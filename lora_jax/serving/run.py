@@ -1,6 +1,7 @@
 """Serving until a signal: listen, answer, drain."""
 
 import contextlib
+import errno
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ from lora_jax import errors
 from lora_jax.serving import app, server
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_OF_PORTS = (errno.EADDRINUSE, errno.EACCES)
 
 
 def run(serving: server.Server, listening: socket.socket, ready: Callable[[str], None]) -> None:
@@ -63,7 +65,9 @@ def _taken(listening: socket.socket, host: str, port: int) -> Iterator[None]:
             expected="an address to listen on",
             found=error.strerror or str(error),
             where=f"--host {host} --port {port}",
-            do="choose another --port; 0 takes a free one",
+            do="choose another --port; 0 takes a free one"
+            if error.errno in _OF_PORTS
+            else "choose an address of this machine: 127.0.0.1, or 0.0.0.0 for all of them",
         ) from None
 
 

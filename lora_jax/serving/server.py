@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
+from lora_jax import errors
 from lora_jax.generation import config
 from lora_jax.serving import (
     bridge,
@@ -43,6 +44,7 @@ class Server:
         # A fast tokenizer cannot be used by two threads at once: "Already borrowed".
         self._texts_thread = concurrent.futures.ThreadPoolExecutor(1, "prompts")
         self._loads_thread = concurrent.futures.ThreadPoolExecutor(1, "adapters")
+        self._grammars_thread = concurrent.futures.ThreadPoolExecutor(1, "grammars")
         self._link: bridge.Bridge | None = None
         self._preparing = 0
 
@@ -50,8 +52,8 @@ class Server:
         self._link = bridge.Bridge(self._engine)
 
     def stop(self) -> None:
-        self._texts_thread.shutdown(cancel_futures=True)
-        self._loads_thread.shutdown(cancel_futures=True)
+        for thread in (self._texts_thread, self._loads_thread, self._grammars_thread):
+            thread.shutdown(cancel_futures=True)
 
     @property
     def link(self) -> bridge.Bridge:
@@ -74,9 +76,9 @@ class Server:
         """Answers /v1/chat/completions. Raises: Refusal."""
         chat = protocol.chat(body)
         model, adapters = self._model(chat.asked)
-        ids = await self._in_text_thread(self._prompts.chat, chat)
+        ids = await _within(self._texts_thread, self._prompts.chat, chat)
         source = self._reader.get_chat_template(None, chat.tools or None)
-        forced = await self._in_text_thread(calls.grammar, chat, source)
+        forced = await _within(self._texts_thread, calls.grammar, chat, source, self._reader)
         form = responses.Chat(chat, model, self._texts, source)
         return await self._generate(chat.asked, form, [ids], adapters, forced)
 
@@ -84,7 +86,7 @@ class Server:
         """Answers /v1/completions. Raises: Refusal."""
         completion = protocol.completion(body)
         model, adapters = self._model(completion.asked)
-        ids = await self._in_text_thread(self._prompts.completion, completion)
+        ids = await _within(self._texts_thread, self._prompts.completion, completion)
         form = responses.Completion(completion, model, self._texts)
         return await self._generate(completion.asked, form, ids, adapters, None)
 
@@ -97,7 +99,9 @@ class Server:
         grammar: str | None,
     ) -> "Answer":
         if grammar is None and asked.structure:
-            grammar = await self._in_text_thread(structure.grammar, asked.structure)
+            grammar = await _within(self._texts_thread, structure.grammar, asked.structure)
+        if grammar is not None:
+            await self._compile(grammar, asked.structure.param if asked.structure else "tools")
         samplings = [self._sampling(asked, len(each), grammar, form.usual_tokens) for each in ids]
         self._check_queue(len(ids) * asked.n)
         generation = generating.Generation(self.link, self.metrics, self.limits.timeout)
@@ -108,6 +112,13 @@ class Server:
                 generation.submit(each, sampling, adapters, asked.n, discards=discards)
             stack.pop_all()  # nothing went wrong: the answer ends it
         return Answer(asked, form, generation)
+
+    async def _compile(self, grammar: str, param: str) -> None:
+        """Compiles a grammar while others are answered: it may take seconds. Raises: Refusal."""
+        try:
+            await _within(self._grammars_thread, self._engine.compile_grammar, grammar)
+        except errors.UserError as error:
+            raise refusal.of(error, param) from None
 
     def _sampling(
         self, asked: protocol.Asked, num_prompt: int, grammar: str | None, usual: int | None
@@ -141,10 +152,6 @@ class Server:
                 headers={"Retry-After": "1"},
             )
 
-    async def _in_text_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._texts_thread, function, *arguments)
-
     # ------------------------------------------------------------------ tokens
 
     async def tokenize(self, body: Mapping[str, Any]) -> Json:
@@ -155,13 +162,13 @@ class Server:
         special = given.flag("add_special_tokens", True)
         if "messages" in given:
             chat = protocol.chat(body)
-            ids = await self._in_text_thread(self._prompts.chat, chat)
+            ids = await _within(self._texts_thread, self._prompts.chat, chat)
         else:
             prompt = given.text("prompt")
             if prompt is None and "prompt" not in given:
                 given.wrong("prompt", "expected a string, or messages")
             given.raise_problems()
-            ids = await self._in_text_thread(self._prompts.encode, prompt, special)
+            ids = await _within(self._texts_thread, self._prompts.encode, prompt, special)
         shown = [self._texts.text(each) for each in ids] if show else None
         return {
             "count": len(ids),
@@ -175,10 +182,11 @@ class Server:
         given = fields.Fields(body)
         self.models.chosen(given.text("model"), {})
         ids = given.array("tokens", int, "token ids")
-        if "tokens" not in given or not all(0 <= each < 2**31 for each in ids):
-            given.wrong("tokens", "expected an array of token ids")
+        most = len(self._reader) - 1
+        if "tokens" not in given or not all(0 <= each <= most for each in ids):
+            given.wrong("tokens", f"expected an array of token ids, each from 0 to {most}")
         given.raise_problems()
-        return {"prompt": await self._in_text_thread(self._texts.whole, ids, False)}
+        return {"prompt": await _within(self._texts_thread, self._texts.whole, ids, False)}
 
     def tokenizer_info(self) -> Json:
         """Answers /tokenizer_info: what a client needs to render and encode as this server does."""
@@ -205,10 +213,7 @@ class Server:
             if not value:
                 given.wrong(field, "expected a string")
         given.raise_problems()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(
-            self._loads_thread, lambda: self.models.load(name, path, replace=replace)
-        )
+        await _within(self._loads_thread, lambda: self.models.load(name, path, replace=replace))
         return f"Success: LoRA adapter '{name}' added successfully."
 
     async def unload_adapter(self, body: Mapping[str, Any]) -> str:
@@ -219,8 +224,7 @@ class Server:
         if not name:
             given.wrong("lora_name", "expected a string")
         given.raise_problems()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._loads_thread, self.models.unload, name)
+        await _within(self._loads_thread, self.models.unload, name)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     def metrics_text(self) -> str:
@@ -292,6 +296,13 @@ class Answer:
         if self._asked.include_usage:
             chunk["usage"] = self._generation.usage if self._asked.continuous_usage else None
         return _event(chunk)
+
+
+async def _within(
+    thread: concurrent.futures.Executor, function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """The result of a function that another thread calls."""
+    return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
 
 
 def _event(data: Json) -> str:

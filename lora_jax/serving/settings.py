@@ -46,16 +46,18 @@ class ServeSettings:
         wrong = [
             f"--{name.replace('_', '-')} {getattr(self, name)}"
             for name, least in (
-                ("port", 0), ("max_body", 1), ("max_prompt", 1), ("max_tokens", 1), ("max_n", 1),
+                ("max_body", 1), ("max_prompt", 1), ("max_tokens", 1), ("max_n", 1),
                 ("max_queue", 0), ("timeout", 0.001), ("drain", 0),
             )
             if getattr(self, name) is not None and not getattr(self, name) >= least
         ]  # fmt: skip
-        if self.port > 65535:
-            wrong.append(f"--port {self.port}")
         if self.api_key == "":
             wrong.append("--api-key with an empty key")
         problems = []
+        if not 0 <= self.port <= 65535:
+            problems.append(
+                errors.UserError(expected="a port from 0 to 65535", found=f"--port {self.port}")
+            )
         if wrong:
             problems.append(errors.UserError(expected="limits that allow something", found=wrong))
         if self.allow_runtime_lora and self.adapters_dir is None:

@@ -41,6 +41,17 @@ def grammar(structure: Structure) -> str:
         raise refusal.of(error, structure.param) from None
 
 
+def schema(response_format: Structure) -> str:
+    """The schema of a response_format, as llguidance takes it. Raises: Refusal if it is none."""
+    from lora_jax.generation import grammar as grammars
+
+    asked = response_format.value if response_format.kind == "json" else {"type": "object"}
+    try:
+        return grammars.schema_text(asked, lenient=not response_format.strict)
+    except errors.UserError as error:
+        raise refusal.of(error, response_format.param) from None
+
+
 def read(given: reading.Fields) -> Structure | None:
     """What the text must follow; None if it is free."""
     found = [
@@ -110,12 +121,11 @@ def tools(given: reading.Fields) -> tuple[list[dict[str, Any]], str | dict[str, 
     found = given.array("tools", dict, "objects")
     names = []
     for number, tool in enumerate(found):
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
+        function, name = tool.get("function"), _name(tool)
         parameters = function.get("parameters") if isinstance(function, dict) else None
         if tool.get("type", "function") != "function":
             given.wrong(f"tools.{number}", f'the type {tool.get("type")!r} is not "function"')
-        elif not isinstance(name, str) or not _NAME.fullmatch(name):
+        elif name is None or not _NAME.fullmatch(name):
             given.wrong(f"tools.{number}", "expected function.name of letters, digits, _ . -")
         elif parameters is not None and not isinstance(parameters, dict):
             given.wrong(f"tools.{number}", "function.parameters is no JSON schema")
@@ -126,6 +136,8 @@ def tools(given: reading.Fields) -> tuple[list[dict[str, Any]], str | dict[str, 
     choice = given.get("tool_choice")
     if choice is None:
         return found, "auto" if found else "none"
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        found, choice = _allowed(given, found, choice.get("allowed_tools"))
     if choice in ("none", "auto", "required"):
         if choice == "required" and not found:
             given.wrong("tool_choice", "required without tools")
@@ -137,3 +149,29 @@ def tools(given: reading.Fields) -> tuple[list[dict[str, Any]], str | dict[str, 
     elif function.get("name") not in names:
         given.wrong("tool_choice", f"no tool has the name {function.get('name')!r}")
     return found, choice
+
+
+def _allowed(
+    given: reading.Fields, tools: list[dict[str, Any]], allowed: object
+) -> tuple[list[dict[str, Any]], str]:
+    """The tools that tool_choice leaves of all, and "auto" or "required"."""
+    mode, listed = None, []
+    if isinstance(allowed, dict):
+        mode, listed = allowed.get("mode"), allowed.get("tools")
+    known = {_name(tool): tool for tool in tools}
+    names = [_name(tool) for tool in listed] if isinstance(listed, list) else []
+    if mode not in ("auto", "required") or not names:
+        given.wrong("tool_choice", 'expected allowed_tools: {"mode": "auto" or "required", '
+                    '"tools": [{"type": "function", "function": {"name": …}}, …]}')  # fmt: skip
+        return tools, "auto"
+    for name in names:
+        if name not in known:
+            given.wrong("tool_choice", f"no tool has the name {name!r}")
+    return [tool for name, tool in known.items() if name in names], mode
+
+
+def _name(tool: object) -> str | None:
+    """The name of a function; None if it has none."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None

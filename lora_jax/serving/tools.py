@@ -1,4 +1,4 @@
-"""Calls of tools in generated text, and grammars that force one.
+"""Calls of tools in generated text.
 
 How a model writes a call is read off the text of its chat template:
 
@@ -17,10 +17,8 @@ a call may be without them. Imports no jax.
 import contextlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
-
-from lora_jax.generation import grammar as grammars
+from collections.abc import Collection
+from typing import NamedTuple
 
 
 class Call(NamedTuple):
@@ -48,18 +46,18 @@ _NAME = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 _FIRST_KEYS = ("name", "type", "function", "id", "parameters", "arguments")  # of a call
 _DECODER = json.JSONDecoder(strict=False)  # models write line breaks into strings
 
-_HERMES = Form("<tool_call>", "</tool_call>")
-_MISTRAL = Form("[TOOL_CALLS]", bare="[", named=True)
+HERMES = Form("<tool_call>", "</tool_call>")
+MISTRAL = Form("[TOOL_CALLS]", bare="[", named=True)
 _LLAMA = Form("<|python_tag|>", bare="{", key="parameters")
 _OTHER = Form("<|python_tag|>", bare="{")
 
 
 def form(source: str) -> Form:
     """How calls are written with this chat template."""
-    if _HERMES.opening in source:
-        return _HERMES
-    if _MISTRAL.opening in source:
-        return _MISTRAL
+    if HERMES.opening in source:
+        return HERMES
+    if MISTRAL.opening in source:
+        return MISTRAL
     return _LLAMA if re.search(r'"parameters\\?": ', source) else _OTHER
 
 
@@ -179,50 +177,12 @@ class Parser:
         calls = _calls({"name": name[1], "arguments": value} if name else value)
         if is_bare and not all(self._names is None or call.name in self._names for call in calls):
             calls = []
+        if is_bare and not name and _has_other_keys(value):
+            calls = []
         rest = self._held[end:].lstrip()
         if rest.startswith(self._form.closing):
             return calls, len(self._held) - len(rest) + len(self._form.closing)
         return None if self._form.closing.startswith(rest) and not is_end else (calls, end)
-
-
-def grammar(
-    tools: Sequence[Mapping[str, Any]],
-    choice: str | Mapping[str, Any],
-    source: str,
-    *,
-    parallel: bool = True,
-) -> str | None:
-    """The grammar of the calls that tool_choice demands; None if it is "auto" or "none".
-
-    "required" is one or more calls of any tools, without `parallel` exactly one; a named tool is
-    called once. Arguments follow the tool's `parameters`. Keywords that cannot be enforced are an
-    error in a tool that is `strict`, and have no effect in others.
-    Raises: UserError if parameters are no JSON schema.
-    """
-    if choice in ("auto", "none"):
-        return None
-    named = None if isinstance(choice, str) else choice["function"]["name"]
-    how, rules = form(source), []
-    functions = [tool["function"] for tool in tools]
-    asked = [each for each in functions if named in (None, each["name"])]
-    for number, function in enumerate(asked):
-        schema = function.get("parameters") or {"properties": {}, "additionalProperties": False}
-        text = grammars.schema_text(
-            {"type": "object", **schema}, lenient=function.get("strict") is not True
-        )
-        head = grammars.quoted(f'{{"name": {json.dumps(function["name"])}, "{how.key}": ')
-        rules.append(f'call{number}: {head} arguments{number} "}}"')
-        rules.append(f"arguments{number}: %json {text}")
-    several = parallel and named is None
-    if how is _HERMES:
-        one = r'"<tool_call>\n" call "\n</tool_call>"'
-        start = rf'{one} ("\n" {one})*' if several else one
-    elif how is _MISTRAL:
-        start = '"[" call (", " call)* "]"' if several else '"[" call "]"'
-    else:  # these models write one call at a time
-        start = "call"
-    call = " | ".join(f"call{number}" for number in range(len(asked)))
-    return grammars.lark("\n".join((f"start: {start}", f"call: {call}", *rules)))
 
 
 def _calls(value: object) -> list[Call]:
@@ -230,6 +190,12 @@ def _calls(value: object) -> list[Call]:
     values = value if isinstance(value, list) else [value]
     calls = [_call(each) for each in values]
     return [] if None in calls else [each for each in calls if each]
+
+
+def _has_other_keys(value: object) -> bool:
+    """Whether JSON has keys that a call does not have: an answer that happens to look like one."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(each, dict) and each.keys() - {*_FIRST_KEYS} for each in values)
 
 
 def _call(value: object) -> Call | None:

@@ -319,10 +319,10 @@ def test_pieces_make_the_text_and_never_change():
 
 def test_what_cannot_be_served_is_refused_at_once():
     serving = shared()
-    sampling = config.Sampling(max_new_tokens=500, logit_bias=((512, 1.0),))
+    sampling = config.Sampling(max_new_tokens=500, logit_bias=((512, 1.0),), stop_token_ids=(513,))
     with pytest.raises(errors.UserError) as raised:
         serving.submit([1, 600] * 10, sampling, adapters="pirate")
-    for problem in ("context of 512", "600", "pirate", "logit_bias"):
+    for problem in ("context of 512", "600", "pirate", "logit_bias", "stop_token_ids"):
         assert problem in str(raised.value)
 
 

@@ -114,6 +114,14 @@ def test_a_text_is_one_of_the_choices(readers):
     assert found == set(options)
 
 
+def test_choices_may_be_thousands(readers):
+    reader, compiled = readers["bytes"]
+    matcher = compiled.matcher(grammar.choice([f"option {number}" for number in range(5000)]))
+    for token in reader("option 4711", add_special_tokens=False).input_ids:
+        assert token in allowed(matcher, len(reader) + PADDING) and matcher.accept(token)
+    assert matcher.accept(reader.eos_token_id)
+
+
 def test_a_rule_of_lark_may_use_a_schema(readers):
     rules = 'start: "<" name ">" %json {"type": "boolean"}\nname: /[a-c]+/'
     texts = [walk(*readers["tiny"], grammar.lark(rules), seed) for seed in range(5)]
@@ -185,6 +193,7 @@ def nested(depth):
 
 
 UNIQUE = {"type": "array", "uniqueItems": True}
+AHEAD = {"type": "string", "pattern": r"^(?!^[-+.]*$)\d*$"}  # as pydantic writes a Decimal
 
 
 @pytest.mark.parametrize(
@@ -192,6 +201,8 @@ UNIQUE = {"type": "array", "uniqueItems": True}
     [
         (lambda: grammar.json_schema({"type": "objct"}), "Invalid type: objct"),
         (lambda: grammar.json_schema(UNIQUE), "uniqueItems"),
+        (lambda: grammar.json_schema(AHEAD), "look-around"),
+        (lambda: grammar.json_schema({"pattern": "a("}, lenient=True), "unclosed group"),
         (lambda: grammar.json_schema({"$ref": "file:///etc/passwd"}), "does not fetch"),
         (lambda: grammar.json_schema(False), "nsatisfiable"),
         (lambda: grammar.json_schema([]), "expected: a JSON schema"),
@@ -219,7 +230,7 @@ def test_a_bad_grammar_is_refused_with_its_reason(readers, make, message):
 
 def test_lenient_schemas_leave_out_what_cannot_be_enforced(readers):
     one_of = {"oneOf": [{"type": "object"}, {"required": ["a"]}]}
-    for schema in (UNIQUE, one_of):
+    for schema in (UNIQUE, one_of, AHEAD):
         readers["tiny"][1].matcher(grammar.json_schema(schema, lenient=True))
 
 

@@ -41,10 +41,15 @@ class Engine:
 
     def __init__(self, reader, script, *, context=64, slots=2, adapters=()):
         self.reader, self.context, self.pool = reader, context, Pool(*adapters)
-        self.asked, self.gate = [], threading.Event()
+        self.asked, self.compiled, self.gate = [], [], threading.Event()
         self._script, self._slots = script, slots
         self._waiting = queue.SimpleQueue()
         self._thread = None
+
+    def compile_grammar(self, grammar):
+        if "wrong" in grammar:
+            raise errors.UserError(expected="a grammar", found="a wrong one", where="grammar")
+        self.compiled.append((grammar, threading.current_thread()))
 
     def submit(self, prompt, sampling, *, adapters=None, listener=None):
         if any(each >= len(self.reader) for each in prompt):

@@ -1,5 +1,7 @@
 """Tools and grammars: what the engine is asked for, and what becomes of the text."""
 
+import threading
+
 import fake_engine
 import pytest
 
@@ -96,6 +98,8 @@ def test_an_answer_of_a_tool_is_rendered(says):
         {"structured_outputs": {"choice": ["a", "b"]}},
         {"structured_outputs": {"grammar": 'start: "a"'}},
         {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [TOOL], "response_format": {"type": "json_object"}},
+        {"tools": [{**TOOL, "function": {**TOOL["function"], "strict": True}}]},
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}}},
     ],
 )
@@ -103,10 +107,27 @@ def test_a_grammar_is_asked_for(says, fields):
     client = says("ok")
     client.chat(**fields)
     assert only(client.engine.asked).sampling.grammar
-    client.chat()
+    client.chat(tools=[TOOL])
     assert client.engine.asked[1].sampling.grammar is None
 
 
+def test_a_forced_call_has_no_text_for_a_response_format(says):
+    client = says("ok")
+    for more in ({}, {"response_format": {"type": "json_object"}}):
+        client.chat(tools=[TOOL], tool_choice="required", **more)
+    alone, both = (each.sampling.grammar for each in client.engine.asked)
+    assert alone == both
+
+
 def test_a_grammar_with_an_error_is_the_clients(says):
-    answer = says("ok").chat(structured_outputs={"grammar": "   "})
-    assert answer.status == 400 and answer.error["param"] == "structured_outputs.grammar"
+    for wrong in ("   ", "wrong"):  # which is seen before it is compiled, and by then
+        answer = says("ok").chat(structured_outputs={"grammar": wrong})
+        assert answer.status == 400 and answer.error["param"] == "structured_outputs.grammar"
+
+
+def test_a_grammar_is_compiled_while_others_are_answered(says):
+    client = says("ok")
+    client.chat(structured_outputs={"regex": "a+"})
+    grammar, thread = only(client.engine.compiled)
+    assert grammar == only(client.engine.asked).sampling.grammar
+    assert thread is not threading.current_thread()  # that of the event loop

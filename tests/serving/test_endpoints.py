@@ -262,6 +262,13 @@ def test_the_ids_of_a_chat_are_those_of_the_template(serve):
     assert prompt_text(client).endswith("<assistant>cd")
     client.chat(messages=[*messages[:2], {"role": "assistant", "content": None}])
     assert prompt_text(client).endswith("<assistant><assistant>")
+    refused = (
+        {"content": None, "refusal": "cd"},
+        {"content": [{"type": "refusal", "refusal": "cd"}]},
+    )
+    for each in refused:  # as OpenAI's models do
+        client.chat(messages=[*messages[:2], {"role": "assistant", **each}])
+        assert prompt_text(client).endswith("<assistant>cd<assistant>")
 
 
 @pytest.mark.parametrize(
@@ -327,6 +334,8 @@ def test_tokenize_and_detokenize(serve):
     assert chat["tokens"] == list(client.engine.asked[-1].prompt)
     assert client.post("/detokenize", tokens=found["tokens"]).json == {"prompt": "<s> abcd"}
     assert client.post("/detokenize", tokens=[]).json == {"prompt": ""}
+    unknown = [len(client.engine.reader)]
+    assert client.post("/detokenize", tokens=unknown).error["param"] == "tokens"
     assert client.post("/detokenize", tokens=["a"]).error["param"] == "tokens"
     assert client.post("/detokenize").error["param"] == "tokens"
     assert client.post("/tokenize").error["param"] == "prompt"
@@ -365,6 +374,7 @@ def test_health_version_metrics(serve):
 def test_other_paths_and_methods(serve):
     client = serve()
     assert client.get("/v1/nothing").status == 404
+    assert "/v1/chat/completions" in client.post("/v1/responses", input="ab").error["message"]
     assert client.get("/v1/nothing").error["type"] == "not_found_error"
     assert client.get("/v1/chat/completions").status == 405
     assert client.get("/v1/chat/completions").error

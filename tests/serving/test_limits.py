@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -142,8 +143,16 @@ def test_a_request_that_takes_too_long(held):
     answer = client.chat()
     assert answer.status == 504 and answer.headers["x-should-retry"] == "false"
     assert only_aborted(client)
-    streamed = client.chat(stream=True)
+    streamed = client.chat(stream=True, n=2)
     assert "longer than 0.05 seconds" in streamed.body.decode()
+    assert only_aborted(client) and ended(client) == {"timeout": 3}
+
+
+def ended(client):
+    """How many choices ended, by the reason."""
+    text = client.get("/metrics").body.decode()
+    return {reason: int(count) for reason, count in
+            re.findall(r'^lora_jax_choices_total{reason="(\w+)"} (\d+)$', text, re.M)}  # fmt: skip
 
 
 def only_aborted(client):
@@ -176,6 +185,7 @@ def test_a_client_that_leaves_ends_its_requests(held, stream, script):
 
     client.run(leave())
     assert len(client.engine.asked) == 2 and only_aborted(client)
+    assert ended(client) == {"abort": 2}
 
 
 def test_a_request_that_is_refused_halfway_leaves_nothing_behind(serve):
@@ -190,6 +200,7 @@ def test_what_has_ended_is_not_aborted(serve):
     client.chat()
     client.chat(stream=True)
     assert not any(each.aborted.is_set() for each in client.engine.asked)
+    assert ended(client) == {"stop": 2}
 
 
 def test_pieces_wake_the_loop_up_once(serve):
@@ -262,6 +273,12 @@ def _ask(host, port, engine, answers):
     engine.gate.set()
     answers += [whole + answer.read(), refused]
     connection.close()
+
+
+def test_an_address_of_another_machine():
+    with pytest.raises(errors.UserError, match=r"--host 192\.0\.2\.1") as raised:
+        run.bind("192.0.2.1", 0)
+    assert "127.0.0.1" in raised.value.do and "--port" not in raised.value.do
 
 
 def test_an_address_that_is_taken(serve):

@@ -12,6 +12,14 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 NAMED = {"type": "function", "function": {"name": "f"}}
 
 
+OTHER = {"type": "function", "function": {"name": "g"}}
+
+
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def chat(**given):
     return protocol.chat({"messages": MESSAGES, **given})
 
@@ -132,7 +140,7 @@ def test_all_problems_are_in_one_message(read):
 def test_unknown_and_neutral_fields_are_taken(read):
     read(
         user="me", metadata={"a": "b"}, foo=[1], repeat_penalty=1.0, use_beam_search=False,
-        best_of=None, store=False, mirostat=0, typical_p=1, service_tier="auto", suffix="",
+        best_of=None, store=False, mirostat=0, typical_p=1, service_tier="flex", suffix="",
     )  # fmt: skip
 
 
@@ -183,7 +191,11 @@ def test_logprobs_of_a_chat(given, logprobs):
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"tools": [TOOL], "tool_choice": allowed("any", "f")}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": allowed("auto")}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": allowed("auto", "f", "g")}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"add_generation_prompt": True, "continue_final_message": True},
          "continue_final_message"),
     ],
@@ -208,6 +220,17 @@ def test_what_is_wrong_with_a_chat_is_named(given, param):
 )
 def test_the_choice_of_a_tool(given, choice):
     assert chat(**given).tool_choice == choice
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_the_allowed_tools_are_left(mode):
+    read = chat(tools=[TOOL, OTHER], tool_choice=allowed(mode, "g"))
+    assert (read.tools, read.tool_choice) == ([OTHER], mode)
+
+
+def test_tools_go_with_a_response_format():
+    read = chat(tools=[TOOL], response_format={"type": "json_object"})
+    assert read.tool_choice == "auto" and read.asked.structure.kind == "json_object"
 
 
 @pytest.mark.parametrize(

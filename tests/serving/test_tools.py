@@ -4,10 +4,11 @@ import json
 import random
 
 import pytest
+import transformers
 
 from lora_jax import assets, errors, tokenizer
 from lora_jax.generation import grammar
-from lora_jax.serving import tools
+from lora_jax.serving import tool_grammar, tools
 
 HERMES = "…within <tool_call></tool_call> XML tags…"
 MISTRAL = "{{- '[TOOL_CALLS] [' }}"
@@ -61,6 +62,8 @@ TABLE = {
                     '"parameters": {}}}', None, [TIME]),
     "llama, another name": (LLAMA, '{"name": "Ada", "parameters": {}}',
                             '{"name": "Ada", "parameters": {}}', []),
+    "llama, JSON with the name of a tool": (LLAMA, '{"name": "weather", "wind": 3}',
+                                            '{"name": "weather", "wind": 3}', []),
     "llama, JSON": (LLAMA, '{"city": "Paris", "x": {}} ok', '{"city": "Paris", "x": {}} ok', []),
     "llama, JSON later": (LLAMA, 'So {"name": "get_time", "parameters": {}}',
                           'So {"name": "get_time", "parameters": {}}', []),
@@ -185,7 +188,7 @@ FORMS = {HERMES: '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>',
 )
 def test_a_forced_call_follows_its_parameters(compiled, source, choice, name, arguments, fits):
     text = FORMS[source] % (name, arguments)
-    forced = tools.grammar(TOOLS, choice, source)
+    forced = tool_grammar.grammar(TOOLS, choice, source)
     assert accepts(compiled, text, forced) is fits
     assert not accepts(compiled, "Hello", forced)
     if fits:
@@ -195,21 +198,77 @@ def test_a_forced_call_follows_its_parameters(compiled, source, choice, name, ar
 def test_only_required_calls_may_be_several(compiled):
     one = FORMS[HERMES] % ("weather", '{"city": "Rome"}')
     two = f"{one}\n{one}"
-    assert accepts(compiled, two, tools.grammar(TOOLS, "required", HERMES))
-    assert not accepts(compiled, two, tools.grammar(TOOLS, "required", HERMES, parallel=False))
-    assert not accepts(compiled, two, tools.grammar(TOOLS, NAMED, HERMES))
+    assert accepts(compiled, two, tool_grammar.grammar(TOOLS, "required", HERMES))
+    assert not accepts(
+        compiled, two, tool_grammar.grammar(TOOLS, "required", HERMES, parallel=False)
+    )
+    assert not accepts(compiled, two, tool_grammar.grammar(TOOLS, NAMED, HERMES))
     assert len(tools.parse(two, HERMES)[1]) == 2
 
 
 @pytest.mark.parametrize("choice", ["auto", "none"])
 def test_nothing_is_forced_without_need(choice):
-    assert tools.grammar(TOOLS, choice, HERMES) is None
+    assert tool_grammar.grammar(TOOLS, choice, HERMES) is None
+
+
+@pytest.mark.parametrize("source", FORMS)
+def test_a_call_or_else_json(compiled, source):
+    """What tools beside a response_format leave."""
+    text = grammar.schema_text({"properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    either = tool_grammar.grammar(TOOLS, "auto", source, text=text)
+    call, answer = FORMS[source] % ("weather", '{"city": "Rome"}'), '{"n": 5}'
+    assert accepts(compiled, call, either) and accepts(compiled, answer, either)
+    assert not accepts(compiled, call.replace("Rome", "Oslo"), either)
+    assert not accepts(compiled, "Hello", either) and not accepts(compiled, '{"m": 5}', either)
+    assert tools.parse(answer, source, NAMES) == (answer, [])
+
+
+def test_a_tag_that_is_one_token_is_written_with_it():
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    reader = tokenizer.load(assets.FOLDER)
+    tags = [transformers.AddedToken(tag, special=False) for tag in ("<tool_call>", "</tool_call>")]
+    reader.add_tokens(tags)  # as Qwen's tokenizer has them
+    tokens = reader.get_added_vocab()
+    compiled = reader, grammar.Grammar(reader, len(reader), [reader.eos_token_id])
+    text = "\n".join([FORMS[HERMES] % ("get_time", "{}")] * 2)
+    assert tokens["<tool_call>"] in reader(text).input_ids
+    assert accepts(compiled, text, tool_grammar.grammar(TOOLS, "required", HERMES, tokens=tokens))
+    assert not accepts(compiled, text, tool_grammar.grammar(TOOLS, "required", HERMES))
+
+
+def test_a_function_without_parameters_gets_no_arguments(compiled):
+    for parameters in ({"type": "object", "properties": {}}, {}, None):
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        forced = tool_grammar.grammar([tool], "required", HERMES)
+        assert accepts(compiled, FORMS[HERMES] % ("f", "{}"), forced)
+        assert not accepts(compiled, FORMS[HERMES] % ("f", '{"a": 1}'), forced)
 
 
 def test_parameters_of_a_strict_tool_must_be_enforced(compiled):
     schema = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
     with pytest.raises(errors.UserError, match="uniqueItems"):
-        compiled[1].matcher(tools.grammar([tool], "required", HERMES))
+        compiled[1].matcher(tool_grammar.grammar([tool], "required", HERMES))
     tool["function"]["strict"] = False
-    compiled[1].matcher(tools.grammar([tool], "required", HERMES))
+    compiled[1].matcher(tool_grammar.grammar([tool], "required", HERMES))
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_calls_of_a_strict_tool_in_free_text_follow_its_parameters(tagged):
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    reader = tokenizer.load(assets.FOLDER)
+    tags = ("<tool_call>", "</tool_call>", "<think>", "</think>") if tagged else ()
+    reader.add_tokens([transformers.AddedToken(tag, special=False) for tag in tags])
+    tokens = reader.get_added_vocab() if tagged else {}
+    compiled = reader, grammar.Grammar(reader, len(reader), [reader.eos_token_id])
+    strict = [{"function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+    free = tool_grammar.grammar(strict, "auto", HERMES, tokens=tokens)
+    call = FORMS[HERMES] % ("weather", '{"city": "Rome"}')
+    good = ["", "Hello < you >", call, f"I look.\n{call}\n{call}\nDone.",
+            "<think>So: a tool.</think>" + FORMS[HERMES] % ("get_time", "{}")]  # fmt: skip
+    bad = [FORMS[HERMES] % ("weather", '{"city": "Oslo"}'), FORMS[HERMES] % ("other", "{}"),
+           call.removesuffix("</tool_call>"), "The tag <tool_call> is a tag."]  # fmt: skip
+    assert all(accepts(compiled, text, free) for text in good)
+    assert not any(accepts(compiled, text, free) for text in bad)
+    for source in (MISTRAL, LLAMA, OTHER):  # where a call has no tags of its own
+        assert tool_grammar.grammar(strict, "auto", source) is None

@@ -16,12 +16,27 @@ import tempfile
 
 import server
 
-ROWS = [
+ROWS = [  # (context, continuations: the first one is right)
     ("Once upon a time, there was a little", [" girl", " dog", " cloud", " moon named"]),
     ("Lily and Tom went to the", [" park", " store to buy", " sky", " red"]),
     ("The cat was very", [" happy", " sad and cried", " blue", " box"]),
     ("He saw a big, red", [" ball", " apple on the tree", " mom", " ran"]),
     ("“Thank you”, said the", [" bird", " girl", " boy 🙂", " naïve fish"]),
+    ("One day, a boy named Tim", [" went", " was playing", " tree", " the"]),
+    ("The sun was shining and the birds were", [" singing", " blue", " mom", " ate a car"]),
+    ("She put the toy in the", [" box", " happy", " jumped", " sky and sad"]),
+    ("Mom said, “Be", [" careful", " nice to him", " dog", " 17"]),
+    ("They played together all", [" day", " night long", " cat", " because"]),
+    ("The dog ran after the", [" ball", " cat up the tree", " sleepy", " said"]),
+    ("Tom was sad because he lost his", [" toy", " red hat", " happy", " and"]),
+    ("The bird could fly very", [" high", " far away", " table", " named"]),
+    ("Anna wanted to eat the", [" cake", " cookie", " cloud", " of"]),
+    ("It was time to go", [" home", " to bed", " a", " yellow"]),
+    ("The boy and the girl were best", [" friends", " toys", " park", " ran"]),
+    ("He said sorry and gave her a", [" hug", " big hug", " sad", " the"]),
+    ("The little fish lived in the", [" sea", " big blue water", " happy", " said"]),
+    ("She opened the door and saw a", [" cat", " big surprise", " to", " slowly"]),
+    ("From that day on, they were", [" friends", " always kind", " door", " the"]),
 ]
 CHOICES = """\
 task: choices
@@ -57,17 +72,23 @@ def own(path: str) -> None:
     from lora_jax.checkpoints import loader
 
     model, reader = loader.load(server.STORIES), tokenizer.load(server.STORIES)
-    found = []
-    for context, continuation in json.loads(pathlib.Path(path).read_text()):
+    pairs, lengths, rows = json.loads(pathlib.Path(path).read_text()), [], []
+    for context, continuation in pairs:
         # lm-eval asks /tokenize for ids without BOS, and puts it before whole texts itself.
         known = reader(context, add_special_tokens=False).input_ids or [reader.bos_token_id]
         ids = reader(context + continuation, add_special_tokens=False).input_ids
-        ids = ids if context else [*known, *ids]
-        logits = np.asarray(model(np.asarray([ids])), np.float64)[0, :-1]
-        top = logits.max(-1, keepdims=True)
-        logprobs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-        rows = np.arange(len(known) - 1, len(ids) - 1)
-        found.append(float(logprobs[rows, ids[len(known) :]].sum()))
+        rows.append(ids if context else [*known, *ids])
+        lengths.append(len(known))
+    batch = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in zip(batch, rows, strict=True):
+        row[: len(ids)] = ids
+    logits = np.asarray(model(batch), np.float64)
+    top = logits.max(-1, keepdims=True)
+    logprobs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    found = [
+        float(own[np.arange(known - 1, len(ids) - 1), ids[known:]].sum())
+        for own, known, ids in zip(logprobs, lengths, rows, strict=True)
+    ]
     print(json.dumps(found))
 
 
@@ -111,6 +132,8 @@ def main() -> int:
         ).stdout.splitlines()[-1])  # fmt: skip
     for pair, one, other in zip(pairs, ours, theirs, strict=True):
         print(f"{one:12.5f} {other:12.5f}  {pair}")
+    right = [max(each[n : n + 4]) == each[n] for each in (ours, theirs) for n in range(0, 80, 4)]
+    print(f"right of 20: {sum(right[:20])} by lora_jax, {sum(right[20:])} by lm-eval")
     worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"{len(ours)} log-likelihoods; the largest difference is {worst:.1e}")
     return int(worst > 1e-4)
