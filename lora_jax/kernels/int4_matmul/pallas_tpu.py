@@ -153,13 +153,13 @@ def _call(
 
 @jax.custom_batching.custom_vmap
 def _in_main_memory(stack: jax.Array) -> jax.Array:
-    """The same array, which XLA leaves where it is."""
+    """The same array, which XLA leaves where it is unless it is mapped over (jax.vmap)."""
     return pltpu.with_memory_space_constraint(stack, pltpu.HBM)
 
 
 @_in_main_memory.def_vmap
-def _(_, batched, stack):  # for which JAX has no rule
-    return _in_main_memory(stack), batched[0]
+def _(_, batched, stack):  # jax 0.9 cannot map over an array with a memory space
+    return stack, batched[0]
 
 
 def _kernel(group, scaled_in, steps, shared, transpose, *refs):
