@@ -47,7 +47,10 @@ class Distance(NamedTuple):
 # The first is what the tests of the kernels allow for bfloat16, to which some devices round the
 # operands of products of float32. A missing tile of 128 of 4,096 summands makes 0.18 in its rows.
 LIMITS = Distance(whole=2e-2, row=8e-2, element=0.5)
-_FLOOR = 0.1  # of the RMS of all rows: a row that is smaller is compared with that
+# Of the RMS of all rows: a row that is smaller is compared with that. A query that sees almost one
+# key alone has hardly a gradient, and rounding the output of attention to bfloat16, as all kernels
+# do, makes errors of 0.01 of the RMS there.
+_FLOOR = 0.5
 
 
 class Finding(NamedTuple):

@@ -10,7 +10,7 @@ from lora_jax.planning import chips
 from lora_jax.selftest import case
 
 TINY = doctor_cases.Sizes(
-    matmuls=((64, 128),), stack=3 * 64 * 64, rows=((1, 16), (16,)), tokens=(32,), heads=(4, 2, 8),
+    matmuls=((64, 128),), stack=3 * 64 * 64, rows=((1, 16), (16,)), tokens=(64,), heads=(16, 4, 16),
     vocabulary=(64, 32),
 )  # fmt: skip
 

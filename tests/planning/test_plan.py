@@ -60,7 +60,8 @@ LLAMA_70B = jobs.Job(architecture(8192, 28672, 80, 64, 8, 128256))
 
 
 @pytest.mark.parametrize(
-    # shared: products of attention that XLA computes only once, because there is a single block
+    # shared: products of attention that XLA may compute only once, because there is a single block;
+    # that of jax 0.10 does, that of 0.12 does not
     "remat, names, beta, shared",
     [("full", "all-linear", None, 1), ("dots", ("q_proj", "v_proj"), 0.1, 0)],
 )
@@ -73,7 +74,8 @@ def test_the_compiled_step_has_the_planned_operations_and_bytes(remat, names, be
     compiled = program.lower(mesh).compile()
     planned = operations.operations(job)
     shared *= planned.attention // 9  # its products
-    assert hlo.dot_flops(hlo.parse(compiled.as_text())) == planned.total - shared
+    counted = hlo.dot_flops(hlo.parse(compiled.as_text()))
+    assert counted in (planned.total, planned.total - shared)
     stays = sum(memory.memory(job, ONE, "cpu").resident.values())
     # To the byte, except for layer indices and step counts.
     taken = compiled.memory_analysis().argument_size_in_bytes

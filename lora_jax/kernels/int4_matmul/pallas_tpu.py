@@ -47,8 +47,6 @@ def matmul(
         raise ValueError(f"expected x [M, {n if transpose else k}], found {x.shape}")
     if reason := refusal(*shape, transpose=transpose):
         raise ValueError(reason)
-    if column_scale is None:
-        column_scale = jnp.ones((q.shape[0], 1, n), jnp.float32)
     chip = tpu_tiles.chip_here()
     tile = tpu_tiles.choose(*shape, transpose, chip)
     held = tpu_tiles.held_bytes(tile, n if transpose else k, x.dtype)
@@ -109,7 +107,8 @@ def _call(
     if not interpret:
         # XLA does not know that the kernel reads one layer, and would move a whole stack into the
         # memory on the chip in each iteration of a loop.
-        q, scale, column_scale = map(_in_main_memory, (q, scale, column_scale))
+        q, scale, column_scale = jax.tree.map(_in_main_memory, (q, scale, column_scale))
+    columns = () if column_scale is None else (column_scale,)
     # A block of scales covers `shared` tiles, as many as make its rows whole, or all of them.
     tile_groups = tile_k // group
     shared = math.lcm(tile_groups, tpu_tiles.scale_unit(scale.dtype)) // tile_groups
@@ -134,7 +133,7 @@ def _call(
                 pl.BlockSpec((tile.rows, tile.contracted), lambda i, j, step, layer: (i, step)),
                 pl.BlockSpec((None, tile_k // 8, tile_n), weight_block(1)),
                 pl.BlockSpec((None, scale_rows, tile_n), weight_block(shared)),
-                pl.BlockSpec((None, 1, tile_n), weight_block(pl.cdiv(k, tile_k))),
+                *[pl.BlockSpec((None, 1, tile_n), weight_block(pl.cdiv(k, tile_k)))] * len(columns),
             ],
             out_specs=pl.BlockSpec((tile.rows, tile.outputs), lambda i, j, step, layer: (i, j)),
             scratch_shapes=[pltpu.VMEM(sums, jnp.float32), pltpu.VMEM(scales, jnp.float32)],
@@ -149,24 +148,26 @@ def _call(
             transcendentals=0,
         ),
         interpret=interpret,
-    )(layer, x, q, scale, column_scale)
+    )(layer, x, q, scale, *columns)
 
 
 @jax.custom_batching.custom_vmap
 def _in_main_memory(stack: jax.Array) -> jax.Array:
-    """The same array, which XLA leaves where it is."""
+    """The same array, which XLA leaves where it is unless it is mapped over (jax.vmap)."""
     return pltpu.with_memory_space_constraint(stack, pltpu.HBM)
 
 
 @_in_main_memory.def_vmap
-def _(_, batched, stack):  # for which JAX has no rule
-    return _in_main_memory(stack), batched[0]
+def _(_, batched, stack):  # jax 0.9 cannot map over an array with a memory space
+    return stack, batched[0]
 
 
 def _kernel(group, scaled_in, steps, shared, transpose, *refs):
-    _, x_ref, q_ref, scale_ref, column_ref, out_ref, sum_ref, scale_tile_ref = refs
+    _, x_ref, q_ref, scale_ref, *column_refs, out_ref, sum_ref, scale_tile_ref = refs
     tile_k = q_ref.shape[0] * 8
-    scales = scale_ref[...].astype(jnp.float32) * column_ref[...]
+    scales = scale_ref[...].astype(jnp.float32)
+    for column_ref in column_refs:  # one or none
+        scales = scales * column_ref[...]
     if shared > 1:
         # In float32, because a tile's first row is aligned there, while in int8 it is not.
         scale_tile_ref[: scales.shape[0]] = scales

@@ -72,7 +72,7 @@ def _follow(
         if (mark := str(eqn.params.get("name", ""))).startswith(_MARKER):
             lost |= {n for i, n in enumerate(own) if n is not None and (i or mark != _name(n))}
         elif name == "scan":
-            consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+            consts, carry = _consts_and_carry(eqn)
             carried = own[consts : consts + carry]
             given = [*own[:consts], *[None] * carry, *own[consts + carry :]]
             found = _follow_inner(inner, given, sites, lost)
@@ -100,6 +100,18 @@ def _follow_inner(inner, own, sites, lost):
     weights = {var: number for var, number in zip(jaxpr.invars, own, strict=True)
                if number is not None}  # fmt: skip
     return _follow(jaxpr, weights, sites, lost)
+
+
+def _consts_and_carry(scan: Any) -> tuple[int, int]:
+    """The numbers of inputs that each turn of a scan shares, and hands to the next.
+
+    What is scanned over has an axis more outside. The names of the parameters that say the same
+    depend on JAX's version.
+    """
+    inner = getattr(scan.params["jaxpr"], "jaxpr", scan.params["jaxpr"])
+    whole = lambda outer, own: len(outer.aval.shape) == len(own.aval.shape)  # noqa: E731
+    carry = sum(map(whole, scan.outvars, inner.outvars))
+    return sum(map(whole, scan.invars, inner.invars)) - carry, carry
 
 
 def _is_slicing(site: Site, eqn: Any) -> bool:
