@@ -153,9 +153,9 @@ def test_the_triton_kernel_reads_its_stack_in_place(run, results):
 
 @of("decode-", among=[run for run in GPU_RUNS if run[1] == aot.A100 and "kernel" not in run[0]])
 def test_decoding_on_an_a100_writes_no_weight(run, results):
-    """There are seven products per layer."""
+    """There are seven products per layer, and attention."""
     result = results(run)
-    assert result["kernels"] == {"triton": 7 * 32}
+    assert result["kernels"] == {"triton": 8 * 32}
     assert not result["dense"] and not result["packed"]
 
 
