@@ -62,7 +62,7 @@ def a_stream_of_a_chat(client):
 def the_helper_for_streams(client):
     model = client.models.list().data[0].id
     with client.chat.completions.stream(
-        model=model, messages=ASK, max_completion_tokens=60, temperature=0, n=2, stop="."
+        model=model, messages=ASK, max_completion_tokens=60, temperature=0, n=2, stop=" "
     ) as stream:
         kinds = {event.type for event in stream}
         answer = stream.get_final_completion()
