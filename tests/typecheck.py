@@ -7,7 +7,9 @@ import typing
 import beartype
 import jaxtyping
 
-check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+check = beartype.beartype(
+    conf=beartype.BeartypeConf(is_pep484_tower=True, violation_type=TypeError)
+)
 _jaxtyped = jaxtyping.jaxtyped
 _ARRAY = type(jaxtyping.Float[jaxtyping.Array, ""])
 
