@@ -16,7 +16,8 @@ class Place(NamedTuple):
 
     def put(self, new: Any) -> None:
         """Replaces what is in this place."""
-        if isinstance(self.holder, nnx.Pytree):
+        # Some versions of Flax keep the items of an nnx.List as attributes with numbers for names.
+        if isinstance(self.holder, nnx.Pytree) and isinstance(self.key, str):
             setattr(self.holder, self.key, new)
         else:
             self.holder[self.key] = new
