@@ -60,7 +60,7 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q kᵀ / √H, over the visible keys) v, as attention.to_cache defines it.
+    """softmax(q kᵀ / √H, over the visible keys) v, as cached.attend defines it.
 
     interpret: run without a GPU, in Pallas's interpreter.
     """

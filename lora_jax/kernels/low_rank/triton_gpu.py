@@ -99,11 +99,11 @@ def expand(
     interpret: run without a GPU, in Pallas's interpreter.
     """
     (rows, n), rank, slots = y.shape, mixed.shape[1], weights.shape[1]
-    padded = _padded(rows)
+    padded, biases = _padded(rows), () if bias is None else (bias,)
     columns = 32 if n <= 4096 else _STEP  # enough programs to keep a GPU busy
     of_y = pl.BlockSpec((padded, columns), lambda column: (0, column))
     return pl.pallas_call(
-        functools.partial(_expand, rows=rows, columns=columns, has_bias=bias is not None),
+        functools.partial(_expand, rows=rows, columns=columns),
         grid=(n // columns,),
         in_specs=[
             pl.BlockSpec(),
@@ -112,19 +112,17 @@ def expand(
             pl.BlockSpec(),
             pl.BlockSpec((padded, slots), lambda column: (0, 0)),
             pl.BlockSpec(),
-            *([] if bias is None else [pl.BlockSpec()]),
+            *[pl.BlockSpec()] * len(biases),
         ],
         out_specs=of_y,
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="expand",
-    )(layer.reshape(1), y, mixed, B, weights, stretch, *([] if bias is None else [bias]))
+    )(layer.reshape(1), y, mixed, B, weights, stretch, *biases)
 
 
-def _expand(
-    layer_ref, y_ref, mixed_ref, b_ref, weights_ref, stretch_ref, *refs, rows, columns, has_bias
-):
+def _expand(layer_ref, y_ref, mixed_ref, b_ref, weights_ref, stretch_ref, *refs, rows, columns):
     *bias_refs, out_ref = refs
     own = pl.ds(pl.program_id(0) * columns, columns)
     layer, is_row = layer_ref[0], (jnp.arange(len(y_ref)) < rows)[:, None]
@@ -143,7 +141,9 @@ def _expand(
     none = jnp.zeros(y.shape, jnp.float32)
     extra = lax.fori_loop(0, mixed_ref.shape[1] // step, add, none)
     total = lax.fori_loop(0, weights_ref.shape[1], stretched, none)
-    unbiased = y - bias_refs[0][own].astype(jnp.float32)[None] if has_bias else y
+    unbiased = y
+    for bias_ref in bias_refs:  # one or none
+        unbiased -= bias_ref[own].astype(jnp.float32)[None]
     out = (y + extra + total * unbiased).astype(out_ref.dtype)
     plgpu.store(out_ref.at[:, :], out, mask=is_row)
 

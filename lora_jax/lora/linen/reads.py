@@ -109,7 +109,10 @@ def _consts_and_carry(scan: Any) -> tuple[int, int]:
     depend on JAX's version.
     """
     inner = getattr(scan.params["jaxpr"], "jaxpr", scan.params["jaxpr"])
-    whole = lambda outer, own: len(outer.aval.shape) == len(own.aval.shape)  # noqa: E731
+
+    def whole(outer, own):
+        return len(outer.aval.shape) == len(own.aval.shape)
+
     carry = sum(map(whole, scan.outvars, inner.outvars))
     return sum(map(whole, scan.invars, inner.invars)) - carry, carry
 
