@@ -230,7 +230,10 @@ def _chat_template(folder: pathlib.Path) -> typing.Any:
 def _read_json(path: pathlib.Path) -> dict:
     """The object in a JSON file, {} if there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+        return found
     except (OSError, ValueError, RecursionError) as error:
         raise errors.UserError(
             expected="a JSON object",

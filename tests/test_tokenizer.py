@@ -164,7 +164,7 @@ def test_text_that_is_not_unicode_is_reported(folder):
         tokenizer.encode(tokenizer.load(folder), ["ab", "caf\udce9"])
 
 
-@pytest.mark.parametrize("text", ["[" * 10**5, "{", "\udcff"])
+@pytest.mark.parametrize("text", ["[" * 10**5, "{", "\udcff", "[]", "null"])
 def test_a_json_file_that_cannot_be_read_is_named(folder, text):
     path = folder / "generation_config.json"
     path.write_text(text, errors="surrogateescape")

@@ -82,7 +82,7 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
 def main() -> None:
     settings = settings_of(parse())
     from lora_jax import hub, tokenizer
-    from lora_jax.data import bad_rows, chat, clock, encoding, mixture, packing, sources
+    from lora_jax.data import bad_rows, chat, clock, encoding, fields, mixture, packing, sources
     from lora_jax.models import config as model_config
 
     data = settings.data
@@ -95,6 +95,9 @@ def main() -> None:
     for _, source in files:
         if note := sources.note(source):
             console.say("files", note)
+    for (_, source), found in zip(files, loaded, strict=True):
+        if unused := fields.unused(found, in_pairs=data.dpo):
+            console.say("columns", f"not used of {console.near(source)}: {unused}")
     folder = hub.tokenizer_folder(settings.model.model, settings.model.revision)
     architecture = model_config.load(folder)
     seq_len = data.resolve_seq_len(architecture.context)

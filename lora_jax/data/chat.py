@@ -123,7 +123,7 @@ class Encoder:
     def _template(self, fields: Mapping[str, typing.Any]) -> template.Template:
         tools = reading.parsed(fields.get("tools"))
         options = reading.parsed(fields.get("chat_template_kwargs"))
-        if tools is not None and not (
+        if tools and not (
             isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
         ):
             raise ChatError("tools is not a list of objects")

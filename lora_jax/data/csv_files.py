@@ -21,7 +21,8 @@ _EXCEL = re.compile(r"sep=(.)\s*", re.IGNORECASE)  # its first line, which names
 def read(path: pathlib.Path, start: Position) -> Iterator[Record]:
     """The rows of a file whose first row has the names of the columns.
 
-    All values stay strings: a column of numbers is as good a completion as any other.
+    All values stay strings: a column of numbers is as good a completion as any other. An empty
+    field is a missing value (None), as pandas and `datasets` read it.
     Raises: UserError if a field's name occurs twice, the separator cannot be told, or a quote is
     never closed.
     """
@@ -34,8 +35,11 @@ def read(path: pathlib.Path, start: Position) -> Iterator[Record]:
     for number, fields, after in rows:
         if isinstance(fields, str):
             yield Record(number, fields, after)
+        elif fields == header and len(header) > 1:  # of a file that was put behind another
+            yield Record(number, "the header again", after)
         elif len(fields) == len(names):
-            yield Record(number, dict(zip(names, fields, strict=True)), after)
+            values = (field or None for field in fields)
+            yield Record(number, dict(zip(names, values, strict=True)), after)
         else:
             wrong = f"{len(fields)} fields, {len(names)} in the header"
             yield Record(number, wrong, after)
@@ -44,18 +48,19 @@ def read(path: pathlib.Path, start: Position) -> Iterator[Record]:
 def _rows(
     path: pathlib.Path, start: Position, separator: str
 ) -> Iterator[tuple[int, typing.Any, Position]]:
-    """(first line, fields or what is wrong with them, position after it) of rows with a field."""
+    """(first line, fields or what is wrong with them, position after it) of rows with a value."""
     csv.field_size_limit(sys.maxsize)
-    at = start
+    at, begins = start, True
 
     def lines() -> Iterator[str]:
-        nonlocal at
+        nonlocal at, begins
         for _, line, at, *_ in records.lines(path, start, returns=True):  # noqa: B007
-            yield typing.cast(str, line)
+            text, first, begins = typing.cast(str, line), begins, False
+            yield text.removeprefix("\ufeff") if first else text
 
     reader = csv.reader(lines(), strict=True, delimiter=separator)
     while True:
-        number = at[1] + 1
+        number, begins = at[1] + 1, True
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -69,7 +74,7 @@ def _rows(
             fields = str(error)
         if fields is None:
             return
-        if fields:
+        if any(fields) or len(fields) == 1:  # spreadsheets end with rows of separators
             yield number, fields, at
 
 

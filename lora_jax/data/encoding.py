@@ -233,8 +233,8 @@ def _messages(
 ) -> tuple[list[dict[str, typing.Any]], int]:
     """(a chat's messages, how many at its beginning are the prompt)."""
     if kind in kinds.CHATS:
-        return messages.read(fields[kind[0]], kind[0]), 0
-    prompt = messages.read_as("user", fields["prompt"], "prompt")
+        return messages.with_system(messages.read(fields[kind[0]], kind[0]), fields), 0
+    prompt = messages.with_system(messages.read_as("user", fields["prompt"], "prompt"), fields)
     return prompt + messages.read_as("assistant", fields["completion"], "completion"), len(prompt)
 
 

@@ -74,7 +74,7 @@ def is_document(path: pathlib.Path) -> bool:
 
 def _txt(path: pathlib.Path, start: Position) -> Iterator[Record]:
     for number, line, after, *_ in records.lines(path, start, returns=True):
-        yield Record(number, {STREAM: line}, after)
+        yield Record(number, {STREAM: str(line).removeprefix("\ufeff")}, after)
 
 
 class _Format(typing.NamedTuple):

@@ -2,7 +2,7 @@
 
 In a folder the names of files and folders tell the splits, as in `datasets`: train.jsonl,
 test/1.jsonl, train_sft-00000-of-00002.parquet. A folder that Dataset.save_to_disk wrote says itself
-which files it has.
+which files it has, and so may a README.md.
 """
 
 import glob
@@ -14,13 +14,14 @@ import typing
 from collections.abc import Sequence
 
 from lora_jax import errors, hub
-from lora_jax.data import compression, files
+from lora_jax.data import compression, dataset_card, files
 
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+_ENDS = re.compile(r"(?P<folder>.+?)(?::(?P<config>[^:@/]+))?(?:@(?P<split>[^:@/]+))?")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _IGNORED = re.compile(  # files that describe the data
     r"(readme|license|licence|notice|requirements|changelog)\b.*"
@@ -44,18 +45,23 @@ class Found(typing.NamedTuple):
 def find(source: str) -> Found | None:
     """The files of a local source; None for a hub id.
 
-    A folder may be followed by `@split`; the default is the train split.
-    Raises: UserError if there is no such file or split, or a folder's files do not go together.
+    A folder may be followed by `:config`, one of its README.md, and by `@split`; the default is the
+    train split.
+    Raises: UserError if there is no such file, configuration or split, or a folder's files do not
+    go together.
     """
-    path, split = pathlib.Path(source).expanduser(), ""
-    if not path.exists() and "@" in path.name:
-        folder, _, name = source.rpartition("@")
-        if pathlib.Path(folder).expanduser().is_dir():
-            path, split = pathlib.Path(folder).expanduser(), name
+    path, config, split = pathlib.Path(source).expanduser(), "", ""
+    ends = _ENDS.fullmatch(source)
+    if ends and not path.exists() and pathlib.Path(ends["folder"]).expanduser().is_dir():
+        path = pathlib.Path(ends["folder"]).expanduser()
+        config, split = ends["config"] or "", ends["split"] or ""
     if path.is_file():
         return Found([path], [path.name])
     if path.is_dir():
-        return _saved(path, split) or _folder(path, split)
+        if not config and (saved := _saved(path, split)):
+            return saved
+        card = dataset_card.choose(path, config)
+        return _of_card(path, card, split) if card else _folder(path, split)
     if glob.has_magic(source):
         if matching := sorted(glob.glob(str(path), recursive=True)):
             return _matching([pathlib.Path(each) for each in matching], path)
@@ -105,6 +111,29 @@ def _folder(folder: pathlib.Path, split: str) -> Found:
     _refuse_copies(kept, str(folder))
     which = f"the {wanted} split of {folder}" if splits != [""] else str(folder)
     return Found(kept, _named(kept, folder), f"{which}; not read: {_some(left)}" if left else "")
+
+
+def _of_card(folder: pathlib.Path, card: dataset_card.Config, split: str) -> Found:
+    """The files of a split of a configuration that the README.md lists."""
+    if not card.files:
+        return _folder(folder / card.folder, split)
+    wanted = split or "train"
+    if wanted not in card.files:
+        raise _no_split(folder, wanted, [*card.files])
+    kept = {}
+    for pattern in card.files[wanted]:
+        matching = glob.glob(pattern, root_dir=folder, recursive=True)
+        if not matching:
+            raise errors.UserError(
+                expected=f"the files of the configuration {card.name}",
+                found=f"none that match {pattern}",
+                where=str(folder),
+                do=f"copy the whole folder, or correct {dataset_card.NAME}",
+            )
+        kept |= dict.fromkeys(folder / name for name in sorted(matching))
+    found = _matching([*kept], folder)
+    note = f"the {wanted} split of {folder}, of {', '.join(card.files)}"
+    return found._replace(note=note if len(card.files) > 1 else "")
 
 
 def _saved(folder: pathlib.Path, split: str) -> Found | None:

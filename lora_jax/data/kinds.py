@@ -7,8 +7,9 @@
   text                            the loss is on everything, EOS included
 
 An example is of the first kind whose fields are all present. For DPO it is a preference instead:
-chosen and rejected, and the prompt if these do not begin with it; strings or message lists.
-With a chat, tools and chat_template_kwargs go to the chat template.
+chosen and rejected, and the prompt if these do not begin with it; strings or message lists. The
+prompt may also be messages, conversations, or instruction with input. With a chat, system is its
+system message, and tools and chat_template_kwargs go to the chat template.
 """
 
 import typing
@@ -16,18 +17,21 @@ from collections.abc import Iterable, Mapping
 
 from lora_jax import errors
 
+ALPACA = ("instruction", "output")
 KINDS = (
     ("messages",),
     ("conversations",),
     ("prompt", "completion"),
-    ("instruction", "output"),
+    ALPACA,
     ("text",),
 )
 PREFERENCE = ("prompt", "chosen", "rejected")
 CHATS = (("messages",), ("conversations",))
-FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+BESIDE_CHATS = ("system", "tools", "chat_template_kwargs")
+BESIDE = ("input", *BESIDE_CHATS)
+PROMPTS = ("prompt", "messages", "conversations", "instruction")  # of a preference; one of them
 FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output",
-          "text", "chosen", "rejected", *FOR_TEMPLATE)  # fmt: skip
+          "text", "chosen", "rejected", *BESIDE_CHATS)  # fmt: skip
 # The field that says where an example is from ("train.jsonl:17"), for messages. Not content.
 ORIGIN = "_origin"
 
@@ -52,14 +56,13 @@ def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
     """
     kinds, found, where = [], [], []
     for example in examples:
-        present = fields_present(example)
-        kind = next((kind for kind in KINDS if set(kind) <= set(present)), ())
+        kind = kind_of(example)
         kinds.append(kind)
         wrong = [] if is_chat(example, kind) else _not_text(example, kind)
         if not kind or wrong:
             found.append(
                 ", ".join(f"{f} is a {type(example[f]).__name__}" for f in wrong)
-                or f"only the fields {', '.join(present) or '(none)'}"
+                or f"only the fields {', '.join(fields_present(example)) or '(none)'}"
             )
             where.append(origin(example))
     if found:
@@ -76,6 +79,19 @@ def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
     return kinds
 
 
+def used(example: Fields) -> set[str]:
+    """The fields of an example that are trained on or go to the chat template."""
+    kind = kind_of(example)
+    beside = BESIDE_CHATS if is_chat(example, kind) else ("input",) if kind == ALPACA else ()
+    return {*kind, *beside}
+
+
+def kind_of(example: Fields) -> tuple[str, ...]:
+    """The kind of an example; () if it is of none."""
+    present = set(fields_present(example))
+    return next((kind for kind in KINDS if present.issuperset(kind)), ())
+
+
 def is_chat(example: Fields, kind: tuple[str, ...]) -> bool:
     """Whether an example is made of messages."""
     both = kind == ("prompt", "completion")
@@ -84,7 +100,7 @@ def is_chat(example: Fields, kind: tuple[str, ...]) -> bool:
 
 def _not_text(example: Fields, kind: tuple[str, ...]) -> list[str]:
     """The fields of an example that must be strings and are not."""
-    optional = ("input",) if kind == ("instruction", "output") and example.get("input") else ()
+    optional = ("input",) if kind == ALPACA and example.get("input") else ()
     return [field for field in (*kind, *optional) if not isinstance(example[field], str)]
 
 

@@ -12,6 +12,7 @@ from lora_jax.data.template import ChatError, Message
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
           "bard": "assistant", "observation": "tool"}  # fmt: skip
+_OLD_ROLES = {"developer": "system", "function": "tool"}  # of templates that do not know the first
 KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -22,10 +23,26 @@ def read(value: object, field: str = "messages") -> list[Message]:
     """
     value = parsed(value)
     if not isinstance(value, list):
-        raise ChatError(f"{field} is a {type(value).__name__}, not a list of messages")
+        found = "text that is not JSON" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise ChatError(f"{field} is {found}, not a list of messages")
     if not value:
         raise ChatError(f"{field} is empty")
     return [_message(each, f"message {n} of {field}") for n, each in enumerate(value, start=1)]
+
+
+def with_system(chat: list[Message], fields: Mapping[str, typing.Any]) -> list[Message]:
+    """The chat, begun by the text in the field `system` unless it has a system message itself."""
+    system = fields.get("system")
+    own = bool(chat) and chat[0]["role"] in ("system", "developer")
+    if own or not isinstance(system, str) or not system.strip():
+        return chat
+    return [{"role": "system", "content": system}, *chat]
+
+
+def role_of(message: Mapping[str, typing.Any]) -> str:
+    """The role of a message as it is written, in OpenAI's words; "" if it has none."""
+    role = message.get("role", message.get("from"))
+    return _ROLES.get(role.strip().lower(), role) if isinstance(role, str) else ""
 
 
 def read_as(role: str, value: object, field: str) -> list[Message]:
@@ -88,10 +105,15 @@ def _message(value: object, where: str) -> Message:
         message["role"] = message.pop("from")
         if "content" not in message and "value" in message:
             message["content"] = message.pop("value")
-    role = message.get("role")
-    if not isinstance(role, str) or not role.strip():
+    message["role"] = role_of(message)
+    if not message["role"].strip():
         raise ChatError(f"{where} has no role")
-    message["role"] = _ROLES.get(role.strip().lower(), role)
+    if message["role"] == "function_call":  # of ShareGPT, in place of an assistant's message
+        message |= {"role": "assistant", "function_call": message.pop("content", None)}
+    if "function_call" in message and "tool_calls" not in message:  # of OpenAI before tools
+        message["tool_calls"] = message.pop("function_call")
+    if detail := message.keys() & {"train_detail", "training_detail"}:
+        raise ChatError(f"{where} has {detail.pop()}, parts of it that are not trained")
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], where)
         if not message["tool_calls"]:
@@ -106,17 +128,14 @@ def _message(value: object, where: str) -> Message:
             raise ChatError(f"{where} has a part that is no text: {kind}")
     elif content is not None and not isinstance(content, str):
         raise ChatError(f"the content of {where} is a {type(content).__name__}, not text")
-    if content is None and not message.keys() & {
-        "tool_calls",
-        "function_call",
-        "reasoning_content",
-    }:
+    if content is None and not message.keys() & {"tool_calls", "reasoning_content"}:
         raise ChatError(f"{where} has no content")
     return message
 
 
 def _calls(value: object, where: str) -> list[typing.Any]:
     value = parsed(value)
+    value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
         raise ChatError(f"tool_calls of {where} is not a list of objects")
     for call in value:
@@ -160,8 +179,8 @@ def _known_role(message: Message, source: str) -> Message:
     role = message["role"]
     if re.search(rf"['\"]{re.escape(role)}['\"]", source):
         return message
-    if role == "developer":
-        return {**message, "role": "system"}
+    if role in _OLD_ROLES:
+        return {**message, "role": _OLD_ROLES[role]}
     if role not in KNOWN:
         raise ChatError(f"unknown role {role!r}; known are {', '.join(KNOWN)}")
     return message

@@ -27,10 +27,12 @@ class Chats(typing.NamedTuple):
 def read(fields: kinds.Fields) -> Texts | Chats:
     """The two answers of a row. Without a prompt, what both begin with is the prompt.
 
-    Raises: ChatError if a field is missing or is neither a string nor a list of messages.
+    An answer may be one message, without the list. Raises: ChatError if a field is missing or is
+    neither text nor messages.
     """
-    values = {name: _value(fields.get(name)) for name in kinds.PREFERENCE}
-    prompt, chosen, rejected = (values[name] for name in kinds.PREFERENCE)
+    values = {name: _value(fields.get(name)) for name in ("chosen", "rejected")}
+    chosen, rejected = values.values()
+    prompt = values["prompt"] = _prompt(fields, _source(fields))
     wrong = [
         f"{name} is a {type(value).__name__}"
         for name, value in values.items()
@@ -42,12 +44,45 @@ def read(fields: kinds.Fields) -> Texts | Chats:
         raise ChatError(f"the fields {present}" if missing else ", ".join(wrong))
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
         return _texts(prompt, chosen, rejected)
-    return _chats(prompt, chosen, rejected)
+    return _chats(fields, prompt, chosen, rejected)
+
+
+def used(fields: kinds.Fields) -> set[str]:
+    """The fields of a row that are trained on or go to the chat template."""
+    prompt, answers = _source(fields), [fields.get(name) for name in ("chosen", "rejected")]
+    of_text = ("input",) if prompt == "instruction" else ()
+    beside = of_text if all(isinstance(each, str) for each in answers) else kinds.BESIDE_CHATS
+    return {prompt, "chosen", "rejected", *beside}
+
+
+def _source(fields: kinds.Fields) -> str:
+    """The field that has the prompt: `prompt`, or another if the answers do not have it in them."""
+    answers = [_value(fields.get(name)) for name in ("chosen", "rejected")]
+    if fields.get("prompt") is None and not any(map(_is_whole, answers)):
+        are_texts = all(isinstance(each, str) for each in answers)
+        others = [name for name in kinds.PROMPTS if name != "instruction" or are_texts]
+        return next((name for name in others if fields.get(name) is not None), "prompt")
+    return "prompt"
+
+
+def _prompt(fields: kinds.Fields, source: str) -> object:
+    if source == "instruction" and isinstance(fields[source], str):
+        return kinds.prompt_and_completion({**fields, "output": ""}, kinds.ALPACA)[0]
+    return _value(fields.get(source))
+
+
+def _is_whole(answer: object) -> bool:
+    """Whether an answer is a whole chat, which has the prompt in it."""
+    return isinstance(answer, list) and any(
+        isinstance(each, dict) and messages.role_of(each) == "user" for each in answer
+    )
 
 
 def _value(value: object) -> object:
-    """The value; message lists that a CSV file has as JSON text are parsed."""
+    """The value; messages that a CSV file has as JSON text are parsed. One becomes a list."""
     found = messages.parsed(value)
+    if isinstance(found, dict) and {"role", "from"} & found.keys():
+        return [found]
     is_list = isinstance(found, list) and all(
         isinstance(each, dict) and {"role", "from"} & each.keys() for each in found
     )
@@ -64,7 +99,7 @@ def _texts(prompt: str | None, chosen: str, rejected: str) -> Texts:
     return Texts(prompt, (chosen, rejected))
 
 
-def _chats(prompt: object, *answers: object) -> Chats:
+def _chats(fields: kinds.Fields, prompt: object, *answers: object) -> Chats:
     before = [] if prompt is None else messages.read_as("user", prompt, "prompt")
     both = [
         messages.read_as("assistant", answer, name)
@@ -78,7 +113,9 @@ def _chats(prompt: object, *answers: object) -> Chats:
     whole = [(before if size else []) + chat for chat in both]
     # What comes before the first difference has nothing to prefer.
     shared = max(size, _common(*whole)) if prompt is None or not size else size
-    return Chats(min(shared, *(len(chat) - 1 for chat in whole)), (whole[0], whole[1]))
+    size = min(shared, *(len(chat) - 1 for chat in whole))
+    full = [messages.with_system(chat, fields) for chat in whole]
+    return Chats(size + len(full[0]) - len(whole[0]), (full[0], full[1]))
 
 
 def _begins(chat: list[Message], prompt: str) -> bool:

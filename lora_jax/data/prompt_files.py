@@ -161,7 +161,8 @@ def _prompt(example: Mapping[str, typing.Any], origin: str) -> Prompt:
         return Prompt(prompt, origin)
     for name in ("prompt", "messages", "conversations"):
         if name in present:
-            return Prompt(messages.read(example[name], name), origin, example)
+            turns = messages.with_system(messages.read(example[name], name), example)
+            return Prompt(turns, origin, example)
     name = next((name for name in ("instruction", "text") if name in present), None)
     if name is None:
         raise chat.ChatError(f"only the fields {', '.join(present) or '(none)'}")

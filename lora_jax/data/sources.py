@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from lora_jax import errors, hub
-from lora_jax.data import arrow_files, bad_rows, files, folders, kinds, records, rows
+from lora_jax.data import arrow_files, bad_rows, fields, files, folders, kinds, records, rows
 
 if typing.TYPE_CHECKING:
     import pyarrow
@@ -39,7 +39,7 @@ def load(
         unknown, …
     """
     loaded = _whole(source, columns, bad or bad_rows.BadRows())
-    return _rename(loaded, columns, source) if columns else loaded
+    return fields.rename(loaded, columns, source) if columns else loaded
 
 
 def load_all(
@@ -63,7 +63,7 @@ def load_all(
         if not any(column in one.column_names for one in loaded)
     ]
     if nowhere:
-        known = dict.fromkeys(itertools.chain(*map(fields_of, loaded)))
+        known = dict.fromkeys(itertools.chain(*map(fields.names_of, loaded)))
         raise errors.UserError(
             expected=f"columns among {', '.join(known)}",
             found=nowhere,
@@ -71,7 +71,7 @@ def load_all(
             do="correct --columns",
         )
     pairs = zip(loaded, sources, strict=True)
-    return [_rename_known(one, columns, source) for one, source in pairs]
+    return [fields.rename_known(one, columns, source) for one, source in pairs]
 
 
 def _whole(source: str, columns: Mapping[str, str] | None, bad: bad_rows.BadRows) -> rows.Rows:
@@ -149,7 +149,7 @@ def table(
 ) -> rows.Rows:
     """Examples from `stream`; those of `columns` that they have are renamed."""
     good = [*_good(found, source, columns, bad or bad_rows.BadRows())]
-    return _rename_known(rows.Rows([rows.Objects(good)]), columns, source)
+    return fields.rename_known(rows.Rows([rows.Objects(good)]), columns, source)
 
 
 def note(source: str) -> str:
@@ -247,43 +247,6 @@ def _stream_from_hub(source: str, start: records.Position) -> Iterator[records.R
 
 def _repository(source: str) -> str:
     return re.split("[:@]", source)[0]
-
-
-def _rename_known(found: rows.Rows, columns: Mapping[str, str] | None, source: str) -> rows.Rows:
-    names = found.column_names
-    known = {field: column for field, column in (columns or {}).items() if column in names}
-    return _rename(found, known, source) if known else found
-
-
-def _rename(found: rows.Rows, columns: Mapping[str, str], source: str) -> rows.Rows:
-    """Renames columns to fields, and drops fields of other kinds: the mapped fields decide the
-    kind."""
-    names = found.column_names
-    no_field = [name for name in columns if name not in kinds.FIELDS]
-    no_column = [name for name in columns.values() if name not in names]
-    if no_field or no_column or len(set(columns.values())) < len(columns):
-        raise errors.UserError(
-            expected=f"FIELD=COLUMN with each FIELD among {', '.join(kinds.FIELDS)} and each "
-            f"COLUMN (once) among {', '.join(fields_of(found))}",
-            found=[f"no field {name}" for name in no_field]
-            + [f"no column {name}" for name in no_column]
-            or "a column used twice",
-            where=source,
-            do="correct --columns",
-        )
-    mapped = [kind for kind in (*kinds.KINDS, kinds.PREFERENCE) if set(kind) & set(columns)]
-    keep = {"input", *(field for kind in mapped for field in kind)} - set(columns)
-    drop = set(kinds.FIELDS) - keep - set(columns.values())
-    drop |= set(columns) - set(columns.values())  # columns whose names renamed ones take over
-    return found.rename(
-        {column: field for field, column in columns.items()},
-        drop=[name for name in names if name in drop],
-    )
-
-
-def fields_of(found: rows.Rows) -> list[str]:
-    """The names of the columns that came from the file."""
-    return [name for name in found.column_names if name not in (kinds.ORIGIN, files.STREAM)]
 
 
 def holdout(found: rows.Rows, share: float, seed: int) -> tuple[rows.Rows, rows.Rows]:

@@ -12,6 +12,7 @@ from lora_jax.data import (
     bad_rows,
     batches,
     encoding,
+    fields,
     mixture,
     packing,
     rows,
@@ -49,6 +50,9 @@ def read(settings: groups.TrainSettings) -> Read:
     train = sources.load_all(names, data.columns, counts, bad)
     for note in filter(None, map(sources.note, dict.fromkeys(names))):
         say("files", note)
+    for source, found in zip(names, train, strict=True):
+        if unused := fields.unused(found, in_pairs=data.dpo):
+            say("columns", f"not used of {console.near(source)}: {unused}")
     if own:
         return Read(train[:-1], train[-1:], bad)
     if not settings.eval.eval_every:

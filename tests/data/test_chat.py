@@ -200,11 +200,63 @@ def test_tools_and_options_reach_the_template(tmp_path):
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
                                                    {"type": "text", "text": "b"}]},
                       {"role": "assistant", "content": [{"type": "text", "text": "cd"}]}]},
+        {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}],
+         "system": " ", "tools": ""},
     ],
-    ids=["sharegpt", "prompt-completion", "completion-text", "parts"],
+    ids=["sharegpt", "prompt-completion", "completion-text", "parts", "blank-system"],
 )  # fmt: skip
 def test_chats_as_others_write_them(tmp_path, row):
     assert encoded(tmp_path, CHATML, row)[0] == ["[user]ab</s>[assistant]⟦cd</s>⟧"]
+
+
+@pytest.mark.parametrize(
+    ("row", "begin"),
+    [
+        ({"messages": CHAT[:2], "system": "Be"}, "[system]Be</s>"),
+        ({"messages": [{"role": "system", "content": "I"}, *CHAT[:2]], "system": "Be"},
+         "[system]I</s>"),
+        ({"messages": [{"role": "developer", "content": "I"}, *CHAT[:2]], "system": "Be"},
+         "[system]I</s>"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:2], "system": "Be"}, "[system]Be</s>"),
+        ({"messages": CHAT[:2], "system": 5}, ""),
+    ],
+    ids=["system", "own", "developer", "prompt-completion", "number"],
+)  # fmt: skip
+def test_the_field_system_begins_a_chat_without_a_system_message(tmp_path, row, begin):
+    expected = f"{begin}[user]ab cd</s>[assistant]⟦yes</s>⟧"
+    assert encoded(tmp_path, CHATML, row)[0] == [expected]
+
+
+def test_the_field_system_belongs_to_the_prompt_of_a_preference(tmp_path):
+    row = {"system": "Be", "prompt": [TWO], "chosen": [GOOD], "rejected": [BAD]}
+    begin = "[system]Be</s>[user]two</s>[assistant]"
+    found, _ = encoded(tmp_path, CHATML, row, pairs=True)
+    assert found == [f"{begin}⟦good</s>⟧", f"{begin}⟦bad</s>⟧"]
+
+
+CALLS = (
+    "{% for m in messages %}[{{ m.role }}]{% for call in m.tool_calls %}"
+    "{{ call.function.name if call.function else call.name }}{% endfor %}{{ m.content or '' }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}{# 'tool' #}"
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [CHAT[0], {"role": "assistant", "content": None,
+                                "function_call": {"name": "add", "arguments": "{}"}},
+                      {"role": "function", "name": "add", "content": "4"}]},
+        {"conversations": [{"from": "human", "value": "ab cd"},
+                           {"from": "function_call", "value": '{"name": "add", "arguments": {}}'},
+                           {"from": "observation", "value": "4"}]},
+    ],
+    ids=["openai", "sharegpt"],
+)  # fmt: skip
+def test_calls_of_functions_as_they_were_before_tools(tmp_path, row):
+    found, counts = encoded(tmp_path, CALLS, row)
+    assert found == ["[user]ab cd</s>[assistant]⟦add</s>⟧[tool]4</s>"]
+    assert counts.num_lost == 0
 
 
 @pytest.mark.parametrize(
@@ -215,7 +267,9 @@ def test_chats_as_others_write_them(tmp_path, row):
         ({"messages": [{"role": "user"}]}, "no content"),
         ({"messages": [{"content": "a"}]}, "no role"),
         ({"messages": [{"role": "critic", "content": "a"}]}, "unknown role"),
-        ({"messages": "hello"}, "not a list"),
+        ({"messages": "hello"}, "text that is not JSON, not a list"),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "not a list of objects"),
+        ({"messages": [*CHAT, {**CHAT[1], "train_detail": []}]}, "has train_detail"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text: image"),
         ({"messages": CHAT, "tools": "f"}, "tools is not a list"),
         ({"prompt": "a", "completion": float("nan")}, "completion is a float"),
@@ -248,12 +302,27 @@ LONG = "[user]one</s>[assistant]yes</s>[user]two</s>[assistant]"
         ({"prompt": [TWO], "chosen": [TWO, GOOD], "rejected": [TWO, BAD]},
          "[user]two</s>[assistant]"),
         ({"prompt": [TWO], "chosen": "good", "rejected": "bad"}, "[user]two</s>[assistant]"),
+        ({"messages": [ONE, CHAT[1], TWO], "chosen": GOOD, "rejected": BAD}, LONG),
+        ({"conversations": [{"from": "human", "value": "two"}],
+          "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
+         "[user]two</s>[assistant]"),
+        ({"messages": [TWO, GOOD], "chosen": [TWO, GOOD], "rejected": [TWO, BAD]},
+         "[user]two</s>[assistant]"),
     ],
-    ids=["prompt-with-answer", "whole-chats", "prompt-as-text", "prompt-twice", "answers-as-text"],
+    ids=["prompt-with-answer", "whole-chats", "prompt-as-text", "prompt-twice", "answers-as-text",
+         "axolotl", "sharegpt", "messages-of-chosen"],
 )  # fmt: skip
 def test_preferences_train_the_answers_alone(tmp_path, row, prompt):
     found, _ = encoded(tmp_path, CHATML, row, pairs=True)
     assert found == [f"{prompt}⟦good</s>⟧", f"{prompt}⟦bad</s>⟧"]
+
+
+def test_an_instruction_is_the_prompt_of_a_preference(tmp_path):
+    row = {"instruction": "ab", "input": "cd", "chosen": "good", "rejected": "bad"}
+    found, _ = encoded(tmp_path, CHATML, row, pairs=True)
+    (as_answer,), _ = encoded(tmp_path, CHATML, {**row, "output": "good"})
+    assert found[0] == as_answer and "### Input:\ncd" in as_answer
+    assert found[1] == as_answer.replace("good", "bad")
 
 
 def test_texts_without_a_prompt_share_their_beginning(tmp_path):

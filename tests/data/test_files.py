@@ -264,7 +264,7 @@ def test_values_of_csv(tmp_path):
     long = "y" * 200_000 + ',;\t|"\r\n\ufeff'
     field = '"' + long.replace('"', '""') + '"'
     assert loaded(f"text,n\n{field},1\n,007\n") == [
-        {"text": long, "n": "1"}, {"text": "", "n": "007"}
+        {"text": long, "n": "1"}, {"text": None, "n": "007"}
     ]  # fmt: skip
     # Other separators in the fields do not matter, also if each row has one.
     assert loaded("text,tags|more\na;b,c|d\ne,f|g\n")[0] == {"text": "a;b", "tags|more": "c|d"}
@@ -272,6 +272,11 @@ def test_values_of_csv(tmp_path):
     assert loaded("text\tn\na, b\t1\nc\t2\n")[0] == {"text": "a, b", "n": "1"}
     assert loaded('text\tn\n"a, b"\t1\n', "x.tsv")[0]["text"] == "a, b"
     assert loaded("text,id,id\na,1,2\n") == [{"text": "a", "id": "1", "id.1": "2"}]
+    # Spreadsheets end with rows of separators, and a file may be put behind another.
+    assert loaded("text,n\na,1\n\ufeff'b',2\n,\n,\n") == [
+        {"text": "a", "n": "1"}, {"text": "'b'", "n": "2"}
+    ]  # fmt: skip
+    assert loaded('text,n\n\ufeff"b",2\n')[0]["text"] == "b"
 
 
 @pytest.mark.parametrize(
@@ -282,6 +287,7 @@ def test_values_of_csv(tmp_path):
         ('a,b\n1,2\n"3"x,4\n5,6,7\n', ["x.csv:3", "x.csv:4", "3 fields"]),
         ('a,b\n"1\n2",3\n"4\n5"\n', ["x.csv:4", "1 fields"]),
         ("a;b|c\n1;2|3\n", ["x.csv:1", "';' or '|'"]),
+        ("a,b\n1,2\n\ufeffa,b\n3,4\n", ["x.csv:3", "the header again"]),
         ("\xe4,b\n1,2\n".encode("latin-1"), ["x.csv:1", "iconv"]),
         ("a,b\n1,2\n".encode("utf-16"), ["UTF-16", "iconv"]),
         ("a,b\n1,2\n".encode("utf-32"), ["UTF-32"]),
@@ -360,6 +366,55 @@ def test_splits_of_a_folder(tmp_path):
     assert texts(f"{tmp_path}/shards@train_sft") == [
         "train_sft-00000-of-00002", "train_sft-00001-of-00002"
     ]  # fmt: skip
+
+
+def card(*configs):
+    return "---\nlicense: mit\nconfigs: " + json.dumps(configs) + "\n---\n# Data\n"
+
+
+def test_a_readme_tells_configurations_and_splits(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "one/x.jsonl", "two/train.jsonl", "two/test.jsonl"):
+        put(tmp_path / name, row(name))
+    splits = [{"split": "train", "path": "a.jsonl"}, {"split": "test", "path": ["b.*", "one/*"]}]
+    put(tmp_path / "README.md", "\ufeff" + card({"config_name": "any", "data_files": splits}))
+    assert texts(tmp_path) == texts(f"{tmp_path}:any@train") == ["a.jsonl"]
+    assert texts(f"{tmp_path}@test") == ["b.jsonl", "one/x.jsonl"]
+    assert origins(f"{tmp_path}@test") == ["b.jsonl:1", "one/x.jsonl:1"]
+    assert "of train, test" in sources.note(str(tmp_path))
+    assert "the splits train, test" in refusal(f"{tmp_path}@dev")
+    assert "configurations any" in refusal(f"{tmp_path}:other")
+
+    one, two = {"config_name": "one", "data_files": "one/*"}, {"config_name": "two",
+                                                              "data_dir": "two"}  # fmt: skip
+    put(tmp_path / "README.md", card(one, two))
+    message = refusal(tmp_path)  # as in `datasets`
+    assert "configurations one, two" in message and f"{tmp_path}:one" in message
+    assert texts(f"{tmp_path}:one") == ["one/x.jsonl"]
+    assert (texts(f"{tmp_path}:two"), texts(f"{tmp_path}:two@test")) == (
+        ["two/train.jsonl"], ["two/test.jsonl"]
+    )  # fmt: skip
+    put(tmp_path / "README.md", card(one, two | {"default": True}))
+    assert texts(tmp_path) == ["two/train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("---\nconfigs: [\n---\n", "configs in YAML"),
+        (card({"data_files": "a.jsonl"}), "config_name"),
+        (card({"config_name": "x", "data_files": [{"split": "train"}]}), "path"),
+        (card({"config_name": "x", "data_files": [{"split": "train", "path": 3}]}), "int"),
+        (card({"config_name": "x", "data_files": "../a.jsonl"}), "outside of the folder"),
+        (card({"config_name": "x", "data_files": "b/*"}), "none that match b/"),
+    ],
+)
+def test_a_readme_that_cannot_be_right(tmp_path, text, words):
+    put(tmp_path / "a.jsonl", row("a"))
+    put(tmp_path / "README.md", text)
+    assert words in refusal(tmp_path)
+    for other in ("# Data\n---\nconfigs: 3\n---\n", "---\nconfigs:\n---\n", "---\n- 1\n---\n"):
+        put(tmp_path / "README.md", other)
+        assert texts(tmp_path) == ["a"]
 
 
 def test_folders_of_save_to_disk(tmp_path):

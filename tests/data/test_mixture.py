@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import batches, mixture, packing, sources
+from lora_jax.data import batches, fields, mixture, packing, sources
 from lora_jax.training import run_data
 
 from lora_jax.cli import train  # isort: skip
@@ -147,5 +147,5 @@ def test_a_column_that_no_source_has_is_refused(files):
     with pytest.raises(errors.UserError, match="no column tale"):
         sources.load_all(names, {"text": "tale"})
     one, other = sources.load_all(names, {"text": "story"})
-    assert sources.fields_of(one) == ["prompt", "completion"]
-    assert sources.fields_of(other) == ["text"]
+    assert fields.names_of(one) == ["prompt", "completion"]
+    assert fields.names_of(other) == ["text"]

@@ -12,7 +12,7 @@ import test_encoding
 from test_encoding import EOS, dataset, write
 
 from lora_jax import errors
-from lora_jax.data import encoding, sources
+from lora_jax.data import encoding, fields, sources
 
 tok = test_encoding.tok
 
@@ -31,7 +31,7 @@ def test_every_format_gives_the_same_examples(tmp_path):
     dataset(*examples).to_parquet(tmp_path / "x.parquet")
     loaded = [sources.load(file) for file in [*files, str(tmp_path / "x.parquet")]]
     for one in loaded:
-        assert sources.fields_of(one) == ["prompt", "completion"]
+        assert fields.names_of(one) == ["prompt", "completion"]
         assert [{k: example[k] for k in examples[0]} for example in one] == examples
     # The origin is not content: equal examples have equal fingerprints.
     assert len({sources.fingerprint(one) for one in loaded}) == 1
@@ -101,11 +101,43 @@ def test_columns_are_renamed(tmp_path):
     )
     mapped = sources.load(path, columns={"prompt": "question", "completion": "answer"})
     # The mapped kind wins: text is dropped, the old completion is replaced, id stays.
-    assert sorted(sources.fields_of(mapped)) == ["completion", "id", "prompt"]
+    assert sorted(fields.names_of(mapped)) == ["completion", "id", "prompt"]
     assert (mapped[0]["prompt"], mapped[0]["completion"]) == ("q", "a")
 
     swapped = sources.load(path, columns={"prompt": "completion", "completion": "question"})
     assert (swapped[0]["prompt"], swapped[0]["completion"]) == ("old", "q")
+
+
+def test_renaming_leaves_what_goes_to_the_chat_template(tmp_path):
+    row = {"chat": [], "messages": [], "tools": [], "system": "s", "functions": [], "text": "t"}
+    path = write(tmp_path / "x.jsonl", json.dumps(row))
+    (mapped,) = sources.load(path, columns={"messages": "chat"})
+    assert {"messages", "tools", "system"} <= mapped.keys() and "text" not in mapped
+    (mapped,) = sources.load(path, columns={"tools": "functions"})
+    assert {"messages", "tools", "system", "text"} <= mapped.keys()
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_pairs", "unused"),
+    [
+        ([{"prompt": "a", "completion": "b"}], False, ""),
+        ([{"prompt": "a", "completion": "b", "id": 1, "system": "s", "x": None}], False,
+         "id, system"),
+        ([{"messages": [], "system": "s", "tools": [], "prompt": "a"}], False, "prompt"),
+        ([{"text": "a", "input": "i"}, {"instruction": "a", "output": "b", "input": "c"}], False,
+         ""),
+        ([{"question": "q", "chosen": "a", "rejected": "b", "system": "s"}], True,
+         "question, system"),
+        ([{"messages": [], "chosen": {"role": "assistant"}, "rejected": [], "system": "s"}], True,
+         ""),
+        ([{"instruction": "a", "input": "b", "chosen": "a", "rejected": "b"}], True, ""),
+        ([{"text": "a"} | {f"x{n}": 1 for n in range(10)}], False,
+         "x0, x1, x2, x3, x4, x5, x6, x7 and 2 more"),
+    ],
+)  # fmt: skip
+def test_columns_that_are_not_used_are_told(tmp_path, rows, in_pairs, unused):
+    path = write(tmp_path / "x.jsonl", *map(json.dumps, rows))
+    assert fields.unused(sources.load(path), in_pairs=in_pairs) == unused
 
 
 def test_unknown_columns_list_what_there_is(tmp_path):
