@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 from lora_jax import errors, extras
 
-# Root-level files that the loaders read. Never a pickle (*.bin, *.pth), never code (*.py).
+# Files that the loaders read. Never a pickle (*.bin, *.pth), never code (*.py).
 _BESIDE_WEIGHTS = [
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 ]
 _CONFIG = ["config.json", "quantize_config.json", "quant_config.json"]
 _ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"]
@@ -26,7 +27,7 @@ _WANTED = [
     *_ADAPTER,
     *_BESIDE_WEIGHTS,
 ]
-_UNWANTED = ["*/*", "*.bin", "*.py"]
+_UNWANTED = ["model*/*", "tokenizer*/*", "*.bin", "*.py"]
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _MODEL_FILES = (".safetensors", ".gguf", ".json", *_PICKLES)
 

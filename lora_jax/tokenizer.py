@@ -19,6 +19,8 @@ if typing.TYPE_CHECKING:
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# The default chat template, and a folder of others by their names.
+_TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
 def load(
@@ -44,7 +46,11 @@ def load(
         if any((own / name).is_file() for name in _TOKENIZERS):
             return load(own)
         reader = load(folder)
-        reader.chat_template = _chat_template(own) or reader.chat_template
+        if templates := _chat_templates(own):
+            if "default" not in templates:
+                templates = _chat_templates(folder) | templates
+            only = [*templates] == ["default"]
+            reader.chat_template = templates["default"] if only else templates
         return reader
     for name in _TOKENIZERS:
         if (folder / name).is_file():
@@ -63,14 +69,19 @@ def load(
 
 def copy(adapter: str | pathlib.Path, into: str | pathlib.Path) -> None:
     """Copies what `load` takes from an adapter's folder over the files of a model."""
-    own = pathlib.Path(adapter)
-    names = ["chat_template.jinja"]
+    own, into = pathlib.Path(adapter), pathlib.Path(into)
     if any((own / name).is_file() for name in _TOKENIZERS):
-        names += [*_TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json",
-                  "added_tokens.json"]  # fmt: skip
-    for name in names:
-        if (own / name).is_file():
-            shutil.copyfile(own / name, pathlib.Path(into) / name)
+        for name in (*_TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json",
+                     "added_tokens.json"):  # fmt: skip
+            if (own / name).is_file():
+                shutil.copyfile(own / name, into / name)
+    templates = _chat_templates(own)
+    if "default" in templates:  # which precedes all of the base
+        shutil.rmtree(into / _TEMPLATES, ignore_errors=True)
+    for name, source in templates.items():
+        path = into / (_TEMPLATE if name == "default" else f"{_TEMPLATES}/{name}.jinja")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source, encoding="utf-8")
 
 
 def keep_stops(folder: str | pathlib.Path, ids: Sequence[int]) -> None:
@@ -219,12 +230,32 @@ def added(before: str, whole: str) -> str:
     return whole[len(before) :]
 
 
-def _chat_template(folder: pathlib.Path) -> typing.Any:
-    """The chat template that a folder without a tokenizer has, if any."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    return _read_json(folder / "tokenizer_config.json").get("chat_template")
+def _chat_templates(folder: pathlib.Path) -> dict[str, str]:
+    """{name: chat template} of a folder, which may have no tokenizer.
+
+    Files precede tokenizer_config.json. Raises: UserError if one cannot be read.
+    """
+    paths = {path.stem: path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    if (folder / _TEMPLATE).is_file():
+        paths["default"] = folder / _TEMPLATE
+    try:
+        found: typing.Any = {
+            name: path.read_text(encoding="utf-8") for name, path in paths.items()
+        } or _read_json(folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(found, list):
+            found = {each["name"]: each["template"] for each in found}
+        templates = {"default": found} if isinstance(found, str) else dict(found or {})
+        for name, template in templates.items():
+            if not isinstance(template, str) or pathlib.PurePath(name).name != name:
+                raise TypeError(f"a {type(template).__name__} of the name {name!r}")
+        return {name: template for name, template in templates.items() if template}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise errors.UserError(
+            expected="a chat template, or several with their names",
+            found=f"{type(error).__name__}: {error}",
+            where=[f"{folder}/{_TEMPLATE}", f"{folder}/tokenizer_config.json"],
+            do="copy the file again",
+        ) from error
 
 
 def _read_json(path: pathlib.Path) -> dict:
@@ -254,6 +285,7 @@ def _from_json(
     # transformers 5 ignores these two if there is a tokenizer.json. Older versions did not, and
     # models were trained with them, so explicit values are passed on.
     explicit = {k: config[k] for k in ("add_bos_token", "add_eos_token") if k in config}
+    _chat_templates(origin)  # which raises what is wrong with them
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -279,10 +311,12 @@ def _from_sentencepiece(folder: pathlib.Path) -> "transformers.PreTrainedTokeniz
             "tokenizer_config.json",
             "special_tokens_map.json",
             "added_tokens.json",
-            "chat_template.jinja",
+            _TEMPLATE,
         ):
             if (folder / name).is_file():
                 shutil.copy(folder / name, copy / name)
+        if (folder / _TEMPLATES).is_dir():
+            shutil.copytree(folder / _TEMPLATES, copy / _TEMPLATES)
         backend, named = _convert(folder / "tokenizer.model")
         backend.save(str(copy / "tokenizer.json"))
         path = copy / "tokenizer_config.json"

@@ -198,7 +198,10 @@ def llama_7b(folder: pathlib.Path) -> pathlib.Path:
         (folder / name).write_text(json.dumps(content))
     tiny_tokenizer.save(folder)
     (folder / "README.md").write_text("# LLaMA-7B\n")
-    (folder / "original").mkdir(exist_ok=True)
+    for other in ("original", "tokenizer", "additional_chat_templates"):
+        (folder / other).mkdir(exist_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("not the tokenizer")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (folder / "original" / "consolidated.00.pth").write_bytes(b"another pickle")
     (folder / "original" / "tokenizer.model").write_bytes(b"not the tokenizer")
     return folder

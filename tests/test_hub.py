@@ -45,6 +45,7 @@ def test_an_id_downloads_safetensors_and_tokenizer_and_no_pickle(model, tmp_path
     with hub_server.serve({ID: model}) as server:
         folder, _ = download(server, tmp_path, ID)
         wanted = {
+            "additional_chat_templates/tool_use.jinja",
             "config.json",
             "generation_config.json",
             "model-00001-of-00002.safetensors",
@@ -55,9 +56,10 @@ def test_an_id_downloads_safetensors_and_tokenizer_and_no_pickle(model, tmp_path
             "tokenizer_config.json",
         }
         assert set(server.requested("GET")) == wanted
-        # The pickles and original/ are not even requested.
+        # The pickles, original/ and tokenizer/ are not even requested.
         assert set(server.requested("HEAD")) <= wanted
-        assert {path.name for path in folder.iterdir()} == wanted
+        files = (path for path in folder.rglob("*") if path.is_file())
+        assert {str(path.relative_to(folder)) for path in files} == wanted
         for name in wanted:
             assert (folder / name).read_bytes() == (model / name).read_bytes()
         assert hub.commit(folder) == hub_server.COMMIT

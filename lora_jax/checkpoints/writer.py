@@ -84,7 +84,9 @@ def write(
     """
     yield from _write_weights(folder, parts, shard)
     for file in hub.beside_weights(source):
-        shutil.copyfile(file, folder / file.name)
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -121,9 +121,13 @@ def test_tokenizer_and_generation_files_are_copied_and_code_is_not(tmp_path):
     for name in ("tokenizer.py", "modeling.py", "pytorch_model.bin", "tokenizer.pth", "notes.txt",
                  "tokenizer.json", "generation_config.json"):  # fmt: skip
         (folder / name).write_text("x")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("x")
     write(tmp_path / "copy", "int8", folder)
-    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+    copied = (path for path in (tmp_path / "copy").rglob("*") if path.is_file())
+    assert {str(path.relative_to(tmp_path / "copy")) for path in copied} == {
         *("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"),
+        "additional_chat_templates/tool_use.jinja",
     }
 
 

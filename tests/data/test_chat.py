@@ -369,6 +369,54 @@ def test_an_adapters_own_template_is_used(tmp_path):
     assert reader.chat_template == OTHER_END and tokenizer.eos_ids(reader, base) == (2, 0)
 
 
+def named(**templates):
+    return json.dumps({"chat_template": [{"name": n, "template": t} for n, t in templates.items()]})
+
+
+def test_named_templates_beside_an_adapter(tmp_path):
+    base = tiny_tokenizer.save(tmp_path / "base", chat_template=CHATML)
+    adapter = tmp_path / "adapter"
+    others = adapter / "additional_chat_templates"
+    others.mkdir(parents=True)
+    (adapter / "tokenizer_config.json").write_text(named(default=PLAIN))
+    assert tokenizer.load(base, adapter).chat_template == PLAIN
+    (adapter / "tokenizer_config.json").write_text(named(tool_use=PLAIN))  # beside the base's own
+    assert tokenizer.load(base, adapter).chat_template == {"default": CHATML, "tool_use": PLAIN}
+    (adapter / "tokenizer_config.json").write_text(named(default=PLAIN, tool_use=OTHER_END))
+    both = {"default": PLAIN, "tool_use": OTHER_END}
+    assert tokenizer.load(base, adapter).chat_template == both
+    tokenizer.copy(adapter, base)  # as a merge does
+    assert tokenizer.load(base).chat_template == both
+    (others / "tool_use.jinja").write_text(CHATML)  # files precede tokenizer_config.json
+    (adapter / "chat_template.jinja").write_text(OTHER_END)
+    assert tokenizer.load(base, adapter).chat_template == {
+        "default": OTHER_END, "tool_use": CHATML
+    }  # fmt: skip
+    (others / "tool_use.jinja").unlink()
+    tokenizer.copy(adapter, base)
+    assert tokenizer.load(base).chat_template == OTHER_END
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("chat_template.jinja", b"\xe9"),
+        ("tokenizer_config.json", b'{"chat_template": 5}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", named(default=None).encode()),
+        ("tokenizer_config.json", named(**{"../x": CHATML}).encode()),
+    ],
+)
+def test_a_template_that_cannot_be_read_is_named(tmp_path, name, data):
+    base = tiny_tokenizer.save(tmp_path / "base", chat_template=CHATML)
+    (tmp_path / "adapter").mkdir()
+    for folder in (tmp_path / "adapter", base):
+        (folder / name).write_bytes(data)
+        with pytest.raises(errors.UserError, match="a chat template") as caught:
+            tokenizer.load(base, None if folder == base else folder)
+        assert f"{folder}/{name}" in str(caught.value)
+
+
 def test_a_clock_can_be_stopped(tmp_path):
     template = "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }}" + CHATML
     tok = chat_tokenizer(tmp_path, template)
