@@ -93,6 +93,7 @@ def encode_pairs(
     origins, problems, num_lost = [], {}, 0
     for n, fields in enumerate(dataset):
         origins += [kinds.origin(fields)] * 2
+        fields = preferences.plain(fields)
         try:
             pair = preferences.read(fields)
             if isinstance(pair, preferences.Texts):

@@ -4,7 +4,7 @@ Imports no jax.
 """
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lora_jax.data import kinds, messages
 from lora_jax.data.template import ChatError, Message
@@ -22,6 +22,19 @@ class Chats(typing.NamedTuple):
 
     num_prompt: int
     chats: tuple[list[Message], list[Message]]
+
+
+# Of OpenAI's rows; the first has the messages and the tools.
+_OPENAI = ("input", "preferred_output", "non_preferred_output")
+
+
+def plain(fields: kinds.Fields) -> kinds.Fields:
+    """A row with the fields prompt, chosen, rejected and tools, also if it is one of OpenAI's."""
+    given, chosen, rejected = (messages.parsed(fields.get(name)) for name in _OPENAI)
+    if not isinstance(given, Mapping) or chosen is None or rejected is None:
+        return fields
+    own = {"prompt": given.get("messages"), "chosen": chosen, "rejected": rejected}
+    return {**fields, **own, "tools": given.get("tools")}
 
 
 def read(fields: kinds.Fields) -> Texts | Chats:
@@ -49,6 +62,8 @@ def read(fields: kinds.Fields) -> Texts | Chats:
 
 def used(fields: kinds.Fields) -> set[str]:
     """The fields of a row that are trained on or go to the chat template."""
+    if plain(fields) is not fields:
+        return {*_OPENAI, *kinds.BESIDE_CHATS}
     prompt, answers = _source(fields), [fields.get(name) for name in ("chosen", "rejected")]
     of_text = ("input",) if prompt == "instruction" else ()
     beside = of_text if all(isinstance(each, str) for each in answers) else kinds.BESIDE_CHATS

@@ -308,13 +308,26 @@ LONG = "[user]one</s>[assistant]yes</s>[user]two</s>[assistant]"
          "[user]two</s>[assistant]"),
         ({"messages": [TWO, GOOD], "chosen": [TWO, GOOD], "rejected": [TWO, BAD]},
          "[user]two</s>[assistant]"),
+        ({"input": {"messages": [TWO], "tools": [], "parallel_tool_calls": True},
+          "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "[user]two</s>[assistant]"),
     ],
     ids=["prompt-with-answer", "whole-chats", "prompt-as-text", "prompt-twice", "answers-as-text",
-         "axolotl", "sharegpt", "messages-of-chosen"],
+         "axolotl", "sharegpt", "messages-of-chosen", "openai"],
 )  # fmt: skip
 def test_preferences_train_the_answers_alone(tmp_path, row, prompt):
     found, _ = encoded(tmp_path, CHATML, row, pairs=True)
     assert found == [f"{prompt}⟦good</s>⟧", f"{prompt}⟦bad</s>⟧"]
+
+
+def test_tools_of_an_openai_preference_reach_the_template(tmp_path):
+    template = "{% if tools %}TOOLS{{ tools | tojson }}{% endif %}" + CHATML
+    row = {"input": {"messages": [TWO], "tools": [{"name": "f"}]},
+           "preferred_output": [GOOD], "non_preferred_output": [BAD]}  # fmt: skip
+    found, _ = encoded(tmp_path, template, row, pairs=True)
+    assert found[0] == 'TOOLS[{"name": "f"}][user]two</s>[assistant]⟦good</s>⟧'
+    row["input"] = {"messages": "two"}
+    with pytest.raises(errors.UserError, match=r"rows\.jsonl:1"):
+        encoded(tmp_path, template, row | {"preferred_output": 5}, pairs=True)
 
 
 def test_an_instruction_is_the_prompt_of_a_preference(tmp_path):

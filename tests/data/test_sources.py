@@ -131,6 +131,7 @@ def test_renaming_leaves_what_goes_to_the_chat_template(tmp_path):
         ([{"messages": [], "chosen": {"role": "assistant"}, "rejected": [], "system": "s"}], True,
          ""),
         ([{"instruction": "a", "input": "b", "chosen": "a", "rejected": "b"}], True, ""),
+        ([{"input": {}, "preferred_output": [], "non_preferred_output": [], "id": 1}], True, "id"),
         ([{"text": "a"} | {f"x{n}": 1 for n in range(10)}], False,
          "x0, x1, x2, x3, x4, x5, x6, x7 and 2 more"),
     ],
