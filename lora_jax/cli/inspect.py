@@ -125,9 +125,8 @@ def main() -> None:
         if news := bad.news():
             console.say("bad rows", news)
         tokenizer.check_ids(reader, (ids for ids, _ in encoded.examples), architecture.vocab_size)
-        if encoded.num_lost:
-            console.say("chats", f"the chat template leaves out an answer or a tool call in "
-                        f"{encoded.num_lost} of them: these are not trained")  # fmt: skip
+        for loss in encoded.losses:
+            console.say("chats", loss)
         sequences = packing.arrange(
             encoded.examples, seq_len, packing=data.packing, in_pairs=data.dpo
         )

@@ -19,11 +19,13 @@ if typing.TYPE_CHECKING:
 
 
 class Encoded(typing.NamedTuple):
-    """ids int32 [T]; trained bool [T]; loses: the template leaves out what should be trained."""
+    """ids int32 [T]; trained bool [T]; loses: the template leaves out what should be trained;
+    loses_reasoning: that of the last answer."""
 
     ids: np.ndarray
     trained: np.ndarray
     loses: bool
+    loses_reasoning: bool
 
 
 def stop_ids(
@@ -153,7 +155,7 @@ class Encoder:
         trained = np.zeros(len(ids), bool)
         for start, stop in rendering.trained:
             trained |= (first < stop) & (end > start)
-        return Encoded(ids, trained, bool(rendering.lost))
+        return Encoded(ids, trained, bool(rendering.lost), rendering.loses_reasoning)
 
 
 # Arguments of apply_chat_template itself, which an example does not decide.

@@ -13,14 +13,15 @@ import numpy as np
 
 Message = dict[str, typing.Any]
 
-# Of a message: one for its text, for the names of functions it calls, for their arguments, and for
-# each key of these, so that keys stay different.
+# Of a message: one for its text, for its reasoning, for the names of functions it calls, for their
+# arguments, and for each key of these, so that keys stay different.
 PER_MESSAGE = 16
-_TEXT, _NAME, _ARGUMENTS, _FIRST_KEY = range(4)
+_TEXT, _REASONS, _NAME, _ARGUMENTS = range(4)
 _FIRST, _NUM = 0xF0000, 0x1FFFE  # private use, which templates do not know
 MOST_MESSAGES = _NUM // PER_MESSAGE
 NOTHING = re.compile("(?!)")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_REASONS_END = "</think>"  # in the text itself
 # JSON and HTML escape some characters, and templates look for brackets: these have no color.
 _COLORABLE = re.compile(r"""[^\s"'\\<>&{}\[\]|]""")
 _BRACKETS = re.compile(r"[{}\[\]|]")  # have one in a text of nothing else
@@ -28,7 +29,7 @@ _BRACKETS = re.compile(r"[{}\[\]|]")  # have one in a text of nothing else
 
 def painted(message: Message, number: int, keep: re.Pattern[str] = NOTHING) -> Message:
     """The message number `number` in its colors. keep: what has none."""
-    text, name, arguments, *keys = (
+    text, reasons, name, arguments, *keys = (
         chr(_FIRST + PER_MESSAGE * number + k) for k in range(PER_MESSAGE)
     )
 
@@ -66,9 +67,14 @@ def painted(message: Message, number: int, keep: re.Pattern[str] = NOTHING) -> M
         return painted
 
     result = dict(message)
-    for field in ("content", *_REASONING):
+    if "content" in message:
+        result["content"] = paint(message["content"], text)
+    if isinstance(content := message.get("content"), str) and _REASONS_END in content:
+        before, end, answer = content.rpartition(_REASONS_END)
+        result["content"] = paint(before + end, reasons) + paint(answer, text)
+    for field in _REASONING:
         if field in message:
-            result[field] = paint(message[field], text)
+            result[field] = paint(message[field], reasons)
     if "tool_calls" in message:
         result["tool_calls"] = [
             paint_call(call) | {k: paint_call(v) for k, v in call.items() if k == "function"}
@@ -96,10 +102,19 @@ def is_whole(message: Message, number: int, seen: set[int]) -> bool:
     may be left out, and of a tool call either its name or its arguments."""
     answer = message.get("content")
     if isinstance(answer, str):
-        answer = answer.rpartition("</think>")[2]
+        answer = answer.rpartition(_REASONS_END)[2]
     text = _in_colors(painted({"content": answer} if answer else {}, number))
     calls = _in_colors(painted({"tool_calls": message.get("tool_calls", [])}, number))
     return text <= seen and (not message.get("tool_calls") or bool(calls & seen))
+
+
+def lacks_reasoning(message: Message, number: int, seen: set[int]) -> bool:
+    """Whether a message has reasoning, none of which is among the colors that were seen."""
+    content = message.get("content")
+    within = content.rpartition(_REASONS_END)[0] if isinstance(content, str) else ""
+    given = (within.replace("<think>", ""), *map(message.get, _REASONING))
+    has = any(isinstance(each, str) and _COLORABLE.search(each) for each in given)
+    return has and PER_MESSAGE * number + _REASONS not in seen
 
 
 def _in_colors(message: Message) -> set[int]:

@@ -26,7 +26,8 @@ class Encoded(typing.NamedTuple):
     """Examples of at most seq_len tokens, their lengths before cutting, and where each is from.
 
     num_cut: how many were cut. num_skipped: how many had nothing to train. num_lost: in how many
-    the chat template leaves out an answer or a tool call that should be trained.
+    the chat template leaves out an answer or a tool call that should be trained. num_no_reasons: in
+    how many it leaves out the reasoning of the last answer.
     """
 
     examples: list[Example]
@@ -35,6 +36,18 @@ class Encoded(typing.NamedTuple):
     num_cut: int
     num_skipped: int
     num_lost: int = 0
+    num_no_reasons: int = 0
+
+    @property
+    def losses(self) -> list[str]:
+        """What the chat template leaves out, one line each."""
+        found = {"an answer or a tool call": self.num_lost,
+                 "the reasoning of the last answer": self.num_no_reasons}  # fmt: skip
+        return [
+            f"the chat template leaves out {what} in {number} of them: not trained"
+            for what, number in found.items()
+            if number
+        ]
 
     @property
     def rows(self) -> list[Example]:
@@ -62,12 +75,12 @@ def encode(
     if files.STREAM in next(iter(dataset), {}):
         examples = _blocks("".join(row[files.STREAM] for row in dataset), tokenizer, seq_len)
         origins = [f"block {number}" for number in range(1, len(examples) + 1)]
-        num_lost = 0
+        chats: Sequence[chat.Encoded] = ()
     else:
-        examples, num_lost = _encode_all(dataset, tokenizer, eos)
+        examples, chats = _encode_all(dataset, tokenizer, eos)
         origins = [kinds.origin(fields) for fields in dataset]
     found = _cut(examples, origins, seq_len, group=1, may_be_empty=may_be_empty)
-    return found._replace(num_lost=num_lost)
+    return _with_losses(found, chats)
 
 
 def encode_pairs(
@@ -90,7 +103,7 @@ def encode_pairs(
     chats = chat.Encoder(tokenizer)
     texts: list[dict[str, typing.Any]] = []
     examples: dict[int, tuple[Example, ...]] = {}
-    origins, problems, num_lost = [], {}, 0
+    origins, problems, rendered = [], {}, []
     for n, fields in enumerate(dataset):
         origins += [kinds.origin(fields)] * 2
         fields = preferences.plain(fields)
@@ -104,7 +117,7 @@ def encode_pairs(
             problems[kinds.origin(fields)] = str(error)
             continue
         examples[n] = tuple((each.ids, each.trained) for each in encoded)
-        num_lost += any(each.loses for each in encoded)
+        rendered.append(max(encoded, key=lambda each: (each.loses, each.loses_reasoning)))
     if problems:
         raise errors.UserError(
             expected=f"in each example {', '.join(kinds.PREFERENCE)}, as strings or message lists; "
@@ -118,7 +131,14 @@ def encode_pairs(
     pairs = [examples.get(n) or (next(joined), next(joined)) for n in range(num_pairs)]
     flat = [example for pair in pairs for example in pair]
     found = _cut(flat, origins, seq_len, group=2, may_be_empty=may_be_empty)
-    return found._replace(num_lost=num_lost)
+    return _with_losses(found, rendered)
+
+
+def _with_losses(found: Encoded, chats: Sequence[chat.Encoded]) -> Encoded:
+    return found._replace(
+        num_lost=sum(each.loses for each in chats),
+        num_no_reasons=sum(each.loses_reasoning for each in chats),
+    )
 
 
 def prompts(
@@ -195,8 +215,8 @@ def _encode_all(
     dataset: Iterable[kinds.Fields],
     tokenizer: "transformers.PreTrainedTokenizerBase",
     eos: int,
-) -> tuple[list[Example], int]:
-    """(the examples, in how many the chat template leaves out what should be trained)."""
+) -> tuple[list[Example], list[chat.Encoded]]:
+    """(the examples, those of them that are chats)."""
     kind_of_each = kinds.kinds_of(dataset)
     chats = chat.Encoder(tokenizer)
     found: dict[int, chat.Encoded] = {}
@@ -226,7 +246,7 @@ def _encode_all(
         (found[n].ids, found[n].trained) if n in found else next(joined)
         for n in range(len(kind_of_each))
     ]
-    return examples, sum(each.loses for each in found.values())
+    return examples, [*found.values()]
 
 
 def _messages(

@@ -32,12 +32,13 @@ class Rendering(typing.NamedTuple):
     """A chat's text, and the spans of it that are trained.
 
     lost: the numbers of messages that should be trained, but whose text or tool calls the template
-    leaves out.
+    leaves out. loses_reasoning: it leaves out that of the last such message.
     """
 
     text: str
     trained: list[Span]
     lost: list[int]
+    loses_reasoning: bool
 
 
 class _Ends(typing.NamedTuple):
@@ -110,7 +111,9 @@ class Template:
             unseen = {n: self._unseen_turn(text, owners, n) for n in lost if n not in owners}
             spans = [*self._turns(text, owners, trained), *filter(None, unseen.values())]
             lost = [n for n in lost if not unseen.get(n)]
-        return Rendering(text, spans, lost)
+        last = max((n for n, each in enumerate(trained) if each), default=None)
+        no_reasons = last is not None and colors.lacks_reasoning(messages[last], last, seen)
+        return Rendering(text, spans, lost, no_reasons)
 
     def left_out(self, messages: Sequence[Message]) -> int:
         """How many messages have a text or tool call that is not, or not whole, in the chat's text.

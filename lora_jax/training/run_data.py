@@ -225,9 +225,8 @@ class RunData:
             f"{first}{len(encoded.examples)} examples, {num_tokens} tokens, {encoded.num_cut} cut "
             f"at {self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
         )
-        if encoded.num_lost:
-            say("chats", f"the chat template leaves out an answer or a tool call in "
-                f"{encoded.num_lost} of them: these are not trained")  # fmt: skip
+        for loss in encoded.losses:
+            say("chats", loss)
         return kept, encoded
 
     def _encoded(

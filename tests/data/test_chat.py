@@ -287,6 +287,31 @@ def test_answers_that_the_template_leaves_out_are_counted(tmp_path):
     assert "⟦no ab</s>⟧" in found and counts.num_lost == 1
 
 
+NO_REASONS = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
+WITH_REASONS = CHATML.replace("{{ m['content']", "{{ m['reasoning_content'] }}{{ m['content']")
+
+
+@pytest.mark.parametrize(
+    ("template", "change", "number"),
+    [
+        (CHATML, {"reasoning_content": "so"}, 1),
+        (WITH_REASONS, {"reasoning_content": "so"}, 0),
+        (CHATML, {"content": "<think>so</think>no"}, 0),
+        (NO_REASONS, {"content": "<think>so</think>no"}, 1),
+        (NO_REASONS, {"content": "<think></think>no"}, 0),
+        (CHATML, {"reasoning_content": "so", "weight": 0}, 0),
+    ],
+)
+def test_reasoning_that_the_template_leaves_out_is_counted(tmp_path, template, change, number):
+    chat = [*CHAT[:3], CHAT[3] | change]
+    _, counts = encoded(tmp_path, template, {"messages": chat}, {"messages": CHAT})
+    assert counts.num_no_reasons == number and counts.num_lost == 0
+    assert len(counts.losses) == number and all("in 1 of them" in each for each in counts.losses)
+    # Templates leave the reasoning of earlier answers out.
+    earlier = [CHAT[0], CHAT[1] | {"reasoning_content": "so"}, *CHAT[2:]]
+    assert encoded(tmp_path, template, {"messages": earlier})[1].num_no_reasons == 0
+
+
 ONE, TWO = ({"role": "user", "content": text} for text in ("one", "two"))
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("good", "bad"))
 LONG = "[user]one</s>[assistant]yes</s>[user]two</s>[assistant]"
