@@ -12,7 +12,7 @@ import tiny_tokenizer
 from hypothesis import strategies as st
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import encoding
+from lora_jax.data import encoding, kinds, preferences
 
 FRAGMENTS = [
     "</s>",
@@ -129,16 +129,18 @@ JSON = st.recursive(
     max_leaves=6,
 )
 MESSAGE = st.dictionaries(
-    st.sampled_from(["role", "content", "from", "value", "tool_calls", "weight", "name"]),
-    st.sampled_from(["user", "assistant", "gpt"]) | JSON
+    st.sampled_from(["role", "content", "from", "value", "tool_calls", "function_call", "weight",
+                     "name", "reasoning_content"]),
+    st.sampled_from(["user", "assistant", "gpt", "function_call"]) | JSON
     | st.just([{"type": "function", "function": {"name": "f", "arguments": {"n": 1}}}])
     | st.just([{"type": "text", "text": "ab"}]),
     max_size=4,
 )  # fmt: skip
 ROWS = st.dictionaries(
     st.sampled_from(["messages", "conversations", "prompt", "completion", "chosen", "rejected",
-                     "tools", "chat_template_kwargs", "text"]),
-    st.lists(MESSAGE, max_size=3) | JSON,
+                     "tools", "chat_template_kwargs", "text", "system", "instruction", "input",
+                     "preferred_output", "non_preferred_output"]),
+    st.lists(MESSAGE, max_size=3) | MESSAGE | JSON,
     max_size=4,
 )  # fmt: skip
 
@@ -147,6 +149,8 @@ ROWS = st.dictionaries(
 def test_any_row_is_encoded_or_one_error(tok, row, in_pairs):
     tok.chat_template = Layout("", "[ROLE]", "", "</s>", "", True, False).source()
     encode = encoding.encode_pairs if in_pairs else encoding.encode
+    used = preferences.used if in_pairs else kinds.used
+    assert all(isinstance(name, str) for name in used(row))
     try:
         encoded = encode([row], tok, 10_000, 2)
     except errors.UserError:
