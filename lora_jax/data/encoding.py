@@ -255,8 +255,11 @@ def _messages(
     """(a chat's messages, how many at its beginning are the prompt)."""
     if kind in kinds.CHATS:
         return messages.with_system(messages.read(fields[kind[0]], kind[0]), fields), 0
-    prompt = messages.with_system(messages.read_as("user", fields["prompt"], "prompt"), fields)
-    return prompt + messages.read_as("assistant", fields["completion"], "completion"), len(prompt)
+    given = [fields[name] for name in kind]
+    if all(isinstance(each, str) for each in given):
+        given = [messages.in_text(each) for each in given]
+    prompt = messages.with_system(messages.read_as("user", given[0], "prompt"), fields)
+    return prompt + messages.read_as("assistant", given[1], "completion"), len(prompt)
 
 
 def _encode_texts(

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping
 
 from lora_jax import errors
+from lora_jax.data import messages
 
 ALPACA = ("instruction", "output")
 KINDS = (
@@ -93,9 +94,13 @@ def kind_of(example: Fields) -> tuple[str, ...]:
 
 
 def is_chat(example: Fields, kind: tuple[str, ...]) -> bool:
-    """Whether an example is made of messages."""
-    both = kind == ("prompt", "completion")
-    return kind in CHATS or (both and any(isinstance(example[f], list) for f in kind))
+    """Whether an example is made of messages. Of prompt and completion both may be JSON text."""
+    if kind != ("prompt", "completion"):
+        return kind in CHATS
+    values = [example[field] for field in kind]
+    return any(isinstance(each, list) for each in values) or not any(
+        messages.in_text(each) is each for each in values
+    )
 
 
 def _not_text(example: Fields, kind: tuple[str, ...]) -> list[str]:

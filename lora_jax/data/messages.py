@@ -13,6 +13,7 @@ from lora_jax.data.template import ChatError, Message
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
           "bard": "assistant", "observation": "tool"}  # fmt: skip
 _OLD_ROLES = {"developer": "system", "function": "tool"}  # of templates that do not know the first
+_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})  # of a message
 KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -60,6 +61,15 @@ def parsed(value: object) -> object:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def in_text(value: object) -> object:
+    """Messages that are written as JSON text, as CSV files have them; anything else as it is."""
+    found = parsed(value) if isinstance(value, str) else None
+    are_messages = isinstance(found, list) and all(
+        isinstance(each, dict) and any(each.keys() >= keys for keys in _KEYS) for each in found
+    )
+    return found if found and are_messages else value
 
 
 def is_trained(message: Message) -> bool:

@@ -82,6 +82,8 @@ def _source(fields: kinds.Fields) -> str:
 
 def _prompt(fields: kinds.Fields, source: str) -> object:
     if source == "instruction" and isinstance(fields[source], str):
+        if not isinstance(fields.get("input") or "", str):
+            raise ChatError(f"input is a {type(fields['input']).__name__}")
         return kinds.prompt_and_completion({**fields, "output": ""}, kinds.ALPACA)[0]
     return _value(fields.get(source))
 
@@ -94,14 +96,11 @@ def _is_whole(answer: object) -> bool:
 
 
 def _value(value: object) -> object:
-    """The value; messages that a CSV file has as JSON text are parsed. One becomes a list."""
-    found = messages.parsed(value)
-    if isinstance(found, dict) and {"role", "from"} & found.keys():
-        return [found]
-    is_list = isinstance(found, list) and all(
-        isinstance(each, dict) and {"role", "from"} & each.keys() for each in found
-    )
-    return found if is_list and found else value
+    """The value; messages that a CSV file has as JSON text are parsed. One becomes a list, but not
+    as text: an answer may be a JSON object."""
+    if isinstance(value, dict) and {"role", "from"} & value.keys():
+        return [value]
+    return messages.in_text(value)
 
 
 def _texts(prompt: str | None, chosen: str, rejected: str) -> Texts:

@@ -156,7 +156,7 @@ def _lines(path: pathlib.Path, raw: bytes) -> Iterator[Prompt]:
 def _prompt(example: Mapping[str, typing.Any], origin: str) -> Prompt:
     """The prompt of an example. Raises: ChatError if it has none."""
     present = kinds.fields_present(example)
-    prompt = example.get("prompt")
+    prompt = messages.in_text(example.get("prompt"))
     if isinstance(prompt, str):
         return Prompt(prompt, origin)
     for name in ("prompt", "messages", "conversations"):

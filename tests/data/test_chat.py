@@ -197,13 +197,15 @@ def test_tools_and_options_reach_the_template(tmp_path):
         {"prompt": [{"role": "user", "content": "ab"}],
          "completion": [{"role": "assistant", "content": "cd"}]},
         {"prompt": [{"role": "user", "content": "ab"}], "completion": "cd"},
+        {"prompt": '[{"role": "user", "content": "ab"}]',
+         "completion": '[{"from": "gpt", "value": "cd"}]'},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
                                                    {"type": "text", "text": "b"}]},
                       {"role": "assistant", "content": [{"type": "text", "text": "cd"}]}]},
         {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}],
          "system": " ", "tools": ""},
     ],
-    ids=["sharegpt", "prompt-completion", "completion-text", "parts", "blank-system"],
+    ids=["sharegpt", "prompt-completion", "completion-text", "json-text", "parts", "blank-system"],
 )  # fmt: skip
 def test_chats_as_others_write_them(tmp_path, row):
     assert encoded(tmp_path, CHATML, row)[0] == ["[user]ab</s>[assistant]⟦cd</s>⟧"]
@@ -361,6 +363,17 @@ def test_an_instruction_is_the_prompt_of_a_preference(tmp_path):
     (as_answer,), _ = encoded(tmp_path, CHATML, {**row, "output": "good"})
     assert found[0] == as_answer and "### Input:\ncd" in as_answer
     assert found[1] == as_answer.replace("good", "bad")
+    with pytest.raises(errors.UserError, match="input is a float"):
+        encoded(tmp_path, CHATML, row | {"input": float("nan")}, pairs=True)
+
+
+def test_an_answer_in_json_is_text(tmp_path):
+    row = {"prompt": "ab", "chosen": '{"from": "a"}', "rejected": '[{"role": "b"}]'}
+    found, _ = encoded(tmp_path, CHATML, row, pairs=True)
+    assert found == ['<s>ab⟦{"from": "a"}</s>⟧', '<s>ab⟦[{"role": "b"}]</s>⟧']
+    answer = '[{"role": "user", "content": "a"}]'
+    found, _ = encoded(tmp_path, CHATML, {"prompt": "ab", "completion": answer})
+    assert found == [f"<s>ab⟦{answer}</s>⟧"]
 
 
 def test_texts_without_a_prompt_share_their_beginning(tmp_path):
