@@ -63,7 +63,7 @@ def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
         if not kind or wrong:
             found.append(
                 ", ".join(f"{f} is a {type(example[f]).__name__}" for f in wrong)
-                or f"only the fields {', '.join(fields_present(example)) or '(none)'}"
+                or f"only the fields {', '.join(map(_shown, fields_present(example))) or '(none)'}"
             )
             where.append(origin(example))
     if found:
@@ -78,6 +78,11 @@ def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
             "prompt=question,completion=answer",
         )
     return kinds
+
+
+def _shown(name: str) -> str:
+    """A field's name; in quotes if it has spaces around it, as behind commas in a CSV file."""
+    return name if name == name.strip() else repr(name)
 
 
 def used(example: Fields) -> set[str]:

@@ -127,6 +127,10 @@ def test_missing_fields_are_named_with_file_and_line(tok, tmp_path):
         encoding.encode(train, tok, 64, EOS)
     assert len(evaluation) == 1
 
+    path = write(tmp_path / "x.csv", "prompt, completion", "a, b")
+    with pytest.raises(errors.UserError, match="fields prompt, ' completion'"):
+        encoding.encode(sources.load(path), tok, 64, EOS)
+
 
 def test_a_field_that_is_not_a_string(tok, tmp_path):
     path = write(tmp_path / "x.jsonl", '{"prompt": "a", "completion": 5}')
