@@ -1,6 +1,7 @@
 """The engine: requests in, their text out piece by piece, many at a time in one batch."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax import errors
+from lora_jax.generation import ahead, limits, lockstep
 from lora_jax.generation import batch as batches
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import grammar as grammars
-from lora_jax.generation import limits, lockstep
 from lora_jax.generation import output as outputs
 from lora_jax.generation import pool as pools
 from lora_jax.generation import request as requests
@@ -105,6 +106,7 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._compiler: threading.Thread | None = None
         self._followers: lockstep.Leader | None = None
         self._closing = False
         self._failure: str | None = None
@@ -208,13 +210,34 @@ class Engine:
         """Compiles what the first short requests need, before they come."""
         self.submit([0, 0], generation_config.Sampling(2, temperature=1.0)).result()
 
+    def compile_ahead(self) -> threading.Thread:
+        """Compiles all that later requests may need, in a thread of its own, which it returns.
+
+        Requests are served meanwhile. Without it, the first that needs a program waits for it, and
+        so do all others.
+        """
+        with self._lock:
+            programs = ahead.programs(self.batch, self._speculate)
+
+        def compile_all() -> None:
+            for program in programs:
+                if self._closing:
+                    return
+                with contextlib.suppress(Exception):  # the request that needs it reports it
+                    program.compile(self.batch)
+
+        self._compiler = threading.Thread(target=compile_all, name="compiler", daemon=True)
+        self._compiler.start()
+        return self._compiler
+
     def close(self) -> None:
-        """Ends all requests, and the thread."""
+        """Ends all requests, and the threads."""
         self._closing = True
         with self._wake:
             self._wake.notify()
-        if self._thread:
-            self._thread.join()
+        for thread in (self._thread, self._compiler):
+            if thread:
+                thread.join()
         if self._followers:
             self._followers.close()
         with self._lock:
@@ -370,7 +393,7 @@ class Engine:
         """Reads the tokens of a step, and delivers them."""
         if step is None:
             return
-        tokens = np.asarray(step.tokens)
+        tokens = np.asarray(step.tokens).reshape(self.num_slots, -1)
         logprobs = step.logprobs and type(step.logprobs)(*map(np.asarray, step.logprobs))
         for work in step.works:
             if work.done:

@@ -144,9 +144,7 @@ def sample(
     edited = edited.any()
 
     def choose():
-        changed = jax.lax.cond(
-            edited, lambda: edit(logits, rows, length, allowed), lambda: logits
-        )
+        changed = jax.lax.cond(edited, lambda: edit(logits, rows, length, allowed), lambda: logits)
         return _choose(changed, rows, length)
 
     # Greedy rows do not go through the inner branch, which copies logits that it does not change.

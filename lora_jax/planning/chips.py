@@ -23,7 +23,7 @@ class Peaks(NamedTuple):
     memory: float
 
 
-# Sources: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}; the data sheets of the modules and cards,
+# Sources: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}; the data sheets on
 # https://www.nvidia.com/en-us/data-center/{a10,a100,h100,h200,l4,l40s} (half of what they state for
 # sparsity); for the RTX cards, NVIDIA's white papers on GA102 and Ada, tables of GeForce cards
 # (bfloat16 accumulated in float32).
@@ -134,7 +134,6 @@ _GPUS = {
     "gpu:rtx4090": {"name": "NVIDIA GeForce RTX 4090", "cores": 128, "clock": 2.52,
                     "l2": 72 * _KIB**2, **_ADA},
 }  # fmt: skip
-
 
 
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")}
