@@ -40,10 +40,15 @@ def programs(batch: batches.Batch, speculate: int) -> list[Program]:
     if slots > 1:
         where = np.zeros((2, batch.num_groups), np.int32)
         found.append(Program(run.copy, (state, *where), {}))
-    later = []
+    with batch.on_devices():
+        _, logits = run.forward.eval_shape(weights, state, live, span=batch.spans[0])
+    logits = logits.update(sharding=state.lengths.sharding)
+    allowed = np.zeros((slots, -(-batch.vocab_size // 32)), np.int32)
+    # Few requests have a grammar, or ask for log p of their prompts.
+    later = [Program(run.choose, (state, logits, live, allowed), {})]
     for span in batch.spans:
         static = {"span": span}
-        found.append(Program(run.decode, (weights, state, live, None), static))
+        found.append(Program(run.decode, (weights, state, live), static))
         if speculate:
             guesses = np.zeros((slots, speculate), np.int32), np.zeros(slots, np.int32)
             found.append(Program(run.verify, (weights, state, live, *guesses), static))
@@ -51,9 +56,8 @@ def programs(batch: batches.Batch, speculate: int) -> list[Program]:
             found.append(Program(run.prefill, (weights, state, chunk), static))
             if chunk.row is not None:
                 later.append(Program(run.score, (weights, state, chunk, chunk.ids), static))
-        allowed = np.zeros((slots, -(-batch.vocab_size // 32)), np.int32)
-        later.append(Program(run.decode, (weights, state, live, allowed), static))
-    return [*found, *later]  # few requests ask for a prompt's log p, or have a grammar
+        later.append(Program(run.forward, (weights, state, live), static))
+    return [*found, *later]
 
 
 def _admissions(batch: batches.Batch) -> Iterator[tuple[Any, ...]]:

@@ -225,16 +225,31 @@ class Batch:
         if len(slot.tokens) > self._size:
             slot.key = None  # the first tokens were overwritten
 
-    def decode(self, works: Sequence[Work], allowed: np.ndarray | None) -> Step:
-        """Starts a step of these requests. allowed: bits of the tokens that grammars allow."""
+    def decode(self, works: Sequence[Work]) -> Step:
+        """Starts a step of these requests."""
         span = self._span(max(work.length for work in works))
         with self.on_devices():
             self._state, tokens, found = self.programs.decode(
-                self.weights, self.state, self._live(works), allowed, span=span
+                self.weights, self.state, self._live(works), span=span
             )
-        for work in works:
-            work.sent += 1
-        return _reading(works, tokens, None, found)
+        return _sent(works, tokens, found)
+
+    def forward(self, works: Sequence[Work]) -> jax.Array:
+        """Starts a step without its end: returns the logits of all slots, for `choose`."""
+        span = self._span(max(work.length for work in works))
+        with self.on_devices():
+            self._state, logits = self.programs.forward(
+                self.weights, self.state, self._live(works), span=span
+            )
+        return logits
+
+    def choose(self, works: Sequence[Work], logits: jax.Array, allowed: np.ndarray) -> Step:
+        """Starts the end of a step. allowed: bits of the tokens that grammars allow, by slot."""
+        with self.on_devices():
+            self._state, tokens, found = self.programs.choose(
+                self.state, logits, self._live(works), allowed
+            )
+        return _sent(works, tokens, found)
 
     def verify(self, works: Sequence[Work], drafts: Mapping[int, Sequence[int]], most: int) -> Step:
         """Starts a step that also checks guesses. drafts: {slot: its next tokens, at most most}."""
@@ -403,6 +418,13 @@ def logprob(token: int, found: samplers.Logprobs, at: Any, top: int) -> requests
     """Of one token at an index of the arrays, with the `top` most likely ones."""
     pairs = zip(found.ids[at][:top].tolist(), found.values[at][:top].tolist(), strict=True)
     return requests.Logprob(token, float(found.chosen[at]), tuple(pairs))
+
+
+def _sent(works, tokens, found) -> Step:
+    """The step, which gives each of these requests a token."""
+    for work in works:
+        work.sent += 1
+    return _reading(works, tokens, None, found)
 
 
 def _reading(works, tokens, counts, found) -> Step:

@@ -297,23 +297,30 @@ class Engine:
         self._take()
         self._admit()
         guesses = 0 < len(self._running) <= _FEW and self._speculate
-        guessed = self._dispatched is not None and self._dispatched.counts is not None
-        if guesses or guessed or any(work.matcher for work in self._running):
-            # The next step depends on the tokens of the one before.
-            self._read(self._dispatched)
-            self._dispatched = None
+        if guesses or (self._dispatched and self._dispatched.counts is not None):
+            self._read()  # the next step depends on its tokens
         ready = [work for work in self._running
                  if work.is_ready and not work.done and work.left > 0]  # fmt: skip
-        ready, allowed = self._allowed(ready)
-        before, self._dispatched = self._dispatched, None
-        if ready:
-            drafts = self._drafts(ready) if guesses and allowed is None else {}
-            if drafts:
-                self._dispatched = self.batch.verify(ready, drafts, self._speculate)
-            else:
-                self._dispatched = self.batch.decode(ready, allowed)
+        if any(work.matcher for work in ready):
+            following = self._follow_grammars(ready)
+        elif drafts := self._drafts(ready) if guesses else {}:
+            following = self.batch.verify(ready, drafts, self._speculate)
+        else:
+            following = self.batch.decode(ready) if ready else None
         self.batch.fill(self._running)
-        self._read(before)
+        self._read()
+        self._dispatched = following
+
+    def _follow_grammars(self, ready: list[batches.Work]) -> batches.Step | None:
+        """Starts a step in which grammars say what may come.
+
+        What they say depends on the tokens of the step before. Those are read, and the grammars
+        advance, while the devices compute the logits.
+        """
+        logits = self.batch.forward(ready)
+        self._read()
+        ready, allowed = self._allowed([work for work in ready if not work.done])
+        return self.batch.choose(ready, logits, allowed) if ready else None
 
     def _drafts(self, ready: list[batches.Work]) -> dict[int, Sequence[int]]:
         """Guesses at the next tokens of greedy requests, by slot."""
@@ -326,10 +333,8 @@ class Engine:
                     self._totals["guessed"] += len(draft)
         return found
 
-    def _allowed(self, ready: list[batches.Work]) -> tuple[list[batches.Work], np.ndarray | None]:
+    def _allowed(self, ready: list[batches.Work]) -> tuple[list[batches.Work], np.ndarray]:
         """(those that go on, the tokens that their grammars allow, as bits)."""
-        if not any(work.matcher for work in ready):
-            return ready, None
         allowed = np.full((self.num_slots, -(-self.vocab_size // 32)), -1, np.int32)
         left = []
         for work in ready:
@@ -389,8 +394,9 @@ class Engine:
         self._totals["cached"] += work.filled
         return True
 
-    def _read(self, step: batches.Step | None) -> None:
-        """Reads the tokens of a step, and delivers them."""
+    def _read(self) -> None:
+        """Reads the tokens of the step that was dispatched, and delivers them."""
+        step, self._dispatched = self._dispatched, None
         if step is None:
             return
         tokens = np.asarray(step.tokens).reshape(self.num_slots, -1)
