@@ -100,6 +100,7 @@ def main() -> int:
         pool=opening.pool(model, settings.adapters),
     )  # fmt: skip
     engine.start()
+    opening.compile_ahead(engine)
     try:
         talk = conversation.Conversation(
             engine,

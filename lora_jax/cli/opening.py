@@ -197,6 +197,12 @@ def start(
     return serving
 
 
+def compile_ahead(serving: engine.Engine) -> None:
+    """Compiles what later requests need beside the first ones; not on a CPU, which serves those."""
+    if jax.default_backend() != "cpu":
+        serving.compile_ahead()
+
+
 def _prove(kernels: str, found: Files, *job: Any) -> None:
     """Checks the kernels that decode on these devices; those that fail are left out.
 

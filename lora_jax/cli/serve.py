@@ -189,6 +189,7 @@ def main() -> int:
     engine.start()
     console.say("serve", "compiling the first programs")
     engine.warm_up()
+    opening.compile_ahead(engine)
     try:
         known = models.Models(
             engine.pool, name, engine.context, settings.server, found.name, settings.adapters

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +70,10 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step that was dispatched: its tokens [B, T], how many of them count [B], and log p."""
+    """A step that was dispatched: its tokens [B, T], how many of them count [B], and log p.
+
+    counts: None if each slot has one token; tokens are [B] then.
+    """
 
     works: Sequence[Work]
     tokens: jax.Array
@@ -105,19 +108,36 @@ class Batch:
         self.programs = steps.Programs(graphdef, self.form)
         self._mesh, self._pool, self._kv_dtype = mesh, pool, kv_dtype
         self.num_slots, self.vocab_size = num_slots, model.config.vocab_size
-        self._groups = steps.num_groups(num_slots, mesh)
+        self.num_groups = steps.num_groups(num_slots, mesh)
         self._context, self._size = context, size(model.config, context)
         self._is_static = model.config.rope.rope_type != "dynamic"
         self._state: steps.State | None = None
         self._spread: tuple[Any, Any] | None = None  # the bank that was spread, and the result
         self._slots = [
-            slot_choice.Slot(index, index * self._groups // num_slots) for index in range(num_slots)
+            slot_choice.Slot(index, index * self.num_groups // num_slots)
+            for index in range(num_slots)
         ]
         self._clock = 0
 
     @property
     def has_free_slot(self) -> bool:
         return not all(slot.busy for slot in self._slots)
+
+    @property
+    def spans(self) -> list[int]:
+        """The parts of the cache that programs read, the shortest first."""
+        lengths = [_SHORTEST_SPAN << n for n in range(self._size.bit_length())]
+        return sorted({self._span(min(length, self._size)) for length in lengths})
+
+    def chunks(self, span: int) -> Iterator[steps.Chunk]:
+        """Chunks of prompts of all sizes that end within a span, without tokens."""
+        for num_tokens in CHUNKS:
+            if self._span(num_tokens // 2 + 1) <= span:
+                yield self._empty_chunk(num_tokens)
+        own = self.num_slots // self.num_groups
+        if own > 1 and self._fits_together(span):
+            ids = np.zeros((self.num_slots, common_size(own)), np.int32)
+            yield steps.Chunk(ids, *(np.zeros(self.num_slots, np.int32) for _ in range(3)))
 
     @property
     def can_speculate(self) -> bool:
@@ -150,7 +170,7 @@ class Batch:
         if self._state is None:
             with self.on_devices():
                 if self.form:
-                    own_rows = self.num_slots // self._groups
+                    own_rows = self.num_slots // self.num_groups
                     forms = self.programs.derive(self.weights, own_rows)
                     self._own_weights = self._own_weights._replace(forms=forms)
                 self._state = self.programs.empty(
@@ -205,16 +225,31 @@ class Batch:
         if len(slot.tokens) > self._size:
             slot.key = None  # the first tokens were overwritten
 
-    def decode(self, works: Sequence[Work], allowed: np.ndarray | None) -> Step:
-        """Starts a step of these requests. allowed: bits of the tokens that grammars allow."""
+    def decode(self, works: Sequence[Work]) -> Step:
+        """Starts a step of these requests."""
         span = self._span(max(work.length for work in works))
         with self.on_devices():
             self._state, tokens, found = self.programs.decode(
-                self.weights, self.state, self._live(works), allowed, span=span
+                self.weights, self.state, self._live(works), span=span
             )
-        for work in works:
-            work.sent += 1
-        return _reading(works, tokens[:, None], None, found)
+        return _sent(works, tokens, found)
+
+    def forward(self, works: Sequence[Work]) -> jax.Array:
+        """Starts a step without its end: returns the logits of all slots, for `choose`."""
+        span = self._span(max(work.length for work in works))
+        with self.on_devices():
+            self._state, logits = self.programs.forward(
+                self.weights, self.state, self._live(works), span=span
+            )
+        return logits
+
+    def choose(self, works: Sequence[Work], logits: jax.Array, allowed: np.ndarray) -> Step:
+        """Starts the end of a step. allowed: bits of the tokens that grammars allow, by slot."""
+        with self.on_devices():
+            self._state, tokens, found = self.programs.choose(
+                self.state, logits, self._live(works), allowed
+            )
+        return _sent(works, tokens, found)
 
     def verify(self, works: Sequence[Work], drafts: Mapping[int, Sequence[int]], most: int) -> Step:
         """Starts a step that also checks guesses. drafts: {slot: its next tokens, at most most}."""
@@ -244,19 +279,22 @@ class Batch:
         A slot whose prompt does not wait computes padding, so half of them have to. Long prompts
         are better one after the other: their chunks are large, and the first one ends sooner.
         """
-        if 2 * len(waiting) < self.num_slots or self.num_slots == self._groups:
+        if 2 * len(waiting) < self.num_slots or self.num_slots == self.num_groups:
             return False
         if any(work.request.sampling.prompt_logprobs is not None for work in waiting):
             return False
-        # The logits of attention must not take more memory than those of the longest chunk.
-        own = self.num_slots // self._groups
+        own = self.num_slots // self.num_groups
         span = self._span(max(work.filled for work in waiting) + common_size(own))
-        fits = own * common_size(own) * span <= CHUNKS[-1] * self._size
-        return fits and max(map(_unfilled, waiting)) <= CHUNKS[-2]
+        return self._fits_together(span) and max(map(_unfilled, waiting)) <= CHUNKS[-2]
+
+    def _fits_together(self, span: int) -> bool:
+        """Whether the logits of attention take no more memory than those of the longest chunk."""
+        own = self.num_slots // self.num_groups
+        return own * common_size(own) * span <= CHUNKS[-1] * self._size
 
     def _fill_slots(self, waiting: Sequence[Work]) -> int:
         """Fills a chunk of each prompt; returns its tokens in a group of slots."""
-        size = common_size(self.num_slots // self._groups)
+        size = common_size(self.num_slots // self.num_groups)
         ids = np.zeros((self.num_slots, size), np.int32)
         start, num_real, length = (np.zeros(self.num_slots, np.int32) for _ in range(3))
         for work in waiting:
@@ -272,7 +310,7 @@ class Batch:
             )
         for work in waiting:
             _note_filled(work, int(num_real[work.slot.index]))
-        return size * self.num_slots // self._groups
+        return size * self.num_slots // self.num_groups
 
     def _fill_one(self, waiting: Sequence[Work]) -> int:
         """Fills a chunk of one prompt in each group of slots; returns its tokens."""
@@ -301,24 +339,31 @@ class Batch:
 
     def _chunk(self, chosen: Mapping[int, Work]) -> tuple[steps.Chunk, np.ndarray]:
         """(the chunk, the token after each of its tokens) of one request in each group."""
-        shape = (self._groups, chunk_size(max(map(_unfilled, chosen.values()))))
-        ids, following = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        start, num_real, length, row = (np.zeros(self._groups, np.int32) for _ in range(4))
-        mixture = np.zeros((self._groups, self.num_adapters), np.float32)
+        size = chunk_size(max(map(_unfilled, chosen.values())))
+        chunk = self._empty_chunk(size)
+        following = np.zeros_like(chunk.ids)
         for group, work in chosen.items():
             prompt, first = work.request.prompt, work.filled
-            own = prompt[first : first + min(shape[1], _unfilled(work))]
-            ids[group, : len(own)] = own
+            own = prompt[first : first + min(size, _unfilled(work))]
+            chunk.ids[group, : len(own)] = own
             following[group, : len(own)] = prompt[first + 1 : first + 1 + len(own)]
-            start[group], num_real[group], length[group] = first, len(own), len(prompt)
-            row[group] = work.slot.index - group * (self.num_slots // self._groups)
-            mixture[group] = self._mixture(work)
-        return steps.Chunk(ids, start, num_real, length, row, mixture), following
+            chunk.start[group], chunk.num_real[group] = first, len(own)
+            chunk.length[group] = len(prompt)
+            chunk.row[group] = work.slot.index - group * (self.num_slots // self.num_groups)
+            chunk.mixture[group] = self._mixture(work)
+        return chunk, following
+
+    def _empty_chunk(self, num_tokens: int) -> steps.Chunk:
+        """A chunk of one slot in each group, to be filled in."""
+        start, num_real, length, row = (np.zeros(self.num_groups, np.int32) for _ in range(4))
+        ids = np.zeros((self.num_groups, num_tokens), np.int32)
+        mixture = np.zeros((self.num_groups, self.num_adapters), np.float32)
+        return steps.Chunk(ids, start, num_real, length, row, mixture)
 
     def _copied(self, source: slot_choice.Slot, target: slot_choice.Slot) -> np.ndarray:
         """The slot to copy from and to in each group; in the others, a slot onto itself."""
-        own = self.num_slots // self._groups
-        where = np.zeros((2, self._groups), np.int32)
+        own = self.num_slots // self.num_groups
+        where = np.zeros((2, self.num_groups), np.int32)
         where[:, target.group] = source.index % own, target.index % own
         return where
 
@@ -373,6 +418,13 @@ def logprob(token: int, found: samplers.Logprobs, at: Any, top: int) -> requests
     """Of one token at an index of the arrays, with the `top` most likely ones."""
     pairs = zip(found.ids[at][:top].tolist(), found.values[at][:top].tolist(), strict=True)
     return requests.Logprob(token, float(found.chosen[at]), tuple(pairs))
+
+
+def _sent(works, tokens, found) -> Step:
+    """The step, which gives each of these requests a token."""
+    for work in works:
+        work.sent += 1
+    return _reading(works, tokens, None, found)
 
 
 def _reading(works, tokens, counts, found) -> Step:

@@ -1,6 +1,7 @@
 """The engine: requests in, their text out piece by piece, many at a time in one batch."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax import errors
+from lora_jax.generation import ahead, limits, lockstep
 from lora_jax.generation import batch as batches
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import grammar as grammars
-from lora_jax.generation import limits, lockstep
 from lora_jax.generation import output as outputs
 from lora_jax.generation import pool as pools
 from lora_jax.generation import request as requests
@@ -105,6 +106,7 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._compiler: threading.Thread | None = None
         self._followers: lockstep.Leader | None = None
         self._closing = False
         self._failure: str | None = None
@@ -208,13 +210,34 @@ class Engine:
         """Compiles what the first short requests need, before they come."""
         self.submit([0, 0], generation_config.Sampling(2, temperature=1.0)).result()
 
+    def compile_ahead(self) -> threading.Thread:
+        """Compiles all that later requests may need, in a thread of its own, which it returns.
+
+        Requests are served meanwhile. Without it, the first that needs a program waits for it, and
+        so do all others.
+        """
+        with self._lock:
+            programs = ahead.programs(self.batch, self._speculate)
+
+        def compile_all() -> None:
+            for program in programs:
+                if self._closing:
+                    return
+                with contextlib.suppress(Exception):  # the request that needs it reports it
+                    program.compile(self.batch)
+
+        self._compiler = threading.Thread(target=compile_all, name="compiler", daemon=True)
+        self._compiler.start()
+        return self._compiler
+
     def close(self) -> None:
-        """Ends all requests, and the thread."""
+        """Ends all requests, and the threads."""
         self._closing = True
         with self._wake:
             self._wake.notify()
-        if self._thread:
-            self._thread.join()
+        for thread in (self._thread, self._compiler):
+            if thread:
+                thread.join()
         if self._followers:
             self._followers.close()
         with self._lock:
@@ -274,23 +297,30 @@ class Engine:
         self._take()
         self._admit()
         guesses = 0 < len(self._running) <= _FEW and self._speculate
-        guessed = self._dispatched is not None and self._dispatched.counts is not None
-        if guesses or guessed or any(work.matcher for work in self._running):
-            # The next step depends on the tokens of the one before.
-            self._read(self._dispatched)
-            self._dispatched = None
+        if guesses or (self._dispatched and self._dispatched.counts is not None):
+            self._read()  # the next step depends on its tokens
         ready = [work for work in self._running
                  if work.is_ready and not work.done and work.left > 0]  # fmt: skip
-        ready, allowed = self._allowed(ready)
-        before, self._dispatched = self._dispatched, None
-        if ready:
-            drafts = self._drafts(ready) if guesses and allowed is None else {}
-            if drafts:
-                self._dispatched = self.batch.verify(ready, drafts, self._speculate)
-            else:
-                self._dispatched = self.batch.decode(ready, allowed)
+        if any(work.matcher for work in ready):
+            following = self._follow_grammars(ready)
+        elif drafts := self._drafts(ready) if guesses else {}:
+            following = self.batch.verify(ready, drafts, self._speculate)
+        else:
+            following = self.batch.decode(ready) if ready else None
         self.batch.fill(self._running)
-        self._read(before)
+        self._read()
+        self._dispatched = following
+
+    def _follow_grammars(self, ready: list[batches.Work]) -> batches.Step | None:
+        """Starts a step in which grammars say what may come.
+
+        What they say depends on the tokens of the step before. Those are read, and the grammars
+        advance, while the devices compute the logits.
+        """
+        logits = self.batch.forward(ready)
+        self._read()
+        ready, allowed = self._allowed([work for work in ready if not work.done])
+        return self.batch.choose(ready, logits, allowed) if ready else None
 
     def _drafts(self, ready: list[batches.Work]) -> dict[int, Sequence[int]]:
         """Guesses at the next tokens of greedy requests, by slot."""
@@ -303,10 +333,8 @@ class Engine:
                     self._totals["guessed"] += len(draft)
         return found
 
-    def _allowed(self, ready: list[batches.Work]) -> tuple[list[batches.Work], np.ndarray | None]:
+    def _allowed(self, ready: list[batches.Work]) -> tuple[list[batches.Work], np.ndarray]:
         """(those that go on, the tokens that their grammars allow, as bits)."""
-        if not any(work.matcher for work in ready):
-            return ready, None
         allowed = np.full((self.num_slots, -(-self.vocab_size // 32)), -1, np.int32)
         left = []
         for work in ready:
@@ -366,11 +394,12 @@ class Engine:
         self._totals["cached"] += work.filled
         return True
 
-    def _read(self, step: batches.Step | None) -> None:
-        """Reads the tokens of a step, and delivers them."""
+    def _read(self) -> None:
+        """Reads the tokens of the step that was dispatched, and delivers them."""
+        step, self._dispatched = self._dispatched, None
         if step is None:
             return
-        tokens = np.asarray(step.tokens)
+        tokens = np.asarray(step.tokens).reshape(self.num_slots, -1)
         logprobs = step.logprobs and type(step.logprobs)(*map(np.asarray, step.logprobs))
         for work in step.works:
             if work.done:

@@ -140,12 +140,15 @@ def sample(
     edited = penalized | live & (rows.biased | (length < rows.min_length))
     if allowed is not None:
         edited |= live & _restricted(allowed, logits.shape[1])
-    # Each branch chooses: logits that a branch returned as they are would be copied.
-    tokens = jax.lax.cond(
-        edited.any(),
-        lambda: _choose(edit(logits, rows, length, allowed), rows, length),
-        lambda: _choose(logits, rows, length),
-    )
+    drawn = rows.temperature > 0
+    edited = edited.any()
+
+    def choose():
+        changed = jax.lax.cond(edited, lambda: edit(logits, rows, length, allowed), lambda: logits)
+        return _choose(changed, rows, length)
+
+    # Greedy rows do not go through the inner branch, which copies logits that it does not change.
+    tokens = jax.lax.cond(edited | drawn.any(), choose, lambda: _argmax(logits))
     tokens = jnp.where(live, tokens, 0)
     found = functools.partial(logprobs, logits, tokens)
     chosen = jax.lax.cond(

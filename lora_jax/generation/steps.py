@@ -82,6 +82,8 @@ class Programs:
         self.derive = jit(self._derive, static_argnums=1)
         self.spread = jit(decode_weights.spread)
         self.decode = jit(self._decode, donate_argnums=1, static_argnames="span")
+        self.forward = jit(self._forward, donate_argnums=1, static_argnames="span")
+        self.choose = jit(self._choose, donate_argnums=0)
         self.verify = jit(self._verify, donate_argnums=1, static_argnames="span")
         self.prefill = jit(self._prefill, donate_argnums=1, static_argnames="span")
         self.score = jit(self._score, donate_argnums=1, static_argnames="span")
@@ -118,17 +120,24 @@ class Programs:
     def _derive(self, weights, num_rows):
         return decode_weights.derive(self._model(weights), self._form, num_rows)
 
-    def _decode(self, weights, state, live, allowed=None, *, span=None):
+    def _decode(self, weights, state, live, *, span=None):
         """(state with a new token in each live slot [B], the new tokens [B], Logprobs)."""
+        state, logits = self._forward(weights, state, live, span=span)
+        return self._choose(state, logits, live)
+
+    def _forward(self, weights, state, live, *, span=None):
+        """(state with the last tokens in the cache, logits [B, V] of the next): half of a step."""
         model = self._model(weights)
         place = cache.Place(state.lengths - 1, live.astype(jnp.int32), state.lengths, span=span)
         hidden, kv = self._extend(
             model, weights, state.tokens[:, None], state.cache, place, state.mixture
         )
-        logits = _everywhere(model.logits(hidden[:, 0]))
+        return _placed(state._replace(cache=kv)), _everywhere(model.logits(hidden[:, 0]))
+
+    def _choose(self, state, logits, live, allowed=None):
+        """As `_decode`, from logits. allowed: bits of the tokens that grammars allow."""
         tokens, found, rows = sampling.sample(logits, state.rows, state.lengths, live, allowed)
         state = state._replace(
-            cache=kv,
             lengths=state.lengths + live,
             tokens=jnp.where(live, tokens, state.tokens),
             rows=rows,

@@ -23,31 +23,43 @@ class Peaks(NamedTuple):
     memory: float
 
 
-# Sources: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}; the data sheets of the SXM modules and
-# of the L4, https://www.nvidia.com/en-us/data-center/{a100,h100,h200,l4} (half of what they state
-# for sparsity); for the RTX 4080, NVIDIA's white paper on Ada, table of GeForce cards (bfloat16
-# accumulated in float32).
+# Sources: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}; the data sheets on
+# https://www.nvidia.com/en-us/data-center/{a10,a100,h100,h200,l4,l40s} (half of what they state for
+# sparsity); for the RTX cards, NVIDIA's white papers on GA102 and Ada, tables of GeForce cards
+# (bfloat16 accumulated in float32).
 PEAKS = {
     "tpu:v5e": Peaks(197e12, 819e9, 16e9),
     "tpu:v5p": Peaks(459e12, 2765e9, 95e9),
     "tpu:v6e": Peaks(918e12, 1640e9, 32e9),
+    "gpu:a10": Peaks(125e12, 600e9, 24e9),
     "gpu:a100": Peaks(312e12, 2039e9, 80e9),
+    "gpu:a100_40gb": Peaks(312e12, 1555e9, 40e9),
     "gpu:h100": Peaks(989e12, 3350e9, 80e9),
+    "gpu:h100_pcie": Peaks(756e12, 2000e9, 80e9),
     "gpu:h200": Peaks(989e12, 4800e9, 141e9),
     "gpu:l4": Peaks(121e12, 300e9, 24e9),
+    "gpu:l40s": Peaks(362e12, 864e9, 48e9),
+    "gpu:rtx3090": Peaks(71e12, 936e9, 24e9),
     "gpu:rtx4080": Peaks(97.5e12, 716.8e9, 16e9),
+    "gpu:rtx4090": Peaks(165e12, 1008e9, 24e9),
 }
-# Bytes/s between one chip and the others, in both directions together. Sources: as above; the last
-# two are connected by PCIe 4.0 with 16 lanes.
+# Bytes/s between one chip and the others, in both directions together. Sources: as above; cards
+# without NVLink are connected by PCIe with 16 lanes, the H100 by 5.0 and the others by 4.0.
 INTERCONNECT = {
     "tpu:v5e": 400e9,
     "tpu:v5p": 1200e9,
     "tpu:v6e": 800e9,
+    "gpu:a10": 64e9,
     "gpu:a100": 600e9,
+    "gpu:a100_40gb": 600e9,
     "gpu:h100": 900e9,
+    "gpu:h100_pcie": 128e9,
     "gpu:h200": 900e9,
     "gpu:l4": 64e9,
+    "gpu:l40s": 64e9,
+    "gpu:rtx3090": 64e9,
     "gpu:rtx4080": 64e9,
+    "gpu:rtx4090": 64e9,
 }
 COUNTS = {  # number of chips → their topology, as libtpu or the CUDA plugin names it
     "tpu": {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
@@ -98,19 +110,29 @@ gpu_device_info {{
 }}
 """
 _KIB = 1024
-_HOPPER = {"major": 9, "minor": 0, "cores": 132, "fpus": 128, "clock": 1.98, "threads": 2048,
-           "shared_core": 228 * _KIB, "shared_block": 227 * _KIB}  # fmt: skip
+_AMPERE = {"major": 8, "minor": 0, "cores": 108, "fpus": 64, "clock": 1.41, "threads": 2048,
+           "l2": 40 * _KIB**2, "shared_core": 164 * _KIB, "shared_block": 163 * _KIB}  # fmt: skip
+_HOPPER = {"major": 9, "minor": 0, "fpus": 128, "threads": 2048, "shared_core": 228 * _KIB,
+           "shared_block": 227 * _KIB}  # fmt: skip
+_SXM = {"cores": 132, "clock": 1.98, **_HOPPER}
 _ADA = {"major": 8, "minor": 9, "fpus": 128, "threads": 1536, "shared_core": 100 * _KIB,
         "shared_block": 99 * _KIB}  # fmt: skip
+_GA102 = {**_ADA, "minor": 6, "clock": 1.695, "l2": 6 * _KIB**2}
 _GPUS = {
-    "gpu:a100": {"name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "cores": 108,
-                 "fpus": 64, "clock": 1.41, "threads": 2048, "l2": 40 * _KIB**2,
-                 "shared_core": 164 * _KIB, "shared_block": 163 * _KIB},
-    "gpu:h100": {"name": "NVIDIA H100 80GB HBM3", "l2": 50 * _KIB**2, **_HOPPER},
-    "gpu:h200": {"name": "NVIDIA H200", "l2": 60 * _KIB**2, **_HOPPER},
+    "gpu:a10": {"name": "NVIDIA A10", "cores": 72, **_GA102},
+    "gpu:a100": {"name": "NVIDIA A100-SXM4-80GB", **_AMPERE},
+    "gpu:a100_40gb": {"name": "NVIDIA A100-SXM4-40GB", **_AMPERE},
+    "gpu:h100": {"name": "NVIDIA H100 80GB HBM3", "l2": 50 * _KIB**2, **_SXM},
+    "gpu:h100_pcie": {"name": "NVIDIA H100 PCIe", "cores": 114, "clock": 1.755,
+                      "l2": 50 * _KIB**2, **_HOPPER},
+    "gpu:h200": {"name": "NVIDIA H200", "l2": 60 * _KIB**2, **_SXM},
     "gpu:l4": {"name": "NVIDIA L4", "cores": 58, "clock": 2.04, "l2": 48 * _KIB**2, **_ADA},
+    "gpu:l40s": {"name": "NVIDIA L40S", "cores": 142, "clock": 2.52, "l2": 96 * _KIB**2, **_ADA},
+    "gpu:rtx3090": {"name": "NVIDIA GeForce RTX 3090", "cores": 82, **_GA102},
     "gpu:rtx4080": {"name": "NVIDIA GeForce RTX 4080", "cores": 76, "clock": 2.505,
                     "l2": 64 * _KIB**2, **_ADA},
+    "gpu:rtx4090": {"name": "NVIDIA GeForce RTX 4090", "cores": 128, "clock": 2.52,
+                    "l2": 72 * _KIB**2, **_ADA},
 }  # fmt: skip
 
 
@@ -170,6 +192,7 @@ def of_kind(platform: str, kind: str, count: int) -> Target:
     kinds = {_GPUS[chip]["name"]: chip for chip in _GPUS}
     # JAX uses either name, depending on the version of the driver.
     kinds |= {"TPU v5 lite": "tpu:v5e", "TPU v5": "tpu:v5p", "TPU v6 lite": "tpu:v6e"}
+    kinds |= {"NVIDIA A100 80GB PCIe": "gpu:a100", "NVIDIA A100-PCIE-40GB": "gpu:a100_40gb"}
     kinds |= {"TPU v5e": "tpu:v5e", "TPU v5p": "tpu:v5p", "TPU v6e": "tpu:v6e"}
     return Target(kinds.get(kind, platform), count)
 

@@ -22,7 +22,7 @@ from lora_jax.planning import job as jobs
 from lora_jax.planning import resident
 from lora_jax.quant import formats
 
-HOPPER = ("gpu:h100", "gpu:h200")
+HOPPER = ("gpu:h100", "gpu:h100_pcie", "gpu:h200")
 HOPPER_ROWS = 64  # the most of its kernel for decoding
 GPU_ROWS = 128  # the most of the kernel that reads words as they are stored
 

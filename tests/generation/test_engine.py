@@ -348,7 +348,7 @@ def test_the_cache_is_updated_in_place():
     serving.submit([1, 5, 9], GREEDY).result()
     batch, live = serving.batch, np.ones(8, bool)
     with batch.on_devices():
-        lowered = batch.programs.decode.lower(batch.weights, batch.state, live, None, span=512)
+        lowered = batch.programs.decode.lower(batch.weights, batch.state, live, span=512)
     compiled = lowered.compile()
     cache = batch.state.cache.k.nbytes + batch.state.cache.v.nbytes
     uses = compiled.memory_analysis()

@@ -27,11 +27,11 @@ def test_an_unknown_name_lists_the_known_ones(name):
 @pytest.mark.parametrize("chip", chips.PEAKS)
 def test_every_chip_has_peaks_of_the_right_order(chip):
     flops, bandwidth, memory = chips.parse(chip).peaks
-    assert 9e13 < flops < 1e15
+    assert 7e13 < flops < 1e15
     assert 2e11 < bandwidth < 5e12
     assert 1e10 < memory < 2e11
-    # A chip can do a few hundred operations for each byte that it reads.
-    assert 100 < flops / bandwidth < 1000
+    # A chip can do about a hundred or a few hundred operations for each byte that it reads.
+    assert 70 < flops / bandwidth < 1000
 
 
 @pytest.mark.parametrize("platform", chips.COUNTS)
@@ -74,6 +74,7 @@ def test_a_chip_is_recognized_by_the_kind_that_jax_reports():
         (("TPU v6 lite", "TPU v6e"), "tpu:v6e"),
     ):
         assert [chips.of_kind("tpu", kind, 4) for kind in kinds] == 2 * [(chip, 4)]
+    assert chips.of_kind("gpu", "NVIDIA A100-PCIE-40GB", 1) == ("gpu:a100_40gb", 1)
     assert chips.of_kind("gpu", "NVIDIA T4", 1).peaks is None
 
 

@@ -1,0 +1,64 @@
+"""Programs that are compiled, and halves of steps that are dispatched, before they are needed."""
+
+import numpy as np
+import pytest
+from test_engine import GREEDY, compilations, fresh, golden
+
+from lora_jax.generation import config, grammar
+
+pytest.importorskip("llguidance")
+ABC = grammar.regex("[a-c]+")
+
+
+def mixed(count):
+    """Requests of all kinds."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        prompt = rng.integers(3, 500, rng.integers(1, 150)).tolist()
+        yield prompt, config.Sampling(
+            max_new_tokens=int(rng.integers(1, 6)), temperature=float(i % 2), top_k=i % 3,
+            logprobs=i % 4 if i % 5 == 0 else None, seed=i if i % 2 else None,
+            prompt_logprobs=1 if i % 7 == 0 else None,
+            presence_penalty=float(i % 6 == 0), logit_bias=((i % 500, 1.0),) * (i % 8 == 0),
+            min_tokens=i % 2, stop=("a",) * (i % 3),
+        )  # fmt: skip
+        if i % 10 == 0:
+            yield prompt, config.Sampling(max_new_tokens=4, grammar=ABC)
+        if i % 9 == 0:
+            yield [*prompt, 5], config.Sampling(max_new_tokens=2)  # with a prefix to copy
+
+
+def test_no_request_compiles_after_all_was_compiled_ahead():
+    serving = fresh(slots=4, context=256, eos_ids=(2,))
+    serving.compile_ahead().join()
+    with compilations() as found:
+        asked = [serving.submit(prompt, sampling) for prompt, sampling in mixed(100)]
+        asked[1].abort()
+        results = [each.result() for each in asked]
+    assert not found
+    assert len(results) > 100 and serving.stats().cached_tokens > 0
+
+
+def test_logits_are_computed_while_grammars_advance(monkeypatch):
+    """A grammar delays neither its own request nor those beside it."""
+    serving, order = fresh(slots=2, eos_ids=(2,)), []
+
+    def noted(call, name):
+        def called(*arguments):
+            if name != "_read" or serving._dispatched:
+                order.append(name)
+            return call(*arguments)
+
+        return called
+
+    for owner, name in ((serving.batch, "forward"), (serving, "_read"), (serving.batch, "choose")):
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name), name))
+    prompt, following = golden("stories260K")[0]
+    by_grammar = config.Sampling(max_new_tokens=6, grammar=ABC)
+    both = [serving.submit(prompt, by_grammar), serving.submit(prompt, GREEDY)]
+    found, plain = (each.result() for each in both)
+    assert plain.tokens == following[: GREEDY.max_new_tokens]
+    assert len(found.tokens) == 6 and set(found.text) <= set("abc")
+    first = ["forward", "choose"]
+    assert order[:17] == [*first, *5 * ["forward", "_read", "choose"]]
+    assert {*order[17:]} == {"_read"}
