@@ -1,4 +1,4 @@
-"""The weights of a Flax NNX model that no layer of a known class holds."""
+"""The weights of a Flax NNX model that no layer of a known kind holds."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -38,11 +38,15 @@ def find(model: nnx.Module) -> Iterator[Parameter]:
             continue
         around = [path[:n] for n in range(len(path)) if path[:n] in modules]
         copied = "modules_to_save" in path or "quantized" in path
-        if copied or any(registry.registration_of(type(modules[at])) for at in around):
+        if copied or any(_is_layer(modules[at]) for at in around):
             continue
         bridges = [at for at in around if is_bridge(modules[at])]
         at = bridges[0] if bridges else around[-1]
         yield Parameter(path, node, modules[at], at)
+
+
+def _is_layer(module: nnx.Module) -> bool:
+    return registry.registration_of(type(module)) is not None and not registry.problem(module)
 
 
 def is_bridge(module: nnx.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from lora_jax import errors
 from lora_jax.layers import linear_map
 
 
@@ -78,6 +79,15 @@ def parameters_of(cls: type) -> Mapping[str, linear_map.LinearMap]:
 def linear_map_of(layer: nnx.Module) -> linear_map.LinearMap:
     """How the layer multiplies."""
     return registration_of(type(layer)).linear_map_of(layer)
+
+
+def problem(layer: nnx.Module) -> str:
+    """Why the layer is no product with a matrix, in words that continue its path; "" if it is."""
+    try:
+        linear_map_of(layer)
+    except errors.UserError as error:
+        return f"has an einsum that is no product with a matrix: {error.found}"
+    return ""
 
 
 def weight_of(layer: nnx.Module) -> nnx.Variable:

@@ -44,7 +44,8 @@ class Site:
     @property
     def layer(self) -> targets.Layer:
         """What each of its layers is to target selection."""
-        return targets.Layer(self.kind, self.in_features, self.out_features, self.problem)
+        kind = "" if self.problem else self.kind
+        return targets.Layer(kind, self.in_features, self.out_features, self.problem)
 
     def stacked(self, each: Sequence[Num[np.ndarray, "..."]]) -> Num[Array, "..."]:
         """The arrays of the layers as one array."""
@@ -94,15 +95,6 @@ def select(
     layers |= {name: other for name, other in (others or {}).items() if name not in layers}
     configs = targets.select(layers, config, strict=strict)
     return [[configs.get(name) for name in site.names] for site in sites]
-
-
-def problem(layer: Any, how: linear_map.LinearMap) -> str:
-    """Why a layer of Flax's own classes cannot be adapted; "" if it can."""
-    if not isinstance(how, linear_map.Conv):
-        return ""
-    if layer.feature_group_count > 1:
-        return f"has feature_group_count {layer.feature_group_count}"
-    return "" if layer.mask is None else "has a mask"
 
 
 def misfit(how: linear_map.LinearMap, shape: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ class Layer(NamedTuple):
     """What target selection and adapter checks need to know of a layer of a model.
 
     kind: "linear", "embedding" or "conv", see adapter.Factors; "parameter" for one that a module of
-    another class holds itself; "" for a module whose class is not registered. in_features,
+    another class holds itself; "" for a module that is no layer or cannot be adapted. in_features,
     out_features: K and N. problem: why the layer cannot be adapted, in words that continue its
     path; "" if it can.
     """

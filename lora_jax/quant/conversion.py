@@ -8,7 +8,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lora_jax import errors
-from lora_jax.layers import linear_map, mixin, parameters, placement, places, registry, taken
+from lora_jax.layers import (
+    abstract,
+    linear_map,
+    mixin,
+    parameters,
+    placement,
+    places,
+    registry,
+    taken,
+    wrappers,
+)
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
@@ -72,15 +82,20 @@ def quantize_model(
 
     A QuantLinear replaces an nnx.Linear; a layer of another class becomes a QuantLayer. The result
     also tells what was left dense, and why.
-    Raises: UserError if there is no such layer, or if one has an adapter already.
+    Raises: UserError if there is no such layer, if one has an adapter already, or if the model has
+    no arrays.
     """
+    abstract.refuse(model)
     layers = {path: node for path, node in nnx.iter_graph(model)
               if registry.registration_of(type(node)) and "quantized" not in path}  # fmt: skip
-    why = {path: _why_not(path, node, fmt, exclude) for path, node in layers.items()}
+    scaled = wrappers.scaled(model)
+    why = {path: scaled.get(id(node)) or _why_not(path, node, exclude)
+           for path, node in layers.items()}  # fmt: skip
     chosen = {path: node for path, node in layers.items() if not why[path]}
     left = {_dotted(path): reason for path, reason in why.items() if reason}
     left |= {_dotted(own.path): f"a parameter of {type(own.owner).__name__}"
-             for own in parameters.find(model)}  # fmt: skip
+             for own in parameters.find(model)
+             if own.owner_path not in layers}  # fmt: skip
     adapted = [_dotted(path) for path, node in chosen.items() if hasattr(node, "lora_ranks")]
     if not chosen or adapted:
         raise errors.UserError(
@@ -97,13 +112,19 @@ def quantize_model(
     return taken.Taken(dict.fromkeys(map(_dotted, chosen), fmt), left)
 
 
-def _why_not(path, layer, fmt, exclude) -> str:
+def _why_not(path, layer, exclude) -> str:
     """Why a layer is left dense; "" if it is not."""
     if (packed := quant_linear.packed_of(layer)) is not None:
         return f"in {packed.fmt} already"
     if path and path[-1] in exclude:
         return "excluded"
-    how = registry.linear_map_of(layer)
+    if problem := registry.problem(layer):
+        return problem
+    how, name = registry.linear_map_of(layer), registry.registration_of(type(layer)).weight
+    if name not in vars(layer):
+        return f"has no {name!r}"
+    if registry.weight_of(layer).ndim > how.ndim + 1:
+        return "a stack of stacks"
     if isinstance(how, linear_map.Einsum):
         return "a product with batch axes" if how.batch else ""
     return "an embedding" if isinstance(how, linear_map.Embedding) else "a convolution"

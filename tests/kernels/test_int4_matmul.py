@@ -176,6 +176,22 @@ def test_the_weight_has_no_gradient(fmt):
         assert part.dtype == jax.dtypes.float0 or not np.asarray(part).any()
 
 
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_the_derivative_has_a_derivative(fmt):
+    """As of a penalty on the gradient with respect to the input, in a program for any platform."""
+    packed, x = packed_weight(fmt, 64, 24), jnp.asarray(normal(1, 12, 64))
+    dense = multiply(fmt)(jnp.eye(64), packed)
+
+    def penalty(x, product):
+        return (jax.grad(lambda x: jnp.tanh(product(x)).sum())(x) ** 2).sum()
+
+    quantized, expected = (
+        jax.jit(jax.grad(functools.partial(penalty, product=product)))(x)
+        for product in (lambda x: multiply(fmt)(x, packed), lambda x: x @ dense)
+    )
+    np.testing.assert_allclose(quantized, expected, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_derivative_keeps_the_packed_weight_and_nothing_else(fmt):
     packed = packed_weight(fmt, 64, 24)

@@ -211,6 +211,33 @@ class Wrapped(nn.Module):
         return self.kind(nn.Dense(8, name="d"), name="w")(x, **more)
 
 
+class SharesScope(nn.Module):
+    """As Flax's documentation puts a layer into the scope of another."""
+
+    base: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.base)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.base(x) * self.param("scale", nn.initializers.constant(0.5), (8,))
+
+
+class OwnDerivative(nn.Module):
+    """As Flax's documentation changes the gradients of a layer's parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        def backward(vjp, dy):
+            params, dx = vjp(dy)
+            return jax.tree.map(jnp.sign, params), dx
+
+        call = lambda layer, x: layer(x)  # noqa: E731
+        forward = functools.partial(nn.vjp, call)
+        return nn.custom_vjp(call, forward, backward)(nn.Dense(8, name="d"), x)
+
+
 def transposed(variables):
     return jax.tree.map(lambda w: w.T if w.ndim == 2 else w, variables)
 
@@ -350,6 +377,8 @@ CASES = {
     "nested scan": (Stack(1, nested=True, length=3), ("d",), X, {"layers.d"}),
     "scan of another call": (Stack(1, Standardized, length=3), ("d",), X, set()),
     "square vmap on axis 1": (Vmapped(1), ("experts",), X, {"experts"}),
+    "shared scope": (SharesScope(nn.Dense(8)), ("kernel",), X, {"kernel"}),
+    "own derivative": (OwnDerivative(), ("d",), X, set()),
 }
 
 
@@ -367,6 +396,8 @@ def test_adapted_is_merged_in_values_and_gradients(case):
         ("a factor, and a keyword", "int8", {}),
         ("several weights", "int4", {}),
         ("seen to be a product", "int4", {}),
+        ("shared scope", "int4", {}),
+        ("own derivative", "int4", {}),
         ("square scan on axis 1", "int4", {}),
         ("attend", "none", {"use_dora": True}),
         ("nested apply of an adapted weight", "none", {"use_dora": True}),

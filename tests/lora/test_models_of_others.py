@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lora_jax import errors, lora, quant
+from lora_jax import errors, lora, peft, quant
 
 D, IDS = 8, jnp.arange(16)[None]
 X = jax.random.normal(jax.random.key(0), (3, 5, D))
@@ -139,6 +139,16 @@ class OtherEinsum(nnx.Module):
         return self.part(x, "bti,oi->bto") + self.part(x)
 
 
+class SumsRows(nnx.Module):
+    """An einsum that is no product with a matrix: it sums an axis of x alone."""
+
+    def __init__(self, rngs):
+        self.part = nnx.Einsum("bti,io->bo", (D, D), rngs=rngs)
+
+    def __call__(self, x):
+        return self.part(x)
+
+
 class ByKeyword(nnx.Module):
     def __init__(self, rngs):
         self.part = linear(rngs)
@@ -167,6 +177,7 @@ KINDS = {
     "by_keyword": (ByKeyword, "part"),
     "reads_kernel": (ReadsKernel, "part"),
     "other_einsum": (OtherEinsum, "part"),
+    "sums_rows": (SumsRows, "part.kernel"),
     "tied": (Tied, "part"),
     "raw": (lambda rngs: Model(Raw(rngs)), "wq"),
     "two_raw": (lambda rngs: Model(Raw(rngs)), ("wq", "wk")),
@@ -469,17 +480,43 @@ def test_a_merge_compares_the_outputs_of_a_call():
     np.testing.assert_array_equal(model(X), y)
 
 
-def test_a_single_layer_is_a_model():
-    model = linear(nnx.Rngs(0))
+def test_a_single_layer_is_a_model(tmp_path):
+    model, other = linear(nnx.Rngs(0)), linear(nnx.Rngs(0))
     quant.quantize_model(model, "int8")
     before = model(X)
-    lora.inject(model, lora.LoRAConfig(rank=2, targets="all-linear"), rngs=nnx.Rngs(1))
+    config = lora.LoRAConfig(rank=2, targets="all-linear")
+    assert lora.inject(model, config, rngs=nnx.Rngs(1)) == {"kernel": 2}
     changed(model)
     y = model(X)
     assert jnp.abs(y - before).max() > 0.01
+    peft.save(tmp_path, model, config)
+    quant.quantize_model(other, "int8")
+    peft.load(other, tmp_path)
+    np.testing.assert_array_equal(other(X), y)
     lora.merge(model)
     np.testing.assert_allclose(model(X), y, atol=1e-5)
     assert type(model) is nnx.Linear
+
+
+def test_a_merge_leaves_a_model_with_the_same_variables_alone():
+    model = Block(nnx.Rngs(0))
+    lora.inject(model, lora.LoRAConfig(rank=2, targets="all-linear"), rngs=nnx.Rngs(1))
+    changed(model)
+    y, other = model(X), nnx.merge(*nnx.split(model))
+    assert other.up.kernel is model.up.kernel
+    lora.merge(other)
+    np.testing.assert_array_equal(model(X), y)
+    np.testing.assert_allclose(other(X), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: lora.inject(model, lora.LoRAConfig(targets=("up",)), rngs=nnx.Rngs(1)),
+    lambda model: quant.quantize_model(model, "int4"),
+])  # fmt: skip
+def test_a_model_without_arrays_is_refused(change):
+    model = nnx.eval_shape(lambda: Block(nnx.Rngs(0)))
+    with pytest.raises(errors.UserError, match="4 parameters of which only the shapes are there"):
+        change(model)
 
 
 def test_a_shared_layer_is_found_by_each_of_its_names(tmp_path):
@@ -622,6 +659,21 @@ def test_what_was_left_is_named_with_the_reason():
         first
         == f"trainable params: 256 || all params: {total:,} || trainable%: {25600 / total:.4f}"
     )
+
+
+def test_layers_that_cannot_be_taken_are_left():
+    rngs = nnx.Rngs(0)
+    blocks = nnx.vmap(nnx.vmap(Block))(nnx.Rngs(jax.random.split(jax.random.key(0), (2, 3))))
+    model = nnx.Dict(a=linear(rngs), einsum=SumsRows(rngs).part, blocks=blocks,
+                     normed=nnx.WeightNorm(linear(rngs), rngs=rngs))  # fmt: skip
+    einsum = "has an einsum that is no product with a matrix: axis t of x is in neither W nor y"
+    normed = {"normed.layer_instance": "is in a WeightNorm, which scales its weight"}
+    quantized = quant.quantize_model(model, "int4")
+    stack = dict.fromkeys(["blocks.down", "blocks.up"], "a stack of stacks")
+    assert quantized == {"a": "int4"} and quantized.left == {"einsum": einsum, **normed, **stack}
+    taken = lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(1))
+    assert taken.left == {"einsum.kernel": f"a parameter of Einsum, which {einsum}", **normed}
+    assert len(taken) == 1 + 2 * 2 * 3
 
 
 def test_a_module_of_an_unknown_class_is_refused_with_its_parameters():

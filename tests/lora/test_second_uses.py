@@ -124,12 +124,15 @@ def test_quantized_layers_with_one_weight_are_merged_as_well(make):
 
 def test_a_layer_whose_weight_a_wrapper_scales_is_refused():
     rngs = nnx.Rngs(0)
-    layers = {"a": nnx.WeightNorm(nnx.Linear(8, 8, rngs=rngs), rngs=rngs),
-              "b": nnx.Linear(8, 8, rngs=rngs)}  # fmt: skip
-    model = nnx.Dict(layers)
-    with pytest.raises(errors.UserError, match=r"a\.layer_instance is in a WeightNorm"):
-        lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=rngs)
-    assert set(lora.inject(model, lora.LoRAConfig(targets=("b",)), rngs=rngs)) == {"b"}
+    inside = nnx.Linear(8, 8, rngs=rngs)
+    model = nnx.Dict(a=nnx.WeightNorm(inside, rngs=rngs), b=inside, c=nnx.Linear(8, 8, rngs=rngs))
+    for settings in (
+        dict(targets=("b",)),
+        dict(targets=("c",), modules_to_save=("layer_instance",)),
+    ):
+        with pytest.raises(errors.UserError, match="is in a WeightNorm, which scales its weight"):
+            lora.inject(model, lora.LoRAConfig(**settings), rngs=rngs)
+    assert set(lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=rngs)) == {"c"}
 
 
 # ------------------------------------------------------------------------- modules saved whole

@@ -75,7 +75,8 @@ def int4_matmul(
         x = x.at[..., order].get(unique_indices=True, mode="promise_in_bounds")
         packed = packed._replace(order=None)
     rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])]).reshape(-1, padded)
-    y = _matmul(rows, packed, layer, codes, partition, implementation)
+    product = forms.Forms(codes, partition, transpose=False)
+    y = _matmul(rows, packed, layer, product, implementation)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -96,18 +97,17 @@ def from_k_minor(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _matmul(x, packed, layer, codes, partition, implementation):
-    product = forms.Forms(codes, partition, transpose=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _matmul(x, packed, layer, product, implementation):
     return _run(product, x, packed, layer, implementation)
 
 
-def _forward(x, packed, layer, codes, partition, implementation):
-    y = _matmul(x, packed, layer, codes, partition, implementation)
+def _forward(x, packed, layer, product, implementation):
+    y = _matmul(x, packed, layer, product, implementation)
     return y, (packed, layer)
 
 
-def _backward(codes, partition, implementation, saved, dy):
+def _backward(product, implementation, saved, dy):
     packed, layer = saved
     # Without a barrier, XLA merges this dequantization with the forward one and keeps the dense
     # weight alive in between, which would cost the memory that quantization saves. For a stack, a
@@ -116,8 +116,8 @@ def _backward(codes, partition, implementation, saved, dy):
         packed, dy = lax.optimization_barrier((packed, dy))
     else:
         layer, dy = lax.optimization_barrier((layer, dy))
-    product = forms.Forms(codes, partition, transpose=True)
-    dx = _run(product, dy, packed, layer, implementation)
+    transposed = product._replace(transpose=not product.transpose)
+    dx = _matmul(dy, packed, layer, transposed, implementation)  # which has a derivative, too
     return dx, *jax.tree.map(_no_gradient, saved)
 
 

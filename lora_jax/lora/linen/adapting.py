@@ -42,7 +42,10 @@ def adapt(
     chosen: dict[Path, lora_site.LayerConfigs] = {}
     saved: tuple[Path, ...] = ()
     if config is not None:
-        open_ = [site for site in sites if not (site.raw and config.targets == targets.ALL_LINEAR)]
+        raw = [site for site in sites if site.raw and config.targets == targets.ALL_LINEAR]
+        open_ = [site for site in sites if site not in raw]
+        others |= {name: site.layer._replace(kind="parameter") for site in raw
+                   for name in site.names}  # fmt: skip
         found = lora_site.select(open_, config, others, strict=strict)
         chosen = {site.at: own for site, own in zip(open_, found, strict=True) if any(own)}
         saved = linen_saved.choose(variables["params"], config.modules_to_save)
@@ -53,9 +56,10 @@ def adapt(
         if not packs:
             raise errors.UserError(
                 expected=f"linear layers to quantize to {quant}",
-                found="none that is not excluded",
-                where=", ".join(map(summary.name, sites)) or type(module).__name__,
-            )
+                found=[f"{summary.name(site)}: {summary.why_not_quantized(site, exclude)}"
+                       for site in sites] or "none",
+                where=type(module).__name__,
+            )  # fmt: skip
     left = summary.left(sites, config, chosen, packs if quant != "none" else None, exclude)
     return adapted.Adapted(
         module, config, quant, sites, chosen, frozenset(packs), saved, left, variables, examples

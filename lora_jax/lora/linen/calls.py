@@ -43,6 +43,8 @@ def product(
     """What the call is if it is declared to be a product with the site's weight; or None."""
     layer = context.module
     known, method = registry.registration_of(type(layer)), context.orig_method.func
+    if type(layer).__name__ != site.cls:  # with nn.share_scope, what is around has the same path
+        return None
     if site.path != site.at or site.raw or not (known is None or known.multiplies):
         return None
     if known is None:  # it was seen to be a product

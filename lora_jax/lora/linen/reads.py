@@ -68,6 +68,8 @@ def _follow(
         if all(number is None for number in own):
             continue
         name, inner = eqn.primitive.name, eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if name.startswith("custom_vjp"):  # its derivative may do anything with the weight's
+            inner = None
         results = [None] * len(eqn.outvars)
         if (mark := str(eqn.params.get("name", ""))).startswith(_MARKER):
             lost |= {n for i, n in enumerate(own) if n is not None and (i or mark != _name(n))}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import places, stack, taken, undo
+from lora_jax.layers import abstract, stack, taken, undo
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra
 from lora_jax.lora import config as lora_config
@@ -22,7 +22,6 @@ from lora_jax.lora.nnx import (
     sites,
     summary,
     vocabulary,
-    wrappers,
 )
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
@@ -55,9 +54,10 @@ def inject(
 
     principal: a Principal, whose A and B were subtracted from a base as it was loaded.
     Raises: UserError if a target matches nothing, with the names that exist, or matches something
-    that cannot be adapted; if the model has adapters already; for PiSSA on a quantized layer
-    without `principal`. The model is then unchanged.
+    that cannot be adapted; if the model has adapters already, or no arrays; for PiSSA on a
+    quantized layer without `principal`. The model is then unchanged.
     """
+    abstract.refuse(model)
     with undo.on_error(model):
         ranks = _inject(model, config, rngs, principal)
         return taken.Taken(ranks, summary.left(model, config))
@@ -74,15 +74,13 @@ def _inject(model, config, rngs, principal) -> dict[str, int]:
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
     if config.init_lora_weights != "default":
         pissa.check(chosen, principal)
-    wrappers.refuse(model, [own.path for own in (*(site for site, _ in chosen), *wholes)])
-    where, counts = places.find(model), _has_streams(model)
+    counts = _has_streams(model)
     for site, configs in chosen:
         ranks |= {name: own.rank for name, own in zip(site.names, configs, strict=True) if own}
         if config.init_lora_weights == "default" or site.kind != "linear":
             start = lora_site.initial(site, configs, rngs.params())
             _adapt(site, configs, config, rngs, *start, counts=counts)
         else:
-            site.separate(where)  # its weight changes
             start = pissa.take(site, configs, config, principal)
             _adapt(site, configs, config, rngs, *start, counts=counts)
             # `collect` needs them to compute the change of the original weight. Copies, because a
@@ -107,6 +105,7 @@ def attach(
     Raises: UserError that lists everything that does not fit, see `Adapter.check`; if the adapter
     has no effect. The model is then unchanged.
     """
+    abstract.refuse(model)
     with undo.on_error(model):
         _attach(model, adapter, untrained, where)
 
@@ -119,16 +118,13 @@ def _attach(model, adapter, untrained, where) -> None:
     if not untrained:
         given.check_effect(where)
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
-    wrappers.refuse(model, [own.path for own in (*(site for site, _ in chosen), *wholes)])
     for site, configs in chosen:
         filled = lora_site.filled(site, configs, adapter.factors, config.use_dora)
         _adapt(site, configs, config, nnx.Rngs(0), *filled, counts=_has_streams(model))
     for whole in wholes:
         whole.begin(adapter.saved)
-    everywhere = places.find(model)
     for site in found:
         if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
-            site.separate(everywhere)
             site.set_matrix(jnp.asarray(base if site.kind == "embedding" else base.T))
 
 
@@ -218,8 +214,6 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None, *, counts=False) -
     alike = len(set(configs)) == 1 and layer.lora_square is None and not layer.lora_dropout
     if site.depths and not alike:
         layer.lora_index = stack.index(lead[0], site.axis)
-    layer.lora_had_switch = has_switch
-    layer.deterministic = True  # model.train() and model.eval() set this
 
 
 def set_members(model: nnx.Module, num_members: int) -> None:

@@ -76,7 +76,6 @@ def _merge(model: nnx.Module) -> None:
     where = places.find(model)
     for site in found:
         layer = site.module
-        site.separate(where)
         merged = site.each(algebra.merged, *lora_layer.arrays(layer))
         if isinstance(layer, quant_linear.QuantLinear):
             conversion.replace(model, site.path, conversion.as_linear(layer, merged))

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import linear_map, mixin, places, registry, weight
+from lora_jax.layers import linear_map, mixin, places, registry, weight, wrappers
 from lora_jax.layers import parameters as layers
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import targets
@@ -87,10 +87,9 @@ class ParameterSite(sites.Site):
         holder, name = _holder(self.owner, self.module.inner)
         return holder[name]
 
-    def separate(self, where: places.Places) -> None:
-        if len(where[id(self.weight)]) > 1:
-            holder, name = _holder(self.owner, self.module.inner)
-            holder[name] = self.weight.copy()
+    def _hold(self, weight: nnx.Variable) -> None:
+        holder, name = _holder(self.owner, self.module.inner)
+        holder[name] = weight
 
     def begin(self, kind: type[mixin.Mixin]) -> nnx.Module:
         setattr(self.owner, str(self.path[-1]), self.module)
@@ -128,14 +127,14 @@ def others(model: nnx.Module, found: Iterable[sites.Site]) -> dict[str, targets.
 
 
 def _all(model: nnx.Module) -> Iterator[ParameterSite]:
-    shapes = sites.Shapes(model)
+    shapes, scaled = sites.Shapes(model), wrappers.scaled(model)
     for parameter in layers.find(model):
         is_attribute = [type(key) for key in parameter.inner] == [str]  # and not part of a list
         if is_attribute or parameter.is_bridged:
-            yield _site(parameter, shapes)
+            yield _site(parameter, shapes, scaled.get(id(parameter.owner), ""))
 
 
-def _site(parameter: layers.Parameter, shapes: sites.Shapes) -> ParameterSite:
+def _site(parameter: layers.Parameter, shapes: sites.Shapes, problem: str) -> ParameterSite:
     path, variable, owner, at = parameter
     inner, shape = parameter.inner, variable.shape
     how = registry.parameters_of(type(owner)).get(inner[-1]) or _own_einsum(owner, shape)
@@ -157,6 +156,7 @@ def _site(parameter: layers.Parameter, shapes: sites.Shapes) -> ParameterSite:
         linear_map=how,
         in_features=in_features,
         out_features=out_features,
+        problem=problem,
         owner=owner,
     )
 

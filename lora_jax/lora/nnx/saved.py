@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lora_jax import errors
-from lora_jax.layers import mixin, placement, places, registry, weight
+from lora_jax.layers import mixin, placement, places, registry, weight, wrappers
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import sites
 from lora_jax.lora.nnx.model_state import LoRAParam
@@ -166,9 +166,10 @@ def choose(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> l
     """The modules whose paths end in one of `ends`, which PEFT's modules_to_save are.
 
     found: the model's sites.
-    Raises: UserError if an end matches nothing, and for quantized modules.
+    Raises: UserError if an end matches nothing, and for modules that are quantized or scaled.
     """
     depths, taken, matched, problems = _depths(found), [], set(), []
+    scaled = wrappers.scaled(model)
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: len(item[0])):
         named = {end for end in ends if sites.dotted(path).endswith(end)}
         inside = any(path[: len(outer.path)] == outer.path for outer in taken)
@@ -177,6 +178,8 @@ def choose(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> l
         matched |= named
         if any(quant_linear.packed_of(part) for _, part in nnx.iter_graph(node)):
             problems.append(f"{sites.dotted(path)} is quantized")
+        if id(node) in scaled:
+            problems.append(f"{sites.dotted(path)} {scaled[id(node)]}")
         if isinstance(node, nnx.List | nnx.Dict):
             problems.append(f"{sites.dotted(path)} is a container, which is not called: name what "
                             "is in it")  # fmt: skip

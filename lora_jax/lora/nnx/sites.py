@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax import errors
-from lora_jax.layers import mixin, placement, places, registry
+from lora_jax.layers import mixin, placement, places, registry, wrappers
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
@@ -56,17 +55,19 @@ class Site(lora_site.Site):
             return lora_site.each(_of_packed, self.lead, quantized.packed, *arrays, **how)
         return lora_site.each(function, self.lead, self.matrix(), *arrays)
 
-    def separate(self, where: places.Places) -> None:
-        """Gives the layer a weight of its own, if others hold the same variable."""
-        if quant_linear.packed_of(self.module) is None and len(where[id(self.weight)]) > 1:
-            name = registry.registration_of(type(self.module)).weight
-            setattr(self.module, name, self.weight.copy())
-
     def set_matrix(self, matrix: jax.Array) -> None:
-        """Replaces the dense weight by the one with that matrix."""
-        weight, how = self.weight, self.linear_map
+        """Gives the layer a new variable, which holds the dense weight with that matrix.
+
+        Other layers, and other models that nnx.merge made from a split of this one, may hold the
+        old one.
+        """
+        weight, how = self.weight.copy(), self.linear_map
         new = placement.tensor(how, matrix, jnp.moveaxis(weight[...], self.axis, 0))
         weight.set_value(jnp.moveaxis(new, 0, self.axis).astype(weight.dtype))
+        self._hold(weight)
+
+    def _hold(self, weight: nnx.Variable) -> None:
+        setattr(self.module, registry.registration_of(type(self.module)).weight, weight)
 
 
 def _of_packed(packed, *arrays, function, fmt, rows):
@@ -92,10 +93,11 @@ def axis_of(layer: nnx.Module) -> int:
 
 def find(model: nnx.Module) -> Iterator[Site]:
     """Every site of the model, with or without an adapter, in the order of their paths."""
-    shapes = Shapes(model)
+    shapes, scaled = Shapes(model), wrappers.scaled(model)
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: dotted(item[0])):
         inside = "modules_to_save" in path or "quantized" in path  # part of another module found
-        if inside or registry.registration_of(type(node)) is None or _misfit(node):
+        known = registry.registration_of(type(node))
+        if inside or known is None or registry.problem(node) or _misfit(node):
             continue
         shape, how = weight_shape(node), registry.linear_map_of(node)
         axis, stacked = axis_of(node), shape[: len(shape) - how.ndim]
@@ -106,12 +108,14 @@ def find(model: nnx.Module) -> Iterator[Site]:
             module=node,
             depths=depths,
             axis=axis,
-            names=tuple(numbered(path, depths, index) for index in np.ndindex(*lead)),
+            names=tuple(numbered(path, depths, index) or known.reads or known.weight
+                        for index in np.ndindex(*lead)),
             lead=lead,
             linear_map=how,
             in_features=in_features,
             out_features=out_features,
-        )
+            problem=scaled.get(id(node), ""),
+        )  # fmt: skip
 
 
 def with_aliases(model: nnx.Module) -> Iterator[tuple[Site, list[tuple[str, ...]]]]:
@@ -141,13 +145,14 @@ def renamed(site: Site, aliases: Sequence[tuple[str, ...]], config: lora_config.
 
 
 def others(model: nnx.Module) -> dict[str, targets.Layer]:
-    """{path: layer} of the layers unlike their registration, and of unregistered modules.
+    """{path: layer} of the layers unlike their registration, and of modules that are no layers.
 
     Only modules that have parameters of their own.
     """
     nodes = list(nnx.iter_graph(model))
     modules = {path: node for path, node in nodes if isinstance(node, nnx.Module)}
-    known = {path for path, node in modules.items() if registry.registration_of(type(node))}
+    known = {path for path, node in modules.items()
+             if registry.registration_of(type(node)) and not registry.problem(node)}  # fmt: skip
     owners = {path[:-1] for path, node in nodes if isinstance(node, nnx.Param)} & modules.keys()
     return {
         dotted(path): _unregistered(path, modules[path])
@@ -161,8 +166,10 @@ def others(model: nnx.Module) -> dict[str, targets.Layer]:
 
 
 def _unregistered(path: tuple[str | int, ...], module: nnx.Module) -> targets.Layer:
-    """A module whose class is not registered, and its parameters that may be targeted instead."""
+    """A module that is no layer, and its parameters that may be targeted instead."""
     found = lora_site.unregistered(type(module).__name__)
+    if registry.registration_of(type(module)):
+        found = found._replace(problem=registry.problem(module))
     parts = {} if isinstance(module, nnx.List) else vars(module)
     own = [dotted((path[-1], name)) for name, part in parts.items()
            if type(part) is nnx.Param and part.ndim > 1]  # fmt: skip
@@ -174,10 +181,7 @@ def _misfit(layer: nnx.Module) -> str:
     name = registry.registration_of(type(layer)).weight
     if not isinstance(layer, quant_linear.QuantLayer) and name not in vars(layer):
         return f"has no {name!r}, which {type(layer).__name__} is registered to hold its weight in"
-    try:
-        return lora_site.misfit(registry.linear_map_of(layer), weight_shape(layer))
-    except errors.UserError as error:  # the einsum is not a product with a matrix
-        return f"has an einsum that is {error.found}"
+    return lora_site.misfit(registry.linear_map_of(layer), weight_shape(layer))
 
 
 def numbered(path: tuple, depths: tuple[int, ...], index: tuple[int, ...]) -> str:

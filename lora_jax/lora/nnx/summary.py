@@ -5,7 +5,7 @@ import math
 import jax
 from flax import nnx
 
-from lora_jax.layers import parameters, taken
+from lora_jax.layers import parameters, registry, taken
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import targets
 from lora_jax.lora.nnx import adapted, base, collect, saved, sites
@@ -45,12 +45,16 @@ def left(model: nnx.Module, config: lora_config.LoRAConfig | None = None) -> dic
     for own in parameters.find(model):
         stacked = any(own.path[: len(path)] == path for path in stacks)
         if id(own.variable) not in adapted_ones and len(own.variable.shape) - stacked >= 2:
-            cls = type(own.owner).__name__
-            found[sites.dotted(own.path)] = f"a parameter of {cls}, which is not registered"
+            cls, why = type(own.owner), "is not registered"
+            if registry.registration_of(cls):
+                why = registry.problem(own.owner)
+            found[sites.dotted(own.path)] = f"a parameter of {cls.__name__}, which {why}"
     return found
 
 
 def _why(site: sites.Site, name: str, config: lora_config.LoRAConfig | None) -> str:
+    if site.problem:
+        return site.problem
     if config is not None and targets.matches(name, config.exclude):
         return "excluded"
     kinds = {"embedding": "an embedding", "conv": "a convolution"}
