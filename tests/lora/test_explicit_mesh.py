@@ -247,3 +247,21 @@ def test_linen(fmt, use_dora):
     B = names["layers_0"]["lora_B"]
     assert B.names == (None, "tensor") == tuple(B.value.sharding.spec)
     assert names["layers_0"]["lora_A"].names == (None, None)
+
+
+def test_linen_boxes_on_a_mesh_with_auto_axes():
+    """The kernel's rows are split; its 2 rows of words and its one group cannot be."""
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("tensor", None))
+    module, x = nn.Dense(8, kernel_init=init), jax.random.normal(jax.random.key(0), (2, 16))
+    params = module.init(jax.random.key(1), x)
+    settings = config.LoRAConfig(rank=2, targets="all-linear")
+
+    def found():
+        adapted = linen.adapt(module, settings, x, quant="int4")
+        return str(adapted), adapted.apply(adapted.init(jax.random.key(2), params), x)
+
+    text, alone = found()
+    with jax.set_mesh(make_mesh(AxisType.Auto)):
+        text_there, y = found()
+    assert text == text_there == "kernel  rank 2; int4"
+    np.testing.assert_allclose(y, alone, atol=1e-6)

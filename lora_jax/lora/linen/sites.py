@@ -128,7 +128,7 @@ def survey(module: nn.Module, calls: Sequence[tracing.Call]) -> Survey:
     for call in calls:
         own = tracing.shapes(module, call, functools.partial(_record, seen, problems))
         variables = _united(variables, core.unfreeze(own))
-    flat = traverse_util.flatten_dict(nn.meta.unbox(variables.get("params", {})))
+    flat = traverse_util.flatten_dict(tracing.unboxed(variables.get("params", {})))
     sites = []
     for key, parameter in sorted(flat.items()):
         path, found = key[:-1], seen.get(key) or _Seen(parameter.shape, "unknown")
@@ -236,7 +236,7 @@ def _axes(module, calls, variables, key, shape) -> tuple[int, ...] | None:
     Where the sizes do not tell, an array of other sizes is put beside it. The model slices that as
     it slices the parameter, and fails at any other axis.
     """
-    flat = traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
+    flat = traverse_util.flatten_dict(tracing.unboxed(variables["params"]))
     stack = flat[key].shape
     candidates = [
         axes for axes in itertools.combinations(range(len(stack)), max(len(stack) - len(shape), 0))

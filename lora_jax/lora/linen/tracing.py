@@ -85,6 +85,21 @@ def shapes(module: nn.Module, call: Call, interceptor: Callable | None = None) -
     return jax.eval_shape(init, *arrays)
 
 
+def unboxed(tree: Any, *, constrained: bool = False) -> Any:
+    """The tree without boxes such as nn.Partitioned.
+
+    constrained: on a mesh, arrays are sharded by the names of their boxes, as Flax does.
+    """
+
+    def value(leaf):
+        is_array = not isinstance(getattr(leaf, "value", None), jax.ShapeDtypeStruct)
+        if isinstance(leaf, nn.Partitioned) and not (constrained and is_array):
+            return leaf.value
+        return nn.meta.unbox(leaf)
+
+    return jax.tree.map(value, tree, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+
+
 def program(
     module: nn.Module,
     params: Mapping[tuple[str, ...], Any],

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import core, traverse_util
-from flax import linen as nn
 
 from lora_jax import errors
 from lora_jax.kernels import packed as packing
 from lora_jax.layers import placement
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.linen import boxes as boxing
+from lora_jax.lora.linen import tracing
 from lora_jax.lora.linen.sites import Params, Path, Site
 from lora_jax.quant import formats
 
@@ -23,9 +23,10 @@ WAS = "was"  # a zero of the dtype that the weight had
 OWN = ("lora", "lora_constants", "quantized")  # the collections that are not the model's
 
 
-def flat(tree: Params) -> Flat:
-    """{path: array} of nested params, without boxes."""
-    return dict(traverse_util.flatten_dict(core.unfreeze(nn.meta.unbox(tree))))
+def flat(tree: Params, *, constrained: bool = True) -> Flat:
+    """{path: array} of nested params, without boxes; constrained: see tracing.unboxed."""
+    plain = tracing.unboxed(tree, constrained=constrained)
+    return dict(traverse_util.flatten_dict(core.unfreeze(plain)))
 
 
 @dataclasses.dataclass
@@ -52,7 +53,9 @@ class Base:
         tree, packed = given["params"], given.get("quantized", {})
         others = {name: part for name, part in given.items() if name not in ("params", *OWN)}
         boxes = boxing.of(tree) | boxing.of(packed)
-        return cls(flat(tree), flat(packed), fmt, boxes, tree, others)
+        # Packed arrays are split where they can be: they may be too short for their names.
+        arrays = flat(tree), flat(packed, constrained=False)
+        return cls(*arrays, fmt, boxes, tree, others)
 
     def check(self, sites: Iterable[Site], model: str) -> None:
         """Raises: UserError if these are not the weights of the model with these sites."""
