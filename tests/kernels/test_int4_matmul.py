@@ -6,6 +6,7 @@ import re
 
 import device_tier
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -190,6 +191,19 @@ def test_the_derivative_has_a_derivative(fmt):
         for product in (lambda x: multiply(fmt)(x, packed), lambda x: x @ dense)
     )
     np.testing.assert_allclose(quantized, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_exported_for_any_number_of_rows(fmt):
+    packed = packed_weight(fmt, 64, 24)
+    shape = jax.export.symbolic_shape("rows, 64")
+    product = jax.jit(lambda x: multiply(fmt)(x, packed))
+    exported = jax.export.export(product, platforms=["cpu", "cuda", "tpu"])(
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    for rows in (1, 20):
+        x = jnp.asarray(normal(1, rows, 64))
+        np.testing.assert_allclose(exported.call(x), product(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

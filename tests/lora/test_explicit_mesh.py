@@ -253,10 +253,10 @@ def test_linen_boxes_on_a_mesh_with_auto_axes():
     """The kernel's rows are split; its 2 rows of words and its one group cannot be."""
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("tensor", None))
     module, x = nn.Dense(8, kernel_init=init), jax.random.normal(jax.random.key(0), (2, 16))
-    params = module.init(jax.random.key(1), x)
     settings = config.LoRAConfig(rank=2, targets="all-linear")
 
     def found():
+        params = module.init(jax.random.key(1), x)
         adapted = linen.adapt(module, settings, x, quant="int4")
         return str(adapted), adapted.apply(adapted.init(jax.random.key(2), params), x)
 

@@ -198,6 +198,8 @@ def _kernel(product, where, x, packed) -> str:
 
 def _form(product, where, x, packed):
     """The form of the product that suits the platform."""
+    if not isinstance(x.shape[0], int):  # a symbolic size, as jax.export knows them
+        return product.xla
     kernel = _kernel(product, where, x, packed)
     if kernel == choice.INT4_TPU:
         return product.tpu
