@@ -451,6 +451,8 @@ def test_everything_that_does_not_fit_is_reported():
     ):
         with pytest.raises(errors.UserError, match="variables with adapters"):
             attempt()
+    with pytest.raises(errors.UserError, match=r"query\.kernel is missing"):
+        base.apply({"params": base.init(jax.random.key(0), params)["params"]}, IDS)
     with pytest.raises(errors.UserError, match="a format among int8"):
         linen.adapt(module, None, IDS, quant="int5")
     assert "layers.1.mix.lora_A has no target" in str(raised.value)

@@ -136,13 +136,16 @@ class Adapted:
     ) -> Any:
         """module.apply with the adapters. rngs: a key named `lora` turns their dropout on.
 
-        Raises: UserError for dropout on a weight that this call reads in another way than by a
-        product, so that the adapter has no input of its own.
+        Raises: UserError if the weights are neither in "params" nor in "quantized"; for dropout on
+        a weight that this call reads in another way than by a product, so that the adapter has no
+        input of its own.
         """
         rngs = dict(rngs or {})
         key = rngs.pop("lora", None)
         key = key if self.config is not None and self.config.dropout else None
         base, call = Base.of(variables, self.quant), tracing.Call(*args, method=method, **kwargs)
+        if self.packs and "quantized" not in variables:
+            base.check(self.sites, type(self.module).__name__)  # they may be dense
         if mutable is not False:
             mutable = core.scope.subtract_filters(mutable, ("params", *weights.OWN))
         settings = {"mutable": mutable, "capture_intermediates": capture_intermediates}

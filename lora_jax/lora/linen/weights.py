@@ -70,7 +70,8 @@ class Base:
             raise errors.UserError(
                 expected=f"params of the {model} that was adapted",
                 found=problems,
-                do='pass the collection itself, such as module.init(…)["params"]',
+                do='pass the collection itself, such as module.init(…)["params"]; to `apply`, the '
+                "variables that `init` or `attach` made",
             )
 
     def matrix(self, site: Site) -> jax.Array:
