@@ -29,7 +29,7 @@ def mixed(count):
 
 
 def test_no_request_compiles_after_all_was_compiled_ahead():
-    serving = fresh(slots=4, context=256, eos_ids=(2,))
+    serving = fresh("stories260K", slots=4, context=256, eos_ids=(2,))
     serving.compile_ahead().join()
     with compilations() as found:
         asked = [serving.submit(prompt, sampling) for prompt, sampling in mixed(100)]
@@ -41,7 +41,7 @@ def test_no_request_compiles_after_all_was_compiled_ahead():
 
 def test_logits_are_computed_while_grammars_advance(monkeypatch):
     """A grammar delays neither its own request nor those beside it."""
-    serving, order = fresh(slots=2, eos_ids=(2,)), []
+    serving, order = fresh("stories260K", slots=2, eos_ids=(2,)), []
 
     def noted(call, name):
         def called(*arguments):

@@ -2,12 +2,14 @@
 
 import functools
 import json
+import shutil
 
 import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from lora_jax import errors, training
 from lora_jax.kernels import attention, choice, int4_matmul, platform
@@ -201,25 +203,42 @@ def test_the_rows_that_are_compared_are_in_every_tile(count):
         assert {*(rows // 128)} == {*range(-(-count // 128))}
 
 
-def run(tmp_path, name, **how):
-    """(the losses of a run, what it printed about kernels)."""
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    """A model of one layer with two kinds of products: all of its weights are [64, 64]."""
+    folder = shutil.copytree(cli.BASE, tmp_path_factory.mktemp("models") / "square")
+    changed = {"num_hidden_layers": 1, "intermediate_size": 64, "num_key_value_heads": 8}
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | changed))
+    tensors = {}
+    for name, array in safetensors.load_file(folder / "model.safetensors").items():
+        if ".layers.0." in name and array.ndim == 2:
+            array = np.resize(array, (64, 64))
+        if ".layers." not in name or ".layers.0." in name:
+            tensors[name] = array
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def run(model, tmp_path, name, **how):
+    """The losses of a run."""
     data = tmp_path / "rows.jsonl"
     data = data if data.exists() else cli.write_rows(data, 16)
     made = training.settings.build(
-        model=str(cli.BASE), dataset=str(data), max_steps=1, batch_size=8, grad_accum=1,
+        model=str(model), dataset=str(data), max_steps=1, batch_size=8, grad_accum=1,
         seq_len=32, rank=4, quant="int4", dtype="float32", packing=True,
         output_dir=str(tmp_path / name), **how,
     )  # fmt: skip
     return [metrics["loss"] for metrics in training.run(made)]
 
 
-def test_a_run_with_faulty_kernels_falls_back(tmp_path, monkeypatch, capsys):
+def test_a_run_with_faulty_kernels_falls_back(square, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(forms.Forms, "tpu", swapped)
     monkeypatch.setattr(splash, "attend", without_a_block)
-    faulty = run(tmp_path, "faulty")
+    faulty = run(square, tmp_path, "faulty")
     out = " ".join(capsys.readouterr().out.split())
     with choice.restored():
-        assert run(tmp_path, "xla", kernels="xla") == faulty
+        assert run(square, tmp_path, "xla", kernels="xla") == faulty
         assert choice.refusal(choice.ATTENTION_CUDNN) == "--kernels xla"
         choice.use("auto")  # as the next run in this process does
         assert choice.refusal(choice.ATTENTION_CUDNN) is None
@@ -228,9 +247,9 @@ def test_a_run_with_faulty_kernels_falls_back(tmp_path, monkeypatch, capsys):
         assert f"{kernel} is left out" in out
 
 
-def test_generate_falls_back(monkeypatch):
+def test_generate_falls_back(square, monkeypatch):
     monkeypatch.setattr(forms.Forms, "tpu", an_exception)
-    command = ("generate", "--model", cli.BASE, "--quant", "int4", "--prompt", "Once", "--slots", 8,
+    command = ("generate", "--model", square, "--quant", "int4", "--prompt", "Once", "--slots", 8,
                "--max-new-tokens", 4)  # fmt: skip
     faulty = cli.run(*command)
     assert faulty.code == 0 and "Mosaic failed to compile" in faulty.err
