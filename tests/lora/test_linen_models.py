@@ -3,6 +3,7 @@ the gradients are those of the merged function."""
 
 import functools
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,18 +41,6 @@ def _rank_promotion():
         yield
 
 
-def drawn(module, *args, **kwargs):
-    """Variables as of module.init; Flax's initializers take longer to compile than most models."""
-    rngs, rng = (
-        {name: jax.random.key(0) for name in ("params", "dropout")},
-        np.random.default_rng(0),
-    )
-    shapes = jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes
-    )
-
-
 def weighed(y):
     """A scalar whose gradient is that of no other y."""
     return sum((jnp.sin(leaf + 0.3) ** 2).sum() for leaf in jax.tree.leaves(y))
@@ -63,7 +52,7 @@ def agrees(module, settings, *args, quant="none", products=None, exclude=(), **k
 
     products: the sites that are computed as x A B; the others by their weight.
     """
-    given = drawn(module, *args, **kwargs)
+    given = drawn.variables(module, *args, **kwargs)
     adapted = linen.adapt(module, settings, *args, quant=quant, exclude=exclude, **kwargs)
 
     @jax.jit
@@ -387,7 +376,7 @@ def test_so_it_is_with_dora_and_packed_weights(case, quant, settings):
 def test_w_prime_is_w_plus_s_a_b():
     """Of a raw parameter, one matrix for each of its first axes."""
     adapted = linen.adapt(Raw(), config("wq", "wh", alpha=3), X)
-    params = drawn(Raw(), X)["params"]
+    params = drawn.variables(Raw(), X)["params"]
     variables = moved(adapted.init(jax.random.key(1), params))
     own, merged = variables["lora"], adapted.merge(variables)
     for name in ("wq", "wh"):
@@ -399,7 +388,7 @@ def test_w_prime_is_w_plus_s_a_b():
 def test_a_product_of_any_class_is_a_linear_layer():
     """Its K are the inputs, whichever axis of the kernel that is."""
     adapted = linen.adapt(Holds(Conv1D), config("all-linear", dropout=0.5), SEQUENCE)
-    params = drawn(Holds(Conv1D), SEQUENCE)
+    params = drawn.variables(Holds(Conv1D), SEQUENCE)
     variables = moved(adapted.init(jax.random.key(1), params))
     assert variables["lora"]["m"]["lora_A"].shape == (8, 2)
     y = adapted.apply(variables, SEQUENCE)
@@ -409,12 +398,12 @@ def test_a_product_of_any_class_is_a_linear_layer():
 
 def test_dropout_where_an_adapter_has_no_input_is_refused_in_training():
     adapted = linen.adapt(Attends(True), config("emb", "fc", dropout=0.5), IDS)
-    params = drawn(Attends(), IDS)["params"]
+    params = drawn.variables(Attends(), IDS)["params"]
     key = {"lora": jax.random.key(2)}
     variables = moved(adapted.init(jax.random.key(1), params))
     assert np.abs(adapted.apply(variables, IDS) - adapted.apply(variables, IDS, rngs=key)).max() > 0
     adapted = linen.adapt(Raw(), config("wq", dropout=0.5), X)
-    variables = adapted.init(jax.random.key(1), drawn(Raw(), X)["params"])
+    variables = adapted.init(jax.random.key(1), drawn.variables(Raw(), X)["params"])
     adapted.apply(variables, X)
     with pytest.raises(errors.UserError, match="reads the weight of wq in another way"):
         adapted.apply(variables, X, rngs=key)
@@ -449,7 +438,7 @@ def test_dtypes_are_those_of_the_layer(kind, quant, inputs):
                 found.append((adapted.apply(variables, x), module.apply({"params": merged}, x)))
         return found, {np.dtype(dtype).name: merged for dtype, (_, merged) in weights.items()}
 
-    found, merged = both(drawn(module, X), jax.random.key(1))
+    found, merged = both(drawn.variables(module, X), jax.random.key(1))
     for dtype, own in merged.items():
         assert {leaf.dtype for leaf in jax.tree.leaves(own)} == {jnp.dtype(dtype)}
     for y, plain in found:
@@ -483,7 +472,7 @@ class Boxed(nn.Module):
 )
 def test_boxes_and_containers_come_back_as_they_were(change, quant):
     module = Partitioned()
-    given = change(drawn(module, X)["params"])
+    given = change(drawn.variables(module, X)["params"])
     adapted = linen.adapt(module, config("all-linear", use_dora=True), X, quant=quant)
 
     @jax.jit
@@ -529,7 +518,7 @@ def test_the_methods_of_a_model_and_its_other_collections():
     module, z = Coder(), X[:, :4]
     encode, decode = linen.Call(X, method="encode"), linen.Call(z, method=Coder.decode)
     adapted = linen.adapt(module, config("all-linear"), encode, decode)
-    given = drawn(module, X, method=lambda m, x: m.decode(m.encode(x)))
+    given = drawn.variables(module, X, method=lambda m, x: m.decode(m.encode(x)))
     variables = moved(adapted.init(jax.random.key(1), given))
     assert set(adapted.layer_configs) == {("encoder",), ("decoder",)}
     assert set(variables) == {"params", "batch_stats", "lora"}
@@ -557,7 +546,7 @@ class Reads(nn.Module):
 def test_each_call_is_looked_at_when_it_is_made(quant):
     """The example did not read the weight by hand."""
     adapted = linen.adapt(Reads(), config("d"), X, quant=quant)
-    variables = moved(adapted.init(jax.random.key(1), drawn(Reads(), X)))
+    variables = moved(adapted.init(jax.random.key(1), drawn.variables(Reads(), X)))
     merged = {"params": adapted.merge(variables)}
     for by_hand in (False, True, False):
         y = adapted.apply(variables, X, by_hand=by_hand)
