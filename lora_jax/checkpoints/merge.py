@@ -46,13 +46,19 @@ class _Source(NamedTuple):
         value = jnp.asarray(self.tensor.value())
         if self.rounded is None:
             return value
-        packed = formats.quantize(value, self.rounded, search=self.search, transposed=True)
-        return formats.dequantize(packed, self.rounded, value.shape[1]).T
+        return _nearest(value, self.rounded, self.search)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _dequantized(raw, unpack: storage.Dequantize, dtype):
     return unpack(raw, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _nearest(weight, fmt: str, search: bool):
+    """The weight [N, K] as that format represents it."""
+    packed = formats.quantize(weight, fmt, search=search, transposed=True)
+    return formats.dequantize(packed, fmt, weight.shape[1]).T
 
 
 _NAMES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
@@ -139,12 +145,18 @@ def _merged(
 ) -> dict[str, np.ndarray]:
     weight = source.value() if base is None else jnp.asarray(base)
     transposed = own.kind != "embedding"  # in the file a linear layer's weight is [N, K]
-    weight = weight.T if transposed else weight
-    factors = jnp.asarray(own.A), jnp.asarray(own.B), jnp.full((1, 1), scaling, jnp.float32)
-    magnitude = () if own.magnitude is None else (jnp.asarray(own.magnitude),)
-    whole = jax.jit(algebra.merged)(weight.astype(jnp.float32), *factors, *magnitude)
-    whole = whole.T if transposed else whole
+    arrays = own.A, own.B, np.full((1, 1), scaling, np.float32), own.magnitude
+    whole = _changed(weight, transposed, *arrays)
     return {name: _rounded(name, whole, source.dtype)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _changed(weight, transposed: bool, *arrays):
+    """algebra.merged(weight, *arrays) in float32, of a weight that may be the transposed one."""
+    weight = weight.astype(jnp.float32)
+    if transposed:
+        return algebra.merged(weight.T, *arrays).T
+    return algebra.merged(weight, *arrays)
 
 
 def _rounded(name: str, value: jax.Array, dtype: str) -> np.ndarray:

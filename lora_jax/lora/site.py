@@ -152,9 +152,15 @@ def initial(
     site: Site, configs: LayerConfigs, key: PRNGKeyArray
 ) -> tuple[Float[Array, "*lead K R"], Float[Array, "*lead R N"]]:
     """A and B of a new adapter, as in PEFT; zero beyond the rank of each layer."""
-    widest, lead, (k, n) = max(ranks(configs)), site.lead, (site.in_features, site.out_features)
-    used = np.arange(widest) < np.reshape(ranks(configs), lead)[..., None]  # [*lead, R]
-    if site.kind == "embedding":
+    sizes = site.in_features, site.out_features
+    return _initial(key, site.kind == "embedding", site.lead, *sizes, ranks(configs))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _initial(key, is_embedding, lead, k, n, ranks):
+    widest = max(ranks)
+    used = np.arange(widest) < np.reshape(ranks, lead)[..., None]  # [*lead, R]
+    if is_embedding:
         B = algebra.initial_of_embedding(key, lead, widest, n)
         return jnp.zeros((*lead, k, widest)), jnp.where(used[..., None], B, 0)
     A = algebra.initial(key, lead, k, widest)

@@ -1,6 +1,7 @@
 """Held-out loss, exact match, and the agreement of two models' predictions."""
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -74,10 +75,13 @@ def log_probabilities(
     ids = np.zeros((len(texts), length), np.int32)
     for row, text in zip(ids, texts, strict=True):
         row[: len(text)] = text
-    graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, ids: jax.nn.log_softmax(nnx.merge(graphdef, state)(ids)))
-    found = np.asarray(run(state, ids))
+    found = np.asarray(_log_probabilities(*nnx.split(model), ids))
     return [row[: len(text)] for row, text in zip(found, texts, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probabilities(graphdef, state, ids):
+    return jax.nn.log_softmax(nnx.merge(graphdef, state)(ids))
 
 
 def agreement(

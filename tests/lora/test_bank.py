@@ -10,16 +10,18 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from lora_jax import errors, lora
+from lora_jax import errors
 from lora_jax.checkpoints import loader
 from lora_jax.generation import pool as pools
 from lora_jax.generation import weights as decode_weights
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import peft
-from lora_jax.lora.nnx import bank
+from lora_jax.lora import site as lora_site
+from lora_jax.lora.nnx import bank, sites
 from lora_jax.models import cache
 from lora_jax.parallel import mesh as sharding
+from lora_jax.quant import conversion
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SLOTS, RANK = 12, 4
@@ -52,48 +54,78 @@ def fresh(*how):
 
 @functools.cache
 def adapter(kind):
+    return drawn(lora_config.LoRAConfig(**KINDS[kind]), sorted(KINDS).index(kind))
+
+
+def drawn(config, seed):
     """Trained on the unquantized base: of DoRA, the magnitudes are not the lengths."""
-    model, rng = fresh(), np.random.default_rng(sorted(KINDS).index(kind))
-    config = lora_config.LoRAConfig(**KINDS[kind])
-    lora.inject(model, config, rngs=nnx.Rngs(0))
-    found = lora.collect(model, config)
-    factors = {
-        path: own._replace(
-            A=rng.normal(0, 0.3, own.A.shape).astype(np.float32),
-            B=rng.normal(0, 0.3, own.B.shape).astype(np.float32),
-            magnitude=None if own.magnitude is None
-            else own.magnitude * rng.uniform(0.7, 1.4, own.magnitude.shape).astype(np.float32),
-        )
-        for path, own in found.factors.items()
-    }  # fmt: skip
+    found, rng, factors = list(sites.find(fresh())), np.random.default_rng(seed), {}
+    for site, configs in zip(found, lora_site.select(found, config), strict=True):
+        weights = np.asarray(site.weight[...]).reshape(-1, site.in_features, site.out_features)
+        for weight, name, own in zip(weights, site.names, configs, strict=True):
+            if own:
+                A, B = (
+                    rng.normal(0, 0.3, shape).astype(np.float32)
+                    for shape in ((site.in_features, own.rank), (own.rank, site.out_features))
+                )
+                length = np.linalg.norm(weight + own.scaling * A @ B, axis=0)
+                magnitude = length * rng.uniform(0.7, 1.4, len(length)).astype(np.float32)
+                factors[name] = lora_adapter.Factors(
+                    A, B, magnitude if config.use_dora else None, site.kind
+                )
     return lora_adapter.Adapter(config, factors)
+
+
+FEWER = {("nf4",): ("large_dora",), ("int4", "bfloat16"): ("dora",)}
 
 
 @functools.cache
 def banked(*how):
-    """(a model with a bank of all KINDS, its pool)."""
+    """(a model with a bank of all KINDS, or of FEWER, its pool)."""
     model = fresh(*how)
     bank.add(model, slots=SLOTS, rank=RANK)
     pool = pools.Pool(model)
-    for kind in KINDS:
+    for kind in FEWER.get(how, KINDS):
         pool.load(kind, adapter(kind))
     return model, pool
 
 
-IDS = jnp.asarray(np.random.default_rng(5).integers(3, 60, (len(KINDS) + 1, 9)))
+# All calls have these sizes, so that each model is compiled once.
+WEIGHTS = [*({kind: 1} for kind in KINDS), {}, {"lora": 0.5, "dora": 0.5}]
+IDS = jnp.asarray(np.random.default_rng(5).integers(3, 60, (len(WEIGHTS), 9)))
 
 
 @jax.jit
-def call(parts, ids, rows):
+def call(parts, ids, rows, mask=None):
     with bank.mixture(rows):
-        return nnx.merge(*parts)(ids)
+        return nnx.merge(*parts)(ids, mask)
 
 
-def alone(kind, ids, *how):
+@jax.jit
+def plain(parts, ids):
+    return nnx.merge(*parts)(ids)
+
+
+@functools.cache
+def dense(*how):
     model = fresh(*how)
-    if kind:
-        lora.attach(model, adapter(kind))
-    return np.asarray(nnx.jit(lambda model, ids: model(ids))(model, ids))
+    if how and how[0] != "none":
+        conversion.dequantize_model(model)
+    return nnx.split(model)
+
+
+def alone(own, *how):
+    """The logits of IDS with W + s · A B for W, and with DoRA columns as long as its magnitude."""
+    model = nnx.merge(*dense(*how), copy=True)
+    for site in sites.find(model) if own else ():
+        weights = np.array(site.weight[...], np.float32)
+        for index, name in zip(np.ndindex(*site.lead), site.names, strict=True):
+            if factors := own.factors.get(name):
+                weights[index] += own.scaling(name) * factors.A @ factors.B
+                if factors.magnitude is not None:
+                    weights[index] *= factors.magnitude / np.linalg.norm(weights[index], axis=0)
+        site.weight.set_value(jnp.asarray(weights, site.weight.dtype))
+    return np.asarray(plain(nnx.split(model), IDS))
 
 
 def close(found, expected, tolerance):
@@ -111,40 +143,32 @@ def rows_of(pool, *weights):
 
 
 @pytest.mark.parametrize(
-    ("how", "kinds", "tolerance"),
-    [
-        (("none",), tuple(KINDS), 1e-5),
-        (("int4",), ("patterns", "dora"), 1e-5),
-        (("nf4",), ("large_dora",), 1e-5),
-        (("int4", "bfloat16"), ("dora",), 0.03),
-    ],
+    ("how", "tolerance"),
+    [(("none",), 1e-5), (("int4",), 1e-5), (("nf4",), 1e-5), (("int4", "bfloat16"), 0.03)],
 )
-def test_each_row_equals_its_adapter_alone(how, kinds, tolerance):
-    model, pool = banked(*how)
-    rows = rows_of(pool, *({kind: 1} for kind in KINDS), {})
-    assert [int((row != 0).sum()) for row in rows] == [1, 1, 2, 3, 1, 2, 0]
+def test_each_row_equals_its_adapter_alone(how, tolerance):
+    (model, pool), kinds = banked(*how), FEWER.get(how, tuple(KINDS))
+    rows = rows_of(pool, *(own if own.keys() <= {*kinds} else {} for own in WEIGHTS))
+    if how not in FEWER:
+        assert [int((row != 0).sum()) for row in rows] == [1, 1, 2, 3, 1, 2, 0, 2]
     found = np.asarray(call(nnx.split(model), IDS, rows))
-    plain = alone(None, IDS, *how)
-    for row, kind in enumerate(KINDS):
-        if kind not in kinds:
-            continue
-        expected = alone(kind, IDS[row : row + 1], *how)
-        close(found[row], expected[0], tolerance)
-        assert np.linalg.norm(expected[0] - plain[row]) > 20 * tolerance * np.linalg.norm(
-            plain[row]
-        )
-    close(found[-1], plain[-1], tolerance)
+    base = alone(None, *how)
+    for kind in kinds:
+        row = WEIGHTS.index({kind: 1})
+        expected = alone(adapter(kind), *how)[row]
+        close(found[row], expected, tolerance)
+        assert np.linalg.norm(expected - base[row]) > 20 * tolerance * np.linalg.norm(base[row])
+    close(found[len(KINDS)], base[len(KINDS)], tolerance)
 
 
 def test_without_weights_a_bank_changes_nothing():
     model, _ = banked("none")
-    found = nnx.jit(lambda model: model(IDS))(model)
-    np.testing.assert_array_equal(found, alone(None, IDS))
+    np.testing.assert_array_equal(plain(nnx.split(model), IDS), alone(None))
 
 
 def test_decoding_from_second_forms_of_the_weights_equals_the_forward_pass():
     model, pool = banked("int4")
-    rows = rows_of(pool, *({kind: 1} for kind in KINDS), {})
+    rows = rows_of(pool, *WEIGHTS)
 
     @jax.jit
     def decode(parts, ids, rows):
@@ -169,9 +193,7 @@ def test_a_mixture_equals_the_combined_adapter():
     model, pool = banked("none")
     rows = np.repeat(rows_of(pool, weights), len(IDS), axis=0)
     combined = lora_adapter.combined([(adapter(kind), own) for kind, own in weights.items()])
-    expected = fresh()
-    lora.attach(expected, combined)
-    close(call(nnx.split(model), IDS, rows), expected(IDS), 1e-5)
+    close(call(nnx.split(model), IDS, rows), alone(combined), 1e-5)
 
 
 def test_a_mixture_of_dora_adapters_is_that_of_their_changes():
@@ -179,15 +201,18 @@ def test_a_mixture_of_dora_adapters_is_that_of_their_changes():
     model, pool = banked("none")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 32)).astype(np.float32))
 
-    def k_proj(*weights):
-        with bank.mixture(sum(weights)):
-            layer = jax.tree.map(lambda a: a[1], nnx.state(model.model.layers.self_attn.k_proj))
-            return nnx.merge(nnx.graphdef(model.model.layers.self_attn.k_proj), layer)(x)
+    graphdef, state = nnx.split(model.model.layers.self_attn.k_proj)
+
+    @jax.jit
+    def k_proj(state, weights):
+        with bank.mixture(weights):
+            return nnx.merge(graphdef, jax.tree.map(lambda a: a[1], state))(x)
 
     one, two = (own[None] for own in rows_of(pool, {"dora": 1}, {"large_dora": 1}))
-    plain = k_proj(0 * one)
-    change = 0.7 * (k_proj(one) - plain) + 0.3 * (k_proj(two) - plain)
-    close(k_proj(0.7 * one, 0.3 * two) - plain, change, 1e-5)
+    base, first, second, both = (
+        np.asarray(k_proj(state, own)) for own in (0 * one, one, two, 0.7 * one + 0.3 * two)
+    )
+    close(both - base, 0.7 * (first - base) + 0.3 * (second - base), 1e-5)
 
 
 GOLDENS = {
@@ -209,8 +234,7 @@ def test_rows_of_one_batch_equal_pefts_logits(name):
             each.append({key: golden[key] for key in ("input_ids", "attention_mask", "logits")})
     rows = [pool.acquire({run: 1}).row for run in GOLDENS[name] for _ in each[0]["input_ids"]]
     ids, mask, logits = (np.concatenate([own[key] for own in each]) for key in each[0])
-    with bank.mixture(np.stack(rows)):
-        found = np.asarray(model(jnp.asarray(ids), jnp.asarray(mask)))
+    found = np.asarray(call(nnx.split(model), ids, np.stack(rows), mask))
     np.testing.assert_allclose(found[mask == 1], logits[mask == 1], atol=1e-4, rtol=0)
 
 
@@ -218,25 +242,18 @@ def test_embeddings_and_heads_can_have_a_bank():
     model = fresh()
     bank.add(model, slots=2, rank=4, targets=("embed_tokens", "lm_head", "q_proj"))
     config = lora_config.LoRAConfig(rank=4, targets=("embed_tokens", "lm_head", "q_proj"))
-    expected, rng = fresh(), np.random.default_rng(0)
-    lora.inject(expected, config, rngs=nnx.Rngs(0))
-    for variable in jax.tree.leaves(
-        nnx.state(expected, lora.LoRAParam), is_leaf=lambda v: isinstance(v, nnx.Variable)
-    ):
-        variable.set_value(jnp.asarray(rng.normal(0, 0.3, variable.shape), jnp.float32))
+    own = drawn(config, 0)
     pool = pools.Pool(model)
-    pool.load("all", lora.collect(expected, config))
+    pool.load("all", own)
     rows = np.repeat(pool.acquire({"all": 1}).row[None], len(IDS), axis=0)
-    close(call(nnx.split(model), IDS, rows), expected(IDS), 1e-5)
+    close(call(nnx.split(model), IDS, rows), alone(own), 1e-5)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int4"])
 def test_eight_devices_equal_one(quantization):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    weights = [{kind: 1} for kind in KINDS] + [{}, {"lora": 0.5, "dora": 0.5}]
-    ids = jnp.concatenate([IDS, IDS[:1]])
     model, pool = banked(quantization)
-    expected = call(nnx.split(model), ids, rows_of(pool, *weights))
+    expected = call(nnx.split(model), IDS, rows_of(pool, *WEIGHTS))
     with jax.set_mesh(mesh):
         model, pool = banked(quantization, "float32", mesh)
         attention, mlp = model.model.layers.self_attn, model.model.layers.mlp
@@ -246,8 +263,14 @@ def test_eight_devices_equal_one(quantization):
         ):  # fmt: skip
             assert layer.bank_A[...].sharding.spec[1:] == (of_A, None)
             assert layer.bank_B[...].sharding.spec[1:] == (None, of_B)
-        found = call(nnx.split(model), ids, rows_of(pool, *weights))
+        found = call(nnx.split(model), IDS, rows_of(pool, *WEIGHTS))
     close(found, expected, 1e-5)
+
+
+@jax.jit
+def call_a(parts, x, rows):
+    with bank.mixture(rows):
+        return nnx.merge(*parts).a(x)
 
 
 def test_explicit_meshes_equal_one_device():
@@ -255,27 +278,25 @@ def test_explicit_meshes_equal_one_device():
     where = jax.sharding.NamedSharding(mesh, jax.P("data", "tensor"))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 16)).astype(np.float32))
     config = lora_config.LoRAConfig(rank=2, targets=("a",), use_dora=True)
+    rng = np.random.default_rng(1)
+    A, B, magnitude = (rng.normal(size=own).astype(np.float32) for own in ((16, 2), (2, 32), 32))
+    own = lora_adapter.Adapter(config, {"a": lora_adapter.Factors(A, B, magnitude)})
+    kernel = nnx.Linear(16, 32, rngs=nnx.Rngs(0)).kernel[...]
 
-    def output(placed, rows=None):
-        model = nnx.Dict(a=nnx.Linear(16, 32, rngs=nnx.Rngs(0)))
-        own = x
-        if placed:
-            model.a.kernel.set_value(jax.device_put(model.a.kernel[...], where))
-            own = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data")))
-        lora.inject(model, config, rngs=nnx.Rngs(1))
-        found = lora.collect(model, config).factors["a"]
-        found = found._replace(B=found.B + 0.5, magnitude=found.magnitude * 1.5)
-        lora.strip(model)
+    def output(kernel, x):
+        model = nnx.Dict(a=nnx.eval_shape(lambda: nnx.Linear(16, 32, rngs=nnx.Rngs(0))))
+        model.a.kernel.set_value(kernel)
+        model.a.bias.set_value(jnp.arange(32.0))
         bank.add(model, slots=3, rank=2, targets=("a",))
         pool = pools.Pool(model)
-        pool.load("own", lora_adapter.Adapter(config, {"a": found}))
+        pool.load("own", own)
         row = pool.acquire({"own": 0.5}).row
-        with bank.mixture(np.stack([row, 0 * row, row, row])):
-            return model.a(own)
+        return call_a(nnx.split(model), x, np.stack([row, 0 * row, row, row]))
 
-    expected = output(False)
+    expected = output(kernel, x)
     with jax.set_mesh(mesh):
-        found = output(True)
+        rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+        found = output(jax.device_put(kernel, where), jax.device_put(x, rows))
     assert found.sharding.spec == jax.P("data", None, "tensor")
     close(found, expected, 1e-6)
 

@@ -1,7 +1,9 @@
 """Models on meshes as jax.make_mesh makes them, whose axes are Explicit; and on Auto ones."""
 
 import contextlib
+import functools
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,35 +31,36 @@ def make_mesh(kind=AxisType.Explicit, shape=(2, 4)):
 
 def inputs(kind):
     if kind == "embed":
-        return jnp.asarray(np.arange(48).reshape(8, 6) * 7 % 64)
+        return np.arange(48, dtype=np.int32).reshape(8, 6) * 7 % 64
     shape = {"general": (8, 6, 4, 16), "conv": (8, 6, 16)}.get(kind, (8, 6, 64))
-    return jax.random.normal(jax.random.key(5), shape)
+    return np.float32(np.random.default_rng(5).normal(size=shape))
+
+
+def model_of(kind, mesh, spec):
+    """A model of that layer, with weights drawn by numpy and placed on the mesh, if any."""
+    model = nnx.Dict(a=nnx.eval_shape(lambda: KERNELS[kind](nnx.Rngs(0))))
+    state, rng = nnx.state(model), np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(state):
+        where = None if mesh is None else NamedSharding(mesh, P() if path[-1] == "bias" else spec)
+        values = np.float32(rng.normal(0, 0.2, variable.shape))
+        variable.set_value(jax.device_put(values, where))
+    nnx.update(model, state)
+    return model
 
 
 def results(kind, fmt, settings, mesh=None, spec=WHOLE, *, out=None, ambient=True, attend=False):
     """(the output, gradients of the input, A and B, the output once merged; the adapted model)."""
     within = jax.set_mesh(mesh) if mesh is not None and ambient else contextlib.nullcontext()
     with within:
-        model = nnx.Dict(a=KERNELS[kind](nnx.Rngs(0)))
+        model = model_of(kind, mesh, spec)
         x = inputs("linear")[..., :32] if attend else inputs(kind)
-        if mesh is not None:
-            state = nnx.state(model)
-            for path, variable in nnx.to_flat_state(state):
-                own = P() if path[-1] == "bias" else spec
-                variable.set_value(jax.device_put(variable[...], NamedSharding(mesh, own)))
-            nnx.update(model, state)
-            x = jax.device_put(x, NamedSharding(mesh, BATCH))
+        x = jax.device_put(x, None if mesh is None else NamedSharding(mesh, BATCH))
         if fmt:
             quant.quantize_model(model, fmt)
         lora.inject(model, config.LoRAConfig(rank=4, targets=("a",), **settings), rngs=nnx.Rngs(1))
         model.train()
         weights = nnx.state(model, lora.LoRAParam)
-        trained = jax.tree.map(
-            lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), weights
-        )
-        nnx.update(
-            model, jax.tree.map(lambda new, a: jax.device_put(new, a.sharding), trained, weights)
-        )
+        nnx.update(model, jax.tree.map(changed, weights))
         more = {} if out is None or mesh is None else {"out_sharding": out}
 
         def call(model, x):
@@ -76,10 +79,23 @@ def results(kind, fmt, settings, mesh=None, spec=WHOLE, *, out=None, ambient=Tru
         return jax.tree.map(np.asarray, found), adapted, y
 
 
+def changed(array):
+    noise = 0.1 * np.cos(np.arange(array.size, dtype=np.float32)).reshape(array.shape)
+    return jax.device_put(np.asarray(array) + noise, array.sharding)
+
+
+@functools.cache
+def alone(kind, fmt, settings, attend):
+    """The results on one device."""
+    found, *_ = results(kind, fmt, dict(settings), attend=attend)
+    return found
+
+
 def check(kind, fmt=None, settings=None, mesh=None, spec=WHOLE, **more):
-    alone, *_ = results(kind, fmt, settings or {}, attend=more.get("attend", False))
-    found, adapted, y = results(kind, fmt, settings or {}, mesh or make_mesh(), spec, **more)
-    assert_close(alone, found)
+    settings = settings or {}
+    found, adapted, y = results(kind, fmt, settings, mesh or make_mesh(), spec, **more)
+    expected = alone(kind, fmt, tuple(settings.items()), more.get("attend", False))
+    assert_close(expected, found)
     return adapted, y
 
 
@@ -213,7 +229,7 @@ def test_linen(fmt, use_dora):
         nn.Sequential([dense(128, None, "tensor"), nn.relu, dense(32, None, None)]),
         inputs("linear"),
     )
-    params = module.init(jax.random.key(0), x)["params"]
+    params = drawn.variables(module, x)["params"]
     adapted = linen.adapt(
         module, config.LoRAConfig(rank=4, targets="all-linear", use_dora=use_dora), x, quant=fmt
     )
@@ -221,9 +237,7 @@ def test_linen(fmt, use_dora):
     def found(params, x):
         variables = adapted.init(jax.random.key(1), params)
         names = variables["lora"]
-        lora = jax.tree.map(
-            lambda a: jax.device_put(np.asarray(a) + 0.1, a.sharding), variables["lora"]
-        )
+        lora = jax.tree.map(changed, variables["lora"])
 
         def loss(lora, x):
             y = adapted.apply({**variables, "lora": lora}, x)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +63,17 @@ NAMES = {"embed", "conv", "lm_head", "experts.0", "experts.1"} | {
 @functools.cache
 def made(axis=0):
     module = Net(axis=axis)
-    return module, jax.jit(module.init)(jax.random.key(0), IDS)["params"]
+    return module, drawn.variables(module, IDS)["params"]
+
+
+@functools.cache
+def _plain(axis):
+    return jax.jit(Net(axis=axis).apply)
+
+
+def output(params, axis=0):
+    """The model's output without adapters."""
+    return np.asarray(_plain(axis)({"params": params}, IDS))
 
 
 def config(**settings):
@@ -73,7 +84,8 @@ def moved(variables, scale=0.1, seed=3):
     """The variables with `lora` changed."""
     rng = np.random.default_rng(seed)
     change = jax.tree.map(
-        lambda p: p + scale * rng.normal(size=p.shape).astype(np.float32), variables["lora"]
+        lambda p: jnp.asarray(np.asarray(p) + np.float32(scale * rng.normal(size=p.shape))),
+        variables["lora"],
     )
     return {**variables, "lora": change}
 
@@ -85,7 +97,7 @@ def test_an_unedited_model_is_adapted_merged_saved_and_loaded(axis, use_dora, tm
     adapted = linen.adapt(module, settings, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype), train=False)
     variables = adapted.init(jax.random.key(1), params)
     assert variables["lora"]["layers"]["query"]["lora_A"].shape == (3, 8, 2)
-    base = module.apply({"params": params}, IDS)
+    base = output(params, axis)
     run = jax.jit(adapted.apply)
     np.testing.assert_allclose(run(variables, IDS), base, atol=2e-5)
 
@@ -101,9 +113,7 @@ def test_an_unedited_model_is_adapted_merged_saved_and_loaded(axis, use_dora, tm
     np.testing.assert_allclose(run(again, IDS), expected, atol=1e-5)
     merged = adapted.merge(variables)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
-    np.testing.assert_allclose(
-        module.apply({"params": merged}, IDS), expected, rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(output(merged, axis), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_of_a_stack_may_have_another_rank_or_none():
@@ -155,8 +165,8 @@ def test_dropout_differs_between_keys_and_layers_and_is_off_without_one():
     one, same, other = (run({"lora": jax.random.key(n)}) for n in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
-    plain = linen.adapt(module, config(), IDS).apply(variables, IDS)
-    np.testing.assert_allclose(adapted.apply(variables, IDS), plain, atol=1e-5)
+    plain = jax.jit(linen.adapt(module, config(), IDS).apply)(variables, IDS)
+    np.testing.assert_allclose(jax.jit(adapted.apply)(variables, IDS), plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("fmt, use_dora", [("int4", True), ("nf4-dq", False)])
@@ -169,12 +179,12 @@ def test_a_quantized_base_computes_with_the_dequantized_weights(fmt, use_dora):
     assert "kernel" in variables["params"]["lm_head"] and "kernel" in variables["params"]["conv"]
     y = jax.jit(adapted.apply)(variables, IDS)
     dense = adapted.merge(variables)
-    np.testing.assert_allclose(module.apply({"params": dense}, IDS), y, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(output(dense), y, rtol=1e-3, atol=1e-3)
     alone = linen.adapt(module, None, IDS, quant=fmt)
     rounded = alone.init(jax.random.key(0), params)
     assert not rounded["lora"]
-    plain = module.apply({"params": alone.merge(rounded)}, IDS)
-    np.testing.assert_allclose(alone.apply(rounded, IDS), plain, atol=2e-4)
+    plain = output(alone.merge(rounded))
+    np.testing.assert_allclose(jax.jit(alone.apply)(rounded, IDS), plain, atol=2e-4)
 
 
 def test_pissa_and_parts_are_those_of_nnx():
@@ -182,17 +192,18 @@ def test_pissa_and_parts_are_those_of_nnx():
     settings = config(targets=("up",), init_lora_weights="pissa", parts={"up": (1, -1)})
     adapted = linen.adapt(module, settings, IDS)
     variables = adapted.init(jax.random.key(1), params)
-    np.testing.assert_allclose(adapted.apply(variables, IDS), module.apply({"params": params}, IDS),
-                               atol=1e-4)  # fmt: skip
+    run = jax.jit(adapted.apply)
+    np.testing.assert_allclose(run(variables, IDS), output(params), atol=1e-4)
     kernel, before = (p["layers"]["up"]["kernel"] for p in (variables["params"], params))
     np.testing.assert_array_equal(kernel[..., 4:], before[..., 4:])
     assert np.abs(kernel[..., :4] - before[..., :4]).max() > 0.1
     variables = moved(variables)
-    expected = adapted.apply(variables, IDS)
+    expected = run(variables, IDS)
     adapter = adapted.collect(variables)
     assert adapter.config.rank == 4 and not adapter.config.parts
     plain = linen.adapt(module, adapter.config, IDS)
-    np.testing.assert_allclose(plain.apply(plain.attach(params, adapter), IDS), expected, atol=1e-4)
+    found = jax.jit(plain.apply)(plain.attach(params, adapter), IDS)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_fully_trained_modules_are_trained_with_the_adapters(tmp_path):
@@ -200,18 +211,16 @@ def test_fully_trained_modules_are_trained_with_the_adapters(tmp_path):
     settings = config(targets=("query",), modules_to_save=("lm_head", "norm", "conv"))
     adapted = linen.adapt(module, settings, IDS)
     variables = moved(adapted.init(jax.random.key(1), params))
-    expected = adapted.apply(variables, IDS)
+    run = jax.jit(adapted.apply)
+    expected = run(variables, IDS)
     adapter = adapted.collect(variables)
     shapes = {name: array.shape for name, array in adapter.saved.items()}
     assert shapes["lm_head.weight"] == (5, 8) and shapes["conv.weight"] == (8, 8, 3)
     assert shapes["layers.2.norm.weight"] == shapes["layers.0.norm.bias"] == (8,)
     peft.write(tmp_path, adapter)
     again = adapted.attach(params, peft.read(tmp_path))
-    np.testing.assert_allclose(adapted.apply(again, IDS), expected, atol=1e-5)
-    merged = adapted.merge(variables)
-    np.testing.assert_allclose(
-        module.apply({"params": merged}, IDS), expected, rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(run(again, IDS), expected, atol=1e-5)
+    np.testing.assert_allclose(output(adapted.merge(variables)), expected, rtol=1e-4, atol=1e-4)
 
 
 class Twin(nn.Module):
@@ -241,8 +250,8 @@ def test_an_adapter_moves_between_nnx_and_linen(tmp_path):
     for name in kernels:
         getattr(model, name).kernel.set_value(params[name]["kernel"])
     peft.load(model, tmp_path)
-    y = model.down(jnp.tanh(model.up(x)).reshape(-1, 8))
-    np.testing.assert_allclose(y, adapted.apply(variables, x), atol=1e-5)
+    y = nnx.jit(lambda model: model.down(jnp.tanh(model.up(x)).reshape(-1, 8)))(model)
+    np.testing.assert_allclose(y, jax.jit(adapted.apply)(variables, x), atol=1e-5)
     back = lora.collect(model, peft.config(tmp_path))
     for name, own in adapted.collect(variables).factors.items():
         for ours, theirs in zip(own[:3], back.factors[name][:3], strict=True):
@@ -259,7 +268,7 @@ class Jitted(nn.Module):
 def test_a_module_that_jits_itself_is_traced_again():
     """Otherwise Flax would use what it traced without adapters, or with others."""
     module, x = Jitted(), jnp.ones((2, 4))
-    params = module.init(jax.random.key(0), x)["params"]
+    params = drawn.variables(module, x)["params"]
     for dropout in (0.0, 0.9):
         adapted = linen.adapt(module, config(targets=("out",), dropout=dropout), x)
         variables = moved(adapted.init(jax.random.key(1), params))
@@ -299,24 +308,25 @@ class Projections(nn.Module):
 def test_a_registered_class_names_its_einsum():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
     module = Projections()
-    params = module.init(jax.random.key(0), x)["params"]
+    params = drawn.variables(module, x)["params"]
     settings = config(targets=("kv",), parts={"kv": (-1, 1)}, use_dora=True)  # v alone
     adapted = linen.adapt(module, settings, x)
     variables = moved(adapted.init(jax.random.key(1), params))
-    y, base = adapted.apply(variables, x), module.apply({"params": params}, x)
-    assert np.abs(y - base)[1].max() > 0.1
-    np.testing.assert_allclose(module.apply({"params": adapted.merge(variables)}, x), y, atol=1e-4)
+    plain = jax.jit(module.apply)
+    y, base = jax.jit(adapted.apply)(variables, x), plain({"params": params}, x)
+    assert np.abs(np.asarray(y) - base)[1].max() > 0.1
+    np.testing.assert_allclose(plain({"params": adapted.merge(variables)}, x), y, atol=1e-4)
 
 
 def test_a_layer_that_is_called_in_two_ways_is_adapted_through_its_weight():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)
     module = Projections(twice=True)
-    params = module.init(jax.random.key(0), x)["params"]
+    params = drawn.variables(module, x)["params"]
     adapted = linen.adapt(module, config(targets=("kv",)), x)
     variables = moved(adapted.init(jax.random.key(1), params))
     for y, merged in zip(
-        adapted.apply(variables, x),
-        module.apply({"params": adapted.merge(variables)}, x),
+        jax.jit(adapted.apply)(variables, x),
+        jax.jit(module.apply)({"params": adapted.merge(variables)}, x),
         strict=True,
     ):
         np.testing.assert_allclose(y, merged, atol=1e-5)
@@ -376,17 +386,18 @@ def test_lora_dense_is_a_dense_layer_with_an_adapter():
             x = linen.LoRADense(6, rank=2, alpha=4, dropout=0.5, name="first")(x, train=train)
             return linen.LoRADense(3, rank=2, name="second")(jnp.tanh(x))
 
-    x = jnp.ones((2, 4))
-    variables = Mine().init(jax.random.key(0), x, False)
+    x = np.ones((2, 4), np.float32)
+    variables = jax.jit(Mine().init, static_argnums=2)(jax.random.key(0), x, False)
     assert set(variables) == {"params", "lora"}
-    variables = moved(variables)
-    y = Mine().apply(variables, x, False)
+    variables = jax.tree.map(np.asarray, moved(variables))
+    run = jax.jit(Mine().apply, static_argnums=2)
+    y = run(variables, x, False)
     first = {**variables["lora"]["first"], **variables["params"]["first"]["base"]}
     hidden = x @ first["kernel"] + 2 * x @ first["lora_A"] @ first["lora_B"]
     second = {**variables["lora"]["second"], **variables["params"]["second"]["base"]}
-    expected = jnp.tanh(hidden) @ (second["kernel"] + 8 * second["lora_A"] @ second["lora_B"])
+    expected = np.tanh(hidden) @ (second["kernel"] + 8 * second["lora_A"] @ second["lora_B"])
     np.testing.assert_allclose(y, expected, atol=1e-5)
-    dropped = Mine().apply(variables, x, True, rngs={"dropout": jax.random.key(1)})
+    dropped = run(variables, x, True, rngs={"dropout": jax.random.key(1)})
     assert np.abs(dropped - y).max() > 0.01
 
 
@@ -403,7 +414,7 @@ def test_lora_dense_is_a_dense_layer_with_an_adapter():
 def test_an_adapter_with_other_settings_is_refused(of_file, here, found):
     """Its arrays fit, but would compute something else in this model."""
     module, x = nn.Sequential([nn.Dense(6)]), jnp.ones((2, 4))
-    params = module.init(jax.random.key(0), x)["params"]
+    params = drawn.variables(module, x)["params"]
     other = linen.adapt(module, config(targets=("layers_0",), **of_file), x)
     adapter = other.collect(moved(other.init(jax.random.key(1), params)))
     adapted = linen.adapt(module, config(targets=("layers_0",), **here), x)

@@ -3,6 +3,7 @@ the gradients are those of the merged function."""
 
 import functools
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,16 +41,6 @@ def _rank_promotion():
         yield
 
 
-# Less time to compile, for programs that run once.
-fast_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
-
 def weighed(y):
     """A scalar whose gradient is that of no other y."""
     return sum((jnp.sin(leaf + 0.3) ** 2).sum() for leaf in jax.tree.leaves(y))
@@ -61,42 +52,41 @@ def agrees(module, settings, *args, quant="none", products=None, exclude=(), **k
 
     products: the sites that are computed as x A B; the others by their weight.
     """
-    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(5)}
+    given = drawn.variables(module, *args, **kwargs)
     adapted = linen.adapt(module, settings, *args, quant=quant, exclude=exclude, **kwargs)
 
-    @fast_jit
-    def start():
-        given = module.init(rngs, *args, **kwargs)
-        return given, adapted.init(jax.random.key(1), given)
+    @jax.jit
+    def compare(given, key):
+        """Everything by one program: of the fresh adapters first, and of the changed ones."""
+        variables = adapted.init(key, given)
+        moving = moved(variables)
+        mutable = [name for name in given if name != "params"]
 
-    params, variables = start()
-    moving = moved(variables)
-    mutable = [name for name in params if name != "params"]
+        def plain(params):
+            return module.apply({**given, "params": params}, *args, mutable=mutable, **kwargs)[0]
 
-    def plain(trained, scale=1):
-        own = {**params, "params": adapted.merge({**variables, "lora": trained})}
-        y = module.apply(own, *args, mutable=mutable, **kwargs)[0]
-        return weighed(y), y
+        def merged(trained):
+            y = plain(adapted.merge({**variables, "lora": trained}))
+            return weighed(y), y
 
-    def run(trained):
-        given = {**variables, "lora": trained}
-        y = adapted.apply(given, *args, mutable=mutable, **kwargs)[0]
-        return weighed(y), y
+        def run(trained):
+            own = {**variables, "lora": trained}
+            y = adapted.apply(own, *args, mutable=mutable, **kwargs)[0]
+            return weighed(y), y
 
-    @fast_jit
-    def both(new, trained):
-        before = module.apply(params, *args, mutable=mutable, **kwargs)[0]
-        each = [jax.grad(f, has_aux=True)(trained) for f in (run, plain)]
-        return before, run(new)[1], plain(new)[1], *each
+        both = jax.tree.map(lambda *each: jnp.stack(each), variables["lora"], moving["lora"])
+        found = [jax.vmap(jax.grad(f, has_aux=True))(both) for f in (run, merged)]
+        return moving, plain(given["params"]), *found
 
-    before, fresh, merged, ours, theirs = both(variables["lora"], moving["lora"])
-    close(fresh, merged, 1e-4)
-    if quant == "none":
-        close(fresh, before)
+    moving, *found = compare(given, jax.random.key(1))
+    before, ours, theirs = jax.tree.map(np.asarray, found)
     close(ours, theirs, 1e-4)
-    differ = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), ours[1], before)
+    fresh, changed = (jax.tree.map(lambda leaf, at=at: leaf[at], ours) for at in range(2))
+    if quant == "none":
+        close(fresh[1], before)
+    differ = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), changed[1], before)
     assert max(jax.tree.leaves(differ)) > 1e-3
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(ours[0]))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(changed[0]))
     if products is not None:
         found = {line.split()[0] for line in str(adapted).splitlines()
                  if "rank" in line and "computed as" not in line}  # fmt: skip
@@ -417,7 +407,7 @@ def test_so_it_is_with_dora_and_packed_weights(case, quant, settings):
 def test_w_prime_is_w_plus_s_a_b():
     """Of a raw parameter, one matrix for each of its first axes."""
     adapted = linen.adapt(Raw(), config("wq", "wh", alpha=3), X)
-    params = Raw().init(jax.random.key(0), X)["params"]
+    params = drawn.variables(Raw(), X)["params"]
     variables = moved(adapted.init(jax.random.key(1), params))
     own, merged = variables["lora"], adapted.merge(variables)
     for name in ("wq", "wh"):
@@ -429,7 +419,7 @@ def test_w_prime_is_w_plus_s_a_b():
 def test_a_product_of_any_class_is_a_linear_layer():
     """Its K are the inputs, whichever axis of the kernel that is."""
     adapted = linen.adapt(Holds(Conv1D), config("all-linear", dropout=0.5), SEQUENCE)
-    params = Holds(Conv1D).init(jax.random.key(0), SEQUENCE)
+    params = drawn.variables(Holds(Conv1D), SEQUENCE)
     variables = moved(adapted.init(jax.random.key(1), params))
     assert variables["lora"]["m"]["lora_A"].shape == (8, 2)
     y = adapted.apply(variables, SEQUENCE)
@@ -439,12 +429,12 @@ def test_a_product_of_any_class_is_a_linear_layer():
 
 def test_dropout_where_an_adapter_has_no_input_is_refused_in_training():
     adapted = linen.adapt(Attends(True), config("emb", "fc", dropout=0.5), IDS)
-    params = Attends().init(jax.random.key(0), IDS)["params"]
+    params = drawn.variables(Attends(), IDS)["params"]
     key = {"lora": jax.random.key(2)}
     variables = moved(adapted.init(jax.random.key(1), params))
     assert np.abs(adapted.apply(variables, IDS) - adapted.apply(variables, IDS, rngs=key)).max() > 0
     adapted = linen.adapt(Raw(), config("wq", dropout=0.5), X)
-    variables = adapted.init(jax.random.key(1), Raw().init(jax.random.key(0), X)["params"])
+    variables = adapted.init(jax.random.key(1), drawn.variables(Raw(), X)["params"])
     adapted.apply(variables, X)
     with pytest.raises(errors.UserError, match="reads the weight of wq in another way"):
         adapted.apply(variables, X, rngs=key)
@@ -454,31 +444,35 @@ ONE_HOT, HALF = jnp.eye(8, dtype=jnp.int32), X.astype(jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
-    "kind, quant, x",
-    [(nn.Dense, "none", ONE_HOT), (nn.Dense, "none", X[:0]), (nn.Dense, "int8", ONE_HOT),
-     (nn.Dense, "int8", X[0]), (nn.Dense, "int8", HALF), (nn.Dense, "int4", HALF),
-     (nn.Dense, "int4", X[:0]), (nn.Dense, "int4", X.astype(bool)),
-     (Casts, "none", HALF), (Casts, "int4", HALF)],
+    "kind, quant, inputs",
+    [(nn.Dense, "none", [ONE_HOT, X[:0]]), (nn.Dense, "int8", [ONE_HOT, X[0], HALF]),
+     (nn.Dense, "int4", [HALF, X[:0], X.astype(bool)]),
+     (Casts, "none", [HALF]), (Casts, "int4", [HALF])],
 )  # fmt: skip
-def test_dtypes_are_those_of_the_layer(kind, quant, x):
+def test_dtypes_are_those_of_the_layer(kind, quant, inputs):
     """An integer is no reason for a product of integers, and no rows are no error."""
     module = Holds(kind, DENSE if kind is nn.Dense else ())
     adapted = linen.adapt(module, config("m"), X, quant=quant)
-    dtype = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
+    dtypes = {x.dtype: jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32 for x in inputs}
 
-    @fast_jit
-    def both():
-        given = jax.tree.map(lambda w: w.astype(dtype), module.init(jax.random.key(0), X))
-        variables = moved(adapted.init(jax.random.key(1), given))
-        merged = adapted.merge(variables)
-        f32 = {**module.init(jax.random.key(0), X)}
-        wide = moved(adapted.init(jax.random.key(1), f32))
-        plain = [module.apply({"params": p}, x) for p in (merged, adapted.merge(wide))]
-        return [adapted.apply(v, x) for v in (variables, wide)], plain, merged
+    @jax.jit
+    def both(wide, key):
+        """[(ours, theirs)], with weights of x's dtype and of float32; {dtype: merged weights}."""
+        found, weights = [], {}
+        for dtype in {jnp.float32, *dtypes.values()}:
+            given = jax.tree.map(lambda w, dtype=dtype: w.astype(dtype), wide)
+            variables = moved(adapted.init(key, given))
+            weights[dtype] = variables, adapted.merge(variables)
+        for x in inputs:
+            for dtype in {jnp.float32, dtypes[x.dtype]}:
+                variables, merged = weights[dtype]
+                found.append((adapted.apply(variables, x), module.apply({"params": merged}, x)))
+        return found, {np.dtype(dtype).name: merged for dtype, (_, merged) in weights.items()}
 
-    ours, theirs, merged = both()
-    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
-    for y, plain in zip(ours, theirs, strict=True):
+    found, merged = both(drawn.variables(module, X), jax.random.key(1))
+    for dtype, own in merged.items():
+        assert {leaf.dtype for leaf in jax.tree.leaves(own)} == {jnp.dtype(dtype)}
+    for y, plain in found:
         assert (y.dtype, y.shape) == (plain.dtype, plain.shape)
         np.testing.assert_allclose(*(np.float32(a) for a in (y, plain)), atol=0.05, rtol=0.02)
 
@@ -509,15 +503,21 @@ class Boxed(nn.Module):
 )
 def test_boxes_and_containers_come_back_as_they_were(change, quant):
     module = Partitioned()
-    given = change(fast_jit(module.init)(jax.random.key(0), X)["params"])
+    given = change(drawn.variables(module, X)["params"])
     adapted = linen.adapt(module, config("all-linear", use_dora=True), X, quant=quant)
-    variables = moved(fast_jit(adapted.init)(jax.random.key(1), given))
-    merged = fast_jit(adapted.merge)(variables)
+
+    @jax.jit
+    def start(given, key):
+        variables = moved(adapted.init(key, given))
+        merged = adapted.merge(variables)
+        return variables, merged, module.apply({"params": merged}, X)
+
+    variables, merged, expected = start(given, jax.random.key(1))
     assert jax.tree.structure(merged) == jax.tree.structure(given)
     assert type(variables["params"]) is type(merged) is type(given)
-    run = fast_jit(adapted.apply)
+    run = jax.jit(adapted.apply)
     y = run(variables, X)
-    close(y, fast_jit(module.apply)({"params": merged}, X), 1e-4)
+    close(y, expected, 1e-4)
     np.testing.assert_array_equal(y, run(nn.meta.unbox(variables), X))
     if change is not nn.meta.unbox:
         spec, own = nn.get_partition_spec(variables), jax.sharding.PartitionSpec
@@ -549,7 +549,7 @@ def test_the_methods_of_a_model_and_its_other_collections():
     module, z = Coder(), X[:, :4]
     encode, decode = linen.Call(X, method="encode"), linen.Call(z, method=Coder.decode)
     adapted = linen.adapt(module, config("all-linear"), encode, decode)
-    given = module.init(jax.random.key(0), X, method=lambda m, x: m.decode(m.encode(x)))
+    given = drawn.variables(module, X, method=lambda m, x: m.decode(m.encode(x)))
     variables = moved(adapted.init(jax.random.key(1), given))
     assert set(adapted.layer_configs) == {("encoder",), ("decoder",)}
     assert set(variables) == {"params", "batch_stats", "lora"}
@@ -577,7 +577,7 @@ class Reads(nn.Module):
 def test_each_call_is_looked_at_when_it_is_made(quant):
     """The example did not read the weight by hand."""
     adapted = linen.adapt(Reads(), config("d"), X, quant=quant)
-    variables = moved(adapted.init(jax.random.key(1), Reads().init(jax.random.key(0), X)))
+    variables = moved(adapted.init(jax.random.key(1), drawn.variables(Reads(), X)))
     merged = {"params": adapted.merge(variables)}
     for by_hand in (False, True, False):
         y = adapted.apply(variables, X, by_hand=by_hand)

@@ -121,9 +121,13 @@ def base_of(layer):
     return call
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _output(graphdef, state, x):
+    return nnx.merge(graphdef, state)(x)
+
+
 def run(model, x):
-    graphdef, state = nnx.split(model)
-    return np.asarray(jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, x))
+    return np.asarray(_output(*nnx.split(model), x))
 
 
 def inputs(*shape, seed=3):

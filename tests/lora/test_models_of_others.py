@@ -195,12 +195,19 @@ QUANTIZED = ("multiplied", "standardized", "other_bias", "scaled", "by_keyword",
              "other_einsum")  # fmt: skip
 
 
+@functools.cache
+def _made(kind):
+    make, _ = KINDS[kind]
+    return nnx.split(make(nnx.Rngs(0)))
+
+
 def changed(model, scale=0.2):
     """Gives the adapters an effect."""
-    for path, variable in nnx.iter_graph(model):
+    rng = np.random.default_rng(0)
+    for _, variable in nnx.iter_graph(model):
         if isinstance(variable, lora.LoRAParam):
-            key = jax.random.key(len(str(path)))
-            variable.set_value(variable[...] + scale * jax.random.normal(key, variable.shape))
+            noise = np.float32(scale * rng.normal(size=variable.shape))
+            variable.set_value(jnp.asarray(np.asarray(variable[...]) + noise))
 
 
 def params_of(model):
@@ -208,30 +215,33 @@ def params_of(model):
     return nnx.filter_state(lora.base_state(model), nnx.Param)
 
 
-def loss_and_gradient(model, x):
-    """The loss, and its gradient with respect to A and B."""
+@functools.cache
+def _adapted_program(graphdef, merges):
+    """(trained, rest, x) → the output, and the gradient of its mean square; that of the merged."""
+
+    def both(trained, rest, x):
+        def loss(trained, merge):
+            model = nnx.merge(graphdef, trained, rest, copy=True)
+            if merge:
+                lora.merge(model)
+            y = model(x)
+            return (y**2).mean(), y
+
+        own, y = jax.grad(loss, has_aux=True)(trained, False)
+        return y, own, jax.grad(loss, has_aux=True)(trained, True)[0] if merges else None
+
+    return jax.jit(both)
+
+
+def outputs(model, x, merges=True):
+    """(the output, its gradient with respect to A and B, and that of the merged model)."""
     graphdef, trained, rest = nnx.split(model, lora.LoRAParam, ...)
-
-    @jax.jit
-    @jax.value_and_grad
-    def both(trained, rest):
-        return (nnx.merge(graphdef, trained, rest, copy=True)(x) ** 2).mean()
-
-    return both(trained, rest)
+    return jax.tree.map(np.asarray, _adapted_program(graphdef, merges)(trained, rest, x))
 
 
-def gradient_of_the_merged(model, x):
-    """The same gradient, through the merged model."""
-    graphdef, trained, rest = nnx.split(model, lora.LoRAParam, ...)
-
-    @jax.jit
-    @jax.grad
-    def gradient(trained, rest):
-        merged = nnx.merge(graphdef, trained, rest, copy=True)
-        lora.merge(merged)
-        return (merged(x) ** 2).mean()
-
-    return gradient(trained, rest)
+def check_gradients(own, merged):
+    for one, other in zip(*map(jax.tree.leaves, (own, merged)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4)
 
 
 @functools.cache
@@ -242,7 +252,7 @@ def _program(graphdef):
 def output(model, x):
     """model(x) by one program, made once for models of the same structure."""
     graphdef, state = nnx.split(model)
-    return _program(graphdef)(state, x)
+    return jax.tree.map(np.asarray, _program(graphdef)(state, x))
 
 
 @pytest.mark.parametrize(
@@ -252,36 +262,34 @@ def output(model, x):
     + [("standardized", "int4", True)],
 )
 def test_merged_equals_adapted(kind, fmt, use_dora):
-    make, targets = KINDS[kind]
+    _, targets = KINDS[kind]
     x = IDS if kind == "tied" else X
-    plain, model = make(nnx.Rngs(0)), make(nnx.Rngs(0))
+    plain, model = (nnx.merge(*_made(kind), copy=True) for _ in range(2))
     if fmt != "none":
         quant.quantize_model(model, fmt)
     before = output(model, x)
     targets = (targets,) if isinstance(targets, str) else targets
     config = lora.LoRAConfig(rank=2, targets=targets, use_dora=use_dora)
     lora.inject(model, config, rngs=nnx.Rngs(1))
-    np.testing.assert_allclose(output(model, x), before, atol=1e-5)
+    merges = not use_dora  # whose norm counts as a constant
+    np.testing.assert_allclose(outputs(model, x, merges)[0], before, atol=1e-5)
     assert isinstance(model.part, type(plain.part)) or fmt != "none"
-    base = jax.tree.map(jnp.copy, params_of(model))
+    base = jax.tree.map(np.array, params_of(model))
     changed(model)
     trained = lora.collect(model, config)
-    _, gradient = loss_and_gradient(model, x)
-    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
-    if not use_dora:  # whose norm counts as a constant
-        for own, other in zip(*map(jax.tree.leaves, (gradient, gradient_of_the_merged(model, x))),
-                              strict=True):  # fmt: skip
-            np.testing.assert_allclose(own, other, atol=1e-5, rtol=1e-4)
-    y = output(model, x)
-    assert jnp.abs(y - before).max() > 0.01
+    y, gradient, of_merged = outputs(model, x, merges)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+    if merges:
+        check_gradients(gradient, of_merged)
+    assert np.abs(y - before).max() > 0.01
     jax.tree.map(np.testing.assert_array_equal, params_of(model), base)
     with lora.disabled(model):
         np.testing.assert_allclose(output(model, x), before, atol=1e-6)
-    np.testing.assert_allclose(output(model, x), y, atol=1e-6)
+    np.testing.assert_allclose(outputs(model, x, merges)[0], y, atol=1e-6)
     base_model = lora.get_base_model(model)
     np.testing.assert_allclose(output(base_model, x), before, atol=1e-6)
     lora.attach(base_model, trained)
-    np.testing.assert_allclose(output(base_model, x), y, atol=1e-5)
+    np.testing.assert_allclose(outputs(base_model, x, merges)[0], y, atol=1e-5)
     lora.merge(model)
     np.testing.assert_allclose(output(model, x), y, atol=2e-5)
     assert nnx.graphdef(model) == nnx.graphdef(plain)
@@ -329,6 +337,11 @@ class Split(Scanned):
         return jax.lax.scan(jax.checkpoint(step), x, params)[0]
 
 
+@functools.cache
+def _stack(kind):
+    return nnx.split(STACKS[kind]())
+
+
 STACKS = {
     "param_0": lambda: Scanned(nnx.Rngs(0), PARAM_0),
     "all_0": lambda: Scanned(nnx.Rngs(0), 0),
@@ -347,30 +360,28 @@ DORA, SOME = {"use_dora": True}, {"alpha_pattern": {r"1\.up": 3}, "layers": (0, 
     + [("param_1", "int4", DORA | SOME)],
 )
 def test_a_stack_is_adapted_layer_by_layer(kind, fmt, settings, tmp_path):
-    plain, model = STACKS[kind](), STACKS[kind]()
+    plain, model = (nnx.merge(*_stack(kind), copy=True) for _ in range(2))
     if fmt != "none":
         quant.quantize_model(model, fmt)
     before = output(model, X)
-    assert jnp.abs(before - output(plain, X)).max() < 0.6
+    assert np.abs(before - output(plain, X)).max() < 0.6
     config = lora.LoRAConfig(rank=2, targets="all-linear", **settings)
     ranks = lora.inject(model, config, rngs=nnx.Rngs(1))
     layers = range(3) if not settings.get("layers") else range(2)
     assert set(ranks) == {f"blocks.{n}.{name}" for n in layers for name in ("up", "down")}
-    np.testing.assert_allclose(output(model, X), before, atol=1e-5)
-    changed(model)
-    _, gradient = loss_and_gradient(model, X)
-    if not settings.get("use_dora"):
-        for own, other in zip(*map(jax.tree.leaves, (gradient, gradient_of_the_merged(model, X))),
-                              strict=True):  # fmt: skip
-            np.testing.assert_allclose(own, other, atol=1e-5, rtol=1e-4)
-    y = output(model, X)
+    merges = not settings.get("use_dora")
+    np.testing.assert_allclose(outputs(model, X, merges)[0], before, atol=1e-5)
+    changed(model, 0.1)
+    y, gradient, of_merged = outputs(model, X, merges)
+    if merges:
+        check_gradients(gradient, of_merged)
     trained = lora.collect(model, config)
     lora.merge(model)
     np.testing.assert_allclose(output(model, X), y, atol=2e-5)
     assert nnx.graphdef(model) == nnx.graphdef(plain)
     if fmt == "none":
         lora.attach(plain, trained)
-        np.testing.assert_allclose(output(plain, X), y, atol=1e-6)
+        np.testing.assert_allclose(outputs(plain, X, merges)[0], y, atol=1e-6)
 
 
 class Reads(Block):
@@ -395,9 +406,9 @@ def test_a_stack_reads_its_weights_as_a_merge_changes_them(fmt, axes, made):
         quant.quantize_model(model, fmt)
     lora.inject(model, lora.LoRAConfig(rank=2, targets="all-linear"), rngs=nnx.Rngs(1))
     changed(model, 0.1)
-    y = model(X)
+    y = output(model, X)
     lora.merge(model)
-    np.testing.assert_allclose(model(X), y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(output(model, X), y, rtol=1e-4, atol=1e-4)
 
 
 def test_paths_of_a_stack_do_not_depend_on_the_rest_of_the_model():
@@ -414,19 +425,31 @@ def test_paths_of_a_stack_do_not_depend_on_the_rest_of_the_model():
 # ------------------------------------------------------------------------- calls
 
 
+class Each(nnx.Module):
+    """Its layer's output for each of several inputs."""
+
+    def __init__(self, dtype):
+        self.part = linear(nnx.Rngs(0), dtype=dtype)
+
+    def __call__(self, inputs):
+        return [self.part(x) for x in inputs]
+
+
 @pytest.mark.parametrize("fmt", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("x", [jnp.eye(D, dtype=jnp.int32), jnp.ones((2, D), jnp.bfloat16),
-                               jnp.ones((0, D)), jnp.ones((2, 0, D), jnp.float16)])  # fmt: skip
-def test_a_quantized_layer_promotes_as_the_dense_one(x, dtype, fmt):
-    model = nnx.Dict(a=linear(nnx.Rngs(0), dtype=dtype))
-    expected = model.a(x)
+def test_a_quantized_layer_promotes_as_the_dense_one(dtype, fmt):
+    inputs = [jnp.eye(D, dtype=jnp.int32), jnp.ones((2, D), jnp.bfloat16),
+              jnp.ones((0, D)), jnp.ones((2, 0, D), jnp.float16)]  # fmt: skip
+    model = Each(dtype)
+    expected = output(model, inputs)
     quant.quantize_model(model, fmt)
-    found = model.a(x)
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.3)
-    lora.inject(model, lora.LoRAConfig(targets=("a",)), rngs=nnx.Rngs(0))
-    assert model.a(x).dtype == expected.dtype and model.a(x).shape == expected.shape
+    found = output(model, inputs)
+    lora.inject(model, lora.LoRAConfig(targets=("part",)), rngs=nnx.Rngs(0))
+    adapted = jax.eval_shape(model, inputs)
+    for own, like, plain in zip(found, adapted, expected, strict=True):
+        assert own.dtype == like.dtype == plain.dtype
+        assert own.shape == like.shape == plain.shape
+        np.testing.assert_allclose(np.float32(own), np.float32(plain), atol=0.3)
 
 
 def test_a_merge_restores_every_setting_of_a_layer():

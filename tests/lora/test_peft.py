@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
@@ -35,10 +36,12 @@ RUNS = (
 )  # fmt: skip
 
 
+ONE = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+
+
 @functools.cache
 def split_base(name):
-    one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    return nnx.split(loader.load(GOLDEN / "models" / name, dtype="float32", mesh=one))
+    return nnx.split(loader.load(GOLDEN / "models" / name, dtype="float32", mesh=ONE))
 
 
 def base_of(run):
@@ -74,6 +77,7 @@ def logits_function(graphdef):
 def check_logits(model, golden, name, tolerance):
     graphdef, state = nnx.split(model)
     ids, mask = (jnp.asarray(golden[key]) for key in ("input_ids", "attention_mask"))
+    state = jax.tree.map(np.asarray, state)  # of trained and loaded models alike, to compile once
     logits = np.asarray(logits_function(graphdef)(state, ids, mask))
     real = golden["attention_mask"] == 1
     np.testing.assert_allclose(logits[real], golden[name][real], atol=tolerance, rtol=0)
@@ -110,6 +114,32 @@ def gradient_of(model, batch):
     return mean(trained)
 
 
+def recording(optimizer):
+    """The optimizer, whose state also holds the gradient that it got last."""
+
+    def update(gradient, state, params=None):
+        updates, state = optimizer.update(gradient, state[1], params)
+        return updates, (gradient, state)
+
+    return optax.GradientTransformation(
+        lambda params: (jax.tree.map(jnp.copy, params), optimizer.init(params)), update
+    )
+
+
+def steps_of(graphdef, parts, config, num_steps, batches):
+    """Yields (state, frozen, metrics) after each step, placed as in a run."""
+    with jax.set_mesh(ONE):
+        trained, frozen = parts
+        trained, frozen = sharding.place([jax.tree.map(np.array, trained), frozen], ONE)
+        optimizer, schedule = adamw.make(config, num_steps), adamw.schedule(config, num_steps)
+        optimizer = recording(optimizer)
+        step = train_step.make_step(graphdef, optimizer, schedule, seed=0, remat="none")
+        state = train_step.start(trained, optimizer)
+        batch = functools.partial(batch_at, batches)
+        for state, metrics in train_step.steps(step, state, frozen, batch, num_steps):  # noqa: B020
+            yield state, frozen, metrics
+
+
 # Of which other runs do more: on more layers, and on the embedding too.
 LONG = {"lora_qv": pytest.mark.long, "lora_dora": pytest.mark.long}
 
@@ -118,7 +148,8 @@ LONG = {"lora_qv": pytest.mark.long, "lora_dora": pytest.mark.long}
     scope="module", params=[pytest.param(name, marks=LONG.get(name, ())) for name in RUNS]
 )
 def run(request):
-    """(name, golden.json, metrics of each step, the trained model) of a repeated run."""
+    """(name, golden.json, metrics of each step, the first gradient, the trained model) of a
+    repeated run."""
     name = request.param
     golden = json.loads((GOLDEN / name / "golden.json").read_text())
     c, batches = golden["config"], arrays(f"{name}/batches.npz")
@@ -130,30 +161,25 @@ def run(request):
         clip=c["clip"] or 0,
         lora_plus_ratio=c.get("lora_plus_ratio", 1),
     )
-    model = llama(GOLDEN / name / "init_adapter")
-    graphdef, trained, frozen = model_state.split(model)
-    optimizer = adamw.make(config, c["steps"])
-    step = train_step.make_step(
-        graphdef, optimizer, adamw.schedule(config, c["steps"]), seed=0, remat="none"
-    )
-    state = train_step.start(jax.tree.map(jnp.copy, trained), optimizer)
-    metrics = []
-    for state, measured in train_step.steps(  # noqa: B007, B020
-        step, state, frozen, functools.partial(batch_at, batches), c["steps"]
+    graphdef, *parts = model_state.split(llama(GOLDEN / name / "init_adapter"))
+    metrics, gradient = [], None
+    for state, frozen, measured in steps_of(  # noqa: B007
+        graphdef, parts, config, c["steps"], batches
     ):
+        gradient = gradient or jax.tree.map(np.array, state.opt_state[0])
         metrics.append(measured)
     model = nnx.merge(graphdef, state.lora, frozen.dropout_keys, frozen.base)
-    return name, golden, metrics, model
+    return name, golden, metrics, gradient, model
 
 
 def test_losses_equal_pefts(run):
-    _, golden, metrics, _ = run
+    _, golden, metrics, *_ = run
     found = [measured["loss"] for measured in metrics]
     np.testing.assert_allclose(found, golden["loss_fp32"], atol=1e-4, rtol=0)
 
 
 def test_gradient_norms_and_learning_rates_equal_pefts(run):
-    _, golden, metrics, _ = run
+    _, golden, metrics, *_ = run
     norms = [measured["grad_norm"] for measured in metrics]
     np.testing.assert_allclose(norms, golden["grad_norm_fp32"], rtol=1e-4)
     np.testing.assert_allclose([m["lr"] for m in metrics], golden["lr"], rtol=1e-6)
@@ -161,13 +187,13 @@ def test_gradient_norms_and_learning_rates_equal_pefts(run):
 
 
 def test_trained_model_equals_pefts(run):
-    name, _, _, model = run
+    name, *_, model = run
     check_logits(model, arrays(f"{name}/eval_logits.npz"), "logits", 1e-3)
 
 
 def test_trained_tensors_equal_pefts(run, tmp_path):
     """After the optimizer's steps, tensor by tensor, as written to disk."""
-    name, _, _, model = run
+    name, *_, model = run
     settings = peft.config(GOLDEN / name / "init_adapter")
     peft.save(tmp_path, model, settings, base_model=base_of(name))
     found, expected = (
@@ -180,8 +206,14 @@ def test_trained_tensors_equal_pefts(run, tmp_path):
         assert error < 1e-2, (key, error)  # Adam turns rounding into steps where a gradient is ~ 0
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_gradient_of_the_first_step_equals_pefts(name):
+def test_gradient_of_the_first_step_equals_pefts(run):
+    name, *_, gradient, model = run
+    config = peft.config(GOLDEN / name / "init_adapter")
+    check_gradients(model, config, gradient, arrays(f"{name}/step0_grads.npz"), 1e-4)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_gradient_before_any_step_equals_pefts(name):
     batch = batch_at(arrays(f"{name}/batches.npz"), 0)
     model = llama(GOLDEN / name / "init_adapter")
     _, gradient = gradient_of(model, batch)
@@ -267,8 +299,7 @@ def test_config_round_trip_keeps_every_setting(tmp_path):
 
 def test_adapters_on_a_quantized_base_are_written_the_same(tmp_path):
     """Only A and B are saved, so QLoRA and LoRA write the same files."""
-    one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    model = loader.load(GOLDEN / "models" / "llama", dtype="float32", quantization="int8", mesh=one)
+    model = loader.load(GOLDEN / "models" / "llama", dtype="float32", quantization="int8", mesh=ONE)
     config = peft.load(model, GOLDEN / FINISHED[0])
     peft.save(tmp_path, model, config, base_model="llama")
     name = "adapter_model.safetensors"
@@ -668,15 +699,10 @@ def test_pissa_trains_as_in_peft(tmp_path):
         rank=4, alpha=8, targets=("q_proj", "down_proj"), init_lora_weights="pissa"
     )
     lora.inject(model, config, rngs=nnx.Rngs(0))
-    graphdef, trained, frozen = model_state.split(model)
-    how = optim_config.OptimConfig(lr=lr, schedule="constant", warmup=0, clip=0)
-    optimizer = adamw.make(how, steps)
-    step = train_step.make_step(
-        graphdef, optimizer, adamw.schedule(how, steps), seed=0, remat="none"
-    )
-    state, losses = train_step.start(jax.tree.map(jnp.copy, trained), optimizer), []
-    batches = functools.partial(batch_at, arrays("lora_pissa/batches.npz"))
-    for state, measured in train_step.steps(step, state, frozen, batches, steps):  # noqa: B007, B020
+    graphdef, *parts = model_state.split(model)
+    how, losses = optim_config.OptimConfig(lr=lr, schedule="constant", warmup=0, clip=0), []
+    batches = arrays("lora_pissa/batches.npz")
+    for state, frozen, measured in steps_of(graphdef, parts, how, steps, batches):  # noqa: B007
         losses.append(measured["loss"])
     np.testing.assert_allclose(losses, golden["loss_fp32"], atol=1e-4, rtol=0)
 
