@@ -28,15 +28,16 @@ def mixed(count):
             yield [*prompt, 5], config.Sampling(max_new_tokens=2)  # with a prefix to copy
 
 
-def test_no_request_compiles_after_all_was_compiled_ahead():
+def test_nothing_compiles_after_all_was_compiled_ahead():
+    """200 requests of all kinds, the first ones too."""
     serving = fresh("stories260K", slots=4, context=256, eos_ids=(2,))
     serving.compile_ahead().join()
     with compilations() as found:
-        asked = [serving.submit(prompt, sampling) for prompt, sampling in mixed(100)]
+        asked = [serving.submit(prompt, sampling) for prompt, sampling in mixed(170)]
         asked[1].abort()
         results = [each.result() for each in asked]
-    assert not found
-    assert len(results) > 100 and serving.stats().cached_tokens > 0
+        assert not found
+    assert len(results) > 200 and serving.stats().cached_tokens > 0
 
 
 def test_logits_are_computed_while_grammars_advance(monkeypatch):

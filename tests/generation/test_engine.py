@@ -196,35 +196,6 @@ def test_a_seed_gives_the_same_tokens_in_any_company_order_and_slot():
     assert other != [serving.submit(prompt, SAMPLED).result().tokens for prompt in prompts[:4]]
 
 
-def test_nothing_compiles_after_the_first_requests():
-    """200 requests of all kinds."""
-    serving = shared(SMALL)
-    rng = np.random.default_rng(0)
-
-    def run(count):
-        asked = []
-        for i in range(count):
-            prompt = rng.integers(3, 95, rng.integers(1, 150)).tolist()
-            sampling = config.Sampling(
-                max_new_tokens=int(rng.integers(1, 6)), temperature=float(i % 2), top_k=i % 3,
-                logprobs=i % 4 if i % 5 == 0 else None, seed=i if i % 2 else None,
-                prompt_logprobs=1 if i % 7 == 0 else None,
-                presence_penalty=float(i % 6 == 0), logit_bias=((i % 96, 1.0),) * (i % 8 == 0),
-                min_tokens=i % 2, stop=("a",) * (i % 3),
-            )  # fmt: skip
-            asked.append(serving.submit(prompt, sampling))
-            if i % 9 == 0:
-                asked.append(serving.submit([*prompt, 5], sampling))  # with a prefix to copy
-        asked[1].abort()
-        return [each.result() for each in asked]
-
-    run(200)
-    with compilations() as found:
-        assert len(run(200)) > 200
-        assert not found
-    assert serving.stats().cached_tokens > 0
-
-
 def test_a_prefix_is_reused_within_a_slot_and_by_copying():
     serving = shared(SMALL)
     serving.release()
