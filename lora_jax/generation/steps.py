@@ -132,7 +132,7 @@ class Programs:
         hidden, kv = self._extend(
             model, weights, state.tokens[:, None], state.cache, place, state.mixture
         )
-        return _placed(state._replace(cache=kv)), _everywhere(model.logits(hidden[:, 0]))
+        return _placed(state._replace(cache=kv)), _logits(model, hidden[:, 0])
 
     def _choose(self, state, logits, live, allowed=None):
         """As `_decode`, from logits. allowed: bits of the tokens that grammars allow."""
@@ -157,7 +157,7 @@ class Programs:
         place = cache.Place(state.lengths - 1, num_real, state.lengths, span=span)
         ids = jnp.concatenate([state.tokens[:, None], drafts], axis=1)
         hidden, kv = self._extend(model, weights, ids, state.cache, place, state.mixture)
-        logits = _everywhere(model.logits(hidden))
+        logits = _logits(model, hidden)
         first, found, rows = sampling.sample(logits[:, 0], state.rows, state.lengths, live)
         rest = jnp.argmax(logits[:, 1:], axis=-1).astype(jnp.int32)
         tokens = jnp.concatenate([first[:, None], rest], axis=1)
@@ -187,7 +187,7 @@ class Programs:
 
         def score(pair):
             hidden, following = pair
-            return sampling.logprobs(_everywhere(model.logits(hidden)), following)
+            return sampling.logprobs(_logits(model, hidden), following)
 
         parts = jax.tree.map(lambda a: a.reshape(-1, _SCORED, *a.shape[2:]), (hidden, following))
         found = lax.map(score, parts)
@@ -250,6 +250,22 @@ def _placed(state: State) -> State:
     where = sharding.cache(state.cache.k.shape[1], state.cache.k.shape[2], mesh)
     kv = jax.tree.map(lambda a: lax.with_sharding_constraint(a, where), state.cache)
     return _everywhere(state._replace(cache=None))._replace(cache=kv)
+
+
+def _logits(model: nnx.Module, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """model.logits(hidden), whole on every device, of which each computes its part of the head.
+
+    Told only that the result is whole, the compiler gathers the head's weight first.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return model.logits(hidden)
+    lead = (None,) * (hidden.ndim - 1)
+    d, v = sharding.partition(("lm_head",)).stored()
+    hidden = lax.with_sharding_constraint(hidden, NamedSharding(mesh, PartitionSpec(*lead, d)))
+    logits = model.logits(hidden)
+    parts = NamedSharding(mesh, PartitionSpec(*lead, v))
+    return _everywhere(lax.with_sharding_constraint(logits, parts))
 
 
 def _everywhere(tree: Any) -> Any:

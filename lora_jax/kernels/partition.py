@@ -13,8 +13,9 @@ import jax
 class Partition(NamedTuple):
     """The mesh axes over which a product is split: x's rows, and the weight's K and N.
 
-    A weight that is sharded over the axis `gathered` is gathered before the product, while it is
-    still packed. XLA would gather a dense weight, or a whole stack of layers.
+    A weight that is sharded over the axis `gathered` is gathered before a product of many rows
+    (for_rows), while it is still packed. XLA would gather a dense weight, or a whole stack of
+    layers.
     """
 
     rows: tuple[str, ...] = ()
@@ -37,6 +38,18 @@ class Partition(NamedTuple):
         if num_rows % math.prod(axes[axis] for axis in rows):
             rows = ()
         return Partition(rows, *(None if a == self.gathered else a for a in self.stored()))
+
+    def for_rows(self, num_rows: int, k: int) -> "Partition":
+        """The partition of a product of so many rows with a weight of k rows.
+
+        With few rows nothing is gathered, and devices exchange rows: then each one sends and
+        receives about 4 bytes for each row and column of the weight, instead of k / 2 per column.
+        """
+        axes = open_axes()
+        rows = tuple(axis for axis in self.rows if axis != self.gathered)
+        if 8 * num_rows > k * math.prod(axes.get(axis, 1) for axis in rows):
+            return self
+        return Partition(rows, self.k, self.n)
 
 
 WHOLE = Partition()  # not split

@@ -170,7 +170,8 @@ def of(path: Iterable, ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
 
     Packed words and group scales have their kernel's axes; column scales and biases its output
     axis. LoRA's A has the input axis and B the output axis, but never fsdp: they are small, and
-    every device needs them whole. Arrays without a rule are replicated.
+    every device needs them whole. The A and B of a bank, which are not, have fsdp too. Arrays
+    without a rule are replicated.
     """
     names = [str(part) for part in path]
     module = next((name for name in reversed(names) if name in llama.LOGICAL_AXES), None)
@@ -184,9 +185,9 @@ def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
 
 
 def deal_out(model: nnx.Module) -> None:
-    """Sets `partition` on the layers that split their product over the mesh themselves."""
+    """Sets `partition` on the layers that split their own product, or a bank's, over the mesh."""
     for path, layer in nnx.iter_graph(model):
-        if isinstance(layer, quant_linear.QuantLinear | llama.Embedding):
+        if isinstance(layer, quant_linear.QuantLinear | nnx.Linear | llama.Embedding):
             layer.partition = partition(path)
         elif isinstance(layer, llama.LlamaAttention):
             layer.partition = partition(("q_proj",))
@@ -214,6 +215,9 @@ def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
         "lora_A": (tensor_only[axis_in], None),
         "lora_B": (None, tensor_only[axis_out]),
         "lora_magnitude_vector": (tensor_only[axis_out],),
+        "bank_A": (axis_in, None),
+        "bank_B": (None, axis_out),
+        "bank_stretch": (None, axis_out),
     }.get(leaf, ())
 
 

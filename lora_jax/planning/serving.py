@@ -108,17 +108,12 @@ def of_weights(
         form = decode_weights.choose(model, mesh)
     run = steps.Programs(graphdef, form)
     whole = NamedSharding(mesh, PartitionSpec())
-    empty = jax.eval_shape(
-        lambda weights: run.empty(weights, num_slots, length, num_adapters), weights
-    )
+    empty = run.empty.eval_shape(weights, num_slots, length, num_adapters)
     kv = sharding.cache(num_slots, empty.cache.k.shape[2], mesh)
     state = _on(empty._replace(cache=None), whole)._replace(cache=_on(empty.cache, kv))
     num_groups, forms = steps.num_groups(num_slots, mesh), None
     if form:
-        derived = jax.eval_shape(
-            lambda weights: run.derive(weights, num_slots // num_groups), weights
-        )
-        forms = _on(derived, whole)
+        forms = _on(run.derive.eval_shape(weights, num_slots // num_groups), whole)
     weights = jobs.shapes(weights, mesh)._replace(forms=forms)
     return Shapes(run, form, weights, state, num_groups)
 

@@ -7,13 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.kernels import low_rank
+from lora_jax.kernels import partition as dealing
 from lora_jax.selftest import case, draws
 
 _LAYERS = 2
 
 
 def products(
-    *, rows: int, k: int, n: int, slots: int, rank: int, dtype: jax.typing.DTypeLike
+    *,
+    rows: int,
+    k: int,
+    n: int,
+    slots: int,
+    rank: int,
+    dtype: jax.typing.DTypeLike,
+    partition: dealing.Partition = dealing.WHOLE,
 ) -> case.Case:
     """(w ∘ x A) and y + (w ∘ x A) B + (w v) ∘ (y − bias), of one of two layers.
 
@@ -35,9 +43,10 @@ def products(
     def compute(_, given, number):
         x, A, B, y, bias, stretch = given
         layer = (jnp.int32(number) + _LAYERS - 1) % _LAYERS
-        mixed = low_rank.shrink(x, A, layer) * each
+        mixed = low_rank.shrink(x, A, layer, partition) * each
         own = jnp.asarray(weights)
-        out = low_rank.expand(y, mixed.astype(dtype), B, own, stretch, bias, layer)
+        mixture = mixed.astype(dtype), B, own, stretch
+        out = low_rank.expand(y, *mixture, bias, layer, partition)
         return {"x A": mixed, "y": out}
 
     def reference(_, given):
@@ -48,7 +57,7 @@ def products(
     arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[:3])
     item = jnp.dtype(dtype).itemsize
     return case.Case(
-        low_rank.kernel_of(*arrays),
+        low_rank.kernel_of(*arrays, partition),
         "products with A and B",
         f"{jnp.dtype(dtype).name} [{rows}, {k}] × A [{k}, {width}] × B [{width}, {n}]",
         (), inputs, compute, reference,

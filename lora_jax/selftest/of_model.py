@@ -59,7 +59,8 @@ def generation(
     kv_dtype, speculate: see generation.Engine.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    own = slots // steps.num_groups(slots, mesh)
+    groups = steps.num_groups(slots, mesh)
+    own = slots // groups
     for rows in dict.fromkeys((own, *batches.CHUNKS, own * batches.common_size(own))):
         for found in _products(model, rows, backward=False):
             if found.kernel != choice.XLA:
@@ -71,7 +72,7 @@ def generation(
     for found in (
         *(_cached_attention(model.model, slots, kv_dtype, tokens)
           for tokens in dict.fromkeys((1, 1 + speculate))),
-        *_bank(model, dict.fromkeys((own, own * (1 + speculate), *batches.CHUNKS))),
+        *_bank(model, groups, dict.fromkeys((own, own * (1 + speculate), *batches.CHUNKS))),
     ):  # fmt: skip
         if found.kernel != choice.XLA:
             yield found
@@ -118,14 +119,20 @@ def _cached_attention(
     )
 
 
-def _bank(model: nnx.Module, each: Iterable[int]) -> Iterator[case.Case]:
-    """The products with the bank of each kind of stacked layers, for so many rows."""
+def _bank(model: nnx.Module, groups: int, each: Iterable[int]) -> Iterator[case.Case]:
+    """The products with the bank of each kind of stacked layers, for so many rows in each group."""
     banked = [site for site in bank.find(model) if site.lead]
     slots, rank = bank.size(model) if banked else (0, 0)
-    kinds = {(site.in_features, site.out_features, bank.dtype_of(site)) for site in banked}
-    for k, n, dtype in sorted(kinds, key=str):
+    kinds = {
+        (site.in_features, site.out_features, bank.dtype_of(site), bank.partition_of(site.module))
+        for site in banked
+    }
+    for k, n, dtype, partition in sorted(kinds, key=str):
         for rows in each:
-            yield low_rank.products(rows=rows, k=k, n=n, slots=slots, rank=rank, dtype=dtype)
+            yield low_rank.products(
+                rows=groups * rows, k=k, n=n, slots=slots, rank=rank, dtype=dtype,
+                partition=partition,
+            )  # fmt: skip
 
 
 def _hopper(linears: Sequence[Any], rows: int) -> case.Case | None:

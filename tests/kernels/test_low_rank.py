@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from lora_jax.kernels import choice, low_rank
+from lora_jax.kernels import partition as dealing
 from lora_jax.kernels import platform as platforms
 from lora_jax.kernels.low_rank import triton_gpu
 from lora_jax.lora.nnx import bank
@@ -120,10 +121,44 @@ def test_a_bank_computes_as_with_xla(like_a_gpu):
     assert np.linalg.norm(by_xla - without) > 0.2 * np.linalg.norm(by_xla)
 
 
-def refused(rows=64, k=4096, n=14336, rank=128, dtype="bfloat16", other=None):
+@pytest.mark.parametrize("k, n", [(None, "tensor"), ("tensor", "fsdp"), ("fsdp", "tensor")])
+def test_a_mesh_splits_the_products(k, n, like_a_gpu):
+    """A and B as their weight, which are not moved; the rows over data and fsdp."""
+    draw = np.random.default_rng(0)
+    partition = dealing.Partition(("data", "fsdp"), k, n, gathered="fsdp")
+    x, y, bias = (jnp.asarray(draw.normal(size=s), jnp.bfloat16) for s in ((8, 128), (8, 256), 256))
+    A, B = (stack(draw, *shape, dtype=jnp.bfloat16) for shape in ((128, 32), (32, 256)))
+    stretch = stack(draw, 2, 256, dtype=jnp.float32)
+    weights = jnp.asarray(draw.normal(size=(8, 2)), jnp.float32)
+
+    def both(x, y, A, B, weights, stretch, bias, partition):
+        mixed = low_rank.shrink(x, A, jnp.int32(LAYER), partition)
+        own = mixed.astype(B.dtype), B, weights, stretch, bias
+        return mixed, low_rank.expand(y, *own, jnp.int32(LAYER), partition)
+
+    expected = both(x, y, A, B, weights, stretch, bias, dealing.WHOLE)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        assert low_rank.kernel_of(x, A, B, partition) == choice.LOW_RANK
+        split = [jax.P(None, k), jax.P(None, None, n), jax.P(None, None, n)]
+        A, B, stretch = (
+            jax.device_put(array, jax.NamedSharding(mesh, spec))
+            for array, spec in zip((A, B, stretch), split, strict=True)
+        )
+        run = jax.jit(functools.partial(both, partition=partition))
+        compiled = run.lower(x, y, A, B, weights, stretch, bias).compile()
+        found = compiled(x, y, A, B, weights, stretch, bias)
+    for own, other in zip(found, expected, strict=True):
+        close(own, np.asarray(other, np.float64), 1e-2)
+    moved = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    assert not any(f"[{LAYERS}," in line.split(" all-gather(")[0] for line in moved)
+
+
+def refused(rows=64, k=4096, n=14336, rank=128, dtype="bfloat16", other=None, **how):
     x = jax.ShapeDtypeStruct((rows, k), dtype)
     A = jax.ShapeDtypeStruct((32, k, rank), other or dtype)
-    return low_rank.kernel_of(x, A, jax.ShapeDtypeStruct((32, rank, n), dtype)) == choice.XLA
+    B = jax.ShapeDtypeStruct((32, rank, n), dtype)
+    return low_rank.kernel_of(x, A, B, **how) == choice.XLA
 
 
 def test_what_the_kernels_do_not_take_is_left_to_xla(like_a_gpu, monkeypatch):
@@ -132,7 +167,12 @@ def test_what_the_kernels_do_not_take_is_left_to_xla(like_a_gpu, monkeypatch):
     assert refused(rank=24) and refused(k=4128) and refused(n=100)
     assert refused(dtype="float32") and refused(other="float32")
     with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1})):
-        assert refused()
+        assert refused() and not refused(partition=dealing.Partition(("data",)))
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4})):
+        assert not refused(rows=128, partition=dealing.Partition(("data",), "tensor"))
+        assert refused(rows=130, partition=dealing.Partition(("data",), "tensor"))
+        assert refused(k=4096 + 64, partition=dealing.Partition(k="tensor"))
+        assert refused(n=64 * 6, partition=dealing.Partition(n="tensor"))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(platforms, "compute_capability", lambda: 7.5)
     assert refused()

@@ -61,6 +61,9 @@ def test_a_mesh_may_have_other_and_fewer_devices():
         ((*PROJECTION, "lora_A"), 3, (None, None, None)),  # the input axis is never on fsdp
         ((*PROJECTION, "lora_B"), 3, (None, None, "tensor")),
         (("model", "layers", "mlp", "down_proj", "lora_A"), 3, (None, "tensor", None)),
+        ((*PROJECTION, "bank_A"), 3, (None, "fsdp", None)),
+        ((*PROJECTION, "bank_stretch"), 3, (None, None, "tensor")),
+        (("model", "layers", "mlp", "down_proj", "bank_B"), 3, (None, None, "fsdp")),
         ((*PROJECTION, "scaling"), 3, (None, None, None)),
         (("model", "embed_tokens", "embedding"), 2, ("tensor", "fsdp")),
         (("model", "norm", "weight"), 1, (None,)),

@@ -15,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from lora_jax import errors
 from lora_jax.kernels.attention import cudnn
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, hlo, programs
+from lora_jax.planning import chips, hlo, programs, serving
 from lora_jax.planning import job as jobs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
@@ -289,6 +289,22 @@ def test_a_train_step_uses_attention_of_cudnn(sizes, monkeypatch):
         program = programs.train_step(job, mesh)
     compiled = program.lower(mesh).compile().as_text()
     assert "__cudnn$fmhaSoftmax" in compiled and "__cudnn$fmhaSoftmaxBackward" in compiled
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (1, 8, 1), (2, 2, 2)])
+def test_a_decode_step_on_several_gpus_gathers_no_weight(sizes):
+    """8 slots exchange 4 MB of logits, over tensor and fsdp, and activations; the head has 525 MB."""
+    try:
+        chips.check("gpu:h100-8")
+    except errors.UserError as error:
+        pytest.skip(str(error))
+    architecture = aot.memory.architecture(*aot.architectures.MODELS["Llama-3.2-1B"])
+    job = serving.Serving(architecture, slots=8, context=1024, adapters=8)
+    sizes = dict(zip(sharding.AXES, sizes, strict=True))
+    compiled = programs.compile_here(job, "gpu:h100-8", sizes, "decode")
+    logits = 4 * 8 * architecture.vocab_size
+    assert sum(total["bytes"] for total in compiled.collectives.values()) <= 3 * logits
 
 
 LEAST_NEEDED = 0.85  # share of the moved bytes

@@ -114,8 +114,8 @@ class Forms(NamedTuple):
     def _sizes(self, x, packed) -> tuple[int, int, int, int]:
         """(M, K, N, group) of one device's part."""
         axes = dealing.open_axes()
-        over = self.partition.computed(len(x))
         k, n = packed.q.shape[-2] * 8, packed.q.shape[-1]
+        over = self.partition.for_rows(len(x), k).computed(len(x))
         group = k // packed.scale.shape[-2]
         rows = len(x) // math.prod(axes[axis] for axis in over.rows)
         return rows, k // axes.get(over.k, 1), n // axes.get(over.n, 1), group
@@ -124,8 +124,10 @@ class Forms(NamedTuple):
         """form(x, packed, layer), with each device computing its part."""
         if self.partition == dealing.WHOLE or dealing.num_devices() == 1:
             return form(x, packed, layer)
-        over, (k, n) = self.partition.computed(len(x)), self.partition.stored()
-        gathered = self.partition.gathered
+        padded = packed.q.shape[-2] * 8 if packed.q.dtype == jnp.uint32 else packed.q.shape[-1]
+        partition = self.partition.for_rows(len(x), padded)
+        over, (k, n) = partition.computed(len(x)), partition.stored()
+        gathered = partition.gathered
         words = (k, n) if packed.q.dtype == jnp.uint32 else (n, k)
         specs = packing.Packed((None, *words), (None, k, n), (None, None, n), (None, k, n))
         specs = packing.Packed(

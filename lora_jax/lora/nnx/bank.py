@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from lora_jax import errors
 from lora_jax.kernels import choice, explicit, low_rank, matmul
+from lora_jax.kernels import partition as dealing
 from lora_jax.layers import linear_map, mixin, projections, registry, stack
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
@@ -67,14 +68,15 @@ class BankLayer(mixin.Mixin):
         is_embedding = isinstance(how, linear_map.Embedding)
         arrays = [getattr(self, name)[...] for name in NAMES]
         layer = stack.here() if arrays[0].ndim == 3 else None
+        partition = partition_of(self)
 
         def output(x, y, weights, A, B, stretch, bias, layer):
             if not is_embedding:
                 x = x.astype(jnp.promote_types(x.dtype, y.dtype))  # as the layer itself did
             if layer is not None:
                 rows = x.reshape(-1, x.shape[-1])
-                if not is_embedding and low_rank.kernel_of(rows, A, B) != choice.XLA:
-                    out = _in_place(rows, y, weights, A, B, stretch, bias, layer)
+                if not is_embedding and low_rank.kernel_of(rows, A, B, partition) != choice.XLA:
+                    out = _in_place(rows, y, weights, A, B, stretch, bias, layer, partition)
                     return out.reshape(y.shape)
                 A, B, stretch = (
                     lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (A, B, stretch)
@@ -104,12 +106,12 @@ def _mixed(shrunk, weights):
     return jnp.where(each == 0, 0, shrunk * each)
 
 
-def _in_place(rows, y, weights, A, B, stretch, bias, layer):
+def _in_place(rows, y, weights, A, B, stretch, bias, layer, partition):
     """The output [M, N] for rows [M, K] of x, from the stacks of all layers."""
     weights = jnp.repeat(weights, len(rows) // len(weights), axis=0)
-    mixed = _mixed(low_rank.shrink(rows, A, layer), weights).astype(B.dtype)
+    mixed = _mixed(low_rank.shrink(rows, A, layer, partition), weights).astype(B.dtype)
     y = y.reshape(len(rows), -1)
-    return low_rank.expand(y, mixed, B, weights, stretch, bias, layer)
+    return low_rank.expand(y, mixed, B, weights, stretch, bias, layer, partition)
 
 
 @contextlib.contextmanager
@@ -192,6 +194,11 @@ def dtype_of(site: sites.Site) -> jnp.dtype:
     packed = quant_linear.packed_of(site.module)
     stored = site.weight.dtype if packed is None else packed.param_dtype
     return jnp.dtype(site.module.dtype or stored)
+
+
+def partition_of(module: nnx.Module) -> dealing.Partition:
+    """How a mesh splits the product of the layer."""
+    return getattr(module, "partition", dealing.WHOLE)
 
 
 def find(model: nnx.Module) -> list[sites.Site]:
