@@ -294,7 +294,7 @@ def test_a_train_step_uses_attention_of_cudnn(sizes, monkeypatch):
 @pytest.mark.aot
 @pytest.mark.parametrize("sizes", [(1, 1, 8), (1, 8, 1), (2, 2, 2)])
 def test_a_decode_step_on_several_gpus_gathers_no_weight(sizes):
-    """8 slots exchange 4 MB of logits, over tensor and fsdp, and activations; the head has 525 MB."""
+    """8 slots exchange activations and 4 MB of logits over tensor and fsdp; the head has 525 MB."""
     try:
         chips.check("gpu:h100-8")
     except errors.UserError as error:
