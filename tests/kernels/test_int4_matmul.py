@@ -413,3 +413,13 @@ def test_activations_in_int8():
             np.testing.assert_allclose(dx, dy @ reference(packed, fmt, 300).T, atol=1e-3)
     with pytest.raises(ValueError, match="codes 'nf4'"):
         multiply("nf4", implementation="int8_activations")(x, packed_weight("nf4", 300, 130))
+
+
+def test_few_rows_are_exchanged_and_many_gather_the_weight():
+    """Up to an eighth of the weight's rows on each device along the axes that split only x."""
+    partition = dealing.Partition(("data", "fsdp"), "fsdp", "tensor", gathered="fsdp")
+    few = dealing.Partition(("data",), "fsdp", "tensor")
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        assert partition.for_rows(128, 512) == few
+        assert partition.for_rows(129, 512) == partition
