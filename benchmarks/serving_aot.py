@@ -1,6 +1,6 @@
 """The decode step of the engine, compiled for devices that this machine lacks: what it moves.
 
-python benchmarks/serving_aot.py                 all RUNS → benchmarks/serving_aot.md
+python benchmarks/serving_aot.py                 all RUNS and MESHES → benchmarks/serving_aot.md
 python benchmarks/serving_aot.py TARGET SLOTS    one run → one line of JSON
 
 Needs pip install "lora-jax[train,aot]". Llama-3.1-8B in int4 with a bank of 8 adapters of rank 16
@@ -8,11 +8,12 @@ on all linear layers; requests of 512 tokens. Nothing runs.
 """
 
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aot
@@ -27,7 +28,14 @@ from lora_jax.planning import chips, hlo, programs, serving, serving_memory
 LIVE = 512
 TARGETS = (aot.H100, aot.A100, aot.L4, aot.V5E, aot.V6E)
 RUNS = [(target, slots) for target in TARGETS for slots in (1, 8, 64)]
-_ONE = dict.fromkeys(sharding.AXES, 1)
+ONE = dict.fromkeys(sharding.AXES, 1)
+EIGHT = "gpu:h100-8"
+MESHES = [  # of EIGHT, with slots
+    ({"data": 1, "fsdp": 1, "tensor": 8}, 8),
+    ({"data": 1, "fsdp": 1, "tensor": 8}, 64),
+    ({"data": 1, "fsdp": 8, "tensor": 1}, 8),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
+]
 
 
 def job_of(target: str, slots: int) -> serving.Serving:
@@ -39,7 +47,7 @@ def job_of(target: str, slots: int) -> serving.Serving:
 
 def needed(job: serving.Serving, target: str) -> int:
     """Bytes that a step must read: weights, head, bank, and the live keys and values."""
-    known = serving_memory.known(job, _ONE, target)
+    known = serving_memory.known(job, ONE, target)
     return known.streamed + 2 * job.architecture.num_hidden_layers * live_keys(job)
 
 
@@ -49,17 +57,22 @@ def live_keys(job: serving.Serving) -> int:
     return 2 * job.slots * job.span * c.num_key_value_heads * c.head_dim
 
 
-def compile_here(target: str, slots: int) -> dict[str, Any]:
-    """Compiles one run in this process, which the compiler may abort."""
+def compile_here(target: str, slots: int, sizes: Mapping[str, int] = ONE) -> dict[str, Any]:
+    """Compiles one run in this process, which the compiler may abort. Bytes are those of a device.
+
+    needed and dense are right for one device.
+    """
     job = job_of(target, slots)
     c = job.architecture
-    mesh = sharding.make_mesh(_ONE, chips.devices(target))
+    mesh = sharding.make_mesh(dict(sizes), chips.devices(target))
     with jax.set_mesh(mesh):
         program = programs.decode(job, mesh)
     compiled = program.lower(mesh).compile()
     uses, text = compiled.memory_analysis(), compiled.as_text()
     steps = hlo.parse(text)
-    shape = program.arguments[1].cache.k.shape
+    keys = program.arguments[1].cache.k
+    shape = keys.sharding.shard_shape(keys.shape)
+    live = live_keys(job) * math.prod(shape) // math.prod(keys.shape)
     entries = c.num_key_value_heads * c.head_dim
     d, f = c.hidden_size, c.intermediate_size
     weights = {(d, d), (d, entries), (d, f), (f, d), (d, d + 2 * entries), (d, 2 * f)}
@@ -67,9 +80,8 @@ def compile_here(target: str, slots: int) -> dict[str, Any]:
         "target": target,
         "slots": slots,
         "needed": needed(job, target),
-        "moved": traffic.bytes_moved(
-            text, aot.KERNELS, c.num_hidden_layers, {tuple(shape): live_keys(job)}
-        ),
+        "moved": traffic.bytes_moved(text, aot.KERNELS, c.num_hidden_layers, {tuple(shape): live}),
+        "exchanged": sum(total["bytes"] for total in hlo.collective_bytes(steps).values()),
         "cache_bytes": 2 * 2 * job.slots * c.num_hidden_layers * job.context * entries,
         "alias_bytes": uses.alias_size_in_bytes,
         "temp_bytes": uses.temp_size_in_bytes,
@@ -92,7 +104,7 @@ def copies(program: Sequence[hlo.Step], shape: Sequence[int]) -> int:
     return found
 
 
-def run(target: str, slots: int) -> dict[str, Any]:
+def run(target: str, slots: int, sizes: Mapping[str, int] = ONE) -> dict[str, Any]:
     """The result of compile_here in a separate process, or {"error": …}."""
     here = str(pathlib.Path(__file__).parent)
     environment = os.environ | {
@@ -100,7 +112,7 @@ def run(target: str, slots: int) -> dict[str, Any]:
         "XLA_FLAGS": "",
         "PYTHONPATH": os.pathsep.join([here, *filter(None, sys.path)]),
     }
-    call = f"serving_aot.compile_here({target!r}, {slots})"
+    call = f"serving_aot.compile_here({target!r}, {slots}, {dict(sizes)!r})"
     code = f"import serving_aot, json; print(json.dumps({call}))"
     try:
         child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
@@ -133,6 +145,14 @@ into such parts than an L4, which has fewer processors to keep busy.
 | target | slots | needed | moved | needed / moved | copies of the cache | temp | dense |
 |---|---|---|---|---|---|---|---|
 """
+OF_MESHES = """
+## Eight H100
+
+exchanged: what a device receives from the others in a step. moved, temp: of one device.
+
+| mesh | slots | exchanged | moved | temp |
+|---|---|---|---|---|
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -151,8 +171,19 @@ def main(argv: Sequence[str]) -> int:
                      f"{result['needed'] / result['moved']:.0%}", str(result["cache_copies"]),
                      f"{result['temp_bytes'] / 1e6:.0f} MB", dense]  # fmt: skip
         lines.append("| " + " | ".join([each[0], str(each[1]), *cells]) + " |")
+    of_meshes = []
+    for sizes, slots in MESHES:
+        result = run(EIGHT, slots, sizes)
+        failed |= "error" in result
+        own = [result.get("error", "").strip()[-160:]] if "error" in result else [
+            f"{result['exchanged'] / 1e6:.0f} MB", f"{result['moved'] / 1e9:.2f} GB",
+            f"{result['temp_bytes'] / 1e6:.0f} MB",
+        ]  # fmt: skip
+        mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        of_meshes.append("| " + " | ".join([f"`{mesh}`", str(slots), *own]) + " |")
     path = pathlib.Path(__file__).with_suffix(".md")
-    path.write_text(INTRODUCTION + "\n".join(lines) + "\n", encoding="utf-8")
+    text = INTRODUCTION + "\n".join(lines) + "\n" + OF_MESHES + "\n".join(of_meshes) + "\n"
+    path.write_text(text, encoding="utf-8")
     return failed
 
 
