@@ -1,15 +1,12 @@
 """Matmul with a frozen int8 weight and one scale per output column."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-from lora_jax.kernels import matmul
+from lora_jax.kernels import linear, matmul
 
 
-@jax.custom_vjp
 def int8_matmul(
     x: Float[Array, "*B K"], q: Int8[Array, "K N"], column_scale: Float[Array, "1 N"]
 ) -> Float[Array, "*B N"]:
@@ -17,7 +14,17 @@ def int8_matmul(
 
     An int8 is exact in bfloat16, so only the scale rounds in addition to the product.
     """
+    return linear.linear(_product, _transposed, *lax.stop_gradient((q, column_scale)), x)
+
+
+def _product(q, column_scale, x):
     return (_contract(x, q, 0) * _across(column_scale, x)).astype(x.dtype)
+
+
+def _transposed(q, column_scale, dy):
+    # The barrier keeps XLA from sharing one dense copy of q between forward and backward.
+    q, column_scale, dy = lax.optimization_barrier((q, column_scale, dy))
+    return _contract((dy * _across(column_scale, dy)).astype(dy.dtype), q, 1).astype(dy.dtype)
 
 
 def _contract(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
@@ -26,17 +33,3 @@ def _contract(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
 
 def _across(column_scale: jax.Array, x: jax.Array) -> jax.Array:
     return column_scale.reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def _forward(x, q, column_scale):
-    return int8_matmul(x, q, column_scale), (q, column_scale)
-
-
-def _backward(saved, dy):
-    # The barrier keeps XLA from sharing one dense copy of q between forward and backward.
-    q, column_scale, dy = lax.optimization_barrier((*saved, dy))
-    dx = _contract((dy * _across(column_scale, dy)).astype(dy.dtype), q, 1).astype(dy.dtype)
-    return dx, np.zeros(q.shape, jax.dtypes.float0), jnp.zeros_like(column_scale)
-
-
-int8_matmul.defvjp(_forward, _backward)

@@ -4,13 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_derivatives, lax
 from jaxtyping import Array, Float
+
+from lora_jax.kernels import linear
 
 PRODUCT = "product"  # checkpoint_name of the results that the remat policy "dots" saves
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def matmul(
     x: Float[Array, "*B K"], w: Float[Array, "K N"], out_dtype: jax.typing.DTypeLike | None = None
 ) -> Float[Array, "*B N"]:
@@ -19,6 +21,10 @@ def matmul(
     The derivative is written out because JAX's own does not pass `preferred_element_type` on to the
     backward products, which then run in mixed precision (half the speed on a CPU).
     """
+    return _product(x, w, out_dtype)
+
+
+def _product(x, w, out_dtype):
     return contract(x, w.astype(x.dtype), -1, 0).astype(out_dtype or x.dtype)
 
 
@@ -49,16 +55,35 @@ def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
     return contract(lax.optimization_barrier(a.T), b, 1, 0)
 
 
-def _forward(x, w, out_dtype):
-    return matmul(x, w, out_dtype), (x, w)
+@functools.partial(matmul.defjvp, symbolic_zeros=True)
+def _jvp(out_dtype, primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    of_x, to_x, of_w, to_w = _parts(x.dtype, w.dtype, out_dtype)
+    terms = []
+    if not isinstance(dx, custom_derivatives.SymbolicZero):
+        terms.append(linear.linear(of_x, to_x, w, dx))
+    if not isinstance(dw, custom_derivatives.SymbolicZero):
+        terms.append(linear.linear(of_w, to_w, x, dw))
+    y = matmul(x, w, out_dtype)
+    return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
-def _backward(out_dtype, saved, dy):
-    x, w = saved
-    dy = dy.astype(x.dtype)
-    dx = contract(dy, w.astype(x.dtype), -1, 1).astype(x.dtype)
-    dw = over_rows(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])).astype(w.dtype)
-    return dx, dw
+@functools.cache
+def _parts(x_dtype, w_dtype, out_dtype):
+    """dx · w and its transpose, x · dw and its transpose."""
 
+    def of_x(w, dx):
+        return _product(dx, w, out_dtype)
 
-matmul.defvjp(_forward, _backward)
+    def to_x(w, dy):
+        return contract(dy.astype(x_dtype), w.astype(x_dtype), -1, 1).astype(x_dtype)
+
+    def of_w(x, dw):
+        return _product(x, dw, out_dtype)
+
+    def to_w(x, dy):
+        dy = dy.astype(x_dtype)
+        rows, columns = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+        return over_rows(rows, columns).astype(w_dtype)
+
+    return of_x, to_x, of_w, to_w

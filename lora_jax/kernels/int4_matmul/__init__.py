@@ -16,11 +16,10 @@ import logging
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import choice, platform
+from lora_jax.kernels import choice, linear, platform, varying
 from lora_jax.kernels import packed as packing
 from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.int4_matmul import forms, xla_gpu
@@ -97,37 +96,28 @@ def from_k_minor(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _matmul(x, packed, layer, product, implementation):
-    return _run(product, x, packed, layer, implementation)
+    """x · W, or x · Wᵀ; the derivative saves only the packed words and the layer's number."""
+    constants, tree = jax.tree.flatten((packed, layer))
 
+    def multiply(*arrays):
+        *constants, x = arrays
+        return _run(product, x, *tree.unflatten(constants), implementation)
 
-def _forward(x, packed, layer, product, implementation):
-    y = _matmul(x, packed, layer, product, implementation)
-    return y, (packed, layer)
+    def transposed(*arrays):
+        *constants, dy = arrays
+        packed, layer = tree.unflatten(constants)
+        # Without a barrier, XLA merges this dequantization with the forward one and keeps the dense
+        # weight alive in between, which would cost the memory that quantization saves. For a stack,
+        # a barrier on the index is enough; one on the words would copy the layer out.
+        if layer is None:
+            packed, dy = lax.optimization_barrier((packed, dy))
+        else:
+            layer, dy = lax.optimization_barrier((layer, dy))
+        other = product._replace(transpose=not product.transpose)
+        return _run(other, dy, packed, layer, implementation)
 
-
-def _backward(product, implementation, saved, dy):
-    packed, layer = saved
-    # Without a barrier, XLA merges this dequantization with the forward one and keeps the dense
-    # weight alive in between, which would cost the memory that quantization saves. For a stack, a
-    # barrier on the index is enough; one on the words would copy the layer out.
-    if layer is None:
-        packed, dy = lax.optimization_barrier((packed, dy))
-    else:
-        layer, dy = lax.optimization_barrier((layer, dy))
-    transposed = product._replace(transpose=not product.transpose)
-    dx = _matmul(dy, packed, layer, transposed, implementation)  # which has a derivative, too
-    return dx, *jax.tree.map(_no_gradient, saved)
-
-
-def _no_gradient(frozen: jax.Array):
-    if jnp.issubdtype(frozen.dtype, jnp.integer):
-        return np.zeros(frozen.shape, jax.dtypes.float0)
-    return jnp.zeros_like(frozen)
-
-
-_matmul.defvjp(_forward, _backward)
+    return linear.linear(multiply, transposed, *lax.stop_gradient(constants), x)
 
 
 def _run(product, x, packed, layer, implementation):
@@ -198,7 +188,8 @@ def _kernel(product, where, x, packed) -> str:
 
 def _form(product, where, x, packed):
     """The form of the product that suits the platform."""
-    if not isinstance(x.shape[0], int):  # a symbolic size, as jax.export knows them
+    symbolic = not isinstance(x.shape[0], int)  # a size, as jax.export knows them
+    if symbolic or varying.axes_of(x, packed):  # a kernel's results have no such types
         return product.xla
     kernel = _kernel(product, where, x, packed)
     if kernel == choice.INT4_TPU:
