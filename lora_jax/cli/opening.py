@@ -14,7 +14,7 @@ from lora_jax import assets, console, errors, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder
 from lora_jax.cli import arguments
 from lora_jax.data import chat
-from lora_jax.generation import batch, config, engine
+from lora_jax.generation import chunks, config, engine
 from lora_jax.generation import pool as pools
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import choice
@@ -251,7 +251,7 @@ def _check_room(
 
 def _cache_bytes(model, found: Files, slots: int, context: int, kv_dtype: str | None) -> int:
     """Of the keys and values on a device."""
-    places = batch.size(model.config, context)
+    places = chunks.spans_of(model.config, context).size
     shape = jax.eval_shape(lambda: model.empty_cache(slots, places, kv_dtype))
     where = sharding.cache(slots, model.config.num_key_value_heads, found.mesh)
     return sum(

@@ -41,18 +41,18 @@ def programs(batch: batches.Batch, speculate: int) -> list[Program]:
         where = np.zeros((2, batch.num_groups), np.int32)
         found.append(Program(run.copy, (state, *where), {}))
     with batch.on_devices():
-        _, logits = run.forward.eval_shape(weights, state, live, span=batch.spans[0])
+        _, logits = run.forward.eval_shape(weights, state, live, span=batch.spans.all()[0])
     logits = logits.update(sharding=state.lengths.sharding)
     allowed = np.zeros((slots, -(-batch.vocab_size // 32)), np.int32)
     # Few requests have a grammar, or ask for log p of their prompts.
     later = [Program(run.choose, (state, logits, live, allowed), {})]
-    for span in batch.spans:
+    for span in batch.spans.all():
         static = {"span": span}
         found.append(Program(run.decode, (weights, state, live), static))
         if speculate:
             guesses = np.zeros((slots, speculate), np.int32), np.zeros(slots, np.int32)
             found.append(Program(run.verify, (weights, state, live, *guesses), static))
-        for chunk in batch.chunks(span):
+        for chunk in batch.chunks.all(span):
             found.append(Program(run.prefill, (weights, state, chunk), static))
             if chunk.row is not None:
                 later.append(Program(run.score, (weights, state, chunk, chunk.ids), static))

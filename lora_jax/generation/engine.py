@@ -8,13 +8,12 @@ import functools
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax import errors
-from lora_jax.generation import ahead, limits, lockstep
+from lora_jax.generation import ahead, limits, lockstep, loop, progress, scheduler
 from lora_jax.generation import batch as batches
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import grammar as grammars
@@ -24,26 +23,6 @@ from lora_jax.generation import request as requests
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
-
-_PATIENCE = 4  # how often, times the slots, later requests may be served before an earlier one
-_FEW = 4  # requests at most, while guessed tokens are worth their computation
-
-
-class Stats(NamedTuple):
-    """Requests that wait and run now; and in total, their tokens and those found in the cache.
-
-    guessed, accepted: tokens that were guessed by repetition, and those that were right.
-    """
-
-    waiting: int
-    running: int
-    slots: int
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    guessed_tokens: int
-    accepted_tokens: int
 
 
 class Engine:
@@ -95,14 +74,10 @@ class Engine:
             pool=pool,
             kv_dtype=kv_dtype,
         )
-        self._speculate = speculate if self.batch.can_speculate else 0
         self._decoder = reader  # for tokens of the output
         self._seeds = np.random.default_rng(seed)
-        self._inbox: collections.deque[batches.Work] = collections.deque()
-        self._waiting: list[batches.Work] = []
-        self._running: list[batches.Work] = []
-        self._dispatched: batches.Step | None = None
-        self._totals = collections.Counter()
+        self._scheduler = scheduler.Scheduler(self.batch, pool, self.eos_ids)
+        self._loop = loop.Loop(self.batch, self._scheduler, speculate)
         self._lock = threading.RLock()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -114,8 +89,6 @@ class Engine:
     @functools.cached_property
     def _grammar(self) -> grammars.Grammar:
         return grammars.Grammar(self.reader, self.vocab_size, self.eos_ids)
-
-    # What users call.
 
     def submit(
         self,
@@ -150,7 +123,7 @@ class Engine:
             ))  # fmt: skip
             return request
         output = outputs.Output(request, self._decoder, self.eos_ids)
-        self._inbox.append(batches.Work(request, output, matcher))
+        self._scheduler.inbox.append(progress.Work(request, output, matcher))
         with self._wake:
             self._wake.notify()
         return request
@@ -199,11 +172,8 @@ class Engine:
         while (news := lockstep.receive()) is not None:
             for each in news.submitted:
                 self.submit(each.prompt, each.sampling, adapters=each.adapters)
-            known = {work.request.number: work for work in (*self._waiting, *self._running)}
-            known |= dict(enumerate(self._inbox, self._totals["requests"]))
             for number in news.aborted:
-                if number in known:
-                    known[number].request.abort()
+                self._scheduler.abort(number)
             self.advance()
 
     def warm_up(self) -> None:
@@ -217,7 +187,7 @@ class Engine:
         so do all others.
         """
         with self._lock:
-            programs = ahead.programs(self.batch, self._speculate)
+            programs = ahead.programs(self.batch, self._loop.speculate)
 
         def compile_all() -> None:
             for program in programs:
@@ -241,7 +211,7 @@ class Engine:
         if self._followers:
             self._followers.close()
         with self._lock:
-            self._end_all("abort")
+            self._loop.end_all("abort")
 
     def __enter__(self):
         return self
@@ -249,22 +219,17 @@ class Engine:
     def __exit__(self, *_):
         self.close()
 
-    def stats(self) -> Stats:
-        total = self._totals
-        return Stats(
-            len(self._waiting) + len(self._inbox), len(self._running), self.num_slots,
-            total["requests"], total["prompt"], total["cached"], total["generated"],
-            total["guessed"], total["accepted"],
-        )  # fmt: skip
+    def stats(self) -> scheduler.Stats:
+        return self._scheduler.stats()
 
     def advance(self) -> None:
         """One turn: at most one step of all slots, then some tokens of the prompts that wait."""
         with self._lock:
             try:
-                self._turn()
+                self._loop.turn(self._followers)
             except Exception as error:
                 self._failure = f"{type(error).__name__}: {error}"
-                self._end_all("error", self._failure)
+                self._loop.end_all("error", self._failure)
                 raise
 
     def use(self, trained: Any, frozen: model_state.Frozen) -> None:
@@ -277,176 +242,13 @@ class Engine:
         with self._lock:
             self.batch.release()
 
-    # One turn.
-
     def _serve(self) -> None:
         while not self._closing:
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._has_work())
+                self._wake.wait_for(lambda: self._closing or self._loop.has_work)
             try:
-                while self._has_work() and not self._closing:
+                while self._loop.has_work and not self._closing:
                     self.advance()
             except Exception:
                 traceback.print_exc()
                 return
-
-    def _has_work(self) -> bool:
-        return bool(self._inbox or self._waiting or self._running or self._dispatched)
-
-    def _turn(self) -> None:
-        self._take()
-        self._admit()
-        guesses = 0 < len(self._running) <= _FEW and self._speculate
-        if guesses or (self._dispatched and self._dispatched.counts is not None):
-            self._read()  # the next step depends on its tokens
-        ready = [work for work in self._running
-                 if work.is_ready and not work.done and work.left > 0]  # fmt: skip
-        if any(work.matcher for work in ready):
-            following = self._follow_grammars(ready)
-        elif drafts := self._drafts(ready) if guesses else {}:
-            following = self.batch.verify(ready, drafts, self._speculate)
-        else:
-            following = self.batch.decode(ready) if ready else None
-        self.batch.fill(self._running)
-        self._read()
-        self._dispatched = following
-
-    def _follow_grammars(self, ready: list[batches.Work]) -> batches.Step | None:
-        """Starts a step in which grammars say what may come.
-
-        What they say depends on the tokens of the step before. Those are read, and the grammars
-        advance, while the devices compute the logits.
-        """
-        logits = self.batch.forward(ready)
-        self._read()
-        ready, allowed = self._allowed([work for work in ready if not work.done])
-        return self.batch.choose(ready, logits, allowed) if ready else None
-
-    def _drafts(self, ready: list[batches.Work]) -> dict[int, Sequence[int]]:
-        """Guesses at the next tokens of greedy requests, by slot."""
-        found = {}
-        for work in ready:
-            if work.request.sampling.is_plain_greedy:
-                draft = work.lookup.draft(min(self._speculate, work.left - 1))
-                if draft:
-                    found[work.slot.index] = draft
-                    self._totals["guessed"] += len(draft)
-        return found
-
-    def _allowed(self, ready: list[batches.Work]) -> tuple[list[batches.Work], np.ndarray]:
-        """(those that go on, the tokens that their grammars allow, as bits)."""
-        allowed = np.full((self.num_slots, -(-self.vocab_size // 32)), -1, np.int32)
-        left = []
-        for work in ready:
-            try:
-                if work.matcher:
-                    work.matcher.mask(allowed[work.slot.index])
-                left.append(work)
-            except errors.UserError as error:
-                self._end(work, work.output.end("error", error.on_one_line()))
-        return left, allowed
-
-    def _take(self) -> None:
-        """New requests join the queue; those that were aborted end."""
-        new = [self._inbox.popleft() for _ in range(len(self._inbox))]
-        for work in new:
-            work.request.number = self._totals["requests"]
-            self._totals["requests"] += 1
-        self._waiting += new
-        aborted = [work for work in (*self._waiting, *self._running)
-                   if work.request.aborted.is_set() and not work.done]  # fmt: skip
-        if self._followers:
-            self._followers.send(
-                [work.request for work in new], [work.request.number for work in aborted]
-            )
-        for work in aborted:
-            self._end(work, work.output.end("abort"))
-        self._waiting = [work for work in self._waiting if not work.done]
-
-    def _admit(self) -> None:
-        """Free slots take requests, the oldest first."""
-        left, blocked = [], False
-        for work in self._waiting:
-            if blocked or not self._start(work):
-                left.append(work)
-                blocked |= work.overtaken > _PATIENCE * self.num_slots
-                blocked |= not self.batch.has_free_slot
-            else:
-                for earlier in left:
-                    earlier.overtaken += 1
-        self._waiting = left
-
-    def _start(self, work: batches.Work) -> bool:
-        """Gives a request a slot and its adapters; False if there are none now."""
-        if not self.batch.has_free_slot:
-            return False
-        if work.request.adapters:
-            try:
-                work.lease = self.pool.acquire(work.request.adapters)
-            except errors.UserError as error:  # unloaded while it waited
-                self._end(work, work.output.end("error", str(error)))
-                return True
-            if work.lease is None:
-                return False
-        self.batch.admit(work, self.eos_ids)
-        self._running.append(work)
-        self._totals["prompt"] += len(work.request.prompt)
-        self._totals["cached"] += work.filled
-        return True
-
-    def _read(self) -> None:
-        """Reads the tokens of the step that was dispatched, and delivers them."""
-        step, self._dispatched = self._dispatched, None
-        if step is None:
-            return
-        tokens = np.asarray(step.tokens).reshape(self.num_slots, -1)
-        logprobs = step.logprobs and type(step.logprobs)(*map(np.asarray, step.logprobs))
-        for work in step.works:
-            if work.done:
-                continue  # it ended with the token before this one
-            index, top = work.slot.index, work.request.sampling.logprobs
-            count = 1
-            if step.counts is not None:
-                count = int(np.asarray(step.counts)[index])
-                work.sent += count
-                self._totals["accepted"] += count - 1
-            for token in tokens[index, :count].tolist():
-                own = None if top is None else batches.logprob(token, logprobs, index, top)
-                self._deliver(work, token, own)
-                if work.done:
-                    break
-
-    def _deliver(self, work: batches.Work, token: int, logprob: requests.Logprob | None) -> None:
-        # The token before it is in the cache now.
-        work.slot.tokens.append((*work.request.prompt[-1:], *work.output.tokens[-1:])[-1])
-        self._totals["generated"] += 1
-        piece = work.output.push(token, logprob)
-        if self._speculate:
-            work.lookup.extend([token])
-        if work.matcher:
-            work.matcher.accept(token)
-            if work.matcher.finished and not piece.finish_reason:
-                work.request.emit(piece)
-                piece = work.output.end("stop")
-        if piece.finish_reason:
-            self._end(work, piece)
-        else:
-            work.request.emit(piece)
-
-    def _end(self, work: batches.Work, piece: requests.Piece) -> None:
-        """Delivers the last piece, and frees what the request holds."""
-        work.done = True
-        if work.slot is not None:
-            self.batch.free(work.slot)
-            self._running.remove(work)
-        if work.lease is not None:
-            self.pool.release(work.lease)
-        work.request.emit(piece)
-
-    def _end_all(self, reason: str, error: str | None = None) -> None:
-        while self._inbox:
-            self._waiting.append(self._inbox.popleft())
-        for work in [*self._waiting, *self._running]:
-            if not work.done:
-                self._end(work, work.output.end(reason, error))
-        self._waiting, self._dispatched = [], None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.generation import batch as batches
+from lora_jax.generation import chunks
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, memory, resident, serving
 from lora_jax.planning import job as jobs
@@ -81,7 +81,7 @@ def of(job: serving.Serving, sizes: Mapping[str, int], chip: str, own: Known) ->
     item = 4 if platform == "cpu" else jnp.dtype(job.dtype).itemsize
     groups = _groups(job.slots, sizes)
     rows = job.slots // groups
-    places = batches.size(c, job.context)
+    places = chunks.spans_of(c, job.context).size
     split = sizes["tensor"] if c.num_key_value_heads % sizes["tensor"] == 0 else 1
     width = c.num_key_value_heads * c.head_dim // split
     cache = 2 * c.num_hidden_layers * rows * places * width * jnp.dtype(job.dtype).itemsize
@@ -105,7 +105,7 @@ def of(job: serving.Serving, sizes: Mapping[str, int], chip: str, own: Known) ->
     if unpacked and not has_form and not (platform == "gpu" and reads_words):
         decode += unpacked if rows > 1 else own.words
     tokens = min(serving.CHUNK, job.context)
-    most = max(tokens, rows * batches.common_size(rows))  # short prompts, in all slots at once
+    most = max(tokens, rows * chunks.common_size(rows))  # short prompts, in all slots at once
     activations = most * 2 * (c.intermediate_size // sizes["tensor"]) * item
     attention = tokens * span * heads * (4 + item) if platform != "tpu" else 4 * tokens * span
     if platform == "cpu":
@@ -151,7 +151,7 @@ def tokens_per_second(
     split = sizes["tensor"] if c.num_key_value_heads % sizes["tensor"] == 0 else 1
     width = c.num_key_value_heads * c.head_dim // split
     item = jnp.dtype(job.dtype).itemsize
-    places = min(live, batches.size(c, job.context))
+    places = min(live, chunks.spans_of(c, job.context).size)
     cache = 2 * c.num_hidden_layers * rows * places * width * item
     entries = own.entries + c.hidden_size * c.vocab_size // sizes["tensor"]
     entries += own.arrays.get("bank of adapters", 0) // item

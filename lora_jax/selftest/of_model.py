@@ -6,8 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax.generation import batch as batches
-from lora_jax.generation import steps
+from lora_jax.generation import chunks, steps
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import choice
 from lora_jax.lora.nnx import bank
@@ -61,7 +60,7 @@ def generation(
     mesh = jax.sharding.get_abstract_mesh()
     groups = steps.num_groups(slots, mesh)
     own = slots // groups
-    for rows in dict.fromkeys((own, *batches.CHUNKS, own * batches.common_size(own))):
+    for rows in dict.fromkeys((own, *chunks.SIZES, own * chunks.common_size(own))):
         for found in _products(model, rows, backward=False):
             if found.kernel != choice.XLA:
                 yield found
@@ -72,7 +71,7 @@ def generation(
     for found in (
         *(_cached_attention(model.model, slots, kv_dtype, tokens)
           for tokens in dict.fromkeys((1, 1 + speculate))),
-        *_bank(model, groups, dict.fromkeys((own, own * (1 + speculate), *batches.CHUNKS))),
+        *_bank(model, groups, dict.fromkeys((own, own * (1 + speculate), *chunks.SIZES))),
     ):  # fmt: skip
         if found.kernel != choice.XLA:
             yield found

@@ -43,16 +43,17 @@ def test_nothing_compiles_after_all_was_compiled_ahead():
 def test_logits_are_computed_while_grammars_advance(monkeypatch):
     """A grammar delays neither its own request nor those beside it."""
     serving, order = fresh("stories260K", slots=2, eos_ids=(2,)), []
+    loop = serving._loop
 
     def noted(call, name):
         def called(*arguments):
-            if name != "_read" or serving._dispatched:
+            if name != "_read" or loop._dispatched:
                 order.append(name)
             return call(*arguments)
 
         return called
 
-    for owner, name in ((serving.batch, "forward"), (serving, "_read"), (serving.batch, "choose")):
+    for owner, name in ((serving.batch, "forward"), (loop, "_read"), (serving.batch, "choose")):
         monkeypatch.setattr(owner, name, noted(getattr(owner, name), name))
     prompt, following = golden("stories260K")[0]
     by_grammar = config.Sampling(max_new_tokens=6, grammar=ABC)

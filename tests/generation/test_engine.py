@@ -17,7 +17,7 @@ from jax._src import monitoring
 
 from lora_jax import errors, lora, tokenizer
 from lora_jax.checkpoints import loader
-from lora_jax.generation import config, engine, grammar, limits, lockstep
+from lora_jax.generation import config, engine, grammar, limits, lockstep, scheduler
 from lora_jax.generation import pool as pools
 from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import bank
@@ -441,7 +441,7 @@ def test_guessed_tokens_are_those_that_come_without_guesses():
     other = serving.submit(prompts[0], random)
     assert tokens(serving, prompts, long) == expected
     assert other.result().tokens == drawn.tokens
-    stats = engine.Stats(*np.array(serving.stats()) - before)
+    stats = scheduler.Stats(*np.array(serving.stats()) - before)
     assert 20 < stats.accepted_tokens < stats.guessed_tokens
     assert stats.generated_tokens == 4 * 40
 
