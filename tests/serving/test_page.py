@@ -1,11 +1,14 @@
 """The page at /: what it loads, how it is served, and what it does, where there is Node."""
 
+import html
+import http.server
 import importlib.resources
 import json
 import pathlib
 import re
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -76,3 +79,64 @@ def test_two_models_stream_side_by_side():
     assert seen["text"] == [[["user", "go on"], said["mine"]]]
     assert found["asked"][-1]["path"] == "v1/completions"
     assert (asked[-1]["prompt"], asked[-1]["max_tokens"]) == ("go on", 128)
+
+
+FRAMES = """<!doctype html><body><script>
+const sizes = [[1280, 800], [390, 844], [320, 568]], found = [];
+const ready = sizes.map(([width, height]) => new Promise(done => {
+  const frame = document.createElement("iframe");
+  Object.assign(frame, {width, height, src: "/page", style: "border: 0"});
+  frame.onload = () => done(frame);
+  document.body.append(frame);
+}));
+Promise.all(ready).then(async frames => {
+  await new Promise(done => setTimeout(done, 500));
+  for (const {contentDocument: page, contentWindow: view} of frames) {
+    page.querySelector("details").open = true;
+    page.getElementById("beside").click();
+    const cut = [...page.querySelectorAll("button, select, textarea, h1, label")]
+      .filter(each => each.scrollWidth > each.clientWidth + 1 && !each.closest(".hidden"));
+    const outside = [...page.querySelectorAll("button, select, textarea, section")]
+      .filter(each => each.getBoundingClientRect().right > view.innerWidth + 1);
+    found.push({cut: cut.map(each => each.outerHTML), outside: outside.map(each => each.outerHTML),
+                sections: page.querySelectorAll("section").length,
+                back: view.getComputedStyle(page.body).backgroundColor});
+  }
+  document.body.textContent = "FOUND" + JSON.stringify(found) + "END";
+});
+</script>"""
+
+
+@pytest.mark.parametrize(
+    "number, back", [(1, "rgb(247, 247, 245)"), (0, "rgb(23, 24, 27)")], ids=["light", "dark"]
+)
+def test_nothing_is_cut_on_a_desktop_or_a_phone(number, back, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("Chromium is not installed")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            texts = {"/": FRAMES, "/page": page.page()}
+            models = json.dumps({"data": [{"id": "a-model-with-a-long-name" * 3}, {"id": "mine"}]})
+            self.send_response(200)
+            self.send_header("content-type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(texts.get(self.path, models).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                 "--disable-background-networking", "--virtual-time-budget=5000", "--dump-dom",
+                 f"--blink-settings=preferredColorScheme={number}")  # fmt: skip
+        where = f"--user-data-dir={tmp_path}", f"http://127.0.0.1:{server.server_port}/"
+        ended = subprocess.run(
+            [chromium, *flags, *where], capture_output=True, text=True, timeout=60
+        )
+        server.shutdown()
+    frames = json.loads(html.unescape(re.search("FOUND(.*)END", ended.stdout)[1]))
+    for each in frames:
+        assert each == {"cut": [], "outside": [], "sections": 2, "back": back}
