@@ -53,7 +53,10 @@ class Snapshots:
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # else a damaged file raises here
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        handlers = {_STATE: _arrays_of_one_copy(), _SAVED: ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, item_handlers=handlers
+        )
         # Reads in this process alone. The manager's restore ends with a barrier, which a process
         # that cannot read would never reach.
         me = jax.process_index()
@@ -92,7 +95,7 @@ class Snapshots:
         self._note(step, eval_loss)
         tree = state._asdict()
         saved = _Saved(digests=_digests(tree), eval_loss=eval_loss)
-        parts = {_STATE: ocp.args.StandardSave(tree), _SAVED: ocp.args.JsonSave(saved)}
+        parts = {_STATE: ocp.args.PyTreeSave(tree), _SAVED: ocp.args.JsonSave(saved)}
         self._manager.save(step, args=ocp.args.Composite(**parts))
 
     def restore(self, like: train_step.State) -> tuple[train_step.State, dict[int, str]]:
@@ -200,6 +203,17 @@ class _NewestAndBest:
         return [step in kept for step in steps]
 
 
+def _arrays_of_one_copy() -> ocp.PyTreeCheckpointHandler:
+    """Writes each array from one of its copies.
+
+    By default Orbax has each device that holds a copy write a part. To cut it, jax compiles a
+    program for each part of each array, which takes longer than to write an adapter.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 def _put(read: Any, like: jax.Array) -> jax.Array:
     read = np.asarray(read, like.dtype)
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: read[index])
@@ -207,5 +221,11 @@ def _put(read: Any, like: jax.Array) -> jax.Array:
 
 def _digests(tree: Any) -> dict[str, int]:
     """{path: digest} of the arrays of `tree`, independent of their sharding."""
-    found = jax.tree_util.tree_leaves_with_path(jax.tree.map(digests.of, tree))
+    found = jax.tree_util.tree_leaves_with_path(jax.device_get(_digests_of(tree)))
     return {jax.tree_util.keystr(path): int(digest) for path, digest in found}
+
+
+@jax.jit
+def _digests_of(tree: Any) -> Any:
+    """One program for all arrays: one for each of them would take longer to compile."""
+    return jax.tree.map(digests.of, tree)
