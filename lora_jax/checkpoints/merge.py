@@ -43,7 +43,7 @@ class _Source(NamedTuple):
             one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
             raw = storage.read(self.tensor, one, (None, None))
             return _dequantized(raw, storage.Dequantize(self.tensor.recipe), dtype).T
-        value = jnp.asarray(self.tensor.value())
+        value = jax.device_put(self.tensor.value())
         if self.rounded is None:
             return value
         return _nearest(value, self.rounded, self.search)

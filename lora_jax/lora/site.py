@@ -49,7 +49,8 @@ class Site:
 
     def stacked(self, each: Sequence[Num[np.ndarray, "..."]]) -> Num[Array, "..."]:
         """The arrays of the layers as one array."""
-        return jnp.asarray(np.reshape(np.stack(each), (*self.lead, *each[0].shape)))
+        whole = np.reshape(np.stack(each), (*self.lead, *each[0].shape))
+        return jnp.asarray(whole, whole.dtype)  # without a dtype, jax compiles a program a shape
 
 
 def each(function: Callable, lead: tuple[int, ...], /, *trees: Any, **settings: Any) -> Any:

@@ -119,7 +119,7 @@ def _fill(variable: nnx.Variable, array: np.ndarray, path: str) -> bool:
     if new.shape == before.shape and bool(jnp.array_equal(before, new)):
         return False
     try:
-        variable.set_value(jax.device_put(jnp.asarray(new), before.sharding))
+        variable.set_value(jax.device_put(new, before.sharding))
     except ValueError:
         raise errors.UserError(
             expected="a mesh that divides the vocabulary",

@@ -54,9 +54,7 @@ class Snapshots:
             lightweight_initialize=True,  # else a damaged file raises here
         )
         handlers = {_STATE: _arrays_of_one_copy(), _SAVED: ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_handlers=handlers
-        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         # Reads in this process alone. The manager's restore ends with a barrier, which a process
         # that cannot read would never reach.
         me = jax.process_index()
