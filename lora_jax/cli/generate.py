@@ -236,13 +236,14 @@ def _results(
 ) -> Iterator["request.Result"]:
     """Yields the results of the prompts after those that are done."""
     from lora_jax.cli import opening
+    from lora_jax.generation import limits
 
     # The slots are those of the whole run, because other shapes are rounded in other ways.
     serving = opening.start(
         found,
         opening.load(settings.base, found),
         slots=min(len(encoded), settings.slots),
-        context=max(map(len, encoded)) + settings.sampling.max_new_tokens,
+        context=limits.context(encoded, settings.sampling.max_new_tokens, found.context),
         fewer=True,
         kernels=settings.base.kernels,
     )

@@ -1,6 +1,6 @@
 """What a request may ask for: its length, its tokens, its adapters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import errors, tokenizer
@@ -49,6 +49,15 @@ def check(
         ))  # fmt: skip
     if problems:
         raise errors.UserError.together(problems)
+
+
+def context(prompts: Iterable[Sequence[int]], max_new_tokens: int, most: int) -> int:
+    """The tokens of the longest prompt and its output, rounded up, but `most` at the most.
+
+    So other prompts of about this length need the same programs, which are in jax's cache.
+    """
+    longest = max(map(len, prompts)) + max_new_tokens
+    return min(-(-longest // 32) * 32, most)
 
 
 def check_length(

@@ -81,7 +81,7 @@ class _Generation:
         self._how = {
             "eos_ids": base.eos_ids,
             "slots": min(SLOTS, sharding.round_up(len(prompts), mesh)),
-            "context": max(map(len, prompts)) + sampling.max_new_tokens,
+            "context": limits.context(prompts, sampling.max_new_tokens, base.architecture.context),
             "mesh": mesh,
         }
         self._reader = base.tokenizer

@@ -109,6 +109,7 @@ def test_a_run_reports_to_a_dashboard_and_is_profiled(tmp_path, monkeypatch):
     ended = cli.run(
         "train", "--model", cli.BASE, "--quant", "int4", "--batch-size", 8, "--grad-accum", 1,
         "--max-steps", 5, "--dataset", rows, "--eval-every", 5, "--output-dir", folder,
+        "--rank", 4, "--seq-len", 32,  # the program of test_from_python.py
         "--report-to", "wandb", "--profile", tmp_path / "trace",
     )  # fmt: skip
     assert ended.code == 0 and ended.err == "", ended
@@ -119,7 +120,7 @@ def test_a_run_reports_to_a_dashboard_and_is_profiled(tmp_path, monkeypatch):
     assert ", MFU " in ended.out and "%, 5.67 GB" in ended.out
     run = json.loads((folder / "run.json").read_text())
     assert run["settings"]["remat"] == "full"  # by default, on a CPU
-    assert run["compile_seconds"] > 7.25 and ended.out.count("warning") == 1
+    assert run["compile_seconds"] >= 7.25 and ended.out.count("warning") == 1
     out = " ".join(ended.out.split())
     assert "step 4 was compiled again (7.2 s), for a batch of 1 × 8 × 32 as before" in out
     assert "steps 3 to 5: " in out
