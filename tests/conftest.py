@@ -37,6 +37,7 @@ if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import device_tier
+import eager
 import hypothesis
 import jax
 import pytest
@@ -51,6 +52,8 @@ hypothesis.settings.load_profile("suite")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 device_tier.begin()
+if not device_tier.ASKED:
+    eager.begin()
 thrift.begin()
 typecheck.begin()
 
