@@ -45,7 +45,7 @@ import thrift
 import typecheck
 
 hypothesis.settings.register_profile(
-    "suite", max_examples=200, deadline=None, derandomize=True, database=None
+    "suite", max_examples=100, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("long", max_examples=2000, deadline=None, database=None)
 hypothesis.settings.load_profile("suite")
@@ -60,37 +60,44 @@ typecheck.begin()
 # A module stays on one worker, for what its tests share. The longest are begun first, so that the
 # workers end together.
 LONGEST = (
-    "mesh",
     "run",
-    "docs",
+    "mesh",
+    "engine",
     "resume",
+    "docs",
     "processes",
+    "linen_models",
+    "models_of_others",
+    "proof",
     "plan",
-    "peft",
-    "adapter_jobs",
-    "linen",
     "step",
-    "loader",
-    "merge",
+    "peft",
+    "linen",
+    "ahead",
     "sites",
-    "generate",
-    "dpo",
+    "adapter_jobs",
+    "loader",
+    "explicit_mesh",
     "int4_matmul",
+    "kernels",
+    "merge",
     "structure",
     "storage",
-    "from_python",
-    "kernels",
-    "lora",
-    "formats",
+    "bank",
     "models",
-    "sweep",
-    "quantized",
-    "quant",
+    "cached_attention",
+    "sampling",
+    "hub",
+    "text",
+    "formats",
+    "dpo",
+    "lora",
 )
 
 
 def pytest_configure(config):
     device_tier.check(config)
+    thrift.collect_once(config)
 
 
 def pytest_ignore_collect(collection_path):

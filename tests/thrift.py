@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+from typing import Any
 
 
 def begin() -> None:
@@ -15,3 +16,11 @@ def begin() -> None:
         from jax._src.interpreters import mlir
 
         mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+
+def collect_once(config: Any) -> None:
+    """Has pytest look for garbage once when it ends, and not five times, at a second each."""
+    with contextlib.suppress(ImportError, AttributeError):  # in a pytest that does it otherwise
+        from _pytest import unraisableexception
+
+        config.stash[unraisableexception.gc_collect_iterations_key] = 1
