@@ -153,19 +153,30 @@ def initial(
     site: Site, configs: LayerConfigs, key: PRNGKeyArray
 ) -> tuple[Float[Array, "*lead K R"], Float[Array, "*lead R N"]]:
     """A and B of a new adapter, as in PEFT; zero beyond the rank of each layer."""
-    sizes = site.in_features, site.out_features
-    return _initial(key, site.kind == "embedding", site.lead, *sizes, ranks(configs))
+    own, lead = ranks(configs), site.lead
+    if site.kind == "embedding":
+        A = jnp.zeros((*lead, site.in_features, max(own)))
+        return A, _initial_B(key, lead, site.out_features, own)
+    B = jnp.zeros((*lead, max(own), site.out_features))
+    return _initial_A(key, lead, site.in_features, own), B
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _initial(key, is_embedding, lead, k, n, ranks):
-    widest = max(ranks)
-    used = np.arange(widest) < np.reshape(ranks, lead)[..., None]  # [*lead, R]
-    if is_embedding:
-        B = algebra.initial_of_embedding(key, lead, widest, n)
-        return jnp.zeros((*lead, k, widest)), jnp.where(used[..., None], B, 0)
-    A = algebra.initial(key, lead, k, widest)
-    return jnp.where(used[..., None, :], A, 0), jnp.zeros((*lead, widest, n))
+# Random numbers take long to compile, so that all layers with inputs of one size share a program.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _initial_A(key, lead, k, ranks):
+    A = algebra.initial(key, lead, k, max(ranks))
+    return jnp.where(_used(lead, ranks)[..., None, :], A, 0)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _initial_B(key, lead, n, ranks):
+    B = algebra.initial_of_embedding(key, lead, max(ranks), n)
+    return jnp.where(_used(lead, ranks)[..., None], B, 0)
+
+
+def _used(lead, ranks):
+    """Which entries of the rank each layer has: [*lead, R]."""
+    return np.arange(max(ranks)) < np.reshape(ranks, lead)[..., None]
 
 
 def filled(

@@ -355,9 +355,8 @@ DORA, SOME = {"use_dora": True}, {"alpha_pattern": {r"1\.up": 3}, "layers": (0, 
 
 @pytest.mark.parametrize(
     "kind, fmt, settings",
-    [(kind, "none", settings) for kind in STACKS for settings in (DORA, SOME)]
-    + [(kind, "int4", {}) for kind in STACKS]
-    + [("param_1", "int4", DORA | SOME)],
+    [(kind, *how) for kind in STACKS for how in (("none", DORA), ("int4", SOME))]
+    + [("param_1", "none", SOME), ("param_1", "int4", DORA | SOME)],
 )
 def test_a_stack_is_adapted_layer_by_layer(kind, fmt, settings, tmp_path):
     plain, model = (nnx.merge(*_stack(kind), copy=True) for _ in range(2))
