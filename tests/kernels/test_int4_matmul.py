@@ -340,6 +340,21 @@ def test_dense_matmul_value_and_derivatives(dtype, out_dtype):
         assert error < TOLERANCE[dtype] * np.linalg.norm(value)
 
 
+def value_and_vjp_of_layer(x, stack, dy, layer, **how):
+    function = functools.partial(int4_matmul.int4_matmul, packed=stack, layer=layer, **how)
+    y, vjp = jax.vjp(function, x)
+    return y, *vjp(dy)
+
+
+@functools.cache
+def on_one_device(rows):
+    """The operands of a layer in a stack, on the host, and its value and derivative."""
+    one = packed_weight("int4", 512, 256)
+    stack = jax.tree.map(lambda a: np.stack([a, a, a]), one)
+    given = normal(1, rows, 512), stack, normal(2, rows, 256), np.int32(1)
+    return given, jax.jit(value_and_vjp_of_layer)(*given)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 @pytest.mark.parametrize(
     ("k", "n", "rows"),
@@ -356,18 +371,8 @@ def test_a_product_is_split_over_a_mesh(k, n, rows, implementation):
     """Column- and row-parallel over tensor, x's rows over data and fsdp: as on one device."""
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
-    one = packed_weight("int4", 512, 256)
-    stack = jax.tree.map(lambda a: jnp.stack([a, a, a]), one)
-    x, dy = jnp.asarray(normal(1, rows, 512)), jnp.asarray(normal(2, rows, 256))
+    (x, stack, dy, layer), expected = on_one_device(rows)
     partition = dealing.Partition(("data", "fsdp"), k, n, gathered="fsdp")
-
-    def value_and_vjp(x, stack, dy, layer, **how):
-        function = functools.partial(int4_matmul.int4_matmul, packed=stack, layer=layer, **how)
-        y, vjp = jax.vjp(function, x)
-        return y, *vjp(dy)
-
-    layer = jnp.int32(1)
-    expected = jax.jit(value_and_vjp)(x, stack, dy, layer)
     how = {"partition": partition, "implementation": implementation}
     with jax.set_mesh(mesh):
         cut, columns = (NamedSharding(mesh, PartitionSpec(None, axis, n)) for axis in (k, None))
@@ -376,7 +381,7 @@ def test_a_product_is_split_over_a_mesh(k, n, rows, implementation):
             jax.device_put(stack.scale, cut),
             jax.device_put(stack.column_scale, columns),
         )
-        step = jax.jit(functools.partial(value_and_vjp, **how))
+        step = jax.jit(functools.partial(value_and_vjp_of_layer, **how))
         compiled = step.lower(x, placed, dy, layer).compile()
         found = compiled(x, placed, dy, layer)
     for value, other in zip(found, expected, strict=True):
@@ -401,7 +406,7 @@ def test_every_format_is_split(fmt, k, n, rows):
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
     packed = packed_weight(fmt, 512, 256)
-    x = jnp.asarray(normal(1, rows, 512))
+    x, packed = normal(1, rows, 512), jax.tree.map(np.asarray, packed)
     partition = dealing.Partition(("data", "fsdp"), k, n, "fsdp") if k else dealing.WHOLE
     with jax.set_mesh(mesh):
         y = jax.jit(multiply(fmt, partition=partition))(x, packed)
