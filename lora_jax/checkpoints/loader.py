@@ -95,8 +95,9 @@ def load(
     dtype: of all that is not quantized; None takes config.json's, with float16 read as bfloat16.
     residual: (dotted path of a linear layer, W [N, K]) → what is rounded instead of W; see
     lora.Principal.
-    Raises: UserError if a file or tensor is missing, damaged or of another shape, with a list of
-    all of them, or if a quantized checkpoint is in another format than the one asked for.
+    Raises: UserError if a file or tensor is missing, damaged or of another shape, or holds NaN or
+    infinity, with a list of all of them; or if a quantized checkpoint is in another format than
+    the one asked for.
     """
     folder = pathlib.Path(folder)
     config = model_folder.config(folder)
@@ -129,16 +130,19 @@ def load(
         # replaces its linear layer and then gets its bias.
         return path[-1] == "bias", -math.prod(shapes[path])
 
+    problems: list[errors.UserError] = []
     for path in sorted(sources, key=order):
         parent = functools.reduce(getattr, path[:-1], model)
         if path in packed:
-            layer = _load_packed(parent, path, packed[path], mesh, residual)
+            layer = _load_packed(parent, path, packed[path], mesh, residual, problems)
             setattr(functools.reduce(getattr, path[:-2], model), path[-2], layer)
-        else:
-            variable = getattr(parent, path[-1])
-            where = sharding.of(path, len(variable.shape), mesh)
-            array = _load_dense(variable, sources[path], where, transpose=path[-1] == "kernel")
-            variable.set_value(array)
+            continue
+        variable, transpose = getattr(parent, path[-1]), path[-1] == "kernel"
+        where = sharding.of(path, len(variable.shape), mesh)
+        with errors.noted(problems):
+            variable.set_value(_load_dense(variable, sources[path], where, transpose, problems))
+    if problems:
+        raise errors.UserError.together(problems)
     sharding.deal_out(model)
     return model
 
@@ -185,22 +189,40 @@ def _packing(path, sources, config, quantization, search, mesh) -> _Packing | No
     return _Packing(spec, parts)
 
 
-def _load_dense(variable, sources: list[_Source], where: NamedSharding, transpose: bool):
+def _load_dense(
+    variable: nnx.Variable,
+    sources: list[_Source],
+    where: NamedSharding,
+    transpose: bool,
+    problems: list[errors.UserError],
+) -> jax.Array:
+    """The array of a variable. What is wrong with the tensors of a stack is added to problems."""
     if sources[0].layer is None:
         raw = sources[0].read(where, transpose)
         return _dense(raw, sources[0].cast(transpose), variable.dtype, where)
     whole = jnp.zeros(variable.shape, variable.dtype, device=where)
     for source in sources:
-        raw = source.read(where, transpose)
-        cast = source.cast(transpose)
-        whole = jax.block_until_ready(_store_dense(whole, raw, source.layer, cast, where))
-        del raw
-        _return_freed_memory(whole)
+        with errors.noted(problems):
+            raw = source.read(where, transpose)
+            cast = source.cast(transpose)
+            whole = jax.block_until_ready(_store_dense(whole, raw, source.layer, cast, where))
+            del raw
+            _return_freed_memory(whole)
     return whole
 
 
-def _load_packed(linear, path, pack: _Packing, mesh: Mesh, residual) -> quant_linear.QuantLinear:
-    """linear with its kernel packed layer by layer. Its bias is loaded later, like any array."""
+def _load_packed(
+    linear: nnx.Linear,
+    path: tensor_map.Path,
+    pack: _Packing,
+    mesh: Mesh,
+    residual: Callable[[str, jax.Array], jax.Array] | None,
+    problems: list[errors.UserError],
+) -> quant_linear.QuantLinear:
+    """linear with its kernel packed layer by layer. Its bias is loaded later, like any array.
+
+    What is wrong with the tensors is added to problems.
+    """
     layers, rows, columns = linear.kernel.shape
     spec, parts = pack
     shapes = spec.shapes(rows, columns, sharding.input_shards(path[:-1], mesh))
@@ -213,13 +235,14 @@ def _load_packed(linear, path, pack: _Packing, mesh: Mesh, residual) -> quant_li
     whole = _empty(layers, shapes, where)
     raw_where = sharding.of(path, 3, mesh)
     for source, packed in parts:
-        raw = source.read(raw_where, True)
-        if residual is not None:
-            raw = residual(".".join(tensor_map.path_on_disk(path[:-1], source.layer)), raw)
-        # Wait for each tensor: otherwise float weights pile up ahead of the quantizer.
-        whole = jax.block_until_ready(_store_packed(whole, raw, source.layer, packed, where))
-        del raw
-        _return_freed_memory(whole)
+        with errors.noted(problems):
+            raw = source.read(raw_where, True)
+            if residual is not None:
+                raw = residual(".".join(tensor_map.path_on_disk(path[:-1], source.layer)), raw)
+            # Wait for each tensor: otherwise float weights pile up ahead of the quantizer.
+            whole = jax.block_until_ready(_store_packed(whole, raw, source.layer, packed, where))
+            del raw
+            _return_freed_memory(whole)
     return quant_linear.QuantLinear(whole, linear, fmt=spec.fmt)
 
 

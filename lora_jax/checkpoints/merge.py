@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.checkpoints import inventory, model_folder, safetensors_files, storage, writer
+from lora_jax.checkpoints import finite, inventory, model_folder, safetensors_files, storage, writer
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
@@ -43,7 +43,7 @@ class _Source(NamedTuple):
             one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
             raw = storage.read(self.tensor, one, (None, None))
             return _dequantized(raw, storage.Dequantize(self.tensor.recipe), dtype).T
-        value = jax.device_put(self.tensor.value())
+        value = jax.device_put(finite.check(self.tensor.value(), self.tensor))
         if self.rounded is None:
             return value
         return _nearest(value, self.rounded, self.search)
@@ -108,7 +108,8 @@ def write(
     """Writes `plan(folder, …)` into the folder `written`; see writer.new_folder.
 
     Yields the name of each tensor when it is written.
-    Raises: UserError if a merged weight is not finite in the dtype it is written in.
+    Raises: UserError if a weight is not finite, in the base or merged, in the dtype it is written
+    in.
     """
     yield from writer.write(folder, written, merge.parts, merge.config, shard=shard)
 

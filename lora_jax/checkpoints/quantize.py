@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.checkpoints import inventory, model_folder, storage, writer
+from lora_jax.checkpoints import finite, inventory, model_folder, storage, writer
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.checkpoints.storage import bitsandbytes
 from lora_jax.models import config as model_config
@@ -74,14 +74,7 @@ def write(
 
 def _quantized(stored: StoredTensor, fmt: str, search: bool) -> dict[str, np.ndarray]:
     """The tensors of one linear layer. Raises: UserError if a value is NaN or infinite."""
-    found = storage.quantize(fmt, stored.value(), search=search)
-    if not all(np.isfinite(a).all() for a in found.values() if a.dtype == np.float32):
-        raise errors.UserError(
-            expected="finite weights",
-            found=f"NaN or infinity in {stored.name}",
-            where=str(stored.path),
-            do="use another revision of the model",
-        )
+    found = storage.quantize(fmt, finite.check(stored.value(), stored), search=search)
     return {f"{_module(stored)}.{name}": array for name, array in found.items()}
 
 

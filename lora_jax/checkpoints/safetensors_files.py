@@ -15,6 +15,7 @@ import safetensors
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors, hub
+from lora_jax.checkpoints import finite
 
 DTYPES = {  # bytes each, by safetensors' names
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -165,11 +166,14 @@ def read(stored: StoredTensor, mesh: Mesh, spec: Sequence[str | None]) -> jax.Ar
     """The tensor as it is on disk, cut over the mesh as in `place`.
 
     Reads only the parts that devices of this process hold, each once.
+    Raises: UserError if a value in them is NaN or infinite.
     """
-    with opened(stored) as part:
-        return place(
-            stored.shape, mesh, spec, lambda *axes: part[tuple(slice(*axis) for axis in axes)]
-        )
+    with opened(stored) as whole:
+
+        def part(*axes: tuple[int, int]) -> np.ndarray:
+            return finite.check(whole[tuple(slice(*axis) for axis in axes)], stored)
+
+        return place(stored.shape, mesh, spec, part)
 
 
 def place(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import errors, hub
-from lora_jax.checkpoints import free_space, safetensors_files
+from lora_jax.checkpoints import finite, free_space, safetensors_files
 from lora_jax.checkpoints.safetensors_files import TensorSpec
 
 SHARD = 5 * 10**9  # the most bytes of a file, unless a single part is larger
@@ -37,10 +37,10 @@ class Part(NamedTuple):
 
 
 def unchanged(stored: safetensors_files.StoredTensor, name: str | None = None) -> Part:
-    """A tensor of the source, not changed, under its own name or another."""
+    """A tensor of the source, not changed, under its own name or another; see finite.check."""
     name = name or stored.name
     spec = TensorSpec(stored.dtype, stored.shape)
-    return Part(name, {name: spec}, lambda: {name: stored.value()})
+    return Part(name, {name: spec}, lambda: {name: finite.check(stored.value(), stored)})
 
 
 @contextlib.contextmanager

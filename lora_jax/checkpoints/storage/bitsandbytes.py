@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax.checkpoints import safetensors_files
+from lora_jax.checkpoints import finite, safetensors_files
 from lora_jax.checkpoints.safetensors_files import TensorSpec
 from lora_jax.checkpoints.storage import stored_linear
 from lora_jax.checkpoints.storage.stored_linear import PackedSpec, Recipe, StoredLinear
@@ -167,7 +167,8 @@ def read(linear: StoredLinear, mesh: Mesh, axes) -> dict[str, jax.Array]:
     raw["scale"] = safetensors_files.place((columns, groups), mesh, (axis_out, axis_in), scales)
     if nested:
         offset = np.asarray([linear.state["nested_offset"]], np.float32)
-        nested_scale = linear.tensors["weight.nested_absmax"].value()
+        stored = linear.tensors["weight.nested_absmax"]
+        nested_scale = finite.check(stored.value(), stored)
         raw["nested_scale"] = stored_linear.replicated(nested_scale, mesh)
         raw["nested_offset"] = stored_linear.replicated(offset, mesh)
     return raw
@@ -176,12 +177,13 @@ def read(linear: StoredLinear, mesh: Mesh, axes) -> dict[str, jax.Array]:
 def _absmax(linear: StoredLinear, start: int, stop: int, *, expand: bool = True) -> np.ndarray:
     """The scales of blocks from start to stop; with expand=False, nested ones stay codes."""
     with safetensors_files.opened(linear.tensors["weight.absmax"]) as part:
-        stored = part[start:stop]
+        stored = finite.check(part[start:stop], linear.tensors["weight.absmax"])
     if not expand or "nested_blocksize" not in linear.state:
         return stored
-    values = linear.tensors["weight.nested_quant_map"].value()[stored]
+    table, scale = (linear.tensors[f"weight.nested_{part}"] for part in ("quant_map", "absmax"))
+    values = finite.check(table.value(), table)[stored]
     block = np.arange(start, stop) // linear.state["nested_blocksize"]
-    values = values * linear.tensors["weight.nested_absmax"].value()[block]
+    values = values * finite.check(scale.value(), scale)[block]
     return values + np.float32(linear.state["nested_offset"])
 
 
