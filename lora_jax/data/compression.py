@@ -1,23 +1,38 @@
 """Files that may be compressed, as bytes. Imports no jax."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
 import pathlib
+import zipfile
 import zlib
 
-SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+from lora_jax import errors
+
+SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
 # What reading a file that is damaged or cut off raises.
-ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+
+SAVE_SHEET = "save the sheet as CSV UTF-8, in Excel with File > Save As"
 
 _CHUNK = 2**20
 
 
 def name(path: pathlib.Path) -> pathlib.PurePath:
-    """The name of a file without a suffix of compression, in small letters."""
+    """The name of a file without a suffix of compression, in small letters.
+
+    That of a .zip without another suffix is the name of the file in it.
+    """
     plain = pathlib.PurePath(path.name.lower())
-    return plain.with_suffix("") if plain.suffix in SUFFIXES else plain
+    if plain.suffix not in SUFFIXES:
+        return plain
+    inner = plain.with_suffix("")
+    if plain.suffix == ".zip" and not inner.suffix and zipfile.is_zipfile(path):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            return pathlib.PurePath(_only_member(archive, path).filename.lower())
+    return inner
 
 
 def opened(path: pathlib.Path) -> io.BufferedIOBase:
@@ -54,9 +69,41 @@ def _zstandard(path: pathlib.Path) -> io.BufferedIOBase:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
+def _lz4(path: pathlib.Path) -> io.BufferedIOBase:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="lz4"))
+
+
+def _zip(path: pathlib.Path) -> io.BufferedIOBase:
+    archive = zipfile.ZipFile(path)
+    return io.BufferedReader(archive.open(_only_member(archive, path)))
+
+
+def _only_member(archive: zipfile.ZipFile, path: pathlib.Path) -> zipfile.ZipInfo:
+    """The one file in an archive. Raises: UserError if there are others, or it has a password."""
+    members = [
+        each for each in archive.infolist()
+        if not each.is_dir() and not each.filename.startswith("__MACOSX/")
+    ]  # fmt: skip
+    if len(members) == 1 and not members[0].flag_bits & 1:
+        return members[0]
+    if any(each.filename.startswith("xl/") for each in members):
+        raise errors.UserError("a data file", "an Excel workbook", str(path), SAVE_SHEET)
+    names = [f"{len(members)} files", *(each.filename for each in members)]
+    raise errors.UserError(
+        expected="a .zip with one data file in it",
+        found="a file with a password" if len(members) == 1 else names,
+        where=str(path),
+        do="unpack it, and pass the folder or one of its files",
+    )
+
+
 _OPENERS = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
     b"\x28\xb5\x2f\xfd": _zstandard,
+    b"\x04\x22\x4d\x18": _lz4,
+    b"PK\x03\x04": _zip,
 }

@@ -51,7 +51,7 @@ def form_of(path: pathlib.Path) -> "_Format":
             f"{', '.join(compression.SUFFIXES)}",
             found=path.suffix or "no suffix",
             where=str(path),
-            do="convert the file, or rename it if only its name is wrong",
+            do=_CONVERSIONS.get(suffix, "convert the file, or rename it if only its name is wrong"),
         )
     return FORMATS[suffix]
 
@@ -98,6 +98,11 @@ _CSV = _Format(
     "a header, and rows with as many fields",
     "correct these lines (a field with separators, quotes or newlines needs quotes)",
 )
+_ARCHIVE = "unpack the archive, and pass its folder or one of its files"
+_CONVERSIONS = {  # of other files that people have
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), compression.SAVE_SHEET),
+    **dict.fromkeys((".tar", ".tgz", ".7z", ".rar"), _ARCHIVE),
+}
 FORMATS = {
     ".jsonl": _JSON,
     ".ndjson": _JSON,

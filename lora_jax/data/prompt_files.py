@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import chat, compression, files, kinds, messages
+from lora_jax.data import chat, compression, files, kinds, messages, unicode
 from lora_jax.data.template import Message
 
 if typing.TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _opened(path: pathlib.Path) -> io.BufferedIOBase:
 
 def _lines(path: pathlib.Path, raw: bytes) -> Iterator[Prompt]:
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode(unicode.encoding(raw[:4]))
     except UnicodeDecodeError as error:
         number = raw.count(b"\n", 0, error.start) + 1
         raise errors.UserError(

@@ -7,19 +7,12 @@ import typing
 from collections.abc import Iterator, Mapping
 
 from lora_jax import errors
-from lora_jax.data import compression
+from lora_jax.data import compression, unicode
 
 # Where an example starts: (byte, lines before it) in a text file, else (0, examples before it); in
 # several files ([number of the file, byte], …).
 Position = tuple[typing.Any, int]
 START = (0, 0)
-
-_OTHER_UNICODE = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 class Record(typing.NamedTuple):
@@ -43,21 +36,20 @@ class Record(typing.NamedTuple):
 def lines(path: pathlib.Path, start: Position, *, returns: bool) -> Iterator[Record]:
     """Lines with their line ends: \\n, and with `returns` also \\r. A byte order mark is removed.
 
-    Raises: UserError if the file is not UTF-8.
+    Positions count the bytes in UTF-8, also of a file in UTF-16.
+    Raises: UserError if the file is not Unicode.
     """
     byte, number = start
-    with compression.opened(path) as file:
+    with unicode.utf8(compression.opened(path)) as file:
         compression.skip(file, byte)
         for raw in file:
-            if byte == 0:
-                _refuse_other_unicode(path, raw)
-                if raw.startswith(codecs.BOM_UTF8):
-                    byte, raw = len(codecs.BOM_UTF8), raw.removeprefix(codecs.BOM_UTF8)
+            if byte == 0 and raw.startswith(codecs.BOM_UTF8):
+                byte, raw = len(codecs.BOM_UTF8), raw.removeprefix(codecs.BOM_UTF8)
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
                 raise errors.UserError(
-                    expected="UTF-8",
+                    expected="UTF-8, or UTF-16 with a byte order mark",
                     found=f"byte 0x{error.object[error.start]:02x}",
                     where=f"{path}:{number + 1}",
                     do="convert it, e.g. iconv -f latin1 -t utf-8",
@@ -69,14 +61,3 @@ def lines(path: pathlib.Path, start: Position, *, returns: bool) -> Iterator[Rec
                 yield Record(number, piece, (byte, number))
             byte, number = end, number + 1
             yield Record(number, pieces[-1], (byte, number))
-
-
-def _refuse_other_unicode(path: pathlib.Path, raw: bytes) -> None:
-    name = next((name for mark, name in _OTHER_UNICODE.items() if raw.startswith(mark)), None)
-    if name:
-        raise errors.UserError(
-            expected="UTF-8",
-            found=name,
-            where=str(path),
-            do=f"convert it, e.g. iconv -f {name} -t utf-8",
-        )

@@ -5,6 +5,7 @@ import datetime
 import gzip
 import json
 import lzma
+import zipfile
 
 import datasets
 import hypothesis
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from test_encoding import write
 
 from lora_jax import errors
-from lora_jax.data import bad_rows, files, folders, kinds, sources
+from lora_jax.data import bad_rows, files, folders, kinds, sources, unicode
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -136,6 +137,7 @@ COMPRESS = {
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
+    ".lz4": lambda data: pyarrow.compress(data, codec="lz4", asbytes=True),
     "": lambda data: data,
 }
 
@@ -159,6 +161,86 @@ def test_compressed_files(tmp_path, suffix):
         damaged = compress(LINES.encode() * 100)
         message = refusal(put(tmp_path / f"cut.jsonl{suffix}", damaged[: len(damaged) // 2]))
         assert "cut.jsonl" in message and "complete" in message
+
+
+def zipped(path, members, *, password=False):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    if password:  # a bit in the header of the file, and in that of the list
+        raw = bytearray(path.read_bytes())
+        raw[6] |= 1
+        raw[raw.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(raw)
+    return path
+
+
+def test_a_file_in_a_zip(tmp_path):
+    table = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
+    mac = {"in/": "", "in/a.JSONL": LINES, "__MACOSX/in/._a.JSONL": "no data"}
+    for name, members in {
+        "x.jsonl.zip": {"x.jsonl": LINES},
+        "kaggle.ZIP": mac,
+        "y.zip": {"y.csv": "prompt,completion\na,b\nc,d\n".encode("utf-16")},
+        "z.parquet.zip": {"z.parquet": table.read_bytes()},
+    }.items():
+        path = zipped(tmp_path / name, members)
+        assert content(path) == ROWS
+        assert origins(path) == [f"{name}:1", f"{name}:2"] or name == "y.zip"
+    lines = {f"part/{n}.jsonl.zip": {"x": line} for n, line in enumerate(LINES.splitlines())}
+    for name, members in lines.items():
+        zipped(tmp_path / name, members)
+    assert content(tmp_path / "part") == ROWS
+
+
+def test_a_zip_that_is_refused(tmp_path):
+    for name, members, words in (
+        ("two.zip", {"train.csv": "a\n", "test.csv": "a\n"}, ["2 files", "train.csv", "unpack"]),
+        ("none.zip", {}, ["0 files"]),
+        ("other.zip", {"x.docx": "a"}, ["convert"]),
+        ("x.csv", {"[Content_Types].xml": "", "xl/workbook.xml": ""}, ["Excel", "CSV UTF-8"]),
+    ):
+        message = refusal(zipped(tmp_path / name, members))
+        assert name in message
+        for word in words:
+            assert word in message
+    secret = zipped(tmp_path / "secret.jsonl.zip", {"x.jsonl": LINES}, password=True)
+    assert "password" in refusal(secret)
+    whole = zipped(tmp_path / "x.jsonl.zip", {"x.jsonl": LINES}).read_bytes()
+    assert "complete" in refusal(put(tmp_path / "cut.jsonl.zip", whole[:40]))
+    assert "cut.zip" in refusal(put(tmp_path / "cut.zip", whole[:40]))
+
+
+def test_files_of_other_programs_name_the_way(tmp_path):
+    assert "CSV UTF-8" in refusal(put(tmp_path / "x.xlsx", b"PK\3\4"))
+    assert "unpack" in refusal(put(tmp_path / "x.tar.gz", gzip.compress(b"x")))
+
+
+# ---------------------------------------------------------------------------------- Unicode
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("mark", [True, False])
+def test_other_encodings_of_unicode(tmp_path, monkeypatch, encoding, mark):
+    monkeypatch.setattr(unicode, "_CHUNK", 7)  # which ends within characters
+    rows = [{"text": f"{n} naïve 東京 😀 \u2028 \x85"} for n in range(5)]
+    begin = "\ufeff" if mark and encoding[-3:] in ("-le", "-be") else ""
+
+    def encoded(text):
+        return (begin + text).encode(encoding)
+
+    jsonl = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    array = json.dumps(rows, ensure_ascii=False, indent=1)
+    table = "text\tn\r\n" + "".join(f"{row['text']}\t\r\n" for row in rows)
+    for name, text in {"x.jsonl": jsonl, "x.json": array, "x.tsv": table}.items():
+        found = [{"text": row["text"]} for row in content(put(tmp_path / name, encoded(text)))]
+        assert found == rows
+        packed = put(tmp_path / f"{name}.gz", gzip.compress(encoded(text)))
+        assert [{"text": row["text"]} for row in content(packed)] == rows
+    lines = put(tmp_path / "x.txt", encoded("a\r\nb"))
+    assert [row[files.STREAM] for row in content(lines)] == ["a\r\n", "b"]
 
 
 # ---------------------------------------------------------------------------------- JSON
@@ -289,8 +371,8 @@ def test_values_of_csv(tmp_path):
         ("a;b|c\n1;2|3\n", ["x.csv:1", "';' or '|'"]),
         ("a,b\n1,2\n\ufeffa,b\n3,4\n", ["x.csv:3", "the header again"]),
         ("\xe4,b\n1,2\n".encode("latin-1"), ["x.csv:1", "iconv"]),
-        ("a,b\n1,2\n".encode("utf-16"), ["UTF-16", "iconv"]),
-        ("a,b\n1,2\n".encode("utf-32"), ["UTF-32"]),
+        ("a,b\n1,2\n".encode("utf-16")[:-1], ["x.csv", "within a character"]),
+        ("a,b\n1,2\n\ud83d,3\n".encode("utf-16", "surrogatepass"), ["x.csv:3", "UTF-16"]),
     ],
 )
 def test_csv_that_is_refused(tmp_path, text, words):

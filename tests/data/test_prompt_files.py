@@ -39,6 +39,14 @@ def test_each_line_of_a_text_file_is_a_prompt(tmp_path):
     assert [each.origin for each in found] == [f"{path}:{n}" for n in (1, 4, 5)]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_lines_in_utf_16_are_read(tmp_path, encoding):
+    """PowerShell 5 writes them with >."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("one 東京\r\ntwo\r\n".encode(encoding))
+    assert [each.value for each in prompt_files.read(path)] == ["one 東京", "two"]
+
+
 def test_a_pipe_is_read_once(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
