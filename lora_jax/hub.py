@@ -13,6 +13,9 @@ from lora_jax import errors, extras
 _BESIDE_WEIGHTS = [
     "generation_config.json",
     "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",

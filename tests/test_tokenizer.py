@@ -1,7 +1,9 @@
 """Folders → tokenizers, text → ids."""
 
+import base64
+import functools
+import io
 import json
-import shutil
 import sys
 
 import pytest
@@ -17,24 +19,27 @@ def folder(tmp_path):
     return tiny_tokenizer.save(tmp_path / "model")
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory):
-    """A SentencePiece BPE model trained as LLaMA's was: byte fallback, spaces kept."""
+SCRIPTS = [*TEXTS, "Здравствуй, мир 12345", "مرحبا हिन्दी 한국어 ไทย", "e\u0301 ﬁ ２ don't\r\n\tI'M"]
+LLAMA = {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+SYMBOLS = {"user_defined_symbols": ("<|im_start|>", "<|im_end|>")}
+
+
+@functools.cache
+def sentencepiece_model(**how):
+    """A SentencePiece model of 340 pieces, as bytes."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    path = tmp_path_factory.mktemp("spm") / "tokenizer"
     words = [f"{a}{b}  {b}{a}{a} the cat's {a} mat, {b}" for a in "abcdefgh" for b in "xyzuvw"]
+    trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words),
-        model_prefix=str(path),
-        model_type="bpe",
+        model_writer=trained,
         vocab_size=340,
-        byte_fallback=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
         num_threads=1,
         minloglevel=2,
+        hard_vocab_limit=False,
+        **{"model_type": "bpe", "byte_fallback": True, **how},
     )
-    return path.with_suffix(".model")
+    return trained.getvalue()
 
 
 def test_tokenizer_json_is_read_as_it_is(folder):
@@ -111,40 +116,172 @@ def test_an_eos_id_that_is_none_is_named(folder, given):
         tokenizer.eos_ids(tokenizer.load(folder), folder)
 
 
-def test_sentencepiece_alone_is_converted_exactly(sentencepiece_model, tmp_path):
+@pytest.mark.parametrize(
+    "how",
+    [
+        LLAMA,
+        LLAMA | {"add_dummy_prefix": False},
+        LLAMA | {"byte_fallback": False},
+        LLAMA | SYMBOLS,
+        LLAMA | {"control_symbols": ("[INST]", "[/INST]")},
+        {"normalization_rule_name": "identity"},
+        {},
+        LLAMA | {"model_type": "unigram"},
+        {"model_type": "unigram", "byte_fallback": False, **SYMBOLS},
+        {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc_cf"},
+        LLAMA | {"model_type": "char", "byte_fallback": False},
+    ],
+    ids=lambda how: "-".join(map(str, how.values())) or "nfkc",
+)
+def test_sentencepiece_alone_is_converted_exactly(tmp_path, how):
     import sentencepiece
 
-    shutil.copy(sentencepiece_model, tmp_path / "tokenizer.model")
+    model = sentencepiece_model(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in how.items()}
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model)
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "LlamaTokenizer", "chat_template": "{{ 1 + 1 }}"})
     )
     loaded = tokenizer.load(tmp_path)
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
-    for text in [*TEXTS, "ab  baa the cat's", "gxgx  the  mat"]:
-        assert loaded(text).input_ids == [reference.bos_id(), *reference.encode(text)]
-        assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == text
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in [*SCRIPTS, "ab  baa the cat's", "gxgx  the  mat", "<|im_start|>ab<|im_end|> cd"]:
+        ids = reference.encode(text)
+        assert loaded(text).input_ids == [reference.bos_id(), *ids]
+        if reference.unk_id() not in ids:
+            assert loaded.decode(ids) == reference.decode(ids)
     assert loaded.eos_token_id == reference.eos_id()
     assert loaded.chat_template == "{{ 1 + 1 }}"
     assert [path.name for path in tmp_path.iterdir() if path.name == "tokenizer.json"] == []
 
 
-def test_sentencepiece_alone_without_the_package(sentencepiece_model, tmp_path, monkeypatch):
-    shutil.copy(sentencepiece_model, tmp_path / "tokenizer.model")
+def test_sentencepiece_alone_without_the_package(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**LLAMA))
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(errors.UserError, match="pip install sentencepiece"):
         tokenizer.load(tmp_path)
 
 
-def test_other_sentencepiece_models_are_refused(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"the {a}{b} cat" for a in "abcdefgh" for b in "xyzuvw"]),
-        model_prefix=str(tmp_path / "tokenizer"),
-        model_type="unigram",
-        vocab_size=24,
-        minloglevel=2,
+@pytest.mark.parametrize("how", [{"model_type": "word"}, {"treat_whitespace_as_suffix": True}])
+def test_other_sentencepiece_models_are_refused(tmp_path, how):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**how))
+    with pytest.raises(errors.UserError, match="encodes differently"):
+        tokenizer.load(tmp_path)
+
+
+def vocabulary(folder, model_type, **config):
+    """A folder with vocab.json and merges.txt."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
+    trained.train_from_iterator([*SCRIPTS * 3, "12 123 1234 é"], trainer)
+    folder.mkdir(exist_ok=True)
+    trained.model.save(str(folder))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+ADDED = {
+    str(300 + n): {"content": text, "special": True, "normalized": False}
+    for n, text in enumerate(("<|im_start|>", "<|im_end|>"))
+}
+NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "added_tokens_decoder": ADDED}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("llama", {"tokenizer_class": "GPT2Tokenizer"}),
+        ("llama", {"tokenizer_class": "GPT2Tokenizer", **NAMED, "chat_template": "{{ 1 }}"}),
+        ("llama", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
+        ("qwen2", {}),
+        ("qwen3", {"tokenizer_class": "Qwen2Tokenizer", **NAMED, "bos_token": None}),
+    ],
+)
+def test_vocab_and_merges_are_read_as_by_transformers(tmp_path, model_type, config):
+    import transformers
+
+    folder = vocabulary(tmp_path, model_type, **config)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    loaded = tokenizer.load(folder)
+    for text in [*SCRIPTS, "<|im_start|>user\nab<|im_end|>"]:
+        ids = reference(text).input_ids
+        assert loaded(text).input_ids == ids
+        assert loaded.decode(ids) == reference.decode(ids)
+    for name in ("bos_token_id", "eos_token_id", "chat_template"):
+        assert getattr(loaded, name) == getattr(reference, name)
+    assert len(loaded) == len(reference)
+
+
+def test_vocab_and_merges_of_an_adapter_are_copied(tmp_path):
+    adapter = vocabulary(tmp_path / "adapter", "llama", tokenizer_class="GPT2Tokenizer")
+    base = tiny_tokenizer.save(tmp_path / "base")
+    assert len(tokenizer.load(base, adapter)) == len(tokenizer.load(adapter)) == 300
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    tokenizer.copy(adapter, merged)
+    assert (
+        tokenizer.load(merged)("naïve 12").input_ids
+        == tokenizer.load(adapter)("naïve 12").input_ids
     )
-    with pytest.raises(errors.UserError, match="BPE"):
+
+
+def test_vocab_and_merges_without_a_class_are_refused(tmp_path):
+    for config in ({}, {"tokenizer_class": "LlamaTokenizer"}):
+        with pytest.raises(errors.UserError, match='set "tokenizer_class"'):
+            tokenizer.load(vocabulary(tmp_path, "llama", **config))
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(errors.UserError, match=r"no merges\.txt"):
+        tokenizer.load(tmp_path)
+
+
+def tekken(folder, **entries):
+    """A folder with Mistral's kind of file: 256 bytes, and two tokens more."""
+    tokens = [bytes([n]) for n in range(256)] + [b"ab", b" ab"]
+    special = [{"rank": n, "token_str": token, "is_control": True}
+               for n, token in enumerate(("<unk>", "<s>", "</s>", "[INST]"))]  # fmt: skip
+    config = {"pattern": r" ?\p{L}+|\p{N}|\s+|[^\s]", "default_vocab_size": 268,
+              "default_num_special_tokens": 10}  # fmt: skip
+    vocab = [{"rank": n, "token_bytes": base64.b64encode(token).decode()}
+             for n, token in enumerate(tokens)]  # fmt: skip
+    raw = {"config": config, "vocab": vocab, "special_tokens": special} | entries
+    (folder / "tekken.json").write_text(json.dumps(raw))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    return folder
+
+
+def test_tekken_is_read(tmp_path):
+    pytest.importorskip("transformers", "5.24", reason="older ones need mistral-common")
+    loaded = tokenizer.load(tekken(tmp_path))
+    assert loaded("ab ab\n[INST]é").input_ids == [1, 266, 267, 10 + 10, 3, 10 + 0xC3, 10 + 0xA9]
+    assert loaded.decode([266, 267, 205, 179], skip_special_tokens=True) == "ab abé"
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.unk_token_id) == (1, 2, 0)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"add_bos_token": false, "eos_token": "[INST]"}'
+    )
+    loaded = tokenizer.load(tmp_path)
+    assert loaded("ab").input_ids == [266] and loaded.eos_token_id == 3
+
+
+def test_files_that_need_a_package_name_it(tmp_path):
+    old = tekken(tmp_path)
+    raw = json.loads((old / "tekken.json").read_text())
+    del raw["special_tokens"]  # of Mistral NeMo's time: the package knows them
+    (old / "tekken.json").write_text(json.dumps(raw))
+    with pytest.raises(errors.UserError, match="mistral-common"):
+        tokenizer.load(old)
+    (tmp_path / "tekken.json").unlink()
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # LLaMA 3's
+    with pytest.raises(errors.UserError, match="pip install tiktoken"):
         tokenizer.load(tmp_path)
 
 

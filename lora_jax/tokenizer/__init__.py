@@ -1,6 +1,7 @@
 """A model folder → its tokenizer, and text → ids for both training and generation.
 
 Imports no jax. transformers, which takes seconds to import, is imported when a tokenizer is loaded.
+May import `hub`. `conversion` reads tokenizers that have no tokenizer.json.
 """
 
 import json
@@ -12,13 +13,15 @@ import typing
 from collections.abc import Iterable, Sequence
 
 from lora_jax import errors, extras, hub
+from lora_jax.tokenizer import conversion
 
 if typing.TYPE_CHECKING:
-    import tokenizers
     import transformers
 
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# The first that is there is read.
+_TOKENIZERS = ("tokenizer.json", *conversion.FILES)
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # The default chat template, and a folder of others by their names.
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
@@ -34,10 +37,12 @@ def load(
     tokenizer.json is used as it is, whatever tokenizer_class says: transformers 5.23's
     LlamaTokenizer (AutoTokenizer's choice) rebuilds it and encodes runs of spaces differently from
     the model's own SentencePiece. tokenizer_config.json (add_bos_token, special tokens) and the
-    chat template are respected. Without tokenizer.json, tokenizer.model is converted.
+    chat template are respected. Without tokenizer.json, another file is converted; see
+    `conversion`.
 
     Raises:
-      errors.UserError: the tokenizer is missing or unreadable, or sentencepiece is not installed.
+      errors.UserError: the tokenizer is missing or unreadable, or a package that converts it is not
+        installed.
     """
     extras.require("transformers", "tokenizers")  # older ones add bos and eos in other ways
     folder = pathlib.Path(folder)
@@ -57,11 +62,11 @@ def load(
             hub.refuse_lfs_pointer(folder / name)
     if (folder / "tokenizer.json").is_file():
         return _from_json(folder, folder)
-    if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(folder)
+    if any((folder / name).is_file() for name in conversion.FILES):
+        return _converted(folder)
     raise errors.UserError(
-        expected="tokenizer.json or tokenizer.model",
-        found="neither",
+        expected="tokenizer.json or tokenizer.model, or vocab.json and merges.txt, or tekken.json",
+        found="none of them",
         where=str(folder),
         do="copy the tokenizer files of the base model into the folder",
     )
@@ -71,8 +76,7 @@ def copy(adapter: str | pathlib.Path, into: str | pathlib.Path) -> None:
     """Copies what `load` takes from an adapter's folder over the files of a model."""
     own, into = pathlib.Path(adapter), pathlib.Path(into)
     if any((own / name).is_file() for name in _TOKENIZERS):
-        for name in (*_TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json",
-                     "added_tokens.json"):  # fmt: skip
+        for name in (*_TOKENIZERS, "merges.txt", *_BESIDE):
             if (own / name).is_file():
                 shutil.copyfile(own / name, into / name)
     templates = _chat_templates(own)
@@ -303,107 +307,17 @@ def _from_json(
         transformers.logging.set_verbosity(before)
 
 
-def _from_sentencepiece(folder: pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
-    """The tokenizer from tokenizer.model, converted, with the other tokenizer files of `folder`."""
+def _converted(folder: pathlib.Path) -> "transformers.PreTrainedTokenizerBase":
+    """The tokenizer of a folder without tokenizer.json, from the other files that it may have."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = pathlib.Path(temporary)
-        for name in (
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            _TEMPLATE,
-        ):
+        for name in (*_BESIDE, _TEMPLATE):
             if (folder / name).is_file():
                 shutil.copy(folder / name, copy / name)
         if (folder / _TEMPLATES).is_dir():
             shutil.copytree(folder / _TEMPLATES, copy / _TEMPLATES)
-        backend, named = _convert(folder / "tokenizer.model")
+        backend, settings = conversion.convert(folder)
         backend.save(str(copy / "tokenizer.json"))
         path = copy / "tokenizer_config.json"
-        # LLaMA's own default if the file does not say: a BOS in front.
-        config = {"add_bos_token": True, **named, **_read_json(path)}
-        path.write_text(json.dumps(config), encoding="utf-8")
+        path.write_text(json.dumps(settings | _read_json(path)), encoding="utf-8")
         return _from_json(copy, folder)
-
-
-def _convert(path: pathlib.Path) -> tuple["tokenizers.Tokenizer", dict[str, str]]:
-    """A SentencePiece BPE model as a tokenizers.Tokenizer, and its bos, eos and unk tokens.
-
-    Every split of a piece into two pieces is a merge, in the order of the pieces' scores. The
-    normalizer adds the dummy space and replaces spaces, as SentencePiece does (transformers 5.23's
-    converter adds no dummy space before a leading space).
-    """
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise errors.UserError(
-            expected="tokenizer.json, or the sentencepiece package to convert tokenizer.model",
-            found="tokenizer.model alone, and sentencepiece is not installed",
-            where=str(path),
-            do="pip install sentencepiece",
-        ) from error
-    import tokenizers
-    from tokenizers import AddedToken, decoders, models, normalizers, processors
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except Exception as error:
-        raise errors.UserError(
-            expected="a SentencePiece model",
-            found=f"{type(error).__name__}: {error}",
-            where=str(path),
-            do="copy tokenizer.json of the base model into the folder",
-        ) from error
-
-    pieces = {model.id_to_piece(i): i for i in range(len(model))}
-    merges = []
-    for piece, i in pieces.items():
-        if model.is_control(i) or model.is_byte(i) or model.is_unknown(i):
-            continue
-        splits = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
-        splits = [(a, b) for a, b in splits if a in pieces and b in pieces]
-        splits.sort(key=lambda ab: (pieces[ab[0]], pieces[ab[1]]))
-        merges += [(model.get_score(i), ab) for ab in splits]
-    merges.sort(key=lambda scored: -scored[0])  # stable: equal scores keep the order of the pieces
-
-    unk = model.id_to_piece(model.unk_id())
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            pieces, [ab for _, ab in merges], unk_token=unk, fuse_unk=True, byte_fallback=True
-        )
-    )
-    dummy = model.normalize("a") != "a"
-    collapses = "▁▁" not in model.normalize("a  b")
-    squeeze = [
-        normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
-        normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
-    ]
-    backend.normalizer = normalizers.Sequence(
-        squeeze * collapses + [normalizers.Prepend("▁")] * dummy + [normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + [decoders.Strip(" ", 1, 0)] * dummy
-    )
-    special = [p for p, i in pieces.items() if model.is_control(i) or model.is_unknown(i)]
-    backend.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in special])
-    named = {"unk_token": unk}
-    for key, i in (("bos_token", model.bos_id()), ("eos_token", model.eos_id())):
-        if i >= 0:
-            named[key] = model.id_to_piece(i)
-    if "bos_token" in named:
-        bos = named["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces[bos])]
-        )
-
-    probe = "Hello  world,\n  naïve 12 tests: x=y; 東京 \t end "
-    ours = backend.encode(probe, add_special_tokens=False).ids
-    if ours != model.encode(probe):
-        raise errors.UserError(
-            expected="a SentencePiece model of type BPE without a text normalizer, like LLaMA's",
-            found="another type: the converted tokenizer encodes differently",
-            where=str(path),
-            do="copy tokenizer.json of the base model into the folder",
-        )
-    return backend, named
