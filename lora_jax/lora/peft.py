@@ -108,7 +108,8 @@ def settings(folder: pathlib.Path | str) -> dict[str, Any]:
             expected="an adapter folder with adapter_config.json and adapter_model.safetensors",
             found="no adapter_config.json",
             where=str(folder),
-            do="pass the folder that a training run wrote as OUTPUT_DIR/adapter",
+            do=_inside(pathlib.Path(folder))
+            or "pass the folder that a training run wrote as OUTPUT_DIR/adapter",
         )
     hub.refuse_lfs_pointer(path)
     try:
@@ -120,6 +121,13 @@ def settings(folder: pathlib.Path | str) -> dict[str, Any]:
             expected="a JSON object", found=str(error), where=str(path), do="copy the file again"
         ) from None
     return raw
+
+
+def _inside(folder: pathlib.Path) -> str:
+    """What to do about the folder of a run that was passed in place of its adapter; "" if not."""
+    found = sorted(path.parent for path in folder.glob(f"*/{_SETTINGS}"))
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return f"pass one of the adapters in it, such as {newest}" if newest else ""
 
 
 def config(folder: pathlib.Path | str) -> lora_config.LoRAConfig:

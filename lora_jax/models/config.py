@@ -188,7 +188,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         rope=rope,
         dtype="bfloat16" if dtype == "float16" else dtype,
         quantization=model_quantization.parse(stored, where)
-        if (stored := raw.get("quantization_config"))
+        if (stored := model_quantization.declared(raw))
         else None,
     )
 

@@ -67,6 +67,16 @@ def choose(asked: str | None, stored: Quantization | None, where: str) -> str:
     return stored.fmt
 
 
+def declared(config: Mapping[str, Any]) -> Any:
+    """What a config.json says about quantization; nothing for a dense model.
+
+    Older versions of mlx-lm wrote it under a name of their own.
+    """
+    of_mlx = config.get("quantization")
+    is_there = isinstance(of_mlx, Mapping) and "bits" in of_mlx
+    return config.get("quantization_config") or (of_mlx if is_there else None)
+
+
 def parse(raw: Any, where: str) -> Quantization:
     """Quantization from config.json's `quantization_config`.
 
@@ -83,9 +93,12 @@ def parse(raw: Any, where: str) -> Quantization:
     if method is None and (raw.get("load_in_4bit") or raw.get("load_in_8bit")):
         method = "bitsandbytes"  # old files do not name it
     if not isinstance(method, str) or method not in _READERS:
+        of_mlx = method is None and {"bits", "group_size"} <= raw.keys()
         raise errors.UserError(
             expected=f"a checkpoint that is dense or quantized by {', '.join(_READERS)}",
-            found=f"quant_method {config_values.shown(method)}",
+            found="one that mlx-lm quantized"
+            if of_mlx
+            else f"quant_method {config_values.shown(method)}",
             where=where,
             do="pass the model before quantization: --quant rounds it while it loads",
         )

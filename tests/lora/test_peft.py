@@ -317,6 +317,30 @@ def test_names_of_other_writers_are_read(tmp_path):
     check_logits(llama(tmp_path), arrays("lora_qv/eval_logits.npz"), "logits", 1e-4)
 
 
+def test_weights_of_the_base_in_an_adapter_replace_them(adapter):
+    """PEFT loads them into the base, also those of some layers of what is a stack here."""
+    model, tokens = llama(), jnp.arange(1, 9)[None]
+    kernel = model.model.layers.self_attn.q_proj.kernel
+    kernel.set_value(kernel[...].at[1].multiply(2))
+    more = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.base_layer.weight":
+        np.asarray(kernel[layer].T)
+        for layer in range(len(kernel[...]))
+    }  # fmt: skip
+    peft.load(model, adapter)
+    expected = np.asarray(model(tokens))
+    file = adapter / "adapter_model.safetensors"
+    own = safetensors.numpy.load_file(file)
+    assert not np.allclose(llama(adapter)(tokens), expected, atol=1e-3)
+    for layers in ([1], range(len(more))):
+        given = {name: array for n, (name, array) in enumerate(more.items()) if n in layers}
+        safetensors.numpy.save_file(own | given, file)
+        np.testing.assert_array_equal(llama(adapter)(tokens), expected)
+    packed = loader.load(GOLDEN / "models/llama", quantization="int8", mesh=ONE)
+    with pytest.raises(errors.UserError, match=r"not quantized(.|\n)*layers\.1.*base_layer"):
+        peft.load(packed, adapter)
+
+
 def rewrite(folder, change):
     """Replaces the tensors in an adapter's file by change(name, array), (another name, array)."""
     file = folder / "adapter_model.safetensors"

@@ -27,6 +27,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def folder(path, tensors=TENSORS, **changes):
+    path.mkdir(exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps(RAW | changes))
     safetensors.numpy.save_file(tensors, path / WEIGHTS)
     return path
@@ -239,6 +240,13 @@ def test_trained_biases_are_named(tmp_path):
     more = TENSORS | {f"{Q}.base_layer.bias": np.ones(4, np.float32)}
     with pytest.raises(errors.UserError, match=r"q_proj\.base_layer\.bias, with bias = 'all'"):
         peft.read(folder(tmp_path, more, bias="all"))
+
+
+def test_the_folder_of_a_run_names_its_adapters(tmp_path):
+    for number in (5, 10):
+        folder(tmp_path / f"checkpoint-{number}")
+    with pytest.raises(errors.UserError, match=r"such as .*/checkpoint-10"):
+        peft.settings(tmp_path)
 
 
 def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):

@@ -33,11 +33,20 @@ def test_quant_of_a_quantized_checkpoint(stored, asked, expected):
         quantization_config.choose(asked, stored, "folder")
 
 
+def test_older_models_of_mlx_lm_are_known_as_quantized():
+    of_mlx = {"quantization": {"bits": 4, "group_size": 64}}
+    assert quantization_config.declared(of_mlx) == of_mlx["quantization"]
+    assert quantization_config.declared({"quantization": "none"}) is None
+    other = {"quant_method": "gptq"}
+    assert quantization_config.declared(of_mlx | {"quantization_config": other}) == other
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
         *(({"quant_method": name}, name) for name in
           ("fp8", "compressed-tensors", "aqlm", "hqq", "mxfp4", "torchao", "auto-round")),
+        ({"bits": 4, "group_size": 64}, "mlx-lm"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_8bit"),
         ({"load_in_8bit": True}, "load_in_8bit"),
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "8 bits"),

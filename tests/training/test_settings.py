@@ -198,6 +198,15 @@ def test_yaml_keeps_all_settings(given, tmp_path):
     assert next(both) == next(both)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_yaml_of_other_programs_is_read(encoding, tmp_path):
+    """Windows' editors write a byte order mark, and PowerShell UTF-16."""
+    path = tmp_path / "config.yaml"
+    path.write_bytes("rank: 4\r\nlr: 2e-4\r\nprompt: [Ünï]\r\n".encode(encoding))
+    found = settings.load(path).flat()
+    assert (found["rank"], found["lr"], found["prompt"]) == (4, 2e-4, ["Ünï"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lora_jax import errors
@@ -124,8 +125,27 @@ def _attach(model, adapter, untrained, where) -> None:
     for whole in wholes:
         whole.begin(adapter.saved)
     for site in found:
-        if (base := adapter.saved.get(f"{site.names[0]}.base_layer.weight")) is not None:
-            site.set_matrix(jnp.asarray(base if site.kind == "embedding" else base.T))
+        _set_base(site, adapter, where)
+
+
+def _set_base(site: sites.Site, adapter: lora_adapter.Adapter, where: str) -> None:
+    """Gives the layers of a site the weights of the base that the adapter has for them."""
+    given = {n: base for n, name in enumerate(site.names)
+             if (base := adapter.saved.get(f"{name}.base_layer.weight")) is not None}  # fmt: skip
+    if not given:
+        return
+    if quant_linear.packed_of(site.module):
+        raise errors.UserError(
+            expected="an adapter without weights of the base, or a base that is not quantized",
+            found=[f"{site.names[n]}.base_layer.weight" for n in given],
+            where=where,
+            do="load the base with --quant none",
+        )
+    matrix = site.matrix()
+    for n, base in given.items():
+        index = np.unravel_index(n, site.lead)
+        matrix = matrix.at[index].set(base if site.kind == "embedding" else base.T)
+    site.set_matrix(matrix)
 
 
 def check(model: nnx.Module, adapter: lora_adapter.Adapter, *, where: str = "the adapter") -> None:

@@ -26,7 +26,7 @@ def read(path: pathlib.Path | str) -> File:
 
     do = None
     try:
-        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+        text = pathlib.Path(path).expanduser().read_bytes()  # UTF-8, or UTF-16 with a mark
         found, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
         problem = None if isinstance(found, dict | None) else f"a {type(found).__name__}"
     except OSError as error:
