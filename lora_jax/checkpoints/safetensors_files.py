@@ -88,17 +88,7 @@ def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
             do="download the missing files",
         )
     if not files:
-        pickles = [p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern)]
-        raise errors.UserError(
-            expected="weights in *.safetensors",
-            found=f"only {', '.join(pickles)}: a pickle can run code, so it is not read"
-            if pickles
-            else "no weights",
-            where=str(folder),
-            do="use a revision with safetensors, or convert it where torch is installed: "
-            'python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('
-            f"'{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\"; and copy the tokenizer",
-        )
+        raise _no_safetensors(folder)
     stored, damaged = {}, []
     for file in files:
         hub.refuse_lfs_pointer(file)
@@ -119,6 +109,24 @@ def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
             do="download these files again; they are truncated or not safetensors",
         )
     return stored
+
+
+def _no_safetensors(folder: pathlib.Path) -> errors.UserError:
+    pickles = [p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern)]
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    found, how = "no weights", "dtype='auto'"
+    if pickles:
+        found = f"only {', '.join(pickles)}: a pickle can run code, so it is not read"
+    elif ggufs:
+        found, how = f"only {', '.join(ggufs)}: GGUF is not read", f"gguf_file='{ggufs[0]}'"
+    return errors.UserError(
+        expected="weights in *.safetensors",
+        found=found,
+        where=str(folder),
+        do="use a revision with safetensors, or convert it where torch is installed: "
+        'python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('
+        f"'{folder}', {how}).save_pretrained('NEW_FOLDER')\"; and copy the tokenizer",
+    )
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:

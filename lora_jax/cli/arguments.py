@@ -162,6 +162,11 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+_HUB_PAGE = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface|hf)\.co/|hf://)(?:datasets/)?([\w.-]+/[\w.-]+)"
+)
+
+
 def _refuse_urls(typed: Given) -> None:
     """Raises UserError if a path is a URL such as gs://…, s3://… or hf://…"""
     urls = {
@@ -174,9 +179,20 @@ def _refuse_urls(typed: Given) -> None:
         raise errors.UserError(
             expected="local paths, or ids of the Hugging Face hub (owner/name)",
             found=[f"{flag} {url}" for flag, url in urls.items()],
-            do="copy the files to a local disk (gcloud storage cp -r gs://bucket/folder . ), or "
-            "mount the bucket with gcsfuse and give the path there",
+            do="; ".join(dict.fromkeys(map(_in_place_of, urls.values()))),
         )
+
+
+def _in_place_of(url: str) -> str:
+    """What to pass in place of a URL."""
+    if page := _HUB_PAGE.match(url):
+        return f"pass its id, {page[1]}"
+    if url.startswith(("http://", "https://", "file://")):
+        return "download the file, and pass its path"
+    return (
+        "copy the files to a local disk (gcloud storage cp -r gs://bucket/folder . ), or mount the "
+        "bucket with gcsfuse and give the path there"
+    )
 
 
 def _values(value: str | Sequence[str]) -> Sequence[str]:

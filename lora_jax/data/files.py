@@ -44,7 +44,15 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
 
 def form_of(path: pathlib.Path) -> "_Format":
     """How a file is read. Raises: UserError if its suffix is unknown."""
-    suffix = compression.name(path).suffix
+    name = compression.name(path)
+    suffix, inner = name.suffix, name.with_suffix("").suffix
+    if suffix == ".txt" and inner in FORMATS:
+        raise errors.UserError(
+            expected="a data file with one suffix, which says what is in it",
+            found=f"{inner}.txt, as Windows names a file that is saved as text",
+            where=str(path),
+            do=f"rename it: {inner} for examples, .txt for a stream of text",
+        )
     if suffix not in FORMATS:
         raise errors.UserError(
             expected=f"a data file ending in {', '.join(FORMATS)}, each also with "

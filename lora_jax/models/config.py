@@ -90,13 +90,15 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     """config.json as it is. Raises: UserError if it is no JSON object."""
     folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
+        is_adapter = (folder / "adapter_config.json").exists()
         raise errors.UserError(
             expected="a Hugging Face model folder with config.json",
-            found="an adapter's folder" if (folder / "adapter_config.json").exists()
-            else "no config.json",
+            found="an adapter's folder" if is_adapter else "no config.json",
             where=str(folder),
-            do="pass the folder that holds config.json and *.safetensors, or a hub id",
-        )  # fmt: skip
+            do="pass its base, and the adapter with --adapter; or merge them with lora-jax merge"
+            if is_adapter
+            else "pass the folder that holds config.json and *.safetensors, or a hub id",
+        )
     return _json_object(folder / "config.json")
 
 

@@ -292,6 +292,14 @@ def test_a_folder_without_weights_is_named(folder):
     with pytest.raises(errors.UserError, match="no weights") as raised:
         loader.load(folder, mesh=one_device())
     assert str(folder) in str(raised.value)
+    (folder / "model-q4_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(errors.UserError, match=r"(?s)only model-q4_0\.gguf.*gguf_file="):
+        loader.load(folder, mesh=one_device())
+
+
+def test_an_adapter_passed_as_a_model_is_named():
+    with pytest.raises(errors.UserError, match="--adapter"):
+        loader.load(MODELS.parent / "lora_qv" / "final_adapter", mesh=one_device())
 
 
 BIG = dict(

@@ -185,6 +185,12 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--dataset a b --weights 1/3,x", "3,1 or 0.75,0.25"),
         ("--dataset a b --weights 0.333333,0.666667", "with a sum of at most 100000"),
         ("--dataset a gs://bucket/b", "--dataset gs://bucket/b to do: copy"),
+        (
+            "--dataset https://huggingface.co/datasets/openai/gsm8k/tree/main",
+            "to do: pass its id, openai/gsm8k",
+        ),
+        ("--dataset hf://datasets/openai/gsm8k", "to do: pass its id, openai/gsm8k"),
+        ("--dataset https://example.org/x.jsonl", "to do: download the file"),
         ("--max-steps 3 --epochs 2", "--max-steps and --epochs"),
         ("--use-4bit --quant nf4", "int4, nf4"),
         ("--quant-fast", "--quant-fast with --quant none"),

@@ -216,6 +216,8 @@ def test_a_zip_that_is_refused(tmp_path):
 def test_files_of_other_programs_name_the_way(tmp_path):
     assert "CSV UTF-8" in refusal(put(tmp_path / "x.xlsx", b"PK\3\4"))
     assert "unpack" in refusal(put(tmp_path / "x.tar.gz", gzip.compress(b"x")))
+    assert ".jsonl for examples" in refusal(put(tmp_path / "x.jsonl.txt", LINES))
+    assert content(put(tmp_path / "v1.2.txt", "a")) == [{files.STREAM: "a"}]
 
 
 # ---------------------------------------------------------------------------------- Unicode
