@@ -64,6 +64,15 @@ def test_tokenizer_config_is_respected(folder):
     assert tokenizer.load(folder).apply_chat_template(chat, tokenize=False) == "from the file"
 
 
+@pytest.mark.parametrize("length", [2, "1e30", None])
+def test_model_max_length_changes_nothing(folder, length):
+    tiny_tokenizer.save(folder, model_max_length=length, chat_template="{{ messages[0].content }}")
+    loaded = tokenizer.load(folder)
+    assert len(tokenizer.encode(loaded, ["ab cd ab"])[0]) > 2
+    assert len(tokenizer.chat_prompt(loaded, "ab cd ab")) > 2
+    assert loaded.model_max_length > 10**9  # of which transformers would warn
+
+
 def test_code_in_the_folder_does_not_run(folder):
     (folder / "evil.py").write_text("raise SystemExit('executed')\nclass Evil: pass\n")
     tiny_tokenizer.save(folder, auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})

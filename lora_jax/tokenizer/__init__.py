@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import typing
 from collections.abc import Iterable, Sequence
@@ -293,8 +294,14 @@ def _from_json(
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
+        # model_max_length has no effect but a warning that the model cannot take longer texts. The
+        # model's own limits count, of which many tokenizers do not know.
         return transformers.PreTrainedTokenizerFast.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, **explicit
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            model_max_length=sys.maxsize,
+            **explicit,
         )
     except Exception as error:  # the Rust library raises bare Exceptions
         raise errors.UserError(
