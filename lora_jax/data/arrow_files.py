@@ -29,7 +29,7 @@ def table(path: pathlib.Path) -> "pyarrow.Table":
             source: typing.Any = pyarrow.BufferReader(file.read())
     else:
         source = pyarrow.memory_map(str(path))
-    if compression.name(path).suffix == ".parquet":
+    if compression.content_name(path).suffix == ".parquet":
         with pyarrow.parquet.ParquetFile(source) as file:
             return file.read()
     try:
@@ -44,7 +44,7 @@ def read(path: pathlib.Path, start: Position) -> Iterator[Record]:
     import pyarrow
 
     try:
-        if compression.name(path).suffix != ".parquet" or compression.is_compressed(path):
+        if compression.content_name(path).suffix != ".parquet" or compression.is_compressed(path):
             yield from records_of(table(path), str(path), start[1])
         else:
             yield from _parquet(path, start[1])

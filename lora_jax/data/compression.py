@@ -21,18 +21,21 @@ _CHUNK = 2**20
 
 
 def name(path: pathlib.Path) -> pathlib.PurePath:
-    """The name of a file without a suffix of compression, in small letters.
-
-    That of a .zip without another suffix is the name of the file in it.
-    """
+    """The name of a file without a suffix of compression, in small letters."""
     plain = pathlib.PurePath(path.name.lower())
-    if plain.suffix not in SUFFIXES:
-        return plain
-    inner = plain.with_suffix("")
-    if plain.suffix == ".zip" and not inner.suffix and zipfile.is_zipfile(path):
+    return plain.with_suffix("") if plain.suffix in SUFFIXES else plain
+
+
+def content_name(path: pathlib.Path) -> pathlib.PurePath:
+    """The same; that of a .zip without another suffix is the name of the file in it.
+
+    Raises: UserError if an archive has several.
+    """
+    plain = name(path)
+    if path.suffix.lower() == ".zip" and not plain.suffix and zipfile.is_zipfile(path):
         with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             return pathlib.PurePath(_only_member(archive, path).filename.lower())
-    return inner
+    return plain
 
 
 def opened(path: pathlib.Path) -> io.BufferedIOBase:

@@ -44,7 +44,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
 
 def form_of(path: pathlib.Path) -> "_Format":
     """How a file is read. Raises: UserError if its suffix is unknown."""
-    name = compression.name(path)
+    name = compression.content_name(path)
     suffix, inner = name.suffix, name.with_suffix("").suffix
     if suffix == ".txt" and inner in FORMATS:
         raise errors.UserError(

@@ -96,7 +96,7 @@ def _agrees(backend: "tokenizers.Tokenizer", model: "sentencepiece.SentencePiece
         i for i in range(len(model))
         if not (model.is_control(i) or model.is_byte(i) or model.is_unknown(i))
     ]  # fmt: skip
-    symbols = [model.id_to_piece(i) for i in plain if model.get_score(i) == 0][:8]
+    symbols = [model.decode([i]) for i in plain if model.get_score(i) == 0][:8]
     runs = [plain[start : start + 6] for start in range(0, len(plain), max(6, len(plain) // 64))]
     texts = [
         *_PROBE, *map(model.decode, runs), *(f"a{symbol}b {symbol} {symbol}c" for symbol in symbols)

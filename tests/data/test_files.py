@@ -176,7 +176,7 @@ def zipped(path, members, *, password=False):
     return path
 
 
-def test_a_file_in_a_zip(tmp_path):
+def test_a_file_in_a_zip(tmp_path, monkeypatch):
     table = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
     mac = {"in/": "", "in/a.JSONL": LINES, "__MACOSX/in/._a.JSONL": "no data"}
@@ -189,6 +189,13 @@ def test_a_file_in_a_zip(tmp_path):
         path = zipped(tmp_path / name, members)
         assert content(path) == ROWS
         assert origins(path) == [f"{name}:1", f"{name}:2"] or name == "y.zip"
+    table.unlink()
+    for name in ("kaggle.ZIP", "y.zip"):
+        (tmp_path / name).unlink()
+    put(tmp_path / "one" / "x.jsonl", LINES)  # beside the archive that it is from
+    zipped(tmp_path / "one" / "archive.zip", {"x.jsonl": LINES, "y.jsonl": LINES})
+    monkeypatch.chdir(tmp_path / "one")
+    assert content(tmp_path / "one") == content(".") == ROWS
     lines = {f"part/{n}.jsonl.zip": {"x": line} for n, line in enumerate(LINES.splitlines())}
     for name, members in lines.items():
         zipped(tmp_path / name, members)
