@@ -114,7 +114,7 @@ def _is_tiktoken(path: pathlib.Path) -> bool:
 
 
 def _of_tekken(folder: pathlib.Path) -> Converted:
-    way = "copy tokenizer.json of the base model, or pip install mistral-common transformers>=5.24"
+    way = "copy tokenizer.json of the base model, or pip install mistral-common"
     backend = _by_transformers(folder, folder / "tekken.json", do=way).backend
     tokens = zip(_NAMED, ("<s>", "</s>", "<unk>", "<pad>"), strict=True)
     named = {name: token for name, token in tokens if backend.token_to_id(token) is not None}
