@@ -1,12 +1,13 @@
 """NVIDIA GPUs as the driver lists them. The driver is asked by its command nvidia-smi."""
 
-import contextlib
 import csv
 import dataclasses
 import pathlib
 import re
 import shutil
 import subprocess
+
+from lora_jax.diagnosis import pci
 
 _WSL_FOLDER = "/usr/lib/wsl/lib"  # has nvidia-smi, but is not always in PATH
 _MIB = 2**20
@@ -94,10 +95,4 @@ def _bytes(mebibytes: str) -> int | None:
 
 
 def _on_bus() -> int:
-    """The number of display or 3D controllers with NVIDIA's PCI vendor id, 0x10de."""
-    found = 0
-    for device in pathlib.Path("/sys/bus/pci/devices").glob("*"):
-        with contextlib.suppress(OSError):
-            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
-            found += vendor == "0x10de" and kind.startswith(("0x0300", "0x0302"))
-    return found
+    return pci.count(pci.NVIDIA, pci.VGA, pci.CONTROLLER_3D)

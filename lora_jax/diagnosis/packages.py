@@ -17,7 +17,11 @@ def reinstall(system: System) -> str:
     newest = cuda(system) or max(CUDA)
     usable = [major for major in plugins(system) if major <= newest]
     extra = f"cuda{(usable or [newest])[0]}" if system.nvidia.gpus else ""
-    extra = "tpu" if system.tpu.chips else extra
+    return install(system, "tpu" if system.tpu.chips else extra)
+
+
+def install(system: System, extra: str = "") -> str:
+    """The pip line for jax with the extra, in the version that is installed."""
     installed = system.packages.get("jax", "")
     version = f"=={installed}" if re.fullmatch(r"[\d.]+", installed) else ""
     return f'pip install "jax[{extra}]{version}"' if extra else f'pip install "jax{version}"'

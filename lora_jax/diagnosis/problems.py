@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lora_jax.diagnosis import environment, gpus, packages, probe, tpus
+from lora_jax.diagnosis import amd, environment, gpus, packages, probe, tpus
 from lora_jax.diagnosis.problem import Problem
 from lora_jax.diagnosis.system import System
 
@@ -12,6 +12,7 @@ def problems(system: System) -> list[Problem]:
     found = [
         *packages.problems(system),
         *gpus.problems(system),
+        *amd.problems(system),
         *tpus.problems(system),
         *environment.problems(system),
     ]

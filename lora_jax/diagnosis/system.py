@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 
-from lora_jax.diagnosis import nvidia_smi, probe, tpu_vm
+from lora_jax.diagnosis import nvidia_smi, pci, probe, tpu_vm
 
 _PACKAGES = re.compile(r"lora-jax|jax|jaxlib|flax|optax|jax-.*|libtpu.*|nvidia-.*")
 _VARIABLES = re.compile(r"(JAX|XLA|CUDA|TPU|LIBTPU|NVIDIA|NCCL)_.*|LD_LIBRARY_PATH")
@@ -22,7 +22,7 @@ class System:
     """packages: {name: version}. wanted: {package: the versions that the installed jax asks for}.
     environment: the variables that matter to JAX. shadowing: the folders of LD_LIBRARY_PATH with
     libraries that the wheels have too. memory, shared_memory: the bytes of the host, and of
-    /dev/shm.
+    /dev/shm. amd_gpus: their number, without those that are part of a processor.
     """
 
     python: str = ""
@@ -36,6 +36,7 @@ class System:
     memory: int | None = None
     shared_memory: int | None = None
     nvidia: nvidia_smi.Found = dataclasses.field(default_factory=nvidia_smi.Found)
+    amd_gpus: int = 0
     tpu: tpu_vm.Found = dataclasses.field(default_factory=tpu_vm.Found)
     jax: probe.Answer = dataclasses.field(default_factory=probe.Answer)
 
@@ -62,6 +63,7 @@ def read(ask: Callable[[], probe.Answer] = probe.ask) -> System:
         memory=host_memory(),
         shared_memory=_shared_memory(),
         nvidia=nvidia,
+        amd_gpus=pci.count(pci.AMD, pci.OTHER_DISPLAY, pci.ACCELERATOR),
         tpu=tpu,
         jax=ask(),
     )

@@ -61,6 +61,8 @@ HEALTHY = {
     "gpu whose memory the driver does not know": gpu(memory=None, used=None),
     "tpu": tpu(),
     "an old tpu": tpu(jax=probe.Answer((probe.Device("tpu", "TPU v4"),)), huge_pages=False),
+    "an AMD GPU that JAX uses": cpu(amd_gpus=1, jax=sees("gpu")),
+    "an AMD GPU beside an NVIDIA GPU": gpu(amd_gpus=1),
     "an older jaxlib that jax takes": cpu({**BASE, "jaxlib": "0.10.1"}),
     "harmless settings": gpu(
         environment={
@@ -225,6 +227,9 @@ OTHERS = {
     ),
     "libtpu of another version": (
         tpu({**TPU, "libtpu": "0.0.17"}), "libtpu ==0.0.42.*, but 0.0.17", "jax[tpu]==0.10.2",
+    ),
+    "an AMD GPU without a plugin": (
+        cpu(amd_gpus=1), "there is an AMD GPU", 'pip install "jax[rocm7-local]==0.10.2", on a',
     ),
     "jax-metal": (cpu({**BASE, "jax-metal": "0.1.1"}), "jax-metal", "pip uninstall jax-metal"),
     "an old GPU": (

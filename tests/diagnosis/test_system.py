@@ -6,7 +6,7 @@ import jax
 import jaxlib
 import pytest
 
-from lora_jax.diagnosis import nvidia_smi, probe, system, tpu_vm, versions
+from lora_jax.diagnosis import nvidia_smi, pci, probe, system, tpu_vm, versions
 
 ANSWERS = {
     "--query-gpu=name,driver_version,memory.total,memory.used,compute_cap": (
@@ -69,6 +69,21 @@ def test_no_gpu_without_a_driver(monkeypatch):
     monkeypatch.setattr(nvidia_smi.shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr(nvidia_smi, "_on_bus", lambda: 0)
     assert nvidia_smi.read() == nvidia_smi.Found(failure="nvidia-smi is not installed")
+
+
+def test_devices_on_the_bus_are_counted(monkeypatch, tmp_path):
+    """An MI300X, an MI250X, the graphics of a processor and an H100."""
+    classes = [(pci.AMD, "0x120000"), (pci.AMD, "0x038000"), (pci.AMD, "0x030000"),
+               (pci.NVIDIA, "0x030200")]  # fmt: skip
+    for number, (vendor, kind) in enumerate(classes):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / str(number) / "class").write_text(f"{kind}\n")
+    (tmp_path / "without-files").mkdir()
+    monkeypatch.setattr(pci, "_DEVICES", tmp_path)
+    assert pci.count(pci.AMD, pci.OTHER_DISPLAY, pci.ACCELERATOR) == 2
+    assert nvidia_smi._on_bus() == 1
+    assert system.read(probe.Answer).amd_gpus == 2
 
 
 @pytest.mark.parametrize(
