@@ -4,6 +4,7 @@ A case is a NamedTuple of its settings. Every field may differ between two cases
 has them all.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ EXAMPLES = 4  # of a packed sequence
 NEAR = 0.02  # two lengths are as good as the same if they differ by this share of the longer one
 QV = ("q_proj", "v_proj")
 EXPECTED = 50  # seconds of a case, an estimate
+REST, AT_ONCE = 8, 9  # the first part with the rest of `grid`, and the cases in such a part
 
 
 class Doctor(NamedTuple):
@@ -164,7 +166,7 @@ def _of(case: Train | Decode | Longest) -> str:
 def full() -> list[Planned]:
     """All parts. One setting at a time differs from 4 × 2048 of an 8B in int4, rank 8, full remat.
 
-    A whole grid would take hours. Part 1 has what the goals are about.
+    Part 1 has what the goals are about. The parts from REST on have the rest of `grid`.
     """
     eight, seven = Train(LLAMA_8B), Train(LLAMA_7B)
     linear = {"rank": 16, "targets": "all-linear"}
@@ -220,7 +222,7 @@ def full() -> list[Planned]:
     shapes = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 6144))
     products = [Matmul(k, n, rows, quant) for quant in ("int4", "nf4") for k, n in shapes]
     products = products[:6] + [case._replace(peer=True) for case in products[4:6]]
-    return [
+    first = [
         Planned(1, Doctor(), 30),
         *(Planned(1, case, EXPECTED) for case in goals),
         Planned(2, Tests(), 420),
@@ -231,6 +233,21 @@ def full() -> list[Planned]:
         Planned(6, Longest(LLAMA_8B), 200),
         *(Planned(7, case, EXPECTED) for case in products),
     ]
+    known = {planned.case for planned in first}
+    rest = [case for case in grid() if case not in known]
+    parts = (REST + index // AT_ONCE for index in range(len(rest)))
+    return first + [Planned(*each, EXPECTED) for each in zip(parts, rest, strict=True)]
+
+
+def grid() -> list[Train]:
+    """Training in every combination of model, format, adapter, batch and remat: 72 cases."""
+    adapters = {"rank": 8}, {"rank": 16, "targets": "all-linear"}
+    batches = {"rows": 4}, {"rows": 1}, {"rows": 16, "packed": True}
+    each = itertools.product(
+        (LLAMA_8B, LLAMA_7B), ("int4", "nf4"), adapters, batches, ("full", "dots", "none")
+    )
+    return [Train(model, quant, **adapter, **batch, remat=remat)
+            for model, quant, adapter, batch, remat in each]  # fmt: skip
 
 
 def tiny() -> list[Planned]:

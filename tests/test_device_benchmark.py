@@ -169,16 +169,24 @@ def test_a_case_that_takes_longer_than_what_is_left_is_left_out(monkeypatch, tmp
 
 
 def test_cases_have_names_of_their_own_and_are_read_back():
-    for cases in (device_cases.full(), device_cases.tiny()):
+    full = device_cases.full()
+    last = max(planned.part for planned in full)
+    for cases, most in ((full, last), (device_cases.tiny(), 7)):
         assert len({planned.case.name for planned in cases}) == len(cases)
         parts = [planned.part for planned in cases]
-        assert parts == sorted(parts) and set(parts) == set(range(1, 8))
+        assert parts == sorted(parts) and set(parts) == set(range(1, most + 1))
         for planned in cases:
             given = json.loads(json.dumps(device_cases.fields(planned.case)))
             assert device_cases.read(given) == planned.case
-    for part in range(2, 8):  # part 1 has what the goals are about, and may leave out its last
-        seconds = sum(each.expected for each in device_cases.full() if each.part == part)
+    for part in range(2, last + 1):  # part 1 has what the goals are about, and may leave out some
+        seconds = sum(each.expected for each in full if each.part == part)
         assert seconds <= 60 * device.PART_MINUTES, part
+
+
+def test_the_parts_have_every_combination_of_training():
+    grid = device_cases.grid()
+    assert len(set(grid)) == 2 * 2 * 2 * 3 * 3
+    assert set(grid) <= {planned.case for planned in device_cases.full()}
 
 
 def longest_of(true_length: int, planned: int, unit: int = 1024, most: int | None = None):
