@@ -73,12 +73,7 @@ def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> programs.
     """A product with one layer of a stack: "forward", "both" (with its derivative) or "k_minor"."""
     where = NamedSharding(mesh, PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=where)
-    k_minor = array((LAYERS, d_out, d_in), jnp.int4)
-    packed = packing.Packed(
-        k_minor if form == "k_minor" else array((LAYERS, d_in // 8, d_out), jnp.uint32),
-        array((LAYERS, d_in // GROUP, d_out), jnp.int8),
-        array((LAYERS, 1, d_out), jnp.float32),
-    )
+    packed = _stack(d_in, d_out, form, array)
     product = int4_matmul.from_k_minor if form == "k_minor" else int4_matmul.int4_matmul
 
     def multiply(x, packed, layer):
@@ -92,6 +87,34 @@ def kernel(rows: int, d_in: int, d_out: int, form: str, mesh: Mesh) -> programs.
     if form == "both":
         return programs.Program(jax.jit(both), (*arguments, array((rows, d_out), jnp.bfloat16)))
     return programs.Program(jax.jit(multiply), arguments)
+
+
+def joined(rows: int, d_in: int, widths: Sequence[int], form: str, mesh: Mesh) -> programs.Program:
+    """Products with one layer of each of several stacks: "forward" or "k_minor"."""
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    arguments = array((rows, d_in), jnp.bfloat16), array((), jnp.int32)
+    if form == "k_minor":
+        whole = _stack(d_in, sum(widths), form, array)
+
+        def of_one(x, layer, packed):
+            return int4_matmul.from_k_minor(x, packed, layer=layer, widths=widths)
+
+        return programs.Program(jax.jit(of_one), (*arguments, whole))
+
+    def multiply(x, layer, *weights):
+        return int4_matmul.joined(x, weights, layer=layer)
+
+    stacks = (_stack(d_in, width, form, array) for width in widths)
+    return programs.Program(jax.jit(multiply), (*arguments, *stacks))
+
+
+def _stack(d_in: int, d_out: int, form: str, array: Callable) -> packing.Packed:
+    k_minor = array((LAYERS, d_out, d_in), jnp.int4)
+    return packing.Packed(
+        k_minor if form == "k_minor" else array((LAYERS, d_in // 8, d_out), jnp.uint32),
+        array((LAYERS, d_in // GROUP, d_out), jnp.int8),
+        array((LAYERS, 1, d_out), jnp.float32),
+    )
 
 
 def attention(groups: int, kv_dtype: jax.typing.DTypeLike, mesh: Mesh) -> programs.Program:
@@ -157,6 +180,13 @@ for _weight in LLAMA_7B:
         _add(_name, HOPPER, kernel, _rows, *_weight, "k_minor", weights=(_weight,))
     _name = f"kernel-decode64-{_shape}"
     _add(_name, (H100, A100, L4), kernel, 64, *_weight, "forward", weights=(_weight,))
+for _name, _widths in (("qkv", (4096, 1024, 1024)), ("gate_up", (14336, 14336))):  # of an 8B LLaMA
+    for _rows in (1, 64):
+        _weights = [(4096, _width) for _width in _widths]
+        _case = f"kernel-decode{_rows}-{_name}"
+        _add(_case, (A100, L4), joined, _rows, 4096, _widths, "forward", weights=_weights)
+        _case = f"kernel-decode{_rows}-{_name}-k_minor"
+        _add(_case, HOPPER, joined, _rows, 4096, _widths, "k_minor", weights=_weights)
 for _name, *_how in (("gqa", 8, jnp.bfloat16), ("mha", 32, jnp.bfloat16), ("int8", 8, jnp.int8)):
     _add(f"kernel-attention-{_name}", (*GPUS, L4), attention, *_how, weights=())
 for _rows in (1, 64):
@@ -404,11 +434,12 @@ with {versions}. Nothing ran: memory is what the compiler plans for one device.
 
 One product with an int4 weight (groups of 32, int8 scales), read in place from a stack of layers.
 k_minor is the copy that decoding on Hopper makes first. triton: the kernel for up to 128 rows of
-words as they are stored. temp: memory in addition to arguments and results. roofline: on a TPU, the
-least time (of the matrix units, or to move weight, x and y) over that of the kernel's instructions,
-forward and backward. spilled bytes: of registers that the GPU kernels write to memory. attention:
-of a token of 8 sequences to their keys and values, 32 heads with 8 (gqa) or 32 (mha) heads of keys,
-or 8 in int8. bank: the products with A and B of 8 adapters of rank 16.
+words as they are stored. qkv, gate_up: weights of an 8B LLaMA in one kernel. temp: memory in
+addition to arguments and results. roofline: on a TPU, the least time (of the matrix units, or to
+move weight, x and y) over that of the kernel's instructions, forward and backward. spilled bytes:
+of registers that the GPU kernels write to memory. attention: of a token of 8 sequences to their
+keys and values, 32 heads with 8 (gqa) or 32 (mha) heads of keys, or 8 in int8. bank: the products
+with A and B of 8 adapters of rank 16.
 """
 MODEL = """
 ## The train step and the decode step of a 7B LLaMA

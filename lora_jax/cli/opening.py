@@ -191,7 +191,7 @@ def start(
         kv_dtype=kv_dtype, **how,
     )  # fmt: skip
     form = serving.batch.form
-    if form and processes.leads():
+    if serving.batch.form_bytes and processes.leads():
         size = console.size(serving.batch.form_bytes)
         print(f"decode: a {form} copy of the weights, {size}", file=sys.stderr)
     return serving

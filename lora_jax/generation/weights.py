@@ -1,17 +1,19 @@
 """Second forms of the frozen weights that make one-token steps fast, derived once per generation.
 
 The time of a step with few sequences is the time to read the weights. So each platform gets them in
-the layout that it reads fastest, with the weights that share an input (q, k and v; gate and up)
-concatenated:
+the layout that it reads fastest, with the weights that share an input (q, k and v; gate and up) in
+one product:
 
   dense    in the compute dtype, one array per layer: on a CPU, XLA does not fuse unpacking into a
            product, and it would first copy a layer out of a stack. [K, N] in float32, in which a
            product of 2 to 32 rows takes 0.75 times as long as with [N, K]; bfloat16 has [N, K],
            with which it is faster by up to 15 %
   k_minor  int4 [L, N, K], for the tensor cores of a Hopper GPU
+  joined   the weights as they are, on other GPUs: one kernel for those that share an input
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,17 +31,18 @@ from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
 
 _HOPPER = "9.0"  # compute capability
+OF_INT4 = ("k_minor", "joined")
 _SHARE = 0.5  # the largest part of the free memory that a second form may take
 
 
 def choose(model: llama.LlamaForCausalLM, mesh: Mesh) -> str | None:
-    """The form that suits the mesh's devices and fits: "dense", "k_minor", or None."""
+    """The form that suits the mesh's devices and fits: "dense", "k_minor", "joined", or None."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         return None  # the forms need whole weights
     several = jax.process_count() > 1
     device = mesh.local_devices[0] if several else mesh.devices.flat[0]
     form = best(device)
-    if form is None or (form == "k_minor" and not any(map(_is_int4, _linears(model)))):
+    if form is None or (form in OF_INT4 and not any(map(_is_int4, _linears(model)))):
         return None
     free = devices.free_bytes(device)
     fits = free is None or num_bytes(model, form) <= _SHARE * free
@@ -50,18 +53,25 @@ def best(device: Any) -> str | None:
     """The form that a jax.Device reads fastest; None: the weights as they are."""
     if device.platform == "gpu":
         hopper = device.compute_capability == _HOPPER
-        return "k_minor" if hopper and not choice.refusal(choice.INT4_HOPPER) else None
+        if hopper and not choice.refusal(choice.INT4_HOPPER):
+            return "k_minor"
+        return None if choice.refusal(choice.INT4_TENSOR_CORES) else "joined"
     return "dense" if device.platform == "cpu" else None
 
 
 def derive(model: llama.LlamaForCausalLM, form: str, num_rows: int) -> Any:
-    """The arrays of the form, for steps of num_rows sequences on each device; call it under jit."""
+    """The arrays of the form, for steps of num_rows sequences on each device; call it under jit.
+
+    "joined" has none.
+    """
     if form == "dense":
         dtype = model.model.embed_tokens.embedding.dtype
         return [
             [_dense(linears, index, dtype) for linears in concatenated(model)]
             for index in range(model.config.num_hidden_layers)
         ]
+    if form == "joined":
+        return ()
     return [k_minor(linears, num_rows) for linears in concatenated(model)]
 
 
@@ -72,16 +82,18 @@ def forms(
 
     A weight that has no such form, or none for so many sequences, stays as it is.
     """
+    together = concatenated(model)
     if form == "dense":
-        return [llama.Forms(*(functools.partial(_product, weight=own) for own in layer))
+        return [llama.Forms(*(functools.partial(_products, weight=own, widths=_widths(linears))
+                              for own, linears in zip(layer, together, strict=True)))
                 for layer in arrays]  # fmt: skip
-    each = [
-        packed
-        and functools.partial(
-            int4_matmul.from_k_minor, packed=packed, partition=linears[0].partition
-        )
-        for packed, linears in zip(arrays, concatenated(model), strict=True)
-    ]
+    if form == "joined":
+        each = [join(linears) for linears in together]
+    else:
+        each = [join(linears) if packed is None else
+                functools.partial(int4_matmul.from_k_minor, packed=packed,
+                                  widths=_widths(linears), partition=linears[0].partition)
+                for packed, linears in zip(arrays, together, strict=True)]  # fmt: skip
 
     def of(index):
         return llama.Forms(*(product and functools.partial(product, layer=index)
@@ -99,7 +111,7 @@ def spread(adapters: dict[str, Any]) -> dict[str, Any]:
 
 
 def concatenated(model: llama.LlamaForCausalLM) -> llama.Forms:
-    """The layers of which each form concatenates the weights."""
+    """The layers of which each form computes the products together."""
     attention, mlp = model.model.layers.self_attn, model.model.layers.mlp
     return llama.Forms(
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -111,6 +123,8 @@ def concatenated(model: llama.LlamaForCausalLM) -> llama.Forms:
 
 def num_bytes(model: llama.LlamaForCausalLM, form: str) -> int:
     """Bytes of the form, without its scales."""
+    if form == "joined":
+        return 0
     width = model.model.embed_tokens.embedding.dtype.itemsize if form == "dense" else 0.5
     weights = sum(
         linear.in_features * linear.out_features
@@ -126,7 +140,7 @@ def _linears(model: llama.LlamaForCausalLM) -> list[nnx.Linear | quant_linear.Qu
 
 
 def _is_int4(linear: nnx.Linear | quant_linear.QuantLinear) -> bool:
-    """Whether the Hopper kernel can read this layer's weight and its input."""
+    """Whether the kernels can read this layer's weight and its input."""
     return (
         isinstance(linear, quant_linear.QuantLinear)
         and formats.codes(linear.fmt) == "int4"
@@ -149,11 +163,29 @@ def _dense(linears: Sequence, index: int, dtype) -> jax.Array:
     return jnp.concatenate([weight.T for weight in each])
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product of x with what `_dense` returned."""
+def _products(x: jax.Array, weight: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
+    """The products of x with what `_dense` returned."""
     axis = 0 if weight.dtype == jnp.float32 else 1
     product = matmul.contract(x.reshape(-1, x.shape[-1]), weight, -1, axis)
-    return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    product = product.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return jnp.split(product, [*itertools.accumulate(widths)][:-1], axis=-1)
+
+
+def _widths(linears: Sequence) -> list[int]:
+    return [linear.out_features for linear in linears]
+
+
+def join(linears: Sequence) -> Callable | None:
+    """int4_matmul.joined of the stacked weights; None for one, and for those that it cannot have.
+
+    (x, layer) → the products.
+    """
+    if len(linears) == 1 or not all(map(_is_int4, linears)):
+        return None
+    each = [linear.packed for linear in linears]
+    if any(packed.order is not None for packed in each):
+        return None  # each weight needs its own order of x's features
+    return functools.partial(int4_matmul.joined, weights=each, partition=linears[0].partition)
 
 
 def k_minor(linears: Sequence, num_rows: int, layers: slice = slice(None)) -> packing.Packed | None:

@@ -1,6 +1,6 @@
 """Linear layers with the same input, such as q, k and v: one product instead of several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,20 @@ from lora_jax.kernels import matmul
 def project(
     x: Float[Array, "*B d_in"],
     *linears: Callable,
-    form: Callable[[jax.Array], jax.Array] | None = None,
+    form: Callable[[jax.Array], Sequence[jax.Array]] | None = None,
 ) -> list[Float[Array, "*B _"]]:
     """[linear(x) for linear in linears].
 
-    form: x → the products with all the frozen weights, concatenated on the last axis, without
-    biases and adapters. Each layer adds its own bias and adapter to its product.
+    form: x → the products with the frozen weights, without biases and adapters. Each layer adds its
+    own bias and adapter to its product.
     """
     if form is None:
         return [ad_checkpoint.checkpoint_name(linear(x), matmul.PRODUCT) for linear in linears]
-    ends = [sum(linear.out_features for linear in linears[:i]) for i in range(1, len(linears))]
-    products = jnp.split(form(x), ends, axis=-1)
     return [
         linear.with_product(x, product)
         if hasattr(linear, "with_product")
         else with_bias(linear, product)
-        for linear, product in zip(linears, products, strict=True)
+        for linear, product in zip(linears, form(x), strict=True)
     ]
 
 

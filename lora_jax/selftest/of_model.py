@@ -64,9 +64,11 @@ def generation(
         for found in _products(model, rows, backward=False):
             if found.kernel != choice.XLA:
                 yield found
-    if decode_weights.best(jax.local_devices()[0]) == "k_minor":
+    form = decode_weights.best(jax.local_devices()[0])
+    if form in decode_weights.OF_INT4:
         for linears in decode_weights.concatenated(model):
-            if found := _hopper(linears, own):
+            turned = _hopper(linears, own) if form == "k_minor" else None
+            if found := turned or _joined(linears, own):
                 yield found
     for found in (
         *(_cached_attention(model.model, slots, kv_dtype, tokens)
@@ -132,6 +134,16 @@ def _bank(model: nnx.Module, groups: int, each: Iterable[int]) -> Iterator[case.
                 rows=groups * rows, k=k, n=n, slots=slots, rank=rank, dtype=dtype,
                 partition=partition,
             )  # fmt: skip
+
+
+def _joined(linears: Sequence[Any], rows: int) -> case.Case | None:
+    """The products that decoding joins, with the last layer of each stack."""
+    if decode_weights.join(linears) is None:
+        return None
+    found = operations.joined_products(
+        [linear.packed for linear in linears], rows=rows, partition=linears[0].partition
+    )
+    return None if found.kernel == choice.XLA else found
 
 
 def _hopper(linears: Sequence[Any], rows: int) -> case.Case | None:

@@ -80,30 +80,65 @@ def hopper_product(
     partition: dealing.Partition = dealing.WHOLE,
 ) -> case.Case:
     """x · W of decoding on Hopper. turned: `stacks`, concatenated, with K minor."""
-    layers, n, k = turned.q.shape
-    dtype = jnp.bfloat16
+    layers = len(turned.q)
+    widths = [packed.q.shape[-1] for packed in stacks]
 
     def compute(weights, x, number):
         layer = jnp.int32(number) % layers
-        return {"y": int4_matmul.from_k_minor(x, weights[0], layer=layer, partition=partition)}
+        how = {"layer": layer, "widths": widths, "partition": partition}
+        return {"y": jnp.concatenate(int4_matmul.from_k_minor(x, weights[0], **how), axis=-1)}
 
     def reference(weights, x):
-        x, layer = x.astype(jnp.float32), jnp.int32(0)
-        each = (int4_matmul.int4_matmul(x, packed, layer=layer, implementation="xla")
-                for packed in weights[1])  # fmt: skip
-        return {"y": jnp.concatenate([*each], axis=-1)}
+        return _products(x, weights[1], jnp.int32(0))
 
+    return _decoding(choice.INT4_HOPPER, (turned, stacks), stacks, rows, partition, compute,
+                     reference)  # fmt: skip
+
+
+def joined_products(
+    stacks: Sequence[packing.Packed],
+    *,
+    rows: int,
+    partition: dealing.Partition = dealing.WHOLE,
+) -> case.Case:
+    """x · W of the last layer of stacks of weights that decoding joins, in one kernel on a GPU."""
+    layers = len(stacks[0].q)
+    x = jax.ShapeDtypeStruct((rows, 8 * stacks[0].q.shape[-2]), jnp.bfloat16)
+    kernels = {int4_matmul.kernel_of(x, packed, partition=partition) for packed in stacks}
+
+    def compute(stacks, x, number):
+        layer = (layers - 1 + jnp.int32(number)) % layers
+        found = int4_matmul.joined(x, stacks, layer=layer, partition=partition)
+        return {"y": jnp.concatenate(found, axis=-1)}
+
+    def reference(stacks, x):
+        return _products(x, stacks, jnp.int32(layers - 1))
+
+    kernel = kernels.pop() if len(kernels) == 1 else choice.XLA
+    return _decoding(kernel, stacks, stacks, rows, partition, compute, reference)
+
+
+def _products(x, stacks, layer):
+    each = (int4_matmul.int4_matmul(x.astype(jnp.float32), packed, layer=layer,
+                                    implementation="xla")
+            for packed in stacks)  # fmt: skip
+    return {"y": jnp.concatenate([*each], axis=-1)}
+
+
+def _decoding(kernel, weights, stacks, rows, partition, compute, reference) -> case.Case:
+    """Of products with a layer of stacks of weights, computed together."""
+    k, n = 8 * stacks[0].q.shape[-2], [packed.q.shape[-1] for packed in stacks]
     return case.Case(
-        choice.INT4_HOPPER,
+        kernel,
         "int4 product of decoding",
-        f"{jnp.dtype(dtype).name} [{rows}, {k}] × W [{k}, {n}], {turned.scale.dtype} scales"
-        + of_mesh(partition),
-        (turned, stacks),
-        lambda: draws.random(0, (rows, k), dtype),
+        f"bfloat16 [{rows}, {k}] × W [{k}, {' + '.join(map(str, n))}], "
+        f"{stacks[0].scale.dtype} scales" + of_mesh(partition),
+        weights,
+        lambda: draws.random(0, (rows, k), jnp.bfloat16),
         compute,
         reference,
-        flops=2.0 * rows * k * n,
-        num_bytes=bytes_of(stacks, 0) + 2.0 * rows * (k + n),
+        flops=2.0 * rows * k * sum(n),
+        num_bytes=bytes_of(stacks, 0) + 2.0 * rows * (k + sum(n)),
     )
 
 

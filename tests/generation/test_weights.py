@@ -13,6 +13,8 @@ from flax import nnx
 from lora_jax import lora
 from lora_jax.checkpoints import loader
 from lora_jax.generation import weights as decode_weights
+from lora_jax.kernels import choice, platform
+from lora_jax.kernels.int4_matmul import triton_gpu
 from lora_jax.layers import stack
 from lora_jax.lora import config
 from lora_jax.lora.nnx import bank, sites
@@ -68,6 +70,7 @@ def test_the_bytes_of_the_dense_form():
     layers = whole.config.num_hidden_layers
     assert decode_weights.num_bytes(whole, "dense") == 4 * weights * layers
     assert decode_weights.num_bytes(whole, "k_minor") == 0  # no kernel takes float32
+    assert decode_weights.num_bytes(whole, "joined") == 0  # the weights as they are
 
 
 def test_a_form_is_chosen_if_it_fits(monkeypatch):
@@ -82,40 +85,85 @@ def test_a_form_is_chosen_if_it_fits(monkeypatch):
 def test_each_device_has_its_form():
     device = types.SimpleNamespace
     assert decode_weights.best(device(platform="gpu", compute_capability="9.0")) == "k_minor"
-    assert decode_weights.best(device(platform="gpu", compute_capability="8.0")) is None
+    assert decode_weights.best(device(platform="gpu", compute_capability="8.0")) == "joined"
     assert decode_weights.best(device(platform="tpu")) is None
     assert decode_weights.best(device(platform="cpu")) == "dense"
 
 
-def test_hopper_gets_its_form_if_the_kernel_takes_it(monkeypatch):
+def test_a_form_may_be_left_out():
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    with choice.restored():
+        choice.leave_out(choice.INT4_HOPPER, "a test")
+        assert decode_weights.best(hopper) == "joined"
+        choice.leave_out(choice.INT4_TENSOR_CORES, "a test")
+        assert decode_weights.best(hopper) is None
+
+
+@pytest.mark.parametrize("form", ["k_minor", "joined"])
+def test_a_gpu_gets_its_form_if_the_kernel_takes_it(form, monkeypatch):
     """For int4 weights and bfloat16 inputs."""
-    monkeypatch.setattr(decode_weights, "best", lambda device: "k_minor")
+    monkeypatch.setattr(decode_weights, "best", lambda device: form)
     mesh = sharding.make_mesh(ONE)
     how = {"dtype": "bfloat16", "mesh": mesh}
     half, nf4 = (loader.load(STORIES, quantization=fmt, **how) for fmt in ("int4", "nf4"))
-    assert decode_weights.choose(half, mesh) == "k_minor"
+    assert decode_weights.choose(half, mesh) == form
     assert decode_weights.choose(nf4, mesh) is None
     assert decode_weights.choose(model("int4"), mesh) is None  # float32
 
 
-def test_the_form_for_hopper_lowers():
-    """One kernel call each for q, k and v; o; gate and up; down. stories260K is too narrow."""
+def wide():
+    """A model whose weights the kernels for GPUs take: stories260K's are too narrow."""
     config = model_config.from_dict(
         {"model_type": "llama", "vocab_size": 64, "hidden_size": 256, "intermediate_size": 384,
          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     )  # fmt: skip
+    made = llama.LlamaForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    conversion.quantize_model(made, "int4")
+    return made
 
-    def step(ids):
-        whole = llama.LlamaForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        conversion.quantize_model(whole, "int4")
-        arrays = decode_weights.derive(whole, "k_minor", 4)
-        forms = decode_weights.forms(whole, "k_minor", arrays)
-        place = cache.Place(jnp.zeros(4, int), jnp.ones(4, int), jnp.ones(4, int))
-        return whole.extend(ids, whole.empty_cache(4, 8), place, forms=forms)[0]
 
+def first_step(whole, ids, form, rows):
+    """The hidden states of tokens at the start of `rows` sequences."""
+    arrays = decode_weights.derive(whole, form, rows)
+    forms = decode_weights.forms(whole, form, arrays)
+    place = cache.Place(jnp.zeros(rows, int), jnp.ones(rows, int), jnp.ones(rows, int))
+    return whole.extend(ids, whole.empty_cache(rows, 8), place, forms=forms)[0]
+
+
+def test_the_form_for_hopper_lowers():
+    """One kernel call each for q, k and v; o; gate and up; down."""
     ids = jax.ShapeDtypeStruct((4, 1), jnp.int32)
-    text = jax.jit(step).trace(ids).lower(lowering_platforms=("cuda",)).as_text()
+    step = jax.jit(lambda ids: first_step(wide(), ids, "k_minor", 4))
+    text = step.trace(ids).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 4  # in the body of the scan over layers
+
+
+@pytest.mark.parametrize("form", ["k_minor", "joined"])
+def test_weights_that_share_an_input_have_one_kernel(form, monkeypatch):
+    """Also on Hopper, for more rows than its own kernel takes. The results are those of each."""
+    kernel, calls, rows = triton_gpu.matmuls, [], 70
+
+    def interpreted(x, weights, layer):
+        calls.append([packed.q.shape[2] for packed in weights])
+        return kernel(x, weights, layer, interpret=True)
+
+    def alone(x, packed, layer, interpret=False):
+        return interpreted(x, (packed,), layer)[0]
+
+    monkeypatch.setattr(platform, "platform_here", lambda: "gpu")
+    monkeypatch.setattr(triton_gpu, "matmuls", interpreted)
+    monkeypatch.setattr(triton_gpu, "matmul", alone)
+    whole, ids = wide(), jnp.arange(rows)[:, None] % 64
+    with choice.restored():
+        choice.leave_out(choice.ATTENTION_CACHED, "not interpreted here")
+        found = jax.jit(lambda ids: first_step(whole, ids, form, rows))(ids)
+        assert calls == [[256, 128, 128], [256], [384, 384], [256]]
+        place = cache.Place(jnp.zeros(rows, int), jnp.ones(rows, int), jnp.ones(rows, int))
+        expected = jax.jit(lambda ids: whole.extend(ids, whole.empty_cache(rows, 8), place)[0])(ids)
+    assert len(calls) == 4 + 7
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=0.02
+    )
 
 
 def test_a_spread_bank_has_an_array_for_each_layer_of_the_stack():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.state import types as state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as pltriton
 from jax.sharding import AxisType
@@ -111,11 +112,22 @@ def on_hopper(monkeypatch):
     if not hasattr(params, "force_gpu_interpret_mode"):
         pytest.skip("jax 0.10.1 and older cannot be told to interpret every kernel")
 
+    write = state.TransformedRef.__setitem__
+
+    def as_stored(ref):
+        return dataclasses.replace(ref, transforms=ref.transforms[:-1])
+
+    def store(ref, index, value):
+        if isinstance(ref.transforms[-1], state.TransposeTransform):
+            ref, value = as_stored(ref), value.T
+        write(ref, index, value)
+
     def wgmma(acc, a, b):
-        b = dataclasses.replace(b, transforms=b.transforms[:-1])[...].T  # it cannot transpose
+        b = as_stored(b)[...].T  # it cannot transpose
         acc[...] += jnp.dot(a, b, preferred_element_type=jnp.float32)
 
     monkeypatch.setattr(plgpu, "layout_cast", lambda array, layout: array)
+    monkeypatch.setattr(state.TransformedRef, "__setitem__", store)
     monkeypatch.setattr(plgpu, "wgmma", wgmma)
     monkeypatch.setattr(plgpu, "wgmma_wait", lambda in_flight: None)
     monkeypatch.setattr(plgpu, "ACC", plgpu.SMEM)
@@ -125,32 +137,59 @@ def on_hopper(monkeypatch):
 
 
 @pytest.mark.device
-# One row, padded; five steps in two parts; one group per product, and two; tiles of 128 columns.
+# One row, padded; five steps in two parts of K; one group per product, and two; tiles of 128
+# columns, which are written in place, and parts of y that are not whole tiles.
 @pytest.mark.parametrize(
-    "num_rows, k, n, group, scale_dtype",
+    "num_rows, k, widths, group, scale_dtype, splits",
     [
-        (1, 256, 64, 32, "int8"),
-        (3, 1280, 128, 32, "int8"),
-        (16, 512, 64, 64, "bfloat16"),
-        (33, 640, 256, 128, "float32"),
+        (1, 256, (64,), 32, "int8", 1),
+        (3, 1280, (64, 64), 32, "int8", 2),
+        (16, 512, (64,), 64, "bfloat16", 1),
+        (33, 640, (128, 256), 128, "float32", 1),
+        (64, 256, (64, 192), 32, "int8", 1),
     ],
 )
-def test_mosaic_kernel(on_hopper, num_rows, k, n, group, scale_dtype):
-    layers = 3
+def test_mosaic_kernel(on_hopper, num_rows, k, widths, group, scale_dtype, splits):
+    layers, n = 3, sum(widths)
+    padded = max(8, 1 << (num_rows - 1).bit_length())
+    tile = mosaic_gpu._tile(padded, k, n, group, scale_dtype)
+    assert mosaic_gpu._splits(n // tile.columns, k // tile.step, padded, k) == splits
     codes = draw.integers(-8, 8, (layers, n, k))
     scale = draw.integers(-127, 128, (layers, k // group, n))
     column_scale = draw.uniform(0.5, 2, (layers, 1, n))
     x = normal(num_rows, k, dtype=jnp.bfloat16)
-    found = mosaic_gpu.matmul(
+    found = mosaic_gpu.matmuls(
         x,
         jnp.asarray(codes, jnp.int4),
         jnp.asarray(scale, scale_dtype),
         jnp.asarray(column_scale, jnp.float32),
         jnp.int32(1),
+        widths,
     )
+    assert [y.shape for y in found] == [(num_rows, width) for width in widths]
+    found = jnp.concatenate(found, axis=1)
     weight = codes[1].T * np.repeat(scale[1], group, axis=0) * column_scale[1]
     assert found.dtype == x.dtype
     assert relative_error(found, np.asarray(x, np.float64) @ weight) < 5e-3
+
+
+@pytest.mark.parametrize("split", ["k", "n"])
+def test_mosaic_kernel_over_a_mesh_has_the_parts_of_all_devices(split):
+    packed = packing.Packed(
+        jax.ShapeDtypeStruct((3, 384, 512), jnp.int4),
+        jax.ShapeDtypeStruct((3, 4, 384), jnp.bfloat16),
+        group_bias=jax.ShapeDtypeStruct((3, 4, 384), jnp.bfloat16),
+    )
+    over = dealing.Partition(**{split: "tensor"})
+
+    def product(x, packed, layer):
+        how = {"layer": layer, "widths": (256, 128), "partition": over}
+        return int4_matmul.from_k_minor(x, packed, **how)
+
+    with jax.set_mesh(jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))):
+        x = jax.ShapeDtypeStruct((5, 512), jnp.bfloat16)
+        found = jax.eval_shape(product, x, packed, jax.ShapeDtypeStruct((), jnp.int32))
+    assert [y.shape for y in found] == [(5, 256), (5, 128)]
 
 
 def mosaic_shapes(num_rows, k, n, group, scale_dtype="int8", layers=32):
@@ -244,12 +283,87 @@ def test_triton_kernel(num_rows, k, n, group, scale_dtype, bias_dtype, dtype):
     x = normal(num_rows, k, dtype=dtype)
     if not device_tier.interprets("gpu") and not platform.is_ampere_to_hopper():
         pytest.skip("a kernel for GPUs of compute capability 8.0 to 9.0")
-    splits = triton_gpu._tile(num_rows, k, n, stack).splits
+    splits = triton_gpu._tile(num_rows, k, [n], stack).splits
     assert splits == (2 if k == 1408 else 1)
     found = int4_matmul.int4_matmul(x, stack, layer=jnp.int32(1), implementation="triton_gpu")
     assert found.dtype == x.dtype and found.shape == (num_rows, n)
     expected = np.asarray(x, np.float64) @ np.asarray(second_layer(stack), np.float64)
     assert relative_error(found, expected) < (5e-3 if dtype == "bfloat16" else 6e-4)
+
+
+@pytest.mark.device
+# One part of K, and two with a bias.
+@pytest.mark.parametrize(
+    "num_rows, k, widths, bias_dtype, splits",
+    [(20, 256, (128, 64, 64), None, 1), (3, 1408, (64, 128), "bfloat16", 2)],
+)
+def test_triton_kernel_of_several_weights(num_rows, k, widths, bias_dtype, splits):
+    if not device_tier.interprets("gpu") and not platform.is_ampere_to_hopper():
+        pytest.skip("a kernel for GPUs of compute capability 8.0 to 9.0")
+    stacks = tuple(stack_of(k, n, 32, "int8", bias_dtype) for n in widths)
+    x = normal(num_rows, k, dtype=jnp.bfloat16)
+    assert triton_gpu._tile(num_rows, k, widths, stacks[0]).splits == splits
+    interpret = device_tier.interprets("gpu")
+    found = triton_gpu.matmuls(x, stacks, jnp.int32(1), interpret=interpret)
+    for y, stack, n in zip(found, stacks, widths, strict=True):
+        assert y.dtype == x.dtype and y.shape == (num_rows, n)
+        expected = np.asarray(x, np.float64) @ np.asarray(second_layer(stack), np.float64)
+        assert relative_error(y, expected) < 5e-3
+
+
+def test_triton_kernel_takes_weights_that_are_alike():
+    stacks = tuple(stack_of(256, 64, group) for group in (32, 64))
+    with pytest.raises(ValueError, match="that differ in their columns only"):
+        triton_gpu.matmuls(normal(3, 256, dtype=jnp.bfloat16), stacks, jnp.int32(1))
+
+
+@pytest.fixture
+def triton_calls(monkeypatch):
+    """The shapes of what the Triton kernel is called with: interpreted, as if this were a GPU."""
+    calls, matmuls = [], triton_gpu.matmuls
+
+    def interpreted(x, weights, layer):
+        calls.append((x.shape, [packed.q.shape[2] for packed in weights]))
+        return matmuls(x, weights, layer, interpret=True)
+
+    monkeypatch.setattr(platform, "platform_here", lambda: "gpu")
+    monkeypatch.setattr(triton_gpu, "matmuls", interpreted)
+    monkeypatch.setattr(triton_gpu, "matmul", lambda x, packed, layer, interpret=False: interpreted(
+        x, (packed,), layer)[0])  # fmt: skip
+    return calls
+
+
+@pytest.mark.parametrize("groups, together", [((32, 32), True), ((32, 64), False)])
+def test_joined_weights_have_one_kernel_if_they_are_alike(groups, together, triton_calls):
+    stacks = [stack_of(256, n, group) for n, group in zip((128, 64), groups, strict=True)]
+    x = normal(2, 3, 250, dtype=jnp.bfloat16)  # narrower than the padded K
+    found = jax.jit(lambda x: int4_matmul.joined(x, stacks, layer=jnp.int32(1)))(x)
+    for y, stack in zip(found, stacks, strict=True):
+        assert y.dtype == x.dtype and y.shape == (2, 3, stack.q.shape[2])
+        expected = np.asarray(x, np.float64) @ np.asarray(second_layer(stack), np.float64)[:250]
+        assert relative_error(y, expected) < 5e-3
+    assert [widths for _, widths in triton_calls] == ([[128, 64]] if together else [[128], [64]])
+
+
+def test_joined_weights_over_a_mesh(triton_calls):
+    """Each of two devices has half of the rows; where it has part of a weight, one at a time."""
+    stacks = [stack_of(256, n, 32) for n in (128, 64)]
+    x = normal(6, 256, dtype=jnp.bfloat16)
+    expected = [
+        np.asarray(x, np.float64) @ np.asarray(second_layer(stack), np.float64) for stack in stacks
+    ]
+    for own, calls in (
+        (dealing.Partition(rows=("data",)), [((3, 256), [128, 64])]),
+        (dealing.Partition(k="data"), [((6, 128), [128]), ((6, 128), [64])]),
+    ):
+        triton_calls.clear()
+        with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+            found = jax.jit(
+                lambda x, own=own: int4_matmul.joined(x, stacks, layer=jnp.int32(1), partition=own)
+            )(x)
+        assert triton_calls == calls
+        for y, right in zip(found, expected, strict=True):
+            assert relative_error(y, right) < 5e-3
 
 
 def test_triton_kernel_over_a_mesh():

@@ -153,9 +153,9 @@ def test_the_triton_kernel_reads_its_stack_in_place(run, results):
 
 @of("decode-", among=[run for run in GPU_RUNS if run[1] == aot.A100 and "kernel" not in run[0]])
 def test_decoding_on_an_a100_writes_no_weight(run, results):
-    """There are seven products per layer, and attention."""
+    """In a layer q, k and v share a kernel, and gate and up; then o, down and attention."""
     result = results(run)
-    assert result["kernels"] == {"triton": 8 * 32}
+    assert result["kernels"] == {"triton": 5 * 32}
     assert not result["dense"] and not result["packed"]
 
 
@@ -309,7 +309,7 @@ def test_a_decode_step_on_several_gpus_gathers_no_weight(sizes):
 
 LEAST_NEEDED = 0.85  # share of the moved bytes
 # What misses it, and by how much; benchmarks/serving_aot.md says why.
-BELOW = {(aot.H100, 64): 0.73, (aot.A100, 64): 0.73, (aot.L4, 64): 0.82}
+BELOW = {(aot.H100, 64): 0.78, (aot.A100, 64): 0.81, (aot.L4, 64): 0.84}
 
 
 @pytest.mark.aot

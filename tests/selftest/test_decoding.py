@@ -7,13 +7,18 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from lora_jax.generation import weights
 from lora_jax.kernels import choice, platform
 from lora_jax.kernels.attention import flash_decoding
+from lora_jax.kernels.int4_matmul import triton_gpu as int4_gpu
 from lora_jax.kernels.low_rank import triton_gpu
 from lora_jax.lora.nnx import bank
 from lora_jax.models import config, llama
 from lora_jax.parallel import mesh as sharding
-from lora_jax.selftest import case, decoding, low_rank, of_model, proof
+from lora_jax.quant import conversion, formats
+from lora_jax.selftest import case, decoding, low_rank, of_model, operations, proof
+
+MATMULS = int4_gpu.matmuls
 
 KERNEL, SHRINK, EXPAND = (
     functools.partial(function, interpret=True)
@@ -168,3 +173,60 @@ def test_a_model_names_its_cases():
         *of_bank,
     ]
     assert names(24) == of_bank
+
+
+def stacks():
+    return [
+        formats.quantize(jax.random.normal(jax.random.key(n), (256, n)), "int4") for n in (128, 64)
+    ]
+
+
+def joined():
+    each = [jax.tree.map(lambda a: jnp.stack([a, 0 * a, a]), packed) for packed in stacks()]
+    return operations.joined_products(each, rows=5)
+
+
+def interpreted(x, weights, layer):
+    return MATMULS(x, weights, layer, interpret=True)
+
+
+def with_the_words_of_one_for_all(x, weights, layer):
+    words = jnp.concatenate([packed.q for packed in weights], axis=2)
+    return interpreted(
+        x, tuple(packed._replace(q=words[..., : packed.q.shape[2]]) for packed in weights), layer
+    )
+
+
+def of_the_layer_before(x, weights, layer):
+    return interpreted(x, weights, layer - 1)
+
+
+@pytest.mark.parametrize(
+    "kernel, is_right",
+    [(interpreted, True), (with_the_words_of_one_for_all, False), (of_the_layer_before, False)],
+)
+def test_joined_products_are_proven(kernel, is_right, monkeypatch):
+    monkeypatch.setattr(int4_gpu, "matmuls", kernel)
+    assert joined().kernel == choice.INT4_TENSOR_CORES
+    found = proof.run([joined()])
+    left_out = [] if is_right else [choice.INT4_TENSOR_CORES]
+    assert [each.kernel for each in found.left_out] == left_out
+
+
+@pytest.mark.parametrize("form, slots", [("joined", 3), ("k_minor", 70)])
+def test_a_model_names_the_products_that_decoding_joins(form, slots, monkeypatch):
+    """Those with one input; also on Hopper, with more slots than its own kernel takes."""
+    monkeypatch.setattr(weights, "best", lambda device: form)
+    c = config.LlamaConfig(
+        vocab_size=8, hidden_size=256, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=64,
+    )  # fmt: skip
+    with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))):
+        model = llama.LlamaForCausalLM(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        conversion.quantize_model(model, "int4")
+        found = [one.shapes for one in of_model.generation(model, slots)
+                 if one.operation == "int4 product of decoding"]  # fmt: skip
+    assert found == [
+        f"bfloat16 [{slots}, 256] × W [256, {n}], int8 scales"
+        for n in ("256 + 128 + 128", "384 + 384")
+    ]

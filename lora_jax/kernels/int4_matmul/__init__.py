@@ -4,8 +4,8 @@ One public function over several implementations. The platform that the program 
 the shapes decide which of them runs:
 
   TPU    a fused kernel, forward and backward
-  GPU    up to 128 rows of x: a fused kernel; for few rows that it does not take, sums that write
-         no dense weight; else dequantize, then a dense product
+  GPU    up to 128 rows of x: a fused kernel (`joined`: one for several weights); for few rows that
+         it does not take, sums that write no dense weight; else dequantize, then a dense product
          (on Hopper, up to 64 rows and with transposed words: from_k_minor, another fused kernel)
   CPU    few rows of x: dequantize block by block, in cache;
          else dequantize, then a dense product
@@ -13,6 +13,7 @@ the shapes decide which of them runs:
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +74,8 @@ def int4_matmul(
         order = packed.order if layer is None else packed.order[layer]
         x = x.at[..., order].get(unique_indices=True, mode="promise_in_bounds")
         packed = packed._replace(order=None)
-    rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])]).reshape(-1, padded)
     product = forms.Forms(codes, partition, transpose=False)
-    y = _matmul(rows, packed, layer, product, implementation)
+    y = _matmul(_rows(x, padded), packed, layer, product, implementation)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -84,16 +84,44 @@ def from_k_minor(
     packed: packing.Packed,
     *,
     layer: Int[Array, ""],
+    widths: Sequence[int] | None = None,
     partition: dealing.Partition = dealing.WHOLE,
-) -> Float[Array, "*B N"]:
+) -> list[Float[Array, "*B _"]]:
     """int4_matmul by "mosaic_gpu" with a stack whose words are int4 [L, N, K], with K minor.
 
-    mosaic_gpu.k_minor makes them. Not differentiable. Raises: ValueError as the kernel does.
+    mosaic_gpu.k_minor makes them. widths: of the parts of N, each of which is one of the results;
+    None: one part. Not differentiable. Raises: ValueError as the kernel does.
     """
-    padded = packed.q.shape[-1]
-    rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])]).reshape(-1, padded)
-    y = forms.Forms("int4", partition, transpose=False).from_k_minor(rows, packed, layer)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    product = forms.Forms("int4", partition, transpose=False)
+    widths = widths or packed.q.shape[1:2]
+    found = product.from_k_minor(_rows(x, packed.q.shape[-1]), packed, layer, widths)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]
+
+
+def joined(
+    x: Float[Array, "*B d_in"],
+    weights: Sequence[packing.Packed],
+    *,
+    layer: Int[Array, ""],
+    partition: dealing.Partition = dealing.WHOLE,
+) -> list[Float[Array, "*B _"]]:
+    """[int4_matmul(x, packed, layer=layer) for packed in weights], in int4, of stacks.
+
+    On a GPU they are one kernel, "triton_gpu", where it takes all of them and no device has only a
+    part of one. Not differentiable.
+    """
+    rows = _rows(x, weights[0].q.shape[-2] * 8)
+    product, where = forms.Forms("int4", partition, transpose=False), platform.platform_here()
+    kernels = {_kernel(product, where, rows, packed) for packed in weights}
+    if kernels != {choice.INT4_TENSOR_CORES} or not product.joins(weights):
+        return [int4_matmul(x, packed, layer=layer, partition=partition) for packed in weights]
+    found = product.triton_joined(rows, weights, layer)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]
+
+
+def _rows(x, padded: int) -> jax.Array:
+    """x [M, padded]"""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])]).reshape(-1, padded)
 
 
 def _matmul(x, packed, layer, product, implementation):

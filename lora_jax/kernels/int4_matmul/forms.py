@@ -1,7 +1,9 @@
 """The 4-bit product in each of its implementations, each device computing its part on a mesh."""
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,7 +54,9 @@ class Forms(NamedTuple):
                 x, packed.q, packed.scale, packed.column_scale, layer,
                 transpose=self.transpose, interpret=interpret,
             )  # fmt: skip
-            return self._with_group_bias(y, x, packed, layer)
+            if packed.group_bias is None:
+                return y
+            return _added(y, self._group_bias_term(x, packed, layer))
 
         return self._dealt_out(kernel, x, *_stacked(packed, layer))
 
@@ -62,21 +66,51 @@ class Forms(NamedTuple):
         kernel = functools.partial(triton_gpu.matmul, interpret=interpret)
         return self._dealt_out(kernel, x, *_stacked(packed, layer))
 
+    def joins(self, weights) -> bool:
+        """Whether `triton_joined` takes the weights, of which `triton` takes each."""
+        from lora_jax.kernels.int4_matmul import triton_gpu
+
+        return triton_gpu.alike(weights) and self.partition.stored() == (None, None)
+
+    def triton_joined(self, x, weights, layer):
+        """The products with several weights, in one kernel."""
+        from lora_jax.kernels.int4_matmul import triton_gpu
+
+        if self.partition == dealing.WHOLE or dealing.num_devices() == 1:
+            return triton_gpu.matmuls(x, tuple(weights), layer)
+        rows = PartitionSpec(self.partition.computed(len(x)).rows)
+        return jax.shard_map(
+            triton_gpu.matmuls,
+            in_specs=(rows, PartitionSpec(), PartitionSpec()),
+            out_specs=rows,
+            axis_names=set(dealing.open_axes()),
+            check_vma=False,
+        )(x, tuple(weights), layer)
+
     def mosaic(self, x, packed, layer):
         from lora_jax.kernels.int4_matmul import mosaic_gpu
 
         packed, layer = _stacked(packed, layer)
         packed = packed._replace(q=mosaic_gpu.k_minor(packed.q))
-        return self.from_k_minor(x, packed, layer)
+        (y,) = self.from_k_minor(x, packed, layer, packed.q.shape[1:2])
+        return y
 
-    def from_k_minor(self, x, packed, layer):
+    def from_k_minor(self, x, packed, layer, widths):
         from lora_jax.kernels.int4_matmul import mosaic_gpu
 
-        def kernel(x, packed, layer):
-            y = mosaic_gpu.matmul(x, packed.q, packed.scale, packed.column_scale, layer)
-            return self._with_group_bias(y, x, packed, layer)
+        _, n = self.partition.stored()
 
-        return self._dealt_out(kernel, x, packed, layer)
+        def kernel(x, packed, layer):
+            parts = packed.q.shape[1:2] if n else widths  # a device has parts of all of them
+            arrays = packed.q, packed.scale, packed.column_scale
+            found = mosaic_gpu.matmuls(x, *arrays, layer, parts)
+            if packed.group_bias is None:
+                return found
+            extra = _split(self._group_bias_term(x, packed, layer), parts)
+            return [_added(y, own) for y, own in zip(found, extra, strict=True)]
+
+        found = self._dealt_out(kernel, x, packed, layer)
+        return _split(*found, widths) if n else found
 
     def tpu_refusal(self, x, packed) -> str | None:
         from lora_jax.kernels.int4_matmul import pallas_tpu
@@ -155,19 +189,25 @@ class Forms(NamedTuple):
             check_vma=False,
         )(x, packed, layer)
 
-    def _with_group_bias(self, y, x, packed, layer):
-        """y plus the asymmetric term: the sum of x over each group, times the group's bias."""
-        if packed.group_bias is None:
-            return y
+    def _group_bias_term(self, x, packed, layer):
+        """The asymmetric term of y: the sum of x over each group, times the group's bias."""
         bias = lax.dynamic_index_in_dim(packed.group_bias, layer, keepdims=False)
         x, bias = x.astype(jnp.float32), bias.astype(jnp.float32)
         if self.transpose:
             each = jnp.dot(x, bias.T, precision="highest")
-            extra = jnp.repeat(each, y.shape[1] // len(bias), axis=1)
-        else:
-            sums = x.reshape(len(x), len(bias), -1).sum(axis=2)
-            extra = jnp.dot(sums, bias, precision="highest")
-        return (y.astype(jnp.float32) + extra).astype(y.dtype)
+            return jnp.repeat(each, 8 * packed.q.shape[-2] // len(bias), axis=1)
+        sums = x.reshape(len(x), len(bias), -1).sum(axis=2)
+        return jnp.dot(sums, bias, precision="highest")
+
+
+def _added(y: jax.Array, extra: jax.Array) -> jax.Array:
+    """y + extra, in float32, rounded once to y's dtype."""
+    return (y.astype(jnp.float32) + extra).astype(y.dtype)
+
+
+def _split(y: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
+    """The parts of y [M, N] that have so many columns each."""
+    return jnp.split(y, [*itertools.accumulate(widths)][:-1], axis=1)
 
 
 def _stacked(packed: packing.Packed, layer: jax.Array | None):

@@ -7,7 +7,8 @@ with K minor, which `k_minor` makes from the stored words, once for many tokens.
 
 import inspect
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,19 @@ def matmul(
 
     Raises: ValueError for what `refusal` names.
     """
+    (y,) = matmuls(x, weight, scale, column_scale, layer, weight.shape[1:2])
+    return y
+
+
+def matmuls(
+    x: Float[Array, "M K"],
+    weight: Int4[Array, "L N K"],
+    scale: Num[Array, "L groups N"],
+    column_scale: Float[Array, "L 1 N"] | None,
+    layer: Int[Array, ""],
+    widths: Sequence[int],
+) -> list[Float[Array, "M _"]]:
+    """The parts of `matmul`'s result that have so many columns each."""
     num_rows, k = x.shape
     columns, groups = weight.shape[1], scale.shape[1]
     reason = refusal(num_rows, k, columns, k // groups, x.dtype, scale.dtype)
@@ -80,27 +94,48 @@ def matmul(
         raise ValueError(f"the Mosaic GPU kernel does not take {reason}")
     rows = max(8, 1 << (num_rows - 1).bit_length())
     x = jnp.pad(x, ((0, rows - num_rows), (0, 0)))
-    y = _partial_products(x, weight, scale, layer).sum(axis=0).T
+    tile = _tile(rows, k, columns, k // groups, scale.dtype)
+    splits = _splits(columns // tile.columns, k // tile.step, rows, k)
+    if splits == 1 and all(width % tile.columns == 0 for width in widths):
+        found = _kernel(x, weight, scale, column_scale, layer, tile, widths=widths)
+        return [y[:num_rows] for y in found]
+    sums = _kernel(x, weight, scale, None, layer, tile, splits=splits)
     if column_scale is not None:
-        y = y * lax.dynamic_index_in_dim(column_scale, layer, keepdims=False)
-    return y[:num_rows].astype(x.dtype)
+        column_scale = lax.dynamic_index_in_dim(column_scale, layer, keepdims=False)
+    found, start = [], 0
+    # Each part on its own: XLA would write all of y, and then copy its parts out.
+    for width in widths:
+        own = slice(start, start + width)
+        y = sums[:, own].sum(axis=0).T
+        if column_scale is not None:
+            y = y * column_scale[:, own]
+        found.append(y[:num_rows].astype(x.dtype))
+        start += width
+    return found
 
 
-def _partial_products(x, weight, scale, layer) -> jax.Array:
-    """float32 [splits, N, M]: the contribution of each part of K to outᵀ."""
-    rows, k = x.shape
-    columns = weight.shape[1]
+def _kernel(x, weight, scale, column_scale, layer, tile, *, splits=1, widths=None) -> Any:
+    """Parts of y with these widths, in x.dtype: a list of [M, width], whole tiles of columns.
+
+    widths None: what each of `splits` parts of K contributes to yᵀ, without column_scale: float32
+    [splits, N, M].
+    """
+    (rows, k), columns = x.shape, weight.shape[1]
     group = k // scale.shape[1]
-    block, step, stages = _tile(rows, k, columns, group, scale.dtype)
+    block, step, stages = tile
     num_steps = k // step
-    splits = _splits(columns // block, num_steps, rows, k)
     piece = min(group, 64)  # rows of K in one tensor core product, all of one group
+    more = () if column_scale is None else (column_scale,)
 
-    def kernel(layer_ref, x_ref, w_ref, s_ref, out_ref, staging):
+    def kernel(layer_ref, x_ref, w_ref, s_ref, *refs):
+        *refs, staging, c_s, c_copied = refs
+        column_scale_refs, outs = refs[: len(more)], refs[len(more) :]
         split, column = lax.axis_index("split"), lax.axis_index("column")
         first = split * num_steps // splits
         last = (split + 1) * num_steps // splits
-        which = layer_ref[0]
+        which, own = layer_ref[0], pl.ds(column * block, block)
+        for ref in column_scale_refs:  # one or none
+            plgpu.copy_gmem_to_smem(ref.at[which, 0, own], c_s, c_copied)
 
         def products(acc):
             def take_step(_, x_s, w_s, s_s):
@@ -135,21 +170,47 @@ def _partial_products(x, weight, scale, layer) -> jax.Array:
             )(x_ref, w_ref.at[which], s_ref.at[which])
             return acc[...]
 
-        staging[...] = pl.run_scoped(products, plgpu.ACC((block, rows), jnp.float32))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging, out_ref.at[split, pl.ds(column * block, block)])
+        total = pl.run_scoped(products, plgpu.ACC((block, rows), jnp.float32))
+        if widths is None:
+            staging[...] = total
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staging, outs[0].at[split, own])
+        else:
+            if column_scale_refs:
+                plgpu.barrier_wait(c_copied)
+                c = plgpu.layout_cast(c_s[...], plgpu.Layout.WGMMA.reduce(1))
+                total = total * lax.broadcast_in_dim(c, total.shape, (0,))
+            total = plgpu.layout_cast(total.astype(x.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            staging.at[...].transpose((1, 0))[...] = total
+            plgpu.commit_smem()
+            start = 0
+            for out in outs:
+                end = start + out.shape[1] // block
+
+                @pl.when((start <= column) & (column < end))
+                def _(out=out, start=start):
+                    here = pl.ds((column - start) * block, block)
+                    plgpu.copy_smem_to_gmem(staging, out.at[:, here])
+
+                start = end
         plgpu.wait_smem_to_gmem(0)
 
-    staging = plgpu.SMEM(
-        (block, rows), jnp.float32, transforms=_swizzled(bits=32, swizzle=min(4 * rows, 128))
-    )
-    out = jax.ShapeDtypeStruct((splits, columns, rows), jnp.float32)
+    if widths is None:
+        transforms = _swizzled(bits=32, swizzle=min(4 * rows, 128))
+        staging = plgpu.SMEM((block, rows), jnp.float32, transforms=transforms)
+        out = jax.ShapeDtypeStruct((splits, columns, rows), jnp.float32)
+    else:
+        staging = plgpu.SMEM((rows, block), x.dtype, transforms=_swizzled(bits=16, swizzle=128))
+        out = [jax.ShapeDtypeStruct((rows, width), x.dtype) for width in widths]
     return plgpu.kernel(
         kernel,
         grid=(splits, columns // block),
         grid_names=("split", "column"),
-        **{f"out_{_TYPE}": out, f"scratch_{_TYPE}s": [staging]},
-    )(jnp.reshape(layer, (1,)), x, weight, scale)
+        **{
+            f"out_{_TYPE}": out,
+            f"scratch_{_TYPE}s": [staging, plgpu.SMEM((block,), jnp.float32), plgpu.Barrier()],
+        },
+    )(jnp.reshape(layer, (1,)), x, weight, scale, *more)
 
 
 class _Tile(NamedTuple):

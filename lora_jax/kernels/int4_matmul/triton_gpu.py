@@ -14,6 +14,7 @@ leaves a margin, because none of it has been measured.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -57,7 +58,6 @@ def refusal(
     return None
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
 def matmul(
     x: Float[Array, "M K"],
     packed: packing.Packed,
@@ -72,32 +72,76 @@ def matmul(
 
     Raises: ValueError for what `refusal` names.
     """
+    (y,) = matmuls(x, (packed,), layer, interpret=interpret)
+    return y
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def matmuls(
+    x: Float[Array, "M K"],
+    weights: tuple[packing.Packed, ...],
+    layer: Int[Array, ""],
+    *,
+    interpret: bool = False,
+) -> list[Float[Array, "M _"]]:
+    """[matmul(x, packed, layer) for packed in weights], in one kernel.
+
+    With more columns, fewer parts of K keep the processors busy, so fewer partial sums are written.
+
+    Raises: ValueError for what `refusal` names, and for weights that are not alike.
+    """
     num_rows, k = x.shape
-    words, n = packed.q.shape[1:]
-    group = k // packed.scale.shape[1]
-    if reason := refusal(num_rows, k, n, group, x.dtype, packed.scale.dtype):
-        raise ValueError(f"the Triton kernel does not take {reason}")
-    tile = _tile(num_rows, k, n, packed)
+    if not alike(weights):
+        found = [jax.tree.map(lambda a: f"{a.dtype.name}{a.shape}", packed) for packed in weights]
+        raise ValueError(f"expected weights that differ in their columns only, found {found}")
+    words, group = weights[0].q.shape[1], k // weights[0].scale.shape[1]
+    widths = [packed.q.shape[2] for packed in weights]
+    for n in widths:
+        if reason := refusal(num_rows, k, n, group, x.dtype, weights[0].scale.dtype):
+            raise ValueError(f"the Triton kernel does not take {reason}")
+    tile = _tile(num_rows, k, widths, weights[0])
     planes = x.reshape(num_rows, words, 8).transpose(2, 0, 1)
     # Partial sums are added in float32.
     dtype = x.dtype if tile.splits == 1 else jnp.float32
-    y = pl.pallas_call(
+    found = pl.pallas_call(
         functools.partial(_kernel, tile, group),
-        grid=(pl.cdiv(num_rows, tile.rows), n // tile.columns, tile.splits),
-        out_shape=jax.ShapeDtypeStruct((tile.splits, num_rows, n), dtype),
+        grid=(pl.cdiv(num_rows, tile.rows), sum(widths) // tile.columns, tile.splits),
+        out_shape=[jax.ShapeDtypeStruct((tile.splits, num_rows, n), dtype) for n in widths],
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
-    )(jnp.reshape(layer, (1,)), planes, packed)
-    return y[0] if tile.splits == 1 else y.sum(axis=0).astype(x.dtype)
+    )(jnp.reshape(layer, (1,)), planes, weights)
+    return [y[0] if tile.splits == 1 else y.sum(axis=0).astype(x.dtype) for y in found]
 
 
-def _kernel(tile, group, layer_ref, x_ref, packed, out_ref):
-    """One tile of out [split, rows, columns]; `packed` holds references, or None."""
-    layer = layer_ref[0]
-    rows = pl.program_id(0) * tile.rows + lax.iota(jnp.int32, tile.rows)
+def alike(weights: Sequence[packing.Packed]) -> bool:
+    """Whether they have the same rows, groups and dtypes."""
+    kinds = {tuple(a if a is None else (a.shape[:-1], a.dtype) for a in each) for each in weights}
+    return len(kinds) == 1
+
+
+def _kernel(tile, group, layer_ref, x_ref, weights, *out_refs):
+    """One tile of one of the products; `weights` hold references, or None."""
+    (row, column, split), first = (pl.program_id(axis) for axis in range(3)), 0
+    for packed, out_ref in zip(weights, out_refs, strict=True):
+        where = row, column - first, split
+        own = functools.partial(
+            _write_tile, tile, group, where, layer_ref[0], x_ref, packed, out_ref
+        )
+        last = first + out_ref.shape[2] // tile.columns
+        if len(weights) == 1:
+            own()
+        else:
+            pl.when((first <= column) & (column < last))(own)
+        first = last
+
+
+def _write_tile(tile, group, where, layer, x_ref, packed, out_ref):
+    """One tile of out [split, rows, columns]. where: its number on each axis of the grid."""
+    row, column, split = where
+    rows = row * tile.rows + lax.iota(jnp.int32, tile.rows)
     rows = jnp.minimum(rows, x_ref.shape[1] - 1)  # the last one again in place of missing ones
-    columns = pl.ds(pl.program_id(1) * tile.columns, tile.columns)
-    split, num_steps = pl.program_id(2), x_ref.shape[2] // _WORDS
+    columns = pl.ds(column * tile.columns, tile.columns)
+    num_steps = x_ref.shape[2] // _WORDS
 
     def add_step(step, total):
         these = pl.ds(step * _WORDS, _WORDS)
@@ -151,11 +195,11 @@ class _Tile(NamedTuple):
     stages: int  # one more than the steps whose copies are in flight
 
 
-def _tile(num_rows: int, k: int, n: int, packed: packing.Packed) -> _Tile:
+def _tile(num_rows: int, k: int, widths: Sequence[int], packed: packing.Packed) -> _Tile:
     rows = min(64, max(16, 1 << (num_rows - 1).bit_length()))
     # Every tile of columns reads x again: with more rows, wider tiles read it less often.
-    columns = 128 if rows > 16 and n % 128 == 0 else 64
-    splits = _splits(-(-num_rows // rows) * (n // columns), num_rows, k)
+    columns = 128 if rows > 16 and all(n % 128 == 0 for n in widths) else 64
+    splits = _splits(-(-num_rows // rows) * (sum(widths) // columns), num_rows, k)
     read = (packed.q, packed.scale, packed.group_bias)
     per_column = sum(array.dtype.itemsize for array in read if array is not None)
     step = _WORDS * (columns * per_column + 8 * rows * 2)  # bytes
