@@ -171,8 +171,8 @@ def of(path: Iterable, ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     Packed words and group scales have their kernel's axes; column scales and biases its output
     axis. LoRA's A has the input axis and B the output axis, but never fsdp: they are small, and
     every device needs them whole. The A and B of a bank, which are not, have fsdp too. Arrays
-    without a rule are replicated. Mesh axes of size 1 are left out: on one device, arrays of one shape
-    have one sharding, and share the programs that load them.
+    without a rule are replicated. Mesh axes of size 1 are left out: on one device, arrays of one
+    shape have one sharding, and share the programs that load them.
     """
     names = [str(part) for part in path]
     module = next((name for name in reversed(names) if name in llama.LOGICAL_AXES), None)
