@@ -1,5 +1,6 @@
 """Weights that are NaN or infinite: found as their bytes pass, and named."""
 
+import math
 import typing
 
 import jax.numpy as jnp
@@ -13,18 +14,19 @@ if typing.TYPE_CHECKING:
 _CHUNK = 2**18  # values that are looked at together, within a core's cache
 
 
-def check(array: np.ndarray, *tensors: "StoredTensor") -> np.ndarray:
-    """The array, which is made of these tensors or of parts of them.
+def check(array: np.ndarray, stored: "StoredTensor") -> np.ndarray:
+    """The array, which is a stored tensor or a part of it.
 
-    Raises: UserError if a value is NaN or infinite. It says how many are in each whole tensor.
+    Raises: UserError if a value is NaN or infinite. It says how many are in the whole tensor.
     """
     if not count(array):
         return array
-    counts = {tensor: count(tensor.value()) for tensor in tensors}
+    number, size = count(stored.value()), math.prod(stored.shape)
+    are = "is" if number == 1 else "are"
     raise errors.UserError(
         expected="finite weights",
-        found=[_line(tensor, number) for tensor, number in counts.items() if number],
-        where=[str(path) for path in dict.fromkeys(tensor.path for tensor in tensors)],
+        found=f"{number} of {size} values in {stored.key or stored.name} {are} NaN or infinite",
+        where=str(stored.path),
         do="copy the file again; if it is as published, take another revision or an earlier "
         "checkpoint",
     )
@@ -43,9 +45,3 @@ def count(array: np.ndarray) -> int:
     bits = np.ascontiguousarray(array).reshape(-1).view(word)
     chunks = (bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK))
     return sum(int(np.count_nonzero((chunk & magnitude) >= infinity)) for chunk in chunks)
-
-
-def _line(tensor: "StoredTensor", number: int) -> str:
-    are = "is" if number == 1 else "are"
-    size = int(np.prod(tensor.shape))
-    return f"{number} of {size} values in {tensor.key or tensor.name} {are} NaN or infinite"

@@ -22,7 +22,7 @@ def utf8(file: io.BufferedIOBase) -> io.BufferedIOBase:
     Halves of characters stay what they are, so that what reads the UTF-8 finds them in their lines.
     Reading raises EOFError if the file ends within a character.
     """
-    found = encoding(file.peek(4)[:4])  # type: ignore[attr-defined]
+    found = encoding(file.peek(4)[:4])  # type: ignore[attr-defined]  # what `opened` returns has it
     if found.startswith("utf-8"):
         return file
     return io.BufferedReader(_Recoded(file, found), _CHUNK)

@@ -7,6 +7,8 @@ from lora_jax import errors, tokenizer
 from lora_jax.generation import config
 from lora_jax.generation import pool as pools
 
+_STEP = 32  # tokens: contexts of whole runs are multiples of it
+
 
 def check(
     prompt: Sequence[int],
@@ -57,7 +59,7 @@ def context(prompts: Iterable[Sequence[int]], max_new_tokens: int, most: int) ->
     So other prompts of about this length need the same programs, which are in jax's cache.
     """
     longest = max(map(len, prompts)) + max_new_tokens
-    return min(-(-longest // 32) * 32, most)
+    return min(-(-longest // _STEP) * _STEP, most)
 
 
 def check_length(

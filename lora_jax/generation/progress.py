@@ -76,7 +76,10 @@ class Step:
 def step(
     works: Sequence[Work], tokens: jax.Array, counts: jax.Array | None, found: samplers.Logprobs
 ) -> Step:
-    """The step, whose results are on their way to the host."""
+    """The step, whose results are on their way to the host.
+
+    Without counts, each request is noted to get a token; else the host reads how many count.
+    """
     if counts is None:
         for work in works:
             work.sent += 1
