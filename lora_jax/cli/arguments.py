@@ -76,7 +76,7 @@ class Flags:
         name = flag.lstrip("-").replace("-", "_")
         default = self._defaults.get(name)
         if name not in self._defaults and name in groups.FIELDS:
-            default = groups.default(name)
+            default = groups.FIELDS[name].default
         if default not in (None, "", (), {}, False) and name not in _NO_DEFAULT_SHOWN:
             shown = ",".join(default) if isinstance(default, tuple) else default
             help = f"{help} (default: {shown})"

@@ -7,17 +7,17 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
 
 from lora_jax import errors
 from lora_jax.parallel import processes
-
-if TYPE_CHECKING:
-    from lora_jax.planning import chips
-    from lora_jax.planning import job as jobs
-    from lora_jax.training import setup
-    from lora_jax.training.output import run_folder
-    from lora_jax.training.settings import groups
+from lora_jax.planning import chips, operations
+from lora_jax.planning import job as jobs
+from lora_jax.training import setup
+from lora_jax.training.output import run_folder
+from lora_jax.training.settings import groups
 
 
 class Patience:
@@ -58,9 +58,7 @@ class Spikes:
 class Utilization:
     """MFU: the useful operations of a step over what its devices could do in the same time."""
 
-    def __init__(self, job: "jobs.Job", target: "chips.Target"):
-        from lora_jax.planning import operations
-
+    def __init__(self, job: jobs.Job, target: chips.Target):
         self._peak = target.count * target.peaks.flops if target.peaks else None
         self._useful = functools.cache(lambda tokens: operations.useful(job.of_length(tokens)))
 
@@ -81,14 +79,10 @@ class Compilations:
         self._shapes: set[tuple[int, ...]] = set()
 
     def __enter__(self) -> "Compilations":
-        import jax
-
         jax.monitoring.register_event_duration_secs_listener(self._hear)
         return self
 
     def __exit__(self, *_) -> None:
-        import jax
-
         jax.monitoring.unregister_event_duration_listener(self._hear)
 
     def _hear(self, event: str, seconds: float, **about: Any) -> None:
@@ -125,8 +119,6 @@ class Profile:
 
     def done(self, step: int, last: bool) -> str:
         """A message if the trace was written after this step, else "". Call it after every step."""
-        import jax
-
         if self._folder is None or step < self._first:
             return ""
         if step == self._first and not last:
@@ -141,7 +133,7 @@ class Profile:
 class Dashboard:
     """A dashboard that gets the same numbers as metrics.jsonl."""
 
-    def __init__(self, to: str, folder: pathlib.Path, settings: "groups.Flat", first: int):
+    def __init__(self, to: str, folder: pathlib.Path, settings: groups.Flat, first: int):
         """first: the step the run is resumed from; what was logged of later steps is dropped."""
         if to == "tensorboard":
             import tensorboardX
@@ -162,7 +154,7 @@ class Dashboard:
             self.close = self._run.finish
         self._to = to
 
-    def log(self, metrics: "run_folder.Metrics") -> None:
+    def log(self, metrics: run_folder.Metrics) -> None:
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         if self._to == "tensorboard":
             for name, value in numbers.items():
@@ -174,7 +166,7 @@ class Dashboard:
 class Log:
     """Writes metrics to metrics.jsonl, and to a dashboard if the settings name one."""
 
-    def __init__(self, job: "setup.Job", first: int):
+    def __init__(self, job: setup.Job, first: int):
         """first: the step the run is resumed from, or 0."""
         self._job, self._dashboard = job, None
         if job.settings.run.report_to and processes.leads():
@@ -189,7 +181,7 @@ class Log:
         if self._dashboard:
             self._dashboard.close()
 
-    def add(self, metrics: "run_folder.Metrics") -> "run_folder.Metrics":
+    def add(self, metrics: run_folder.Metrics) -> run_folder.Metrics:
         """Logs the metrics; returns those that were logged."""
         logged = self._job.adapters.to_log(metrics)
         self._job.folder.log(logged)

@@ -27,7 +27,7 @@ from lora_jax.selftest import case, of_model, proof
 from lora_jax.training import run_data
 from lora_jax.training.adapters import one_adapter, sweep
 from lora_jax.training.output import run_folder
-from lora_jax.training.settings import groups
+from lora_jax.training.settings import convert, groups
 
 if TYPE_CHECKING:
     import transformers
@@ -98,7 +98,7 @@ def with_chat_time(
 
 def num_adapters(settings: groups.TrainSettings) -> int:
     """How many adapters are trained at the same time."""
-    return len(sweep.values(settings.loop.sweep)) if settings.loop.sweep else 1
+    return len(convert.sweep(settings.loop.sweep)[1]) if settings.loop.sweep else 1
 
 
 def planned_job(

@@ -52,7 +52,7 @@ def test_help_is_in_groups_and_shows_every_default(monkeypatch):
         assert f"(default: {default})" in shown
     # Every flag whose setting has a default shows it.
     flags = re.findall(r"^  --([\w-]+)", text, re.MULTILINE)
-    defaults = {flag: groups.default(flag.replace("-", "_"))
+    defaults = {flag: groups.FIELDS[flag.replace("-", "_")].default
                 for flag in flags if flag.replace("-", "_") in groups.FIELDS}  # fmt: skip
     assert len(flags) > 30 and defaults["rank"] == 8
     for flag, default in defaults.items():

@@ -23,11 +23,6 @@ from lora_jax.training.output import run_folder
 from lora_jax.training.settings import convert
 
 
-def values(text: str) -> dict[str, float]:
-    """{name of a member: its value} from the text of --sweep."""
-    return convert.sweep(text)[1]
-
-
 def adapters(one: one_adapter.OneAdapter) -> "SweepAdapters":
     """The adapters of the sweep in one.settings, in the base model of `one`."""
     settings, mesh = one.settings, one.mesh

@@ -17,7 +17,7 @@ from lora_jax.parallel import processes
 from lora_jax.training.settings import files, groups
 
 _SPACE = 64 * 2**20  # bytes that must be free, before the size of the model is known
-_TRACES = (".lock", "run.new")  # left by a run that was killed before it started
+_TRACES = {".lock", "run.new"}  # left by a run that was killed before it started
 _FULL = ("No space left on device", "Disk quota exceeded")
 
 Metrics = dict[str, float]  # of a step or an evaluation: {name: value}, with its "step"
@@ -64,17 +64,8 @@ class RunFolder:
         Raises: UserError if it is not empty (without `resume`), not writable, in use by another
         run, or on a full disk.
         """
-        self.path = path
-        self.adapter = path / "adapter"
-        self.checkpoints = path / "checkpoints"
-        self.streams = path / "streams"
-        self._metrics = path / "metrics.jsonl"
-        self._run = path / "run.json"
-        if (
-            os.path.isdir(path)
-            and not resume
-            and any(p.name not in _TRACES for p in path.iterdir())
-        ):
+        self._name_files(path)
+        if not resume and os.path.isdir(path) and set(os.listdir(path)) - _TRACES:
             raise errors.UserError(
                 expected="a new or empty output folder",
                 found="a folder with files in it",
@@ -106,6 +97,14 @@ class RunFolder:
         except errors.UserError:
             self._give_up()
             raise
+
+    def _name_files(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self.streams = path / "streams"
+        self._metrics = path / "metrics.jsonl"
+        self._run = path / "run.json"
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -161,7 +160,7 @@ class RunFolder:
 
         NaN and infinity become null, because JSON does not have them.
         """
-        whole = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in metrics.items()}
+        whole = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         with self._metrics.open("a") as file:
             file.write(json.dumps(whole) + "\n")
 
@@ -180,9 +179,8 @@ class RunFolder:
     def _lines(self, step: int) -> list[str]:
         """The complete lines of metrics.jsonl up to `step`."""
         kept = []
-        for line in (
-            self._metrics.read_text(errors="replace").splitlines() if self._metrics.exists() else ()
-        ):
+        text = self._metrics.read_text(errors="replace") if self._metrics.exists() else ""
+        for line in text.splitlines():
             try:
                 if json.loads(line)["step"] > step:
                     break
@@ -204,12 +202,7 @@ class Followed(RunFolder):
                 where=str(path),
                 do="choose an --output-dir on a file system that all hosts share",
             )
-        self.path = path
-        self.adapter = path / "adapter"
-        self.checkpoints = path / "checkpoints"
-        self.streams = path / "streams"
-        self._run = path / "run.json"
-        self._metrics = path / "metrics.jsonl"
+        self._name_files(path)
 
     def __exit__(self, *_) -> None:
         pass
@@ -254,7 +247,7 @@ def quantization_of(adapter: pathlib.Path) -> str | None:
     """The format of the base that the adapter of a run was trained on; None if it is not known."""
     for folder in adapter.absolute().parents[:2]:  # that of a sweep is one folder deeper
         with contextlib.suppress(errors.UserError):
-            return read_run(folder).get("settings", {}).get("quant")
+            return read_run(folder)["settings"].get("quant")
     return None
 
 

@@ -34,7 +34,9 @@ def build_from(
     settings, wrong = _composed(with_demo(values), given=frozenset(values))
     # Of a setting without a valid value, only that is a problem.
     unclear = {name for name, value in given.items() if value is not None} - values.keys()
-    check = [each for each in checks.problems(settings) if not unclear & _named(each)]
+    unclear &= groups.FIELDS.keys()
+    check = [each for each in checks.problems(settings)
+             if not unclear & _named(each.found, each.where, each.do)]  # fmt: skip
     _raise([*problems, *_located([*found, *wrong, *check], origins)])
     if settings.eval.patience and not settings.eval.keep_best:
         settings = settings.replace(keep_best=True)
@@ -163,11 +165,10 @@ def _composed(
     return groups.TrainSettings(**made, given=given), problems
 
 
-def _named(problem: errors.UserError) -> set[str]:
-    """The settings that an error names, as --max-steps or max_steps."""
-    text = " ".join(part for part in (problem.found, problem.where, problem.do) if part)
-    words = re.findall(r"[\w-]+", text)
-    return {word.lstrip("-").replace("-", "_") for word in words} & groups.FIELDS.keys()
+def _named(*parts: str | None) -> set[str]:
+    """The words in parts of an error; a setting may be written --max-steps or max_steps."""
+    words = re.findall(r"[\w-]+", " ".join(filter(None, parts)))
+    return {word.lstrip("-").replace("-", "_") for word in words}
 
 
 def _raise(problems: Sequence[errors.UserError]) -> None:
@@ -181,8 +182,7 @@ def _located(
 ) -> Iterator[errors.UserError]:
     """Yields the problems; those with settings of a file say in which line they are."""
     for problem in problems:
-        words = re.findall(r"[\w-]+", f"{problem.found} {problem.where}")
-        named = {word.lstrip("-").replace("-", "_") for word in words}
+        named = _named(problem.found, problem.where)
         lines = [line if problem.found == name else f"{line}: {name}"
                  for name, line in (origins or {}).items() if name in named]  # fmt: skip
         if lines:

@@ -18,23 +18,13 @@ _LEAST = {  # {lowest value: settings}
 }  # fmt: skip
 
 
-def _needs_eval(settings: groups.TrainSettings) -> bool:
-    return settings.evaluates
-
-
-def _needs_prompt(settings: groups.TrainSettings) -> bool:
-    return bool(settings.prompts.prompt)
-
-
+_PROMPT = ("a --prompt", lambda settings: bool(settings.prompts.prompt))
+_HELD_OUT = ("--eval-dataset or --eval-every", lambda settings: settings.evaluates)
 # {setting: (what it needs to have an effect, whether the settings have that)}
 _NEEDS: dict[str, tuple[str, Callable[[groups.TrainSettings], bool]]] = {
     "beta": ("--dpo", lambda settings: settings.data.dpo),
-    "chat": ("a --prompt", _needs_prompt),
-    "temperature": ("a --prompt", _needs_prompt),
-    "max_new_tokens": ("a --prompt", _needs_prompt),
-    "exact_match": ("--eval-dataset or --eval-every", _needs_eval),
-    "keep_best": ("--eval-dataset or --eval-every", _needs_eval),
-    "patience": ("--eval-dataset or --eval-every", _needs_eval),
+    **dict.fromkeys(("chat", "temperature", "max_new_tokens"), _PROMPT),
+    **dict.fromkeys(("exact_match", "keep_best", "patience"), _HELD_OUT),
 }
 
 
@@ -115,8 +105,9 @@ def chat_time(data: groups.DataSettings) -> Iterator[errors.UserError]:
 
 def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
     flat, swept, loop = settings.flat(), settings.loop.swept, settings.loop
-    for name in sorted(settings.given & _NEEDS.keys(), key=groups.NAMES.index):
-        if flat.get(name) != groups.FIELDS[name].default and is_inert(name, settings):
+    for name, field in groups.FIELDS.items():
+        changed = name in settings.given and flat.get(name) != field.default
+        if changed and name in _NEEDS and is_inert(name, settings):
             yield f"{convert.flag(name)} without {_NEEDS[name][0]}"
     for text, is_so in (
         ("--max-steps 0 without a --prompt", loop.max_steps == 0 and not settings.prompts.prompt),

@@ -289,7 +289,6 @@ def _fields() -> Iterator[tuple[str, Field]]:
 
 
 FIELDS: dict[str, Field] = dict(_fields())
-NAMES = tuple(FIELDS)
 CHOICES: dict[str, tuple[str, ...]] = {
     "quant": quant.QUANTS,
     "dtype": ("float32", "bfloat16"),
@@ -298,8 +297,3 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "remat": ("auto", *model_config.REMAT),
     "report_to": tuple(REPORTS),
 }
-
-
-def default(name: str) -> Value:
-    """The default of a setting."""
-    return FIELDS[name].default
