@@ -82,25 +82,20 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
 def main() -> None:
     settings = settings_of(parse())
     from lora_jax import hub, tokenizer
-    from lora_jax.data import bad_rows, chat, clock, encoding, fields, mixture, packing, sources
+    from lora_jax.data import bad_rows, chat, clock, mixture, packing
     from lora_jax.models import config as model_config
+    from lora_jax.training import run_data
 
     data = settings.data
     files = [("data", source) for source in data.dataset]
     if data.eval_dataset:
         files.append(("held out", data.eval_dataset))
-    counts = [sources.HEAD if data.streaming and label == "data" else None for label, _ in files]
     bad = bad_rows.BadRows(data.skip_bad_rows)
-    loaded = sources.load_all([source for _, source in files], data.columns, counts, bad)
-    for _, source in files:
-        if note := sources.note(source):
-            console.say("files", note)
-    for (_, source), found in zip(files, loaded, strict=True):
-        if unused := fields.unused(found, in_pairs=data.dpo):
-            console.say("columns", f"not used of {console.near(source)}: {unused}")
+    loaded = run_data.load(data, bad)
     folder = hub.tokenizer_folder(settings.model.model, settings.model.revision)
     architecture = model_config.load(folder)
     seq_len = data.resolve_seq_len(architecture.context)
+    data = dataclasses.replace(data, seq_len=seq_len)
     reader = tokenizer.load(folder)
     stops = chat.stop_ids(reader, folder)
     if len(stops) > 1:
@@ -111,20 +106,9 @@ def main() -> None:
         clock.stop(reader, time)
         console.say("clock", f"the chat template prints the time; here it is {time}, in a run when "
                     "it starts, or --chat-time")  # fmt: skip
-    eos = stops[0]
     sizes = []
     for (label, source), examples in zip(files, loaded, strict=True):
-        encode = encoding.encode_pairs if data.dpo else encoding.encode
-        _, encoded = bad_rows.encode(
-            examples,
-            lambda some, empty, encode=encode: encode(
-                some, reader, seq_len, eos, may_be_empty=empty
-            ),
-            bad,
-        )
-        if news := bad.news():
-            console.say("bad rows", news)
-        tokenizer.check_ids(reader, (ids for ids, _ in encoded.examples), architecture.vocab_size)
+        _, encoded = run_data.encode(data, examples, reader, stops[0], architecture.vocab_size, bad)
         for loss in encoded.losses:
             console.say("chats", loss)
         sequences = packing.arrange(

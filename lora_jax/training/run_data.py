@@ -41,25 +41,61 @@ class Read(NamedTuple):
 
 def read(settings: groups.TrainSettings) -> Read:
     """The training data and the held-out data; of a stream only its first examples."""
-    data = settings.data
-    names, own = list(data.dataset), data.eval_dataset
-    counts = [sources.HEAD if data.streaming else None] * len(names)
-    if own:
-        names, counts = [*names, own], [*counts, None]
-    bad = bad_rows.BadRows(data.skip_bad_rows)
-    train = sources.load_all(names, data.columns, counts, bad)
-    for note in filter(None, map(sources.note, dict.fromkeys(names))):
-        say("files", note)
-    for source, found in zip(names, train, strict=True):
-        if unused := fields.unused(found, in_pairs=data.dpo):
-            say("columns", f"not used of {console.near(source)}: {unused}")
-    if own:
+    bad = bad_rows.BadRows(settings.data.skip_bad_rows)
+    train = load(settings.data, bad)
+    if settings.data.eval_dataset:
         return Read(train[:-1], train[-1:], bad)
     if not settings.eval.eval_every:
         return Read(train, [], bad)
     seed = settings.loop.seed
     split = [sources.holdout(examples, HELD_OUT, seed) for examples in train]
     return Read(*map(list, zip(*split, strict=True)), bad)
+
+
+def load(data: groups.DataSettings, bad: bad_rows.BadRows) -> list[rows.Rows]:
+    """The data sets, the held-out one last; of a stream only its first examples.
+
+    Says which files were chosen, and which columns are not used. bad: counts the rows skipped.
+    """
+    names = list(data.dataset)
+    counts = [sources.HEAD if data.streaming else None] * len(names)
+    if data.eval_dataset:
+        names, counts = [*names, data.eval_dataset], [*counts, None]
+    loaded = sources.load_all(names, data.columns, counts, bad)
+    for note in filter(None, map(sources.note, dict.fromkeys(names))):
+        say("files", note)
+    for source, found in zip(names, loaded, strict=True):
+        if unused := fields.unused(found, in_pairs=data.dpo):
+            say("columns", f"not used of {console.near(source)}: {unused}")
+    return loaded
+
+
+def encode(
+    data: groups.DataSettings,
+    examples: rows.Rows,
+    reader: "transformers.PreTrainedTokenizerBase",
+    eos: int,
+    vocabulary: int,
+    bad: bad_rows.BadRows,
+    *,
+    may_be_empty: bool = False,
+) -> tuple[rows.Rows, encoding.Encoded]:
+    """(the examples that are not skipped as bad, encoded). Says what is skipped.
+
+    data: with seq_len resolved. vocabulary: the rows of the model's embedding. bad: counts the rows
+    skipped. may_be_empty: see encoding.encode.
+    """
+    how = encoding.encode_pairs if data.dpo else encoding.encode
+    kept, encoded = bad_rows.encode(
+        examples,
+        lambda some, empty: how(some, reader, data.seq_len, eos, may_be_empty=empty),
+        bad,
+        may_be_empty=may_be_empty,
+    )
+    if news := bad.news():
+        say("bad rows", news)
+    tokenizer.check_ids(reader, (ids for ids, _ in encoded.examples), vocabulary)
+    return kept, encoded
 
 
 class RunData:
@@ -76,9 +112,11 @@ class RunData:
     ):
         """settings: with seq_len resolved. context: the model's maximum number of tokens.
         vocabulary: the rows of its embedding."""
-        self._settings, self._reader, self._eos, self._context = settings, reader, eos, context
-        self._vocabulary = vocabulary
+        self._settings, self._reader, self._context = settings, reader, context
         self._data, self._loop, self._bad = settings.data, settings.loop, found.bad
+        self._encoded = functools.partial(
+            encode, self._data, reader=reader, eos=eos, vocabulary=vocabulary, bad=self._bad
+        )
         self._arrange = functools.partial(
             packing.arrange,
             seq_len=self._data.seq_len,
@@ -154,7 +192,6 @@ class RunData:
 
         def arrange(examples: rows.Rows) -> list[packing.TokenSequence]:
             _, made = self._encoded(examples, may_be_empty=True)
-            self._say_bad()
             return self._arrange(made.examples)
 
         self._streams = [
@@ -217,7 +254,6 @@ class RunData:
     ) -> tuple[rows.Rows, encoding.Encoded]:
         """(the examples that are not skipped as bad, encoded), and says how many there are."""
         kept, encoded = self._encoded(examples)
-        self._say_bad()
         first = "of its first examples " if label == "stream" else ""
         num_tokens = sum(len(ids) for ids, _ in encoded.examples)
         say(
@@ -228,22 +264,3 @@ class RunData:
         for loss in encoded.losses:
             say("chats", loss)
         return kept, encoded
-
-    def _encoded(
-        self, examples: rows.Rows, *, may_be_empty: bool = False
-    ) -> tuple[rows.Rows, encoding.Encoded]:
-        encode = encoding.encode_pairs if self._data.dpo else encoding.encode
-        kept, encoded = bad_rows.encode(
-            examples,
-            lambda some, empty: encode(
-                some, self._reader, self._data.seq_len, self._eos, may_be_empty=empty
-            ),
-            self._bad,
-            may_be_empty=may_be_empty,
-        )
-        tokenizer.check_ids(self._reader, (ids for ids, _ in encoded.examples), self._vocabulary)
-        return kept, encoded
-
-    def _say_bad(self) -> None:
-        if news := self._bad.news():
-            say("bad rows", news)
