@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lora_jax.parallel import processes
 
@@ -114,6 +114,13 @@ def bar(total: int, first: int, unit: str) -> "tqdm.tqdm":
 
     hidden = not sys.stderr.isatty() or not processes.leads()
     return tqdm.tqdm(total=total, initial=first, unit=unit, disable=hidden, dynamic_ncols=True)
+
+
+def tracked(steps: Iterable[typing.Any], total: int, unit: str) -> Iterable[typing.Any]:
+    """The steps, with a bar on stderr if that is a terminal, which goes at the end."""
+    import tqdm
+
+    return tqdm.tqdm(steps, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
 
 
 class Progress:

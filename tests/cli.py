@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lora_jax.cli import arguments
+from lora_jax.cli import runner
 
 ROOT = pathlib.Path(__file__).parents[1]
 VERBS = {"inspect_data": "inspect"}
@@ -96,7 +96,7 @@ def run(script: str, *flags: object) -> Ended:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with kept_programs() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", [f"scripts/{script}.py", *map(str, flags)])
-            arguments.run(module.main)
+            runner.run(module.main)
     return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())
 
 

@@ -122,8 +122,8 @@ def _serve() -> None:
 
     from lora_jax import console
     from lora_jax.cli import (
-        arguments,
         generate,  # noqa: F401
+        runner,
         train,  # noqa: F401
     )
     from lora_jax.training import loop  # noqa: F401
@@ -138,7 +138,7 @@ def _serve() -> None:
                 pathlib.Path(log).write_text("")
             child = os.fork()
             if not child:
-                _run(run, request["devices"], arguments, console)
+                _run(run, request["devices"], runner, console)
             children.append(child)
         log = pathlib.Path(request["runs"][0]["logs"][0])
         if request["kill"]:
@@ -147,7 +147,7 @@ def _serve() -> None:
         print(json.dumps(ended), flush=True)
 
 
-def _run(run: dict[str, Any], devices: int, arguments: Any, console: Any) -> None:
+def _run(run: dict[str, Any], devices: int, runner: Any, console: Any) -> None:
     """Runs a script in this fork, and ends it."""
     import jax
 
@@ -163,7 +163,7 @@ def _run(run: dict[str, Any], devices: int, arguments: Any, console: Any) -> Non
     sys.argv = [f"scripts/{run['script']}.py", *map(str, run["flags"])]
     code: Any = 1
     try:
-        arguments.run(sys.modules[f"lora_jax.cli.{run['script']}"].main)
+        runner.run(sys.modules[f"lora_jax.cli.{run['script']}"].main)
     except SystemExit as ended:
         code = ended.code
     except Exception:

@@ -1,21 +1,17 @@
-"""The flags that commands share, and how a command ends."""
+"""The parser of flags, and the flags that commands share."""
 
 import argparse
-import io
 import os
 import pathlib
 import re
-import signal
 import sys
-import textwrap
-import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
-from lora_jax import console, errors, extras
-from lora_jax.parallel import cluster, processes, rendezvous
+from lora_jax import errors, extras
+from lora_jax.parallel import cluster, processes
 from lora_jax.training.output import run_folder
-from lora_jax.training.settings import assemble, groups, names
+from lora_jax.training.settings import assemble, convert, groups, names
 
 Given = dict[str, Any]  # {flag, with _ for -: value} of the typed flags
 
@@ -124,7 +120,7 @@ class Flags:
                     errors.UserError(
                         expected=_KINDS[self._kinds[name]],
                         found=repr(typed[name]),
-                        where=f"--{name.replace('_', '-')}",
+                        where=convert.flag(name),
                     )
                 )
         return typed, problems
@@ -170,9 +166,10 @@ _HUB_PAGE = re.compile(
 def _refuse_urls(typed: Given) -> None:
     """Raises UserError if a path is a URL such as gs://…, s3://… or hf://…"""
     urls = {
-        f"--{name.replace('_', '-')}": value
+        convert.flag(name): value
         for name in _PATHS
-        for value in _values(typed.get(name, ""))
+        if name in typed
+        for value in ([typed[name]] if isinstance(typed[name], str) else typed[name])
         if re.match(r"\w[\w+.-]*://", value)
     }
     if urls:
@@ -193,10 +190,6 @@ def _in_place_of(url: str) -> str:
         "copy the files to a local disk (gcloud storage cp -r gs://bucket/folder . ), or mount the "
         "bucket with gcsfuse and give the path there"
     )
-
-
-def _values(value: str | Sequence[str]) -> Sequence[str]:
-    return [value] if isinstance(value, str) else value
 
 
 def add_model(flags: Flags) -> None:
@@ -273,7 +266,7 @@ def refuse_processes(typed: Given, why: str) -> None:
     if pointless := [name for name in _PROCESSES if name in typed]:
         raise errors.UserError(
             expected="flags that have an effect",
-            found=[f"--{name.replace('_', '-')} with {why}" for name in pointless],
+            found=[f"{convert.flag(name)} with {why}" for name in pointless],
             do="leave them out, and name the devices of all processes with --target",
         )
 
@@ -299,64 +292,3 @@ def note_other_base(adapter: pathlib.Path, quant: str) -> None:
     if trained_on not in (None, quant):
         print(f"note: the adapter was trained with --quant {trained_on}, and this is --quant "
               f"{quant}; use --quant {trained_on} for the same base", file=sys.stderr)  # fmt: skip
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Runs a command. An error that the user can fix gives one message and exit code 2."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no log lines of C++ libraries
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no ×
-    before = signal.signal(signal.SIGINT, _end_at_once)
-    try:
-        code = main()
-        sys.stdout.flush()
-        processes.leave()
-    except errors.UserError as error:
-        code = fail(error)
-    except BrokenPipeError:  # `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except KeyboardInterrupt:
-        processes.end(130, "stopped")
-        print("\nstopped", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        from lora_jax.parallel import devices
-
-        explained = devices.explain(error)
-        if explained is None:
-            error.add_note("This is an error in lora_jax. Please report it, with the command and "
-                           "these lines, where you got lora_jax from.")  # fmt: skip
-            processes.end(1, traceback.format_exc(), sure=False)
-            raise
-        code = fail(explained, sure=False)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    sys.exit(code)
-
-
-def _end_at_once(*_: Any) -> NoReturn:
-    """Handles Ctrl-C while there is nothing to save.
-
-    KeyboardInterrupt would often be raised in the import of jax or in its garbage collection
-    callback, which swallow it or break.
-    """
-    os.write(2, b"\nstopped\n")
-    os._exit(130)
-
-
-def fail(error: errors.UserError, *, sure: bool = True) -> int:
-    """Prints the message, ends the other processes, and returns the exit code."""
-    width = console.width()
-    wrapped = [
-        part
-        for line in f"error:{error}".splitlines()
-        for part in textwrap.wrap(
-            line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
-        )
-        or [""]
-    ]
-    code = processes.RESTART if isinstance(error, rendezvous.Missing) else 2
-    processes.end(code, "\n".join(wrapped), sure=sure)
-    print("\n".join(wrapped), file=sys.stderr)
-    return code

@@ -8,7 +8,7 @@ import sys
 
 import lora_jax
 from lora_jax import errors
-from lora_jax.cli import arguments
+from lora_jax.cli import arguments, runner
 
 VERBS = {
     "train": "fine-tune a model with LoRA",
@@ -27,7 +27,7 @@ VERBS = {
 def run(verb: str) -> None:
     """Runs a verb with the flags of the command line, and exits with its code."""
     _complete(verb)
-    arguments.run(importlib.import_module(f"lora_jax.cli.{verb}").main)
+    runner.run(importlib.import_module(f"lora_jax.cli.{verb}").main)
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     elif verb in ("-V", "--version"):
         print(lora_jax.__version__)
     else:
-        arguments.run(lambda: _unknown(verb))
+        runner.run(lambda: _unknown(verb))
 
 
 def usage() -> str:

@@ -4,13 +4,12 @@ import contextlib
 import math
 import pathlib
 import signal
-import sys
 import time
 from typing import Any
 
 from lora_jax import console, errors, quant
 from lora_jax.cli import arguments
-from lora_jax.training.settings import checks, groups
+from lora_jax.training.settings import checks, convert, groups
 
 DEFAULTS = {"max_kl": 0.01}
 DESCRIPTION = """\
@@ -61,8 +60,8 @@ def main() -> int:
         quant=settings.get("quant"), quant_fast=bool(settings.get("quant_fast"))
     )
     problems = [*checks.quant_fast(base)]
-    missing = [f"no --{flag.replace('_', '-')}" for flag in ("adapter", "output_dir")
-               if flag not in settings]  # fmt: skip
+    required = ("adapter", "output_dir")
+    missing = [f"no {convert.flag(name)}" for name in required if name not in settings]
     if missing:
         problems.append(errors.UserError(expected="--adapter and --output-dir", found=missing))
     if not settings["max_kl"] >= 0:
@@ -99,7 +98,6 @@ def main() -> int:
 def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments.Given) -> None:
     """Writes the merged model to `into`, if it predicts the same as the base with the adapter."""
     import numpy as np
-    import tqdm
 
     from lora_jax import hub, tokenizer
     from lora_jax.checkpoints import merge as merged
@@ -133,10 +131,9 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
         console.say("note", note)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # to remove incomplete files
     num_bytes = sum(part.num_bytes for part in plan.parts)
-    bar = {"unit": "tensor", "leave": False, "disable": not sys.stderr.isatty()}
     with writer.new_folder(into, num_bytes) as written:
         with contextlib.closing(merged.write(folder, written, plan)) as names:
-            for _ in tqdm.tqdm(names, total=len(plan.parts), **bar):
+            for _ in console.tracked(names, len(plan.parts), "tensor"):
                 pass
         tokenizer.copy(source, written)
         stops = chat.stop_ids(reader, folder)

@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.cli import arguments
 from lora_jax.generation import config
-from lora_jax.training.settings import checks, groups
+from lora_jax.training.settings import checks, convert, groups
 
 _FILTERS = ("top_k", "top_p", "min_p")
 
@@ -35,7 +35,7 @@ def sampling(values: Mapping[str, Any], problems: list[errors.UserError]) -> con
         problems.append(
             errors.UserError(
                 expected="flags that have an effect",
-                found=[f"--{name.replace('_', '-')} at temperature 0" for name in without],
+                found=[f"{convert.flag(name)} at temperature 0" for name in without],
                 do="--temperature 1 to sample",
             )
         )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax import console, errors
 from lora_jax.cli import arguments
-from lora_jax.training.settings import assemble, files, groups
+from lora_jax.training.settings import assemble, convert, files, groups
 
 if TYPE_CHECKING:
     from lora_jax.training import loop
@@ -183,7 +183,7 @@ def main() -> int:
     if planning := [name for name in PLANNING if name in asked.others]:
         raise errors.UserError(
             expected="flags that have an effect",
-            found=[f"--{name.replace('_', '-')}" for name in planning],
+            found=[convert.flag(name) for name in planning],
             do="--plan with them and without --resume, or leave them out",
         )
     arguments.join({**asked.given, **asked.others, "resume": resume})

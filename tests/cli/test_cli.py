@@ -9,7 +9,7 @@ import cli
 import pytest
 
 from lora_jax import errors
-from lora_jax.cli import arguments
+from lora_jax.cli import arguments, runner
 from lora_jax.cli import generate as generate_script
 from lora_jax.cli import train as train_script
 from lora_jax.training.settings import assemble, convert, groups
@@ -322,7 +322,7 @@ def test_other_errors_keep_their_traceback(capsys):
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug") as error:
-        arguments.run(broken)
+        runner.run(broken)
     assert "Please report it" in error.value.__notes__[0]
 
 
@@ -331,12 +331,12 @@ def test_ctrl_c_while_loading_prints_no_traceback(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
-        arguments.run(interrupted)
+        runner.run(interrupted)
     assert ended.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
 
 
 def test_a_closed_pipe_prints_no_traceback():
-    code = "from lora_jax.cli import arguments\narguments.run(lambda: print('line\\n' * 100000))"
+    code = "from lora_jax.cli import runner\nrunner.run(lambda: print('line\\n' * 100000))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=cli.ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -348,9 +348,9 @@ def test_a_closed_pipe_prints_no_traceback():
 def test_ctrl_c_with_nothing_to_save_stops_at_once():
     """Without an exception, which jax's import and its garbage collection callback swallow."""
     code = (
-        "import gc, os, signal, time\nfrom lora_jax.cli import arguments\n"
+        "import gc, os, signal, time\nfrom lora_jax.cli import runner\n"
         "gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
-        "arguments.run(lambda: (gc.collect(), time.sleep(20)))\n"
+        "runner.run(lambda: (gc.collect(), time.sleep(20)))\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True
