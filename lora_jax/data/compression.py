@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import functools
 import gzip
 import io
 import lzma
@@ -66,16 +67,10 @@ def skip(file: io.BufferedIOBase, count: int) -> None:
         count -= len(chunk)
 
 
-def _zstandard(path: pathlib.Path) -> io.BufferedIOBase:
+def _by_arrow(path: pathlib.Path, compression: str) -> io.BufferedIOBase:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-
-
-def _lz4(path: pathlib.Path) -> io.BufferedIOBase:
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="lz4"))
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression))
 
 
 def _zip(path: pathlib.Path) -> io.BufferedIOBase:
@@ -106,7 +101,7 @@ _OPENERS = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
-    b"\x28\xb5\x2f\xfd": _zstandard,
-    b"\x04\x22\x4d\x18": _lz4,
+    b"\x28\xb5\x2f\xfd": functools.partial(_by_arrow, compression="zstd"),
+    b"\x04\x22\x4d\x18": functools.partial(_by_arrow, compression="lz4"),
     b"PK\x03\x04": _zip,
 }

@@ -49,11 +49,6 @@ class Encoded(typing.NamedTuple):
             if number
         ]
 
-    @property
-    def rows(self) -> list[Example]:
-        """The examples."""
-        return self.examples
-
 
 def encode(
     dataset: Iterable[kinds.Fields],
@@ -176,7 +171,7 @@ def _cut(
         group
         for group in groups
         if all(examples[n][1][1:seq_len].any() for n in group)
-        and (len(group) == 1 or not _equal(*(examples[n][0][:seq_len] for n in group)))
+        and (len(group) == 1 or not np.array_equal(*(examples[n][0][:seq_len] for n in group)))
     ]
     if not whole and not may_be_empty:
         raise errors.UserError(
@@ -193,10 +188,6 @@ def _cut(
         num_cut=sum(len(ids) > seq_len for ids, _ in examples),
         num_skipped=len(groups) - len(whole),
     )
-
-
-def _equal(chosen: np.ndarray, rejected: np.ndarray) -> bool:
-    return np.array_equal(chosen, rejected)
 
 
 def _example(ids: Iterable, trained: Iterable) -> Example:
@@ -269,8 +260,8 @@ def _encode_texts(
 ) -> Iterator[Example]:
     """The ids of prompt + completion + EOS, of which the prompt is not trained. Without a prompt
     (None) everything is."""
-    before = _ids(tokenizer, [each["prompt"] or "" for each in texts])
-    whole = _ids(tokenizer, [(each["prompt"] or "") + each["completion"] for each in texts])
+    before = ids_of(tokenizer, [each["prompt"] or "" for each in texts])
+    whole = ids_of(tokenizer, [(each["prompt"] or "") + each["completion"] for each in texts])
     for each, prompt_ids, ids in zip(texts, before, whole, strict=True):
         if each["prompt"] is None:
             prompt_ids = []
@@ -283,7 +274,7 @@ def _encode_texts(
         yield _example(ids, [False] * len(prompt_ids) + [True] * trained)
 
 
-def _ids(
+def ids_of(
     tokenizer: "transformers.PreTrainedTokenizerBase", texts: Sequence[str]
 ) -> Iterator[list[int]]:
     """The ids of each string. Some strings at a time: lists of numbers take many times the memory

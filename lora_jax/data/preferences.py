@@ -4,9 +4,9 @@ Imports no jax.
 """
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from lora_jax.data import kinds, messages
+from lora_jax.data import kinds, messages, template
 from lora_jax.data.template import ChatError, Message
 
 
@@ -105,7 +105,7 @@ def _value(value: object) -> object:
 
 def _texts(prompt: str | None, chosen: str, rejected: str) -> Texts:
     if prompt is None:
-        size = _common(chosen, rejected)
+        size = template.common(chosen, rejected)
         # The space in front of a word belongs to the word, as tokens have it.
         while 0 < size < max(len(chosen), len(rejected)) and chosen[size - 1] == " ":
             size -= 1
@@ -126,7 +126,7 @@ def _chats(fields: kinds.Fields, prompt: object, *answers: object) -> Chats:
         size = 0
     whole = [(before if size else []) + chat for chat in both]
     # What comes before the first difference has nothing to prefer.
-    shared = max(size, _common(*whole)) if prompt is None or not size else size
+    shared = max(size, template.common(*whole)) if prompt is None or not size else size
     size = min(shared, *(len(chat) - 1 for chat in whole))
     full = [messages.with_system(chat, fields) for chat in whole]
     return Chats(size + len(full[0]) - len(whole[0]), (full[0], full[1]))
@@ -136,11 +136,3 @@ def _begins(chat: list[Message], prompt: str) -> bool:
     """Whether a chat's first message of a user is the prompt."""
     asked = [message for message in chat if message["role"] == "user"]
     return bool(asked) and asked[0].get("content") == prompt
-
-
-def _common(chosen: Sequence[typing.Any], rejected: Sequence[typing.Any]) -> int:
-    """How many elements both have in common at their beginning."""
-    size = 0
-    while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
-        size += 1
-    return size

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import chat, compression, files, kinds, messages, unicode
+from lora_jax.data import chat, compression, encoding, files, kinds, messages, unicode
 from lora_jax.data.template import Message
 
 if typing.TYPE_CHECKING:
     import transformers
 
 Ids = array.array  # of int: a list of ten thousand long prompts would take a gigabyte
-_AT_ONCE = 1024  # texts passed to the tokenizer at once
 
 
 class Prompt(typing.NamedTuple):
@@ -124,11 +123,9 @@ def encode(
             do="correct these prompts, or omit --chat" if as_chat else "correct these prompts",
         )
     texts = [n for n, chatting in enumerate(is_chat) if not chatting]
-    for first in range(0, len(texts), _AT_ONCE):
-        some = texts[first : first + _AT_ONCE]
-        every = tokenizing.encode(tokenizer, [typing.cast(str, prompts[n].value) for n in some])
-        for n, ids in zip(some, every, strict=True):
-            found[n] = array.array("i", ids)
+    every = encoding.ids_of(tokenizer, [typing.cast(str, prompts[n].value) for n in texts])
+    for n, ids in zip(texts, every, strict=True):
+        found[n] = array.array("i", ids)
     return typing.cast(list[Ids], found)
 
 
@@ -171,5 +168,5 @@ def _prompt(example: Mapping[str, typing.Any], origin: str) -> Prompt:
             raise chat.ChatError(f"{field} is a {type(example[field]).__name__}")
     if name == "text":
         return Prompt(example["text"], origin)
-    rendered, _ = kinds.prompt_and_completion({**example, "output": ""}, ("instruction", "output"))
+    rendered, _ = kinds.prompt_and_completion({**example, "output": ""}, kinds.ALPACA)
     return Prompt(rendered, origin, is_rendered=True)

@@ -259,7 +259,7 @@ class Template:
             )
         asked = after_last(user) or ""
         prompt = after_last(user, generate=True) or asked
-        opening = prompt[_border(prompt, 0, _common(asked, prompt)) :]
+        opening = prompt[_border(prompt, 0, common(asked, prompt)) :]
         if "</think>" in opening:  # an empty block belongs to the answer, as without that prompt
             opening = opening.partition("<think>")[0]
         final = after_last(user, answer) or ""
@@ -282,8 +282,8 @@ class Template:
             return final
         # It ends before the user's header, which both turns of the user have in front, and where it
         # is no longer as at the end of a chat.
-        least = len(between) - _common(head[::-1], between[::-1])
-        size = _border(between, least, max(least, _common(final, between)))
+        least = len(between) - common(head[::-1], between[::-1])
+        size = _border(between, least, max(least, common(final, between)))
         return between[: size or self._special_end(between) or _header(between, opening)]
 
 
@@ -298,15 +298,13 @@ def _border(text: str, least: int, most: int) -> int:
 
 def _header(text: str, opening: str) -> int:
     """Where the header of the next turn begins: it has the beginning of an assistant's header."""
-    sizes = [_common(text[n:], opening) for n in range(len(text))]
+    sizes = [common(text[n:], opening) for n in range(len(text))]
     return int(np.argmax(sizes)) if max(sizes, default=0) > 1 else 0
 
 
-def _common(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+def common(a: Sequence[typing.Any], b: Sequence[typing.Any]) -> int:
+    """How many elements two texts or lists have in common at their beginning."""
     size = 0
-    for one, other in zip(a, b, strict=False):
-        if one != other:
-            break
+    while size < min(len(a), len(b)) and a[size] == b[size]:
         size += 1
     return size
