@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from lora_jax.generation import config
 
-FINISHED = ("stop", "length", "abort", "error")
-
 
 class Logprob(NamedTuple):
     """log p of one token, and (id, log p) of the most likely ones, the first the most likely."""
@@ -24,8 +22,9 @@ class Piece(NamedTuple):
 
     text: never retracted; it may lag behind the tokens, because characters and stop strings may
     span tokens. tokens: their ids, with logprobs of each if they were asked for. finish_reason is
-    one of FINISHED in the last piece, None in the others. stop_reason: the stop string or stop
-    token id that ended the text, if it was not the model's EOS. error: the reason of "error".
+    "stop", "length", "abort" or "error" in the last piece, None in the others. stop_reason: the
+    stop string or stop token id that ended the text, if it was not the model's EOS. error: the
+    reason of "error".
     """
 
     text: str = ""

@@ -76,17 +76,6 @@ def _of_trained_head(model, hidden, targets):
     return found.swapaxes(0, 1).reshape(sequences, -1)[:, :length]
 
 
-def loss(
-    model: nnx.Module, batch: Batch, *, remat: str = "none"
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """(Σ −log p(next token), count) over the trained tokens of one micro-batch [B, T].
-
-    A sum and a count, so that one mean can be taken over all tokens of all micro-batches.
-    """
-    found = objective(None)(losses(model, batch, remat=remat), None, batch)
-    return found.loss, found.count
-
-
 def objective(beta: float | None) -> Callable[[jax.Array, jax.Array | None, Batch], Sums]:
     """(losses of a micro-batch, those of the reference, the micro-batch) → Sums.
 

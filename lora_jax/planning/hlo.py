@@ -107,21 +107,3 @@ def collective_bytes(program: Sequence[Step]) -> dict[str, dict[str, int]]:
         total["count"] += times
         total["bytes"] += times * sum(results)
     return totals
-
-
-def dot_flops(program: Sequence[Step]) -> int:
-    """Floating point operations of the matrix products that run; a multiply-add counts as 2.
-
-    It counts `dot` instructions: all products on a CPU, but not those of kernels or libraries.
-    """
-    total = 0
-    for instruction, times, _ in program:
-        if instruction.opcode != "dot":
-            continue
-        (_, result, _), (_, left, _) = (
-            next(arrays(shape)) for shape in (instruction.shape, instruction.operand)
-        )
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)[1]
-        summed = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
-        total += 2 * times * math.prod(result) * summed
-    return total

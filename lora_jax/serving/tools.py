@@ -61,15 +61,6 @@ def form(source: str) -> Form:
     return _LLAMA if re.search(r'"parameters\\?": ', source) else _OTHER
 
 
-def parse(
-    text: str, source: str, names: Collection[str] | None = None
-) -> tuple[str | None, list[Call]]:
-    """(the text beside the calls, None if there is none, and the calls) of a whole output."""
-    parser = Parser(source, names)
-    content = parser.push(text) + parser.finish()
-    return content or None, parser.calls
-
-
 class Parser:
     """Divides text that comes in pieces into its calls and the text beside them.
 

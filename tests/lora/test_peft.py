@@ -108,8 +108,9 @@ def gradient_of(model, batch):
     @jax.value_and_grad
     def mean(trained):
         built = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-        total, count = train_loss.loss(built, jax.tree.map(lambda x: x[0], batch))
-        return total / count
+        own = jax.tree.map(lambda x: x[0], batch)
+        found = train_loss.objective(None)(train_loss.losses(built, own), None, own)
+        return found.loss / found.count
 
     return mean(trained)
 

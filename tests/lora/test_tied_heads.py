@@ -112,7 +112,7 @@ def test_what_is_trained_gets_gradients_and_leaves_with_the_adapter(settings, ti
     @jax.grad
     def gradient(state):
         built = nnx.merge(own, state, frozen.dropout_keys, frozen.base)
-        return train_loss.loss(built, batch)[0]
+        return train_loss.losses(built, batch).sum()
 
     found = {"/".join(str(part.key) for part in path): np.abs(np.asarray(array)).max()
              for path, array in jax.tree_util.tree_leaves_with_path(gradient(state))}  # fmt: skip

@@ -141,9 +141,10 @@ def test_loss_is_over_the_labels_that_are_not_ignored():
     @jax.jit
     def both(state, batch):
         model = nnx.merge(graphdef, state)
-        return train_loss.loss(model, batch), model(batch.input_ids, batch.attention_mask)
+        found = train_loss.objective(None)(train_loss.losses(model, batch), None, batch)
+        return found, model(batch.input_ids, batch.attention_mask)
 
-    (total, count), logits = both(state, batch)
+    (total, count, _), logits = both(state, batch)
     expected, expected_count = numpy_loss(logits, batch.labels)
     assert int(count) == expected_count == int((batch.labels[:, 1:] != -100).sum())
     assert 0 < expected_count < ROWS * (TOKENS - 1)
@@ -151,10 +152,10 @@ def test_loss_is_over_the_labels_that_are_not_ignored():
 
     # Ignored labels and tokens under the padding do not matter; trained tokens do.
     ids = jnp.where(batch.attention_mask == 1, batch.input_ids, 5)
-    (same, _), _ = both(state, batch._replace(input_ids=ids))
+    (same, *_), _ = both(state, batch._replace(input_ids=ids))
     assert abs(float(same - total)) < 1e-5 * expected
     last = batch.labels.at[0, TOKENS - 1].set(encoding.IGNORED)
-    (less, fewer), _ = both(state, batch._replace(labels=last))
+    (less, fewer, _), _ = both(state, batch._replace(labels=last))
     assert int(fewer) == expected_count - 1 and float(less) < float(total)
 
 
@@ -243,8 +244,9 @@ def test_the_gradient_is_of_the_mean_over_all_trained_tokens(three_steps):
     @jax.value_and_grad
     def mean(trained):
         model = nnx.merge(graphdef, trained, frozen.dropout_keys, frozen.base)
-        total, count = train_loss.loss(model, one_micro_batch())
-        return total / count
+        batch = one_micro_batch()
+        found = train_loss.objective(None)(train_loss.losses(model, batch), None, batch)
+        return found.loss / found.count
 
     value, gradient = mean(trained)
     assert three_steps[0][1]["loss"] == pytest.approx(float(value), rel=1e-6)

@@ -76,10 +76,17 @@ def found(parser_calls):
     return [(call.name, json.loads(call.arguments)) for call in parser_calls]
 
 
+def divided(text, source, names=None):
+    """(the text beside the calls or None, the calls) of a whole output."""
+    parser = tools.Parser(source, names)
+    content = parser.push(text) + parser.finish()
+    return content or None, parser.calls
+
+
 @pytest.mark.parametrize("case", TABLE)
 def test_calls_are_divided_from_text(case):
     source, text, content, calls = TABLE[case]
-    said, made = tools.parse(text, source, NAMES)
+    said, made = divided(text, source, NAMES)
     assert (said, found(made)) == (content, calls)
 
 
@@ -127,12 +134,12 @@ def test_a_call_is_there_as_soon_as_it_is_complete():
 
 def test_any_name_is_called_if_none_are_given():
     text = '{"name": "other", "parameters": {"a": 1}}'
-    assert found(tools.parse(text, LLAMA)[1]) == [("other", {"a": 1})]
+    assert found(divided(text, LLAMA)[1]) == [("other", {"a": 1})]
 
 
 def test_the_arguments_stay_readable():
     text = '<tool_call>{"name": "weather", "arguments": {"city": "Zürich"}}</tool_call>'
-    assert tools.parse(text, HERMES)[1] == [tools.Call("weather", '{"city": "Zürich"}')]
+    assert divided(text, HERMES)[1] == [tools.Call("weather", '{"city": "Zürich"}')]
 
 
 # ---------------------------------------------------------------------- forced calls
@@ -192,7 +199,7 @@ def test_a_forced_call_follows_its_parameters(compiled, source, choice, name, ar
     assert accepts(compiled, text, forced) is fits
     assert not accepts(compiled, "Hello", forced)
     if fits:
-        assert found(tools.parse(text, source, NAMES)[1]) == [(name, json.loads(arguments))]
+        assert found(divided(text, source, NAMES)[1]) == [(name, json.loads(arguments))]
 
 
 def test_only_required_calls_may_be_several(compiled):
@@ -203,7 +210,7 @@ def test_only_required_calls_may_be_several(compiled):
         compiled, two, tool_grammar.grammar(TOOLS, "required", HERMES, parallel=False)
     )
     assert not accepts(compiled, two, tool_grammar.grammar(TOOLS, NAMED, HERMES))
-    assert len(tools.parse(two, HERMES)[1]) == 2
+    assert len(divided(two, HERMES)[1]) == 2
 
 
 @pytest.mark.parametrize("choice", ["auto", "none"])
@@ -220,7 +227,7 @@ def test_a_call_or_else_json(compiled, source):
     assert accepts(compiled, call, either) and accepts(compiled, answer, either)
     assert not accepts(compiled, call.replace("Rome", "Oslo"), either)
     assert not accepts(compiled, "Hello", either) and not accepts(compiled, '{"m": 5}', either)
-    assert tools.parse(answer, source, NAMES) == (answer, [])
+    assert divided(answer, source, NAMES) == (answer, [])
 
 
 def test_a_tag_that_is_one_token_is_written_with_it():
