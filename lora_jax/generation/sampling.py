@@ -9,7 +9,7 @@ A row's token depends on nothing but its own logits, settings and length. Its dr
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,9 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from lora_jax.generation import config
-
-_BLOCK = 128  # tokens, whose maximum or sum is taken before those of all
+from lora_jax.generation import config, reductions
 
 
 class Rows(NamedTuple):
@@ -148,7 +146,7 @@ def sample(
         return _choose(changed, rows, length)
 
     # Greedy rows do not go through the inner branch, which copies logits that it does not change.
-    tokens = jax.lax.cond(edited | drawn.any(), choose, lambda: _argmax(logits))
+    tokens = jax.lax.cond(edited | drawn.any(), choose, lambda: reductions.argmax(logits))
     tokens = jnp.where(live, tokens, 0)
     found = functools.partial(logprobs, logits, tokens)
     chosen = jax.lax.cond(
@@ -165,7 +163,7 @@ def logprobs(logits: Float[Array, "T V"], ids: Int[Array, " T"]) -> Logprobs:
     values, top = jax.lax.top_k(logits, min(config.MOST_LOGPROBS, logits.shape[1]))
     own = jnp.take_along_axis(logits, ids[:, None], axis=1)
     largest = logits.max(axis=1, keepdims=True)  # XLA would sort everything for values[:, :1]
-    total = _total(jnp.exp(logits - largest))[:, None]
+    total = reductions.total(jnp.exp(logits - largest))[:, None]
     # Side by side, so that equal logits become equal floats.
     both = jnp.concatenate([own, values], axis=1) - largest - jnp.log(total)
     return Logprobs(both[:, 0], top, both[:, 1:])
@@ -217,13 +215,13 @@ def weights(
 
     count = jnp.where(drawn, jnp.minimum(rows.top_k, logits.shape[1]), 0)
     lowest = jnp.full_like(top, -jnp.inf)
+
+    def surplus(t):  # in float32, in which numbers below 2²⁴ are exact and sums are faster
+        return (logits >= t[:, None]).sum(axis=1, dtype=jnp.float32) - count
+
     kth = jax.lax.cond(
         (count > 0).any(),
-        lambda: _bisect(  # in float32, in which numbers below 2²⁴ are exact and sums are faster
-            lambda t: (logits >= t[:, None]).sum(axis=1, dtype=jnp.float32) - count,
-            lowest,
-            jnp.where(count > 0, top, lowest),
-        ),
+        lambda: reductions.bisect(surplus, lowest, jnp.where(count > 0, top, lowest)),
         lambda: lowest,
     )
     w = jnp.where(logits >= kth[:, None], jnp.exp((logits - top[:, None]) / scale), 0)
@@ -231,11 +229,11 @@ def weights(
     share = jnp.where(drawn, rows.top_p, 1)
 
     def mass(t):
-        return _total(jnp.where(w >= t[:, None], w, 0))
+        return reductions.total(jnp.where(w >= t[:, None], w, 0))
 
     def nucleus():
         goal = share * mass(jnp.zeros_like(share))
-        return _bisect(
+        return reductions.bisect(
             lambda t: mass(t) - goal, jnp.zeros_like(share), (share < 1).astype(jnp.float32)
         )
 
@@ -258,12 +256,12 @@ def _restricted(allowed, vocab: int) -> Bool[Array, " B"]:
 
 def _choose(logits, rows: Rows, length) -> Int[Array, " B"]:
     """argmax in greedy rows, a draw in the others."""
-    greedy = _argmax(logits)
+    greedy = reductions.argmax(logits)
     drawn = rows.temperature > 0
 
     def draw():
         w, least = weights(logits, rows)
-        return jnp.where(drawn, _draw(w, least, _uniform(rows.seed, length)), greedy)
+        return jnp.where(drawn, reductions.draw(w, least, _uniform(rows.seed, length)), greedy)
 
     return jax.lax.cond(drawn.any(), draw, lambda: greedy)
 
@@ -276,96 +274,3 @@ def _uniform(seed: UInt[Array, "B 2"], length: Int[Array, " B"]) -> Float[Array,
         return jax.random.uniform(jax.random.fold_in(key, length))
 
     return jax.vmap(one)(seed, length)
-
-
-def _draw(w: Float[Array, "B V"], least: Float[Array, " B"], u: Float[Array, " B"]):
-    """The first token at which the sum of the w ≥ least exceeds u of the total.
-
-    It is looked for among sums of blocks, then within one: a long sum of float32 is worse.
-    """
-    least = least[:, None]
-    sums = _blocks(jnp.where(w >= least, w, 0), 0).sum(axis=2)
-    cumulative = jnp.cumsum(sums, axis=1)
-    goal = u * cumulative[:, -1]
-    block = _first_above(sums, cumulative, goal)
-    goal -= _at(cumulative, block) - _at(sums, block)
-    own = _block(w, block, 0)
-    own = jnp.where(own >= least, own, 0)
-    token = block * _BLOCK + _first_above(own, jnp.cumsum(own, axis=1), goal)
-    return jnp.minimum(token, w.shape[1] - 1)  # a row whose tokens are all excluded
-
-
-def _first_above(weight, cumulative, goal) -> Int[Array, " B"]:
-    """The first place of a positive weight with cumulative > goal, or else the last such place.
-
-    A parallel cumulative sum rounds, need not rise, and may end below the goal.
-    """
-    positive = weight > 0
-    last = weight.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
-    found = positive & (cumulative > goal[:, None])
-    return jnp.where(found.any(axis=1), jnp.argmax(found, axis=1), last).astype(jnp.int32)
-
-
-def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The first of the largest: by blocks, because XLA's argmax on a CPU is 20 times a maximum."""
-    block = jnp.argmax(_blocks(logits, -jnp.inf).max(axis=2), axis=1).astype(jnp.int32)
-    within = jnp.argmax(_block(logits, block, -jnp.inf), axis=1)
-    return block * _BLOCK + within.astype(jnp.int32)
-
-
-def _blocks(values: Float[Array, "B V"], fill: float) -> Float[Array, "B N 128"]:
-    values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % _BLOCK)), constant_values=fill)
-    return values.reshape(len(values), -1, _BLOCK)
-
-
-def _block(values: Float[Array, "B V"], block: Int[Array, " B"], fill: float):
-    """Block number `block` of each row: [B, 128]."""
-    index = block[:, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)[None]
-    return jnp.take_along_axis(values, index, axis=1, mode="fill", fill_value=fill)
-
-
-def _total(values: Float[Array, "B V"]) -> Float[Array, " B"]:
-    """The sum of each row, whose rounding depends less on the number of rows than a plain one."""
-    return _blocks(values, 0).sum(axis=2).sum(axis=1)
-
-
-def _at(values: Float[Array, "B N"], index: Int[Array, " B"]) -> Float[Array, " B"]:
-    return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
-
-
-def _bisect(
-    excess: Callable[[Array], Array], low: Float[Array, " B"], high: Float[Array, " B"]
-) -> Float[Array, " B"]:
-    """The largest float t in [low, high] with excess(t) ≥ 0, of a function that falls in each row.
-
-    excess(low) ≥ 0. Halves the range of the floats' bits, which are in order: at most 32 times. A
-    row ends early where excess is 0.
-    """
-
-    def halve(bounds):
-        low, high = bounds
-        middle = low + (high - low + 1 >> 1)
-        found = excess(_from_ordered(middle))
-        # Written so that a NaN ends too.
-        return (
-            jnp.where(found >= 0, middle, low),
-            jnp.where(found > 0, high, jnp.where(found == 0, middle, middle - 1)),
-        )
-
-    bounds = (_to_ordered(low), _to_ordered(high))
-    low, _ = jax.lax.while_loop(lambda bounds: (bounds[0] < bounds[1]).any(), halve, bounds)
-    return _from_ordered(low)
-
-
-_SIGN = np.uint32(1 << 31)
-
-
-def _to_ordered(x: Float[Array, " B"]) -> UInt[Array, " B"]:
-    """Integers in the order of the floats."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits & _SIGN, ~bits, bits | _SIGN)
-
-
-def _from_ordered(bits: UInt[Array, " B"]) -> Float[Array, " B"]:
-    bits = jnp.where(bits & _SIGN, bits ^ _SIGN, ~bits)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.generation import config
+from lora_jax.generation import config, reductions
 from lora_jax.generation import sampling as samplers
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "sampling.npz"
@@ -15,7 +15,7 @@ NUM, VOCAB = 6, 1000  # of the tests for which any do: one program
 LIVE, LENGTH = np.ones(NUM, bool), np.ones(NUM, np.int32)
 sample, edit, weights, draw, logprobs = map(
     jax.jit,
-    (samplers.sample, samplers.edit, samplers.weights, samplers._draw, samplers.logprobs),
+    (samplers.sample, samplers.edit, samplers.weights, reductions.draw, samplers.logprobs),
 )
 restricted = jax.jit(samplers._restricted, static_argnums=1)
 empty = jax.jit(samplers.empty, static_argnums=(0, 1))
@@ -334,9 +334,10 @@ def recording():
 
     def call(*arguments):
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("weights", "_bisect", "edit", "logprobs"):
-                function = functools.partial(recorded, name, getattr(samplers, name))
-                patch.setattr(samplers, name, function)
+            own = [(samplers, name) for name in ("weights", "edit", "logprobs")]
+            for module, name in (*own, (reductions, "bisect")):
+                function = functools.partial(recorded, name, getattr(module, name))
+                patch.setattr(module, name, function)
             return samplers.sample(*arguments)
 
     return jax.jit(call), ran
@@ -348,8 +349,8 @@ def recording():
         (dict(top_k=3, top_p=0.5, min_p=0.1), set()),
         (dict(logprobs=True), {"logprobs"}),
         (dict(temperature=1), {"weights"}),
-        (dict(temperature=1, top_k=3), {"weights", "_bisect"}),
-        (dict(temperature=1, top_p=0.5), {"weights", "_bisect"}),
+        (dict(temperature=1, top_k=3), {"weights", "bisect"}),
+        (dict(temperature=1, top_p=0.5), {"weights", "bisect"}),
         (dict(presence_penalty=1), {"edit"}),
         (dict(biased=True), {"edit"}),
         (dict(min_length=9), {"edit"}),
