@@ -11,7 +11,7 @@ from starlette import applications, exceptions, requests, responses, routing
 from starlette.middleware import Middleware, cors
 
 import lora_jax
-from lora_jax.serving import fields, page, refusal, server
+from lora_jax.serving import answers, fields, page, refusal, server
 
 _OPEN = ("/health", "/")  # without an API key: alive or not, and the page, which asks for the key
 _GONE = 499  # nginx's status for a client that has left; nobody gets it
@@ -106,7 +106,7 @@ async def _answered(
 
     async def found() -> responses.Response:
         given = await answer(fields.parse(body))
-        if not isinstance(given, server.Answer):
+        if not isinstance(given, answers.Answer):
             return _response(given)
         headers = {"x-request-id": given.id}
         if given.streams:
@@ -175,7 +175,7 @@ class _Events(responses.Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: server.Answer, headers: Mapping[str, str]):
+    def __init__(self, answer: answers.Answer, headers: Mapping[str, str]):
         more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(headers={**headers, **more})
         del self.headers["content-length"]

@@ -4,13 +4,13 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lora_jax import errors
 from lora_jax.generation import config
 from lora_jax.serving import (
+    answers,
     bridge,
     calls,
     fields,
@@ -25,9 +25,6 @@ from lora_jax.serving import (
     structure,
     tokens,
 )
-
-BEAT = 15.0  # seconds without output after which a stream gets a comment, which keeps it open
-Json = dict[str, Any]
 
 
 class Server:
@@ -72,7 +69,7 @@ class Server:
         finally:
             self._preparing -= 1
 
-    async def chat(self, body: Mapping[str, Any]) -> "Answer":
+    async def chat(self, body: Mapping[str, Any]) -> answers.Answer:
         """Answers /v1/chat/completions. Raises: Refusal."""
         chat = protocol.chat(body)
         model, adapters = self._model(chat.asked)
@@ -82,7 +79,7 @@ class Server:
         form = responses.Chat(chat, model, self._texts, source)
         return await self._generate(chat.asked, form, [ids], adapters, forced)
 
-    async def completion(self, body: Mapping[str, Any]) -> "Answer":
+    async def completion(self, body: Mapping[str, Any]) -> answers.Answer:
         """Answers /v1/completions. Raises: Refusal."""
         completion = protocol.completion(body)
         model, adapters = self._model(completion.asked)
@@ -97,7 +94,7 @@ class Server:
         ids: list[list[int]],
         adapters: Mapping[str, float],
         grammar: str | None,
-    ) -> "Answer":
+    ) -> answers.Answer:
         if grammar is None and asked.structure:
             grammar = await _within(self._texts_thread, structure.grammar, asked.structure)
         if grammar is not None:
@@ -111,7 +108,7 @@ class Server:
                 discards = asked.max_tokens == 0
                 generation.submit(each, sampling, adapters, asked.n, discards=discards)
             stack.pop_all()  # nothing went wrong: the answer ends it
-        return Answer(asked, form, generation)
+        return answers.Answer(asked, form, generation)
 
     async def _compile(self, grammar: str, param: str) -> None:
         """Compiles a grammar while others are answered: it may take seconds. Raises: Refusal."""
@@ -154,7 +151,7 @@ class Server:
 
     # ------------------------------------------------------------------ tokens
 
-    async def tokenize(self, body: Mapping[str, Any]) -> Json:
+    async def tokenize(self, body: Mapping[str, Any]) -> answers.Json:
         """Answers /tokenize: the ids of a text or of a chat. Raises: Refusal."""
         given = fields.Fields(body)
         self.models.chosen(given.text("model"), {})
@@ -177,7 +174,7 @@ class Server:
             "token_strs": shown,
         }
 
-    async def detokenize(self, body: Mapping[str, Any]) -> Json:
+    async def detokenize(self, body: Mapping[str, Any]) -> answers.Json:
         """Answers /detokenize: the text of ids, with special tokens. Raises: Refusal."""
         given = fields.Fields(body)
         self.models.chosen(given.text("model"), {})
@@ -188,7 +185,7 @@ class Server:
         given.raise_problems()
         return {"prompt": await _within(self._texts_thread, self._texts.whole, ids, False)}
 
-    def tokenizer_info(self) -> Json:
+    def tokenizer_info(self) -> answers.Json:
         """Answers /tokenizer_info: what a client needs to render and encode as this server does."""
         reader = self._reader
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -247,63 +244,8 @@ class Server:
         )  # fmt: skip
 
 
-class Answer:
-    """What a request gets: `whole`, or `events` one by one. Each ends its generation."""
-
-    def __init__(
-        self,
-        asked: protocol.Asked,
-        form: responses.Chat | responses.Completion,
-        generation: generating.Generation,
-    ):
-        self.streams, self.id = asked.stream, form.id
-        self._asked, self._form, self._generation = asked, form, generation
-
-    async def whole(self) -> Json:
-        """The whole answer. Raises: Refusal if the engine fails."""
-        with self._generation:
-            async for _ in self._generation.pieces():
-                pass
-            return self._form.response(self._generation)
-
-    async def events(self) -> AsyncIterator[str]:
-        """Server-sent events. An error is the last of them."""
-        with self._generation:
-            begun: set[int] = set()
-            try:
-                async for batch in self._generation.pieces(BEAT):
-                    if not batch:
-                        yield ": waiting\n\n"
-                    events = []
-                    for choice, piece in batch:
-                        if choice.index not in begun:
-                            begun.add(choice.index)
-                            events += map(self._event, self._form.begin(choice))
-                        events += map(self._event, self._form.go_on(choice, piece))
-                    if events:
-                        yield "".join(events)
-                if self._asked.include_usage:
-                    yield _event(self._form.usage(self._generation))
-                yield "data: [DONE]\n\n"
-            except refusal.Refusal as error:
-                yield _event(error.body)
-
-    def abort(self) -> None:
-        """Ends the generation of an answer that nobody asks for."""
-        self._generation.__exit__()
-
-    def _event(self, chunk: Json) -> str:
-        if self._asked.include_usage:
-            chunk["usage"] = self._generation.usage if self._asked.continuous_usage else None
-        return _event(chunk)
-
-
 async def _within(
     thread: concurrent.futures.Executor, function: Callable[..., Any], *arguments: Any
 ) -> Any:
     """The result of a function that another thread calls."""
     return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
-
-
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
