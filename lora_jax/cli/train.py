@@ -1,14 +1,12 @@
 """Fine-tune a LLaMA with LoRA on a quantized base, and save a PEFT adapter."""
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lora_jax import console, errors
 from lora_jax.cli import arguments
+from lora_jax.training import outcome as outcomes
 from lora_jax.training.settings import assemble, convert, files, groups
-
-if TYPE_CHECKING:
-    from lora_jax.training import loop
 
 DESCRIPTION = """\
 Fine-tune a LLaMA with LoRA on a quantized base, and save a PEFT adapter.
@@ -200,7 +198,7 @@ def main() -> int:
     return _end(training.run(asked.settings))
 
 
-def _end(steps: "loop.Steps") -> int:
+def _end(steps: outcomes.Steps) -> int:
     """Runs all steps, prints the outcome, and returns the exit code."""
     try:
         while True:
@@ -220,7 +218,7 @@ def _end(steps: "loop.Steps") -> int:
     return outcome.code
 
 
-def _show(outcome: "loop.Outcome") -> None:
+def _show(outcome: outcomes.Outcome) -> None:
     """Prints answers before and after, where the files are, and how to use the adapter."""
     if outcome.table:
         print("\n".join(outcome.table))

@@ -11,7 +11,7 @@ __getattr__, __all__ = lazy.names(
     {name: f"lora_jax.optim:{name}" for name in _STEP}
     | {name: f"{__name__}.entry:{name}" for name in ("resume", "run")}
     | {
-        "Outcome": f"{__name__}.loop:Outcome",
+        "Outcome": f"{__name__}.outcome:Outcome",
         "TrainSettings": f"{__name__}.settings:TrainSettings",
         "settings": f"{__name__}.settings",
     },

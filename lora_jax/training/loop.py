@@ -1,13 +1,11 @@
 """A training run from its settings to its adapter: load, train, evaluate, save."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
 import time
 from collections.abc import Callable, Generator
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -19,53 +17,25 @@ from lora_jax.optim import loss as train_loss
 from lora_jax.optim import step as train_step
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
-from lora_jax.training import first_steps, frozen_base, monitor, run_data, scoring, setup, stop
+from lora_jax.training import (
+    first_steps,
+    frozen_base,
+    monitor,
+    outcome,
+    run_data,
+    scoring,
+    setup,
+    stop,
+)
 from lora_jax.training.output import record as records
 from lora_jax.training.output import resuming as checkpoint
 from lora_jax.training.output import run_folder, snapshots
 from lora_jax.training.settings import groups
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    code: the exit code of the command: 0, or 130 after Ctrl-C, or 75 after SIGTERM or max_time
-    (start it again). step: the last completed step. samples: answers "before" and "after" training.
-    table: lines that compare the adapters of a sweep. report: the path of report.html, or why it
-    was not written. continuations: one for each prompt.
-    """
-
-    settings: groups.TrainSettings
-    folder: pathlib.Path
-    adapter: pathlib.Path
-    num_steps: int
-    step: int
-    finished: bool
-    code: int = 0
-    samples: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
-    table: list[str] = dataclasses.field(default_factory=list)
-    report: str = ""
-    continuations: list[str] = dataclasses.field(default_factory=list)
-
-
-Steps = Generator[run_folder.Metrics, None, Outcome]
-
-
-class Watched(NamedTuple):
-    """What a run keeps, writes and listens to while it trains."""
-
-    kept: snapshots.Snapshots
-    record: run_folder.Record
-    stopper: stop.Stop
-    log: monitor.Log
-    evaluator: scoring.Evaluator
-    compilations: monitor.Compilations
-
-
 def load_and_run(
     settings: groups.TrainSettings, folder: run_folder.RunFolder, *, resuming: bool
-) -> Steps:
+) -> outcome.Steps:
     """Yields the metrics of a run, and returns its Outcome; see entry.run."""
     if warning := devices.unused_accelerator():
         say("warning", warning)
@@ -84,7 +54,7 @@ def load_and_run(
     return (yield from _with_mesh(mesh, steps))
 
 
-def _with_mesh(mesh: Mesh, steps: Steps) -> Steps:
+def _with_mesh(mesh: Mesh, steps: outcome.Steps) -> outcome.Steps:
     """`steps` with `mesh` as the ambient mesh; it is not set while the caller handles a step."""
     try:
         while True:
@@ -108,7 +78,7 @@ def _on_mesh(
     found: run_data.Read | None,
     begun: float,
     resuming: bool,
-) -> Steps:
+) -> outcome.Steps:
     base, watch = setup.base(base_folder, architecture), setup.Stopwatch()
     context = architecture.context
     data = None
@@ -129,13 +99,13 @@ def _on_mesh(
     if data is None:
         texts = scoring.continuations(settings, base, mesh, adapters, prompts,
                                adapters.trained, adapters.frozen)  # fmt: skip
-        return Outcome(settings, folder.path, folder.adapter, 0, 0, finished=True,
+        return outcome.Outcome(settings, folder.path, folder.adapter, 0, 0, finished=True,
                        continuations=texts)  # fmt: skip
     job = setup.Job(settings, folder, base, mesh, data, adapters, begun, held, watch)
     return (yield from _fit(job, prompts, resuming))
 
 
-def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
+def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.Steps:
     """Trains from the first step or from the newest checkpoint, and saves the adapter."""
     settings, folder = job.settings, job.folder
     state, step = job.adapters.begin(job.num_steps)
@@ -179,8 +149,9 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
             try:
                 if evaluation.metrics:
                     yield evaluation.metrics
-                watched = Watched(kept, record, stopper, log, evaluator, compilations)
-                state = yield from _train(job, step, state, watched)
+                state = yield from _train(
+                    job, step, state, kept, record, stopper, log, evaluator, compilations
+                )
             except GeneratorExit:
                 kept.wait()
                 base.check()
@@ -199,7 +170,7 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> Steps:
         return _stopped(job, done, stopper.code)
     texts = scoring.continuations(settings, job.base, job.mesh, job.adapters, prompts,
                            saved.trained, saved.frozen)  # fmt: skip
-    return Outcome(
+    return outcome.Outcome(
         settings, folder.path, saved.path, job.num_steps, done, finished=True,
         samples=record.samples, table=job.adapters.table(folder, job.num_steps), report=reported,
         continuations=texts,
@@ -210,10 +181,14 @@ def _train(
     job: setup.Job,
     step: Callable,
     state: train_step.State,
-    watched: Watched,
+    kept: snapshots.Snapshots,
+    record: run_folder.Record,
+    stopper: stop.Stop,
+    log: monitor.Log,
+    evaluator: scoring.Evaluator,
+    compilations: monitor.Compilations,
 ) -> Generator[run_folder.Metrics, None, train_step.State]:
     """Yields metrics; returns the state after the last step, or after the step it stopped at."""
-    kept, record, stopper, log, evaluator, compilations = watched
     settings, patience = job.settings, evaluator.patience
     every = settings.eval.eval_every or job.num_steps
     start = clock = time.time()
@@ -302,8 +277,8 @@ def _batch(job: setup.Job, index: int) -> train_loss.Batch:
     return train_loss.Batch(*map(array, train_loss.Batch._fields))
 
 
-def _stopped(job: setup.Job, done: int, code: int) -> Outcome:
-    return Outcome(
+def _stopped(job: setup.Job, done: int, code: int) -> outcome.Outcome:
+    return outcome.Outcome(
         job.settings, job.folder.path, job.folder.adapter, job.num_steps, done,
         finished=False, code=code,
     )  # fmt: skip
