@@ -11,7 +11,14 @@ import numpy as np
 from lora_jax.generation import weights
 from lora_jax.kernels import choice
 from lora_jax.kernels import packed as packing
-from lora_jax.selftest import case, decoding, low_rank, operations
+from lora_jax.selftest import (
+    case,
+    decoding,
+    int4_products,
+    low_rank,
+    self_attention,
+    vocabulary,
+)
 
 _DTYPE = jnp.bfloat16
 _GROUP = 32
@@ -65,7 +72,7 @@ def cases(device: jax.Device, sizes: Sizes) -> Iterator[Case]:
                 yield Case(
                     "int4 and gradient" if backward else "int4",
                     f"{rows} × {d_in} → {d_out}",
-                    operations.int4_product(
+                    int4_products.int4_product(
                         stack, rows=rows, dtype=_DTYPE, layer=0, backward=bool(backward)
                     ),
                 )
@@ -81,7 +88,7 @@ def cases(device: jax.Device, sizes: Sizes) -> Iterator[Case]:
             yield Case(
                 "attention, packed" if packed else "attention",
                 f"{tokens} tokens",
-                operations.self_attention(
+                self_attention.self_attention(
                     batch=1, length=tokens, heads=heads, kv_heads=groups, width=width,
                     dtype=_DTYPE, packed=packed,
                 ),
@@ -93,13 +100,13 @@ def cases(device: jax.Device, sizes: Sizes) -> Iterator[Case]:
         )  # fmt: skip
         if found.kernel != choice.XLA:
             yield Case("attention to a cache", f"{slots} × {sizes.tokens[0]} tokens", found)
-    vocabulary, width = sizes.vocabulary
+    num_tokens, width = sizes.vocabulary
     tokens = max(sizes.tokens)
-    head = _normal(1, width, vocabulary) / math.sqrt(width)
-    found = operations.vocabulary_loss(head, batch=1, length=tokens, dtype=_DTYPE)
-    yield Case("cross-entropy", f"{tokens} × {vocabulary}", found)
-    table = _normal(0, vocabulary, width)
-    found = operations.embedding_lookup(table, batch=1, length=tokens)
+    head = _normal(1, width, num_tokens) / math.sqrt(width)
+    found = vocabulary.vocabulary_loss(head, batch=1, length=tokens, dtype=_DTYPE)
+    yield Case("cross-entropy", f"{tokens} × {num_tokens}", found)
+    table = _normal(0, num_tokens, width)
+    found = vocabulary.embedding_lookup(table, batch=1, length=tokens)
     yield Case("embedding", f"{tokens} × {width}", found)
 
 
@@ -129,5 +136,5 @@ def _decoding(stack: packing.Packed, every: tuple[int, ...]) -> Iterator[Case]:
     columns, k = turned.q.shape[1:]
     for rows in every:
         if not mosaic_gpu.refusal(rows, k, columns, _GROUP, _DTYPE, stack.scale.dtype):
-            found = operations.hopper_product(turned, [stack], rows=rows)
+            found = int4_products.hopper_product(turned, [stack], rows=rows)
             yield Case("int4 decoding", f"{rows} × {k} → {columns}", found)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lora_jax.kernels import partition as dealing
+
 Arrays = dict[str, jax.Array]
 
 
@@ -33,6 +35,26 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.operation} by {self.kernel}: {self.shapes}"
+
+
+def bytes_of(weights: Any, layer: int | None) -> int:
+    """Of packed weights, or of a layer of stacks."""
+    arrays = jax.tree.leaves(weights)
+    return sum(a.nbytes if layer is None else a.nbytes // len(a) for a in arrays)
+
+
+def of_mesh(partition: dealing.Partition) -> str:
+    """How the ambient mesh splits an operation, as part of a case's shapes."""
+    axes = {axis: size for axis, size in dealing.open_axes().items() if size > 1}
+    if partition == dealing.WHOLE or not axes:
+        return ""
+    rows, *_ = partition.computed(0)
+    split = {"rows": "·".join(rows), **dict(zip(("K", "N"), partition.stored(), strict=True))}
+    return (
+        ", on "
+        + " × ".join(f"{axis}={size}" for axis, size in axes.items())
+        + "".join(f", {name} over {axis}" for name, axis in split.items() if axis)
+    )
 
 
 class Distance(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.attention import cached
-from lora_jax.selftest import case, draws, operations
+from lora_jax.selftest import case, draws
 
 _LAYERS = 2
 
@@ -80,7 +80,7 @@ def cached_attention(
         "attention to a cache",
         f"{jnp.dtype(dtype).name} [{slots}, {tokens}, {heads}, {width}], {kv_heads} heads of "
         f"{places} {stored.name} keys" + (f", window {window}" if window else "")
-        + operations.of_mesh(partition),
+        + case.of_mesh(partition),
         (), inputs, compute, reference,
         flops=4.0 * tokens * heads * width * int(seen.sum()),
         num_bytes=2.0 * stored.itemsize * kv_heads * width * int(seen.sum()),

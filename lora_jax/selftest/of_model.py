@@ -14,7 +14,14 @@ from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
-from lora_jax.selftest import case, decoding, low_rank, operations
+from lora_jax.selftest import (
+    case,
+    decoding,
+    int4_products,
+    low_rank,
+    self_attention,
+    vocabulary,
+)
 
 _PLACES = 300  # of the cache that attention is checked with
 
@@ -28,7 +35,7 @@ def training(
     dtype = model.model.embed_tokens.embedding.dtype
     for window in dict.fromkeys(config.sliding_windows or (None,)):
         for several in (False, True) if packed else (False,):
-            yield operations.self_attention(
+            yield self_attention.self_attention(
                 batch=batch,
                 length=length,
                 heads=config.num_attention_heads,
@@ -42,10 +49,10 @@ def training(
     size = {"batch": batch, "length": length}
     table = model.model.embed_tokens
     if type(table) is llama.Embedding:
-        yield operations.embedding_lookup(table.embedding[...], **size, partition=table.partition)
+        yield vocabulary.embedding_lookup(table.embedding[...], **size, partition=table.partition)
     head = model.frozen_head()
     if head is not None:
-        yield operations.vocabulary_loss(
+        yield vocabulary.vocabulary_loss(
             head, **size, dtype=dtype, partition=sharding.partition(("lm_head",))
         )
 
@@ -91,7 +98,7 @@ def _products(model: nnx.Module, rows: int, *, backward: bool) -> Iterator[case.
         if kind in seen:
             continue
         seen.add(kind)
-        yield operations.int4_product(
+        yield int4_products.int4_product(
             packed,
             rows=rows,
             dtype=layer.dtype or layer.param_dtype,
@@ -140,7 +147,7 @@ def _joined(linears: Sequence[Any], rows: int) -> case.Case | None:
     """The products that decoding joins, with the last layer of each stack."""
     if decode_weights.join(linears) is None:
         return None
-    found = operations.joined_products(
+    found = int4_products.joined_products(
         [linear.packed for linear in linears], rows=rows, partition=linears[0].partition
     )
     return None if found.kernel == choice.XLA else found
@@ -152,4 +159,4 @@ def _hopper(linears: Sequence[Any], rows: int) -> case.Case | None:
     if turned is None:
         return None
     last = [jax.tree.map(lambda a: a[-1:], linear.packed) for linear in linears]
-    return operations.hopper_product(turned, last, rows=rows, partition=linears[0].partition)
+    return int4_products.hopper_product(turned, last, rows=rows, partition=linears[0].partition)

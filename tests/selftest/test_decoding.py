@@ -16,7 +16,7 @@ from lora_jax.lora.nnx import bank
 from lora_jax.models import config, llama
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import conversion, formats
-from lora_jax.selftest import case, decoding, low_rank, of_model, operations, proof
+from lora_jax.selftest import case, decoding, int4_products, low_rank, of_model, proof
 
 MATMULS = int4_gpu.matmuls
 
@@ -183,7 +183,7 @@ def stacks():
 
 def joined():
     each = [jax.tree.map(lambda a: jnp.stack([a, 0 * a, a]), packed) for packed in stacks()]
-    return operations.joined_products(each, rows=5)
+    return int4_products.joined_products(each, rows=5)
 
 
 def interpreted(x, weights, layer):

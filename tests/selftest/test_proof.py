@@ -17,7 +17,15 @@ from lora_jax.kernels.attention import splash
 from lora_jax.kernels.int4_matmul import forms
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
-from lora_jax.selftest import case, draws, operations, passed, proof
+from lora_jax.selftest import (
+    case,
+    draws,
+    int4_products,
+    passed,
+    proof,
+    self_attention,
+    vocabulary,
+)
 
 TPU_PRODUCT, TPU_ATTENTION = forms.Forms.tpu, splash.attend
 
@@ -42,12 +50,12 @@ def weight():
 
 def product(rows=40, backward=True, packed=None):
     packed = weight() if packed is None else packed
-    return operations.int4_product(packed, rows=rows, dtype=jnp.bfloat16, backward=backward)
+    return int4_products.int4_product(packed, rows=rows, dtype=jnp.bfloat16, backward=backward)
 
 
 def attended(**how):
     shape = {"batch": 2, "length": 300, "heads": 4, "kv_heads": 2, "width": 16}
-    return operations.self_attention(**shape, dtype=jnp.float32, **how)
+    return self_attention.self_attention(**shape, dtype=jnp.float32, **how)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +65,10 @@ def attended(**how):
         attended,
         functools.partial(attended, packed=True),
         functools.partial(attended, packed=True, window=50),
-        lambda: operations.vocabulary_loss(
+        lambda: vocabulary.vocabulary_loss(
             jax.random.normal(jax.random.key(0), (16, 500)), batch=2, length=400, dtype="float32"
         ),
-        lambda: operations.embedding_lookup(jnp.arange(32.0).reshape(8, 4), batch=2, length=9),
+        lambda: vocabulary.embedding_lookup(jnp.arange(32.0).reshape(8, 4), batch=2, length=9),
     ],
 )
 def test_right_kernels_pass(make):
@@ -165,7 +173,7 @@ def test_a_case_that_ended_the_process_is_not_tried_again(monkeypatch):
 
 
 def test_an_operation_that_nothing_replaces_is_an_error(monkeypatch):
-    one = operations.embedding_lookup(jnp.arange(32.0).reshape(8, 4), batch=2, length=9)
+    one = vocabulary.embedding_lookup(jnp.arange(32.0).reshape(8, 4), batch=2, length=9)
     wrong = one._replace(compute=lambda table, ids, number: {"y": table[ids] + 1})
     with pytest.raises(errors.UserError, match="embedding by xla"):
         proof.run([wrong])
@@ -178,14 +186,14 @@ def test_a_mesh_computes_as_the_job_does():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, jax.devices()[:4])
     partition = sharding.partition(("q_proj",))
     with jax.set_mesh(mesh):
-        one = operations.int4_product(
+        one = int4_products.int4_product(
             weight(), rows=40, dtype=jnp.float32, partition=partition, backward=True
         )
         assert one.kernel == choice.INT4_TPU and "data=2 × tensor=2" in one.name
         other = sharding.partition(("o_proj",))  # of the same shape, but a pass of another case
         assert (
             one.name
-            != operations.int4_product(
+            != int4_products.int4_product(
                 weight(), rows=40, dtype=jnp.float32, partition=other, backward=True
             ).name
         )
