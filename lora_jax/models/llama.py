@@ -18,10 +18,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from lora_jax.kernels import attention, embedding, matmul, platform, swiglu
+from lora_jax.kernels import attention, matmul, platform, swiglu
 from lora_jax.kernels import partition as dealing
-from lora_jax.layers import linear_map, projections, registry, stack
-from lora_jax.models import cache, rope
+from lora_jax.layers import projections, registry, stack
+from lora_jax.models import cache, modules, rope
 from lora_jax.models import config as model_config
 
 LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the leading layer axis
@@ -67,7 +67,7 @@ class LlamaForCausalLM(nnx.Module):
         self.config = config
         self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = _head(config, dtype=dtype, rngs=rngs)
+            self.lm_head = modules.head(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -95,7 +95,7 @@ class LlamaForCausalLM(nnx.Module):
         if examples is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         else:
-            positions = _positions(examples != 0, -_before(examples))
+            positions = _positions(examples)
         hidden, _ = self.model(input_ids, positions, examples, remat=remat)
         return hidden
 
@@ -134,7 +134,9 @@ class LlamaForCausalLM(nnx.Module):
     def untie(self) -> None:
         """Replaces the tied vocabulary projection by one of its own with the same values."""
         embedding = registry.weight_of(self.model.embed_tokens)[...]
-        head = nnx.eval_shape(lambda: _head(self.config, dtype=embedding.dtype, rngs=nnx.Rngs(0)))
+        head = nnx.eval_shape(
+            lambda: modules.head(self.config, dtype=embedding.dtype, rngs=nnx.Rngs(0))
+        )
         head.kernel = nnx.Param(embedding.T)
         self.lm_head = head
         self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
@@ -163,7 +165,7 @@ class LlamaForCausalLM(nnx.Module):
 class LlamaModel(nnx.Module):
     def __init__(self, config, *, dtype, rngs):
         self.config = config
-        self.embed_tokens = Embedding(
+        self.embed_tokens = modules.Embedding(
             config.vocab_size,
             config.hidden_size,
             dtype=dtype,
@@ -178,7 +180,7 @@ class LlamaModel(nnx.Module):
             return LlamaDecoderLayer(config, dtype=dtype, rngs=rngs)
 
         self.layers = layers(rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = modules.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def __call__(
         self,
@@ -233,9 +235,9 @@ class LlamaModel(nnx.Module):
 class LlamaDecoderLayer(nnx.Module):
     def __init__(self, config, *, dtype, rngs):
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(width, eps, dtype=dtype)
+        self.input_layernorm = modules.RMSNorm(width, eps, dtype=dtype)
         self.self_attn = LlamaAttention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(width, eps, dtype=dtype)
+        self.post_attention_layernorm = modules.RMSNorm(width, eps, dtype=dtype)
         self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden, cos, sin, attend, form):
@@ -250,7 +252,7 @@ class LlamaAttention(nnx.Module):
     partition = dealing.WHOLE
 
     def __init__(self, config, *, dtype, rngs):
-        linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
+        linear = functools.partial(modules.linear, config, dtype=dtype, rngs=rngs)
         self.config = config
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
@@ -259,8 +261,8 @@ class LlamaAttention(nnx.Module):
         self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
         self.o_proj = linear(width, config.hidden_size, config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+            self.q_norm = modules.RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+            self.k_norm = modules.RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
 
     def __call__(self, hidden, cos, sin, attend, form):
         heads = (*hidden.shape[:2], -1, self.config.head_dim)
@@ -277,7 +279,7 @@ class LlamaAttention(nnx.Module):
 
 class LlamaMLP(nnx.Module):
     def __init__(self, config, *, dtype, rngs):
-        linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
+        linear = functools.partial(modules.linear, config, dtype=dtype, rngs=rngs)
         self.gate_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
@@ -288,81 +290,16 @@ class LlamaMLP(nnx.Module):
         return down
 
 
-class Embedding(nnx.Embed):
-    """y = W[ids]. partition: how a mesh shards W and the rows of ids."""
-
-    partition = dealing.WHOLE
-
-    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return embedding.lookup(self.embedding[...], ids, partition=self.partition)
-
-    def attend(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """hidden · Wᵀ, in float32: the logits of a tied head."""
-        return matmul.matmul(hidden, self.embedding[...].T, jnp.float32)
-
-    def lookup(self, table: Float[Array, "V _"], ids: Int[Array, "B T"]) -> Float[Array, "B T _"]:
-        """table[ids] for a small table that is replicated on every device."""
-        rows = dealing.Partition(self.partition.rows)
-        return embedding.lookup(table, ids, partition=rows)
-
-
-class RMSNorm(nnx.Module):
-    """y = weight · x / √(mean(x²) + ε); normalized in float32, scaled in x's dtype.
-
-    Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4.
-    """
-
-    def __init__(self, width: int, eps: float, *, dtype: jax.typing.DTypeLike):
-        self.weight = nnx.Param(jnp.ones(width, dtype))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*B width"]) -> Float[Array, "*B width"]:
-        wide = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        weight = jnp.expand_dims(self.weight[...], tuple(range(x.ndim - 1)))
-        return (wide * scale).astype(x.dtype) * weight
-
-
-# For nnx.Linear, which always contracts x's last axis with the kernel's first.
-def _dot_general(x, kernel, dimension_numbers, **_):
-    return matmul.matmul(x, kernel)
-
-
-def _float32_dot_general(x, kernel, dimension_numbers, **_):
-    return matmul.matmul(x, kernel, jnp.float32)
-
-
-def _linear(config, d_in, d_out, use_bias, *, dot_general=_dot_general, dtype, rngs):
-    return nnx.Linear(
-        d_in,
-        d_out,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=dtype,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        dot_general=dot_general,
-        rngs=rngs,
-    )
-
-
-def _head(config, *, dtype, rngs):
-    sizes = config.hidden_size, config.vocab_size
-    return _linear(config, *sizes, False, dot_general=_float32_dot_general, dtype=dtype, rngs=rngs)
-
-
-def _positions(real: jax.Array, offset: jax.Array | int) -> jax.Array:
-    """The index of each real token in its sequence; padding on the left gets 0."""
-    return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0) + offset
-
-
-def _before(examples: jax.Array) -> jax.Array:
-    """How many real tokens precede the first token of each token's example.
+def _positions(examples: jax.Array) -> jax.Array:
+    """The index of each real token in its example; padding on the left gets 0.
 
     examples [B, T]: 1, 2, … on the tokens of each, 0 on padding.
     """
+    index = jnp.cumsum(examples != 0, axis=1) - 1  # of each token in its sequence
     highest = lax.cummax(examples, axis=1)
     begins = highest > jnp.pad(highest, ((0, 0), (1, 0)))[:, :-1]
-    return lax.cummax(jnp.where(begins, jnp.cumsum(examples != 0, axis=1) - 1, 0), axis=1)
+    first = lax.cummax(jnp.where(begins, index, 0), axis=1)  # of each token's example
+    return jnp.maximum(index, 0) - first
 
 
 def _within(examples: jax.Array | None, config: model_config.LlamaConfig) -> Callable:
@@ -402,8 +339,3 @@ def _rematerialized(layer, remat: str):
     saved = jax.checkpoint_policies.save_only_these_names(matmul.PRODUCT)
     policy = saved if remat == "dots" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
-registry.REGISTRATIONS[Embedding] = registry.Registration(
-    "embedding", lambda layer: linear_map.Embedding(layer.lookup)
-)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from lora_jax import errors
 from lora_jax.kernels import partition as partitions
-from lora_jax.models import llama
+from lora_jax.models import llama, modules
 from lora_jax.parallel import devices, processes
 from lora_jax.quant import linear as quant_linear
 
@@ -189,7 +189,7 @@ def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
 def deal_out(model: nnx.Module) -> None:
     """Sets `partition` on the layers that split their own product, or a bank's, over the mesh."""
     for path, layer in nnx.iter_graph(model):
-        if isinstance(layer, quant_linear.QuantLinear | nnx.Linear | llama.Embedding):
+        if isinstance(layer, quant_linear.QuantLinear | nnx.Linear | modules.Embedding):
             layer.partition = partition(path)
         elif isinstance(layer, llama.LlamaAttention):
             layer.partition = partition(("q_proj",))

@@ -10,7 +10,7 @@ from lora_jax.generation import chunks, steps
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import choice
 from lora_jax.lora.nnx import bank
-from lora_jax.models import llama
+from lora_jax.models import llama, modules
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
@@ -48,7 +48,7 @@ def training(
             )
     size = {"batch": batch, "length": length}
     table = model.model.embed_tokens
-    if type(table) is llama.Embedding:
+    if type(table) is modules.Embedding:
         yield vocabulary.embedding_lookup(table.embedding[...], **size, partition=table.partition)
     head = model.frozen_head()
     if head is not None:
