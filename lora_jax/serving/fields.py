@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.serving import refusal
@@ -64,12 +64,21 @@ class Fields:
             message = "; ".join(message for message, _ in self.problems[:20])
             raise refusal.Refusal(message, param=self.problems[0][1])
 
-    def flag(self, name: str, default: bool = False) -> bool:
+    def _of(self, kind_of_value: type, name: str, what: str, default: Any) -> Any:
         value = self.get(name)
-        if value is None or isinstance(value, bool):
+        if value is None or isinstance(value, kind_of_value):
             return default if value is None else value
-        self.wrong(name, f"{kind(value)}, not a boolean")
+        self.wrong(name, f"{kind(value)}, not {what}")
         return default
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        return self._of(bool, name, "a boolean", default)
+
+    def text(self, name: str, default: Any = None) -> Any:
+        return self._of(str, name, "a string", default)
+
+    def object(self, name: str) -> dict[str, Any]:
+        return self._of(dict, name, "an object", {})
 
     def whole(
         self, name: str, default: Any = None, *, least: int | None = None, most: int | None = None
@@ -104,20 +113,6 @@ class Fields:
             return False
         return True
 
-    def text(self, name: str, default: Any = None) -> Any:
-        value = self.get(name)
-        if value is None or isinstance(value, str):
-            return default if value is None else value
-        self.wrong(name, f"{kind(value)}, not a string")
-        return default
-
-    def one_of(self, name: str, choices: Collection[str], default: str) -> str:
-        value = self.text(name, default)
-        if value not in choices:
-            self.wrong(name, f"{value!r} is none of {', '.join(choices)}")
-            return default
-        return value
-
     def array(self, name: str, each: type, what: str) -> list[Any]:
         """An array of values of one kind."""
         value = self.get(name)
@@ -129,13 +124,6 @@ class Fields:
             return value
         self.wrong(name, f"{kind(value)}, not an array of {what}")
         return []
-
-    def object(self, name: str) -> dict[str, Any]:
-        value = self.get(name)
-        if value is None or isinstance(value, dict):
-            return value or {}
-        self.wrong(name, f"{kind(value)}, not an object")
-        return {}
 
 
 def is_number(value: object) -> bool:

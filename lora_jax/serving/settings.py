@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 from lora_jax import errors
 
@@ -43,6 +44,10 @@ class ServeSettings:
     drain: float = 60.0
 
     def __post_init__(self):
+        if problems := [*self._problems()]:
+            raise errors.UserError.together(problems)
+
+    def _problems(self) -> Iterator[errors.UserError]:
         wrong = [
             f"--{name.replace('_', '-')} {getattr(self, name)}"
             for name, least in (
@@ -53,37 +58,26 @@ class ServeSettings:
         ]  # fmt: skip
         if self.api_key == "":
             wrong.append("--api-key with an empty key")
-        problems = []
         if not 0 <= self.port <= 65535:
-            problems.append(
-                errors.UserError(expected="a port from 0 to 65535", found=f"--port {self.port}")
-            )
+            yield errors.UserError(expected="a port from 0 to 65535", found=f"--port {self.port}")
         if wrong:
-            problems.append(errors.UserError(expected="limits that allow something", found=wrong))
+            yield errors.UserError(expected="limits that allow something", found=wrong)
         if self.allow_runtime_lora and self.adapters_dir is None:
-            problems.append(
-                errors.UserError(
-                    expected="the folder below which adapters may be loaded",
-                    found="--allow-runtime-lora without --adapters-dir",
-                    do="--adapters-dir FOLDER",
-                )
+            yield errors.UserError(
+                expected="the folder below which adapters may be loaded",
+                found="--allow-runtime-lora without --adapters-dir",
+                do="--adapters-dir FOLDER",
             )
         if self.adapters_dir is not None and not self.adapters_dir.is_dir():
-            problems.append(
-                errors.UserError(
-                    expected="a folder",
-                    found="no such folder",
-                    where=str(self.adapters_dir),
-                    do=errors.similar_path(self.adapters_dir),
-                )
+            yield errors.UserError(
+                expected="a folder",
+                found="no such folder",
+                where=str(self.adapters_dir),
+                do=errors.similar_path(self.adapters_dir),
             )
         if self.adapters_dir is not None and not self.allow_runtime_lora:
-            problems.append(
-                errors.UserError(
-                    expected="flags that have an effect",
-                    found="--adapters-dir without --allow-runtime-lora",
-                    do="add --allow-runtime-lora, or leave it out",
-                )
+            yield errors.UserError(
+                expected="flags that have an effect",
+                found="--adapters-dir without --allow-runtime-lora",
+                do="add --allow-runtime-lora, or leave it out",
             )
-        if problems:
-            raise errors.UserError.together(problems)
