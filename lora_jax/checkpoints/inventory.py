@@ -77,7 +77,7 @@ def loaded_bytes(folder: pathlib.Path | str, *, dtype: str | None, quantization:
     """Bytes that the loaded model takes on one device, from config.json alone."""
     config = model_config.load(pathlib.Path(folder))
     fmt = quantization_config.choose(quantization, config.quantization, str(folder))
-    one = sharding.mesh_of(dict.fromkeys(sharding.AXES, 1))
+    one = sharding.mesh_of(sharding.ONE)
 
     def build():
         model = skeleton(config, dtype=jnp.dtype(dtype or config.dtype), quantization=fmt, mesh=one)

@@ -110,7 +110,7 @@ def load(
             do="pass the model before quantization, with --quant",
         )
     dtype = jnp.dtype(dtype or config.dtype)
-    mesh = mesh or sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+    mesh = mesh or sharding.make_mesh(sharding.ONE)
     stored = model_folder.tensors(folder, config)
     model = tensor_map.abstract_model(config, dtype)
     slots = tensor_map.slots(model)
@@ -159,13 +159,7 @@ def _check_shards(model: llama.LlamaForCausalLM, packed: Collection, mesh: Mesh)
             is_padded = path in packed and axis == len(variable.shape) - 2
             if name and size % mesh.shape[name] and not is_padded:
                 problems.append(f"{'.'.join(path)}: {size} over {name}={mesh.shape[name]}")
-    if problems:
-        raise errors.UserError(
-            expected="a mesh whose axes divide the model's dimensions",
-            found=problems,
-            where=f"mesh {dict(mesh.shape)}",
-            do="choose smaller tensor or fsdp sizes in --mesh",
-        )
+    sharding.refuse_indivisible(problems, mesh.shape)
 
 
 def _packing(path, sources, config, quantization, search, mesh) -> _Packing | None:

@@ -40,7 +40,7 @@ class _Source(NamedTuple):
         """The dense tensor, [N, K] for a linear layer, on one device."""
         dtype = jnp.float32 if self.rounded else _NAMES[self.dtype]
         if isinstance(self.tensor, StoredLinear):
-            one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+            one = sharding.make_mesh(sharding.ONE)
             raw = storage.read(self.tensor, one, (None, None))
             return _dequantized(raw, storage.Dequantize(self.tensor.recipe), dtype).T
         value = jax.device_put(finite.check(self.tensor.value(), self.tensor))

@@ -78,7 +78,7 @@ def _short(kernel: str) -> str:
 
 
 def _mesh(device: jax.Device) -> Mesh:
-    return sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), [device])
+    return sharding.make_mesh(sharding.ONE, [device])
 
 
 Choices = dict[str, list[dict[str, Any]]]

@@ -174,7 +174,7 @@ def predicted(
 
     devices.keep_freed_memory()
     devices.keep_compiled()
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+    mesh = sharding.make_mesh(sharding.ONE)
     with jax.set_mesh(mesh):
         model = loader.load(folder, mesh=mesh, **how)
         if adapter is not None:

@@ -33,8 +33,6 @@ def run(of: train.Asked) -> int:
     limit = output.num_bytes(asked["hbm"]) if "hbm" in asked else None
     base = hub.config_folder(settings.model.model, settings.model.revision)
 
-    import jax
-
     from lora_jax.models import config as model_config
     from lora_jax.parallel import mesh as sharding
     from lora_jax.planning import chips, operations, programs, proposals, resident
@@ -51,14 +49,7 @@ def run(of: train.Asked) -> int:
             f"A and B, their moments and gradients take {count} times as much",
         )
     architecture = model_config.load(base)
-    if asked.get("target"):
-        target = chips.parse(asked["target"])
-        host = programs.Host(target.platform, target.chip, target.count, target.usable_bytes)
-    else:
-        host = programs.host()
-        target = chips.of_kind(host.platform, host.kind, host.count)
-    # From here on only shapes matter. This keeps JAX from occupying an accelerator.
-    jax.config.update("jax_platforms", "cpu")
+    target, host = output.devices(asked.get("target"))
     limit = limit or host.memory
     context = architecture.context
     settings = settings.replace(
@@ -67,12 +58,13 @@ def run(of: train.Asked) -> int:
         seq_len=settings.data.resolve_seq_len(context),
     )
     job = setup.planned_job(settings, architecture, _generation(settings, context))
-    one = dict.fromkeys(sharding.AXES, 1)
     if settings.model.mesh:
         sizes = sharding.parse(settings.model.mesh, host.count)
     else:
         sizes = sharding.default(
-            host.count, resident.base_bytes(resident.resident(job, one, target.chip)), limit
+            host.count,
+            resident.base_bytes(resident.resident(job, sharding.ONE, target.chip)),
+            limit,
         )
     if "batch_size" not in settings.given:
         rows = sharding.round_up(job.batch_size, sharding.mesh_of(sizes))
@@ -93,7 +85,7 @@ def run(of: train.Asked) -> int:
         "mesh": sizes,
         "memory": {**memory._asdict(), "total": memory.total, "generating": memory.generating},
     }
-    show = (lambda *_: None) if asked.get("json") else output.print_wrapped
+    show = output.printer(asked)
     show(f"plan of {console.near(settings.model.model)}: {_flags(job)}")
     show(f"on {found['target']}, mesh " + console.pairs(sizes) + "\n" + chosen)
     compiled: programs.Compiled | str = "--no-compile"
@@ -153,13 +145,7 @@ def _generation(settings: groups.TrainSettings, context: int) -> tuple[int, int,
 
 
 def _show_memory(show, memory, compiled) -> None:
-    show("memory of each device, as planned")
-    for name, size in (memory.resident | memory.kept).items():
-        show(output.row(name, size))
-    largest = max(memory.work, key=memory.work.get)
-    for name, size in memory.work.items():
-        show(output.row(f"work: {name}", size, "" if name == largest else "(not at its peak)"))
-    show(output.row("total", memory.total))
+    output.show_memory(show, memory.resident | memory.kept, memory.work, memory.total)
     for name, size in memory.generation.items():
         show(output.row(f"when generating: {name}", size, "(not during a step)"))
     if isinstance(compiled, str):

@@ -2,6 +2,7 @@
 
 import signal
 import textwrap
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax import console, errors
@@ -26,8 +27,31 @@ def num_bytes(text: str) -> int:
     return size
 
 
-def print_wrapped(text: str) -> None:
-    """Prints the lines of `text`, wrapped to the width of the terminal."""
+def devices(name: str | None) -> tuple[Any, Any]:
+    """(chips.Target, programs.Host) of that --target, or of this machine.
+
+    From then on only shapes matter: JAX is kept from occupying an accelerator.
+    """
+    import jax
+
+    from lora_jax.planning import chips, programs
+
+    if name:
+        target = chips.parse(name)
+        host = programs.Host(target.platform, target.chip, target.count, target.usable_bytes)
+    else:
+        host = programs.host()
+        target = chips.of_kind(host.platform, host.kind, host.count)
+    jax.config.update("jax_platforms", "cpu")
+    return target, host
+
+
+def printer(asked: Mapping[str, Any]) -> Callable[[str], None]:
+    """Prints a plan, wrapped to the width of the terminal; with --json, nothing."""
+    return (lambda _: None) if asked.get("json") else _print_wrapped
+
+
+def _print_wrapped(text: str) -> None:
     for line in text.split("\n"):
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         print(*textwrap.wrap(line, console.width(), subsequent_indent=indent,
@@ -48,9 +72,22 @@ def compile_(job, target: str | None, sizes: dict[str, int], what: str = "train"
     # So that subprocess.run ends the compiler's process on Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return programs.compiled(job, target, sizes, *([what] if what != "train" else []))
+        return programs.compiled(job, target, sizes, what)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def show_memory(
+    show: Callable[[str], None], stays: Mapping[str, int], work: Mapping[str, int], total: int
+) -> None:
+    """The parts of a device's memory: what stays there, and what a step works with."""
+    show("memory of each device, as planned")
+    for name, size in stays.items():
+        show(row(name, size))
+    largest = max(work, key=work.__getitem__)
+    for name, size in work.items():
+        show(row(f"work: {name}", size, "" if name == largest else "(not at its peak)"))
+    show(row("total", total))
 
 
 def row(name: str, size: int | str, note: str = "") -> str:

@@ -66,11 +66,9 @@ def run(settings: Settings) -> int:
     limit = output.num_bytes(asked["hbm"]) if "hbm" in asked else None
     folder = hub.config_folder(base.model, base.revision)
 
-    import jax
-
     from lora_jax.models import config as model_config
     from lora_jax.parallel import mesh as sharding
-    from lora_jax.planning import chips, programs, serving
+    from lora_jax.planning import serving
     from lora_jax.planning import serving_memory as plans
 
     architecture = model_config.load(folder)
@@ -80,14 +78,8 @@ def run(settings: Settings) -> int:
             expected=f"at most the model's context of {architecture.context} tokens",
             found=f"--context {context}",
         )
-    if asked.get("target"):
-        target = chips.parse(asked["target"])
-        limit = limit or target.usable_bytes
-    else:
-        host = programs.host()
-        target = chips.of_kind(host.platform, host.kind, host.count)
-        limit = limit or host.memory
-    jax.config.update("jax_platforms", "cpu")  # only shapes matter from here on
+    target, host = output.devices(asked.get("target"))
+    limit = limit or host.memory
     job = serving.Serving(
         architecture,
         base.dtype or architecture.dtype,
@@ -95,11 +87,10 @@ def run(settings: Settings) -> int:
         context=context,
         **values,
     )
-    one = dict.fromkeys(sharding.AXES, 1)
     if base.mesh:
         sizes = sharding.parse(base.mesh, target.count)
     else:
-        whole = plans.known(job, one, target.chip)
+        whole = plans.known(job, sharding.ONE, target.chip)
         sizes = sharding.default(target.count, sum(whole.arrays.values()), limit)
     known = plans.known(job, sizes, target.chip)
     memory = plans.of(job, sizes, target.chip, known)
@@ -112,17 +103,12 @@ def run(settings: Settings) -> int:
         "memory": {**memory._asdict(), "total": memory.total},
         "limit": limit,
     }
-    show = (lambda *_: None) if asked.get("json") else output.print_wrapped
+    show = output.printer(asked)
     show(f"plan of serving {console.near(base.model)}: --quant {job.quant} --dtype {job.dtype} "
          f"--slots {job.slots} --context {job.context} --adapters {job.adapters}"
          + (f" --rank {job.rank}" if job.adapters else ""))  # fmt: skip
-    show(f"on {name}, mesh " + console.pairs(sizes) + "\n\nmemory of each device, as planned")
-    for part, size in memory.resident.items():
-        show(output.row(part, size))
-    largest = max(memory.work, key=memory.work.get)
-    for part, size in memory.work.items():
-        show(output.row(f"work: {part}", size, "" if part == largest else "(not at its peak)"))
-    show(output.row("total", memory.total))
+    show(f"on {name}, mesh " + console.pairs(sizes) + "\n")
+    output.show_memory(show, memory.resident, memory.work, memory.total)
     need = memory.total
     if not asked.get("no_compile"):
         need, found["xla"] = _compile(show, job, asked.get("target"), sizes, memory)

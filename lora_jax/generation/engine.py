@@ -70,7 +70,7 @@ class Engine:
             model,
             num_slots=slots,
             context=self.context,
-            mesh=mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}),
+            mesh=mesh or sharding.make_mesh(sharding.ONE),
             pool=pool,
             kv_dtype=kv_dtype,
         )

@@ -19,6 +19,7 @@ from lora_jax.parallel import devices, processes
 from lora_jax.quant import linear as quant_linear
 
 AXES = ("data", "fsdp", "tensor")
+ONE = dict.fromkeys(AXES, 1)  # the sizes of a mesh of one device
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 BATCH = ("data", "fsdp")  # a batch is split over both
 
@@ -181,6 +182,17 @@ def of(path: Iterable, ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - len(spec)), *spec))
 
 
+def refuse_indivisible(problems: Sequence[str], sizes: Mapping[str, int]) -> None:
+    """Raises UserError if there are axes that the mesh does not divide. sizes: of the mesh."""
+    if problems:
+        raise errors.UserError(
+            expected="a mesh whose axes divide the model's dimensions",
+            found=problems,
+            where=f"mesh {dict(sizes)}",
+            do="choose smaller tensor or fsdp sizes in --mesh",
+        )
+
+
 def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
     """The number of parts into which the input axis of the linear layer at `path` is split."""
     return mesh.shape[_mesh_axes(list(path)[-1])[0]]
@@ -227,7 +239,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
     """The arrays of `tree`, nested dicts by path, each placed with the sharding of `of`."""
 
     return jax.tree_util.tree_map_with_path(
-        lambda path, array: _put(array, of(_names(path), jnp.ndim(array), mesh)), tree
+        lambda path, array: _put(array, of(names(path), jnp.ndim(array), mesh)), tree
     )
 
 
@@ -242,13 +254,14 @@ def keep_placed(tree: Any) -> Any:
         return tree
     return jax.tree_util.tree_map_with_path(
         lambda path, array: jax.lax.with_sharding_constraint(
-            array, of(_names(path), array.ndim, mesh)
+            array, of(names(path), array.ndim, mesh)
         ),
         tree,
     )
 
 
-def _names(path: Iterable) -> list[str]:
+def names(path: Iterable) -> list[str]:
+    """The names in a path of jax.tree_util."""
     return [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
 
 

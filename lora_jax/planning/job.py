@@ -90,8 +90,7 @@ def shapes(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The arrays of `tree` as shapes, each with the sharding that `sharding.place` gives it."""
 
     def shape(path, leaf):
-        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
-        where = sharding.of(names, leaf.ndim, mesh)
+        where = sharding.of(sharding.names(path), leaf.ndim, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(shape, tree)

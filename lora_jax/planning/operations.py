@@ -56,7 +56,7 @@ def operations(job: jobs.Job) -> Operations:
     # q kᵀ and p v; their derivatives recompute q kᵀ and take four more products.
     products = (9 if again else 7) + 2 * of_pairs
     attended = 2 * sequences * layers * heads * _pairs(job.length) * products
-    _, trained, _, _ = jobs.model_parts(job, sharding.mesh_of(dict.fromkeys(sharding.AXES, 1)))
+    _, trained, _, _ = jobs.model_parts(job, sharding.mesh_of(sharding.ONE))
     adapters = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
         names = [str(getattr(part, "key", part)) for part in path]

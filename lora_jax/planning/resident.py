@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors
 from lora_jax.kernels import packed as packing
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import job as jobs
@@ -126,10 +125,4 @@ def _check_divisible(tree: Any, sizes: Mapping[str, int]) -> None:
         except ValueError:
             name = ".".join(str(getattr(part, "key", part)) for part in path[1:])
             problems.append(f"{name} {list(leaf.shape)}")
-    if problems:
-        raise errors.UserError(
-            expected="a mesh whose axes divide the model's dimensions",
-            found=problems,
-            where=f"mesh {dict(sizes)}",
-            do="choose smaller tensor or fsdp sizes in --mesh",
-        )
+    sharding.refuse_indivisible(problems, sizes)
