@@ -107,16 +107,14 @@ def _malformed(raw: Mapping[str, Any]) -> list[str]:
         held = list(value.values()) if isinstance(value, dict) else value
         parts = held if isinstance(held, list) else []
         right = isinstance(value, own) and all(isinstance(part, of_each) for part in parts)
-        if value is not None and not (right and not any(map(_is_bool, [value, *parts]))):
+        # Python counts true and false among the integers.
+        right = right and not any(isinstance(part, bool) for part in [value, *parts])
+        if value is not None and not right:
             found.append(f"{key} = {value!r}")
     for key in _SWITCHES:
         if not isinstance(raw.get(key), bool | int | None):
             found.append(f"{key} = {raw[key]!r}")
     return found
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)  # which Python counts among the integers
 
 
 def _config(raw: Mapping[str, Any]) -> lora_config.LoRAConfig:

@@ -16,6 +16,7 @@ from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, targets
 from lora_jax.lora import config as lora_config
 
+KINDS = {"embedding": "an embedding", "conv": "a convolution"}  # other than linear, in messages
 LayerConfigs = Sequence[targets.LayerConfig | None]  # of each layer of a site, None: not adapted
 
 

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING
 
 from lora_jax.layers import linear_map
 from lora_jax.lora import config as lora_config
+from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
 from lora_jax.lora.linen.sites import Path, Site
 
 if TYPE_CHECKING:
     from lora_jax.lora.linen import adapted
-
-_KINDS = {"embedding": "an embedding", "conv": "a convolution"}
 
 
 def name(site: Site) -> str:
@@ -27,7 +26,7 @@ def why_not_adapted(site: Site, config: lora_config.LoRAConfig) -> str:
         if site.raw:
             return f"a parameter of a {site.cls} that is not registered; name it in the targets"
         if site.kind != "linear":
-            return f"{_KINDS[site.kind]}, which {targets.ALL_LINEAR} leaves out"
+            return f"{lora_site.KINDS[site.kind]}, which {targets.ALL_LINEAR} leaves out"
         if not any(targets.matches(own, targets.ALL_LINEAR) for own in site.names):
             return f"lm_head, which {targets.ALL_LINEAR} leaves out"
     if any(targets.matches(own, config.targets) for own in site.names):
@@ -40,7 +39,7 @@ def why_not_quantized(site: Site, exclude: Sequence[str]) -> str:
     if site.raw:
         return f"a parameter of a {site.cls} that is not registered"
     if site.kind != "linear":
-        return _KINDS[site.kind]
+        return lora_site.KINDS[site.kind]
     if isinstance(site.linear_map, linear_map.Einsum) and site.linear_map.batch:
         return "an einsum with an axis that x and the weight share"
     return "excluded" if targets.matches(name(site), exclude) else ""

@@ -4,8 +4,9 @@ import dataclasses
 
 from flax import nnx
 
+from lora_jax import errors
 from lora_jax.lora.nnx import layer as lora_layer
-from lora_jax.lora.nnx import parameters, sites
+from lora_jax.lora.nnx import parameters, saved, sites
 
 
 def find(model: nnx.Module) -> list[sites.Site]:
@@ -13,6 +14,18 @@ def find(model: nnx.Module) -> list[sites.Site]:
     layers = (site for site in sites.find(model) if lora_layer.is_adapted(site.module))
     return [dataclasses.replace(site, names=site.module.lora_names)
             for site in (*layers, *parameters.adapted(model))]  # fmt: skip
+
+
+def refuse(model: nnx.Module, *others: sites.Site) -> None:
+    """Raises: UserError if the model has an adapter already. others: sites with one of a bank."""
+    found = [site.names[0] for site in (*find(model), *others)]
+    found += [sites.dotted(whole.path) for whole in saved.find(model)]
+    if found:
+        raise errors.UserError(
+            expected="a model without adapters",
+            found=[f"{name} has one" for name in found],
+            do="load the base model again, or lora.merge(model) first",
+        )
 
 
 def by_name(model: nnx.Module) -> dict[str, tuple[sites.Site, int]]:

@@ -28,7 +28,7 @@ from lora_jax.kernels import partition as dealing
 from lora_jax.layers import linear_map, mixin, projections, registry, stack
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.nnx import adapted, saved, sharding, sites
+from lora_jax.lora.nnx import adapted, sharding, sites
 from lora_jax.quant import linear as quant_linear
 
 NAMES = ("bank_A", "bank_B", "bank_stretch")
@@ -142,14 +142,7 @@ def add(
         raise errors.UserError(
             expected="a bank of at least one slot of rank 1", found=f"{slots} slots of rank {rank}"
         )
-    taken = [site.names[0] for site in (*adapted.find(model), *find(model))]
-    taken += [sites.dotted(whole.path) for whole in saved.find(model)]
-    if taken:
-        raise errors.UserError(
-            expected="a model without adapters",
-            found=[f"{name} has one" for name in taken],
-            do="load the base model again, or lora.merge(model) first",
-        )
+    adapted.refuse(model, *find(model))
     found = list(sites.find(model))
     selected = lora_site.select(
         found, lora_config.LoRAConfig(rank=rank, targets=targets), sites.others(model)

@@ -60,38 +60,9 @@ class Bank:
         chosen = []
         with errors.noted(problems):
             chosen = self._chosen(fitted, where)
-        if unbatched:
-            problems.append(
-                errors.UserError(
-                    expected="an adapter of only A, B and magnitudes, which can share a batch",
-                    found=unbatched,
-                    where=where,
-                    do="merge it into a copy of its base with lora-jax merge, and use that",
-                )
-            )
-        paths = {site.path for site in self.banked}
-        if unbanked := [site.names[0] for site, _ in chosen if site.path not in paths]:
-            problems.append(
-                errors.UserError(
-                    expected=f"an adapter on {', '.join(_last(self.banked))}, which have a bank",
-                    found=[f"it is on {name}, which has none" for name in unbanked],
-                    where=where,
-                    do="make the bank with these targets, too, or merge the adapter into a copy of "
-                    "its base with lora-jax merge",
-                )
-            )
-        ranks = [own.rank for _, configs in chosen for own in configs if own]
-        num_slots = -(-max(ranks, default=1) // self.rank)
-        if num_slots > self.slots:
-            problems.append(
-                errors.UserError(
-                    expected=f"a rank of at most {self.slots * self.rank}, which a bank of "
-                    f"{self.slots} slots of rank {self.rank} can hold",
-                    found=f"rank {max(ranks)}, which takes {num_slots} slots",
-                    where=where,
-                    do="choose more slots or a larger rank of them",
-                )
-            )
+        rank = max((own.rank for _, configs in chosen for own in configs if own), default=1)
+        num_slots = -(-rank // self.rank)
+        problems += self._misfits(unbatched, chosen, rank, num_slots, where)
         if problems:
             raise errors.UserError.together(problems)
         slots: list[dict] = [{} for _ in range(num_slots)]
@@ -101,6 +72,33 @@ class Bank:
                 slot[site.path] = own
         _check_finite(slots, where)
         return Contents(_digest(slots), tuple(slots))
+
+    def _misfits(self, unbatched, chosen, rank, num_slots, where) -> Iterator[errors.UserError]:
+        """Why an adapter on the `chosen` sites cannot be in it. unbatched: what else it changes."""
+        if unbatched:
+            yield errors.UserError(
+                expected="an adapter of only A, B and magnitudes, which can share a batch",
+                found=unbatched,
+                where=where,
+                do="merge it into a copy of its base with lora-jax merge, and use that",
+            )
+        paths = {site.path for site in self.banked}
+        if unbanked := [site.names[0] for site, _ in chosen if site.path not in paths]:
+            yield errors.UserError(
+                expected=f"an adapter on {', '.join(_last(self.banked))}, which have a bank",
+                found=[f"it is on {name}, which has none" for name in unbanked],
+                where=where,
+                do="make the bank with these targets, too, or merge the adapter into a copy of "
+                "its base with lora-jax merge",
+            )
+        if num_slots > self.slots:
+            yield errors.UserError(
+                expected=f"a rank of at most {self.slots * self.rank}, which a bank of "
+                f"{self.slots} slots of rank {self.rank} can hold",
+                found=f"rank {rank}, which takes {num_slots} slots",
+                where=where,
+                do="choose more slots or a larger rank of them",
+            )
 
     def empty(self) -> dict[str, Any]:
         """What `bank.writer` puts into a slot to clear it."""

@@ -65,7 +65,7 @@ def inject(
 
 
 def _inject(model, config, rngs, principal) -> dict[str, int]:
-    _refuse_adapters(model)
+    adapted.refuse(model)
     config = vocabulary.prepare(model, config)
     found = _sites(model, config)
     wholes = saved.choose(model, found, config.modules_to_save)
@@ -112,7 +112,7 @@ def attach(
 
 
 def _attach(model, adapter, untrained, where) -> None:
-    _refuse_adapters(model)
+    adapted.refuse(model)
     given, adapter = adapter, vocabulary.fit(model, adapter, where)
     found, config = _sites(model, adapter.config), adapter.config
     selected, wholes = _fitting(model, found, adapter, where)
@@ -176,18 +176,6 @@ def _sites(model: nnx.Module, config: lora_config.LoRAConfig) -> list[sites.Site
     """The layers of known classes, and the parameters that are targeted by name."""
     known = [sites.renamed(site, others, config) for site, others in sites.with_aliases(model)]
     return [*known, *parameters.find(model, config)]
-
-
-def _refuse_adapters(model: nnx.Module) -> None:
-    """Raises: UserError if the model has an adapter already."""
-    found = [site.names[0] for site in adapted.find(model)]
-    found += [sites.dotted(whole.path) for whole in saved.find(model)]
-    if found:
-        raise errors.UserError(
-            expected="a model without adapters",
-            found=[f"{name} has one" for name in found],
-            do="load the base model again, or lora.merge(model) first",
-        )
 
 
 def _has_streams(model: nnx.Module) -> bool:

@@ -7,6 +7,7 @@ from flax import nnx
 
 from lora_jax.layers import parameters, registry, taken
 from lora_jax.lora import config as lora_config
+from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
 from lora_jax.lora.nnx import adapted, base, collect, saved, sites
 from lora_jax.lora.nnx import parameters as parameter_sites
@@ -57,7 +58,6 @@ def _why(site: sites.Site, name: str, config: lora_config.LoRAConfig | None) -> 
         return site.problem
     if config is not None and targets.matches(name, config.exclude):
         return "excluded"
-    kinds = {"embedding": "an embedding", "conv": "a convolution"}
-    if site.kind in kinds:
-        return kinds[site.kind]
+    if site.kind in lora_site.KINDS:
+        return lora_site.KINDS[site.kind]
     return "the head" if name.split(".")[-1] == "lm_head" else "not targeted"
