@@ -173,7 +173,7 @@ def side_by_side(before: list[dict[str, str]], after: list[dict[str, str]]) -> N
     column = (width - 3) // 2
     for old, new in zip(before, after, strict=False):
         print("\n" + textwrap.fill(old["prompt"].strip(), width))
-        print(f"{'before':<{column}} | after" + ("  ✓" if _right(new) else "  ✗"))
+        print(f"{'before':<{column}} | after" + ("  ✓" if is_right(new) else "  ✗"))
         left, right = (textwrap.wrap(a["text"].strip(), column) for a in (old, new))
         for row in range(max(len(left), len(right))):
             cells = [cell[row] if row < len(cell) else "" for cell in (left, right)]
@@ -181,5 +181,6 @@ def side_by_side(before: list[dict[str, str]], after: list[dict[str, str]]) -> N
     print()
 
 
-def _right(answer: Mapping[str, str]) -> bool:
+def is_right(answer: Mapping[str, str]) -> bool:
+    """Whether an answer is the expected one, apart from surrounding whitespace."""
     return answer["text"].strip() == answer["expected"].strip()

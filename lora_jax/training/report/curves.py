@@ -92,8 +92,7 @@ def chart(
     if not known:
         return Markup()
     x = axis(0, max(1, *(point.last for point in points + dots)), whole=True)
-    low, high = min(point.low for point in known), max(point.high for point in known)
-    y = axis(0 if 0 <= low < 0.7 * high or low == high > 0 else low, high)
+    y = _value_axis(min(point.low for point in known), max(point.high for point in known))
     lines = [
         tag("path", d=path, class_=class_)
         for path, class_ in (
@@ -103,10 +102,9 @@ def chart(
         )
         if path
     ]
-    stretched = tag("svg", *lines, viewBox="0 0 1000 1000", preserveAspectRatio="none",
-                    width="100%", height="100%")  # fmt: skip
     drawing = tag(
-        "svg", *_grid(x, y), stretched, *_single_points(points, x, y), *_not_finite(points, x),
+        "svg", *_grid(x, y), _stretched(lines),
+        *_single_points(points, x, y), *_not_finite(points, x),
         *_hover_values(series(metrics, name, DOTS), what, x),
         *_dots(dots, f"held-out {what}", x, y),
         role="img", aria_label=f"{title}. {_summary(points, what)}",
@@ -115,8 +113,7 @@ def chart(
     legend += [tag("span", "held out", class_="key held")] if dots else []
     if any(point.has_nonfinite for point in points):
         legend.append(tag("span", "not finite", class_="key broken"))
-    caption = tag("figcaption", tag("h3", title), *legend)
-    return tag("figure", caption, tag("div", drawing, class_="plot"), class_=f"chart {name}")
+    return _figure(title, legend, drawing, name)
 
 
 def compared(metrics: run_files.Metrics, names: Mapping[str, str], title: str, what: str) -> Markup:
@@ -126,8 +123,8 @@ def compared(metrics: run_files.Metrics, names: Mapping[str, str], title: str, w
     if not known:
         return Markup()
     x = axis(0, max(1, *(point.last for point in known)), whole=True)
-    low, high = min(point.mean for point in known), max(point.mean for point in known)
-    y = axis(0 if 0 <= low < 0.7 * high or low == high > 0 else low, high)
+    means = [point.mean for point in known]
+    y = _value_axis(min(means), max(means))
     lines, singles, legend, summaries = [], [], [], []
     for index, (shown, points) in enumerate(found.items()):
         colour = f"color: {hue(index)}"
@@ -135,12 +132,24 @@ def compared(metrics: run_files.Metrics, names: Mapping[str, str], title: str, w
         singles.append(tag("g", *_single_points(points, x, y), class_="own", style=colour))
         legend.append(tag("span", shown, class_="key own", style=colour))
         summaries.append(f"{shown}: {_summary(points, what)}")
-    stretched = tag("svg", *lines, viewBox="0 0 1000 1000", preserveAspectRatio="none",
-                    width="100%", height="100%")  # fmt: skip
-    drawing = tag("svg", *_grid(x, y), stretched, *singles, role="img",
+    drawing = tag("svg", *_grid(x, y), _stretched(lines), *singles, role="img",
                   aria_label=f"{title}. {'; '.join(summaries)}")  # fmt: skip
+    return _figure(title, legend, drawing, "several")
+
+
+def _value_axis(low: float, high: float) -> Axis:
+    """From zero, unless that would leave most of the plot empty."""
+    return axis(0 if 0 <= low < 0.7 * high or low == high > 0 else low, high)
+
+
+def _stretched(lines: Iterable[Markup]) -> Markup:
+    return tag("svg", *lines, viewBox="0 0 1000 1000", preserveAspectRatio="none",
+               width="100%", height="100%")  # fmt: skip
+
+
+def _figure(title: str, legend: Iterable[Markup], drawing: Markup, kind: str) -> Markup:
     caption = tag("figcaption", tag("h3", title), *legend)
-    return tag("figure", caption, tag("div", drawing, class_="plot"), class_="chart several")
+    return tag("figure", caption, tag("div", drawing, class_="plot"), class_=f"chart {kind}")
 
 
 def hue(index: int) -> str:

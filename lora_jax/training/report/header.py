@@ -87,11 +87,7 @@ def figures(
         if values := [value for value in values if value is not None]:
             yield label, shown(statistics.median(values)), note
     if formatting.finite(record.get("peak_bytes")):
-        yield "Peak memory", console.size(record["peak_bytes"]), measured_on(record)
+        of = "of this process" if "cpu" in str(record.get("device")) else "of one device"
+        yield "Peak memory", console.size(record["peak_bytes"]), of
     if seconds := run_files.seconds(record):
         yield "Time", formatting.duration(sum(seconds.values())), ", ".join(seconds)
-
-
-def measured_on(record: run_folder.RunJson) -> str:
-    """What the peak memory was measured on."""
-    return "of this process" if "cpu" in str(record.get("device")) else "of one device"

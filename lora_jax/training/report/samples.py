@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax import console
 from lora_jax.training.report import formatting
 from lora_jax.training.report.markup import Markup, joined, tag
 
@@ -15,7 +16,7 @@ def samples(answers: Mapping[str, Any]) -> Markup:
         old, new = (part[index] if index < len(part) else None for part in (before, after))
         one = new or old
         cells = [answer(label, part) for label, part in (("before", old), ("after", new)) if part]
-        if not any(part and right(part) for part in (old, new)):
+        if not any(part and console.is_right(part) for part in (old, new)):
             cells.append(tag("div", tag("h4", "expected"), verbatim(one["expected"])))
         shown.append(tag("article", tag("h3", "Prompt"), verbatim(one["prompt"], "prompt"),
                          tag("div", *cells, class_="answers")))  # fmt: skip
@@ -23,13 +24,9 @@ def samples(answers: Mapping[str, Any]) -> Markup:
 
 
 def answer(label: str, found: Mapping[str, str]) -> Markup:
-    verdict = ("good", "✓ as expected") if right(found) else ("bad", "✗ not as expected")
+    verdict = ("good", "✓ as expected") if console.is_right(found) else ("bad", "✗ not as expected")
     heading = tag("h4", label, " ", tag("span", verdict[1], class_=verdict[0]))
     return tag("div", heading, verbatim(found["text"]))
-
-
-def right(found: Mapping[str, str]) -> bool:
-    return found["text"].strip() == found["expected"].strip()
 
 
 def verbatim(text: str, class_: str | None = None) -> Markup:
