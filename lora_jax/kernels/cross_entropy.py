@@ -9,8 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import matmul
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import matmul, partitioning
 
 _CHUNK = 512  # tokens whose logits a device holds at the same time
 
@@ -20,7 +19,7 @@ def cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "B T"],
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> Float[Array, "B T"]:
     """−log softmax(hidden · head)[target], 0 where the target is negative, float32.
 
@@ -31,7 +30,7 @@ def cross_entropy(
 
     Raises: ValueError if asked for the gradient of `head`.
     """
-    return _dealt_out(hidden, head, targets, partition, with_gradient=False)[0]
+    return _by_device(hidden, head, targets, partition, with_gradient=False)[0]
 
 
 def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -67,20 +66,16 @@ def chunk_size(num_tokens: int) -> int:
     return min(_CHUNK, num_tokens)
 
 
-def _dealt_out(hidden, head, targets, partition, with_gradient):
+def _by_device(hidden, head, targets, partition, with_gradient):
     """(losses, gradient of their sum or None), with each device computing its part."""
     compute = functools.partial(_compute, with_gradient=with_gradient)
-    if partition == dealing.WHOLE or dealing.num_devices() == 1:
+    if not partition.splits():
         return compute(hidden, head, targets)
     sequences = PartitionSpec(partition.computed(len(hidden)).rows)
     vocabulary = partition.stored()[1]
-    return jax.shard_map(
-        functools.partial(compute, axis=vocabulary),
-        in_specs=(sequences, PartitionSpec(None, vocabulary), sequences),
-        out_specs=sequences,
-        axis_names=set(dealing.open_axes()),
-        check_vma=False,
-    )(hidden, head, targets)
+    each = functools.partial(compute, axis=vocabulary)
+    specs = sequences, PartitionSpec(None, vocabulary), sequences
+    return partitioning.shard_map(each, specs, sequences)(hidden, head, targets)
 
 
 def _compute(hidden, head, targets, *, with_gradient, axis=None):
@@ -127,7 +122,7 @@ def _compute(hidden, head, targets, *, with_gradient, axis=None):
 def _forward(hidden, head, targets, partition):
     if head.perturbed:
         raise ValueError("expected a frozen vocabulary projection, found one that is trained")
-    return _dealt_out(hidden.value, head.value, targets.value, partition, with_gradient=True)
+    return _by_device(hidden.value, head.value, targets.value, partition, with_gradient=True)
 
 
 def _backward(partition, gradient, d_each):

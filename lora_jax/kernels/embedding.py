@@ -1,19 +1,18 @@
 """Lookup in a frozen embedding table, which may be sharded over a mesh."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import partitioning
 
 
 def lookup(
     table: Float[Array, "V D"],
     ids: Int[Array, "B T"],
     *,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> Float[Array, "B T D"]:
     """table[ids].
 
@@ -21,7 +20,7 @@ def lookup(
     The table is not moved; devices exchange ids and results. XLA's partitioner could do that too,
     but aborts within a shard_map over some of a mesh's axes (jaxlib 0.10.2).
     """
-    if partition == dealing.WHOLE or dealing.num_devices() == 1:
+    if not partition.splits():
         return jnp.take(table, ids, axis=0)
     (rows, *_), (over_v, over_d) = partition.computed(len(ids)), partition.stored()
     moved = over_d if over_d in rows else None  # an axis that splits both the rows and D
@@ -40,10 +39,5 @@ def lookup(
             return lax.all_to_all(found, moved, split_axis=0, concat_axis=2, tiled=True)
         return lax.all_gather(found, over_d, axis=2, tiled=True) if over_d else found
 
-    return jax.shard_map(
-        each,
-        in_specs=(PartitionSpec(over_v, over_d), PartitionSpec(rows)),
-        out_specs=PartitionSpec(rows),
-        axis_names=set(dealing.open_axes()),
-        check_vma=False,
-    )(table, ids)
+    specs = PartitionSpec(over_v, over_d), PartitionSpec(rows)
+    return partitioning.shard_map(each, specs, PartitionSpec(rows))(table, ids)

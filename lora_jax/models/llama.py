@@ -18,8 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from lora_jax.kernels import attention, matmul, platform, swiglu
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import attention, matmul, partitioning, platform, swiglu
 from lora_jax.layers import projections, registry, stack
 from lora_jax.models import cache, modules, rope
 from lora_jax.models import config as model_config
@@ -249,7 +248,7 @@ class LlamaDecoderLayer(nnx.Module):
 class LlamaAttention(nnx.Module):
     """partition: how a mesh shards the sequences and the heads."""
 
-    partition = dealing.WHOLE
+    partition = partitioning.WHOLE
 
     def __init__(self, config, *, dtype, rngs):
         linear = functools.partial(modules.linear, config, dtype=dtype, rngs=rngs)

@@ -6,15 +6,14 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import embedding, matmul
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import embedding, matmul, partitioning
 from lora_jax.layers import linear_map, registry
 
 
 class Embedding(nnx.Embed):
     """y = W[ids]. partition: how a mesh shards W and the rows of ids."""
 
-    partition = dealing.WHOLE
+    partition = partitioning.WHOLE
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return embedding.lookup(self.embedding[...], ids, partition=self.partition)
@@ -25,7 +24,7 @@ class Embedding(nnx.Embed):
 
     def lookup(self, table: Float[Array, "V _"], ids: Int[Array, "B T"]) -> Float[Array, "B T _"]:
         """table[ids] for a small table that is replicated on every device."""
-        rows = dealing.Partition(self.partition.rows)
+        rows = partitioning.Partition(self.partition.rows)
         return embedding.lookup(table, ids, partition=rows)
 
 

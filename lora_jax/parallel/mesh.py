@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import errors
-from lora_jax.kernels import partition as partitions
+from lora_jax.kernels import partitioning
 from lora_jax.models import llama, modules
 from lora_jax.parallel import devices, processes
 from lora_jax.quant import linear as quant_linear
@@ -207,9 +207,9 @@ def deal_out(model: nnx.Module) -> None:
             layer.partition = partition(("q_proj",))
 
 
-def partition(path: Sequence) -> partitions.Partition:
+def partition(path: Sequence) -> partitioning.Partition:
     """The mesh axes that split the product of the linear layer or embedding at `path`."""
-    return partitions.Partition(BATCH, *_mesh_axes(path[-1]), gathered="fsdp")
+    return partitioning.Partition(BATCH, *_mesh_axes(path[-1]), gathered="fsdp")
 
 
 def _mesh_axes(module: str) -> tuple[str, str]:

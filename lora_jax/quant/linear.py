@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Num
 
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import partitioning
 from lora_jax.kernels.packed import Packed
 from lora_jax.layers import (
     linear_map,
@@ -49,7 +49,7 @@ class QuantLinear(nnx.Module):
         linear: nnx.Linear,
         *,
         fmt: str,
-        partition: dealing.Partition = dealing.WHOLE,
+        partition: partitioning.Partition = partitioning.WHOLE,
         axis: int = 0,
         metadata: Mapping[str, Any] = MappingProxyType({}),
     ):

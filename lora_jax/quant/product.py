@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from lora_jax.kernels import explicit, int4_matmul, int8_matmul
+from lora_jax.kernels import explicit, int4_matmul, int8_matmul, partitioning
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels import partition as dealing
 from lora_jax.layers import linear_map
 from lora_jax.quant import formats
 
@@ -19,7 +18,7 @@ def multiplier(
     packed: packing.Packed,
     fmt: str,
     layer: Int[Array, ""] | None = None,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> jax.tree_util.Partial:
     """x → x · dequantize(packed), as a tree of the packed arrays.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import partitioning
 
 Arrays = dict[str, jax.Array]
 
@@ -43,10 +43,10 @@ def bytes_of(weights: Any, layer: int | None) -> int:
     return sum(a.nbytes if layer is None else a.nbytes // len(a) for a in arrays)
 
 
-def of_mesh(partition: dealing.Partition) -> str:
+def of_mesh(partition: partitioning.Partition) -> str:
     """How the ambient mesh splits an operation, as part of a case's shapes."""
-    axes = {axis: size for axis, size in dealing.open_axes().items() if size > 1}
-    if partition == dealing.WHOLE or not axes:
+    axes = {axis: size for axis, size in partitioning.open_axes().items() if size > 1}
+    if partition == partitioning.WHOLE or not axes:
         return ""
     rows, *_ = partition.computed(0)
     split = {"rows": "·".join(rows), **dict(zip(("K", "N"), partition.stored(), strict=True))}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import partitioning
 from lora_jax.kernels.attention import cached
 from lora_jax.selftest import case, draws
 
@@ -22,7 +22,7 @@ def cached_attention(
     kv_dtype: str | None = None,
     tokens: int = 1,
     window: int | None = None,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """Attention of `tokens` new ones of each slot to one of two layers; some slots have none.
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels import choice, int4_matmul
+from lora_jax.kernels import choice, int4_matmul, partitioning
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels import partition as dealing
 from lora_jax.selftest import case, draws
 
 
@@ -18,7 +17,7 @@ def int4_product(
     dtype: jax.typing.DTypeLike,
     codes: str = "int4",
     layer: int | None = None,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
     backward: bool = False,
 ) -> case.Case:
     """x · W and, with `backward`, dy · Wᵀ. packed: W, or a stack of which `layer` is one."""
@@ -72,7 +71,7 @@ def hopper_product(
     stacks: Sequence[packing.Packed],
     *,
     rows: int,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """x · W of decoding on Hopper. turned: `stacks`, concatenated, with K minor."""
     layers = len(turned.q)
@@ -94,7 +93,7 @@ def joined_products(
     stacks: Sequence[packing.Packed],
     *,
     rows: int,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """x · W of the last layer of stacks of weights that decoding joins, in one kernel on a GPU."""
     layers = len(stacks[0].q)

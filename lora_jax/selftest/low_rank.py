@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.kernels import low_rank
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import low_rank, partitioning
 from lora_jax.selftest import case, draws
 
 _LAYERS = 2
@@ -21,7 +20,7 @@ def products(
     slots: int,
     rank: int,
     dtype: jax.typing.DTypeLike,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """(w ∘ x A) and y + (w ∘ x A) B + (w v) ∘ (y − bias), of one of two layers.
 

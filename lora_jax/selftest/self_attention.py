@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax.kernels import attention
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import attention, partitioning
 from lora_jax.selftest import case, draws
 
 
@@ -22,7 +21,7 @@ def self_attention(
     dtype: jax.typing.DTypeLike,
     packed: bool = False,
     window: int | None = None,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """Attention and its gradients. packed: several examples in a sequence, not one; each sequence
     ends with padding."""

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax.kernels import choice, cross_entropy, embedding
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import choice, cross_entropy, embedding, partitioning
 from lora_jax.selftest import case, draws
 
 _TOKENS = 600  # of the cross-entropy: more than a chunk
@@ -18,7 +17,7 @@ def vocabulary_loss(
     batch: int,
     length: int,
     dtype: jax.typing.DTypeLike,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """The cross-entropy of some tokens, and its gradient."""
     width, size = head.shape
@@ -70,7 +69,7 @@ def embedding_lookup(
     *,
     batch: int,
     length: int,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """table[ids]."""
     size, width = table.shape

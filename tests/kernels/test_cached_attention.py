@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.kernels import choice
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import choice, partitioning
 from lora_jax.kernels import platform as platforms
 from lora_jax.kernels.attention import cached, flash_decoding
 from lora_jax.models import cache
@@ -134,7 +133,7 @@ def test_a_mesh_splits_sequences_and_heads(sizes, like_a_gpu):
     how = {"tokens": 1, "heads": 4, "groups": 2, "size": 40, "window": MANY, "dtype": "float32"}
     given = operands([3, 39, 0, 20, 8, 9], [1, 1, 1, 1, 0, 1], **how)
     q, k, v, _, _, layer, start, num_real, window = given
-    split = dealing.Partition(("data", "fsdp"), n="tensor")
+    split = partitioning.Partition(("data", "fsdp"), n="tensor")
     where = {"start": start, "num_real": num_real, "window": window, "partition": split}
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     with jax.set_mesh(mesh):
@@ -160,9 +159,9 @@ def test_a_cache_is_attended_as_by_xla(size, window, kv_dtype, like_a_gpu):
         windows = (None, window), jnp.arange(2)
         many = jnp.zeros((4, 20, 30, 16))  # more queries than the kernel takes
         fill = cache.attention_to(stored, begin, 20, *windows)
-        _, stored = fill(jnp.int32(1), stored, many, *past, dealing.WHOLE)
+        _, stored = fill(jnp.int32(1), stored, many, *past, partitioning.WHOLE)
         add = cache.attention_to(stored, place, 2, *windows)
-        return add(jnp.int32(1), stored, q, k, v, dealing.WHOLE)
+        return add(jnp.int32(1), stored, q, k, v, partitioning.WHOLE)
 
     by_kernel, kept = run(stored)
     choice.leave_out(choice.ATTENTION_CACHED, "compared")
@@ -188,7 +187,7 @@ def test_what_the_kernel_does_not_take_is_left_to_xla(like_a_gpu, monkeypatch):
     assert not refused(stored="int8") and refused(stored="int8", places=1025)
     assert not refused(places=1025)
     with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 8})):
-        split = dealing.Partition(n="tensor")
+        split = partitioning.Partition(n="tensor")
         assert not refused(partition=split) and refused(partition=split, groups=4)
     with choice.restored():
         choice.leave_out(choice.ATTENTION_CACHED, "wrong on this device")

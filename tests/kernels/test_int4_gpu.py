@@ -13,9 +13,8 @@ from jax.experimental.pallas import triton as pltriton
 from jax.sharding import AxisType
 
 from lora_jax.generation import weights as decode_weights
-from lora_jax.kernels import choice, int4_matmul, platform
+from lora_jax.kernels import choice, int4_matmul, partitioning, platform
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.int4_matmul import mosaic_gpu, triton_gpu, xla_gpu
 
 draw = np.random.default_rng(0)
@@ -180,7 +179,7 @@ def test_mosaic_kernel_over_a_mesh_has_the_parts_of_all_devices(split):
         jax.ShapeDtypeStruct((3, 4, 384), jnp.bfloat16),
         group_bias=jax.ShapeDtypeStruct((3, 4, 384), jnp.bfloat16),
     )
-    over = dealing.Partition(**{split: "tensor"})
+    over = partitioning.Partition(**{split: "tensor"})
 
     def product(x, packed, layer):
         how = {"layer": layer, "widths": (256, 128), "partition": over}
@@ -353,8 +352,8 @@ def test_joined_weights_over_a_mesh(triton_calls):
         np.asarray(x, np.float64) @ np.asarray(second_layer(stack), np.float64) for stack in stacks
     ]
     for own, calls in (
-        (dealing.Partition(rows=("data",)), [((3, 256), [128, 64])]),
-        (dealing.Partition(k="data"), [((6, 128), [128]), ((6, 128), [64])]),
+        (partitioning.Partition(rows=("data",)), [((3, 256), [128, 64])]),
+        (partitioning.Partition(k="data"), [((6, 128), [128]), ((6, 128), [64])]),
     ):
         triton_calls.clear()
         with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):
@@ -375,7 +374,7 @@ def test_triton_kernel_over_a_mesh():
 
     @jax.jit
     def value_and_vjp(x):
-        over = dealing.Partition(k="tensor")
+        over = partitioning.Partition(k="tensor")
         y, vjp = jax.vjp(lambda x: product(x, partition=over, implementation="triton_gpu"), x)
         return y, *vjp(y)
 
@@ -455,7 +454,7 @@ def test_a_gpu_has_its_kernel_for_each_product(monkeypatch):
     assert kernel(8, huge) == choice.XLA
     # XLA would gather the weight for a kernel that it cannot split.
     with jax.set_mesh(jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))):
-        assert kernel(8, partition=dealing.Partition(k="tensor")) == choice.INT4_TENSOR_CORES
+        assert kernel(8, partition=partitioning.Partition(k="tensor")) == choice.INT4_TENSOR_CORES
         assert kernel(8) == choice.XLA
     with choice.restored():
         choice.leave_out(choice.INT4_TENSOR_CORES, "wrong")

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.kernels import int4_matmul, int8_matmul, matmul
+from lora_jax.kernels import int4_matmul, int8_matmul, matmul, partitioning
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels import partition as dealing
 from lora_jax.quant import formats
 
 FORMATS = ("int4", "int4-g64", "int4-g128", "nf4", "nf4-dq", "fp4", "asymmetric", "int8")
@@ -372,7 +371,7 @@ def test_a_product_is_split_over_a_mesh(k, n, rows, implementation):
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
     (x, stack, dy, layer), expected = on_one_device(rows)
-    partition = dealing.Partition(("data", "fsdp"), k, n, gathered="fsdp")
+    partition = partitioning.Partition(("data", "fsdp"), k, n, gathered="fsdp")
     how = {"partition": partition, "implementation": implementation}
     with jax.set_mesh(mesh):
         cut, columns = (NamedSharding(mesh, PartitionSpec(None, axis, n)) for axis in (k, None))
@@ -407,7 +406,7 @@ def test_every_format_is_split(fmt, k, n, rows):
     mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
     packed = packed_weight(fmt, 512, 256)
     x, packed = normal(1, rows, 512), jax.tree.map(np.asarray, packed)
-    partition = dealing.Partition(("data", "fsdp"), k, n, "fsdp") if k else dealing.WHOLE
+    partition = partitioning.Partition(("data", "fsdp"), k, n, "fsdp") if k else partitioning.WHOLE
     with jax.set_mesh(mesh):
         y = jax.jit(multiply(fmt, partition=partition))(x, packed)
     np.testing.assert_allclose(y, x @ reference(packed, fmt, 512), atol=1e-2)
@@ -429,8 +428,8 @@ def test_activations_in_int8():
 
 def test_few_rows_are_exchanged_and_many_gather_the_weight():
     """Up to an eighth of the weight's rows on each device along the axes that split only x."""
-    partition = dealing.Partition(("data", "fsdp"), "fsdp", "tensor", gathered="fsdp")
-    few = dealing.Partition(("data",), "fsdp", "tensor")
+    partition = partitioning.Partition(("data", "fsdp"), "fsdp", "tensor", gathered="fsdp")
+    few = partitioning.Partition(("data",), "fsdp", "tensor")
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
         assert partition.for_rows(128, 512) == few

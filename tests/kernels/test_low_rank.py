@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora_jax.kernels import choice, low_rank
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import choice, low_rank, partitioning
 from lora_jax.kernels import platform as platforms
 from lora_jax.kernels.low_rank import triton_gpu
 from lora_jax.lora.nnx import bank
@@ -125,7 +124,7 @@ def test_a_bank_computes_as_with_xla(like_a_gpu):
 def test_a_mesh_splits_the_products(k, n, like_a_gpu):
     """A and B as their weight, which are not moved; the rows over data and fsdp."""
     draw = np.random.default_rng(0)
-    partition = dealing.Partition(("data", "fsdp"), k, n, gathered="fsdp")
+    partition = partitioning.Partition(("data", "fsdp"), k, n, gathered="fsdp")
     x, y, bias = (jnp.asarray(draw.normal(size=s), jnp.bfloat16) for s in ((8, 128), (8, 256), 256))
     A, B = (stack(draw, *shape, dtype=jnp.bfloat16) for shape in ((128, 32), (32, 256)))
     stretch = stack(draw, 2, 256, dtype=jnp.float32)
@@ -136,7 +135,7 @@ def test_a_mesh_splits_the_products(k, n, like_a_gpu):
         own = mixed.astype(B.dtype), B, weights, stretch, bias
         return mixed, low_rank.expand(y, *own, jnp.int32(LAYER), partition)
 
-    expected = both(x, y, A, B, weights, stretch, bias, dealing.WHOLE)
+    expected = both(x, y, A, B, weights, stretch, bias, partitioning.WHOLE)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         assert low_rank.kernel_of(x, A, B, partition) == choice.LOW_RANK
@@ -168,12 +167,12 @@ def test_what_the_kernels_do_not_take_is_left_to_xla(like_a_gpu, monkeypatch):
     assert refused(rank=24) and refused(k=4128) and refused(n=100)
     assert refused(dtype="float32") and refused(other="float32")
     with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1})):
-        assert refused() and not refused(partition=dealing.Partition(("data",)))
+        assert refused() and not refused(partition=partitioning.Partition(("data",)))
     with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4})):
-        assert not refused(rows=128, partition=dealing.Partition(("data",), "tensor"))
-        assert refused(rows=130, partition=dealing.Partition(("data",), "tensor"))
-        assert refused(k=4096 + 64, partition=dealing.Partition(k="tensor"))
-        assert refused(n=64 * 6, partition=dealing.Partition(n="tensor"))
+        assert not refused(rows=128, partition=partitioning.Partition(("data",), "tensor"))
+        assert refused(rows=130, partition=partitioning.Partition(("data",), "tensor"))
+        assert refused(k=4096 + 64, partition=partitioning.Partition(k="tensor"))
+        assert refused(n=64 * 6, partition=partitioning.Partition(n="tensor"))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(platforms, "compute_capability", lambda: 7.5)
     assert refused()

@@ -18,8 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import choice, platform
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import choice, partitioning, platform
 from lora_jax.kernels.attention import cudnn, tokamax_gpu, xla
 
 _log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def self_attention(
     *,
     windows: Sequence[int | None] = (None,),
     kind: Int[Array, ""] | None = None,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v; head n of q belongs to head n // (N/K) of k.
 
@@ -48,22 +47,17 @@ def self_attention(
     https://arxiv.org/abs/2305.13245 (grouped heads).
     """
     attend = functools.partial(_attend, windows=tuple(windows))
-    axes = dealing.open_axes()
-    if partition == dealing.WHOLE or dealing.num_devices() == 1:
+    if not partition.splits():
         return attend(q, k, v, examples, kind)
+    axes = partitioning.open_axes()
     over, (_, heads) = partition.computed(len(q)), partition.stored()
     if heads and q.shape[2] % axes[heads]:
         heads = None
     if heads and k.shape[2] % axes[heads]:
         k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
     spec = PartitionSpec(over.rows, None, heads)
-    return jax.shard_map(
-        attend,
-        in_specs=(spec, spec, spec, PartitionSpec(over.rows), PartitionSpec()),
-        out_specs=spec,
-        axis_names=set(axes),
-        check_vma=False,
-    )(q, k, v, examples, kind)
+    specs = spec, spec, spec, PartitionSpec(over.rows), PartitionSpec()
+    return partitioning.shard_map(attend, specs, spec)(q, k, v, examples, kind)
 
 
 def _attend(q, k, v, examples, kind, windows):

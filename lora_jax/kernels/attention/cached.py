@@ -9,8 +9,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
-from lora_jax.kernels import choice, platform
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import choice, partitioning, platform
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ def attend(
     start: Int[Array, " B"],
     num_real: Int[Array, " B"],
     window: Int[Array, ""],
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v; head n of q belongs to head n // (N/K) of k.
 
@@ -39,24 +38,19 @@ def attend(
     from lora_jax.kernels.attention import flash_decoding  # its imports take a second
 
     operands = q, k, v, k_scale, v_scale, layer, start, num_real, window
-    if partition == dealing.WHOLE or dealing.num_devices() == 1:
+    if not partition.splits():
         return flash_decoding.attend(*operands)
     over, (_, heads) = partition.computed(len(q)), partition.stored()
     queries, stack = PartitionSpec(over.rows, None, heads), PartitionSpec(None, over.rows, heads)
     each, whole = PartitionSpec(over.rows), PartitionSpec()
-    return jax.shard_map(
-        flash_decoding.attend,
-        in_specs=(queries, stack, stack, stack, stack, whole, each, each, whole),
-        out_specs=queries,
-        axis_names=set(dealing.open_axes()),
-        check_vma=False,
-    )(*operands)
+    specs = queries, stack, stack, stack, stack, whole, each, each, whole
+    return partitioning.shard_map(flash_decoding.attend, specs, queries)(*operands)
 
 
 def kernel_of(
     q: jax.ShapeDtypeStruct | jax.Array,
     k: jax.ShapeDtypeStruct | jax.Array,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> str:
     """The kernel, of choice.KERNELS, that `attend` uses on a device; choice.XLA if there is none.
 
@@ -77,6 +71,6 @@ def _refusal(q, k, partition) -> str | None:
     except ImportError as error:  # deprecated in jax 0.11
         return f"no Pallas backend for Triton: {error}"
     _, heads = partition.stored()
-    if heads and k.shape[2] % dealing.open_axes()[heads]:
-        return f"{k.shape[2]} heads of keys over {dealing.open_axes()[heads]} devices"
+    if heads and k.shape[2] % partitioning.open_axes()[heads]:
+        return f"{k.shape[2]} heads of keys over {partitioning.open_axes()[heads]} devices"
     return flash_decoding.refusal(q, k)

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import choice, linear, platform, varying
+from lora_jax.kernels import choice, linear, partitioning, platform, varying
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels import partition as dealing
 from lora_jax.kernels.int4_matmul import forms, xla_gpu
 
 IMPLEMENTATIONS = ("xla", "int8_activations", "pallas_tpu", "triton_gpu", "mosaic_gpu")
@@ -36,7 +35,7 @@ def int4_matmul(
     *,
     codes: str = "int4",
     layer: Int[Array, ""] | None = None,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
     implementation: str | None = None,
 ) -> Float[Array, "*B N"]:
     """y = x · dequantize(packed), accumulated in float32, in x's dtype.
@@ -85,7 +84,7 @@ def from_k_minor(
     *,
     layer: Int[Array, ""],
     widths: Sequence[int] | None = None,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> list[Float[Array, "*B _"]]:
     """int4_matmul by "mosaic_gpu" with a stack whose words are int4 [L, N, K], with K minor.
 
@@ -103,7 +102,7 @@ def joined(
     weights: Sequence[packing.Packed],
     *,
     layer: Int[Array, ""],
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> list[Float[Array, "*B _"]]:
     """[int4_matmul(x, packed, layer=layer) for packed in weights], in int4, of stacks.
 
@@ -186,7 +185,7 @@ def kernel_of(
     packed: packing.Packed,
     *,
     codes: str = "int4",
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
     transpose: bool = False,
 ) -> str:
     """The kernel, of choice.KERNELS, that computes x · W here, or x · Wᵀ; choice.XLA if none.

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.kernels import packed as packing
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import partitioning
 from lora_jax.kernels.int4_matmul import xla, xla_gpu
 
 
@@ -20,7 +20,7 @@ class Forms(NamedTuple):
     """The product in each of its forms, all (x [M, C], packed, layer) → [M, O]."""
 
     codes: str
-    partition: dealing.Partition
+    partition: partitioning.Partition
     transpose: bool
 
     def xla(self, x, packed, layer):
@@ -42,7 +42,7 @@ class Forms(NamedTuple):
         def form(x, packed, layer):
             return product(x, packing.layer(packed, layer))
 
-        return self._dealt_out(form, x, *_stacked(packed, layer))
+        return self._by_device(form, x, *_stacked(packed, layer))
 
     # The imports of the kernels take a second, so each method does them itself.
 
@@ -58,13 +58,13 @@ class Forms(NamedTuple):
                 return y
             return _added(y, self._group_bias_term(x, packed, layer))
 
-        return self._dealt_out(kernel, x, *_stacked(packed, layer))
+        return self._by_device(kernel, x, *_stacked(packed, layer))
 
     def triton(self, x, packed, layer, interpret=False):
         from lora_jax.kernels.int4_matmul import triton_gpu
 
         kernel = functools.partial(triton_gpu.matmul, interpret=interpret)
-        return self._dealt_out(kernel, x, *_stacked(packed, layer))
+        return self._by_device(kernel, x, *_stacked(packed, layer))
 
     def joins(self, weights) -> bool:
         """Whether `triton_joined` takes the weights, of which `triton` takes each."""
@@ -76,16 +76,11 @@ class Forms(NamedTuple):
         """The products with several weights, in one kernel."""
         from lora_jax.kernels.int4_matmul import triton_gpu
 
-        if self.partition == dealing.WHOLE or dealing.num_devices() == 1:
+        if not self.partition.splits():
             return triton_gpu.matmuls(x, tuple(weights), layer)
-        rows = PartitionSpec(self.partition.computed(len(x)).rows)
-        return jax.shard_map(
-            triton_gpu.matmuls,
-            in_specs=(rows, PartitionSpec(), PartitionSpec()),
-            out_specs=rows,
-            axis_names=set(dealing.open_axes()),
-            check_vma=False,
-        )(x, tuple(weights), layer)
+        rows, whole = PartitionSpec(self.partition.computed(len(x)).rows), PartitionSpec()
+        matmuls = partitioning.shard_map(triton_gpu.matmuls, (rows, whole, whole), rows)
+        return matmuls(x, tuple(weights), layer)
 
     def mosaic(self, x, packed, layer):
         from lora_jax.kernels.int4_matmul import mosaic_gpu
@@ -109,7 +104,7 @@ class Forms(NamedTuple):
             extra = _split(self._group_bias_term(x, packed, layer), parts)
             return [_added(y, own) for y, own in zip(found, extra, strict=True)]
 
-        found = self._dealt_out(kernel, x, packed, layer)
+        found = self._by_device(kernel, x, packed, layer)
         return _split(*found, widths) if n else found
 
     def tpu_refusal(self, x, packed) -> str | None:
@@ -128,7 +123,7 @@ class Forms(NamedTuple):
             return "a bias of groups beside a scale of columns"
         if packed.scale.size >= 2**31:
             return "a stack with 2³¹ scales or more: Triton's indices have 32 bits"
-        if self.partition == dealing.WHOLE and dealing.num_devices() > 1:
+        if self.partition == partitioning.WHOLE and partitioning.num_devices() > 1:
             return "arrays that XLA splits: it cannot split a kernel"
         return self.unreadable() or triton_gpu.refusal(
             *self._sizes(x, packed), x.dtype, packed.scale.dtype
@@ -147,16 +142,16 @@ class Forms(NamedTuple):
 
     def _sizes(self, x, packed) -> tuple[int, int, int, int]:
         """(M, K, N, group) of one device's part."""
-        axes = dealing.open_axes()
+        axes = partitioning.open_axes()
         k, n = packed.q.shape[-2] * 8, packed.q.shape[-1]
         over = self.partition.for_rows(len(x), k).computed(len(x))
         group = k // packed.scale.shape[-2]
         rows = len(x) // math.prod(axes[axis] for axis in over.rows)
         return rows, k // axes.get(over.k, 1), n // axes.get(over.n, 1), group
 
-    def _dealt_out(self, form, x, packed, layer):
+    def _by_device(self, form, x, packed, layer):
         """form(x, packed, layer), with each device computing its part."""
-        if self.partition == dealing.WHOLE or dealing.num_devices() == 1:
+        if not self.partition.splits():
             return form(x, packed, layer)
         padded = packed.q.shape[-2] * 8 if packed.q.dtype == jnp.uint32 else packed.q.shape[-1]
         partition = self.partition.for_rows(len(x), padded)
@@ -181,13 +176,9 @@ class Forms(NamedTuple):
             y = form(x, packed, layer)
             return lax.psum(y, summed) if summed else y
 
-        return jax.shard_map(
-            each,
-            in_specs=(PartitionSpec(over.rows, summed), specs, PartitionSpec()),
-            out_specs=PartitionSpec(over.rows, kept),
-            axis_names=set(dealing.open_axes()),
-            check_vma=False,
-        )(x, packed, layer)
+        operands = PartitionSpec(over.rows, summed), specs, PartitionSpec()
+        out = PartitionSpec(over.rows, kept)
+        return partitioning.shard_map(each, operands, out)(x, packed, layer)
 
     def _group_bias_term(self, x, packed, layer):
         """The asymmetric term of y: the sum of x over each group, times the group's bias."""

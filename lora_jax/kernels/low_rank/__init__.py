@@ -14,8 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import choice, platform
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import choice, partitioning, platform
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ def shrink(
     x: Float[Array, "M K"],
     A: Float[Array, "L K R"],
     layer: Int[Array, ""],
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> Float[Array, "M R"]:
     """x · A of a layer, in float32. For operands that kernel_of has a kernel for."""
     from lora_jax.kernels.low_rank import triton_gpu  # its imports take a second
@@ -37,7 +36,7 @@ def shrink(
         return lax.psum(out, k) if k else out
 
     specs = PartitionSpec(rows, k), PartitionSpec(None, k), PartitionSpec()
-    return _dealt_out(each, specs, PartitionSpec(rows))(x, A, layer)
+    return _by_device(each, specs, PartitionSpec(rows))(x, A, layer)
 
 
 def expand(
@@ -48,7 +47,7 @@ def expand(
     stretch: Float[Array, "L X N"],
     bias: Float[Array, " N"] | None,
     layer: Int[Array, ""],
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> Float[Array, "M N"]:
     """y + mixed · B + (weights · stretch) ∘ (y − bias) of a layer; sums in float32, then y's dtype.
 
@@ -61,31 +60,25 @@ def expand(
     out, stack = PartitionSpec(*rows, n), PartitionSpec(None, None, n)
     specs = out, rows, stack, rows, stack, PartitionSpec(n), PartitionSpec()
     own = y, mixed, B, weights, stretch, bias, layer
-    return _dealt_out(triton_gpu.expand, specs, out)(*own)
+    return _by_device(triton_gpu.expand, specs, out)(*own)
 
 
-def _rows(partition: dealing.Partition, num_rows: int, *others: str | None) -> tuple[str, ...]:
+def _rows(partition: partitioning.Partition, num_rows: int, *others: str | None) -> tuple[str, ...]:
     """The mesh axes over which the rows are split, without the others."""
     return tuple(axis for axis in partition.computed(num_rows).rows if axis not in others)
 
 
-def _dealt_out(function, in_specs, out_specs):
-    if dealing.num_devices() == 1:
+def _by_device(function, in_specs, out_specs):
+    if partitioning.num_devices() == 1:
         return function
-    return jax.shard_map(
-        function,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(dealing.open_axes()),
-        check_vma=False,
-    )
+    return partitioning.shard_map(function, in_specs, out_specs)
 
 
 def kernel_of(
     x: jax.ShapeDtypeStruct | jax.Array,
     A: jax.ShapeDtypeStruct | jax.Array,
     B: jax.ShapeDtypeStruct | jax.Array,
-    partition: dealing.Partition = dealing.WHOLE,
+    partition: partitioning.Partition = partitioning.WHOLE,
 ) -> str:
     """The kernel, of choice.KERNELS, of both products for x [M, K]; choice.XLA if there is none."""
     if platform.platform_here() != "gpu":
@@ -102,9 +95,9 @@ def _refusal(x, A, B, partition) -> str | None:
         from lora_jax.kernels.low_rank import triton_gpu
     except ImportError as error:  # deprecated in jax 0.11
         return f"no Pallas backend for Triton: {error}"
-    if partition == dealing.WHOLE and dealing.num_devices() > 1:
+    if partition == partitioning.WHOLE and partitioning.num_devices() > 1:
         return "arrays that XLA splits: it cannot split a kernel"
-    axes, (k, n) = dealing.open_axes(), partition.stored()
+    axes, (k, n) = partitioning.open_axes(), partition.stored()
     parts_k, parts_n = axes.get(k, 1), axes.get(n, 1)
     if A.shape[1] % parts_k or B.shape[2] % parts_n:
         return f"a weight {A.shape[1], B.shape[2]} over {parts_k, parts_n} devices"

@@ -23,8 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from lora_jax import errors
-from lora_jax.kernels import choice, explicit, low_rank, matmul
-from lora_jax.kernels import partition as dealing
+from lora_jax.kernels import choice, explicit, low_rank, matmul, partitioning
 from lora_jax.layers import linear_map, mixin, projections, registry, stack
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
@@ -189,9 +188,9 @@ def dtype_of(site: sites.Site) -> jnp.dtype:
     return jnp.dtype(site.module.dtype or stored)
 
 
-def partition_of(module: nnx.Module) -> dealing.Partition:
+def partition_of(module: nnx.Module) -> partitioning.Partition:
     """How a mesh splits the product of the layer."""
-    return getattr(module, "partition", dealing.WHOLE)
+    return getattr(module, "partition", partitioning.WHOLE)
 
 
 def find(model: nnx.Module) -> list[sites.Site]:

@@ -5,6 +5,7 @@ Partition names the mesh axes, which parallel/mesh.py sets on the layers.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,10 @@ class Partition(NamedTuple):
     k: str | None = None
     n: str | None = None
     gathered: str | None = None
+
+    def splits(self) -> bool:
+        """Whether several devices share the product here."""
+        return self != WHOLE and num_devices() > 1
 
     def stored(self) -> tuple[str | None, str | None]:
         """The axes over which K and N are sharded, without those that are not open (open_axes)."""
@@ -64,3 +69,14 @@ def open_axes() -> dict[str, int]:
 def num_devices() -> int:
     """The number of devices over which a computation can still be split here."""
     return math.prod(open_axes().values())
+
+
+def shard_map(function: Callable, in_specs, out_specs) -> Callable:
+    """function, computed by each device of the open axes from its part of the arguments."""
+    return jax.shard_map(
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(open_axes()),
+        check_vma=False,
+    )
