@@ -63,7 +63,7 @@ def run(of: train.Asked) -> int:
     else:
         sizes = sharding.default(
             host.count,
-            resident.base_bytes(resident.resident(job, sharding.ONE, target.chip)),
+            sum(resident.resident(job, sharding.ONE, target.chip).base.values()),
             limit,
         )
     if "batch_size" not in settings.given:

@@ -59,7 +59,7 @@ def operations(job: jobs.Job) -> Operations:
     _, trained, _, _ = jobs.model_parts(job, sharding.mesh_of(sharding.ONE))
     adapters = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
-        names = [str(getattr(part, "key", part)) for part in path]
+        names = sharding.names(path)
         in_layers = "layers" in names
         # The gradient of B needs x A; recomputing what follows the layer needs (x A) B.
         if names[-1] == "lora_A":

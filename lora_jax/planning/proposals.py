@@ -123,7 +123,7 @@ def changes(
             found = memory.memory(changed, mesh, chip, then)
         except errors.UserError:  # a mesh that does not divide the model
             continue
-        saved = resident.base_bytes(known) - resident.base_bytes(then)
+        saved = sum(known.base.values()) - sum(then.base.values())
         if changed.quant != job.quant and saved <= 0:
             continue
         if found.need() <= HEADROOM * limit:

@@ -30,6 +30,12 @@ class Resident(NamedTuple):
     adapters: int
     copied: int
 
+    @property
+    def base(self) -> dict[str, int]:
+        """The arrays of the frozen base alone."""
+        adapted = ("A and B", "A and B, reference", "their moments")
+        return {name: size for name, size in self.arrays.items() if name not in adapted}
+
 
 def resident(job: jobs.Job, sizes: Mapping[str, int], chip: str) -> Resident:
     """What stays on one device of a mesh of these axis sizes; the batch size does not matter.
@@ -58,12 +64,6 @@ def resident(job: jobs.Job, sizes: Mapping[str, int], chip: str) -> Resident:
     return Resident(arrays, _layer_weights(base, job), adapters, copied)
 
 
-def base_bytes(found: Resident) -> int:
-    """Bytes of the frozen base alone."""
-    adapted = ("A and B", "A and B, reference", "their moments")
-    return sum(size for name, size in found.arrays.items() if name not in adapted)
-
-
 def local_bytes(shape: jax.ShapeDtypeStruct) -> int:
     """Bytes of one device's part of an array."""
     return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
@@ -71,7 +71,7 @@ def local_bytes(shape: jax.ShapeDtypeStruct) -> int:
 
 def _part(path) -> str:
     """The key of Resident.arrays under which an array of the base is counted."""
-    names = [str(getattr(part, "key", part)) for part in path]
+    names = sharding.names(path)
     if "layers" in names and names[-1] == "kernel":
         return "linear layers"
     if names[-1] == "q":
@@ -102,7 +102,7 @@ def _layer_weights(base: Any, job: jobs.Job) -> dict[str, tuple[int, int]]:
     """See Resident.weights."""
     found: dict[str, tuple[int, int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(base):
-        names = [str(getattr(part, "key", part)) for part in path]
+        names = sharding.names(path)
         name = next((name for name in names if name.endswith("_proj")), None)
         if name is None or "layers" not in names:
             continue

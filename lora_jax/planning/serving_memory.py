@@ -51,8 +51,7 @@ def known(job: serving.Serving, sizes: Mapping[str, int], chip: str) -> Known:
     """chip: as in memory.memory. Raises: UserError for a mesh that does not divide the model."""
     of_weights = jobs.Job(job.architecture, job.dtype, job.quant)
     found = resident.resident(of_weights, sizes, chip)
-    arrays = {name: size for name, size in found.arrays.items()
-              if not name.startswith(("A and B", "their"))}  # fmt: skip
+    arrays = found.base
     c, item = job.architecture, jnp.dtype(job.dtype).itemsize
     entries = sum(entries for _, entries in found.weights.values()) * c.num_hidden_layers
     if job.adapters:
