@@ -30,8 +30,7 @@ class Chunks(NamedTuple):
             if self.spans.of(num_tokens // 2 + 1) <= span:
                 yield self._empty(num_tokens)
         if self.slots_of_group > 1 and self._fit_together(span):
-            ids = np.zeros((self.num_slots, common_size(self.slots_of_group)), np.int32)
-            yield steps.Chunk(ids, *(np.zeros(self.num_slots, np.int32) for _ in range(3)))
+            yield self._empty_of_slots()
 
     def are_together(self, waiting: Sequence[progress.Work]) -> bool:
         """Whether to compute a chunk of the prompts in all slots at once, not one after the other.
@@ -49,29 +48,19 @@ class Chunks(NamedTuple):
 
     def of_slots(self, waiting: Sequence[progress.Work]) -> steps.Chunk:
         """A chunk of each of these prompts."""
-        size = common_size(self.slots_of_group)
-        ids = np.zeros((self.num_slots, size), np.int32)
-        start, num_real, length = (np.zeros(self.num_slots, np.int32) for _ in range(3))
+        chunk = self._empty_of_slots()
         for work in waiting:
-            own = work.request.prompt[work.filled : work.filled + min(size, work.unfilled)]
-            slot = work.slot.index
-            ids[slot, : len(own)] = own
-            start[slot], num_real[slot] = work.filled, len(own)
-            length[slot] = len(work.request.prompt)
-        return steps.Chunk(ids, start, num_real, length)
+            _put(work, chunk, work.slot.index)
+        return chunk
 
     def of_groups(self, chosen: Mapping[int, progress.Work]) -> tuple[steps.Chunk, np.ndarray]:
         """(the chunk, the token after each of its tokens) of one request in each group."""
-        size = chunk_size(max(work.unfilled for work in chosen.values()))
-        chunk = self._empty(size)
+        chunk = self._empty(chunk_size(max(work.unfilled for work in chosen.values())))
         following = np.zeros_like(chunk.ids)
         for group, work in chosen.items():
-            prompt, first = work.request.prompt, work.filled
-            own = prompt[first : first + min(size, work.unfilled)]
-            chunk.ids[group, : len(own)] = own
-            following[group, : len(own)] = prompt[first + 1 : first + 1 + len(own)]
-            chunk.start[group], chunk.num_real[group] = first, len(own)
-            chunk.length[group] = len(prompt)
+            end = _put(work, chunk, group)
+            after = work.request.prompt[work.filled + 1 : end + 1]
+            following[group, : len(after)] = after
             chunk.row[group] = work.slot.index - group * self.slots_of_group
             if work.lease:
                 chunk.mixture[group] = work.lease.row
@@ -84,10 +73,24 @@ class Chunks(NamedTuple):
         mixture = np.zeros((self.num_groups, self.num_adapters), np.float32)
         return steps.Chunk(ids, start, num_real, length, row, mixture)
 
+    def _empty_of_slots(self) -> steps.Chunk:
+        """A chunk of all slots, to be filled in."""
+        ids = np.zeros((self.num_slots, common_size(self.slots_of_group)), np.int32)
+        return steps.Chunk(ids, *(np.zeros(self.num_slots, np.int32) for _ in range(3)))
+
     def _fit_together(self, span: int) -> bool:
         """Whether the logits of attention take no more memory than those of the longest chunk."""
         tokens = self.slots_of_group * common_size(self.slots_of_group)
         return tokens * span <= SIZES[-1] * self.spans.size
+
+
+def _put(work: progress.Work, chunk: steps.Chunk, at: int) -> int:
+    """Puts the next tokens of a prompt into row `at`. Returns where in the prompt they end."""
+    prompt, start = work.request.prompt, work.filled
+    own = prompt[start : start + min(chunk.ids.shape[1], work.unfilled)]
+    chunk.ids[at, : len(own)] = own
+    chunk.start[at], chunk.num_real[at], chunk.length[at] = start, len(own), len(prompt)
+    return start + len(own)
 
 
 def chunk_size(num_tokens: int) -> int:

@@ -93,9 +93,5 @@ class Sampling:
         """Whether each token is the most likely one, whatever came before, and nothing else."""
         penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
         others = self.logit_bias or self.min_tokens or self.grammar
-        return (
-            not self.temperature
-            and penalties == (1, 0, 0)
-            and not others
-            and (self.logprobs is None)
-        )
+        plain = penalties == (1, 0, 0) and not others
+        return plain and not self.temperature and self.logprobs is None

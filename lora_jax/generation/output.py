@@ -36,9 +36,7 @@ class Output:
         if len(self.tokens) == self._sampling.max_new_tokens:
             return self._last("length", None, new, (token,), logprobs)
         new, found = self._stops.push(new, self._text.held)
-        if found is not None:
-            return requests.Piece(new, (token,), logprobs, "stop", found)
-        return requests.Piece(new, (token,), logprobs)
+        return requests.Piece(new, (token,), logprobs, "stop" if found else None, found)
 
     def end(self, reason: str, error: str | None = None) -> requests.Piece:
         """The last piece of a request that is ended from outside."""

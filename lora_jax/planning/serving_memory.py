@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.generation import chunks
+from lora_jax.generation import chunks, steps
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, memory, resident, serving
 from lora_jax.planning import job as jobs
@@ -78,7 +78,7 @@ def of(job: serving.Serving, sizes: Mapping[str, int], chip: str, own: Known) ->
     """The memory of the engine. own: what `known` returned for it."""
     c, platform = job.architecture, chip.split(":")[0]
     item = 4 if platform == "cpu" else jnp.dtype(job.dtype).itemsize
-    groups = _groups(job.slots, sizes)
+    groups = steps.num_groups(job.slots, sharding.mesh_of(sizes))
     rows = job.slots // groups
     places = chunks.spans_of(c, job.context).size
     split = sizes["tensor"] if c.num_key_value_heads % sizes["tensor"] == 0 else 1
@@ -145,7 +145,7 @@ def tokens_per_second(
     A step takes max(weights / bandwidth, operations / peak) + keys and values / bandwidth.
     """
     c, peaks = job.architecture, target.peaks
-    groups = _groups(job.slots, sizes)
+    groups = steps.num_groups(job.slots, sharding.mesh_of(sizes))
     rows = job.slots // groups
     split = sizes["tensor"] if c.num_key_value_heads % sizes["tensor"] == 0 else 1
     width = c.num_key_value_heads * c.head_dim // split
@@ -156,12 +156,6 @@ def tokens_per_second(
     entries += own.arrays.get("bank of adapters", 0) // item
     seconds = max(own.streamed / peaks.bandwidth, 2 * rows * entries / peaks.flops)
     return job.slots / (seconds + cache / peaks.bandwidth)
-
-
-def _groups(slots: int, sizes: Mapping[str, int]) -> int:
-    """As steps.num_groups."""
-    shards = memory.batch_shards(sizes)
-    return 1 if slots % shards else shards
 
 
 def _fits(job, sizes, chip, limit, own) -> bool:
