@@ -39,7 +39,9 @@ class _Source(NamedTuple):
         """The tensor as it is on disk, on the devices that will hold its slot in `where`."""
         if isinstance(self.tensor, StoredLinear):
             return storage.read(self.tensor, where.mesh, where.spec[-2:])
-        return _read(self.tensor, where, transpose)
+        # The mesh may not divide an axis that is padded in packed form: it is cut after padding.
+        spec = where.spec[-len(self.tensor.shape) :]
+        return safetensors_files.read(self.tensor, where.mesh, spec[::-1] if transpose else spec)
 
     def cast(self, transpose: bool) -> Callable:
         """(what `read` returned, dtype) → its slot in a dense array."""
@@ -250,13 +252,6 @@ def _return_freed_memory(stack: Any) -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(stack))
     if size >= 2**20 and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _read(stored: StoredTensor, where: NamedSharding, transpose: bool) -> jax.Array:
-    """The tensor as it is on disk, on the devices that will hold its slot in `where`."""
-    # The mesh may not divide an axis that is padded in packed form: it is cut after padding.
-    spec = where.spec[-len(stored.shape) :]
-    return safetensors_files.read(stored, where.mesh, spec[::-1] if transpose else spec)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

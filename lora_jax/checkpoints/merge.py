@@ -85,11 +85,11 @@ def plan(
     linears, others = inventory.contents(folder, config)
     size, tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
     fitted = tied_head.fitted(adapter, size, tied=tied, where="the adapter")
-    default = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    default = model_config.stored_dtype(raw)
 
     def part(name: str, tensor: StoredTensor | StoredLinear) -> writer.Part:
         dense = isinstance(tensor, StoredTensor)
-        dtype = tensor.dtype if dense else default[model_config.stored_dtype(raw)]
+        dtype = tensor.dtype if dense else safetensors_files.NAMES[default]
         source = _Source(tensor, dtype, rounded if name in linears else None, search)
         return _part(name, source, fitted)
 

@@ -30,8 +30,8 @@ _WIDENED = {  # read as float32; JAX has no float64, and safetensors' reader no 
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-_NUMPY = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32",
-          "int32": "I32", "int8": "I8", "uint8": "U8"}  # fmt: skip
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32",
+         "int32": "I32", "int8": "I8", "uint8": "U8"}  # of dtypes, by numpy's names  # fmt: skip
 
 
 class StoredTensor(NamedTuple):
@@ -220,7 +220,7 @@ class TensorSpec(NamedTuple):
 
 def spec_of(array: np.ndarray | jax.ShapeDtypeStruct) -> TensorSpec:
     """The dtype and shape that an array has in a file."""
-    return TensorSpec(_NUMPY[np.dtype(array.dtype).name], tuple(array.shape))
+    return TensorSpec(NAMES[np.dtype(array.dtype).name], tuple(array.shape))
 
 
 class Writer:

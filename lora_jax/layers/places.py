@@ -1,7 +1,6 @@
 """Where the parts of a Flax NNX model are: one variable or module may be in several places."""
 
 import collections
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -44,11 +43,11 @@ def at(module: Any, path: tuple[Any, ...]) -> Any:
     return module
 
 
-def _parts(node: Any) -> Iterator[tuple[Any, Any]]:
+def _parts(node: Any) -> list[tuple[Any, Any]]:
     if isinstance(node, nnx.Variable):
-        return iter(())
+        return []
     if isinstance(node, nnx.Pytree):
-        return iter(list(vars(node).items()))
+        node = vars(node)
     if isinstance(node, dict):
-        return iter(list(node.items()))
-    return iter(list(enumerate(node))) if isinstance(node, list | tuple) else iter(())
+        return [*node.items()]
+    return [*enumerate(node)] if isinstance(node, list | tuple) else []

@@ -31,9 +31,8 @@ class Registration(NamedTuple):
 
 
 REGISTRATIONS: dict[type, Registration] = {}
-
-
 _PARAMETERS: dict[type, dict[str, linear_map.LinearMap]] = {}
+_SHARDINGS = ("out_sharding", "sharding_names", "sharding")
 
 
 def register(
@@ -113,9 +112,6 @@ def stack_axis(layer: nnx.Module, weight: nnx.Variable) -> int:
     if single is None:
         return named[0] if len(named) == 1 else 0
     return next((a for a in fits if a in named), fits[0] if fits else 0)
-
-
-_SHARDINGS = ("out_sharding", "sharding_names", "sharding")
 
 
 def bias_of(layer: nnx.Module) -> jax.Array | None:

@@ -210,7 +210,7 @@ def test_only_the_parts_that_devices_hold_are_read_each_once(monkeypatch):
     monkeypatch.setattr(safetensors, "safe_open", Reader)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     where = sharding.of(("layers", "self_attn", "q_proj", "kernel"), 3, mesh)
-    array = loader._read(stored, where, True)
+    array = loader._Source(None, stored).read(where, True)
     np.testing.assert_array_equal(array, whole)
     rows, columns = whole.shape
     assert asked == [(rows // 2, columns // 2)] * 4

@@ -20,13 +20,12 @@ NAMES = frozenset(("q", "scale", "column_scale"))
 
 def check(tensors, rows, columns, declared) -> tuple[StoredLinear | None, list[str]]:
     """See stored_linear.Format."""
-    dtypes = {"int8": "I8", "uint32": "U32", "float32": "F32"}
     spec = PackedSpec(declared.fmt)
     problems = []
     for name, shape in spec.shapes(rows, columns, 1)._asdict().items():
         if shape is not None and name in tensors:
-            dtype = (dtypes[str(shape.dtype)],)
-            problems += stored_linear.mismatches(tensors[name], name, dtype, shape.shape)
+            dtype = safetensors_files.spec_of(shape).dtype
+            problems += stored_linear.mismatches(tensors[name], name, (dtype,), shape.shape)
         elif shape is not None:
             problems.append(f"{name} is missing")
         elif name in tensors:
