@@ -9,16 +9,19 @@ the result depends on the format, not on the kernels. About five minutes on two 
 import functools
 import itertools
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
+
+import demo_corpus
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lora_jax import assets, tokenizer
-from lora_jax.assets import demo_corpus
 from lora_jax.checkpoints import loader
 from lora_jax.generation import config as generation_config
 from lora_jax.generation import engine as engines

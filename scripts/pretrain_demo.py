@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import demo_corpus
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,6 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lora_jax.assets import demo_corpus
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
 

@@ -9,11 +9,11 @@ import pathlib
 import re
 import struct
 
+import demo_corpus
 import pytest
 import tokenizers
 
 import lora_jax
-from lora_jax.assets import demo_corpus
 from lora_jax.optim import config as optim_config
 
 FOLDER = pathlib.Path(lora_jax.__file__).parent / "assets" / "demo"
