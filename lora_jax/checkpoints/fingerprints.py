@@ -10,6 +10,8 @@ from lora_jax import hub
 from lora_jax.checkpoints import safetensors_files
 from lora_jax.models import config as model_config
 
+_PIECES, _SIZE = 4, 1024  # of each tensor
+
 
 def fingerprint(folder: pathlib.Path | str) -> dict[str, Any]:
     """A base model's config, tensor names, shapes, file sizes, sampled values and commit.
@@ -29,8 +31,8 @@ def fingerprint(folder: pathlib.Path | str) -> dict[str, Any]:
     }
 
 
-def _sample(files: Iterable[pathlib.Path], pieces: int = 4, size: int = 1024) -> str:
-    """A digest of `pieces` of each tensor's bytes; the file layout is in safetensors' README."""
+def _sample(files: Iterable[pathlib.Path]) -> str:
+    """A digest of pieces of each tensor's bytes; the file layout is in safetensors' README."""
     values = {}
     for path in files:
         with path.open("rb") as file:
@@ -40,9 +42,9 @@ def _sample(files: Iterable[pathlib.Path], pieces: int = 4, size: int = 1024) ->
             for name, tensor in header.items():
                 begin, end = (8 + length + offset for offset in tensor["data_offsets"])
                 digest = hashlib.sha256()
-                for piece in range(pieces):
-                    file.seek(begin + max(0, end - begin - size) * piece // (pieces - 1))
-                    digest.update(file.read(min(size, end - begin)))
+                for piece in range(_PIECES):
+                    file.seek(begin + max(0, end - begin - _SIZE) * piece // (_PIECES - 1))
+                    digest.update(file.read(min(_SIZE, end - begin)))
                 values[name] = digest.hexdigest()
     return _digest(values)
 

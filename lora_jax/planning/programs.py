@@ -176,12 +176,12 @@ def compiled(
     return answer if isinstance(answer, str) else Compiled(**answer)
 
 
-def host(*, limit: float = 120) -> Host:
+def host() -> Host:
     """The devices that JAX sees, found in a separate process: this one opens no accelerator.
 
     Raises: UserError if that process fails.
     """
-    answer = _ask({"what": "host"}, None, limit)
+    answer = _ask({"what": "host"}, None, 120)
     if isinstance(answer, str):
         raise errors.UserError(
             expected="devices that JAX can open",

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 Rows = Sequence[tuple[Mapping[str, str], float]]  # [(labels, value)]
 PREFIX = "lora_jax_"
 
@@ -37,20 +37,20 @@ class Counter:
 
 
 class Histogram:
-    """How many observations are at most as large as each of some bounds."""
+    """How many observations, in seconds, are at most as large as each of some bounds."""
 
-    def __init__(self, name: str, about: str, bounds: Sequence[float] = _SECONDS):
-        self.name, self._about, self._bounds = PREFIX + name, about, bounds
-        self._counts, self._sum = [0] * (len(bounds) + 1), 0.0
+    def __init__(self, name: str, about: str):
+        self.name, self._about = PREFIX + name, about
+        self._counts, self._sum = [0] * (len(_BOUNDS) + 1), 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += times
+        self._counts[bisect.bisect_left(_BOUNDS, value)] += times
         self._sum += value * times
 
     def lines(self) -> Iterator[str]:
         yield from _family(self.name, self._about, "histogram", [])
         total = 0
-        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+        for bound, count in zip((*_BOUNDS, "+Inf"), self._counts, strict=True):
             total += count
             yield f'{self.name}_bucket{{le="{bound}"}} {total}'
         yield f"{self.name}_sum {self._sum}"

@@ -62,14 +62,14 @@ class Axis(NamedTuple):
         return round(100 - self.percent(value), 2)
 
 
-def axis(low: float, high: float, *, most: int = 6, whole: bool = False) -> Axis:
+def axis(low: float, high: float, *, whole: bool = False) -> Axis:
     """An axis with ticks at multiples of 1, 2 or 5 times a power of ten.
 
     It ends at its outer ticks. whole: it counts steps: it ends at `high`, its ticks are integers.
     """
     if high <= low:
         high = low + (abs(low) or 1)
-    raw = (high - low) / most
+    raw = (high - low) / 6  # the step if there were the most ticks
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10, 20) if power * m >= raw * (1 - 1e-9))
     if whole:
