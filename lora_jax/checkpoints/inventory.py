@@ -69,7 +69,7 @@ def skeleton(
                 spec.shapes(rows, columns, multiple),
             )
             conversion.replace(model, path, quant_linear.QuantLinear(packed, linear, fmt=spec.fmt))
-    sharding.deal_out(model)
+    sharding.set_partitions(model)
     return model
 
 

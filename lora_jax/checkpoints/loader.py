@@ -145,7 +145,7 @@ def load(
             variable.set_value(_load_dense(variable, sources[path], where, transpose, problems))
     if problems:
         raise errors.UserError.together(problems)
-    sharding.deal_out(model)
+    sharding.set_partitions(model)
     return model
 
 

@@ -171,11 +171,11 @@ class Terminal:
             raise errors.UserError(expected="text in UTF-8", found=str(error)) from None
 
     def _turn(self, line: str) -> bool:
-        """Answers a message or obeys a command; False if it ends the chat."""
+        """Answers a message or carries out a command; False if it ends the chat."""
         text = line.strip()
         if text.startswith("/") and not text.startswith("//"):
             word, _, rest = text[1:].partition(" ")
-            return self._obey(word, rest.strip())
+            return self._command(word, rest.strip())
         if text:
             self._answer(text.removeprefix("/") if text.startswith("//") else text)
         return True
@@ -220,8 +220,8 @@ class Terminal:
         else:
             self._note(f"(cut after --max-new-tokens {most})")
 
-    def _obey(self, word: str, rest: str) -> bool:
-        """Obeys a command; False if it ends the chat."""
+    def _command(self, word: str, rest: str) -> bool:
+        """Carries out a command; False if it ends the chat."""
         chat = self._chat
         if word not in COMMANDS:
             raise errors.UserError(

@@ -87,7 +87,7 @@ def _whole(source: str, columns: Mapping[str, str] | None, bad: bad_rows.BadRows
                 parts.append(rows.Table(_table_of(path), name, str(path)))
             else:
                 read = _named(files.read(path), name)
-                parts.append(rows.Texts(_good(read, path, columns, bad)))
+                parts.append(rows.Texts(_usable(read, path, columns, bad)))
     loaded = rows.Rows(parts)
     if len(loaded) == 0:
         raise _empty(source)
@@ -108,7 +108,7 @@ def _head(
     source: str, count: int, columns: Mapping[str, str] | None, bad: bad_rows.BadRows
 ) -> rows.Rows:
     found = [*itertools.islice(stream(source), count)]
-    loaded = rows.Rows([rows.Objects([*_good(found, source, columns, bad)])])
+    loaded = rows.Rows([rows.Objects([*_usable(found, source, columns, bad)])])
     if len(loaded) == 0:
         raise _empty(source)
     return loaded
@@ -148,7 +148,7 @@ def table(
     bad: bad_rows.BadRows | None = None,
 ) -> rows.Rows:
     """Examples from `stream`; those of `columns` that they have are renamed."""
-    good = [*_good(found, source, columns, bad or bad_rows.BadRows())]
+    good = [*_usable(found, source, columns, bad or bad_rows.BadRows())]
     return fields.rename_known(rows.Rows([rows.Objects(good)]), columns, source)
 
 
@@ -162,7 +162,7 @@ def _named(found: Iterable[records.Record], name: str) -> Iterator[records.Recor
     return (each._replace(file=name) for each in found)
 
 
-def _good(
+def _usable(
     found: Iterable[records.Record],
     where: str | pathlib.Path,
     columns: Mapping[str, str] | None,

@@ -198,7 +198,7 @@ def input_shards(path: Iterable, mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape[_mesh_axes(list(path)[-1])[0]]
 
 
-def deal_out(model: nnx.Module) -> None:
+def set_partitions(model: nnx.Module) -> None:
     """Sets `partition` on the layers that split their own product, or a bank's, over the mesh."""
     for path, layer in nnx.iter_graph(model):
         if isinstance(layer, quant_linear.QuantLinear | nnx.Linear | modules.Embedding):

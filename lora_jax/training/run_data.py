@@ -134,7 +134,7 @@ class RunData:
         if found.held_out:
             self._hold_out(found.held_out)
         self._streams: list[stream.Stream] = []
-        arrange = self._stream_out if self._data.streaming else self._deal_out
+        arrange = self._from_streams if self._data.streaming else self._shuffled
         self.batches = arrange(encoded)
         self.num_steps: int = self._loop.max_steps or self.batches.num_steps(self._loop.epochs)
         self._say_mixture()
@@ -168,7 +168,7 @@ class RunData:
         of_held_out = sources.fingerprint(*found.held_out) if found.held_out else None
         return {"train": of_train, "held out": of_held_out}
 
-    def _deal_out(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
+    def _shuffled(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
         """Batches of the shuffled examples of each source."""
         if self._data.weights is None:  # one source: each example once an epoch
             encoded = [list(itertools.chain(*encoded))]
@@ -183,7 +183,7 @@ class RunData:
             [batches.Shuffled(part, seed, number) for number, part in enumerate(parts)], length
         )
 
-    def _stream_out(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
+    def _from_streams(self, encoded: list[list[encoding.Example]]) -> batches.Batches:
         """Batches of streams. encoded: the first examples of each."""
         length = self._settings.sequence_length
         first = [sequence for examples in encoded for sequence in self._arrange(examples)]
