@@ -35,7 +35,7 @@ def run(of: train.Asked) -> int:
 
     from lora_jax.models import config as model_config
     from lora_jax.parallel import mesh as sharding
-    from lora_jax.planning import chips, operations, programs, proposals, resident
+    from lora_jax.planning import chips, programs, proposals, resident
     from lora_jax.planning import memory as device_memory
     from lora_jax.training import setup
 
@@ -101,11 +101,9 @@ def run(of: train.Asked) -> int:
         if target.platform == "gpu" and asked.get("target") and "hbm" not in asked:
             show(f"  JAX takes {chips.GPU_SHARE:.0%} of a GPU's memory, unless")
             show("  XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: then plan with --hbm")
-    found |= _show_operations(show, operations, job, sizes, there, target, compiled)
+    found |= _show_operations(show, job, sizes, there, target, compiled)
     if limit is not None:
-        found |= _show_proposals(
-            show, proposals, widest, sizes, target.chip, limit, there, fits, asked
-        )
+        found |= _show_proposals(show, widest, sizes, target.chip, limit, there, fits, asked)
     if asked.get("json"):
         print(json.dumps(found, indent=2))
     return 0
@@ -169,7 +167,9 @@ def _show_verdict(show, need: int, limit: int, fits: bool, memory, compiled) -> 
         show(f"  barely: with the gaps between arrays it takes {console.size(laid_out)}")
 
 
-def _show_operations(show, plan, job, sizes, there, target, compiled) -> output.Report:
+def _show_operations(show, job, sizes, there, target, compiled) -> output.Report:
+    from lora_jax.planning import operations as plan
+
     operations = plan.operations(job)
     useful = plan.useful(job)
     moved = plan.bytes_moved(job, sizes, there, target.platform)
@@ -211,13 +211,13 @@ def _show_operations(show, plan, job, sizes, there, target, compiled) -> output.
 
 
 def _show_proposals(
-    show, plan, job, sizes, chip: str, limit: int, there, fits: bool, asked
+    show, job, sizes, chip: str, limit: int, there, fits: bool, asked
 ) -> output.Report:
     """What would fit; for the first proposal also whether XLA agrees."""
-    from lora_jax.planning import memory
+    from lora_jax.planning import memory, proposals
 
-    found = plan.propose(job, sizes, chip, limit, there)
-    percent = f"{plan.HEADROOM:.0%}"
+    found = proposals.propose(job, sizes, chip, limit, there)
+    percent = f"{proposals.HEADROOM:.0%}"
     show(f"\nwhat would fit in {percent} of {console.size(limit)}, all else unchanged")
     names = {
         "batch_size": "the largest --batch-size",
@@ -236,9 +236,8 @@ def _show_proposals(
     answer: output.Report = {"proposals": values}
     if not fits:
         show("to make it fit:")
-        ways = [
-            (flags, found.need()) for flags, found in plan.changes(job, sizes, chip, limit, there)
-        ]
+        changes = proposals.changes(job, sizes, chip, limit, there)
+        ways = [(flags, changed.need()) for flags, changed in changes]
         for flags, need in ways:
             show(f"  {flags}  ({console.size(need)})")
         if not ways:
