@@ -39,16 +39,21 @@ class _Form:
         """The last chunk, if include_usage asks for it."""
         return self.frame(self.chunk, [], usage=generation.usage)
 
-    def _prompt_logprobs(self, choice: generating.Choice) -> list[Any] | None:
+    def _ids(self, name: str, ids: Sequence[int]) -> Json:
+        """{name: ids} if return_token_ids asks for it."""
+        return {name: [*ids]} if self._asked.return_token_ids else {}
+
+    def _prompt_logprobs(self, choice: generating.Choice) -> Json:
+        """{"prompt_logprobs": …} if they are asked for."""
         top = self._asked.prompt_logprobs
         if top is None:
-            return None
-        return tokens.prompt(self._texts, choice.request.prompt_logprobs, top)
+            return {}
+        found = tokens.prompt(self._texts, choice.request.prompt_logprobs, top)
+        return {"prompt_logprobs": found}
 
     def _stopped(self, choice: generating.Choice) -> Json:
         """stop_reason, which is vLLM's: the stop string or id that ended the text."""
-        ids = {"token_ids": [*choice.tokens]} if self._asked.return_token_ids else {}
-        return {"stop_reason": choice.stop_reason, **ids}
+        return {"stop_reason": choice.stop_reason, **self._ids("token_ids", choice.tokens)}
 
 
 class Chat(_Form):
@@ -64,12 +69,10 @@ class Chat(_Form):
 
     def response(self, generation: generating.Generation) -> Json:
         """The whole answer."""
-        more = {"usage": generation.usage}
-        if self._asked.return_token_ids:
-            more["prompt_token_ids"] = [*generation.choices[0].prompt]
-        if self._asked.prompt_logprobs is not None:
-            more["prompt_logprobs"] = self._prompt_logprobs(generation.choices[0])
-        return self.frame(self.whole, [*map(self._choice, generation.choices)], **more)
+        first = generation.choices[0]
+        more = self._ids("prompt_token_ids", first.prompt) | self._prompt_logprobs(first)
+        choices = [*map(self._choice, generation.choices)]
+        return self.frame(self.whole, choices, usage=generation.usage, **more)
 
     def _choice(self, choice: generating.Choice) -> Json:
         parser = self._parser(choice)
@@ -87,9 +90,7 @@ class Chat(_Form):
 
     def begin(self, choice: generating.Choice) -> Iterator[Json]:
         """The chunks before the first piece of a choice."""
-        more = {}
-        if self._asked.return_token_ids:
-            more["prompt_token_ids"] = [*choice.prompt]
+        more = self._ids("prompt_token_ids", choice.prompt)
         yield self._one(choice, {"role": "assistant", "content": ""}, **more)
 
     def go_on(self, choice: generating.Choice, piece: request.Piece) -> Iterator[Json]:
@@ -98,7 +99,7 @@ class Chat(_Form):
         known = len(parser.calls)
         content, called = parser.push(piece.text, is_end=piece.finish_reason is not None)
         logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
-        ids = {"token_ids": [*piece.tokens]} if self._asked.return_token_ids else {}
+        ids = self._ids("token_ids", piece.tokens)
         if content or logprobs or (ids and piece.tokens):
             yield self._one(choice, {"content": content}, logprobs, **ids)
         for number, call in enumerate(called, start=known):
@@ -143,34 +144,28 @@ class Completion(_Form):
 
     def _choice(self, choice: generating.Choice) -> Json:
         parts = [*self._echo_logprobs(choice), *self._logprobs(choice, choice.logprobs)]
-        made = {
+        return {
             "index": choice.index,
             "text": self._echoed(choice) + choice.text,
             "logprobs": tokens.joined(parts) if parts else None,
             "finish_reason": choice.finish_reason,
             **self._stopped(choice),
+            **self._ids("prompt_token_ids", choice.prompt),
+            **self._prompt_logprobs(choice),
         }
-        if self._asked.return_token_ids:
-            made["prompt_token_ids"] = [*choice.prompt]
-        if self._asked.prompt_logprobs is not None:
-            made["prompt_logprobs"] = self._prompt_logprobs(choice)
-        return made
 
     def begin(self, choice: generating.Choice) -> Iterator[Json]:
         """The chunks before the first piece of a choice: the prompt, if it is echoed."""
-        more = {}
-        if self._asked.return_token_ids:
-            more["prompt_token_ids"] = [*choice.prompt]
+        more = self._ids("prompt_token_ids", choice.prompt)
         if self._completion.echo or more:
             parts = [*self._echo_logprobs(choice)]
-            yield self._one(
-                choice, self._echoed(choice), tokens.joined(parts) if parts else None, **more
-            )
+            logprobs = tokens.joined(parts) if parts else None
+            yield self._one(choice, self._echoed(choice), logprobs, **more)
 
     def go_on(self, choice: generating.Choice, piece: request.Piece) -> Iterator[Json]:
         """The chunks of a piece."""
         parts = [*self._logprobs(choice, piece.logprobs)] if piece.logprobs else []
-        more: Json = {"token_ids": [*piece.tokens]} if self._asked.return_token_ids else {}
+        more = self._ids("token_ids", piece.tokens)
         if piece.finish_reason:
             more |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
         if piece.text or parts or more.get("token_ids") or piece.finish_reason:
