@@ -81,7 +81,7 @@ class Fields:
         return self._of(dict, name, "an object", {})
 
     def whole(
-        self, name: str, default: Any = None, *, least: int | None = None, most: int | None = None
+        self, name: str, default: Any = None, *, least: float = -math.inf, most: float = math.inf
     ) -> Any:
         """A whole number in [least, most]."""
         value = self.get(name)
@@ -104,14 +104,12 @@ class Fields:
             return default
         return float(value) if self._within_range(name, value, least, most) else default
 
-    def _within_range(
-        self, name: str, value: float, least: float | None, most: float | None
-    ) -> bool:
-        low = least is not None and value < least
-        if low or (most is not None and value > most):
-            self.wrong(name, f"{value} is {'below' if low else 'above'} {least if low else most}")
-            return False
-        return True
+    def _within_range(self, name: str, value: float, least: float, most: float) -> bool:
+        if value < least:
+            self.wrong(name, f"{value} is below {least}")
+        elif value > most:
+            self.wrong(name, f"{value} is above {most}")
+        return least <= value <= most
 
     def array(self, name: str, each: type, what: str) -> list[Any]:
         """An array of values of one kind."""
