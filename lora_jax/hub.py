@@ -58,15 +58,7 @@ def adapter_folder(name: str, revision: str | None = None) -> pathlib.Path:
 
 
 def _downloaded(name: str, revision: str | None, kind: str) -> pathlib.Path:
-    extras.require("huggingface_hub", any_version=True)
-    import huggingface_hub
-
-    with readable_errors(name, revision, kind=kind):
-        folder = pathlib.Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-            )
-        )
+    folder = _snapshot(name, revision, kind, _WANTED)
     if not any(folder.glob("*.safetensors")):
         raise errors.UserError(
             expected="weights in *.safetensors files",
@@ -76,6 +68,19 @@ def _downloaded(name: str, revision: str | None, kind: str) -> pathlib.Path:
             "(often refs/pr/N), or convert the weights with safetensors elsewhere",
         )
     return folder
+
+
+def _snapshot(name: str, revision: str | None, kind: str, wanted: list[str]) -> pathlib.Path:
+    """The folder with the wanted files of a repository, which are downloaded."""
+    extras.require("huggingface_hub", any_version=True)
+    import huggingface_hub
+
+    with readable_errors(name, revision, kind=kind):
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED
+            )
+        )
 
 
 def config_folder(name: str, revision: str | None = None) -> pathlib.Path:
@@ -94,21 +99,8 @@ def config_folder(name: str, revision: str | None = None) -> pathlib.Path:
 
 def tokenizer_folder(name: str, revision: str | None = None) -> pathlib.Path:
     """As `model_folder`, but of a hub id only config.json and the tokenizer are downloaded."""
-    if local := _local_folder(name):
-        return local
-
-    extras.require("huggingface_hub", any_version=True)
-    import huggingface_hub
-
-    with readable_errors(name, revision, kind="model"):
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*_CONFIG, *_BESIDE_WEIGHTS],
-                ignore_patterns=_UNWANTED,
-            )
-        )
+    wanted = [*_CONFIG, *_BESIDE_WEIGHTS]
+    return _local_folder(name) or _snapshot(name, revision, "model", wanted)
 
 
 def beside_weights(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -235,7 +235,7 @@ def _admit(state, slot, token, length, mixture, row: sampling.Rows):
 
 def num_groups(num_slots: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Into how many groups of slots a mesh splits the cache."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.batch_shards(mesh.shape)
     return 1 if num_slots % shards else shards
 
 

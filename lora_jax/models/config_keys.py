@@ -69,13 +69,8 @@ _BOOKKEEPING = {
     *("tie_encoder_decoder", "add_cross_attention", "pruned_heads", "prefix", "finetuning_task"),
     *("pretraining_tp", "use_cache", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
     *("attn_implementation", "gradient_checkpointing", "cache_implementation", "model_max_length"),
-    *(
-        "max_sequence_length",
-        "transformers.js_config",
-        "unsloth_version",
-        "unsloth_fixed",
-        "neftune_noise_alpha",
-    ),
+    *("max_sequence_length", "transformers.js_config", "neftune_noise_alpha"),
+    *("unsloth_version", "unsloth_fixed"),
 }
 
 

@@ -104,15 +104,20 @@ def cache(num_rows: int, num_heads: int, mesh: Mesh | AbstractMesh) -> NamedShar
     return NamedSharding(mesh, PartitionSpec(None, split, heads))
 
 
+def batch_shards(sizes: Mapping[str, int]) -> int:
+    """The number of parts into which a mesh of these axis sizes splits a batch."""
+    return math.prod(sizes[axis] for axis in BATCH)
+
+
 def rows(num_rows: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """For arrays [num_rows, T]: split over data and fsdp, or replicated if that is uneven."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return NamedSharding(mesh, PartitionSpec() if num_rows % shards else PartitionSpec(BATCH))
+    is_uneven = num_rows % batch_shards(mesh.shape)
+    return NamedSharding(mesh, PartitionSpec() if is_uneven else PartitionSpec(BATCH))
 
 
 def round_up(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
     """The smallest batch size ≥ batch_size that can be split evenly."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh.shape)
     return -(-batch_size // shards) * shards
 
 
@@ -123,7 +128,7 @@ def check_batch(
 
     sequences_per_step: batch size × accumulation, if the advice must not change it.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh.shape)
     if batch_size % shards:
         flags = f"--batch-size {round_up(batch_size, mesh)}, or "
         if total := sequences_per_step:

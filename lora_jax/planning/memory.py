@@ -103,15 +103,10 @@ def memory(
     )
 
 
-def batch_shards(sizes: Mapping[str, int]) -> int:
-    """The number of parts into which a mesh splits a batch."""
-    return sizes["data"] * sizes["fsdp"]
-
-
 def dims_of(job: jobs.Job, sizes: Mapping[str, int], platform: str) -> Dims:
     """One device's dimensions, on a mesh of these axis sizes."""
     c, split = job.architecture, sizes["tensor"]
-    sequences = job.batch_size // batch_shards(sizes)
+    sequences = job.batch_size // sharding.batch_shards(sizes)
     return Dims(
         sequences=sequences,
         tokens=sequences * job.length,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lora_jax import errors
 from lora_jax.models import config as model_config
+from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import job as jobs
 from lora_jax.planning import memory, resident
 
@@ -39,7 +40,7 @@ def propose(
                 high = middle - 1
         return with_size(low * unit) if low else None
 
-    unit = memory.batch_shards(sizes)
+    unit = sharding.batch_shards(sizes)
     policies = (dataclasses.replace(job, remat=remat) for remat in reversed(model_config.REMAT))
     context = job.architecture.context
     return Proposals(
@@ -89,17 +90,18 @@ def changes(
     ways: list[tuple[str, jobs.Job, Mapping[str, int]]] = []
     if job.remat != "full":
         ways.append(("--remat full", dataclasses.replace(job, remat="full"), sizes))
-    smallest = dataclasses.replace(job, batch_size=memory.batch_shards(sizes), remat="full")
+    least = sharding.batch_shards(sizes)
+    smallest = dataclasses.replace(job, batch_size=least, remat="full")
     if smallest != job:
-        accumulated = f"--batch-size {memory.batch_shards(sizes)} --remat full"
-        ways.append((accumulated + " (and more --grad-accum)", smallest, sizes))
+        flags = f"--batch-size {least} --remat full (and more --grad-accum)"
+        ways.append((flags, smallest, sizes))
     stored = job.architecture.quantization  # a quantized checkpoint keeps its own format
     for fmt in () if stored else ("int8", "int4", "int4-g128"):
         ways.append((f"--quant {fmt}", dataclasses.replace(job, quant=fmt), sizes))
     length = job.seq_len // 2
     while length >= 128:
         shorter = _of_length(smallest, length)
-        flags = f"--seq-len {length} --batch-size {memory.batch_shards(sizes)} --remat full"
+        flags = f"--seq-len {length} --batch-size {least} --remat full"
         ways.append((flags, shorter, sizes))
         length //= 2
     for count in (2, 4, 8, 16, 32, 64, 128, 256):

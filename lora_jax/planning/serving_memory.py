@@ -117,7 +117,7 @@ def most_slots(
     job: serving.Serving, sizes: Mapping[str, int], chip: str, limit: float, own: Known
 ) -> int:
     """The most slots of this context that fit; 0: none do."""
-    unit = memory.batch_shards(sizes)
+    unit = sharding.batch_shards(sizes)
     return unit * _largest(
         lambda count: _fits(dataclasses.replace(job, slots=unit * count), sizes, chip, limit, own),
         _MOST_SLOTS // unit,
