@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from lora_jax.checkpoints import finite, inventory, model_folder, safetensors_fi
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
-from lora_jax.lora import algebra, tied_head
+from lora_jax.lora import algebra, tied_head, token_indices
 from lora_jax.models import config as model_config
 from lora_jax.models import quantization_config
 from lora_jax.parallel import mesh as sharding
@@ -118,19 +118,27 @@ def _part(name: str, source: _Source, fitted: tied_head.Fitted) -> writer.Part:
     path, adapter = name.removesuffix(".weight"), fitted.adapter
     if name in adapter.saved:
         return _given(name, adapter.saved[name])
-    own = adapter.factors.get(path)
+    own, rows = adapter.factors.get(path), adapter.saved.get(token_indices.tensor(path))
     base = fitted.base.get(path)
     if base is None:
         base = adapter.saved.get(f"{path}.base_layer.weight")
+    if rows is not None:
+        tokens = token_indices.of(path, adapter.config)
+        make = functools.partial(_with_rows, name, source, base, tokens, rows)
+        return writer.Part(name, {name: _spec(source, base)}, make)
     if own is None and base is not None:
         return _given(name, _rounded(name, jnp.asarray(base), source.dtype))
     if own is None and isinstance(source.tensor, StoredTensor) and source.rounded is None:
         return writer.unchanged(source.tensor, name)
-    spec = TensorSpec(source.dtype, _shape(source.tensor) if base is None else base.shape)
+    spec = _spec(source, base)
     make = functools.partial(_dense, name, source)
     if own is not None:
         make = functools.partial(_merged, name, source, own, adapter.scaling(path), base)
     return writer.Part(name, {name: spec}, make)
+
+
+def _spec(source: _Source, base: np.ndarray | None) -> TensorSpec:
+    return TensorSpec(source.dtype, _shape(source.tensor) if base is None else base.shape)
 
 
 def _given(name: str, array: np.ndarray) -> writer.Part:
@@ -139,6 +147,17 @@ def _given(name: str, array: np.ndarray) -> writer.Part:
 
 def _dense(name: str, source: _Source) -> dict[str, np.ndarray]:
     return {name: np.asarray(source.value().astype(_NAMES[source.dtype]))}
+
+
+def _with_rows(
+    name: str, source: _Source, base: np.ndarray | None, tokens: Sequence[int], rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The weight [V, D] of an embedding or a head, with these rows for its trained tokens."""
+    weight = source.value() if base is None else jnp.asarray(base, _NAMES[source.dtype])
+    own = _rounded(name, jnp.asarray(rows), source.dtype)
+    whole = np.array(weight)
+    whole[list(tokens)] = own
+    return {name: whole}
 
 
 def _merged(

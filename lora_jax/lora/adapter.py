@@ -34,7 +34,9 @@ class Adapter:
       config: its rank, alpha and patterns set the rank and the scaling of every layer.
       factors: {dotted path of the layer: its A and B}.
       saved: {name in PEFT's file, without the prefix: array as in the file} of everything else:
-        fully trained modules (`lm_head.weight`), and the base weight of an adapted embedding.
+        fully trained modules (`lm_head.weight`), the rows of single tokens
+        (`model.embed_tokens.token_adapter.trainable_tokens_delta`), and the base weight of an
+        adapted embedding (`model.embed_tokens.base_layer.weight`).
       base_model: the name of the model it was trained on.
     """
 
@@ -207,7 +209,7 @@ def _nearest(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.nd
 def _refuse_unlike(adapters: Sequence[Adapter], *, dora: bool) -> None:
     problems = []
     if any(adapter.saved for adapter in adapters):
-        problems.append("fully trained modules, or the base weight of an embedding")
+        problems.append("fully trained modules or tokens, or the base weight of an embedding")
     kinds = {adapter.config.use_dora for adapter in adapters}
     if len(kinds) > 1 or (dora and kinds == {True}):
         problems.append("DoRA" + ("" if dora else " beside plain LoRA"))

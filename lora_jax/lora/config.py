@@ -1,8 +1,10 @@
 """The settings of LoRA. Imports no jax, because `--help` reads these defaults."""
 
+import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lora_jax import errors
 
@@ -27,6 +29,9 @@ class LoRAConfig:
         parts, such as q, k and v. Each positive part gets its own `rank` columns of A; a negative
         part is not adapted. (1, -1, 1) adapts q and v; (4, -1, 1) does so with grouped heads.
       modules_to_save: ends of the paths of modules that are fully trained and saved.
+      trainable_token_indices: ids of the tokens whose rows of the input embedding, and of a head
+        that is tied to it, are trained and saved; or {end of a module's path: ids}, for an
+        embedding or a head of another name.
       ensure_weight_tying: an embedding and a head that are tied are trained as one weight, and stay
         tied. Otherwise a head that is trained gets a weight of its own.
       use_rslora: scale = alpha / √rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
@@ -48,6 +53,7 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     parts: dict[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
+    trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
     ensure_weight_tying: bool = False
     use_rslora: bool = False
     use_dora: bool = False
@@ -57,6 +63,7 @@ class LoRAConfig:
         for name in ("targets", "exclude", "layers", "layers_pattern", "modules_to_save"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "trainable_token_indices", _tuples(self.trainable_token_indices))
         problems = [f"rank {rank}" for rank in (self.rank, *self.rank_pattern.values()) if rank < 1]
         problems += [f"alpha {alpha}" for alpha in (self.alpha, *self.alpha_pattern.values())
                      if not abs(alpha) < LARGEST]  # fmt: skip
@@ -67,15 +74,28 @@ class LoRAConfig:
         if not re.fullmatch(INITS, self.init_lora_weights):
             problems.append(f"init_lora_weights {self.init_lora_weights}")
         problems += ["an empty name in modules_to_save"] if "" in self.modules_to_save else []
+        problems += self._invalid_tokens()
         problems += self._invalid_expressions()
         if problems:
             raise errors.UserError(
                 expected="rank ≥ 1, a finite alpha, 0 ≤ dropout < 1, at least one target, "
-                "init_lora_weights default, pissa or pissa_niter_N, and valid regular expressions",
+                "init_lora_weights default, pissa or pissa_niter_N, token ids ≥ 0 that are listed "
+                "once, and valid regular expressions",
                 found=problems,
                 where="the LoRA settings",
                 do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",
             )
+
+    def _invalid_tokens(self) -> Iterator[str]:
+        """The token ids that are no ids or are listed twice."""
+        tokens = self.trainable_token_indices or ()
+        for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            wrong = [token for token in ids if token < 0]
+            yield from (f"trainable_token_indices {token!r}" for token in wrong)
+            if not wrong:
+                counts = collections.Counter(ids)
+                yield from (f"trainable_token_indices {token} {count} times"
+                            for token, count in counts.items() if count > 1)  # fmt: skip
 
     def _invalid_expressions(self) -> Iterator[str]:
         """The settings that must be regular expressions and are not."""
@@ -88,6 +108,13 @@ class LoRAConfig:
                 re.compile(text)
             except re.error as error:
                 yield f"{text!r}: {error}"
+
+
+def _tuples(tokens: Any) -> Any:
+    """The token ids as tuples, by module or not; None if there are none."""
+    if isinstance(tokens, Mapping):
+        return {end: tuple(ids) for end, ids in tokens.items()} or None
+    return tuple(tokens or ()) or None
 
 
 LARGEST = 1e30  # in float32 the product with A and B must not overflow

@@ -12,7 +12,7 @@ _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("use_rslora", "use_dora", "base_model_name_or_path", "bias", "init_lora_weights"),
-    "ensure_weight_tying",
+    *("ensure_weight_tying", "trainable_token_indices"),
 }
 # Keys whose value does not change what a trained adapter computes: how it was initialized, how its
 # gradients were computed, where it ran.
@@ -111,6 +111,10 @@ def _malformed(raw: Mapping[str, Any]) -> list[str]:
         right = right and not any(isinstance(part, bool) for part in [value, *parts])
         if value is not None and not right:
             found.append(f"{key} = {value!r}")
+    tokens = raw.get("trainable_token_indices") or []
+    for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            found.append(f"trainable_token_indices = {tokens!r}")
     for key in _SWITCHES:
         if not isinstance(raw.get(key), bool | int | None):
             found.append(f"{key} = {raw[key]!r}")
@@ -130,6 +134,7 @@ def _config(raw: Mapping[str, Any]) -> lora_config.LoRAConfig:
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
         modules_to_save=raw.get("modules_to_save") or (),
+        trainable_token_indices=raw.get("trainable_token_indices") or None,
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
@@ -160,6 +165,7 @@ def written(adapter: lora_adapter.Adapter, revision: str | None) -> dict[str, An
         "target_modules": as_list(targets),
         "exclude_modules": as_list(config.exclude) or None,
         "modules_to_save": list(config.modules_to_save) or None,
+        "trainable_token_indices": config.trainable_token_indices,
         "init_lora_weights": True,
         "layers_to_transform": None if layers is None else list(layers),
         "layers_pattern": list(layers_pattern)

@@ -18,6 +18,8 @@ _FACTOR = re.compile(
     rf"(?P<path>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector){_OWN}"
 )
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save(?:\.(?P<adapter>[^.]+))?\.(?P<leaf>.+)")
+# The base weight of an embedding with an adapter, and of one with trained tokens.
+_BASE, _OF_TOKENS = ".base_layer.weight", ".token_adapter.base_layer.weight"
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -74,6 +76,7 @@ def parse(
         own = names.of_adapter(name)
         if ".original_module." in own:  # the base's own values, beside the trained copy
             continue
+        own = own.replace(_OF_TOKENS, _BASE)
         if match := _FACTOR.fullmatch(own):
             of_adapters.add(match["adapter"])
             path, into, key = match["path"], parts[match["path"]], match["part"]
@@ -131,7 +134,12 @@ def _factors(parts: Mapping[str, np.ndarray]) -> lora_adapter.Factors:
 
 def tensors(adapter: lora_adapter.Adapter) -> dict[str, np.ndarray]:
     """{name in the file: array} of an adapter."""
-    found = {f"{PREFIX}{name}": array for name, array in adapter.saved.items()}
+    found = {}
+    for name, array in adapter.saved.items():
+        path = name.removesuffix(_BASE)
+        if path != name and path not in adapter.factors:  # it is in an embedding's token_adapter
+            name = f"{path}{_OF_TOKENS}"
+        found[f"{PREFIX}{name}"] = array
     for path, own in adapter.factors.items():
         found |= {f"{PREFIX}{path}.{end}": array for end, array in _of_layer(own).items()}
     return {name: np.ascontiguousarray(array) for name, array in found.items()}

@@ -1,7 +1,8 @@
 """An embedding and a head that share a weight: what is trained of each, by PEFT's rules.
 
 In PEFT a head that is trained gets a weight of its own, and one that is not trained keeps the
-original values. With ensure_weight_tying the head computes with what is trained of the embedding.
+original values. With ensure_weight_tying the head computes with what is trained of the embedding;
+with trainable_token_indices it does so anyway, unless other tokens of the head are trained.
 """
 
 import dataclasses
@@ -15,10 +16,11 @@ import numpy as np
 from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import targets
+from lora_jax.lora import targets, token_indices
 from lora_jax.models import config as model_config
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_KINDS = {EMBEDDING: "embedding", HEAD: "linear"}
 NAMES = tuple(path.split(".")[-1] for path in (EMBEDDING, HEAD))
 
 
@@ -35,7 +37,16 @@ class Plan(NamedTuple):
 
 
 def plan(config: lora_config.LoRAConfig) -> Plan:
-    """The plan for a model with a tied head."""
+    """The plan for a model with a tied head. Raises: UserError as token_indices.check."""
+    of_embedding, of_head = (token_indices.of(path, config) for path in (EMBEDDING, HEAD))
+    if of_embedding or of_head:
+        token_indices.check(_KINDS, config, "the LoRA settings, for a head that is tied")
+    if of_embedding and of_head in ((), of_embedding):
+        named = token_indices.named(config).items()
+        left = {end: ids for end, ids in named if not HEAD.endswith(end)}
+        return Plan(dataclasses.replace(config, trainable_token_indices=left), joined=True)
+    if of_embedding or of_head:
+        return Plan(config, own_head=True)
     if not config.ensure_weight_tying:
         return Plan(config, own_head=trains_head(config, tied=False))
     if any(end.split(".")[-1] in NAMES for end in config.modules_to_save):
@@ -61,7 +72,10 @@ def plan_to_train(config: lora_config.LoRAConfig) -> Plan:
     """
     found = plan(config)
     problems = []
-    if found.joined and targets.is_chosen(EMBEDDING, found.config):
+    if config.ensure_weight_tying and found.own_head:
+        problems.append("other trainable_token_indices for the head than for the embedding")
+    by_token = token_indices.of(EMBEDDING, config)
+    if found.joined and not by_token and targets.is_chosen(EMBEDDING, found.config):
         if config.use_dora:
             problems.append("use_dora, which has a magnitude for the embedding's columns and "
                             "another for the head's")  # fmt: skip
@@ -79,6 +93,7 @@ def plan_to_train(config: lora_config.LoRAConfig) -> Plan:
 def trains_head(config: lora_config.LoRAConfig, *, tied: bool) -> bool:
     """Whether the logits depend on an adapter of the head."""
     own = targets.saves(HEAD, config) or targets.is_chosen(HEAD, config)
+    own = own or bool(token_indices.of(HEAD, config))
     return own or (tied and plan(config).joined)
 
 
@@ -101,10 +116,13 @@ def fitted(
     """The adapter as it fits a LLaMA with an embedding of that shape [V, D].
 
     PEFT also saves embeddings that are not trained, if they are targeted or have another size than
-    the base's. Raises: UserError if the two tied weights differ, or for another size of the
-    vocabulary without the weights for it.
+    the base's. Raises: UserError if the two tied weights differ, for another size of the
+    vocabulary without the weights for it, and as token_indices.check.
     """
     saved, factors = dict(adapter.saved), dict(adapter.factors)
+    for path, kind in _KINDS.items():
+        if token_indices.of(path, adapter.config):
+            token_indices.check({path: kind}, adapter.config, where)
     found = plan(adapter.config) if tied else Plan(adapter.config)
     if found.joined:
         found = _join(found, adapter.config, factors, saved, where)
@@ -132,8 +150,10 @@ def num_tokens(adapter: lora_adapter.Adapter, base: model_config.LlamaConfig, wh
 
 def _join(found, config, factors, saved, where) -> Plan:
     """Takes the head's part, which is the embedding's as well, out of factors and saved."""
-    if targets.saves(EMBEDDING, found.config):
-        names = [f"{path}.weight" for path in (EMBEDDING, HEAD)]
+    by_token = token_indices.of(EMBEDDING, found.config)
+    if by_token or targets.saves(EMBEDDING, found.config):
+        form = token_indices.tensor if by_token else "{}.weight".format
+        names = [form(path) for path in (EMBEDDING, HEAD)]
         if given := [saved.pop(name) for name in names if name in saved]:
             saved[names[0]] = _only(given, "trained weights", where)
         return found

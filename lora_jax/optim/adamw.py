@@ -75,10 +75,11 @@ def labels(params: Any) -> Any:
     """The group of every leaf, "A", "B" or "frozen", by its name in the tree.
 
     "B": lora_B and magnitudes. "A": everything else that is trained, that is lora_A, the factors of
-    embeddings, and fully trained modules.
+    embeddings, fully trained modules, and the rows of tokens.
     """
     groups = {"lora_A": "A", "lora_embedding_A": "A", "lora_embedding_B": "A",
-              "modules_to_save": "A", "lora_B": "B", "lora_magnitude_vector": "B"}  # fmt: skip
+              "modules_to_save": "A", "trainable_tokens_delta": "A",
+              "lora_B": "B", "lora_magnitude_vector": "B"}  # fmt: skip
 
     def label(path, _):
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]

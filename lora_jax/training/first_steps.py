@@ -12,7 +12,7 @@ from jaxtyping import Bool, Integer
 
 from lora_jax.console import say
 from lora_jax.layers import places
-from lora_jax.lora.nnx import adapted, saved, sites
+from lora_jax.lora.nnx import adapted, saved
 from lora_jax.optim import step as train_step
 from lora_jax.optim import sweep
 from lora_jax.parallel import mesh as sharding
@@ -88,17 +88,14 @@ class FirstSteps:
 
 
 def find(model: nnx.Module) -> tuple[Trained, ...]:
-    """What is trained of an adapted model: the layers with an adapter, and the saved modules."""
+    """What is trained of an adapted model: the layers with an adapter, saved modules and tokens."""
     found = []
     for site in adapted.find(model):
         ranked = zip(site.names, site.module.lora_ranks, strict=True)
         names = tuple(name if rank else None for name, rank in ranked)
         found.append(Trained(site.path, len(site.lead), names))
     for whole in saved.find(model):
-        stacked = jax.tree.leaves(nnx.state(whole.module.modules_to_save))[0].shape
-        indices = np.ndindex(*stacked[: len(whole.depths)])
-        names = tuple(sites.numbered(whole.path, whole.depths, index) for index in indices)
-        found.append(Trained(whole.path, len(whole.depths), names))
+        found.append(Trained(whole.path, len(whole.depths), whole.names))
     return tuple(found)
 
 

@@ -30,6 +30,8 @@ ADAPTERS = {  # adapter whose merged logits PEFT computed: its base
     "lora_embedding": "llama",
     "lora_saved": "llama",
     "lora_pissa": "llama",
+    "lora_tokens": "llama_tied_hd16",
+    "lora_tokens_head": "llama",
 }
 
 
@@ -68,7 +70,9 @@ def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
     config = json.loads((tmp_path / "merged/config.json").read_text())
     # PEFT also changes a head that is tied to an embedding; here the head stays as it was.
     tied = name == "lora_dora_embedding"
-    assert config["tie_word_embeddings"] is False and ("lm_head.weight" in names)
+    stays_tied = name == "lora_tokens"
+    assert config["tie_word_embeddings"] is stays_tied
+    assert ("lm_head.weight" in names) is not stays_tied
     expected = golden["logits" if tied else "merged_logits"]
     np.testing.assert_allclose(logits(load(tmp_path / "merged"), golden), expected, atol=1e-4)
     files = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))

@@ -260,6 +260,8 @@ def test_heads_and_vocabularies_are_refused_by_name():
         "save_both": ["embed_tokens in modules_to_save", "lm_head in modules_to_save", head],
         "target_head": [head],
         "tied_target": [head],
+        "tokens": ["embed_tokens in trainable_token_indices", head],
+        "tokens_of_head": ["lm_head in trainable_token_indices"],
     }.items():
         with pytest.raises(errors.UserError, match="lora-jax merge") as caught:
             pool.load(folder, GOLDEN / "tied_heads" / folder)

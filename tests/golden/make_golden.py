@@ -117,6 +117,22 @@ LORAS = dict(
             r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa"
         ),
     ),
+    lora_tokens=SHORT
+    | dict(
+        seed=115,
+        lora=dict(r=4, lora_alpha=8, target_modules=QV, trainable_token_indices=[77, 5, 40, 9]),
+        settings=PLAIN | dict(wd=0.1),
+        base="llama_tied_hd16",
+    ),
+    lora_tokens_head=SHORT
+    | dict(
+        seed=117,
+        lora=dict(
+            r=4, lora_alpha=8, target_modules=QV,
+            trainable_token_indices={"embed_tokens": [77, 5, 40], "lm_head": [9, 8]},
+        ),
+        settings=PLAIN | dict(lora_plus_ratio=4),
+    ),
 )  # fmt: skip
 NF4_KEYS = {
     *("W", "packed", "absmax", "code", "blocksize", "dequant"),
@@ -599,6 +615,10 @@ HEADS = dict(  # what is trained of a tied embedding and head; 99: with a larger
     tied_target_head=dict(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True),
     plain_99=dict(),
     save_embed_99=dict(modules_to_save=["embed_tokens"]),
+    tokens=dict(trainable_token_indices=[9, 5]),
+    tokens_of_head=dict(trainable_token_indices={"lm_head": [9, 5]}),
+    tokens_of_each=dict(trainable_token_indices={"embed_tokens": [9, 5], "lm_head": [7]}),
+    tokens_99=dict(trainable_token_indices=[97, 5]),
 )
 
 

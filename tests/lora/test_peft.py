@@ -32,7 +32,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PREFIX = "base_model.model.model.layers."
 RUNS = (
     "lora_qv", "lora_all_rslora", "lora_plus", "lora_dora", "lora_dora_embedding",
-    "lora_embedding", "lora_saved",
+    "lora_embedding", "lora_saved", "lora_tokens", "lora_tokens_head",
 )  # fmt: skip
 
 
@@ -142,7 +142,10 @@ def steps_of(graphdef, parts, config, num_steps, batches):
 
 
 # Of which other runs do more: on more layers, and on the embedding too.
-LONG = {"lora_qv": pytest.mark.long, "lora_dora": pytest.mark.long}
+LONG = {
+    "lora_qv": pytest.mark.long, "lora_dora": pytest.mark.long,
+    "lora_tokens_head": pytest.mark.long,
+}  # fmt: skip
 
 
 @pytest.fixture(
@@ -532,8 +535,9 @@ def test_tensors_that_do_not_fit_are_all_listed(adapter):
         {"use_qalora": True},
         {"lora_bias": True},
         {"bias": "some"},
-        {"trainable_token_indices": [1]},
         {"layer_replication": [[0, 2]]},
+        {"trainable_token_indices": ["<s>"]},
+        {"trainable_token_indices": {"embed_tokens": 1}},
         {"init_lora_weights": "pissa"},
         {"megatron_config": {"a": 1}},
         {"key_of_the_future": 0.5},

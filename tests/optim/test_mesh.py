@@ -115,14 +115,23 @@ def test_every_mesh_takes_the_same_steps(name):
             {"targets": ("lm_head", "embed_tokens", "o_proj"), "use_dora": True},
             marks=pytest.mark.long,
         ),
-        {"targets": ("q_proj",), "modules_to_save": ("embed_tokens", "lm_head", "input_layernorm")},
+        pytest.param(
+            {"modules_to_save": ("lm_head",), "trainable_token_indices": (9, 90, 5)},
+            marks=pytest.mark.long,
+        ),
+        # Columns of a head that is sharded over tensor.
+        {
+            "targets": ("q_proj",),
+            "modules_to_save": ("embed_tokens", "input_layernorm"),
+            "trainable_token_indices": {"lm_head": (91, 7)},
+        },
     ],
-    ids=["head", "saved"],
+    ids=["head", "saved head", "tokens of the head"],
 )
 def test_adapters_of_every_kind_take_the_same_step(settings):
     found = []
     for name in ("1·1·1", "2·2·2"):
-        mesh, graphdef, trained, frozen = load(name, **settings)
+        mesh, graphdef, trained, frozen = load.__wrapped__(name, **settings)  # each once
         with jax.set_mesh(mesh), monitor.Compilations() as compilations:
             state, step, norms = start(trained, mesh), test_step.make_step(graphdef), []
             for index in range(2):  # after the first step, all trained arrays have a gradient

@@ -136,6 +136,14 @@ def test_pairs_need_a_second_adapter():
     assert pairs == alone | {"A and B, reference": alone["A and B"]}
 
 
+def test_the_rows_of_trained_tokens_are_counted_with_a_and_b():
+    tokens = config.LoRAConfig(trainable_token_indices=(5, 9))
+    jobs_of = (LLAMA_7B, dataclasses.replace(LLAMA_7B, lora=tokens))
+    without, found = (resident.resident(job, ONE, "gpu:h100").arrays for job in jobs_of)
+    assert found["A and B"] - without["A and B"] == 2 * 4096 * 4
+    assert found["their moments"] - without["their moments"] == 2 * 2 * 4096 * 4
+
+
 def test_memory_is_split_by_the_mesh():
     whole = resident.resident(LLAMA_7B, ONE, "gpu:h100").arrays
     assert whole["packed words"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2

@@ -7,7 +7,7 @@ from flax import linen as nn
 from lora_jax import errors
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
-from lora_jax.lora import targets
+from lora_jax.lora import targets, token_indices
 from lora_jax.lora.linen import adapted, summary
 from lora_jax.lora.linen import saved as linen_saved
 from lora_jax.lora.linen import sites as linen_sites
@@ -33,8 +33,15 @@ def adapt(
     exclude: names of layers that are not quantized.
     strict: settings that match nothing are an error; files of other programs have such settings.
     Raises: UserError if a target matches nothing, with the names that exist, or matches something
-    that cannot be adapted; if there is nothing to quantize.
+    that cannot be adapted; if there is nothing to quantize; for trainable_token_indices.
     """
+    if config is not None and config.trainable_token_indices:
+        raise errors.UserError(
+            expected="settings that Linen models have",
+            found=f"trainable_token_indices of {', '.join(token_indices.named(config))}",
+            where=type(module).__name__,
+            do="modules_to_save trains the whole embedding; or write the model in Flax NNX",
+        )
     if quant != "none":
         formats.codes(quant)  # raises if unknown
     examples = linen_sites.calls_of(args, kwargs)

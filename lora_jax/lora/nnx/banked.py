@@ -12,7 +12,7 @@ from flax import nnx
 from lora_jax import errors
 from lora_jax.layers import registry
 from lora_jax.lora import adapter as lora_adapter
-from lora_jax.lora import algebra, tied_head
+from lora_jax.lora import algebra, tied_head, token_indices
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.nnx import bank, sites
 from lora_jax.models import llama
@@ -52,8 +52,9 @@ class Bank:
         problems: list[errors.UserError] = []
         with errors.noted(problems):
             adapter.check_effect(where)
-        fitted, unbatched = adapter, [f"{name} in modules_to_save"
-                                      for name in adapter.config.modules_to_save]  # fmt: skip
+        fitted, config = adapter, adapter.config
+        unbatched = [f"{name} in modules_to_save" for name in config.modules_to_save]
+        unbatched += [f"{name} in trainable_token_indices" for name in token_indices.named(config)]
         with errors.noted(problems):
             fitted, more = self._own_part(adapter, where)
             unbatched += more

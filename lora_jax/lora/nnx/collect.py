@@ -50,7 +50,7 @@ def collect(
     return lora_adapter.Adapter(targets.with_ranks(config, ranks), found, whole, base_model)
 
 
-def check_adapted(model: nnx.Module, wholes: list[saved.Saved]) -> None:
+def check_adapted(model: nnx.Module, wholes: list[saved.Part]) -> None:
     """Raises: UserError if the model has no adapter. wholes: its fully trained modules."""
     if not wholes and not adapted.by_name(model):
         raise errors.UserError(
@@ -61,7 +61,7 @@ def check_adapted(model: nnx.Module, wholes: list[saved.Saved]) -> None:
 def num_params(model: nnx.Module) -> int:
     """The number of trainable parameters.
 
-    K · R + R · N of each adapted layer, the magnitudes, and the fully trained modules.
+    K · R + R · N of each adapted layer, the magnitudes, fully trained modules, and rows of tokens.
     """
     total = 0
     for site, index in adapted.by_name(model).values():

@@ -28,6 +28,7 @@ from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.model_state import DropoutKey, LoRAConstant
 from lora_jax.lora.nnx.saved import SavedLayer
+from lora_jax.lora.nnx.tokens import TokenLayer
 from lora_jax.quant import linear as quant_linear
 
 
@@ -68,7 +69,7 @@ def _inject(model, config, rngs, principal) -> dict[str, int]:
     adapted.refuse(model)
     config = vocabulary.prepare(model, config)
     found = _sites(model, config)
-    wholes = saved.choose(model, found, config.modules_to_save)
+    wholes = saved.choose(model, found, config)
     ranks = {}
     others = sites.others(model) | parameters.others(model, found)
     selected = lora_site.select(found, config, others)
@@ -160,9 +161,9 @@ def check(model: nnx.Module, adapter: lora_adapter.Adapter, *, where: str = "the
 
 def _fitting(
     model: nnx.Module, found: list[sites.Site], adapter: lora_adapter.Adapter, where: str
-) -> tuple[list[lora_site.LayerConfigs], list[saved.Saved]]:
+) -> tuple[list[lora_site.LayerConfigs], list[saved.Part]]:
     """How each site is adapted, and which modules are fully trained. Raises: as `check`."""
-    wholes = saved.choose(model, found, adapter.config.modules_to_save)
+    wholes = saved.choose(model, found, adapter.config)
     selected = lora_site.select(found, adapter.config, strict=False)
     configs = {name: own for site, each in zip(found, selected, strict=True)
                for name, own in zip(site.names, each, strict=True) if own}  # fmt: skip
@@ -230,5 +231,5 @@ def set_members(model: nnx.Module, num_members: int) -> None:
     The axis [S] of its arrays comes after the axes of stacked layers.
     """
     for _, layer in nnx.iter_graph(model):
-        if isinstance(layer, LoRALayer | SavedLayer):
+        if isinstance(layer, LoRALayer | SavedLayer | TokenLayer):
             layer.lora_members = num_members

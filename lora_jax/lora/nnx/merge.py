@@ -13,6 +13,7 @@ from lora_jax.lora.nnx import adapted, collect, saved, sites, vocabulary
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.layer import LoRALayer
 from lora_jax.lora.nnx.saved import SavedLayer
+from lora_jax.lora.nnx.tokens import TokenLayer
 from lora_jax.models import llama
 from lora_jax.quant import conversion
 from lora_jax.quant import linear as quant_linear
@@ -22,9 +23,9 @@ def merge(model: nnx.Module, *args: Any, **kwargs: Any) -> None:
     """W ← W + scaling · A B in every LoRALayer, which becomes an ordinary layer again.
 
     Quantized weights become dense, those without an adapter too. A fully trained module takes the
-    values of its copy. If the embedding changes, a LLaMA whose head is tied to it gets a head of
-    its own first, unless the head changes with it. A variable that others hold, too, stays theirs;
-    the layer gets a new one.
+    values of its copy, and an embedding its trained rows. If the embedding changes, a LLaMA whose
+    head is tied to it gets a head of its own first, unless the head changes with it. A variable
+    that others hold, too, stays theirs; the layer gets a new one.
 
     args, kwargs: of a call of the model, to compare its output before and after the merge. The call
     must give the same twice, so without dropout.
@@ -70,7 +71,7 @@ def _merge(model: nnx.Module) -> None:
     found, wholes = adapted.find(model), saved.find(model)
     collect.check_adapted(model, wholes)
     if isinstance(model, llama.LlamaForCausalLM):
-        changes = isinstance(model.model.embed_tokens, LoRALayer | SavedLayer)
+        changes = isinstance(model.model.embed_tokens, LoRALayer | SavedLayer | TokenLayer)
         if changes and model.config.tie_word_embeddings and not model.joined:
             model.untie()
     where = places.find(model)

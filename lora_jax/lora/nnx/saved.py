@@ -1,4 +1,7 @@
-"""Modules of a Flax NNX model that are fully trained and saved: PEFT's modules_to_save."""
+"""What is trained and saved of a Flax NNX model besides A and B: modules and rows of embeddings.
+
+PEFT's modules_to_save and trainable_token_indices; `tokens` has the latter.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +15,9 @@ from jaxtyping import Array, Float
 
 from lora_jax import errors
 from lora_jax.layers import mixin, placement, places, registry, weight, wrappers
+from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import layer as lora_layer
-from lora_jax.lora.nnx import sites
+from lora_jax.lora.nnx import sites, tokens
 from lora_jax.lora.nnx.model_state import LoRAParam
 from lora_jax.quant import linear as quant_linear
 
@@ -88,6 +92,14 @@ class Saved(NamedTuple):
     path: tuple[str | int, ...]
     module: nnx.Module
     depths: tuple[int, ...]
+    extent = "fully trained"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The path of the module, or of each in a stack."""
+        stacked = jax.tree.leaves(nnx.state(self.module.modules_to_save))[0].shape
+        indices = np.ndindex(*stacked[: len(self.depths)])
+        return tuple(sites.numbered(self.path, self.depths, index) for index in indices)
 
     def begin(self, given: Mapping[str, np.ndarray] | None = None) -> None:
         """Makes the module a SavedLayer; its copy has the values `given`, or the module's own."""
@@ -155,19 +167,31 @@ class Saved(NamedTuple):
                     yield f"{name}.{leaf}", path, index, variable
 
 
-def find(model: nnx.Module) -> list[Saved]:
-    """The fully trained modules of `model`."""
-    depths = _depths(list(sites.find(model)))
-    return [Saved(path, node, depths(path)) for path, node in nnx.iter_graph(model)
-            if isinstance(node, SavedLayer)]  # fmt: skip
+Part = Saved | tokens.Tokens
 
 
-def choose(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> list[Saved]:
-    """The modules whose paths end in one of `ends`, which PEFT's modules_to_save are.
+def find(model: nnx.Module) -> list[Part]:
+    """The fully trained modules of `model`, and the layers with trained tokens."""
+    known = list(sites.find(model))
+    depths = _depths(known)
+    whole = [Saved(path, node, depths(path)) for path, node in nnx.iter_graph(model)
+             if isinstance(node, SavedLayer)]  # fmt: skip
+    return [*whole, *tokens.find(known)]
 
-    found: the model's sites.
-    Raises: UserError if an end matches nothing, and for modules that are quantized or scaled.
+
+def choose(
+    model: nnx.Module, found: list[sites.Site], config: lora_config.LoRAConfig
+) -> list[Part]:
+    """What `config` trains besides A and B. found: the model's sites.
+
+    Raises: UserError as tokens.choose; if a name in modules_to_save matches nothing, and for
+    modules that are quantized or scaled.
     """
+    return [*_modules(model, found, config.modules_to_save), *tokens.choose(found, config)]
+
+
+def _modules(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> list[Saved]:
+    """The modules whose paths end in one of `ends`, which PEFT's modules_to_save are."""
     depths, taken, matched, problems = _depths(found), [], set(), []
     scaled = wrappers.scaled(model)
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: len(item[0])):

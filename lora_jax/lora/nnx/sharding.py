@@ -32,6 +32,11 @@ def magnitude(site: sites.Site, array: jax.Array) -> LoRAParam:
     return _param(site, array, (*range(num_lead), num_lead + 1), LoRAParam)
 
 
+def whole(site: sites.Site, array: jax.Array) -> LoRAParam:
+    """A parameter that every device has whole."""
+    return _param(site, array, (None,) * array.ndim, LoRAParam)
+
+
 def _param(
     site: sites.Site, array: jax.Array, which: Sequence[int | None], kind: type[nnx.Variable]
 ) -> Any:

@@ -23,7 +23,7 @@ def summary(model: nnx.Module) -> str:
     total = trainable + sum(map(math.prod, [*(array.shape for array in params), *dense]))
     ranks = {name: f"rank {site.module.lora_ranks[index]}"
              for name, (site, index) in adapted.by_name(model).items()}  # fmt: skip
-    ranks |= {sites.dotted(whole.path): "fully trained" for whole in saved.find(model)}
+    ranks |= {sites.dotted(whole.path): whole.extent for whole in saved.find(model)}
     first = (f"trainable params: {trainable:,} || all params: {total:,} || "
              f"trainable%: {100 * trainable / total:.4f}")  # fmt: skip
     return f"{first}\n{taken.Taken(ranks, left(model))}"

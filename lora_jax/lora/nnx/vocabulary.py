@@ -10,7 +10,7 @@ from flax import nnx
 from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import tied_head
+from lora_jax.lora import tied_head, token_indices
 from lora_jax.models import llama
 
 
@@ -65,7 +65,9 @@ def complete(
     if model.joined:
         tied_head.separate(factors, saved, config)
     for path in model.replaced:
-        name = f"{path}.base_layer.weight" if path in factors else f"{path}.weight"
+        inside = path in factors or token_indices.of(path, config)
+        inside = inside or (model.joined and token_indices.of(tied_head.EMBEDDING, config))
+        name = f"{path}.base_layer.weight" if inside else f"{path}.weight"
         if name not in saved:
             own = path == tied_head.HEAD and not is_tied(model)
             saved[name] = np.asarray(

@@ -58,7 +58,10 @@ def _of_kind(given: Any, kind: Any) -> Any:
         items = [_of_kind(item, inner) for item in each]
         return None if None in items else tuple(items)
     if origin is dict:
-        return dict(given) if isinstance(given, Mapping) else None
+        of_each = typing.get_args(kind)[1]
+        items = given.items() if isinstance(given, Mapping) else ()
+        found = {name: _of_kind(item, of_each) for name, item in items}
+        return found if isinstance(given, Mapping) and None not in found.values() else None
     if kind is bool:
         return given if isinstance(given, bool) else None
     if isinstance(given, bool):

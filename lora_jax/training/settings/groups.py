@@ -252,11 +252,14 @@ class TrainSettings:
     def flat(self) -> Flat:
         """{name: value} in the types of JSON, without values that are None."""
         values = {name: getattr(getattr(self, field.part), name) for name, field in FIELDS.items()}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value is not None
-        }
+        return {name: _of_json(value) for name, value in values.items() if value is not None}
+
+
+def _of_json(value: Any) -> Any:
+    """The value with lists in place of tuples."""
+    if isinstance(value, dict):
+        return {name: _of_json(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _changed(settings: TrainSettings) -> Iterator[str]:
