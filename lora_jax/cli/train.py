@@ -65,9 +65,9 @@ def add_run(flags: arguments.Flags) -> None:
     )
     flags.add("--modules-to-save", "names of modules to train and save in full, such as lm_head, "
               "embed_tokens (new tokens) or norm")  # fmt: skip
-    flags.add("--trainable-token-indices", "ids of tokens whose embeddings are trained, and no "
-              "others, such as the new tokens of a chat template", nargs="+",
-              metavar="ID")  # fmt: skip
+    flags.add("--trainable-token-indices", "tokens, or their ids, whose embeddings are "
+              "trained, and no others, such as the new tokens of a chat template", nargs="+",
+              metavar="TOKEN")  # fmt: skip
     flags.switch("--ensure-weight-tying", "train a tied embedding and head as one weight, which "
                  "stays tied; otherwise a head that is trained gets its own")  # fmt: skip
     flags.switch("--use-rslora", "scale by alpha / √rank instead, for ranks of 64 and more")

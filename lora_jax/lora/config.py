@@ -31,7 +31,7 @@ class LoRAConfig:
       modules_to_save: ends of the paths of modules that are fully trained and saved.
       trainable_token_indices: ids of the tokens whose rows of the input embedding, and of a head
         that is tied to it, are trained and saved; or {end of a module's path: ids}, for an
-        embedding or a head of another name.
+        embedding or a head of another name. A run also takes tokens by their text.
       ensure_weight_tying: an embedding and a head that are tied are trained as one weight, and stay
         tied. Otherwise a head that is trained gets a weight of its own.
       use_rslora: scale = alpha / √rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
@@ -53,7 +53,7 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     parts: dict[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
-    trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
+    trainable_token_indices: Sequence[int | str] | dict[str, Sequence[int | str]] | None = None
     ensure_weight_tying: bool = False
     use_rslora: bool = False
     use_dora: bool = False
@@ -90,7 +90,7 @@ class LoRAConfig:
         """The token ids that are no ids or are listed twice."""
         tokens = self.trainable_token_indices or ()
         for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
-            wrong = [token for token in ids if token < 0]
+            wrong = [token for token in ids if isinstance(token, int) and token < 0]
             yield from (f"trainable_token_indices {token!r}" for token in wrong)
             if not wrong:
                 counts = collections.Counter(ids)

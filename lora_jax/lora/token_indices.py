@@ -3,6 +3,8 @@
 Imports no jax.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Mapping
 
 from lora_jax import errors
@@ -11,17 +13,40 @@ from lora_jax.lora import targets
 
 _DELTA = "token_adapter.trainable_tokens_delta"
 DEFAULT = "embed_tokens"  # the module that a list without a name is for
+Ids = tuple[int | str, ...]  # texts only in the settings of a run, until it has its tokenizer
 
 
-def named(config: lora_config.LoRAConfig, default: str = DEFAULT) -> dict[str, tuple[int, ...]]:
+def named(config: lora_config.LoRAConfig, default: str = DEFAULT) -> dict[str, Ids]:
     """{end of a module's path: the ids of its tokens, in the order of the rows in the file}."""
     given = config.trainable_token_indices or {}
     return dict(given) if isinstance(given, Mapping) else {default: given}
 
 
-def of(path: str, config: lora_config.LoRAConfig) -> tuple[int, ...]:
+def of(path: str, config: lora_config.LoRAConfig) -> Ids:
     """The ids of the tokens that are trained in the module at `path`; () for none."""
     return next((ids for end, ids in named(config).items() if path.endswith(end)), ())
+
+
+def texts(config: lora_config.LoRAConfig) -> list[str]:
+    """The tokens that are given by their text."""
+    each = (token for ids in named(config).values() for token in ids)
+    return [token for token in each if isinstance(token, str)]
+
+
+def with_ids(config: lora_config.LoRAConfig, ids: Mapping[str, int]) -> lora_config.LoRAConfig:
+    """The config with ids in place of the texts of tokens. ids: {text: id}."""
+    given = {end: tuple(ids[token] if isinstance(token, str) else token for token in tokens)
+             for end, tokens in named(config).items()}  # fmt: skip
+    by_name = isinstance(config.trainable_token_indices, Mapping)
+    new = given if by_name else given.get(DEFAULT)
+    return dataclasses.replace(config, trainable_token_indices=new)
+
+
+def with_any_ids(config: lora_config.LoRAConfig) -> lora_config.LoRAConfig:
+    """The config with other ids in place of the texts of tokens, for what depends on no id."""
+    taken = {token for ids in named(config).values() for token in ids}
+    free = (number for number in itertools.count() if number not in taken)
+    return with_ids(config, dict(zip(texts(config), free, strict=False)))
 
 
 def tensor(path: str) -> str:

@@ -82,6 +82,7 @@ def _on_mesh(
     base, watch = setup.base(base_folder, architecture), setup.Stopwatch()
     context = architecture.context
     data = None
+    settings = setup.with_token_ids(settings, base.tokenizer)
     if found is not None:
         settings = settings.replace(seq_len=settings.data.resolve_seq_len(context))
         settings = setup.with_chat_time(settings, base.tokenizer)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lora_jax import console, hub, lora, tokenizer
+from lora_jax import console, errors, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder, safetensors_files
 from lora_jax.console import say
 from lora_jax.data import chat, clock
 from lora_jax.kernels import choice
+from lora_jax.lora import token_indices
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
@@ -96,6 +97,29 @@ def with_chat_time(
     return settings.replace(chat_time=time)
 
 
+def with_token_ids(
+    settings: groups.TrainSettings, reader: "transformers.PreTrainedTokenizerBase"
+) -> groups.TrainSettings:
+    """The settings with the ids of the tokens in trainable_token_indices.
+
+    Raises: UserError for texts that are no tokens of the tokenizer.
+    """
+    texts = token_indices.texts(settings.lora)
+    if not texts:
+        return settings
+    vocabulary = reader.get_vocab()
+    if unknown := [text for text in texts if text not in vocabulary]:
+        raise errors.UserError(
+            expected="tokens of the model's tokenizer, or their ids",
+            found=unknown,
+            where="--trainable-token-indices",
+            do="add them to the tokenizer, and rows for them to the base: resize_token_embeddings "
+            "and save_pretrained of transformers",
+        )
+    lora_settings = token_indices.with_ids(settings.lora, vocabulary)
+    return settings.replace(trainable_token_indices=lora_settings.trainable_token_indices)
+
+
 def num_adapters(settings: groups.TrainSettings) -> int:
     """How many adapters are trained at the same time."""
     return len(convert.sweep(settings.loop.sweep)[1]) if settings.loop.sweep else 1
@@ -112,7 +136,7 @@ def planned_job(
         architecture,
         dtype=settings.model.dtype,
         quant=settings.model.quant,
-        lora=settings.lora,
+        lora=token_indices.with_any_ids(settings.lora),  # a plan reads no tokenizer
         optim=settings.optim,
         remat=loop.remat,
         batch_size=loop.batch_size,

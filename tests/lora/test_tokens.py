@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import errors, linen, lora, quant
-from lora_jax.lora import peft
+from lora_jax.lora import peft, token_indices
 
 V, D = 16, 4
 IDS = jnp.array([[3, 1, 5, 9], [0, 5, 5, 2]])
@@ -169,8 +169,10 @@ def test_on_a_mesh_with_explicit_axes(ambient):
 @pytest.mark.parametrize(
     "tokens, more, found",
     [
-        ((16, 3), {}, "words has 16 tokens, and not 16"),
-        ({"out": (99,)}, {}, "out has 16 tokens, and not 99"),
+        ((16, 3), {}, "words has the tokens 0 to 15, and not 16"),
+        ({"out": (99,)}, {}, "out has the tokens 0 to 15, and not 99"),
+        (("<s>",), {}, "words has the tokens 0 to 15, and not '<s>'"),
+        ({"words": (1,), "ords": (2,)}, {}, "words by two names"),
         ({"nothing": (1,)}, {}, "nothing matches nothing"),
         ({"mix": (1,)}, {"targets": ("out",)}, "mix has a bias"),
         (TOKENS, {"targets": ("words",)}, "words in targets"),
@@ -204,6 +206,12 @@ def test_all_linear_leaves_the_embedding_to_its_rows():
 def test_ids_are_numbers_that_are_listed_once(tokens):
     with pytest.raises(errors.UserError, match="found:    trainable_token_indices"):
         settings(tokens)
+
+
+def test_a_plan_takes_other_ids_in_place_of_texts():
+    config = token_indices.with_any_ids(settings({"words": ("<s>", 0), "out": ("</s>", "<s>")}))
+    first, zero, last, again = (i for own in config.trainable_token_indices.values() for i in own)
+    assert zero == 0 and first == again and len({first, zero, last}) == 3
 
 
 def test_linen_models_are_told_what_does_the_same():

@@ -6,7 +6,8 @@ import json
 import cli
 import pytest
 
-from lora_jax import training
+from lora_jax import errors, peft, tokenizer, training
+from lora_jax.training import setup
 
 SAME = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
@@ -17,7 +18,7 @@ def given(folder):
     return {
         "model": str(cli.BASE), "dataset": str(data), "eval_dataset": str(held_out),
         "max_steps": 5, "batch_size": 8, "grad_accum": 1, "seq_len": 32, "eval_every": 2,
-        "save_every": 2, "rank": 4, "quant": "int4",
+        "save_every": 2, "rank": 4, "quant": "int4", "trainable_token_indices": "<s>",
     }  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def test_a_run_from_python_gives_the_files_of_the_command(command, tmp_path):
     files = {path.name for path in run.iterdir()}
     assert files == {path.name for path in (tmp_path / "run").iterdir()}
     assert {"run.json", "config.yaml", "metrics.jsonl", "report.html"} <= files
+    assert peft.config(run / "adapter").trainable_token_indices == (1,)
 
 
 def test_the_config_of_a_run_repeats_it_and_flags_override_it(command, tmp_path):
@@ -88,3 +90,9 @@ def test_stopping_the_iteration_saves_and_resume_continues_exactly(command, tmp_
     assert numbers(folder) == numbers(run)
     assert all((folder / name).read_bytes() == (run / name).read_bytes() for name in SAME)
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_texts_that_are_no_tokens_are_refused():
+    made = training.settings.build(model=str(cli.BASE), dataset="x", trainable_token_indices="<t>")
+    with pytest.raises(errors.UserError, match="found:    <t>"):
+        setup.with_token_ids(made, tokenizer.load(cli.BASE))

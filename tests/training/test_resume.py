@@ -24,7 +24,7 @@ from lora_jax.training import evaluate, settings
 SEED = 12
 STEPS = 6
 MODEL = ("--model", cli.BASE, "--rank", 2, "--targets", "q_proj", "--remat", "full",
-         "--dropout", 0.1)  # fmt: skip
+         "--dropout", 0.1, "--trainable-token-indices", 5, 30)  # fmt: skip
 FLAGS = (*MODEL, "--batch-size", 8, "--grad-accum", 2, "--max-steps", STEPS,
          "--save-every", 2, "--keep-checkpoints", 3)  # fmt: skip
 

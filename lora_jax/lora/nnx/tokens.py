@@ -36,7 +36,7 @@ class TokenLayer(mixin.Mixin):
         name = registry.registration_of(original).weight
         return {name: weight.attribute(name, _changed_weight)}
 
-    def _rows(self) -> Float[Array, "*S n D"]:
+    def _rows(self) -> Float[Array | np.ndarray, "*S n D"]:
         return self.trainable_tokens_delta[...]
 
     def _replaced(self, replace: Callable, y: jax.Array, x: jax.Array) -> jax.Array:
@@ -228,8 +228,10 @@ def choose(found: Sequence[sites.Site], config: lora_config.LoRAConfig) -> list[
         for site in own:
             path = sites.dotted(site.path)
             token_indices.check({path: site.kind}, config, "the LoRA settings")
-            problems += [f"{path} {why}" for why in _problems(site, ids)]
-            taken.append(Tokens(site, ids))
+            why = [f"{path} {why}" for why in _problems(site, ids)]
+            why += [f"{path} by two names" for other in taken if other.path == site.path]
+            taken += [] if why else [Tokens(site, ids)]
+            problems += why
     if problems:
         raise errors.UserError(
             expected="trainable_token_indices of embeddings or heads of the model, which have "
@@ -242,7 +244,7 @@ def choose(found: Sequence[sites.Site], config: lora_config.LoRAConfig) -> list[
     return taken
 
 
-def _problems(site: sites.Site, ids: Sequence[int]) -> Iterator[str]:
+def _problems(site: sites.Site, ids: token_indices.Ids) -> Iterator[str]:
     """Why single tokens of the layer cannot be trained, in words that continue its path."""
     if site.problem:
         yield site.problem
@@ -256,6 +258,6 @@ def _problems(site: sites.Site, ids: Sequence[int]) -> Iterator[str]:
         yield "has a bias"
     else:
         size = site.in_features if site.kind == "embedding" else site.out_features
-        beyond = [str(token) for token in ids if token >= size]
+        beyond = [repr(token) for token in ids if isinstance(token, str) or token >= size]
         if beyond:
-            yield f"has {size} tokens, and not {', '.join(beyond)}"
+            yield f"has the tokens 0 to {size - 1}, and not {', '.join(beyond)}"

@@ -50,6 +50,9 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def _of_kind(given: Any, kind: Any) -> Any:
     """`given` as a `kind`; None if it cannot be one."""
+    if isinstance(kind, types.UnionType):
+        found = (_of_kind(given, each) for each in typing.get_args(kind))
+        return next((value for value in found if value is not None), None)
     origin, (inner, *_) = typing.get_origin(kind), typing.get_args(kind) or (str,)
     if isinstance(origin, type) and issubclass(origin, Sequence):
         each = [given] if isinstance(given, str | int | float) else given
