@@ -19,7 +19,7 @@ from lora_jax.generation import pool as pools
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import choice
 from lora_jax.lora import adapter as lora_adapter
-from lora_jax.lora import peft, tied_head
+from lora_jax.lora import peft, tied_head, token_indices
 from lora_jax.lora.nnx import bank
 from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
@@ -134,11 +134,11 @@ def pool(
             read.append(peft.read(folders[name]))
     if problems:
         raise errors.UserError.together(problems)
-    ranks = [factors.A.shape[1] for own in read for factors in own.factors.values()]
-    rank = next(size for size in _RANKS if size >= min(max(ranks, default=16), _RANKS[-1]))
-    needed = sum(-(-max(f.A.shape[1] for f in own.factors.values()) // rank)
-                 for own in read if own.factors)  # fmt: skip
-    targets = {path for own in read for path in own.factors}
+    ranks = [_ranks(own, model) for own in read]
+    most = [max(own.values()) for own in ranks if own]
+    rank = next(size for size in _RANKS if size >= min(max(most, default=16), _RANKS[-1]))
+    needed = sum(-(-each // rank) for each in most)
+    targets = {path for own in ranks for path in own}
     bank.add(
         model,
         slots=max(_BANK_SLOTS if growing else 1, min(needed, _BANK_SLOTS)),
@@ -151,6 +151,16 @@ def pool(
             found.load(name, folder)
     if problems:
         raise errors.UserError.together(problems)
+    return found
+
+
+def _ranks(adapter: lora_adapter.Adapter, model: llama.LlamaForCausalLM) -> dict[str, int]:
+    """{path of each layer that needs a bank for the adapter: its rank there}."""
+    found = {path: factors.A.shape[1] for path, factors in adapter.factors.items()}
+    if not model.config.tie_word_embeddings:  # see token_indices.as_factors
+        ids = {path: token_indices.of(path, adapter.config)
+               for path in (tied_head.EMBEDDING, tied_head.HEAD)}  # fmt: skip
+        found |= {path: len(own) for path, own in ids.items() if own}
     return found
 
 

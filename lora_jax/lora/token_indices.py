@@ -5,9 +5,15 @@ Imports no jax.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
 
 from lora_jax import errors
+from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import targets
 
@@ -52,6 +58,47 @@ def with_any_ids(config: lora_config.LoRAConfig) -> lora_config.LoRAConfig:
 def tensor(path: str) -> str:
     """The name of the rows [tokens, D] in PEFT's file. Not differences: the rows themselves."""
     return f"{path}.{_DELTA}"
+
+
+def as_factors(
+    adapter: lora_adapter.Adapter,
+    base: Mapping[str, Callable[[np.ndarray], Any]],
+    num_tokens: int,
+    where: str,
+) -> lora_adapter.Adapter:
+    """The same adapter, but for rounding, with A and B in place of rows: one picks the tokens.
+
+    base: by path, ids → their rows in the base. The first is the embedding, the others are heads.
+    Not for DoRA. Raises: UserError if the rows do not fit the base.
+    """
+    factors, saved, config = dict(adapter.factors), dict(adapter.saved), adapter.config
+    ranks: dict[str, int] = {}
+    for number, (path, rows_of) in enumerate(base.items()):
+        if not (ids := of(path, config)):
+            continue
+        new, old = saved.pop(tensor(path), None), np.float32(rows_of(np.array(ids)))
+        if new is None or new.shape != old.shape or max(ids) >= num_tokens:
+            raise errors.UserError(
+                expected=f"{tensor(path)} {old.shape}, for tokens of the base's {num_tokens}",
+                found=f"{'none' if new is None else new.shape}, for the tokens {ids}",
+                where=where,
+            )
+        pick, change = np.zeros((num_tokens, len(ids)), np.float32), np.float32(new) - old
+        pick[ids, range(len(ids))] = 1
+        own = lora_adapter.Factors(pick, change, None, "embedding")
+        factors[path] = lora_adapter.Factors(change.T, pick.T) if number else own
+        ranks[re.escape(path)] = len(ids)
+    alphas = {path: math.sqrt(n) if config.use_rslora else n for path, n in ranks.items()}
+    config = dataclasses.replace(
+        config,
+        targets=tuple(factors),
+        exclude=(),
+        layers=None,
+        trainable_token_indices=None,
+        rank_pattern=ranks | config.rank_pattern,
+        alpha_pattern=alphas | config.alpha_pattern,
+    )
+    return dataclasses.replace(adapter, config=config, factors=factors, saved=saved)
 
 
 def check(layers: Mapping[str, str], config: lora_config.LoRAConfig, where: str) -> None:

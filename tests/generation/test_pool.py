@@ -270,6 +270,20 @@ def test_heads_and_vocabularies_are_refused_by_name():
     assert pool.names() == []
 
 
+def test_rows_of_tokens_must_fit_the_base():
+    pool = pools.Pool(llama(targets=("embed_tokens", "lm_head", "q_proj", "v_proj")))
+    own = pools.peft.read(GOLDEN / "lora_tokens_head" / "final_adapter")
+    for tokens in ({"embed_tokens": (77, 5, 96)}, {"embed_tokens": (5,)}, {"lm_head": (1,)}):
+        config = dataclasses.replace(own.config, trainable_token_indices=tokens)
+        other = dataclasses.replace(own, config=config)
+        with pytest.raises(errors.UserError, match=r"trainable_tokens_delta \(\d, 32\)"):
+            pool.load("tokens", other)
+    dora = dataclasses.replace(own, config=dataclasses.replace(own.config, use_dora=True))
+    with pytest.raises(errors.UserError, match="embed_tokens in trainable_token_indices"):
+        pool.load("tokens", dora)
+    pool.load("tokens", own)
+
+
 def test_saved_base_weights_must_be_those_of_the_model():
     """PEFT saves those of an embedding or a head that it adapts."""
     pool = pools.Pool(llama(targets=("embed_tokens", "lm_head", "v_proj")))

@@ -238,6 +238,19 @@ def test_rows_of_one_batch_equal_pefts_logits(name):
     np.testing.assert_allclose(found[mask == 1], logits[mask == 1], atol=1e-4, rtol=0)
 
 
+def test_single_tokens_can_have_a_bank():
+    """As A and B, in an embedding and a head."""
+    model = loader.load(GOLDEN / "models/llama", dtype="float32", mesh=sharding.make_mesh(ONE))
+    bank.add(model, slots=3, rank=2, targets=("embed_tokens", "lm_head", "q_proj", "v_proj"))
+    pool = pools.Pool(model)
+    pool.load("tokens", GOLDEN / "lora_tokens_head/final_adapter")
+    with np.load(GOLDEN / "lora_tokens_head/eval_logits.npz") as golden:
+        ids, mask, logits = (golden[key] for key in ("input_ids", "attention_mask", "logits"))
+    rows = np.repeat(pool.acquire({"tokens": 1}).row[None], len(ids), axis=0)
+    found = np.asarray(call(nnx.split(model), ids, rows, mask))
+    np.testing.assert_allclose(found[mask == 1], logits[mask == 1], atol=1e-4, rtol=0)
+
+
 def test_embeddings_and_heads_can_have_a_bank():
     model = fresh()
     bank.add(model, slots=2, rank=4, targets=("embed_tokens", "lm_head", "q_proj"))

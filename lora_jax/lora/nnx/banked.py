@@ -52,9 +52,8 @@ class Bank:
         problems: list[errors.UserError] = []
         with errors.noted(problems):
             adapter.check_effect(where)
-        fitted, config = adapter, adapter.config
-        unbatched = [f"{name} in modules_to_save" for name in config.modules_to_save]
-        unbatched += [f"{name} in trainable_token_indices" for name in token_indices.named(config)]
+        fitted, unbatched = adapter, [f"{name} in modules_to_save"
+                                      for name in adapter.config.modules_to_save]  # fmt: skip
         with errors.noted(problems):
             fitted, more = self._own_part(adapter, where)
             unbatched += more
@@ -110,9 +109,11 @@ class Bank:
         return bank.slot_of(self.banked, slot, self.rank)
 
     def _own_part(self, adapter, where) -> tuple[lora_adapter.Adapter, list[str]]:
-        """(the adapter without base weights that the model has, what it changes beside layers)."""
+        """(the adapter as one of A and B without base weights, what cannot be in a bank)."""
+        tokens = [f"{name} in trainable_token_indices"
+                  for name in token_indices.named(adapter.config)]  # fmt: skip
         if self._llama is None:
-            return adapter, []
+            return adapter, tokens
         model, tied = self._llama, self._llama.config.tie_word_embeddings
         embedding = model.model.embed_tokens.embedding[...]
         fitted = tied_head.fitted(adapter, embedding.shape, tied=tied, where=where)
@@ -126,6 +127,13 @@ class Bank:
                       for path, new in fitted.base.items()
                       if not jnp.array_equal(weights[path], new.astype(head.dtype))]  # fmt: skip
         own = fitted.adapter
+        if tied or own.config.use_dora:
+            found += tokens
+        elif tokens and not found:
+            head = registry.weight_of(model.lm_head)[...]
+            rows_of = {tied_head.EMBEDDING: lambda ids: embedding[ids],
+                       tied_head.HEAD: lambda ids: head[:, ids].T}  # fmt: skip
+            own = token_indices.as_factors(own, rows_of, len(embedding), where)
         if fitted.plan.own_head or fitted.plan.joined:
             found.append("the head, which the base ties to its embedding")
             layers = {path: each for path, each in own.factors.items() if path != tied_head.HEAD}
