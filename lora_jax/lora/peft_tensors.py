@@ -18,6 +18,9 @@ _FACTOR = re.compile(
     rf"(?P<path>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector){_OWN}"
 )
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save(?:\.(?P<adapter>[^.]+))?\.(?P<leaf>.+)")
+_ROWS = re.compile(
+    r"(?P<path>.+\.token_adapter)\.(?P<leaf>trainable_tokens_delta)(?:\.(?P<adapter>[^.]+))?"
+)
 # The base weight of an embedding with an adapter, and of one with trained tokens.
 _BASE, _OF_TOKENS = ".base_layer.weight", ".token_adapter.base_layer.weight"
 _DTYPES = {
@@ -84,7 +87,7 @@ def parse(
             problems.append(f"{own}, of an unknown kind")
             continue
         else:
-            match = _SAVED.fullmatch(own)
+            match = _SAVED.fullmatch(own) or _ROWS.fullmatch(own)
             of_adapters |= {match["adapter"]} if match else set()
             path, into, key = "", saved, f"{match['path']}.{match['leaf']}" if match else own
         earlier = first.setdefault((path, key), name)

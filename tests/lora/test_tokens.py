@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import errors, linen, lora, quant
-from lora_jax.lora import peft, token_indices
+from lora_jax.lora import peft, peft_tensors, token_indices
 
 V, D = 16, 4
 IDS = jnp.array([[3, 1, 5, 9], [0, 5, 5, 2]])
@@ -133,6 +133,9 @@ def test_a_folder_has_the_rows_and_not_the_table(tmp_path):
     again = tied()
     peft.load(again, tmp_path)
     check(again(IDS), model(IDS))
+    name = "words.token_adapter.trainable_tokens_delta"
+    _, named = peft_tensors.parse({f"base_model.model.{name}.default": adapter.saved[name]}, "x")
+    assert named.keys() == {name}
     adapter.saved.popitem()
     with pytest.raises(errors.UserError, match="trainable_tokens_delta is missing"):
         lora.attach(tied(), adapter)
