@@ -1,4 +1,4 @@
-"""Writes small checkpoints in GPTQ's and AWQ's formats, from the definitions, with numpy alone.
+"""Writes small checkpoints in the 4-bit formats of other programs, with numpy alone.
 
 Codes and zero points are random: the tests are about reading them, not about finding good ones.
 """
@@ -48,6 +48,12 @@ def dense(codes, zeros, scales, index):
     return steps.astype(np.float32) * scales[index].astype(np.float32)
 
 
+def biased(codes, scales, biases, index):
+    """w[k, n] = code · scale of its group + bias of its group, in float32"""
+    scales, biases = (each[index].astype(np.float32) for each in (scales, biases))
+    return codes.astype(np.float32) * scales + biases
+
+
 def along_rows(codes):
     """int32 [K/8, N]: nibble i of word j is row 8j + i."""
     words = np.zeros((len(codes) // 8, codes.shape[1]), np.uint32)
@@ -92,7 +98,25 @@ def write(
             how = {"symmetric": symmetric, "act_order": act_order, "rng": rng}
             codes, zeros, scales, index = drawn = draw(rows, columns, size, **how)
             weights[prefix + name] = dense(*drawn)
-            if method == "gptq":
+            if method == "mlx":
+                biases = rng.normal(0, 0.1, scales.shape).astype(np.float16)
+                weights[prefix + name] = biased(codes, scales, biases, index)
+                parts = {
+                    "weight": np.ascontiguousarray(along_rows(codes).T.view(np.uint32)),
+                    "biases": np.ascontiguousarray(biases.T),
+                    "scales": np.ascontiguousarray(scales.T),
+                }
+            elif method == "compressed-tensors":
+                parts = {
+                    "weight_packed": np.ascontiguousarray(along_rows(codes).T),
+                    "weight_scale": np.ascontiguousarray(scales.T),
+                    "weight_shape": np.array([columns, rows]),
+                }
+                if not symmetric:
+                    parts["weight_zero_point"] = np.ascontiguousarray(along_columns(zeros).T)
+                if act_order:
+                    parts["weight_g_idx"] = index
+            elif method == "gptq":
                 parts = {
                     "qweight": along_rows(codes),
                     "qzeros": along_columns(zeros - (version == 1)),
@@ -104,7 +128,8 @@ def write(
                     "qzeros": along_columns(zeros, AWQ_ORDER),
                 }
             tensors |= {f"{prefix}{name}.{part}": array for part, array in parts.items()}
-            tensors[f"{prefix}{name}.scales"] = scales
+            if method in ("gptq", "awq"):
+                tensors[f"{prefix}{name}.scales"] = scales
     tensors = {
         name: array.astype(np.float16) if array.dtype == np.float64 else array
         for name, array in tensors.items()
@@ -112,9 +137,17 @@ def write(
     if method == "gptq":
         declared = {"desc_act": act_order, "sym": symmetric}
         declared |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
+    elif method == "compressed-tensors":
+        scheme = {"num_bits": 4, "type": "int", "symmetric": symmetric, "group_size": group,
+                  "strategy": "channel" if group == -1 else "group",
+                  "actorder": "group" if act_order else None}  # fmt: skip
+        groups = {"group_0": {"targets": ["Linear"], "weights": scheme}}
+        declared = {"format": "pack-quantized", "config_groups": groups, "ignore": ["lm_head"]}
     else:
         declared = {"version": "gemm", "zero_point": True}
     declared = {"quant_method": method, "bits": 4, "group_size": group, **declared, **settings}
+    if method == "mlx":
+        declared = {"bits": 4, "group_size": group, "mode": "affine"}
     folder.mkdir(exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": declared}))

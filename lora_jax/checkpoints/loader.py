@@ -38,7 +38,8 @@ class _Source(NamedTuple):
     def read(self, where: NamedSharding, transpose: bool) -> Any:
         """The tensor as it is on disk, on the devices that will hold its slot in `where`."""
         if isinstance(self.tensor, StoredLinear):
-            return storage.read(self.tensor, where.mesh, where.spec[-2:])
+            axes = where.spec[-2:]
+            return storage.read(self.tensor, where.mesh, axes if transpose else axes[::-1])
         # The mesh may not divide an axis that is padded in packed form: it is cut after padding.
         spec = where.spec[-len(self.tensor.shape) :]
         return safetensors_files.read(self.tensor, where.mesh, spec[::-1] if transpose else spec)
@@ -46,7 +47,7 @@ class _Source(NamedTuple):
     def cast(self, transpose: bool) -> Callable:
         """(what `read` returned, dtype) → its slot in a dense array."""
         if isinstance(self.tensor, StoredLinear):
-            return storage.Dequantize(self.tensor.recipe)
+            return storage.Dequantize(self.tensor.recipe, transpose=not transpose)
         return _Cast(transpose)
 
 

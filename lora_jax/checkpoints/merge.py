@@ -79,7 +79,8 @@ def plan(
     """
     config = model_folder.config(folder)
     raw = model_folder.read(folder)
-    raw.pop("quantization_config", None)
+    for key in quantization_config.KEYS:
+        raw.pop(key, None)
     fmt = quantization_config.choose(quantization, config.quantization, str(folder))
     rounded = fmt if config.quantization is None and fmt != "none" else None
     linears, others = inventory.contents(folder, config)

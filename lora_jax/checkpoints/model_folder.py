@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.checkpoints import safetensors_files
+from lora_jax.checkpoints import safetensors_files, scaled
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.models import config as model_config
 from lora_jax.models import names
@@ -48,7 +48,7 @@ def tensors(folder: pathlib.Path, config: model_config.LlamaConfig) -> dict[str,
 
     Names of wrappers are left out of the tensors' names, and `model.` is added or left out as in
     transformers. With tied embeddings, a head is the embedding where that is missing. float64 and
-    float8 are read as float32.
+    float8 are read as float32; weights of 8 bits with scales, as their products (scaled.py).
     Raises: UserError as safetensors_files.tensors, and if two tensors have the same name.
     """
     found: dict[str, StoredTensor] = {}
@@ -68,7 +68,8 @@ def tensors(folder: pathlib.Path, config: model_config.LlamaConfig) -> dict[str,
     if config.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
         found[EMBEDDING] = found[HEAD]._replace(name=EMBEDDING)
     if config.quantization is None:
-        found = {name: stored.widened() for name, stored in found.items()}
+        joined = scaled.join(found, config.dtype, str(folder))
+        found = {name: stored.widened() for name, stored in joined.items()}
     return found
 
 
@@ -81,6 +82,7 @@ def notes(folder: pathlib.Path) -> list[str]:
     if declared.tie_word_embeddings and has_own_head(stored):
         found.append("lm_head.weight differs from the embedding, so it is kept, although "
                      "config.json says tie_word_embeddings")  # fmt: skip
+    found += filter(None, [scaled.note(stored.values())])
     if extra := [name for name in stored if is_extra(name, declared)]:
         shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
         found.append(f"tensors that are not part of the model are not loaded: {shown}")

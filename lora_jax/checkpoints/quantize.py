@@ -41,7 +41,7 @@ def plan(folder: pathlib.Path, fmt: str, *, search: bool = True) -> Copy:
     if config.quantization is not None:
         raise errors.UserError(
             expected="a model that is not quantized yet",
-            found=f"{config.quantization.fmt} ({config.quantization.method})",
+            found=str(config.quantization),
             where=str(folder),
             do="pass the model before quantization",
         )

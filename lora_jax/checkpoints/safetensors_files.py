@@ -30,6 +30,7 @@ _WIDENED = {  # read as float32; JAX has no float64, and safetensors' reader no 
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+_READ_AS_ANOTHER = {**_WIDENED, "F8_E8M0": ml_dtypes.float8_e8m0fnu, "I8": np.int8}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32",
          "int32": "I32", "int8": "I8", "uint8": "U8"}  # of dtypes, by numpy's names  # fmt: skip
 
@@ -37,7 +38,8 @@ NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"
 class StoredTensor(NamedTuple):
     """A tensor on disk: its file, and the name, shape and dtype that it is read as.
 
-    key, stored_as: its name and dtype in the file, where they are others.
+    key, stored_as: its name and dtype in the file, where they are others. scale: what its values
+    are multiplied by, one number for each block; see scaled.py.
     """
 
     path: pathlib.Path
@@ -46,6 +48,7 @@ class StoredTensor(NamedTuple):
     dtype: str
     key: str | None = None
     stored_as: str | None = None
+    scale: "StoredTensor | None" = None
 
     @property
     def num_bytes(self) -> int:
@@ -54,7 +57,7 @@ class StoredTensor(NamedTuple):
     def value(self) -> np.ndarray:
         """The whole tensor."""
         if self.stored_as is not None:
-            return _Widened(self)[...]
+            return _Converted(self)[...]
         with safetensors.safe_open(self.path, "numpy") as reader:
             return reader.get_tensor(self.key or self.name)
 
@@ -148,26 +151,46 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 def opened(stored: StoredTensor) -> Iterator[Any]:
     """A slice of the file: index it to read a part of the tensor."""
     if stored.stored_as is not None:
-        yield _Widened(stored)
+        yield _Converted(stored)
         return
     # The file is opened for each tensor, as mapped pages count as memory until it is closed.
     with safetensors.safe_open(stored.path, "numpy") as reader:
         yield reader.get_slice(stored.key or stored.name)
 
 
-class _Widened:
-    """A tensor in a dtype that is read as float32; index it to read a part."""
+class _Converted:
+    """A tensor that is read in another dtype than its own; index it to read a part."""
 
     def __init__(self, stored: StoredTensor):
         with stored.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[stored.key or stored.name]
         begin = 8 + length + entry["data_offsets"][0]
-        dtype = _WIDENED[stored.stored_as or stored.dtype]
+        dtype = _READ_AS_ANOTHER[stored.stored_as or stored.dtype]
         self._array = np.memmap(stored.path, dtype, "r", begin, stored.shape)
+        self._stored = stored
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return np.asarray(self._array[index]).astype(np.float32)
+        values = np.asarray(self._array[index]).astype(np.float32)
+        if self._stored.scale is None:
+            return values
+        values *= _expanded(self._stored.scale, self._stored.shape, index)
+        return values.astype(ml_dtypes.bfloat16) if self._stored.dtype == "BF16" else values
+
+
+def _expanded(scale: StoredTensor, shape: tuple[int, ...], index: Any) -> np.ndarray:
+    """A part of the array [N, K] that has each scale in all places of its block."""
+    index = (index if isinstance(index, tuple) else (index,)) + (slice(None),)
+    rows, columns = (
+        np.arange(size)[part] // block_size(size, blocks)
+        for size, part, blocks in zip(shape, index[:2], scale.shape, strict=True)
+    )
+    return scale.value().reshape(scale.shape).astype(np.float32)[rows[:, None], columns]
+
+
+def block_size(size: int, blocks: int) -> int:
+    """The size of the blocks, a power of two, that `blocks` of them divide `size` into."""
+    return 1 << (-(-size // blocks) - 1).bit_length()
 
 
 def read(stored: StoredTensor, mesh: Mesh, spec: Sequence[str | None]) -> jax.Array:

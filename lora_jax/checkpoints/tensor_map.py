@@ -84,7 +84,7 @@ def check(
         linears = {
             name.removesuffix(".weight"): slot.shape[::-1]
             for name, slot in slots.items()
-            if slot.path[-1] == "kernel"
+            if slot.path[-1] in ("kernel", "embedding")
         }
         biased = [name.removesuffix(".bias") for name in slots if name.endswith(".bias")]
         found = storage.find(config.quantization, linears, biased, stored)

@@ -104,18 +104,19 @@ def show(
 
 def measure(folder: pathlib.Path, chosen: tuple[str, ...], *, search: bool) -> Iterator[Module]:
     """Yields the linear layers of the model, with one of them in memory at a time."""
-    from lora_jax.checkpoints import safetensors_files
+    from lora_jax.checkpoints import safetensors_files, scaled
 
     if (folder / "config.json").exists() and (stored_as := model_config.load(folder).quantization):
         raise errors.UserError(
             expected="a model that is not quantized yet",
-            found=f"{stored_as.fmt} ({stored_as.method})",
+            found=str(stored_as),
             where=str(folder),
             do="name the model before it was quantized",
         )
+    tensors = scaled.join(safetensors_files.tensors(folder), "float32", str(folder))
     stored = {
         match: tensor.widened()
-        for name, tensor in safetensors_files.tensors(folder).items()
+        for name, tensor in tensors.items()
         if (match := NAME.fullmatch(name)) and len(tensor.shape) == 2
     }
     if not stored:

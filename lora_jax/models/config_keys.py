@@ -23,7 +23,8 @@ _READ = {
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act"),
     *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
     *("original_max_position_embeddings", "tie_word_embeddings", "initializer_range"),
-    *("dtype", "torch_dtype", "model_type", "quantization_config", "attention_dropout"),
+    *("dtype", "torch_dtype", "model_type", "attention_dropout"),
+    *("quantization_config", "quantization"),  # mlx-lm writes both
 }
 _WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 _ALSO_READ = {

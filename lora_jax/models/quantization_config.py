@@ -1,6 +1,7 @@
 """`quantization_config` in the config.json of a quantized checkpoint. Imports no jax."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,14 +10,17 @@ from lora_jax.models import config_values
 
 NATIVE = ("int8", "int4", "int4-g64", "int4-g128")  # formats stored in lora_jax's own layout
 VERSION = 1  # of lora_jax's layout
+KEYS = ("quantization_config", "quantization")  # in config.json; mlx-lm writes both, or the second
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """How a checkpoint stores its linear layers.
 
-    method: "bitsandbytes", "gptq", "awq" or "lora_jax", which determines tensor names and layout.
-    fmt: the format, as a value of --quant. group: how many rows share a scale; −1: all rows.
+    fmt: the format in memory, as a value of --quant; "none" if no layer can be packed.
+    method: "bitsandbytes", "gptq", "awq", "compressed-tensors", "mlx" or "lora_jax", which
+    determines tensor names and layout.
+    group: how many rows share a scale; −1: all rows.
     zero_points: w = (code − zero) · scale with zeros other than 8. zero_offset: what is added to a
     stored zero point. act_order: the rows of a group may be anywhere in the weight.
     dense: names of modules that are not quantized. only: names of those that are (None: all).
@@ -36,11 +40,17 @@ class Quantization:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
+    def __str__(self) -> str:
+        return self.method if self.fmt == "none" else f"{self.fmt} ({self.method})"
+
     def skips(self, module: str) -> bool:
         """Whether the linear layer at this dotted path is dense according to the config."""
 
         def among(names: tuple[str, ...]) -> bool:
-            return any(f".{name}." in f".{module}." for name in names)
+            patterns = [name[3:] for name in names if name.startswith("re:")]
+            return any(f".{name}." in f".{module}." for name in names) or any(
+                re.match(pattern, module) for pattern in patterns
+            )
 
         return among(self.dense) or (self.only is not None and not among(self.only))
 
@@ -58,7 +68,9 @@ def choose(asked: str | None, stored: Quantization | None, where: str) -> str:
         return asked or stored.fmt
     if asked not in (stored.fmt, stored.fmt.removesuffix("-dq")):
         raise errors.UserError(
-            expected=f"--quant {stored.fmt}, the checkpoint's format, or none",
+            expected="--quant none, as no format holds this checkpoint's weights exactly"
+            if stored.fmt == "none"
+            else f"--quant {stored.fmt}, the checkpoint's format, or none",
             found=f"--quant {asked}",
             where=f"{where}: already quantized ({stored.method})",
             do="omit --quant to keep the checkpoint's format; --quant none dequantizes it; for "
@@ -72,14 +84,15 @@ def declared(config: Mapping[str, Any]) -> Any:
 
     Older versions of mlx-lm wrote it under a name of their own.
     """
-    of_mlx = config.get("quantization")
+    of_mlx = config.get(KEYS[1])
     is_there = isinstance(of_mlx, Mapping) and "bits" in of_mlx
-    return config.get("quantization_config") or (of_mlx if is_there else None)
+    return config.get(KEYS[0]) or (of_mlx if is_there else None)
 
 
-def parse(raw: Any, where: str) -> Quantization:
+def parse(raw: Any, where: str) -> Quantization | None:
     """Quantization from config.json's `quantization_config`.
 
+    None for weights of 8 bits with scales, which are read as dense ones (checkpoints/scaled.py).
     Reads only the keys that say what the codes mean; the others say how the codes were computed or
     which dtype to compute in. Raises: UserError with everything that is not implemented.
     """
@@ -92,13 +105,12 @@ def parse(raw: Any, where: str) -> Quantization:
     method = raw.get("quant_method")
     if method is None and (raw.get("load_in_4bit") or raw.get("load_in_8bit")):
         method = "bitsandbytes"  # old files do not name it
+    if method is None and {"bits", "group_size"} <= raw.keys():
+        method = "mlx"  # which never names itself
     if not isinstance(method, str) or method not in _READERS:
-        of_mlx = method is None and {"bits", "group_size"} <= raw.keys()
         raise errors.UserError(
             expected=f"a checkpoint that is dense or quantized by {', '.join(_READERS)}",
-            found="one that mlx-lm quantized"
-            if of_mlx
-            else f"quant_method {config_values.shown(method)}",
+            found=f"quant_method {config_values.shown(method)}",
             where=where,
             do="pass the model before quantization: --quant rounds it while it loads",
         )
@@ -161,6 +173,73 @@ def _awq(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     return Quantization("awq", "int4", group=group, zero_points=True, dense=dense), problems
 
 
+def _of_8_bits(raw: Mapping[str, Any]) -> tuple[None, list[str]]:
+    """FineGrainedFP8Config and FbgemmFp8Config of transformers. Their tensors say the rest."""
+    return None, []
+
+
+_SCALED = ("float-quantized", "int-quantized", "naive-quantized")
+
+
+def _compressed_tensors(raw: Mapping[str, Any]) -> tuple[Quantization | None, list[str]]:
+    """Layouts of compressed-tensors: codes of 8 bits, or 4 bits packed into words."""
+    schemes = raw.get("config_groups")
+    schemes = [*schemes.values()] if isinstance(schemes, Mapping) else []
+    schemes = [each for each in schemes if isinstance(each, Mapping)]
+    layouts = {each.get("format") or raw.get("format") for each in schemes}
+    weights = [each.get("weights") for each in schemes]
+    problems = [
+        f"{key}, which changes what is computed, is not implemented"
+        for key in ("transform_config", "sparsity_config")
+        if raw.get(key) and raw[key] != {"format": "dense"}
+    ]
+    if raw.get("format") == "dense" or (layouts and layouts <= {*_SCALED}):
+        return None, problems
+    if layouts != {"pack-quantized"} or not all(isinstance(each, Mapping) for each in weights):
+        shown = ", ".join(sorted(map(str, layouts))) or config_values.shown(raw.get("format"))
+        problems.append(
+            f"format {shown} is not implemented ({', '.join((*_SCALED, 'pack-quantized'))} are)"
+        )
+        return None, problems
+    keys = ("num_bits", "type", "strategy", "group_size", "symmetric", "actorder")
+    settings = {tuple(each.get(key) for key in keys) for each in weights}
+    if len(settings) > 1:
+        problems.append("config_groups with different settings are not implemented")
+    num_bits, kind, strategy, group, symmetric, act_order = settings.pop()
+    if kind not in ("int", None):
+        problems.append(f"type {kind!r} is not implemented (int is)")
+    if strategy not in ("group", "channel"):
+        problems.append(f"strategy {strategy!r} is not implemented (group, channel are)")
+    group, others = _four_bits(num_bits, group if strategy == "group" else -1)
+    dense = _names(raw, "ignore", problems)
+    for name in dense:
+        try:
+            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        except re.error as error:
+            problems.append(f"ignore has {name!r}, no regular expression: {error}")
+    return Quantization(
+        "compressed-tensors",
+        "int4",
+        group=group,
+        zero_points=not symmetric,
+        act_order=act_order in ("group", "dynamic", True),
+        dense=dense,
+    ), problems + others
+
+
+def _mlx(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
+    """The shapes of the tensors say the bits of a layer; here are those of most layers."""
+    problems = []
+    if raw.get("mode", "affine") != "affine":
+        problems.append(f"mode {config_values.shown(raw['mode'])} is not implemented (affine is)")
+    group = raw["group_size"]
+    if not isinstance(group, int) or group < 8 or group % 8:
+        problems.append(f"group_size {config_values.shown(group)} is no multiple of 8")
+    fmt = "int4" if raw["bits"] == 4 else "none"
+    dense = tuple(name for name, own in raw.items() if own is False)
+    return Quantization("mlx", fmt, group=group, zero_points=True, dense=dense), problems
+
+
 def _lora_jax(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     problems = []
     if raw.get("version") != VERSION:
@@ -194,9 +273,13 @@ def _names(raw: Mapping[str, Any], key: str, problems: list[str]) -> tuple[str, 
     return ()
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Quantization, list[str]]]] = {
+_READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Quantization | None, list[str]]]] = {
     "bitsandbytes": _bitsandbytes,
     "gptq": _gptq,
     "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "mlx": _mlx,
+    "fp8": _of_8_bits,
+    "fbgemm_fp8": _of_8_bits,
     "lora_jax": _lora_jax,
 }

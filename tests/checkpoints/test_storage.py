@@ -212,7 +212,7 @@ def test_training_on_bitsandbytes_weights_has_pefts_losses():
     np.testing.assert_allclose(losses, golden["losses"][:STEPS], rtol=1e-4)
 
 
-# GPTQ and AWQ
+# GPTQ, AWQ, compressed-tensors and mlx-lm
 
 FOREIGN = {
     "gptq": dict(method="gptq"),
@@ -220,6 +220,10 @@ FOREIGN = {
     "gptq-v2-whole": dict(method="gptq", version=2, group=-1),
     "gptq-act-order": dict(method="gptq", act_order=True, group=48),
     "awq": dict(method="awq"),
+    "compressed-tensors": dict(method="compressed-tensors", group=16),
+    "compressed-tensors-sym": dict(method="compressed-tensors", symmetric=True, group=-1),
+    "compressed-tensors-act-order": dict(method="compressed-tensors", act_order=True),
+    "mlx": dict(method="mlx", group=64),
 }
 
 
@@ -276,7 +280,9 @@ def test_the_derivative_with_rows_in_act_order(foreign):
 # On a mesh
 
 
-@pytest.mark.parametrize("name", ["stories260K-bnb-nf4-dq", "gptq-act-order"])
+@pytest.mark.parametrize(
+    "name", ["stories260K-bnb-nf4-dq", "gptq-act-order", "compressed-tensors", "mlx"]
+)
 def test_a_mesh_holds_the_same_model(foreign, name):
     """The input axis is cut in two and padded to whole groups; each device reads its part."""
     folder = NF4_DQ if name == NF4_DQ.name else foreign(name)[0]

@@ -6,6 +6,27 @@ from lora_jax import errors
 from lora_jax.models import quantization_config
 
 
+def of_weights(**changed):
+    """A quantization_config of compressed-tensors."""
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": 128,
+        "symmetric": True,
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+    }
+    scheme = {"targets": ["Linear"], "weights": weights | changed, "input_activations": None}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {"group_0": scheme}, "ignore": ["lm_head", "re:.*mlp.gate$"],
+            "kv_cache_scheme": None, "quantization_status": "compressed"}  # fmt: skip
+
+
+PACKED = of_weights()
+
+
 @pytest.mark.parametrize(
     ("stored", "asked", "expected"),
     [
@@ -33,6 +54,44 @@ def test_quant_of_a_quantized_checkpoint(stored, asked, expected):
         quantization_config.choose(asked, stored, "folder")
 
 
+def test_layouts_of_compressed_tensors():
+    found = quantization_config.parse(PACKED, "config.json")
+    assert (found.fmt, found.group, found.zero_points, found.act_order) == (
+        "int4",
+        128,
+        False,
+        False,
+    )
+    assert found.skips("lm_head") and found.skips("model.layers.0.mlp.gate")
+    assert not found.skips("model.layers.0.mlp.gate_proj")
+    by_column = of_weights(strategy="channel", group_size=None, actorder="group", symmetric=False)
+    found = quantization_config.parse(by_column, "config.json")
+    assert (found.group, found.zero_points, found.act_order) == (-1, True, True)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]},
+        of_weights(num_bits=8, type="float", strategy="channel") | {"format": "float-quantized"},
+        of_weights(num_bits=8)
+        | {"format": "int-quantized", "sparsity_config": {"format": "dense"}},
+    ],
+)
+def test_weights_of_8_bits_with_scales_are_dense_ones(raw):
+    assert quantization_config.parse(raw, "config.json") is None
+
+
+def test_a_model_of_mlx_lm_has_4_bits_or_becomes_dense():
+    four = quantization_config.parse({"bits": 4, "group_size": 64}, "config.json")
+    assert quantization_config.choose(None, four, "folder") == "int4"
+    eight = quantization_config.parse({"bits": 8, "group_size": 64}, "config.json")
+    assert quantization_config.choose(None, eight, "folder") == "none"
+    with pytest.raises(errors.UserError, match="no format holds"):
+        quantization_config.choose("int4", eight, "folder")
+
+
 def test_older_models_of_mlx_lm_are_known_as_quantized():
     of_mlx = {"quantization": {"bits": 4, "group_size": 64}}
     assert quantization_config.declared(of_mlx) == of_mlx["quantization"]
@@ -45,8 +104,14 @@ def test_older_models_of_mlx_lm_are_known_as_quantized():
     ("raw", "message"),
     [
         *(({"quant_method": name}, name) for name in
-          ("fp8", "compressed-tensors", "aqlm", "hqq", "mxfp4", "torchao", "auto-round")),
-        ({"bits": 4, "group_size": 64}, "mlx-lm"),
+          ("aqlm", "hqq", "mxfp4", "torchao", "auto-round")),
+        ({"bits": 4, "group_size": 64, "mode": "mxfp4"}, "mode 'mxfp4'"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
+        (PACKED | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
+        (of_weights(num_bits=8), "8 bits"),
+        (of_weights(strategy="tensor"), "strategy 'tensor'"),
+        (PACKED | {"config_groups": {str(n): {"weights": {"group_size": n}} for n in (32, 64)}},
+         "different settings"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_8bit"),
         ({"load_in_8bit": True}, "load_in_8bit"),
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "8 bits"),

@@ -1,7 +1,8 @@
 """Quantized linear layers on disk → packed or dense arrays with exactly the same weights.
 
-One module a format: `bitsandbytes`, `gptq`, `awq`, and `native` for lora_jax's own; each defines
-what stored_linear.Format lists. Here are the functions that choose the format.
+One module a format: `bitsandbytes`, `gptq`, `awq`, `compressed_tensors`, `mlx`, and `native` for
+lora_jax's own; each defines what stored_linear.Format lists. Here are the functions that choose the
+format.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
-from lora_jax.checkpoints.storage import awq, bitsandbytes, gptq, native, stored_linear
+from lora_jax.checkpoints.storage import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    gptq,
+    mlx,
+    native,
+    stored_linear,
+)
 from lora_jax.checkpoints.storage.stored_linear import PackedSpec, Recipe, StoredLinear
 from lora_jax.kernels import packed as packing
 from lora_jax.models import quantization_config
@@ -23,6 +32,8 @@ _FORMATS: dict[str, stored_linear.Format] = {
     "bitsandbytes": bitsandbytes,
     "gptq": gptq,
     "awq": awq,
+    "compressed-tensors": compressed_tensors,
+    "mlx": mlx,
     "lora_jax": native,
 }
 
@@ -84,7 +95,7 @@ def declared_spec(
         return None
     if declared.method == "bitsandbytes" and rows % bitsandbytes.BLOCK:
         return None
-    if declared.method in ("gptq", "awq"):
+    if declared.method in ("gptq", "awq", "compressed-tensors", "mlx"):
         group = stored_linear.split_group(rows if declared.group == -1 else declared.group)
         return PackedSpec("int4", group, declared.zero_points, declared.act_order)
     return PackedSpec(declared.fmt)
@@ -129,14 +140,19 @@ class Unpack(NamedTuple):
 
 
 class Dequantize(NamedTuple):
-    """raw → the dense weight [K, N] in a dtype. Hashable, for jit."""
+    """raw → the dense weight [K, N] in a dtype, or its transpose. Hashable, for jit."""
 
     recipe: Recipe
+    transpose: bool = False
 
     def __call__(self, raw: dict[str, jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+        weight = self._weight(raw, dtype)
+        return weight.T if self.transpose else weight
+
+    def _weight(self, raw: dict[str, jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
         recipe = self.recipe
         if recipe.packed is None:
-            return bitsandbytes.dense(raw, recipe).T.astype(dtype)
+            return _FORMATS[recipe.method].dense(raw, recipe).T.astype(dtype)
         packed = _FORMATS[recipe.method].pack(raw, recipe)
         return formats.dequantize(packed, recipe.packed.fmt, recipe.rows, dtype)
 

@@ -35,12 +35,20 @@ def check(tensors, rows, columns, declared) -> tuple[StoredLinear | None, list[s
     act_order = False
     if "g_idx" in tensors:
         group = zero_points.group_of(declared, rows)
-        index = tensors["g_idx"].value()
-        act_order = not np.array_equal(index, np.arange(rows) // group)
-        sizes = np.bincount(index[(index >= 0) & (index < -(-rows // group))])
-        if sizes.sum() != rows or not np.array_equal(sizes, np.bincount(np.arange(rows) // group)):
-            return None, [f"g_idx does not divide {rows} rows into groups of {group}"]
+        act_order, problem = order_of(tensors["g_idx"].value(), group)
+        if problem:
+            return None, [f"g_idx {problem}"]
     return zero_points.stored_linear_of(tensors, rows, columns, declared, act_order=act_order)
+
+
+def order_of(index: np.ndarray, group: int) -> tuple[bool, str]:
+    """(whether the rows of a group are not side by side, what is wrong with the groups)."""
+    rows = len(index)
+    natural = np.arange(rows) // group
+    sizes = np.bincount(index[(index >= 0) & (index < -(-rows // group))])
+    if sizes.sum() != rows or not np.array_equal(sizes, np.bincount(natural)):
+        return False, f"does not divide {rows} rows into groups of {group}"
+    return not np.array_equal(index, natural), ""
 
 
 def read(linear: StoredLinear, mesh: Mesh, axes) -> dict[str, jax.Array]:
@@ -52,11 +60,16 @@ def read(linear: StoredLinear, mesh: Mesh, axes) -> dict[str, jax.Array]:
     words = (None if act_order else axis_in, axis_out)
     raw["words"] = safetensors_files.read(linear.tensors["qweight"], mesh, words)
     if act_order:
-        order = np.arange(linear.recipe.rows)
-        if "g_idx" in linear.tensors:
-            order = np.argsort(linear.tensors["g_idx"].value(), kind="stable")
-        raw["order"] = stored_linear.replicated(order.astype(np.int32), mesh)
+        raw["order"] = read_order(linear, "g_idx", mesh)
     return raw
+
+
+def read_order(linear: StoredLinear, name: str, mesh: Mesh) -> jax.Array:
+    """int32 [K]: the rows in the order of their groups, on every device."""
+    order = np.arange(linear.recipe.rows)
+    if name in linear.tensors:  # another layer of the stack may have an order
+        order = np.argsort(linear.tensors[name].value(), kind="stable")
+    return stored_linear.replicated(order.astype(np.int32), mesh)
 
 
 def pack(raw: dict[str, jax.Array], recipe: Recipe) -> packing.Packed:

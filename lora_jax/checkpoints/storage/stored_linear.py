@@ -138,6 +138,11 @@ class Format(Protocol):
         """The packed weight, made of what `read` returned."""
         ...
 
+    @staticmethod
+    def dense(raw: dict[str, jax.Array], recipe: Recipe) -> jax.Array:
+        """The weight [N, K] in float32. Only formats with weights that cannot be packed need it."""
+        ...
+
 
 def split_group(group: int) -> int:
     """The size of the equal parts that a group is split into, so that kernels can read them."""
