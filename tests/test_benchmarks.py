@@ -4,6 +4,7 @@ import importlib
 import pathlib
 import sys
 
+import cases
 import jax
 import pytest
 
@@ -19,7 +20,7 @@ def end_to_end(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("batch", [*cases.long(0), 2])
 def test_end_to_end_measures_training_and_decoding(end_to_end, tmp_path, batch):
     end_to_end.write_model(tmp_path, "tiny", "bfloat16")
     case = {"size": "tiny", "model": str(tmp_path), "dtype": "bfloat16", "quant": "int4",
@@ -34,6 +35,7 @@ def test_end_to_end_measures_training_and_decoding(end_to_end, tmp_path, batch):
     assert ("copy_mb" in result) == bool(batch)
 
 
+@pytest.mark.long
 def test_matmul_times_every_form(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     matmul = importlib.import_module("matmul")

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import cases
 import cli
 import ml_dtypes
 import numpy as np
@@ -50,7 +51,7 @@ def test_integers_and_long_arrays_are_counted():
     assert finite.count(many) == 3
 
 
-@pytest.mark.parametrize("quantization", ["none", "int4", "nf4-dq"])
+@pytest.mark.parametrize("quantization", ["none", "int4", *cases.long("nf4-dq")])
 def test_loading_names_every_tensor(tmp_path, quantization):
     folder = changed(tmp_path, break_two)
     with pytest.raises(errors.UserError, match="finite weights") as error:
@@ -77,7 +78,7 @@ def test_weights_to_compute_pissa_from_are_named(tmp_path):
         loader.load(folder, quantization="int4", residual=principal.take)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", *cases.long("awq")])
 def test_scales_that_are_not_finite_are_named(tmp_path, method):
     folder = tmp_path / "packed"
     quantized_models.write(folder, method)
@@ -91,7 +92,7 @@ def test_scales_that_are_not_finite_are_named(tmp_path, method):
             loader.load(folder, quantization=quantization)
 
 
-@pytest.mark.parametrize("name", ["absmax", "nested_absmax"])
+@pytest.mark.parametrize("name", [*cases.long("absmax"), "nested_absmax"])
 def test_scales_of_bitsandbytes_that_are_not_finite_are_named(tmp_path, name):
     source = MODELS.parent / "quantized" / f"stories260K-bnb-nf4{'-dq' * (name != 'absmax')}"
     name = f"model.layers.0.mlp.down_proj.weight.{name}"

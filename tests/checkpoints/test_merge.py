@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import weakref
 
+import cases
 import cli
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
     assert dtypes == {"F32"}
 
 
-@pytest.mark.parametrize("fmt", ["int4", "nf4-dq"])
+@pytest.mark.parametrize("fmt", ["int4", *cases.long("nf4-dq")])
 def test_merging_into_a_rounded_base_equals_the_adapter_on_it(fmt, tmp_path):
     adapter = peft.read(GOLDEN / "lora_dora" / "final_adapter")
     base, golden = MODELS / "llama_bias", golden_logits("lora_dora")

@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -281,7 +282,8 @@ def test_the_derivative_with_rows_in_act_order(foreign):
 
 
 @pytest.mark.parametrize(
-    "name", ["stories260K-bnb-nf4-dq", "gptq-act-order", "compressed-tensors", "mlx"]
+    "name",
+    [*cases.long("stories260K-bnb-nf4-dq", "compressed-tensors"), "gptq-act-order", "mlx"],
 )
 def test_a_mesh_holds_the_same_model(foreign, name):
     """The input axis is cut in two and padded to whole groups; each device reads its part."""

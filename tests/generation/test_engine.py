@@ -8,6 +8,7 @@ import pathlib
 import re
 import threading
 
+import cases
 import eager
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def compilations():
 @pytest.mark.parametrize(
     "name",
     [pytest.param("llama", marks=pytest.mark.device),
-     "llama_bias", "llama_dynamic", "qwen2_window", "qwen3"],
+     "qwen2_window", *cases.long("llama_bias", "llama_dynamic", "qwen3")],
 )  # fmt: skip
 def test_greedy_tokens_equal_hugging_faces(name):
     """More prompts than slots, of unequal length."""
@@ -110,7 +111,7 @@ def test_a_hundred_greedy_tokens_of_a_real_model():
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("quantization", ["int4", *cases.long("int8", "nf4")])
 def test_a_quantized_base_generates(quantization):
     """Its tokens are nearly those of the float model."""
     prompts, following = zip(*golden("stories260K"), strict=True)

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 
+import cases
 import jax
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def mixed(num, vocab):
     return normal(num, vocab), rows, rng.integers(1, 100, num), pack(allowed)
 
 
-@pytest.mark.parametrize("vocab", [96, 1000])
+@pytest.mark.parametrize("vocab", [96, *cases.long(1000)])
 def test_a_row_is_the_same_alone_and_in_any_batch(vocab):
     num = 13
     logits, rows, length, allowed = arguments = mixed(num, vocab)

@@ -53,13 +53,14 @@ def readers(tmp_path_factory):
 def _sequences(reader) -> st.SearchStrategy[list[int]]:
     """Ids of whole words, of single bytes, of any token, and of none."""
     size = len(reader)
-    single = [i for i in range(size) if len(text.token_bytes(reader, i)) == 1]
+    of = [text.token_bytes(reader, i) for i in range(size)]
+    single = [i for i in range(size) if len(of[i]) == 1]
     words = ["東京", " two  words", "naïve\n", "😀😀", "\ufffd", "<s>"]
     whole = [reader(word, add_special_tokens=False).input_ids for word in words]
     one = st.one_of(
         st.sampled_from(single),
         st.integers(0, size + 20),
-        st.sampled_from([i for i in single if text.token_bytes(reader, i) >= b"\x80"] or single),
+        st.sampled_from([i for i in single if of[i] >= b"\x80"] or single),
     )
     chunks = st.one_of(st.sampled_from(whole), one.map(lambda id: [id]))
     return st.lists(chunks, max_size=12).map(lambda parts: [id for part in parts for id in part])

@@ -4,6 +4,7 @@ import functools
 import pathlib
 import types
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def model(fmt):
     return loaded
 
 
-@pytest.mark.parametrize("fmt", ["none", "int4"])
+@pytest.mark.parametrize("fmt", [*cases.long("none"), "int4"])
 def test_steps_with_the_dense_form_give_the_same_logits(fmt):
     """Two steps with it and two without, after the same prefill: logits and caches are equal."""
     whole = model(fmt)
@@ -138,7 +139,7 @@ def test_the_form_for_hopper_lowers():
     assert text.count("@mosaic_gpu") == 4  # in the body of the scan over layers
 
 
-@pytest.mark.parametrize("form", ["k_minor", "joined"])
+@pytest.mark.parametrize("form", [*cases.long("k_minor"), "joined"])
 def test_weights_that_share_an_input_have_one_kernel(form, monkeypatch):
     """Also on Hopper, for more rows than its own kernel takes. The results are those of each."""
     kernel, calls, rows = triton_gpu.matmuls, [], 70

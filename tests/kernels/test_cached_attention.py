@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import device_tier
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ LIVE = [1, 1, 1, 1, 1, 0, 0]
 
 @pytest.mark.device
 @pytest.mark.parametrize("dtype", device_tier.TOLERANCE)
-@pytest.mark.parametrize("groups", [8, 2, 1])  # 1, 4 and 8 queries of a kv-head
+@pytest.mark.parametrize("groups", [*cases.long(8), 2, 1])  # 1, 4 and 8 queries of a kv-head
 def test_a_token_sees_its_sequence(groups, dtype):
     how = {"tokens": 1, "heads": 8, "groups": groups, "size": SIZE, "window": MANY}
     check(operands(STARTS, LIVE, dtype=dtype, **how), device_tier.TOLERANCE[dtype])
@@ -143,8 +144,10 @@ def test_a_mesh_splits_sequences_and_heads(sizes, like_a_gpu):
     np.testing.assert_allclose(found, expected(*given), atol=1e-5)
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@pytest.mark.parametrize("size, window", [(40, None), (24, 9)])
+@pytest.mark.parametrize(
+    "size, window, kv_dtype",
+    [(40, None, None), (24, 9, "int8"), *cases.long((40, None, "int8"), (24, 9, None))],
+)
 def test_a_cache_is_attended_as_by_xla(size, window, kv_dtype, like_a_gpu):
     """After the new tokens are in it; the second layer has the window. XLA's is left to chunks."""
     draw = np.random.default_rng(0)

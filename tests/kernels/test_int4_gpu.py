@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cases
 import device_tier
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ def on_hopper(monkeypatch):
     [
         (1, 256, (64,), 32, "int8", 1),
         (3, 1280, (64, 64), 32, "int8", 2),
-        (16, 512, (64,), 64, "bfloat16", 1),
+        *cases.long((16, 512, (64,), 64, "bfloat16", 1)),
         (33, 640, (128, 256), 128, "float32", 1),
         (64, 256, (64, 192), 32, "int8", 1),
     ],

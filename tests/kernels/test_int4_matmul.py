@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import cases
 import device_tier
 import jax
 import jax.export
@@ -222,7 +223,7 @@ def test_the_derivative_keeps_the_packed_weight_and_nothing_else(fmt):
     assert kept == {(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(packed)}
 
 
-@pytest.mark.parametrize("fmt", ["int4", "nf4-dq", "asymmetric", "int8"])
+@pytest.mark.parametrize("fmt", ["int4", *cases.long("nf4-dq", "asymmetric", "int8")])
 def test_layers_in_a_scan_keep_no_dense_weight(fmt):
     """The compiled gradient has no float weights [3, K, N] of three stacked layers."""
     one = packed_weight(fmt, 64, 64)
@@ -249,7 +250,7 @@ def test_layers_in_a_scan_keep_no_dense_weight(fmt):
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("fmt", ["int4", "nf4"])
+@pytest.mark.parametrize("fmt", ["int4", *cases.long("nf4")])
 def test_experts_are_mapped_over(fmt):
     """Each with its own weight: the kernels for all platforms are traced."""
     each = [packed_weight(fmt, 256, 128), packed_weight(fmt, 256, 128)._replace(
@@ -359,11 +360,9 @@ def on_one_device(rows):
     ("k", "n", "rows"),
     [
         (None, "tensor", 8),
-        ("tensor", None, 8),
         ("fsdp", "tensor", 8),
-        ("tensor", "fsdp", 8),
-        ("fsdp", "tensor", 256),
         ("tensor", "fsdp", 256),
+        *cases.long(("tensor", None, 8), ("tensor", "fsdp", 8), ("fsdp", "tensor", 256)),
     ],
 )
 def test_a_product_is_split_over_a_mesh(k, n, rows, implementation):
@@ -396,9 +395,9 @@ def test_a_product_is_split_over_a_mesh(k, n, rows, implementation):
     assert all(size <= most[kind] for kind, size in sizes.items())
 
 
-@pytest.mark.parametrize("fmt", ["asymmetric", "nf4-dq", "nf4"])
+@pytest.mark.parametrize("fmt", ["asymmetric", "nf4-dq", *cases.long("nf4")])
 @pytest.mark.parametrize(
-    ("k", "n", "rows"), [("tensor", "fsdp", 8), ("fsdp", "tensor", 3), (None, None, 8)]
+    ("k", "n", "rows"), [("tensor", "fsdp", 8), *cases.long(("fsdp", "tensor", 3), (None, None, 8))]
 )
 def test_every_format_is_split(fmt, k, n, rows):
     """Also with rows that the devices do not divide, and without a partition."""

@@ -4,6 +4,7 @@ import functools
 import sys
 import types
 
+import cases
 import device_tier
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,11 @@ def attend_and_check(attend, *, dtype, groups, window, examples=PACKED):
 @pytest.mark.device
 @pytest.mark.parametrize(
     ("dtype", "groups", "window"),
-    [("float32", 2, None), ("bfloat16", 2, None), ("float32", 1, 50), ("bfloat16", 4, 150)],
+    [
+        ("float32", 2, None),
+        ("bfloat16", 4, 150),
+        *cases.long(("bfloat16", 2, None), ("float32", 1, 50)),
+    ],
 )
 @pytest.mark.parametrize("size", [128, 512])
 def test_self_attention_in_blocks(size, dtype, groups, window, monkeypatch):
@@ -120,7 +125,7 @@ def test_self_attention_in_blocks(size, dtype, groups, window, monkeypatch):
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("window", [*cases.long(None), 50])
 def test_splash_attention(window):
     interpret = device_tier.interprets("tpu")
     attend = functools.partial(splash.attend, window=window, interpret=interpret)
@@ -135,8 +140,10 @@ def keys_in_a_range(q, k, v, first):
     return dense(q, k, v, visible)
 
 
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "dtype, window",
+    [("float32", 50), ("bfloat16", None), *cases.long(("float32", None), ("bfloat16", 50))],
+)
 def test_packed_examples_are_ranges_of_keys(dtype, window, monkeypatch):
     """As tokamax is asked to compute them, which is not installed here."""
     monkeypatch.setattr(tokamax_gpu, "_flash", keys_in_a_range)
@@ -171,10 +178,13 @@ def test_an_example_that_is_not_side_by_side_is_not_computed_wrong(monkeypatch):
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("examples", [PACKED, np.ones_like(PACKED)], ids=["packed", "whole"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_self_attention_as_the_platform_chooses(dtype, examples):
+@pytest.mark.parametrize(
+    "dtype, packed",
+    [("float32", True), ("bfloat16", False), *cases.long(("float32", False), ("bfloat16", True))],
+)
+def test_self_attention_as_the_platform_chooses(dtype, packed):
     """cuDNN on a GPU where it takes the operands, splash attention on a TPU, blocks elsewhere."""
+    examples = PACKED if packed else np.ones_like(PACKED)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     with jax.set_mesh(mesh):
         attend = functools.partial(attention.self_attention, examples=jnp.asarray(examples))
@@ -191,7 +201,7 @@ def test_layers_may_have_different_windows():
         attend_and_check(attend, dtype="float32", groups=2, window=window)
 
 
-@pytest.mark.parametrize("examples", [PACKED, np.ones_like(PACKED)])
+@pytest.mark.parametrize("examples", [PACKED, *cases.long(np.ones_like(PACKED))])
 def test_a_mesh_splits_sequences_and_heads(examples):
     """One group of keys for two devices with two heads each; with packed examples and without."""
     given = None if examples is not PACKED else jnp.asarray(examples)
@@ -334,7 +344,7 @@ def naive(hidden, head, targets):
 
 @pytest.mark.device
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("sequences", "length"), [(2, 600), (3, 7), (600, 2)])
+@pytest.mark.parametrize(("sequences", "length"), [(2, 600), (3, 7), *cases.long((600, 2))])
 def test_cross_entropy(sequences, length, dtype):
     """Value and gradient, with ignored targets, over several chunks and a part of one."""
     hidden = normal(0, sequences, length, 8, dtype=dtype, scale=4)

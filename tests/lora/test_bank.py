@@ -3,6 +3,7 @@
 import functools
 import pathlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +145,12 @@ def rows_of(pool, *weights):
 
 @pytest.mark.parametrize(
     ("how", "tolerance"),
-    [(("none",), 1e-5), (("int4",), 1e-5), (("nf4",), 1e-5), (("int4", "bfloat16"), 0.03)],
+    [
+        (("none",), 1e-5),
+        (("int4",), 1e-5),
+        (("int4", "bfloat16"), 0.03),
+        *cases.long((("nf4",), 1e-5)),
+    ],
 )
 def test_each_row_equals_its_adapter_alone(how, tolerance):
     (model, pool), kinds = banked(*how), FEWER.get(how, tuple(KINDS))
@@ -262,7 +268,7 @@ def test_embeddings_and_heads_can_have_a_bank():
     close(call(nnx.split(model), IDS, rows), alone(own), 1e-5)
 
 
-@pytest.mark.parametrize("quantization", ["none", "int4"])
+@pytest.mark.parametrize("quantization", [*cases.long("none"), "int4"])
 def test_eight_devices_equal_one(quantization):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model, pool = banked(quantization)

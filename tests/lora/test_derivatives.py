@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,8 +70,11 @@ def of_linen(fmt):
     return drawn(variables.pop("lora")), variables, loss
 
 
-@pytest.mark.parametrize("fmt", ["none", "int4", "int8"])
-@pytest.mark.parametrize("made", [of_nnx, of_linen])
+@pytest.mark.parametrize(
+    "made, fmt",
+    [(of_nnx, "int4"), (of_linen, "none"), (of_linen, "int8"),
+     *cases.long((of_nnx, "none"), (of_nnx, "int8"), (of_linen, "int4"))],
+)  # fmt: skip
 def test_forward_mode_and_products_with_the_hessian(made, fmt):
     """jax.jvp, and jax.jvp of jax.grad, equal those of the merged model."""
     adapters, rest, loss = made(fmt)
@@ -88,11 +92,12 @@ def test_forward_mode_and_products_with_the_hessian(made, fmt):
 
 
 @pytest.mark.parametrize(
-    "fmt, kind",
-    [("none", AxisType.Explicit), ("int4", AxisType.Explicit), ("int4", AxisType.Auto),
-     ("int8", AxisType.Auto)],
+    "made, fmt, kind",
+    [(of_nnx, "int4", AxisType.Explicit), (of_nnx, "none", AxisType.Auto),
+     (of_linen, "int4", AxisType.Auto), (of_linen, "int8", AxisType.Explicit),
+     *cases.long((of_nnx, "int8", AxisType.Auto), (of_nnx, "int4", AxisType.Auto),
+                 (of_linen, "none", AxisType.Explicit), (of_linen, "int4", AxisType.Explicit))],
 )  # fmt: skip
-@pytest.mark.parametrize("made", [of_nnx, of_linen])
 def test_data_parallel_in_a_shard_map(made, fmt, kind):
     """Each device has its own inputs and the same model; the gradients are summed over devices."""
     adapters, rest, loss = made(fmt)

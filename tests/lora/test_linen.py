@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import cases
 import drawn
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,7 @@ def test_dropout_differs_between_keys_and_layers_and_is_off_without_one():
     np.testing.assert_allclose(jax.jit(adapted.apply)(variables, IDS), plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("fmt, use_dora", [("int4", True), ("nf4-dq", False)])
+@pytest.mark.parametrize("fmt, use_dora", [("int4", True), *cases.long(("nf4-dq", False))])
 def test_a_quantized_base_computes_with_the_dequantized_weights(fmt, use_dora):
     module, params = made()
     adapted = linen.adapt(module, config(use_dora=use_dora), IDS, quant=fmt, exclude=("lm_head",))

@@ -3,6 +3,7 @@ the gradients are those of the merged function."""
 
 import functools
 
+import cases
 import drawn
 import jax
 import jax.numpy as jnp
@@ -382,17 +383,19 @@ def test_adapted_is_merged_in_values_and_gradients(case):
     "case, quant, settings",
     [
         ("super", "int4", {}),
-        ("registered", "int4", {}),
         ("a factor, and a keyword", "int8", {}),
         ("several weights", "int4", {}),
-        ("seen to be a product", "int4", {}),
         ("shared scope", "int4", {}),
-        ("own derivative", "int4", {}),
         ("square scan on axis 1", "int4", {}),
-        ("attend", "none", {"use_dora": True}),
         ("nested apply of an adapted weight", "none", {"use_dora": True}),
         ("grouped", "none", {"use_dora": True}),
         ("scan of another call", "int4", {"use_dora": True}),
+        *cases.long(
+            ("registered", "int4", {}),
+            ("seen to be a product", "int4", {}),
+            ("own derivative", "int4", {}),
+            ("attend", "none", {"use_dora": True}),
+        ),
     ],
 )
 def test_so_it_is_with_dora_and_packed_weights(case, quant, settings):
@@ -499,7 +502,7 @@ class Boxed(nn.Module):
 
 @pytest.mark.parametrize(
     "change, quant",
-    [(lambda p: p, "none"), (core.freeze, "int4"), (nn.meta.unbox, "none")],
+    [*cases.long((lambda p: p, "none")), (core.freeze, "int4"), (nn.meta.unbox, "none")],
 )
 def test_boxes_and_containers_come_back_as_they_were(change, quant):
     module = Partitioned()
@@ -573,7 +576,7 @@ class Reads(nn.Module):
         return x @ dense.variables["params"]["kernel"] ** 2 if by_hand else y
 
 
-@pytest.mark.parametrize("quant", ["none", "int4"])
+@pytest.mark.parametrize("quant", [*cases.long("none"), "int4"])
 def test_each_call_is_looked_at_when_it_is_made(quant):
     """The example did not read the weight by hand."""
     adapted = linen.adapt(Reads(), config("d"), X, quant=quant)

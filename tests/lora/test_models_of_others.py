@@ -3,6 +3,7 @@
 import functools
 import pickle
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,9 +258,11 @@ def output(model, x):
 
 @pytest.mark.parametrize(
     "kind, fmt, use_dora",
-    [(kind, "none", dora) for kind in KINDS for dora in (False, True)]
+    # every kind, in turn with and without DoRA
+    [(kind, "none", i % 2 == 0) for i, kind in enumerate(KINDS)]
+    + cases.long(*((kind, "none", i % 2 == 1) for i, kind in enumerate(KINDS)))
     + [(kind, "int4", False) for kind in QUANTIZED]
-    + [("standardized", "int4", True)],
+    + cases.long(("standardized", "int4", True)),
 )
 def test_merged_equals_adapted(kind, fmt, use_dora):
     _, targets = KINDS[kind]
@@ -351,11 +354,13 @@ STACKS = {
 
 
 DORA, SOME = {"use_dora": True}, {"alpha_pattern": {r"1\.up": 3}, "layers": (0, 1)}
+HOW = [("none", DORA), ("int4", SOME), ("none", DORA), ("int4", SOME)]
 
 
 @pytest.mark.parametrize(
     "kind, fmt, settings",
-    [(kind, *how) for kind in STACKS for how in (("none", DORA), ("int4", SOME))]
+    [(kind, *how) for kind, how in zip(STACKS, HOW, strict=True)]
+    + cases.long(*((kind, *how) for kind, how in zip(STACKS, HOW[::-1], strict=True)))
     + [("param_1", "none", SOME), ("param_1", "int4", DORA | SOME)],
 )
 def test_a_stack_is_adapted_layer_by_layer(kind, fmt, settings, tmp_path):
@@ -398,7 +403,7 @@ class ReadsAll(Scanned):
 
 
 @pytest.mark.parametrize("axes, made", [(PARAM_0, 0), (PARAM_1, PARAM_1)])
-@pytest.mark.parametrize("fmt", ["none", "int4"])
+@pytest.mark.parametrize("fmt", [*cases.long("none"), "int4"])
 def test_a_stack_reads_its_weights_as_a_merge_changes_them(fmt, axes, made):
     model = ReadsAll(nnx.Rngs(0), axes, made, Reads)
     if fmt != "none":

@@ -142,10 +142,9 @@ def steps_of(graphdef, parts, config, num_steps, batches):
 
 
 # Of which other runs do more: on more layers, and on the embedding too.
-LONG = {
-    "lora_qv": pytest.mark.long, "lora_dora": pytest.mark.long,
-    "lora_tokens_head": pytest.mark.long,
-}  # fmt: skip
+LONG = dict.fromkeys(
+    ("lora_qv", "lora_dora", "lora_plus", "lora_embedding", "lora_tokens_head"), pytest.mark.long
+)
 
 
 @pytest.fixture(

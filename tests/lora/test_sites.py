@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,7 +137,7 @@ def adapted(model, scale=0.3, **settings):
     return settings
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [*cases.long(False), True])
 def test_every_kind_is_adapted_merged_saved_and_loaded(use_dora, tmp_path):
     x, plain, model = rand(2, 4, 6), Layers(nnx.Rngs(0)), Layers(nnx.Rngs(0))
     base = plain(x)
@@ -174,7 +175,7 @@ def test_every_kind_is_adapted_merged_saved_and_loaded(use_dora, tmp_path):
                 assert change == pytest.approx(ratios[path[0]], rel=1e-3)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, *cases.long(True)])
 def test_every_kind_is_adapted_on_a_quantized_base(use_dora):
     x, plain, model = rand(2, 4, 6), Layers(nnx.Rngs(0)), Layers(nnx.Rngs(0))
     conversion.quantize_model(model, "int4")
@@ -450,8 +451,11 @@ def test_parts_that_do_not_divide_the_output_are_refused():
 # ------------------------------------------------------------------------- PiSSA
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_8"])
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    "use_dora, init",
+    [(False, "pissa_niter_8"), (True, "pissa"),
+     *cases.long((False, "pissa"), (True, "pissa_niter_8"))],
+)  # fmt: skip
 def test_pissa_moves_the_principal_part_into_a_and_b(init, use_dora, tmp_path):
     model = nnx.Dict(a=nnx.Linear(20, 12, rngs=nnx.Rngs(0)), b=Heads(nnx.Rngs(1)))
     plain, x = nnx.clone(model), rand(2, 3, 6)
@@ -542,7 +546,8 @@ def test_pissa_of_quantized_weights_is_refused():
 
 
 @pytest.mark.parametrize(
-    "fmt, dropout", [("none", 0.0), ("none", 0.5), ("int8", 0.0), ("int4", 0.5), ("nf4", 0.5)]
+    "fmt, dropout",
+    [("none", 0.0), ("int4", 0.5), *cases.long(("none", 0.5), ("int8", 0.0), ("nf4", 0.5))],
 )
 def test_dora_is_its_equation_in_training_too(fmt, dropout):
     """y = x W + (m/‖W + sAB‖ − 1) · x' W + m/‖W + sAB‖ · s · x' A B, x' = dropout(x); the norm is a

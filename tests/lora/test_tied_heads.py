@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,8 @@ def test_pefts_files_are_read_saved_again_and_merged(kind, tmp_path):
 @pytest.mark.parametrize(
     "settings, tied, trained",
     [
-        (dict(modules_to_save=("lm_head",)), False, {"lm_head/modules_to_save/kernel"}),
+        *cases.long((dict(modules_to_save=("lm_head",)), False,
+                     {"lm_head/modules_to_save/kernel"})),
         (dict(targets=("lm_head",)), False, {"lm_head/lora_A", "lm_head/lora_B"}),
         (dict(modules_to_save=("lm_head",), ensure_weight_tying=True), True,
          {"model/embed_tokens/modules_to_save/embedding"}),

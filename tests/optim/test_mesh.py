@@ -3,6 +3,7 @@
 import functools
 import math
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,10 +97,7 @@ def collectives(name):
     ]
 
 
-FSDP = pytest.param("1·8·1", marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize("name", ["8·1·1", FSDP, "1·1·4", "2·2·2"])
+@pytest.mark.parametrize("name", [*cases.long("8·1·1", "1·8·1"), "1·1·4", "2·2·2"])
 def test_every_mesh_takes_the_same_steps(name):
     """With dropout: a mask belongs to its sequence, on whichever device that is computed."""
     expected = trained_on("1·1·1")[0]

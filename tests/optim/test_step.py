@@ -4,6 +4,7 @@ import functools
 import pathlib
 import re
 
+import cases
 import datasets
 import jax
 import jax.numpy as jnp
@@ -190,7 +191,7 @@ def test_batches_come_in_order_and_their_errors_pass_through():
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("quantization", ["none", "int4"])
+@pytest.mark.parametrize("quantization", [*cases.long("none"), "int4"])
 def test_training_lowers_the_loss(quantization):
     _, _, frozen = parts(quantization)
     step, state = compiled(quantization), begin(quantization)
@@ -272,7 +273,7 @@ def test_a_loss_that_is_not_finite_changes_only_the_step_count():
     assert np.isfinite(metrics["loss"]) and distance(state.lora, before.lora) > 1e-3
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [*cases.long(0.0), 0.3])
 def test_runs_repeat_and_resume_bit_for_bit(dropout):
     _, _, frozen = parts(dropout=dropout)
     step = compiled(dropout=dropout)
@@ -316,7 +317,7 @@ def test_evaluation_has_no_dropout():
     np.testing.assert_allclose(total["eval_loss"], expected["eval_loss"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", [*cases.long("full"), "dots"])
 def test_remat_does_not_change_the_gradient(remat):
     """Nor the dropout masks: the recomputation drops the same inputs."""
     graphdef, _, frozen = parts(dropout=0.3)
@@ -346,7 +347,7 @@ def packed_and_dense_shapes(base):
             yield f"u32[3,{words},{columns}]", f"f32[3,{words * 8},{columns}]"
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [*cases.long(0.0), 0.5])
 def test_a_trained_head_computes_logits_in_chunks(dropout, monkeypatch):
     """Five of sixteen tokens at a time; each chunk has its own dropout mask."""
     graphdef, trained, frozen = model_state.split(make_model(targets=("lm_head",), dropout=dropout))

@@ -1,5 +1,6 @@
 """What a step of the engine exchanges between devices: activations and logits, no large weight."""
 
+import cases
 import jax
 import pytest
 
@@ -14,7 +15,7 @@ ARCHITECTURE = config.LlamaConfig(
 SLOTS = 8
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [*cases.long(((1, 1, 8),), ((1, 8, 1),)), (2, 2, 2)])
 def test_a_decode_step_gathers_no_weight(sizes):
     """The largest array that is exchanged has the logits of all slots. A part of the head, which
     is [256, 2048] in float32, would be larger. Packed words and their scales are no floats.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import cases
 import cli
 import jax
 import pytest
@@ -81,7 +82,7 @@ def dot_flops(program):
     # shared: products of attention that XLA may compute only once, because there is a single block;
     # that of jax 0.10 does, that of 0.12 does not
     "remat, names, beta, shared",
-    [("full", "all-linear", None, 1), ("dots", ("q_proj", "v_proj"), 0.1, 0)],
+    [("full", "all-linear", None, 1), *cases.long(("dots", ("q_proj", "v_proj"), 0.1, 0))],
 )
 def test_the_compiled_step_has_the_planned_operations_and_bytes(remat, names, beta, shared):
     adapters = config.LoRAConfig(targets=names)

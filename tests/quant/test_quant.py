@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,7 @@ def relative_error(found, weight):
     return np.linalg.norm(found - weight) / np.linalg.norm(weight)
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, *cases.long(False)])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_layer_computes_with_the_dequantized_weight(fmt, bias):
     linear = nnx.Linear(44, 13, use_bias=bias, rngs=nnx.Rngs(0))

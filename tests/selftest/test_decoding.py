@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import pytest
@@ -99,7 +100,7 @@ def products(rows=7):
     return low_rank.products(rows=rows, **how)
 
 
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", [*cases.long(1), 7])
 def test_right_products_pass(rows):
     found = case.check(products(rows))
     assert found.kernel == choice.LOW_RANK and found.problem is None, found

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 
+import cases
 import cli
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,8 @@ def attended(**how):
     "make",
     [
         product,
-        attended,
-        functools.partial(attended, packed=True),
         functools.partial(attended, packed=True, window=50),
+        *cases.long(attended, functools.partial(attended, packed=True)),
         lambda: vocabulary.vocabulary_loss(
             jax.random.normal(jax.random.key(0), (16, 500)), batch=2, length=400, dtype="float32"
         ),
