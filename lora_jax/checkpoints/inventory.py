@@ -55,14 +55,16 @@ def skeleton(
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Linear) and path[-1] != "lm_head"
     ]
+    stored = config.quantization
+    is_packed = stored is not None and stored.stays_packed
     for path, linear in linears if quantization != "none" else ():
         layers, rows, columns = linear.kernel.shape
         spec: PackedSpec | None = PackedSpec(quantization)
-        if config.quantization is not None:
-            spec = storage.declared_spec(config.quantization, _modules(path, layers), rows)
+        if is_packed:
+            spec = storage.declared_spec(stored, _modules(path, layers), rows)
         if spec is not None:
             multiple = sharding.input_shards(path, mesh)
-            if config.quantization is not None:
+            if is_packed:
                 spec = spec.fitted(rows, multiple)
             packed = jax.tree.map(
                 lambda s: jnp.zeros((layers, *s.shape), s.dtype),  # noqa: B023

@@ -68,15 +68,17 @@ class _Cast(NamedTuple):
 
 
 class _Quantize(NamedTuple):
-    """A kernel as it is on disk → Packed. Hashable, for jit."""
+    """A kernel as it is on disk → Packed. Hashable, for jit. dense: how to make a kernel of it."""
 
     fmt: str
     search: bool
     multiple: int
+    dense: storage.Dequantize | None = None
 
-    def __call__(self, raw: jax.Array) -> packing.Packed:
-        how = {"search": self.search, "transposed": True}
-        return formats.quantize(raw, self.fmt, self.multiple, **how)
+    def __call__(self, raw: Any) -> packing.Packed:
+        how = {"search": self.search, "transposed": self.dense is None}
+        weight = raw if self.dense is None else self.dense(raw, jnp.float32)
+        return formats.quantize(weight, self.fmt, self.multiple, **how)
 
 
 def load(
@@ -108,7 +110,7 @@ def load(
     if residual is not None and config.quantization is not None:
         raise errors.UserError(
             expected="weights that are not quantized, to compute PiSSA's A and B from",
-            found=f"a checkpoint in {config.quantization.fmt}",
+            found=f"a quantized checkpoint: {config.quantization}",
             where=str(folder),
             do="pass the model before quantization, with --quant",
         )
@@ -168,9 +170,13 @@ def _check_shards(model: llama.LlamaForCausalLM, packed: Collection, mesh: Mesh)
 def _packing(path, sources, config, quantization, search, mesh) -> _Packing | None:
     """How a stack of linear layers is packed; None: it becomes dense."""
     multiple = sharding.input_shards(path[:-1], mesh)
-    if config.quantization is None:
-        pack = _Quantize(quantization, search, multiple)
-        return _Packing(PackedSpec(quantization), [(source, pack) for source in sources])
+    if config.quantization is None or not config.quantization.stays_packed:
+        parts = []
+        for source in sources:
+            is_dense = not isinstance(source.tensor, StoredLinear)
+            dense = None if is_dense else storage.Dequantize(source.tensor.recipe)
+            parts.append((source, _Quantize(quantization, search, multiple, dense)))
+        return _Packing(PackedSpec(quantization), parts)
     weights = [source.tensor for source in sources]
     if not all(isinstance(weight, StoredLinear) for weight in weights):
         return None

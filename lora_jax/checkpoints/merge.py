@@ -42,8 +42,9 @@ class _Source(NamedTuple):
         if isinstance(self.tensor, StoredLinear):
             one = sharding.make_mesh(sharding.ONE)
             raw = storage.read(self.tensor, one, (None, None))
-            return _dequantized(raw, storage.Dequantize(self.tensor.recipe), dtype).T
-        value = jax.device_put(finite.check(self.tensor.value(), self.tensor))
+            value = _dequantized(raw, storage.Dequantize(self.tensor.recipe), dtype).T
+        else:
+            value = jax.device_put(finite.check(self.tensor.value(), self.tensor))
         if self.rounded is None:
             return value
         return _nearest(value, self.rounded, self.search)
@@ -82,7 +83,8 @@ def plan(
     for key in quantization_config.KEYS:
         raw.pop(key, None)
     fmt = quantization_config.choose(quantization, config.quantization, str(folder))
-    rounded = fmt if config.quantization is None and fmt != "none" else None
+    stays_packed = config.quantization is not None and config.quantization.stays_packed
+    rounded = fmt if fmt != "none" and not stays_packed else None
     linears, others = inventory.contents(folder, config)
     size, tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
     fitted = tied_head.fitted(adapter, size, tied=tied, where="the adapter")

@@ -40,8 +40,13 @@ class Quantization:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
+    @property
+    def stays_packed(self) -> bool:
+        """Whether a format in memory holds the weights; otherwise they become dense."""
+        return self.fmt != "none"
+
     def __str__(self) -> str:
-        return self.method if self.fmt == "none" else f"{self.fmt} ({self.method})"
+        return f"{self.fmt} ({self.method})" if self.stays_packed else self.method
 
     def skips(self, module: str) -> bool:
         """Whether the linear layer at this dotted path is dense according to the config."""
@@ -59,18 +64,16 @@ def choose(asked: str | None, stored: Quantization | None, where: str) -> str:
     """The format of the weights in memory, as a value of --quant.
 
     asked: None keeps the checkpoint's format; "none" makes a quantized checkpoint dense. stored:
-    None means a dense checkpoint.
+    None means a dense checkpoint; one that does not stay packed is like it.
     Raises: UserError if a quantized checkpoint is in another format than the one asked for.
     """
-    if stored is None:
+    if stored is None or not stored.stays_packed:
         return asked or "none"
     if asked is None or asked == "none":
         return asked or stored.fmt
     if asked not in (stored.fmt, stored.fmt.removesuffix("-dq")):
         raise errors.UserError(
-            expected="--quant none, as no format holds this checkpoint's weights exactly"
-            if stored.fmt == "none"
-            else f"--quant {stored.fmt}, the checkpoint's format, or none",
+            expected=f"--quant {stored.fmt}, the checkpoint's format, or none",
             found=f"--quant {asked}",
             where=f"{where}: already quantized ({stored.method})",
             do="omit --quant to keep the checkpoint's format; --quant none dequantizes it; for "

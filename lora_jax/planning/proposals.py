@@ -96,7 +96,8 @@ def changes(
         flags = f"--batch-size {least} --remat full (and more --grad-accum)"
         ways.append((flags, smallest, sizes))
     stored = job.architecture.quantization  # a quantized checkpoint keeps its own format
-    for fmt in () if stored else ("int8", "int4", "int4-g128"):
+    stays_packed = stored is not None and stored.stays_packed
+    for fmt in () if stays_packed else ("int8", "int4", "int4-g128"):
         ways.append((f"--quant {fmt}", dataclasses.replace(job, quant=fmt), sizes))
     length = job.seq_len // 2
     while length >= 128:

@@ -150,6 +150,40 @@ def test_zero_points_of_0_are_nothing(tmp_path):
     loader.load(tmp_path)
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_codes_of_mlx_lm_of_other_than_4_bits_are_rounded_like_dense_weights(bits, tmp_path):
+    quantized_models.write(tmp_path / "four", "mlx")
+    folder, rng, weights = tmp_path / "other", np.random.default_rng(0), {}
+    tensors = safetensors.numpy.load_file(tmp_path / "four/model.safetensors")
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        module, scale, bias = (name.removesuffix(".scales"), tensors[name],
+                               tensors[name.replace("scales", "biases")])  # fmt: skip
+        codes = rng.integers(0, 2**bits, (len(scale), 32 * scale.shape[1]))
+        stream = (codes[..., None] >> np.arange(bits)) & 1  # the bits of a row, the lowest first
+        words = np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little")
+        tensors[f"{module}.weight"] = words.view(np.uint32)
+        scale, bias = (np.repeat(each.astype(np.float32), 32, axis=1) for each in (scale, bias))
+        weights[module] = (codes * scale + bias).astype(np.float32).T
+    folder.mkdir()
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    config = json.loads((tmp_path / "four/config.json").read_text())
+    config["quantization_config"]["bits"] = bits
+    (folder / "config.json").write_text(json.dumps(config))
+
+    test_storage.assert_same_weights(load(folder), weights)
+    one = formats.quantize(jnp.asarray(weights[UP]), "int8")
+    for mesh in ((1, 1, 1), (1, 2, 2)):
+        found = load(folder, "int8", mesh=mesh).model.layers.mlp.up_proj.packed
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), found, one)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    plan = merge.plan(folder, host.Adapter(lora.LoRAConfig(), {}), quantization="int8")
+    list(merge.write(folder, merged, plan))
+    expected = np.asarray(formats.dequantize(one, "int8", 64).T, np.float16)
+    whole = safetensors.numpy.load_file(merged / "model.safetensors")
+    np.testing.assert_array_equal(whole[f"{UP}.weight"], expected)
+
+
 @pytest.mark.parametrize("name", ["ct-fp8", "ct-w4a16", "mlx-4bit"])
 def test_logits_are_those_of_the_programs_that_wrote_the_files(name):
     folder = test_storage.GOLDEN / "quantized" / name

@@ -88,8 +88,7 @@ def test_a_model_of_mlx_lm_has_4_bits_or_becomes_dense():
     assert quantization_config.choose(None, four, "folder") == "int4"
     eight = quantization_config.parse({"bits": 8, "group_size": 64}, "config.json")
     assert quantization_config.choose(None, eight, "folder") == "none"
-    with pytest.raises(errors.UserError, match="no format holds"):
-        quantization_config.choose("int4", eight, "folder")
+    assert quantization_config.choose("nf4", eight, "folder") == "nf4"
 
 
 def test_older_models_of_mlx_lm_are_known_as_quantized():

@@ -65,7 +65,7 @@ def dense(raw: dict[str, jax.Array], recipe: Recipe) -> jax.Array:
     """The weight [N, K] in float32."""
     bits = int(recipe.codes.removeprefix("int"))
     begin = np.arange(recipe.rows) * bits
-    word, shift = begin // 32, (begin % 32).astype(np.uint32)
+    word, shift = begin // 32, (begin % 32).astype(np.uint32)[None]
     last = np.minimum(word + 1, raw["weight"].shape[1] - 1)
     low = raw["weight"][:, word] >> shift
     # The rest of a code that reaches into the next word; a shift by 32 would be undefined.

@@ -55,7 +55,7 @@ class ModelSettings:
         """
         stored = architecture.quantization
         chosen = model_quantization.choose(self.quant, stored, str(folder))
-        if stored is not None and self.quant_fast:
+        if stored is not None and stored.stays_packed and self.quant_fast:
             raise errors.UserError(
                 expected="flags that have an effect",
                 found=f"--quant-fast with a checkpoint that is already quantized ({stored.fmt})",
