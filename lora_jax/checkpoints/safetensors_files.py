@@ -39,7 +39,7 @@ class StoredTensor(NamedTuple):
     """A tensor on disk: its file, and the name, shape and dtype that it is read as.
 
     key, stored_as: its name and dtype in the file, where they are others. scale: what its values
-    are multiplied by, one number for each block; see scaled.py.
+    are multiplied by, one number for each block, and `factor`; see scaled.py.
     """
 
     path: pathlib.Path
@@ -49,6 +49,7 @@ class StoredTensor(NamedTuple):
     key: str | None = None
     stored_as: str | None = None
     scale: "StoredTensor | None" = None
+    factor: float = 1
 
     @property
     def num_bytes(self) -> int:
@@ -175,6 +176,7 @@ class _Converted:
         if self._stored.scale is None:
             return values
         values *= _expanded(self._stored.scale, self._stored.shape, index)
+        values *= np.float32(self._stored.factor)
         return values.astype(ml_dtypes.bfloat16) if self._stored.dtype == "BF16" else values
 
 

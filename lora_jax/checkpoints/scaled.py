@@ -3,11 +3,13 @@
   P.weight            float8 or int8 [N, K]
   P.weight_scale_inv  [N/128, K/128], or blocks of another size: FP8 as DeepSeek and Qwen publish it
   P.weight_scale      one number, [N, 1], or one for each block: compressed-tensors, FBGEMM
+  P.SCB               [N], the largest magnitude of each row: LLM.int8() of bitsandbytes
 
-w = code · scale, with either name. Such a checkpoint is a dense one that is stored compactly.
+w = code · scale, or code · SCB/127. Such a checkpoint is a dense one that is stored compactly.
 What belongs to the activations, which such programs round too, is left out.
-Sources: finegrained_fp8.py of https://github.com/huggingface/transformers, and
-compressed_tensors/compressors of https://github.com/vllm-project/compressed-tensors
+Sources: finegrained_fp8.py of https://github.com/huggingface/transformers,
+compressed_tensors/compressors of https://github.com/vllm-project/compressed-tensors, and
+int8_vectorwise_dequant of https://github.com/bitsandbytes-foundation/bitsandbytes
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +20,7 @@ from lora_jax.checkpoints.safetensors_files import StoredTensor
 
 _CODES = ("F8_E4M3", "F8_E5M2", "I8")
 _POWERS_OF_2 = "F8_E8M0"
-_SCALES = ("weight_scale_inv", "weight_scale")
+_SCALES = {"weight_scale_inv": 1, "weight_scale": 1, "SCB": 1 / 127}  # {name: its factor}
 _OF_ACTIVATIONS = ("input_scale", "input_scale_ub", "activation_scale", "output_scale",
                    "q_scale", "k_scale", "v_scale")  # fmt: skip
 
@@ -39,16 +41,18 @@ def join(stored: Mapping[str, StoredTensor], dtype: str, where: str) -> dict[str
             scale = scale._replace(dtype="F32", stored_as=scale.dtype)
         if problem := _problem(scale, weight):
             problems.append(f"{scale.name} {problem}")
-        zero = f"{module}.weight_zero_point"
-        if zero in stored and stored[zero].value().any():
-            problems.append(f"{zero} is not 0: zero points are not read")
-        left_out |= {*own, zero}
+        # Zero points, and bitsandbytes' order of the codes, of which 0 is the usual one.
+        for other in (f"{module}.weight_zero_point", f"{module}.weight_format"):
+            left_out |= {*own, other}
+            if other in stored and stored[other].value().any():
+                problems.append(f"{other} is not 0, which is not implemented")
         # One number for all, or for a row, has as many axes as one for a block.
         shape = (*scale.shape, 1, 1)[:2]
         joined[name] = weight._replace(
             dtype={"bfloat16": "BF16"}.get(dtype, "F32"),
             stored_as=weight.dtype,
             scale=scale._replace(shape=shape),
+            factor=_SCALES[own[0].rpartition(".")[2]],
         )
     if left_out:
         left_out |= {name for name in stored if name.rpartition(".")[2] in _OF_ACTIVATIONS}

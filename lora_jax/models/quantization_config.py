@@ -128,12 +128,12 @@ def parse(raw: Any, where: str) -> Quantization | None:
     return found
 
 
-def _bitsandbytes(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
+def _bitsandbytes(raw: Mapping[str, Any]) -> tuple[Quantization | None, list[str]]:
     kind = raw.get("bnb_4bit_quant_type", "fp4")
     problems = []
     if raw.get("load_in_8bit") or raw.get("_load_in_8bit"):
-        problems.append("load_in_8bit, LLM.int8(), is not implemented (load_in_4bit is)")
-    elif not (raw.get("load_in_4bit") or raw.get("_load_in_4bit")):
+        return None, []  # LLM.int8()
+    if not (raw.get("load_in_4bit") or raw.get("_load_in_4bit")):
         problems.append("neither load_in_4bit nor load_in_8bit")
     if kind not in ("nf4", "fp4"):
         problems.append(f"bnb_4bit_quant_type {kind!r} is not implemented (nf4, fp4 are)")

@@ -30,6 +30,8 @@ KINDS = {
     "rows": (ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, lambda n, k: (n, 1), ROWS),
     "one": (ml_dtypes.float8_e5m2, np.float32, lambda n, k: (1,), ROWS),
     "a scalar": (ml_dtypes.float8_e4m3fn, np.float32, lambda n, k: (), ROWS),
+    "LLM.int8()": (np.int8, np.float32, lambda n, k: (n,),
+                   {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "int8": (np.int8, ml_dtypes.bfloat16, lambda n, k: (n, 1), ROWS | {"format": "int-quantized"}),
 }  # fmt: skip
 
@@ -42,7 +44,9 @@ def write(folder, kind, dtype="float32", change=lambda tensors: None):
     tensors = {name: array for name, array in
                safetensors.numpy.load_file(folder / "model.safetensors").items()
                if name.rpartition(".")[2] == "weight"}  # fmt: skip
-    scale_name = "weight_scale_inv" if declared is BLOCK else "weight_scale"
+    name = {"fp8": "weight_scale_inv", "bitsandbytes": "SCB"}
+    scale_name = name.get(declared["quant_method"], "weight_scale")
+    factor = np.float32(1 / 127 if scale_name == "SCB" else 1)
     weights = {}
     for layer in range(quantized_models.CONFIG["num_hidden_layers"]):
         for name, (k, n) in quantized_models.LINEARS.items():
@@ -53,7 +57,7 @@ def write(folder, kind, dtype="float32", change=lambda tensors: None):
             blocks = scale.reshape((*scale.shape, 1, 1)[:2]).astype(np.float32)
             sizes = [-(-size // number) for size, number in zip((n, k), blocks.shape, strict=True)]
             expanded = np.kron(blocks, np.ones(sizes, np.float32))[:n, :k]
-            weights[module] = (weight.astype(np.float32) * expanded).T
+            weights[module] = (weight.astype(np.float32) * expanded * factor).T
     tensors[f"{UP}.input_scale"] = np.ones(1, np.float32)
     tensors["model.layers.1.self_attn.k_scale"] = np.ones(1, np.float32)
     change(tensors)
@@ -127,7 +131,8 @@ def test_a_merge_writes_a_dense_model_in_the_dtype_of_the_config(tmp_path):
     [
         ({"weight_scale": np.ones((3, 1), np.float32)}, r"shape \[3, 1\]"),
         ({"weight_scale": np.ones((128, 1), np.int32)}, "dtype I32"),
-        ({"weight_zero_point": np.ones((128, 1), np.int8)}, "zero points"),
+        ({"weight_zero_point": np.ones((128, 1), np.int8)}, "is not 0"),
+        ({"weight_format": np.full((), 2, np.uint8)}, "is not 0"),
         ({"weight_scale": np.full(1, np.nan, np.float32)}, "NaN"),
         ({"weight_scale": None}, "has dtype I8"),
     ],

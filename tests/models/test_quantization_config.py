@@ -73,6 +73,8 @@ def test_layouts_of_compressed_tensors():
     "raw",
     [
         {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"load_in_8bit": True},
         {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]},
         of_weights(num_bits=8, type="float", strategy="channel") | {"format": "float-quantized"},
         of_weights(num_bits=8)
@@ -111,8 +113,7 @@ def test_older_models_of_mlx_lm_are_known_as_quantized():
         (of_weights(strategy="tensor"), "strategy 'tensor'"),
         (PACKED | {"config_groups": {str(n): {"weights": {"group_size": n}} for n in (32, 64)}},
          "different settings"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_8bit"),
-        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit"),
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "8 bits"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
          "marlin"),
