@@ -181,13 +181,18 @@ class _Converted:
 
 
 def _expanded(scale: StoredTensor, shape: tuple[int, ...], index: Any) -> np.ndarray:
-    """A part of the array [N, K] that has each scale in all places of its block."""
+    """A part of the array [N, K] that has each scale in all places of its block.
+
+    [N, 1] where all columns have the same.
+    """
     index = (index if isinstance(index, tuple) else (index,)) + (slice(None),)
     rows, columns = (
         np.arange(size)[part] // block_size(size, blocks)
         for size, part, blocks in zip(shape, index[:2], scale.shape, strict=True)
     )
-    return scale.value().reshape(scale.shape).astype(np.float32)[rows[:, None], columns]
+    scales = scale.value().reshape(scale.shape).astype(np.float32)
+    # Columns first: to copy whole rows then takes a fifth of the time.
+    return (scales if scales.shape[1] == 1 else scales[:, columns])[rows]
 
 
 def block_size(size: int, blocks: int) -> int:

@@ -41,6 +41,8 @@ def join(stored: Mapping[str, StoredTensor], dtype: str, where: str) -> dict[str
             scale = scale._replace(dtype="F32", stored_as=scale.dtype)
         if problem := _problem(scale, weight):
             problems.append(f"{scale.name} {problem}")
+        if len(own) > 1:
+            problems.append(f"{' and '.join(own)} are scales of one weight")
         # Zero points, and bitsandbytes' order of the codes, of which 0 is the usual one.
         for other in (f"{module}.weight_zero_point", f"{module}.weight_format"):
             left_out |= {*own, other}

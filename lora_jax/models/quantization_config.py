@@ -215,11 +215,11 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> tuple[Quantization | None, li
         problems.append(f"strategy {strategy!r} is not implemented (group, channel are)")
     group, others = _four_bits(num_bits, group if strategy == "group" else -1)
     dense = _names(raw, "ignore", problems)
-    for name in dense:
+    for pattern in (name[3:] for name in dense if name.startswith("re:")):
         try:
-            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+            re.compile(pattern)
         except re.error as error:
-            problems.append(f"ignore has {name!r}, no regular expression: {error}")
+            problems.append(f"ignore has {pattern!r}, no regular expression: {error}")
     return Quantization(
         "compressed-tensors",
         "int4",
@@ -231,7 +231,10 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> tuple[Quantization | None, li
 
 
 def _mlx(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
-    """The shapes of the tensors say the bits of a layer; here are those of most layers."""
+    """The shapes of the tensors say the bits of a layer; here are those of most layers.
+
+    A module's name may have settings of its own, or false.
+    """
     problems = []
     if raw.get("mode", "affine") != "affine":
         problems.append(f"mode {config_values.shown(raw['mode'])} is not implemented (affine is)")
@@ -239,7 +242,11 @@ def _mlx(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     if not isinstance(group, int) or group < 8 or group % 8:
         problems.append(f"group_size {config_values.shown(group)} is no multiple of 8")
     fmt = "int4" if raw["bits"] == 4 else "none"
-    dense = tuple(name for name, own in raw.items() if own is False)
+    dense = tuple(
+        name
+        for name, own in raw.items()
+        if own is False or (isinstance(own, Mapping) and own.get("bits") != raw["bits"])
+    )
     return Quantization("mlx", fmt, group=group, zero_points=True, dense=dense), problems
 
 

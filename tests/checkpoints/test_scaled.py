@@ -134,6 +134,7 @@ def test_a_merge_writes_a_dense_model_in_the_dtype_of_the_config(tmp_path):
         ({"weight_zero_point": np.ones((128, 1), np.int8)}, "is not 0"),
         ({"weight_format": np.full((), 2, np.uint8)}, "is not 0"),
         ({"weight_scale": np.full(1, np.nan, np.float32)}, "NaN"),
+        ({"weight_scale_inv": np.ones((128, 1), np.float32)}, "scales of one weight"),
         ({"weight_scale": None}, "has dtype I8"),
     ],
 )

@@ -253,6 +253,42 @@ def test_weights_are_code_less_zero_times_scale_bit_for_bit(foreign, name):
     assert packed.scale.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    "name, tensor, found",
+    [
+        ("mlx", ("scales", np.ones((128, 65), np.float16)), "no codes of 2 to 8 bits"),
+        ("mlx", ("scales", np.ones((128, 0), np.float16)), "no codes of 2 to 8 bits"),
+        ("mlx", ("weight", np.ones((), np.uint32)), r"weight has shape \[\]"),
+        ("mlx", ("weight", np.ones((128, 7), np.uint32)), "7 words"),
+        ("compressed-tensors", ("weight_shape", np.array([128, 63])), "weight_shape is not"),
+        ("compressed-tensors", ("weight_scale", None), "weight_scale is missing"),
+        ("compressed-tensors", ("weight_zero_point", None), "weight_zero_point is missing"),
+        (
+            "compressed-tensors-act-order",
+            ("weight_g_idx", np.zeros(64, np.int32)),
+            "does not divide",
+        ),
+    ],
+)
+def test_shapes_that_are_none_of_a_format_are_named(foreign, name, tensor, found, tmp_path):
+    folder = shutil.copytree(foreign(name)[0], tmp_path / "changed")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    changed, array = f"model.layers.0.mlp.up_proj.{tensor[0]}", tensor[1]
+    del tensors[changed]
+    safetensors.numpy.save_file(
+        tensors | ({} if array is None else {changed: array}), folder / "model.safetensors"
+    )
+    with pytest.raises(errors.UserError, match=f"model.layers.0.mlp.up_proj.*{found}"):
+        load(folder)
+
+
+def test_zero_points_of_weights_that_are_declared_symmetric_count(tmp_path):
+    weights = quantized_models.write(tmp_path, "compressed-tensors")
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"symmetric": false', '"symmetric": true'))
+    assert_same_weights(load(tmp_path), weights)
+
+
 def test_quantization_none_makes_them_dense_with_the_same_products(foreign):
     folder, weights = foreign("gptq-act-order")
     model = load(folder, "none")

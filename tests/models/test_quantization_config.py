@@ -88,6 +88,10 @@ def test_weights_of_8_bits_with_scales_are_dense_ones(raw):
 def test_a_model_of_mlx_lm_has_4_bits_or_becomes_dense():
     four = quantization_config.parse({"bits": 4, "group_size": 64}, "config.json")
     assert quantization_config.choose(None, four, "folder") == "int4"
+    own = {"model.layers.0.mlp.up_proj": {"bits": 6, "group_size": 64}, "lm_head": False,
+           "model.layers.1.mlp.up_proj": {"bits": 4, "group_size": 64}}  # fmt: skip
+    mixed = quantization_config.parse({"bits": 4, "group_size": 64} | own, "config.json")
+    assert [mixed.skips(name) for name in own] == [True, True, False]
     eight = quantization_config.parse({"bits": 8, "group_size": 64}, "config.json")
     assert quantization_config.choose(None, eight, "folder") == "none"
     assert quantization_config.choose("nf4", eight, "folder") == "nf4"
@@ -108,6 +112,7 @@ def test_older_models_of_mlx_lm_are_known_as_quantized():
           ("aqlm", "hqq", "mxfp4", "torchao", "auto-round")),
         ({"bits": 4, "group_size": 64, "mode": "mxfp4"}, "mode 'mxfp4'"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
+        (PACKED | {"ignore": ["re:("]}, "no regular expression"),
         (PACKED | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
         (of_weights(num_bits=8), "8 bits"),
         (of_weights(strategy="tensor"), "strategy 'tensor'"),

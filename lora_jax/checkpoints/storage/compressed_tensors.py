@@ -40,7 +40,8 @@ def check(tensors, rows, columns, declared) -> tuple[StoredLinear | None, list[s
             problems += stored_linear.mismatches(tensors[name], name, dtypes, shape)
     if [*tensors["weight_shape"].value().reshape(-1)] != [columns, rows]:
         problems.append(f"weight_shape is not {[columns, rows]}")
-    if declared.zero_points and "weight_zero_point" not in tensors:
+    has_zeros = "weight_zero_point" in tensors  # also where config.json says symmetric
+    if declared.zero_points and not has_zeros:
         problems.append("weight_zero_point is missing, but config.json does not say symmetric")
     if problems:
         return None, problems
@@ -50,7 +51,7 @@ def check(tensors, rows, columns, declared) -> tuple[StoredLinear | None, list[s
         if problem:
             return None, [f"weight_g_idx {problem}"]
     size = stored_linear.split_group(group)
-    packed = PackedSpec("int4", size, declared.zero_points, act_order)
+    packed = PackedSpec("int4", size, has_zeros, act_order)
     recipe = Recipe(declared.method, rows, columns, "int4", group, packed)
     return StoredLinear(recipe, tensors, {}), []
 

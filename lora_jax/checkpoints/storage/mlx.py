@@ -26,16 +26,16 @@ _MIDDLE = 8  # code 8 of 0 … 15 is code 0 of −8 … 7
 
 def check(tensors, rows, columns, declared) -> tuple[StoredLinear | None, list[str]]:
     """See stored_linear.Format."""
-    words, groups = (tensors[name].shape[-1] for name in ("weight", "scales"))
-    bits, group = 32 * words // rows, rows // max(groups, 1)
+    words, groups = ((*tensors[name].shape, 0, 0)[1] for name in ("weight", "scales"))
     problems = []
     for name, dtypes, shape in (
-        ("weight", ("U32",), (columns, rows * bits // 32)),
-        ("scales", safetensors_files.FLOATS, (columns, rows // max(group, 1))),
-        ("biases", safetensors_files.FLOATS, (columns, rows // max(group, 1))),
+        ("weight", ("U32",), (columns, words)),
+        ("scales", safetensors_files.FLOATS, (columns, groups)),
+        ("biases", safetensors_files.FLOATS, (columns, groups)),
     ):
         problems += stored_linear.mismatches(tensors[name], name, dtypes, shape)
-    if not 2 <= bits <= 8 or rows * bits % 32 or group % 8 or rows % group:
+    bits, group = 32 * words // rows, rows // max(groups, 1)
+    if not 2 <= bits <= 8 or rows * bits != 32 * words or group % 8 or group * groups != rows:
         problems.append(f"weight and scales have {words} words and {groups} scales in a row, which "
                         f"are no codes of 2 to 8 bits for {rows} columns")  # fmt: skip
     if problems:
