@@ -30,6 +30,26 @@ LINEARS = {  # {name in a layer: (K, N)}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
+_DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+           "bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8", "int32": "I32",
+           "uint8": "U8"}  # fmt: skip
+
+
+def bytes_of(tensors: dict[str, np.ndarray], dtype: str | None = None) -> bytes:
+    """A safetensors file, also with float8, which safetensors' writer for numpy does not know.
+
+    dtype: the name to give to that of all tensors, instead of their own.
+    """
+    entries, data = {}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.tobytes()
+        entries[name] = {"dtype": dtype or _DTYPES[tensor.dtype.name], "shape": list(tensor.shape),
+                         "data_offsets": [len(data), len(data) + len(raw)]}  # fmt: skip
+        data += raw
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
 def draw(rows, columns, group, *, symmetric, act_order, rng):
     """(codes [K, N], zeros [groups, N], scales [groups, N], group of each row [K])"""
     groups = -(-rows // group)

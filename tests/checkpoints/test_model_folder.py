@@ -222,25 +222,13 @@ def test_the_dtype_of_the_tensors_is_taken_where_config_json_has_none(
     np.testing.assert_array_equal(found.astype(np.float32), tensors[EMBEDDING].astype(np.float32))
 
 
-def bytes_of(tensors, dtype):
-    """A safetensors file whose tensors have a dtype that safetensors' writer does not know."""
-    entries, data = {}, b""
-    for name, tensor in tensors.items():
-        raw = tensor.tobytes()
-        entries[name] = {"dtype": dtype, "shape": list(tensor.shape),
-                         "data_offsets": [len(data), len(data) + len(raw)]}  # fmt: skip
-        data += raw
-    header = json.dumps(entries).encode()
-    return len(header).to_bytes(8, "little") + header + data
-
-
 @pytest.mark.parametrize(
     "dtype, name", [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (ml_dtypes.float8_e5m2, "F8_E5M2")]
 )
 def test_float8_is_read_as_what_its_values_are(tmp_path, dtype, name):
     tensors = {key: tensor.astype(dtype) for key, tensor in tensors_of().items()}
     folder = written(tmp_path / "f8", {})
-    (folder / "model.safetensors").write_bytes(bytes_of(tensors, name))
+    (folder / "model.safetensors").write_bytes(quantized_models.bytes_of(tensors, name))
     as_float = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
     assert_same(arrays(folder), arrays(written(tmp_path / "f32", as_float)))
 
@@ -248,7 +236,7 @@ def test_float8_is_read_as_what_its_values_are(tmp_path, dtype, name):
 def test_other_dtypes_are_named(tmp_path):
     folder = written(tmp_path, {})
     tensors = {name: tensor.astype(np.uint8) for name, tensor in tensors_of().items()}
-    (folder / "model.safetensors").write_bytes(bytes_of(tensors, "F8_E8M0"))
+    (folder / "model.safetensors").write_bytes(quantized_models.bytes_of(tensors, "F8_E8M0"))
     assert f"{HEAD} has dtype F8_E8M0" in problems(folder)
 
 
