@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from lora_jax.kernels import choice, int4_matmul, matmul
 from lora_jax.kernels import packed as packing
 from lora_jax.layers import registry, stack
-from lora_jax.models import llama
+from lora_jax.models import decoder, llama
 from lora_jax.parallel import devices, processes
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
@@ -77,14 +77,14 @@ def derive(model: llama.LlamaForCausalLM, form: str, num_rows: int) -> Any:
 
 def forms(
     model: llama.LlamaForCausalLM, form: str, arrays: Any
-) -> Sequence[llama.Forms] | Callable[[jax.Array], llama.Forms]:
+) -> Sequence[decoder.Forms] | Callable[[jax.Array], decoder.Forms]:
     """The `forms` argument of `model.extend` from what `derive` returned.
 
     A weight that has no such form, or none for so many sequences, stays as it is.
     """
     together = concatenated(model)
     if form == "dense":
-        return [llama.Forms(*(functools.partial(_products, weight=own, widths=_widths(linears))
+        return [decoder.Forms(*(functools.partial(_products, weight=own, widths=_widths(linears))
                               for own, linears in zip(layer, together, strict=True)))
                 for layer in arrays]  # fmt: skip
     if form == "joined":
@@ -96,7 +96,7 @@ def forms(
                 for packed, linears in zip(arrays, together, strict=True)]  # fmt: skip
 
     def of(index):
-        return llama.Forms(*(product and functools.partial(product, layer=index)
+        return decoder.Forms(*(product and functools.partial(product, layer=index)
                              for product in each))  # fmt: skip
 
     return of
@@ -110,10 +110,10 @@ def spread(adapters: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def concatenated(model: llama.LlamaForCausalLM) -> llama.Forms:
+def concatenated(model: llama.LlamaForCausalLM) -> decoder.Forms:
     """The layers of which each form computes the products together."""
     attention, mlp = model.model.layers.self_attn, model.model.layers.mlp
-    return llama.Forms(
+    return decoder.Forms(
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         o=(attention.o_proj,),
         gate_up=(mlp.gate_proj, mlp.up_proj),

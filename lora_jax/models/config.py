@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax import errors
-from lora_jax.models import config_keys, config_values, rope_config
+from lora_jax.models import config_keys, config_values, layer_types, model_types, rope_config
 from lora_jax.models import quantization_config as model_quantization
 
 REMAT = ("full", "dots", "none")  # the backward pass recomputes all, all but dots, nothing
@@ -14,12 +15,14 @@ REMAT = ("full", "dots", "none")  # the backward pass recomputes all, all but do
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM.
+    """The architecture of LlamaForCausalLM and of its relatives, see model_types.MODEL_TYPES.
 
-    Field names are Hugging Face's. The model types differ in `qkv_bias`, `o_bias`, `qk_norm` and
-    `sliding_windows` (one entry a layer; None: full attention). `dtype` is the checkpoint's, with
-    float16 read as bfloat16 (same size, but no overflow in training). `quantization` says how the
-    checkpoint stores its linear layers (None: dense).
+    Field names are Hugging Face's where it has one. `sliding_windows` has one entry a layer (None:
+    full attention), and so has `ropes` (None: no rotary embedding), unless all layers have `rope`.
+    `attention_multiplier` scales q · k; None: head_dim^-1/2. `norm_offset` is added to the weights
+    of norms. `sandwich_norms`: attention and MLP are normalized on their output too. `dtype` is the
+    checkpoint's, with float16 read as bfloat16 (same size, but no overflow in training).
+    `quantization` says how the checkpoint stores its linear layers (None: dense).
     """
 
     vocab_size: int
@@ -36,8 +39,16 @@ class LlamaConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    hidden_act: str = "silu"
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    norm_offset: float = 0.0
+    sandwich_norms: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     rope: rope_config.RopeConfig = dataclasses.field(default_factory=rope_config.RopeConfig)
+    ropes: tuple[rope_config.RopeConfig | None, ...] = ()
     initializer_range: float = 0.02
     dtype: str = "float32"
     quantization: model_quantization.Quantization | None = None
@@ -64,15 +75,10 @@ class LlamaConfig:
         return max(self.max_position_embeddings, int(before * (self.rope.factor or 1)))
 
 
-_DEFAULTS: dict[str, dict[str, int]] = {  # transformers', for keys that config.json leaves out
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-}
 _CONTEXT = "max_position_embeddings"
 _MOST_LAYERS = 10_000
 _SHOWN = 8  # keys in one line
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
 _DTYPES = {
     **dict.fromkeys(("float32", "float", "fp32", "float64", "double"), "float32"),
     **dict.fromkeys(("float16", "half", "fp16"), "float16"),
@@ -132,33 +138,35 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     value that cannot be right.
     """
     model_type = raw.get("model_type")
-    if model_type not in config_keys.MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in model_types.MODEL_TYPES:
         nested = [key for key, value in raw.items() if isinstance(value, dict)
-                  and value.get("model_type") in config_keys.MODEL_TYPES]  # fmt: skip
+                  and value.get("model_type") in [*model_types.MODEL_TYPES]]  # fmt: skip
         raise errors.UserError(
-            expected=f"model_type among {', '.join(config_keys.MODEL_TYPES)}",
+            expected=f"model_type among {', '.join(model_types.MODEL_TYPES)}",
             found=config_values.shown(model_type)
             + (f", a model with a language model inside, in {nested[0]}" if nested else ""),
             where=where,
             do="use a LLaMA-like model, or inject LoRA into a Flax model of your own",
         )
     problems = config_keys.not_implemented(raw)
+    defaults = model_types.MODEL_TYPES[model_type].defaults
     raw = config_keys.read(raw)
-    values = config_values.Values(_DEFAULTS[model_type] | raw)
+    values = config_values.Values({**defaults, **raw})
     problems += [f"{key} is missing" for key in config_keys.REQUIRED if key not in values.given]
-    if raw.get("hidden_act") not in (None, "silu", "swish"):
-        shown = config_values.shown(raw["hidden_act"])
-        problems.append(f"hidden_act = {shown} is not implemented (silu is)")
     sizes = {key: values.count(key, 1) for key in config_keys.REQUIRED}
     sizes["num_hidden_layers"] = values.count("num_hidden_layers", 1, most=_MOST_LAYERS)
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     kv_heads = values.count("num_key_value_heads", heads)
     head_dim = values.count("head_dim", hidden // heads or 1)
-    context = values.count(_CONTEXT, _DEFAULTS[model_type][_CONTEXT])
+    context = values.count(_CONTEXT, defaults[_CONTEXT])
     if not problems and not values.problems:
         problems += _size_problems(hidden, heads, kv_heads, values.given.get("head_dim"))
-    windows = _sliding_windows(values, raw, sizes["num_hidden_layers"])
-    rope, rope_problems = rope_config.read(raw, context)
+    layers = sizes["num_hidden_layers"]
+    rope, rope_problems = rope_config.read({**defaults, **raw}, context)
+    of_layers = dict(
+        sliding_windows=layer_types.sliding_windows(values, raw, layers),
+        ropes=layer_types.ropes(values, raw, rope, layers, context),
+    )
     dtype = _DTYPES.get(stored_dtype(raw))
     if dtype is None:
         problems.append(f"dtype {config_values.shown(_stated_dtype(raw))} is not implemented")
@@ -170,6 +178,8 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         o_bias=bias,
         mlp_bias=values.flag("mlp_bias"),
         initializer_range=values.number("initializer_range", 0.02),
+        hidden_act=_activation(values, raw),
+        **_factors(values, raw, defaults, hidden, head_dim),
     )
     problems += values.problems + rope_problems
     if problems:
@@ -182,17 +192,47 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     return LlamaConfig(
         **sizes,
         **fields,
+        **of_layers,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=context,
-        qk_norm=model_type == "qwen3",
-        sliding_windows=windows,
+        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        norm_offset=float(model_type == "gemma3_text"),
+        sandwich_norms=model_type == "gemma3_text",
         rope=rope,
         dtype="bfloat16" if dtype == "float16" else dtype,
         quantization=model_quantization.parse(stored, where)
         if (stored := model_quantization.declared(raw))
         else None,
     )
+
+
+def _activation(values: config_values.Values, raw: dict[str, Any]) -> str:
+    key = "hidden_activation" if raw["model_type"] == "gemma3_text" else "hidden_act"
+    name = values.given.get(key, "silu")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        values.problems.append(f"{key} = {config_values.shown(name)} is not implemented "
+                               f"({', '.join(_ACTIVATIONS)} are)")  # fmt: skip
+        return "silu"
+    return _ACTIVATIONS[name]
+
+
+def _factors(
+    values: config_values.Values,
+    raw: dict[str, Any],
+    defaults: Mapping[str, Any],
+    hidden: int,
+    head_dim: int,
+) -> dict[str, Any]:
+    """The multipliers of Granite, and those that Gemma makes of its sizes."""
+    if raw["model_type"] == "granite":
+        found = {key: values.number(key, 1.0) for key in model_types.MULTIPLIERS}
+        return found | {"logits_scaling": values.positive("logits_scaling", 1.0)}
+    if raw["model_type"] == "gemma3_text":
+        scalar = values.positive("query_pre_attn_scalar", defaults["query_pre_attn_scalar"])
+        scale = None if scalar == head_dim else scalar**-0.5
+        return {"embedding_multiplier": hidden**0.5, "attention_multiplier": scale}
+    return {}
 
 
 def notes(raw: dict[str, Any]) -> list[str]:
@@ -223,33 +263,6 @@ def _size_problems(hidden: int, heads: int, kv_heads: int, head_dim: int | None)
         problems.append(f"num_attention_heads {heads} is no multiple of "
                         f"num_key_value_heads {kv_heads}")  # fmt: skip
     return problems
-
-
-def _sliding_windows(
-    values: config_values.Values, raw: dict[str, Any], layers: int
-) -> tuple[int | None, ...]:
-    """The window of each layer; None for full attention."""
-    window = None
-    if raw.get("sliding_window", 0) is not None:  # null is none, an absent key the default
-        window = values.count("sliding_window", 4096)
-    if raw["model_type"] == "mistral":
-        return (window,) * layers
-    first = values.number("max_window_layers", 28)
-    kinds = values.given.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-    ]
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        shown = config_values.shown(kinds)
-        values.problems.append(f"layer_types = {shown} is not a list with one entry a layer")
-        return ()
-    values.problems += [
-        f"layer type {config_values.shown(kind)} is not implemented"
-        for kind in kinds
-        if kind not in ("full_attention", "attention", "sliding_attention")
-    ]
-    if not values.flag("use_sliding_window"):
-        return (None,) * layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def states_dtype(raw: dict[str, Any]) -> bool:

@@ -8,9 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import config_values
+from lora_jax.models import config_values, model_types
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -26,13 +25,6 @@ _READ = {
     *("dtype", "torch_dtype", "model_type", "attention_dropout"),
     *("quantization_config", "quantization"),  # mlx-lm writes both
 }
-_WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-_ALSO_READ = {
-    "llama": ("attention_bias", "mlp_bias"),
-    "mistral": ("sliding_window",),
-    "qwen2": _WINDOW,
-    "qwen3": ("attention_bias", *_WINDOW),
-}
 
 _OFF = (None, False, 0, "", [], {})
 _ONE = (None, 1)
@@ -42,7 +34,7 @@ NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # key → the values with which
     **dict.fromkeys(("rotary_pct", "rope_pct", "rotary_percent"), _ONE),
     "position_embedding_type": (*_OFF, "rope", "rotary"),
     "alibi": _OFF,
-    # factors of Granite, MiniCPM, Cohere, Falcon-H1 and Gemma
+    # factors of Granite, MiniCPM, Cohere, Falcon-H1 and Gemma; Granite and Gemma 3 read theirs
     **dict.fromkeys(("logits_scaling", "logit_scale", "embedding_multiplier", "scale_emb"), _ONE),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier", "embedding_scale"), _ONE),
     **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth"), _OFF),
@@ -53,6 +45,7 @@ NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # key → the values with which
     **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), _OFF),
     # attention
     "is_causal": (None, True),
+    "use_bidirectional_attention": _OFF,
     **dict.fromkeys(("attention_sinks", "use_attention_sinks", "attention_chunk_size"), _OFF),
     **dict.fromkeys(("attn_temperature_tuning", "use_parallel_residual", "parallel_attn"), _OFF),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "kv_sharing_modes"), _OFF),
@@ -63,7 +56,6 @@ NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # key → the values with which
     # transformers' own: layers that differ from each other, and weights in another file
     **dict.fromkeys(("per_layer_config", "transformers_weights"), _OFF),
 }
-_BUILT_IN = {"qwen2": ("qkv_bias", "use_qkv_bias"), "qwen3": ("qk_norm", "use_qk_norm")}
 # What versions before 5 of transformers and other programs write beside the architecture.
 _BOOKKEEPING = {
     *("tokenizer_class", "auto_map", "torchscript", "is_decoder", "task_specific_params"),
@@ -77,18 +69,19 @@ _BOOKKEEPING = {
 
 def read(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that a model of its type reads."""
-    known = _READ.union(_ALSO_READ[raw["model_type"]])
+    known = _READ.union(_type(raw).reads)
     return {key: value for key, value in raw.items() if key in known}
 
 
 def not_implemented(raw: Mapping[str, Any]) -> list[str]:
     """What changes the computation and is not implemented, one line each."""
+    implemented = {*_type(raw).reads, *_type(raw).built_in}
     return [
         f"{key} = {config_values.shown(raw[key])} is not implemented"
         for key, harmless in NOT_IMPLEMENTED.items()
         if key in raw
         and not any(raw[key] == value for value in harmless)
-        and key not in _BUILT_IN.get(raw["model_type"], ())
+        and key not in implemented
     ]
 
 
@@ -101,7 +94,7 @@ def unread(raw: Mapping[str, Any]) -> list[str]:
         transformers.CONFIG_MAPPING[raw["model_type"]],
         transformers.GenerationConfig(),
     )
-    known = _READ.union(_ALSO_READ[raw["model_type"]], _BOOKKEEPING)
+    known = _READ.union(_type(raw).reads, _BOOKKEEPING)
     return [
         key
         for key, value in raw.items()
@@ -111,3 +104,7 @@ def unread(raw: Mapping[str, Any]) -> list[str]:
         and not any(hasattr(each, key) for each in of_transformers)
         and key not in NOT_IMPLEMENTED  # with a value that changes nothing
     ]
+
+
+def _type(raw: Mapping[str, Any]) -> model_types.ModelType:
+    return model_types.MODEL_TYPES[raw["model_type"]]

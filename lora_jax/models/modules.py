@@ -31,17 +31,20 @@ class Embedding(nnx.Embed):
 class RMSNorm(nnx.Module):
     """y = weight · x / √(mean(x²) + ε); normalized in float32, scaled in x's dtype.
 
+    With an offset, y = (offset + weight) · …, scaled in float32, as in Gemma.
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4.
     """
 
-    def __init__(self, width: int, eps: float, *, dtype: jax.typing.DTypeLike):
-        self.weight = nnx.Param(jnp.ones(width, dtype))
-        self.eps = eps
+    def __init__(self, width: int, eps: float, *, offset: float = 0.0, dtype: jax.typing.DTypeLike):
+        self.weight = nnx.Param(jnp.full(width, 1.0 - offset, dtype))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*B width"]) -> Float[Array, "*B width"]:
         wide = x.astype(jnp.float32)
         scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         weight = jnp.expand_dims(self.weight[...], tuple(range(x.ndim - 1)))
+        if self.offset:
+            return (wide * scale * (self.offset + weight.astype(jnp.float32))).astype(x.dtype)
         return (wide * scale).astype(x.dtype) * weight
 
 
@@ -52,6 +55,10 @@ def _dot_general(x, kernel, dimension_numbers, **_):
 
 def _float32_dot_general(x, kernel, dimension_numbers, **_):
     return matmul.matmul(x, kernel, jnp.float32)
+
+
+def norm(config, width, *, dtype):
+    return RMSNorm(width, config.rms_norm_eps, offset=config.norm_offset, dtype=dtype)
 
 
 def linear(config, d_in, d_out, use_bias, *, dot_general=_dot_general, dtype, rngs):

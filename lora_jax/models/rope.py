@@ -1,6 +1,7 @@
 """Rotary position embedding in Hugging Face's rotate-half layout, with its scaling rules."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,37 @@ def cos_sin(
     )
     angles = positions[..., None].astype(jnp.float32) * inv_freq[None, None]
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+
+
+def of_layers(
+    positions: Int[Array, "B T"],
+    head_dim: int,
+    ropes: Sequence[rope_config.RopeConfig | None],
+    context: int,
+    lengths: Int[Array, " B"] | None = None,
+) -> Callable[[jax.Array], tuple[Float[Array, "B T half"], Float[Array, "B T half"]]]:
+    """Layer index → cos and sin of its rotary embedding; 1 and 0 for a layer without (None).
+
+    lengths: of the sequences, each of which is treated alone; None: they are all there.
+    """
+    kinds = tuple(dict.fromkeys(ropes))
+    each = [_of_kind(positions, head_dim, kind, context, lengths) for kind in kinds]
+    if len(kinds) == 1:
+        return lambda index: each[0]
+    of_layer = jnp.asarray([kinds.index(kind) for kind in ropes], jnp.int32)
+    cos, sin = (jnp.stack(parts) for parts in zip(*each, strict=True))
+    return lambda index: (cos[of_layer[index]], sin[of_layer[index]])
+
+
+def _of_kind(positions, head_dim, rope, context, lengths):
+    if rope is None:
+        shape = (*positions.shape, head_dim // 2)
+        return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+    if lengths is None:
+        return cos_sin(positions, head_dim, rope, context)
+    each = jax.vmap(lambda own, length: cos_sin(own[None], head_dim, rope, context, length))
+    cos, sin = each(positions, lengths)
+    return cos[:, 0], sin[:, 0]
 
 
 def apply(

@@ -37,6 +37,7 @@ _FACTORS = ("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fas
 _REFUSED = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _PLACES = ("rope_scaling", "rope_parameters")  # the first precedes the second
 _KNOWN = {field.name for field in dataclasses.fields(RopeConfig)} | {*_REFUSED, "type"}
+_KINDS = ("full_attention", "sliding_attention")
 _SCALED = ("yarn", "llama3")  # which depend on the length before scaling
 
 
@@ -101,9 +102,26 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
     return rope, problems + values.problems + above.problems
 
 
+def read_local(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
+    """The same for the layers of Gemma 3 that have a sliding window."""
+    theta = raw.get("rope_local_base_freq")
+    own = {"rope_theta": 1e4 if theta is None else theta}
+    return read(own | {"rope_parameters": _nested(raw).get("sliding_attention")}, context)
+
+
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The object with the settings, as it is in config.json; {} for none."""
-    return dict(next((raw[key] for key in _PLACES if raw.get(key)), {}))
+    found = next((raw[key] for key in _PLACES if raw.get(key)), {})
+    if found is _nested(raw):
+        found = found.get("full_attention") or {}
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """rope_parameters that have settings for each type of layers, as those of Gemma 3; else {}."""
+    found = raw.get("rope_parameters")
+    is_nested = raw.get("model_type") == "gemma3_text" and isinstance(found, dict)
+    return found if is_nested and not found.keys().isdisjoint(_KINDS) else {}
 
 
 def unread(raw: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from lora_jax import errors
 from lora_jax.kernels import partitioning
-from lora_jax.models import llama, modules
+from lora_jax.models import decoder, llama, modules
 from lora_jax.parallel import devices, processes
 from lora_jax.quant import linear as quant_linear
 
@@ -208,7 +208,7 @@ def set_partitions(model: nnx.Module) -> None:
     for path, layer in nnx.iter_graph(model):
         if isinstance(layer, quant_linear.QuantLinear | nnx.Linear | modules.Embedding):
             layer.partition = partition(path)
-        elif isinstance(layer, llama.LlamaAttention):
+        elif isinstance(layer, decoder.LlamaAttention):
             layer.partition = partition(("q_proj",))
 
 

@@ -78,11 +78,13 @@ def job_from(fields: dict[str, Any]) -> Job:
 def architecture_from(fields: dict[str, Any]) -> model_config.LlamaConfig:
     """The same for an architecture."""
     rope = rope_config.RopeConfig(**fields["rope"])
+    ropes = tuple(each and rope_config.RopeConfig(**each) for each in fields["ropes"])
     stored = fields["quantization"]
     stored = None if stored is None else model_quantization.Quantization(**stored)
     windows = tuple(fields["sliding_windows"])
     return model_config.LlamaConfig(
-        **fields | {"rope": rope, "sliding_windows": windows, "quantization": stored}
+        **fields
+        | {"rope": rope, "ropes": ropes, "sliding_windows": windows, "quantization": stored}
     )
 
 

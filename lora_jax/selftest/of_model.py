@@ -10,7 +10,7 @@ from lora_jax.generation import chunks, steps
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import choice
 from lora_jax.lora.nnx import bank
-from lora_jax.models import llama, modules
+from lora_jax.models import decoder, llama, modules
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 from lora_jax.quant import linear as quant_linear
@@ -110,7 +110,7 @@ def _products(model: nnx.Module, rows: int, *, backward: bool) -> Iterator[case.
 
 
 def _cached_attention(
-    model: llama.LlamaModel, slots: int, kv_dtype: str | None, tokens: int
+    model: decoder.LlamaModel, slots: int, kv_dtype: str | None, tokens: int
 ) -> case.Case:
     c = model.config
     return decoding.cached_attention(

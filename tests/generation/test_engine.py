@@ -95,7 +95,7 @@ def compilations():
 @pytest.mark.parametrize(
     "name",
     [pytest.param("llama", marks=pytest.mark.device),
-     "qwen2_window", *cases.long("llama_bias", "llama_dynamic", "qwen3")],
+     "gemma3", *cases.long("llama_bias", "llama_dynamic", "qwen2_window", "qwen3", "smollm3")],
 )  # fmt: skip
 def test_greedy_tokens_equal_hugging_faces(name):
     """More prompts than slots, of unequal length."""

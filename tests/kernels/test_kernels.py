@@ -14,7 +14,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from lora_jax import extras
-from lora_jax.kernels import attention, cross_entropy, embedding, swiglu
+from lora_jax.kernels import attention, cross_entropy, embedding, glu
 from lora_jax.kernels import platform as platforms
 from lora_jax.kernels.attention import cudnn, splash, tokamax_gpu, xla
 from lora_jax.kernels.attention import dense as dense_attention
@@ -322,7 +322,7 @@ def test_swiglu(dtype):
         gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
         return (gate / (1 + jnp.exp(-gate)) * up).astype(dtype)
 
-    found = value_and_vjp(swiglu.swiglu, (gate, up), cotangent)
+    found = value_and_vjp(glu.swiglu, (gate, up), cotangent)
     for a, b in zip(found, value_and_vjp(reference, (gate, up), cotangent), strict=True):
         assert a.dtype == dtype
         close(a, b, dtype)

@@ -32,7 +32,8 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PREFIX = "base_model.model.model.layers."
 RUNS = (
     "lora_qv", "lora_all_rslora", "lora_plus", "lora_dora", "lora_dora_embedding",
-    "lora_embedding", "lora_saved", "lora_tokens", "lora_tokens_head",
+    "lora_embedding", "lora_saved", "lora_tokens", "lora_tokens_head", "lora_gemma3",
+    "lora_granite",
 )  # fmt: skip
 
 

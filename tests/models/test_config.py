@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lora_jax import errors
 from lora_jax.models import config as model_config
-from lora_jax.models import config_keys, rope, rope_config
+from lora_jax.models import config_keys, model_types, rope, rope_config
 
 SMALL = dict(
     architectures=["LlamaForCausalLM"],
@@ -121,6 +121,37 @@ PUBLISHED = {
         vocab_size=49152, **{"transformers.js_config": {"dtype": "q4"}},
     ),
 }  # fmt: skip
+RELATIVES = {  # of LLaMA, whose layers differ from each other or from it
+    "gemma-3-1b-it": dict(
+        attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=None, bos_token_id=2,
+        cache_implementation="hybrid", eos_token_id=[1, 106], final_logit_softcapping=None,
+        head_dim=256, hidden_activation="gelu_pytorch_tanh", hidden_size=1152,
+        initializer_range=0.02, intermediate_size=6912, max_position_embeddings=32768,
+        model_type="gemma3_text", num_attention_heads=4, num_hidden_layers=26,
+        num_key_value_heads=1, pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-06,
+        rope_local_base_freq=10000, rope_scaling=None, rope_theta=1000000, sliding_window=512,
+        sliding_window_pattern=6, torch_dtype="bfloat16", transformers_version="4.50.0.dev0",
+        use_cache=True, vocab_size=262144,
+    ),
+    "SmolLM3-3B": dict(
+        attention_bias=False, attention_dropout=0.0, bos_token_id=None, eos_token_id=128012,
+        hidden_act="silu", hidden_size=2048, initializer_range=0.02, intermediate_size=11008,
+        layer_types=36 * ["full_attention"], max_position_embeddings=65536, max_window_layers=28,
+        mlp_bias=False, model_type="smollm3", no_rope_layer_interval=4,
+        no_rope_layers=9 * [1, 1, 1, 0], num_attention_heads=16, num_hidden_layers=36,
+        num_key_value_heads=4, pad_token_id=128004, pretraining_tp=2, rms_norm_eps=1e-06,
+        rope_scaling=None, rope_theta=5000000.0, sliding_window=None, torch_dtype="bfloat16",
+        use_cache=False, use_sliding_window=False, vocab_size=128256,
+    ),
+    "granite-3.3-2b-instruct": dict(
+        _TOKENS, attention_bias=False, attention_dropout=0.0, attention_multiplier=0.015625,
+        embedding_multiplier=12.0, hidden_act="silu", hidden_size=2048, initializer_range=0.02,
+        intermediate_size=8192, logits_scaling=8.0, max_position_embeddings=131072, mlp_bias=False,
+        model_type="granite", num_attention_heads=32, num_hidden_layers=40, num_key_value_heads=8,
+        residual_multiplier=0.22, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000000.0,
+        tie_word_embeddings=True, torch_dtype="bfloat16", vocab_size=49159,
+    ),
+}  # fmt: skip
 HEADS = {  # (num_attention_heads, num_key_value_heads, head_dim)
     "Llama-2-7b-hf": (32, 32, 128),
     "TinyLlama-1.1B-Chat-v1.0": (32, 4, 64),
@@ -147,6 +178,64 @@ def test_published_configs_are_taken(name):
     assert config.dtype == "bfloat16" and config.quantization is None
     listed = ["config.json has keys that llama does not read: is_llama_config"]
     assert model_config.notes(raw) == (listed if "Smol" in name else [])
+
+
+def test_published_configs_of_relatives():
+    gemma, smollm, granite = (model_config.from_dict(RELATIVES[name]) for name in RELATIVES)
+    assert all(config.tie_word_embeddings for config in (gemma, smollm, granite))
+    assert [*map(model_config.notes, RELATIVES.values())] == [
+        [], ["config.json has keys that smollm3 does not read: max_window_layers"], []
+    ]  # fmt: skip
+
+    assert gemma.sliding_windows == (4 * (5 * (512,) + (None,)) + (512, 512))
+    kinds = [rope.rope_theta for rope in gemma.ropes]
+    assert kinds == [1e4 if window else 1e6 for window in gemma.sliding_windows]
+    assert gemma.embedding_multiplier == 1152**0.5 and gemma.attention_multiplier is None
+    assert gemma.hidden_act == "gelu_pytorch_tanh" and gemma.sandwich_norms and gemma.norm_offset
+
+    assert smollm.ropes == 9 * (3 * (smollm.rope,) + (None,))
+    assert smollm.rope.rope_theta == 5e6 and set(smollm.sliding_windows) == {None}
+
+    names = ("embedding", "attention", "residual")
+    factors = [getattr(granite, f"{name}_multiplier") for name in names]
+    assert factors == [12, 0.015625, 0.22] and granite.logits_scaling == 8
+    assert not granite.ropes and not granite.sandwich_norms
+
+
+@pytest.mark.parametrize(
+    "model_type, changes, expected",
+    [
+        ("gemma3_text", {"query_pre_attn_scalar": 64}, {"attention_multiplier": 0.125}),
+        ("gemma3_text", {"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
+        ("granite", {}, {"attention_multiplier": 1.0}),
+        ("granite", {"logits_scaling": 4}, {"logits_scaling": 4.0}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}, {"ropes": ()}),
+        ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8},
+         {"sliding_windows": (None, 8, None)}),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu_pytorch_tanh"}),
+    ],
+)  # fmt: skip
+def test_relatives_have_defaults_of_their_own(model_type, changes, expected):
+    found = read(model_type, **changes)
+    assert found == dataclasses.replace(found, **expected)
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_theta": 5e5, "rope_local_base_freq": 100, "rope_scaling": {
+            "type": "linear", "factor": 8.0}},
+        {"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100}}},
+    ],
+    ids=["transformers 4", "transformers 5"],
+)  # fmt: skip
+def test_gemma_has_two_rotary_embeddings(rotary):
+    found = read("gemma3_text", **rotary, sliding_window_pattern=3)
+    local, _, whole = found.ropes
+    assert local == rope_config.RopeConfig(rope_theta=100.0) and whole == found.rope
+    assert (whole.rope_type, whole.factor, whole.rope_theta) == ("linear", 8.0, 5e5)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +343,15 @@ def test_sliding_windows(model_type, changes, windows):
         (dict(rope_scaling={"type": "yarn"}), ["rope parameter factor is missing"]),
         (dict(partial_rotary_factor=0.5), ["partial_rotary_factor = 0.5"]),
         (dict(model_type="qwen2", layer_types=["full_attention"]), ["layer_types"]),
+        (dict(model_type="smollm3", no_rope_layers=[1, 0]), ["no_rope_layers"]),
+        (dict(model_type="smollm3", no_rope_layer_interval=0), ["no_rope_layer_interval"]),
+        (dict(model_type="gemma3_text", hidden_activation="gelu"), ["hidden_activation = 'gelu'"]),
+        (dict(model_type="gemma3_text", sliding_window_pattern="6"), ["sliding_window_pattern"]),
+        (dict(model_type="gemma3_text", final_logit_softcapping=30.0), ["final_logit_softcapping"]),
+        (dict(model_type="gemma3_text", rope_parameters={"sliding_attention": {
+            "rope_type": "longrope"}}), ["longrope"]),
+        (dict(model_type="granite", residual_multiplier="x"), ["residual_multiplier"]),
+        (dict(model_type="gemma3", text_config={"model_type": "gemma3_text"}), ["text_config"]),
         (dict(model_type="qwen2", layer_types=["linear_attention"] * 3), ["'linear_attention'"]),
         (dict(model_type="mistral3", text_config={"model_type": "mistral"}), ["text_config"]),
         (dict(model_type=["llama"]), ["['llama']"]),
@@ -399,7 +497,7 @@ known = st.sampled_from(sorted({*SMALL, *_TOKENS, *config_keys.NOT_IMPLEMENTED} 
 
 
 @given(
-    st.sampled_from(config_keys.MODEL_TYPES),
+    st.sampled_from([*model_types.MODEL_TYPES]),
     st.dictionaries(known, values | rope_settings, max_size=3),
 )
 def test_random_values_are_taken_or_one_error(model_type, changes):
@@ -418,7 +516,7 @@ def test_random_values_are_taken_or_one_error(model_type, changes):
 
 
 @given(
-    st.sampled_from(config_keys.MODEL_TYPES),
+    st.sampled_from([*model_types.MODEL_TYPES]),
     st.dictionaries(st.text(max_size=8), values, max_size=2),
 )
 def test_random_keys_change_nothing(model_type, extra):

@@ -18,8 +18,8 @@ from lora_jax.models import config as model_config
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = sorted(path.name for path in (GOLDEN / "models").iterdir())
-PADDED = ["llama_bias", "llama_dynamic", "qwen2_window", "stories260K"]
-CACHED = ["llama_dynamic", "mistral", "qwen2_window", "stories260K"]
+PADDED = ["gemma3", "llama_bias", "llama_dynamic", "qwen2_window", "stories260K"]
+CACHED = ["gemma3", "llama_dynamic", "mistral", "qwen2_window", "stories260K"]
 TINY = [name for name in MODELS if name != "stories260K"]
 TOLERANCE = 2e-4  # float32 logits of std 1.5 to 3; float32 itself is within 1e-4 of float64
 
@@ -117,7 +117,9 @@ def golden_generations(name, num_new):
     return rows, [arrays[f"gen{i}_ids"][len(ids) :][:num_new] for i, ids in enumerate(rows)]
 
 
-@pytest.mark.parametrize("name", [*CACHED, *cases.long("llama", "qwen3")])
+@pytest.mark.parametrize(
+    "name", [*CACHED, *cases.long("granite", "llama", "ministral", "qwen3", "smollm3")]
+)
 def test_cache_reproduces_greedy_generation(name):
     """Prompts of different lengths, padded on the right, then one token at a time."""
     rows, expected = golden_generations(name, 16)

@@ -1,0 +1,216 @@
+"""The decoder of LLaMA and its relatives (see model_types.py): embedding, layers and last norm.
+
+Axes: B batch · T query tokens · S key tokens · D hidden · F ffn · N heads · K kv-heads ·
+H head_dim · V vocab · L layers. Names are Hugging Face's. The decoder layers are one module whose
+arrays are stacked [L, …] and run by `lax.scan`, so that compile time does not grow with depth;
+whatever wraps a projection (LoRA, a quantized weight) is scanned with it. On a CPU the scan is
+unrolled where that is faster; the platform follows from the ambient mesh (jax.set_mesh).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from lora_jax.kernels import attention, glu, matmul, partitioning, platform
+from lora_jax.layers import projections, stack
+from lora_jax.models import cache, modules, rope
+from lora_jax.models import config as model_config
+
+
+class Forms(NamedTuple):
+    """Functions x → x · W for a layer's frozen weights; None where the layer itself is called."""
+
+    qkv: Callable | None = None
+    o: Callable | None = None
+    gate_up: Callable | None = None
+    down: Callable | None = None
+
+
+class LlamaModel(nnx.Module):
+    def __init__(self, config, *, dtype, rngs):
+        self.config = config
+        self.embed_tokens = modules.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=dtype,
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def layers(rngs):
+            return LlamaDecoderLayer(config, dtype=dtype, rngs=rngs)
+
+        self.layers = layers(rngs)
+        self.norm = modules.norm(config, config.hidden_size, dtype=dtype)
+
+    def __call__(
+        self,
+        input_ids,
+        positions,
+        examples=None,
+        *,
+        kv=None,
+        place=None,
+        remat="none",
+        forms=None,
+    ):
+        """(the input of the head [B, T, D], kv). Attention is within examples, or to the cache kv.
+
+        examples [B, T]: the number of each token's example, 0 on padding; None: one a sequence.
+        """
+        c = self.config
+        hidden = self.embed_tokens(input_ids)
+        if c.embedding_multiplier != 1:
+            hidden = hidden * jnp.asarray(c.embedding_multiplier, hidden.dtype)
+        lengths = None if place is None else place.length
+        ropes = c.ropes or (c.rope,) * c.num_hidden_layers
+        rotation = rope.of_layers(positions, c.head_dim, ropes, c.max_position_embeddings, lengths)
+        graphdef, whole, sliced = stack.split(self.layers)
+        if kv is None:
+            attend = _within(examples, c)
+        else:
+            attend = cache.attention_to(kv, place, input_ids.shape[1], *_windows(c))
+
+        def layer(carry, xs, form=None):
+            hidden, kv = carry
+            state, index = xs
+            block = nnx.merge(graphdef, whole, state)
+            if form is None:
+                form = forms(index) if callable(forms) else Forms()
+            with stack.running(index):
+                attend_to = functools.partial(attend, index, kv)
+                hidden, kv = block(hidden, *rotation(index), attend_to, form)
+            return (hidden, kv), None
+
+        xs = (sliced, jnp.arange(c.num_hidden_layers))
+        carry = (hidden, kv)
+        if isinstance(forms, Sequence):  # each has its own arrays, which a scan cannot slice
+            for index, form in enumerate(forms):
+                carry, _ = layer(carry, stack.at(xs, index), form)
+        elif remat == "none" and platform.on_cpu():
+            # XLA's CPU backend converts the whole stacks that a scan keeps to float32 and back.
+            each = jax.jit(layer)  # traced once for all layers
+            for index in range(c.num_hidden_layers):
+                carry, _ = each(carry, stack.at(xs, index))
+        else:
+            carry, _ = lax.scan(_rematerialized(layer, remat), carry, xs)
+        hidden, kv = carry
+        return _scaled(self.norm(hidden), 1 / c.logits_scaling), kv
+
+
+class LlamaDecoderLayer(nnx.Module):
+    def __init__(self, config, *, dtype, rngs):
+        norm = functools.partial(modules.norm, config, config.hidden_size, dtype=dtype)
+        self.config = config
+        self.input_layernorm = norm()
+        self.self_attn = LlamaAttention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
+        if config.sandwich_norms:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+
+    def __call__(self, hidden, cos, sin, attend, form):
+        c = self.config
+        attended, kv = self.self_attn(self.input_layernorm(hidden), cos, sin, attend, form)
+        if c.sandwich_norms:  # what follows the attention by name normalizes its output
+            attended = self.post_attention_layernorm(attended)
+            before, after = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+        else:
+            before, after = self.post_attention_layernorm, lambda output: output
+        hidden = hidden + _scaled(attended, c.residual_multiplier)
+        output = after(self.mlp(before(hidden), form))
+        return hidden + _scaled(output, c.residual_multiplier), kv
+
+
+class LlamaAttention(nnx.Module):
+    """partition: how a mesh shards the sequences and the heads."""
+
+    partition = partitioning.WHOLE
+
+    def __init__(self, config, *, dtype, rngs):
+        linear = functools.partial(modules.linear, config, dtype=dtype, rngs=rngs)
+        self.config = config
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, width, config.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.o_proj = linear(width, config.hidden_size, config.o_bias)
+        if config.qk_norm:
+            self.q_norm = modules.norm(config, config.head_dim, dtype=dtype)
+            self.k_norm = modules.norm(config, config.head_dim, dtype=dtype)
+
+    def __call__(self, hidden, cos, sin, attend, form):
+        c = self.config
+        heads = (*hidden.shape[:2], -1, c.head_dim)
+        qkv = projections.project(hidden, self.q_proj, self.k_proj, self.v_proj, form=form.qkv)
+        q, k, v = (projected.reshape(heads) for projected in qkv)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        k = rope.apply(k, cos, sin)
+        if c.attention_multiplier is not None:  # attention itself multiplies by head_dim^-1/2
+            factor = c.attention_multiplier * c.head_dim**0.5
+            cos, sin = factor * cos, factor * sin
+        q = rope.apply(q, cos, sin)
+        attended, kv = attend(q, k, v, self.partition)
+        attended = attended.reshape(*hidden.shape[:2], -1)
+        (attended,) = projections.project(attended, self.o_proj, form=form.o)
+        return attended, kv
+
+
+class LlamaMLP(nnx.Module):
+    def __init__(self, config, *, dtype, rngs):
+        linear = functools.partial(modules.linear, config, dtype=dtype, rngs=rngs)
+        self.config = config
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def __call__(self, hidden, form):
+        gate, up = projections.project(hidden, self.gate_proj, self.up_proj, form=form.gate_up)
+        activated = glu.ACTIVATIONS[self.config.hidden_act](gate, up)
+        (down,) = projections.project(activated, self.down_proj, form=form.down)
+        return down
+
+
+def _within(examples: jax.Array | None, config: model_config.LlamaConfig) -> Callable:
+    """Attention within examples: (layer index, kv, q, k, v, partition) → (attended, kv)."""
+    windows, kinds = _windows(config)
+
+    def attend(index, kv, q, k, v, partition):
+        how = {"windows": windows, "kind": kinds[index], "partition": partition}
+        return attention.self_attention(q, k, v, examples, **how), kv
+
+    return attend
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """factor · x, computed in float32: the factor is not rounded to x's dtype."""
+    return x if factor == 1 else (factor * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _windows(config: model_config.LlamaConfig) -> tuple[tuple[int | None, ...], jax.Array]:
+    """(the distinct sliding windows, the index of each layer's window [L])."""
+    of_layers = config.sliding_windows or (None,) * config.num_hidden_layers
+    windows = tuple(dict.fromkeys(of_layers))
+    return windows, jnp.asarray([windows.index(window) for window in of_layers], jnp.int32)
+
+
+def _rematerialized(layer, remat: str):
+    if remat not in model_config.REMAT:
+        raise ValueError(f"expected remat among {model_config.REMAT}, found {remat!r}")
+    if remat == "none":
+        return layer
+    # By name: JAX's policies do not see into custom derivative rules.
+    saved = jax.checkpoint_policies.save_only_these_names(matmul.PRODUCT)
+    policy = saved if remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -1,0 +1,70 @@
+"""The model types of config.json: in what each differs from the others. Imports no jax.
+
+From the modeling code of transformers for each model type. A relative of LLaMA is added here, with
+fields of LlamaConfig for what its layers do differently.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+
+class ModelType(NamedTuple):
+    """A model_type.
+
+    reads: keys of config.json beside those that all types read. defaults: transformers', for keys
+    that config.json leaves out. built_in: keys of other types; this one computes so without them.
+    """
+
+    reads: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    built_in: tuple[str, ...] = ()
+
+
+_BIASES = ("attention_bias", "mlp_bias")
+_WINDOWS = ("use_sliding_window", "sliding_window", "layer_types")
+MULTIPLIERS = (
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+_LONG = {"max_position_embeddings": 32768}
+
+MODEL_TYPES: dict[str, ModelType] = {
+    "llama": ModelType(_BIASES, {"max_position_embeddings": 2048}),
+    "mistral": ModelType(
+        ("sliding_window",), {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+    ),
+    "ministral": ModelType(
+        ("sliding_window", "layer_types"),
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    ),
+    "qwen2": ModelType(
+        (*_WINDOWS, "max_window_layers"),
+        _LONG | {"num_key_value_heads": 32},
+        ("qkv_bias", "use_qkv_bias"),
+    ),
+    "qwen3": ModelType(
+        ("attention_bias", *_WINDOWS, "max_window_layers"),
+        _LONG | {"num_key_value_heads": 32, "head_dim": 128},
+        ("qk_norm", "use_qk_norm"),
+    ),
+    "smollm3": ModelType(
+        (*_BIASES, *_WINDOWS, "no_rope_layers", "no_rope_layer_interval"),
+        _LONG
+        | {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6}
+        | {"no_rope_layer_interval": 4},
+    ),
+    "granite": ModelType(
+        (*_BIASES, *MULTIPLIERS), {"max_position_embeddings": 2048, "attention_multiplier": 1.0}
+    ),
+    "gemma3_text": ModelType(
+        ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window",
+         "layer_types", "sliding_window_pattern", "rope_local_base_freq"),
+        {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256}
+        | {"tie_word_embeddings": True, "rope_theta": 1e6, "query_pre_attn_scalar": 256}
+        | {"hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 6},
+        ("qk_norm", "use_qk_norm"),
+    ),
+}  # fmt: skip
