@@ -14,23 +14,26 @@ from lora_jax.kernels import matmul, partitioning
 _CHUNK = 512  # tokens whose logits a device holds at the same time
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    head: Float[Array, "_ _"],
     targets: Int[Array, "B T"],
     partition: partitioning.Partition = partitioning.WHOLE,
+    transposed: bool = False,
 ) -> Float[Array, "B T"]:
     """−log softmax(hidden · head)[target], 0 where the target is negative, float32.
 
     The logits of tokens with a target are computed in chunks, those of other tokens never.
     Differentiable in hidden only. The forward pass already computes this gradient, rounded to
     hidden's dtype, so that logits are neither saved nor recomputed. partition: how the ambient mesh
-    (jax.set_mesh) splits the sequences (`rows`) and the vocabulary (`n`).
+    (jax.set_mesh) splits the sequences (`rows`) and the vocabulary (`n`). head: [D, V], or [V, D]
+    if it is `transposed`, as an embedding is: outside of the chunks' loop, XLA would write its
+    transpose to memory.
 
     Raises: ValueError if asked for the gradient of `head`.
     """
-    return _by_device(hidden, head, targets, partition, with_gradient=False)[0]
+    return _by_device(hidden, head, targets, partition, transposed, with_gradient=False)[0]
 
 
 def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -66,19 +69,21 @@ def chunk_size(num_tokens: int) -> int:
     return min(_CHUNK, num_tokens)
 
 
-def _by_device(hidden, head, targets, partition, with_gradient):
+def _by_device(hidden, head, targets, partition, transposed, with_gradient):
     """(losses, gradient of their sum or None), with each device computing its part."""
-    compute = functools.partial(_compute, with_gradient=with_gradient)
+    how = {"transposed": transposed, "with_gradient": with_gradient}
+    compute = functools.partial(_compute, **how)
     if not partition.splits():
         return compute(hidden, head, targets)
     sequences = PartitionSpec(partition.computed(len(hidden)).rows)
     vocabulary = partition.stored()[1]
     each = functools.partial(compute, axis=vocabulary)
-    specs = sequences, PartitionSpec(None, vocabulary), sequences
+    axes = (vocabulary, None) if transposed else (None, vocabulary)
+    specs = sequences, PartitionSpec(*axes), sequences
     return partitioning.shard_map(each, specs, sequences)(hidden, head, targets)
 
 
-def _compute(hidden, head, targets, *, with_gradient, axis=None):
+def _compute(hidden, head, targets, *, transposed, with_gradient, axis=None):
     """On one device. axis: the mesh axis that splits the vocabulary."""
     shape = targets.shape
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -91,14 +96,16 @@ def _compute(hidden, head, targets, *, with_gradient, axis=None):
     def take(chunk, found):
         tokens = lax.dynamic_slice_in_dim(order, chunk * size, size)
         x, target = hidden[tokens], targets[tokens]
-        logits = matmul.contract(x, head, -1, 0)
+        logits = matmul.contract(x, head, -1, int(transposed))
         each, normalizer, at_target = _each(logits, target, axis)
         new = (each[..., 0],)
         if with_gradient:
             d_logits = jnp.exp(logits - normalizer) - at_target
             d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(x.dtype)
-            # head is on the left: on the right, XLA's CPU backend would transpose all of it first.
-            d_x = matmul.contract(head, lax.optimization_barrier(d_logits), 1, 1).T
+            d_logits = lax.optimization_barrier(d_logits)
+            # Of a head [D, V] on the right, XLA's CPU backend would transpose all first.
+            d_x = (matmul.contract(d_logits, head, 1, 0) if transposed
+                   else matmul.contract(head, d_logits, 1, 1).T)  # fmt: skip
             new = (*new, (d_x if axis is None else lax.psum(d_x, axis)).astype(x.dtype))
         start = chunk * size
         return [lax.dynamic_update_slice_in_dim(a, b, start, 0)
@@ -119,13 +126,14 @@ def _compute(hidden, head, targets, *, with_gradient, axis=None):
     return losses, gradient.reshape(*shape, -1)
 
 
-def _forward(hidden, head, targets, partition):
+def _forward(hidden, head, targets, partition, transposed):
     if head.perturbed:
         raise ValueError("expected a frozen vocabulary projection, found one that is trained")
-    return _by_device(hidden.value, head.value, targets.value, partition, with_gradient=True)
+    values = hidden.value, head.value, targets.value
+    return _by_device(*values, partition, transposed, with_gradient=True)
 
 
-def _backward(partition, gradient, d_each):
+def _backward(partition, transposed, gradient, d_each):
     wide = gradient.astype(jnp.float32) * d_each[..., None]
     return wide.astype(gradient.dtype), None, None
 

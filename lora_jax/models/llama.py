@@ -108,12 +108,15 @@ class LlamaForCausalLM(nnx.Module):
             return embed_tokens.attend(hidden)
         return matmul.matmul(hidden, registry.weight_of(embed_tokens)[...].T, jnp.float32)
 
-    def frozen_head(self) -> Float[Array, "D V"] | None:
-        """W_vocab, which maps hidden states to logits; None if an adapter is part of it."""
+    def frozen_head(self) -> tuple[Float[Array, "_ _"], bool] | None:
+        """(W_vocab [D, V], which maps hidden states to logits; whether it is transposed [V, D]).
+
+        None if an adapter is part of it.
+        """
         if self.config.tie_word_embeddings:
             table = registry.weight_of(self.model.embed_tokens)[...]
-            return None if self.joined else table.T
-        return self.lm_head.kernel[...] if type(self.lm_head) is nnx.Linear else None
+            return None if self.joined else (table, True)
+        return (self.lm_head.kernel[...], False) if type(self.lm_head) is nnx.Linear else None
 
     def untie(self) -> None:
         """Replaces the tied vocabulary projection by one of its own with the same values."""

@@ -52,7 +52,9 @@ def losses(model: nnx.Module, batch: Batch, *, remat: str = "none") -> Float[Arr
     head = model.frozen_head()
     if head is None:
         return _of_trained_head(model, hidden, targets)
-    return cross_entropy.cross_entropy(hidden, head, targets, sharding.partition(("lm_head",)))
+    weight, transposed = head
+    partition = sharding.partition(("lm_head",))
+    return cross_entropy.cross_entropy(hidden, weight, targets, partition, transposed)
 
 
 def _of_trained_head(model, hidden, targets):

@@ -130,10 +130,15 @@ def kept_by_layer(job: jobs.Job, dims: Dims) -> int:
     if job.remat == "dots":  # every product that a derivative needs
         normalizer = 4 * dims.tokens * dims.heads
         return carry + dims.bytes(2 * dims.q, 2 * dims.kv, dims.width) + normalizer + gate_up
-    # Each norm saves its input and its output, in float32.
-    norms = 4 * 4 * dims.tokens * dims.width
     adapters = _adapter_inputs(job, dims) + _dora_outputs(job, dims)
-    return norms + _attention(dims) + gate_up + adapters
+    return _norms(job, dims) + _attention(dims) + gate_up + adapters
+
+
+def _norms(job: jobs.Job, dims: Dims) -> int:
+    """Bytes of what the norms of a layer save: their inputs and outputs, in float32."""
+    c = job.architecture
+    width = dims.width * (4 if c.sandwich_norms else 2)
+    return 2 * 4 * dims.tokens * (width + (dims.q + dims.kv if c.qk_norm else 0))
 
 
 def _attention(dims: Dims) -> int:
@@ -211,13 +216,16 @@ def _work(
 
 
 def _loss(job: jobs.Job, dims: Dims, sizes: Mapping[str, int]) -> int:
-    """Bytes of the hidden states, their gradient, and a chunk of logits and softmax in float32."""
+    """Bytes of the hidden states, their gradient, and a chunk of logits and of their gradient.
+
+    Logits are float32. Their gradient has the compute dtype, unless the head is trained.
+    """
     if tied_head.trains_head(job.lora, tied=job.architecture.tie_word_embeddings):
         chunk = dims.sequences * min(train_loss.HEAD_CHUNK, job.length)
         return 3 * dims.bytes(dims.width) + 3 * 4 * chunk * dims.vocab
     chunk = cross_entropy.chunk_size(dims.tokens)
     head = dims.width * dims.vocab * dims.item if sizes["fsdp"] > 1 else 0
-    return 3 * dims.bytes(dims.width) + 2 * 4 * chunk * dims.vocab + head
+    return 3 * dims.bytes(dims.width) + (4 + dims.item) * chunk * dims.vocab + head
 
 
 def _generation(

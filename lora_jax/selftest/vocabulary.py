@@ -12,15 +12,16 @@ _TOKENS = 600  # of the cross-entropy: more than a chunk
 
 
 def vocabulary_loss(
-    head: Float[Array, "D V"],
+    head: Float[Array, "_ _"],
     *,
     batch: int,
     length: int,
     dtype: jax.typing.DTypeLike,
     partition: partitioning.Partition = partitioning.WHOLE,
+    transposed: bool = False,
 ) -> case.Case:
-    """The cross-entropy of some tokens, and its gradient."""
-    width, size = head.shape
+    """The cross-entropy of some tokens, and its gradient. head: [D, V]; transposed: [V, D]."""
+    width, size = head.shape[::-1] if transposed else head.shape
     count = min(_TOKENS, batch * length)
     chosen = draws.spread(batch * length, count)
 
@@ -33,9 +34,8 @@ def vocabulary_loss(
 
     def compute(head, given, number):
         hidden, targets = given
-        each, vjp = jax.vjp(
-            lambda hidden: cross_entropy.cross_entropy(hidden, head, targets, partition), hidden
-        )
+        how = targets, partition, transposed
+        each, vjp = jax.vjp(lambda hidden: cross_entropy.cross_entropy(hidden, head, *how), hidden)
         return rows(each, vjp(jnp.ones_like(each))[0])
 
     def reference(head, given):
@@ -43,7 +43,8 @@ def vocabulary_loss(
 
         @jax.checkpoint
         def one(hidden, target):
-            logits = jnp.dot(hidden, head.astype(jnp.float32))
+            wide = head.astype(jnp.float32)
+            logits = jnp.dot(hidden, wide.T if transposed else wide)
             return jax.nn.logsumexp(logits) - logits[target[0]]
 
         def all_of(hidden):

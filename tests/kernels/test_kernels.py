@@ -349,6 +349,7 @@ def test_cross_entropy(sequences, length, dtype):
     """Value and gradient, with ignored targets, over several chunks and a part of one."""
     hidden = normal(0, sequences, length, 8, dtype=dtype, scale=4)
     head = normal(1, 8, 50, dtype=dtype)
+    table = head.T
     targets = jnp.asarray(np.random.default_rng(2).integers(-20, 50, (sequences, length)))
     weights = normal(3, sequences, length)
     ours, theirs = (
@@ -360,6 +361,10 @@ def test_cross_entropy(sequences, length, dtype):
         close(a, b, dtype)
     value = jax.jit(cross_entropy.cross_entropy)(hidden, head, targets)
     np.testing.assert_allclose(value, ours[0], rtol=1e-6)
+    of_table = functools.partial(cross_entropy.cross_entropy, transposed=True)
+    found = value_and_vjp(lambda h: of_table(h, table, targets), (hidden,), weights)
+    for a, b in zip(found, ours, strict=True):
+        close(a, b, dtype)
 
 
 def test_cross_entropy_never_holds_all_logits():
