@@ -96,6 +96,8 @@ def plan(
         source = _Source(tensor, dtype, rounded if name in linears else None, search)
         return _part(name, source, fitted)
 
+    with_bias = [path for path, own in fitted.adapter.factors.items() if own.bias is not None]
+    host.check_mergeable([path for path in with_bias if f"{path}.bias" not in others])
     parts = [part(name, tensor) for name, tensor in (linears | others).items()]
     if tied and (fitted.plan.own_head or _changes_embedding_alone(fitted)):
         parts.append(part(model_folder.HEAD, others[model_folder.EMBEDDING]))
@@ -121,6 +123,11 @@ def _part(name: str, source: _Source, fitted: tied_head.Fitted) -> writer.Part:
     path, adapter = name.removesuffix(".weight"), fitted.adapter
     if name in adapter.saved:
         return _given(name, adapter.saved[name])
+    of_bias = adapter.factors.get(name.removesuffix(".bias"))
+    if of_bias is not None and of_bias.bias is not None and name.endswith(".bias"):
+        change = adapter.scaling(name.removesuffix(".bias")) * of_bias.bias
+        return writer.Part(name, {name: _spec(source, None)},
+                           functools.partial(_shifted, name, source, change))  # fmt: skip
     own, rows = adapter.factors.get(path), adapter.saved.get(token_indices.tensor(path))
     base = fitted.base.get(path)
     if base is None:
@@ -171,6 +178,11 @@ def _merged(
     arrays = own.A, own.B, np.full((1, 1), scaling, np.float32), own.magnitude
     whole = _changed(weight, transposed, *arrays)
     return {name: _rounded(name, whole, source.dtype)}
+
+
+def _shifted(name: str, source: _Source, change: np.ndarray) -> dict[str, np.ndarray]:
+    """The bias of a layer, with that of B."""
+    return {name: _rounded(name, source.value().astype(jnp.float32) + change, source.dtype)}
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -71,6 +71,8 @@ def add_run(flags: arguments.Flags) -> None:
     flags.switch("--ensure-weight-tying", "train a tied embedding and head as one weight, which "
                  "stays tied; otherwise a head that is trained gets its own")  # fmt: skip
     flags.switch("--use-rslora", "scale by alpha / √rank instead, for ranks of 64 and more")
+    flags.switch("--lora-bias", "train a bias of B too, which only layers with a bias of their own "
+                 "can be merged with")  # fmt: skip
     flags.switch("--use-dora", "train the magnitudes and directions of the weights separately: "
                  "closer to full fine-tuning at ranks below 16, with a slower step")  # fmt: skip
     flags.add("--init-lora-weights", "default, pissa (start from the principal components of the "

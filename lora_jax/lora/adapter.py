@@ -15,6 +15,7 @@ from lora_jax.lora import targets
 class Factors(NamedTuple):
     """A [K, R] and B [R, N] of one layer, float32, and DoRA's magnitude [N] if it has one.
 
+    bias: that of B, [N], which is scaled as A B is; see LoRAConfig.lora_bias.
     kind: "linear", "embedding", or "conv" with its window; K is then window · channels.
     An array that a file lacks is None.
     """
@@ -24,6 +25,7 @@ class Factors(NamedTuple):
     magnitude: np.ndarray | None = None
     kind: str = "linear"
     window: tuple[int, ...] = ()
+    bias: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Adapter:
 
     def check_effect(self, where: str) -> None:
         """Raises: UserError if the adapter changes nothing."""
-        idle = all(not (own.A.any() and own.B.any()) for own in self.factors.values())
+        idle = all(not (own.A.any() and own.B.any()) and (own.bias is None or not own.bias.any())
+                   for own in self.factors.values())  # fmt: skip
         if idle and not self.config.use_dora and not self.saved:
             raise errors.UserError(
                 expected="an adapter that has an effect",
@@ -94,11 +97,13 @@ class Adapter:
             wanted = {"lora_A": (rank, k), "lora_B": (n, rank)}
             if self.config.use_dora:
                 wanted["lora_magnitude_vector"] = (n,)
+            if self.config.lora_bias:
+                wanted["lora_B.bias"] = (n,)
             for name, array in _stored(own):
                 if array is None and name in wanted:
                     yield f"{path}.{name} is missing"
                 elif array is not None and name not in wanted:
-                    yield f"{path}.{name} is there, but use_dora is false"
+                    yield f"{path}.{name} is there, but {_SWITCHES[name]} is false"
                 elif array is not None and array.T.shape != wanted[name]:
                     shape = array.T.shape
                     yield f"{path}.{name} has shape {shape}, expected {wanted[name]}"
@@ -120,8 +125,22 @@ class Adapter:
                 yield f"{name} has shape {array.shape}, expected {tuple(expected)}"
 
 
+def check_mergeable(without_bias: Sequence[str]) -> None:
+    """Raises: UserError if there are layers without a bias, to which that of B could be added."""
+    if without_bias:
+        raise errors.UserError(
+            expected="layers that have a bias, to merge an adapter with lora_bias",
+            found=[f"{path} has none" for path in without_bias],
+            do="use the adapter unmerged; PEFT cannot merge it either",
+        )
+
+
 def _stored(own: Factors) -> list[tuple[str, Any]]:
-    return [("lora_A", own.A), ("lora_B", own.B), ("lora_magnitude_vector", own.magnitude)]
+    return [("lora_A", own.A), ("lora_B", own.B), ("lora_magnitude_vector", own.magnitude),
+            ("lora_B.bias", own.bias)]  # fmt: skip
+
+
+_SWITCHES = {"lora_magnitude_vector": "use_dora", "lora_B.bias": "lora_bias"}
 
 
 def _some(paths: Iterable[str]) -> list[str]:
@@ -133,7 +152,8 @@ def combined(parts: Sequence[tuple[Adapter, float]], *, rank: int | None = None)
     """The adapter with ΔW = Σ weight · ΔW of the parts, exactly: its rank is the sum of theirs.
 
     rank: the largest rank; each ΔW keeps its largest singular values.
-    Raises: UserError for DoRA, whose ΔW do not add up, for fully trained modules, and for no parts.
+    Raises: UserError for DoRA, whose ΔW do not add up, for fully trained modules, for lora_bias,
+    and for no parts.
     """
     if not parts:
         raise errors.UserError(expected="adapters to combine", found="none")
@@ -155,7 +175,7 @@ def aligned(adapters: Mapping[str, Adapter], *, rank: int = 1) -> dict[str, Adap
 
     Arrays are padded with zeros. Models with any of these adapters have arrays of the same shapes,
     so a function compiled for one runs with all. rank: the smallest rank, to leave room for others.
-    Raises: UserError if only some are DoRA, and for fully trained modules.
+    Raises: UserError if only some are DoRA, for fully trained modules, and for lora_bias.
     """
     _refuse_unlike(list(adapters.values()), dora=False)
     largest: dict[str, Factors] = {}
@@ -210,6 +230,8 @@ def _refuse_unlike(adapters: Sequence[Adapter], *, dora: bool) -> None:
     problems = []
     if any(adapter.saved for adapter in adapters):
         problems.append("fully trained modules or tokens, or the base weight of an embedding")
+    if any(adapter.config.lora_bias for adapter in adapters):
+        problems.append("biases of B (lora_bias)")
     kinds = {adapter.config.use_dora for adapter in adapters}
     if len(kinds) > 1 or (dora and kinds == {True}):
         problems.append("DoRA" + ("" if dora else " beside plain LoRA"))

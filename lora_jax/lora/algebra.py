@@ -175,6 +175,21 @@ def _output(how, shape, x, y, factors, dropped, weight, square, bias):
     return whole if bias is None else whole + bias
 
 
+def with_bias(
+    how: linear_map.LinearMap,
+    shape: Sequence[int],
+    y: jax.Array,
+    bias: Float[Array, "*batch N"],
+    scaling: Float[Array, "*batch 1 1"],
+) -> jax.Array:
+    """y + s · bias, for the bias of B. how, shape: as of `output`."""
+
+    def compute(y, bias, scaling):
+        return y + how.spread(bias * scaling[..., 0], y.ndim, shape).astype(y.dtype)
+
+    return explicit.like(y, compute, y, bias, scaling)
+
+
 def attended(
     attend: Callable[[jax.Array], jax.Array],
     weight: Float[Array, "K N"],

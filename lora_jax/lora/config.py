@@ -35,6 +35,8 @@ class LoRAConfig:
       ensure_weight_tying: an embedding and a head that are tied are trained as one weight, and stay
         tied. Otherwise a head that is trained gets a weight of its own.
       use_rslora: scale = alpha / √rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+      lora_bias: B has a bias b, which is trained as well: y = base(x) + scale · (B(A(x)) + b). Only
+        layers that have a bias themselves can be merged with it.
       use_dora: train magnitude and direction separately (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
       init_lora_weights: "default" (B = 0), or "pissa" or "pissa_niter_N": A B is the principal part
         of the weight, and is subtracted from the base (Meng et al. 2024, https://arxiv.org/abs/2404.02948).
@@ -56,6 +58,7 @@ class LoRAConfig:
     trainable_token_indices: Sequence[int | str] | dict[str, Sequence[int | str]] | None = None
     ensure_weight_tying: bool = False
     use_rslora: bool = False
+    lora_bias: bool = False
     use_dora: bool = False
     init_lora_weights: str = "default"
 
@@ -73,13 +76,16 @@ class LoRAConfig:
             problems.append("no targets")
         if not re.fullmatch(INITS, self.init_lora_weights):
             problems.append(f"init_lora_weights {self.init_lora_weights}")
+        if self.lora_bias and (self.use_dora or self.init_lora_weights != "default"):
+            problems.append("lora_bias with use_dora or PiSSA")
         problems += ["an empty name in modules_to_save"] if "" in self.modules_to_save else []
         problems += self._invalid_tokens()
         problems += self._invalid_expressions()
         if problems:
             raise errors.UserError(
                 expected="rank ≥ 1, a finite alpha, 0 ≤ dropout < 1, at least one target, "
-                "init_lora_weights default, pissa or pissa_niter_N, token ids ≥ 0 that are listed "
+                "init_lora_weights default, pissa or pissa_niter_N, lora_bias without use_dora and "
+                "PiSSA, token ids ≥ 0 that are listed "
                 "once, and valid regular expressions",
                 found=problems,
                 where="the LoRA settings",

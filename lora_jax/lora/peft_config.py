@@ -12,7 +12,7 @@ _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("use_rslora", "use_dora", "base_model_name_or_path", "bias", "init_lora_weights"),
-    *("ensure_weight_tying", "trainable_token_indices"),
+    *("ensure_weight_tying", "trainable_token_indices", "lora_bias"),
 }
 # Keys whose value does not change what a trained adapter computes: how it was initialized, how its
 # gradients were computed, where it ran.
@@ -36,7 +36,7 @@ _TYPES = {  # of the settings that are read: the type of a value, and of its ele
     "base_model_name_or_path": (str, ()),
     "revision": (str, ()),
 }
-_SWITCHES = ("use_rslora", "use_dora", "ensure_weight_tying")
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
 _EMPTY = (None, False, 0, "", [], {})
 # These do not change the base, or PEFT takes their change out of the saved A and B.
 _INITS = (None, True, False, "gaussian", "loftq", "orthogonal", "eva", "mica")
@@ -137,6 +137,7 @@ def _config(raw: Mapping[str, Any]) -> lora_config.LoRAConfig:
         trainable_token_indices=raw.get("trainable_token_indices") or None,
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
+        lora_bias=bool(raw.get("lora_bias")),
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
     )
 
@@ -175,6 +176,7 @@ def written(adapter: lora_adapter.Adapter, revision: str | None) -> dict[str, An
         "alpha_pattern": config.alpha_pattern,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
         "ensure_weight_tying": config.ensure_weight_tying,
         "inference_mode": True,
     }

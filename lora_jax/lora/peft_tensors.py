@@ -13,10 +13,11 @@ from lora_jax.lora import adapter as lora_adapter
 from lora_jax.models import names
 
 PREFIX = "base_model.model."
-_OWN = r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?"  # the adapter's name in a key
+_NAME = r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?"  # the adapter's name in a key
 _FACTOR = re.compile(
-    rf"(?P<path>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector){_OWN}"
+    rf"(?P<path>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector){_NAME}(?:\.weight)?"
 )
+_BIAS_OF_B = re.compile(rf"(?P<path>.+)\.lora_B{_NAME}\.bias")
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save(?:\.(?P<adapter>[^.]+))?\.(?P<leaf>.+)")
 _ROWS = re.compile(
     r"(?P<path>.+\.token_adapter)\.(?P<leaf>trainable_tokens_delta)(?:\.(?P<adapter>[^.]+))?"
@@ -80,9 +81,10 @@ def parse(
         if ".original_module." in own:  # the base's own values, beside the trained copy
             continue
         own = own.replace(_OF_TOKENS, _BASE)
-        if match := _FACTOR.fullmatch(own):
+        if match := _FACTOR.fullmatch(own) or _BIAS_OF_B.fullmatch(own):
             of_adapters.add(match["adapter"])
-            path, into, key = match["path"], parts[match["path"]], match["part"]
+            path, into = match["path"], parts[match["path"]]
+            key = "lora_B.bias" if match.re is _BIAS_OF_B else match["part"]
         elif "lora_" in own:
             problems.append(f"{own}, of an unknown kind")
             continue
@@ -100,7 +102,7 @@ def parse(
         problems += _misshapen(path, found)
     if problems:
         raise errors.UserError(
-            expected="tensors lora_A, lora_B, lora_embedding_A, lora_embedding_B, "
+            expected="tensors lora_A, lora_B, lora_B.bias, lora_embedding_A, lora_embedding_B, "
             "lora_magnitude_vector, or of fully trained modules, of one adapter",
             found=problems,
             where=where,
@@ -112,6 +114,7 @@ def parse(
 def _misshapen(path: str, parts: Mapping[str, np.ndarray]) -> Iterator[str]:
     for name, array in parts.items():
         axes = range(1, 6) if "magnitude" in name else (2,) if "embedding" in name else range(2, 6)
+        axes = (1,) if name == "lora_B.bias" else axes
         wide = name == "lora_B" and any(size != 1 for size in array.shape[2:])
         if array.ndim not in axes or wide or not array.size:
             yield f"{path}.{name} has shape {array.shape}"
@@ -132,7 +135,9 @@ def _factors(parts: Mapping[str, np.ndarray]) -> lora_adapter.Factors:
     A, B = (None if part is None else part.astype(np.float32).T for part in (A, B))
     if magnitude is not None:
         magnitude = magnitude.astype(np.float32).reshape(-1)
-    return lora_adapter.Factors(A, B, magnitude, kind, window)
+    if (bias := parts.get("lora_B.bias")) is not None:
+        bias = bias.astype(np.float32)
+    return lora_adapter.Factors(A, B, magnitude, kind, window, bias)
 
 
 def tensors(adapter: lora_adapter.Adapter) -> dict[str, np.ndarray]:
@@ -160,4 +165,5 @@ def _of_layer(own: lora_adapter.Factors) -> dict[str, np.ndarray]:
         found = {"lora_embedding_A": A, "lora_embedding_B": B}
     else:
         found = {"lora_A.weight": A, "lora_B.weight": B}
-    return found if magnitude is None else {**found, "lora_magnitude_vector": magnitude}
+    more = {"lora_B.bias": own.bias, "lora_magnitude_vector": magnitude}
+    return found | {name: array for name, array in more.items() if array is not None}

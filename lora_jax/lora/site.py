@@ -184,22 +184,24 @@ def filled(
     site: Site,
     configs: LayerConfigs,
     factors: Mapping[str, lora_adapter.Factors],
-    use_dora: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """A, B and the magnitude from `factors`, by the layers' paths.
+    config: lora_config.LoRAConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """A, B, the magnitude and the bias of B from `factors`, by the layers' paths.
 
-    The magnitude is None without DoRA, and 1 in a layer that is not adapted.
+    The magnitude is None without DoRA, and 1 in a layer that is not adapted. The bias is None
+    without lora_bias, and 0 there.
     """
     each = []
     for name, own in zip(site.names, configs, strict=True):
         A, B = zeros(site, configs)
-        magnitude = np.ones(site.out_features, np.float32)
+        magnitude, bias = np.ones(site.out_features, np.float32), np.zeros(site.out_features)
         if own:
-            A[:, : own.rank], B[: own.rank], given, *_ = factors[name]
-            magnitude = magnitude if given is None else given
-        each.append((A, B, magnitude))
-    A, B, magnitude = (site.stacked(arrays) for arrays in zip(*each, strict=True))
-    return A, B, magnitude if use_dora else None
+            A[:, : own.rank], B[: own.rank] = factors[name].A, factors[name].B
+            magnitude = factors[name].magnitude if config.use_dora else magnitude
+            bias = factors[name].bias if config.lora_bias else bias
+        each.append((A, B, magnitude, bias.astype(np.float32)))
+    A, B, magnitude, bias = (site.stacked(arrays) for arrays in zip(*each, strict=True))
+    return A, B, magnitude if config.use_dora else None, bias if config.lora_bias else None
 
 
 def collected(
@@ -210,6 +212,7 @@ def collected(
     B: jax.Array | np.ndarray,
     magnitude: jax.Array | np.ndarray | None = None,
     start: tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None = None,
+    bias: jax.Array | np.ndarray | None = None,
 ) -> lora_adapter.Factors:
     """The inverse of `filled`: what a site's arrays hold for its layer with that index.
 
@@ -221,9 +224,9 @@ def collected(
     if start is not None:
         A0, B0 = (_read(part, at) for part in start)
         A, B = np.concatenate([A, A0[:, :rank]], axis=1), np.concatenate([B, -B0[:rank]])
-    magnitude = None if magnitude is None else _read(magnitude, at)
+    magnitude, bias = (None if part is None else _read(part, at) for part in (magnitude, bias))
     window = getattr(site.linear_map, "window", ())
-    return lora_adapter.Factors(A, B, magnitude, site.kind, window)
+    return lora_adapter.Factors(A, B, magnitude, site.kind, window, bias)
 
 
 def _read(stack: jax.Array | np.ndarray, at: tuple[np.intp, ...]) -> np.ndarray:

@@ -52,6 +52,8 @@ def select(
     chosen = [path for path in taken if is_chosen(path, config)]
     unmatched = list(_unmatched(taken, layers, config)) if strict else []
     refused = [f"{path} {layers[path].problem}" for path in chosen if layers[path].problem]
+    refused += [f"{path} is an embedding, whose B has no bias (lora_bias)" for path in chosen
+                if config.lora_bias and layers[path].kind == "embedding"]  # fmt: skip
     if strict and config.targets != ALL_LINEAR:
         refused += [f"{path} is not a layer itself" for path in _around(layers, chosen, config)]
     if unmatched or refused:

@@ -38,24 +38,37 @@ def make(
     """Clip by the global norm, then AdamW for each group of `labels`. peak: see `schedule`.
 
     The learning rate of B and of magnitudes is lora_plus_ratio × that of the rest, as in PEFT. The
-    tree may hold frozen arrays: their update is zero, they have no moments, and their gradient does
-    not count in the norm.
+    bias of B does not decay, as in Hugging Face's Trainer. The tree may hold frozen arrays: their
+    update is zero, they have no moments, and their gradient does not count in the norm.
     """
     lr = schedule(config, num_steps, peak=peak)
 
     def adamw(ratio: float) -> optax.GradientTransformation:
-        return optax.adamw(
-            lambda step: ratio * lr(step),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
+        return optax.chain(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+            _decay(config.weight_decay) if config.weight_decay else optax.identity(),
+            optax.scale_by_learning_rate(lambda step: ratio * lr(step)),
         )
 
     groups = {"A": adamw(1.0), "B": adamw(config.lora_plus_ratio), "frozen": frozen()}
     # Clipping is outside the partition: inside, each group would be clipped by its own norm.
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(optax.masked(clip, _trained), optax.partition(groups, labels))
+
+
+def _decay(rate: float) -> optax.GradientTransformation:
+    """optax.add_decayed_weights, but not of the bias of B.
+
+    A mask of optax would change the tree of the state, and so refuse the checkpoints of runs.
+    """
+
+    def update(updates, state, params):
+        def decayed(path, update, weight):
+            return update if "lora_bias" in _names(path) else update + rate * weight
+
+        return jax.tree_util.tree_map_with_path(decayed, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def frozen() -> optax.GradientTransformation:
@@ -74,18 +87,21 @@ def frozen() -> optax.GradientTransformation:
 def labels(params: Any) -> Any:
     """The group of every leaf, "A", "B" or "frozen", by its name in the tree.
 
-    "B": lora_B and magnitudes. "A": everything else that is trained, that is lora_A, the factors of
-    embeddings, fully trained modules, and the rows of tokens.
+    "B": lora_B, its bias, and magnitudes. "A": everything else that is trained, that is lora_A, the
+    factors of embeddings, fully trained modules, and the rows of tokens.
     """
     groups = {"lora_A": "A", "lora_embedding_A": "A", "lora_embedding_B": "A",
               "modules_to_save": "A", "trainable_tokens_delta": "A",
-              "lora_B": "B", "lora_magnitude_vector": "B"}  # fmt: skip
+              "lora_B": "B", "lora_bias": "B", "lora_magnitude_vector": "B"}  # fmt: skip
 
     def label(path, _):
-        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
-        return next((groups[name] for name in reversed(names) if name in groups), "frozen")
+        return next((groups[name] for name in reversed(_names(path)) if name in groups), "frozen")
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
 
 
 def _trained(params: Any) -> Any:

@@ -234,6 +234,7 @@ def _spec(leaf: str, axis_in: str, axis_out: str) -> tuple[str | None, ...]:
         "lora_A": (tensor_only[axis_in], None),
         "lora_B": (None, tensor_only[axis_out]),
         "lora_magnitude_vector": (tensor_only[axis_out],),
+        "lora_bias": (tensor_only[axis_out],),
         "bank_A": (axis_in, None),
         "bank_B": (None, axis_out),
         "bank_stretch": (None, axis_out),

@@ -26,6 +26,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = GOLDEN / "models"
 ADAPTERS = {  # adapter whose merged logits PEFT computed: its base
     "lora_all_rslora": "llama",
+    "lora_bias": "llama_bias",
     "lora_dora": "llama_bias",
     "lora_dora_embedding": "llama_tied_hd16",
     "lora_embedding": "llama",

@@ -84,6 +84,12 @@ LORAS = dict(
         lora=dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR, use_dora=True),
         base="llama_bias",
     ),
+    lora_bias=SHORT
+    | dict(
+        seed=118,
+        lora=dict(r=4, lora_alpha=12, target_modules=ALL_LINEAR, lora_bias=True),
+        base="llama_bias",
+    ),
     # The head is tied to the embedding, but not to its adapter.
     lora_dora_embedding=SHORT
     | dict(

@@ -91,10 +91,15 @@ def moved(variables, scale=0.1, seed=3):
     return {**variables, "lora": change}
 
 
-@pytest.mark.parametrize("axis, use_dora", [(0, False), (1, True)])
-def test_an_unedited_model_is_adapted_merged_saved_and_loaded(axis, use_dora, tmp_path):
+BIAS = {"lora_bias": True, "targets": TARGETS[1:-1]}
+
+
+@pytest.mark.parametrize(
+    "axis, how", [(0, {}), (1, {"use_dora": True}), *cases.long((0, BIAS), (1, BIAS))]
+)
+def test_an_unedited_model_is_adapted_merged_saved_and_loaded(axis, how, tmp_path):
     module, params = made(axis)
-    settings = config(use_dora=use_dora)
+    settings = config(**how)
     adapted = linen.adapt(module, settings, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype), train=False)
     variables = adapted.init(jax.random.key(1), params)
     assert variables["lora"]["layers"]["query"]["lora_A"].shape == (3, 8, 2)
@@ -106,10 +111,10 @@ def test_an_unedited_model_is_adapted_merged_saved_and_loaded(axis, use_dora, tm
     expected = run(variables, IDS)
     assert np.abs(expected - base).max() > 0.5
     adapter = adapted.collect(variables, base_model="net")
-    assert set(adapter.factors) == NAMES
+    assert set(adapter.factors) == NAMES - {*TARGETS} | ({*settings.targets} & NAMES)
     peft.write(tmp_path, adapter)
     read = peft.read(tmp_path)
-    assert read.config == dataclasses.replace(settings, targets=tuple(sorted(TARGETS)))
+    assert read.config == dataclasses.replace(settings, targets=tuple(sorted(settings.targets)))
     again = linen.adapt(module, read.config, IDS).attach(params, read)
     np.testing.assert_allclose(run(again, IDS), expected, atol=1e-5)
     merged = adapted.merge(variables)
@@ -232,7 +237,8 @@ class Twin(nn.Module):
         )
 
 
-def test_an_adapter_moves_between_nnx_and_linen(tmp_path):
+@pytest.mark.parametrize("how", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_an_adapter_moves_between_nnx_and_linen(how, tmp_path):
     """The same file, the same change of the same weights."""
     rng, x = (
         np.random.default_rng(0),
@@ -242,7 +248,7 @@ def test_an_adapter_moves_between_nnx_and_linen(tmp_path):
     params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32),
                      "bias": jnp.zeros(shape[1:])} for name, shape in kernels.items()}  # fmt: skip
     module = Twin()
-    adapted = linen.adapt(module, config(targets=("up", "down"), use_dora=True), x)
+    adapted = linen.adapt(module, config(targets=("up", "down"), **how), x)
     variables = moved(adapted.init(jax.random.key(0), params))
     peft.write(tmp_path, adapted.collect(variables))
 
@@ -251,12 +257,19 @@ def test_an_adapter_moves_between_nnx_and_linen(tmp_path):
     for name in kernels:
         getattr(model, name).kernel.set_value(params[name]["kernel"])
     peft.load(model, tmp_path)
-    y = nnx.jit(lambda model: model.down(jnp.tanh(model.up(x)).reshape(-1, 8)))(model)
+    call = nnx.jit(lambda model: model.down(jnp.tanh(model.up(x)).reshape(-1, 8)))
+    y = call(model)
     np.testing.assert_allclose(y, jax.jit(adapted.apply)(variables, x), atol=1e-5)
     back = lora.collect(model, peft.config(tmp_path))
     for name, own in adapted.collect(variables).factors.items():
-        for ours, theirs in zip(own[:3], back.factors[name][:3], strict=True):
+        for ours, theirs in zip(own, back.factors[name], strict=True):
             np.testing.assert_array_equal(ours, theirs)
+    lora.merge(model)
+    merged = adapted.merge(variables)
+    np.testing.assert_allclose(call(model), y, atol=1e-5)
+    np.testing.assert_allclose(module.apply({"params": merged}, x), y, atol=1e-5)
+    for bias in (merged["up"]["bias"], model.up.bias[...]):
+        assert bool(bias.any()) == ("lora_bias" in how)
 
 
 class Jitted(nn.Module):
@@ -407,6 +420,7 @@ def test_lora_dense_is_a_dense_layer_with_an_adapter():
     [
         (dict(alpha=5), {}, "layers_0 is scaled by 2.5, in this model by 8"),
         (dict(use_dora=True), {}, "use_dora = True"),
+        ({}, dict(lora_bias=True), "lora_bias = False"),
         ({}, dict(use_dora=True), "use_dora = False"),
         (dict(rank=4, alpha=32), dict(parts={"layers_0": (1, -1, 1)}),
          "layers_0 has B outside the adapted parts"),

@@ -31,7 +31,7 @@ from lora_jax.parallel import mesh as sharding
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PREFIX = "base_model.model.model.layers."
 RUNS = (
-    "lora_qv", "lora_all_rslora", "lora_plus", "lora_dora", "lora_dora_embedding",
+    "lora_qv", "lora_all_rslora", "lora_plus", "lora_bias", "lora_dora", "lora_dora_embedding",
     "lora_embedding", "lora_saved", "lora_tokens", "lora_tokens_head", "lora_gemma3",
     "lora_granite",
 )  # fmt: skip
@@ -144,7 +144,8 @@ def steps_of(graphdef, parts, config, num_steps, batches):
 
 # Of which other runs do more: on more layers, and on the embedding too.
 LONG = dict.fromkeys(
-    ("lora_qv", "lora_dora", "lora_plus", "lora_embedding", "lora_tokens_head"), pytest.mark.long
+    ("lora_qv", "lora_dora", "lora_plus", "lora_bias", "lora_embedding", "lora_tokens_head"),
+    pytest.mark.long,
 )
 
 
@@ -533,7 +534,7 @@ def test_tensors_that_do_not_fit_are_all_listed(adapter):
     "change",
     [
         {"use_qalora": True},
-        {"lora_bias": True},
+        {"alora_invocation_tokens": [1]},
         {"bias": "some"},
         {"layer_replication": [[0, 2]]},
         {"trainable_token_indices": ["<s>"]},
@@ -551,8 +552,8 @@ def test_settings_that_change_the_mathematics_are_named(adapter, change):
 
 
 def test_all_settings_at_fault_are_named_at_once(adapter):
-    edit_config(adapter, lora_bias=True, key_of_the_future=1)
-    with pytest.raises(errors.UserError, match=r"(?s)lora_bias = True.*key_of_the_future = 1"):
+    edit_config(adapter, use_qalora=True, key_of_the_future=1)
+    with pytest.raises(errors.UserError, match=r"(?s)use_qalora = True.*key_of_the_future = 1"):
         peft.config(adapter)
 
 

@@ -74,7 +74,7 @@ def test_any_settings_are_read_or_refused(changes, left_out):
         return
     assert config.rank == raw.get("r", 8) and config.alpha == raw.get("lora_alpha", 8)
     assert config.use_dora == bool(raw.get("use_dora"))
-    assert not raw.get("lora_bias")
+    assert config.lora_bias == bool(raw.get("lora_bias"))
     assert bool(config.trainable_token_indices) == bool(raw.get("trainable_token_indices"))
     written = peft_config.written(host.Adapter(config, {}), None)
     again = peft_config.parse(written, "x")
@@ -163,7 +163,9 @@ def test_fully_trained_modules_are_read_by_any_of_their_names():
             {f"module.{Q}.lora_A.weight": 1},
             r"q_proj.lora_A.weight and module\..*q_proj.lora_A.weight differ",
         ),
-        ({f"{Q}.lora_B.bias": 1}, "q_proj.lora_B.bias, of an unknown kind"),
+        ({f"{Q}.lora_A.bias": 1}, "q_proj.lora_A.bias, of an unknown kind"),
+        ({f"{Q}.lora_B.bias": 1}, r"q_proj.lora_B.bias has shape \(4, 4\)"),
+        ({f"{Q}.lora_B.one.bias": 1, f"{Q}.lora_A.two.weight": 1}, "2 adapters: one, two"),
         ({f"{Q}.lora_diag.default": 1}, "lora_diag.default, of an unknown kind"),
         (
             {"lm_head.modules_to_save.a.weight": 0, "lm_head.weight": 1},

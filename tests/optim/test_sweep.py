@@ -21,11 +21,11 @@ STEPS, MESH = 3, "2·2·2"
 
 
 def member(name, rank, lr):
-    """A member that trains A and B in the stack of layers, norms inside and outside of it, and
-    tokens."""
+    """A member that trains A, B and its bias in the stack of layers, norms inside and outside of
+    it, and tokens."""
     tokens = {"embed_tokens": (9, 90), "lm_head": (7,)}
     how = {"dropout": 0.2, "targets": ("q_proj",), "modules_to_save": ("norm",),
-           "trainable_token_indices": tokens}  # fmt: skip
+           "trainable_token_indices": tokens, "lora_bias": True}  # fmt: skip
     adapters = lora_config.LoRAConfig(rank=rank, use_rslora=True, **how)
     return sweep.Member(name, adapters, optim_config.OptimConfig(lr=lr, weight_decay=0.1, warmup=1))
 

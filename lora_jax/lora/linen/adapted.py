@@ -81,10 +81,10 @@ class Adapted:
             configs = self.layer_configs[site.at]
             if self.config.init_lora_weights == "default" or site.kind != "linear":
                 own = jax.random.fold_in(key, _number(site))
-                factors[site.at] = *lora_site.initial(site, configs, own), None
+                factors[site.at] = *lora_site.initial(site, configs, own), None, None
             else:
                 A, B = start[site.at] = self._principal(site, base)
-                factors[site.at] = A, B, None
+                factors[site.at] = A, B, None, None
         return self._variables(base, factors, start)
 
     def attach(self, params: Params, adapter: lora_adapter.Adapter) -> dict[str, Params]:
@@ -104,14 +104,15 @@ class Adapted:
         adapter.check(names, layers, saved, "the adapter")
         adapter.check_effect("the adapter")
         factors, problems = {}, []
-        if adapter.config.use_dora != (self.config is not None and self.config.use_dora):
-            problems.append(f"use_dora = {adapter.config.use_dora}")
+        for name in ("use_dora", "lora_bias"):
+            if (given := getattr(adapter.config, name)) != getattr(self.config, name, False):
+                problems.append(f"{name} = {given}")
         for name, own in names.items():
             if not math.isclose(given := adapter.scaling(name), own.scaling, rel_tol=1e-6):
                 problems.append(f"{name} is scaled by {given:g}, in this model by {own.scaling:g}")
         for site in self._adapted():
             configs = self.layer_configs[site.at]
-            filled = lora_site.filled(site, configs, adapter.factors, adapter.config.use_dora)
+            filled = lora_site.filled(site, configs, adapter.factors, adapter.config)
             factors[site.at], mask = filled, lora_site.mask(site, configs)
             if mask is not None and (filled[1] * (1 - mask)).any():
                 problems.append(f"{site.names[0]} has B outside the adapted parts")
@@ -181,7 +182,8 @@ class Adapted:
             for index, (name, own) in enumerate(configs):
                 if own:
                     arrays = own.rank, A, B, *(magnitude or [None]), start
-                    found[name] = lora_site.collected(site, index, *arrays)
+                    of_b = self._bias_of_b(site, trained)
+                    found[name] = lora_site.collected(site, index, *arrays, of_b)
         base, saved = Base.of(variables, self.quant), {}
         for tensor in self._tensors(base):
             array = tensor.layer(trained[(*tensor.path, "modules_to_save", *tensor.end)])
@@ -194,10 +196,15 @@ class Adapted:
     def merge(self, variables: Mapping[str, Params]) -> Params:
         """params with W + scaling · A B instead of W, all of them dense; the tree that `init` got.
 
-        Raises: UserError if there are adapters and variables have no "lora".
+        With lora_bias, a layer's own bias changes by scaling · lora_bias.
+        Raises: UserError if there are adapters and variables have no "lora"; for lora_bias, if a
+        layer has no bias.
         """
         base = Base.of(variables, self.quant)
         trained = self._trained(variables) if self.layer_configs or self.saved else {}
+        if self.config is not None and self.config.lora_bias:
+            lora_adapter.check_mergeable([summary.name(site) for site in self._adapted()
+                                          if site.of_bias not in base.params])  # fmt: skip
         of_module = boxing.of(self.shapes["params"])
         for site in self.sites:
             if site.key not in base.params and (*site.key, "q") in base.boxes:
@@ -205,6 +212,8 @@ class Adapted:
             if site.at in self.layer_configs:
                 own = base.matrix(site), *self._arrays(site, trained)
                 base.store(site, lora_site.each(algebra.merged, site.lead, *own))
+                if (of_b := self._bias_of_b(site, trained)) is not None:
+                    base.add_to_bias(site, of_b * self._scaling(site)[..., 0])
             elif site.at in self.packs:
                 base.store(site, base.matrix(site))
         for of_base, copied in linen_saved.copies(self.saved, trained):
@@ -246,7 +255,7 @@ class Adapted:
     def _variables(self, base: Base, factors, start, given=None) -> dict[str, Params]:
         """The collections.
 
-        base: not yet quantized. factors: {Site.at: (A, B, magnitude or None)}.
+        base: not yet quantized. factors: {Site.at: (A, B, magnitude or None, bias of B or None)}.
         start: {Site.at: PiSSA's A and B}. given: values of fully trained modules.
         """
         of_module, boxes = boxing.of(self.shapes["params"]), {}
@@ -260,7 +269,7 @@ class Adapted:
                 base.pack(site)
         trained, boxed = {}, {}
         for site in self._adapted():
-            A, B, magnitude = factors[site.at]
+            A, B, magnitude, of_b = factors[site.at]
             own = {"lora_A": (A, "K."), "lora_B": (B, ".N")}
             if self.config.use_dora:
                 weight, scaling = base.matrix(site), self._scaling(site)
@@ -271,6 +280,9 @@ class Adapted:
                 if site.at in self.packs:
                     square = lora_site.each(algebra.squares, site.lead, weight)
                     constants[(*site.at, "lora_square")] = square
+            if self.config.lora_bias:
+                zeros = jnp.zeros((*site.lead, site.out_features))
+                own["lora_bias"] = zeros if of_b is None else of_b, "N"
             for name, (array, ends) in own.items():
                 key = (*site.at, name)
                 trained[key] = base.placed(site, array, ends)
@@ -304,6 +316,8 @@ class Adapted:
                 if adapted:
                     if key is not None and site.kind != "embedding":
                         refused.append(summary.name(site))
+                    if self.config.lora_bias:
+                        refused.append(f"{summary.name(site)}, with lora_bias")
                     base.store(
                         site, algebra.merged(base.matrix(site), *self._arrays(site, trained))
                     )
@@ -326,9 +340,11 @@ class Adapted:
                         flat[(*site.path, name)] = site.in_params(array)
         if refused:
             raise errors.UserError(
-                expected="dropout on adapters of layers that only multiply by their weight",
+                expected="dropout and lora_bias on adapters of layers that only multiply by their "
+                "weight",
                 found=[f"the model reads the weight of {name} in another way" for name in refused],
-                do="use dropout=0, leave these layers out, or call `apply` without the key `lora`",
+                do="use dropout=0, leave these layers out, or call `apply` without the key `lora`; "
+                "with lora_bias, leave them out",
             )
         return traverse_util.unflatten_dict(flat)
 
@@ -342,6 +358,12 @@ class Adapted:
         magnitude = trained.get((*site.at, "lora_magnitude_vector"))
         B = B if mask is None else B * mask
         return (A, B, self._scaling(site), *([] if magnitude is None else [magnitude]))
+
+    def _bias_of_b(self, site: Site, trained: Flat) -> jax.Array | None:
+        """The bias of B, zero at outputs that are not adapted; None without lora_bias."""
+        bias = trained.get((*site.at, "lora_bias"))
+        mask = lora_site.mask(site, self.layer_configs[site.at])
+        return bias if bias is None or mask is None else bias * mask.max(axis=-2)
 
     def _principal(self, site: Site, base: Base) -> tuple[jax.Array, jax.Array]:
         """PiSSA's A and B, which it subtracts from the site's weight."""

@@ -119,17 +119,22 @@ def _computed(call, args, kwargs, layer, site, found, fmt, dropout):
     dropped = x
     if "lora_dropout_key" in own:
         dropped = lora_site.dropped(own["lora_dropout_key"], dropout, x)
-    return algebra.output(
+    factors = _factors(own)
+    y = algebra.output(
         how,
         site.shape,
         x,
         y,
-        _factors(own),
+        factors,
         dropped=dropped,
         weight=weight,
         square=own.get("lora_square"),
         bias=bias,
     )
+    if "lora_bias" not in own:
+        return y
+    mask = own["lora_mask"].max(axis=-2) if "lora_mask" in own else 1
+    return algebra.with_bias(how, site.shape, y, own["lora_bias"] * mask, factors[2])
 
 
 def _factors(own: Mapping[str, Any]) -> tuple[jax.Array, ...]:

@@ -53,6 +53,11 @@ class Site(lora_site.Site):
         return (*self.path, self.weight)
 
     @property
+    def of_bias(self) -> Path:
+        """The path of the bias that the layer adds, if it has one."""
+        return (*self.path, self.bias)
+
+    @property
     def whole(self) -> tuple[int, ...]:
         """The shape of the parameter."""
         stacked = jax.ShapeDtypeStruct((*self.stack, *self.shape), jnp.float32)

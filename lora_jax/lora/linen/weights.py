@@ -96,6 +96,12 @@ class Base:
         for name in (*packing.Packed._fields, WAS):
             self.packed.pop((*site.key, name), None)
 
+    def add_to_bias(self, site: Site, change: jax.Array) -> None:
+        """Adds that much [*lead, N] to the bias of the site's layers."""
+        bias = site.out_of_params(self.params[site.of_bias])
+        whole = bias.astype(jnp.float32) + change.reshape(bias.shape)
+        self.params[site.of_bias] = site.in_params(whole.astype(bias.dtype))
+
     def pack(self, site: Site) -> None:
         """Quantizes the site's weight."""
         dense = self.matrix(site)

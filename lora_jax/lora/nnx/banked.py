@@ -54,6 +54,7 @@ class Bank:
             adapter.check_effect(where)
         fitted, unbatched = adapter, [f"{name} in modules_to_save"
                                       for name in adapter.config.modules_to_save]  # fmt: skip
+        unbatched += ["biases of B (lora_bias)"] if adapter.config.lora_bias else []
         with errors.noted(problems):
             fitted, more = self._own_part(adapter, where)
             unbatched += more

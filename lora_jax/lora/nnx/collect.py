@@ -38,7 +38,7 @@ def collect(
         if layer.lora_initial_A is not None:
             start = layer.lora_initial_A[...], layer.lora_initial_B[...]
         own = layer.lora_ranks[index], A, B, *(magnitude or [None]), start
-        found[name] = lora_site.collected(site, index, *own)
+        found[name] = lora_site.collected(site, index, *own, lora_layer.bias_of_b(layer))
     whole = {name: array for one in wholes for name, array in one.files()}
     for name, (site, _) in adapted.by_name(model).items():
         if targets.saves_base(name, config):
@@ -61,7 +61,8 @@ def check_adapted(model: nnx.Module, wholes: list[saved.Part]) -> None:
 def num_params(model: nnx.Module) -> int:
     """The number of trainable parameters.
 
-    K · R + R · N of each adapted layer, the magnitudes, fully trained modules, and rows of tokens.
+    K · R + R · N of each adapted layer, the magnitudes, biases of B, fully trained modules, and
+    rows of tokens.
     """
     total = 0
     for site, index in adapted.by_name(model).values():
@@ -70,6 +71,8 @@ def num_params(model: nnx.Module) -> int:
         mask = layer.lora_mask
         total += rank * k + (rank * n if mask is None else int(mask[...][at].sum()))
         total += n if layer.lora_magnitude_vector is not None else 0
+        if layer.lora_bias is not None:
+            total += n if mask is None else int(mask[...][at].max(axis=0).sum())
     for whole in saved.find(model):
         total += sum(math.prod(shape) for _, shape in whole.shapes())
     return total
@@ -92,8 +95,8 @@ def filled(model: nnx.Module, adapter: lora_adapter.Adapter) -> Any:
     """
     state, found = dict(nnx.to_flat_state(nnx.state(model, LoRAParam))), adapted.find(model)
     for site, configs in zip(found, lora_site.select(found, adapter.config), strict=True):
-        own = lora_site.filled(site, configs, adapter.factors, adapter.config.use_dora)
-        names = (*lora_layer.names_of_factors(site.module), "lora_magnitude_vector")
+        own = lora_site.filled(site, configs, adapter.factors, adapter.config)
+        names = (*lora_layer.names_of_factors(site.module), "lora_magnitude_vector", "lora_bias")
         for name, array in zip(names, own, strict=True):
             if array is not None:
                 variable = state[(*site.path, name)]
@@ -116,6 +119,8 @@ def idle(model: nnx.Module) -> Any:
         own = dict(zip(lora_layer.names_of_factors(layer), (A, B), strict=True))
         if magnitude:
             own["lora_magnitude_vector"] = site.each(algebra.lengths, A, B, scaling)
+        if layer.lora_bias is not None:
+            own["lora_bias"] = 0 * lora_layer.bias_of_b(layer)
         for name, array in own.items():
             array = jnp.moveaxis(array, 0, site.axis)
             state[(*site.path, name)] = state[(*site.path, name)].replace(array)

@@ -121,7 +121,7 @@ def _attach(model, adapter, untrained, where) -> None:
         given.check_effect(where)
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
     for site, configs in chosen:
-        filled = lora_site.filled(site, configs, adapter.factors, config.use_dora)
+        filled = lora_site.filled(site, configs, adapter.factors, config)
         _adapt(site, configs, config, nnx.Rngs(0), *filled, counts=_has_streams(model))
     for whole in wholes:
         whole.begin(adapter.saved)
@@ -184,11 +184,12 @@ def _has_streams(model: nnx.Module) -> bool:
     return any(isinstance(node, nnx.RngStream) for _, node in nnx.iter_graph(model))
 
 
-def _adapt(site, configs, config, rngs, A, B, magnitude=None, *, counts=False) -> None:
+def _adapt(site, configs, config, rngs, A, B, magnitude=None, bias=None, *, counts=False) -> None:
     """Makes the site's layer a LoRALayer with these arrays.
 
-    magnitude: with DoRA, None for the one with which the layer computes W + s · A B. counts:
-    dropout counts the calls of the layer, to draw a new mask in each.
+    magnitude: with DoRA, None for the one with which the layer computes W + s · A B. bias: with
+    lora_bias, None for zeros. counts: dropout counts the calls of the layer, to draw a new mask in
+    each.
     """
     lead = site.lead
     has_switch = "deterministic" in vars(site.module)
@@ -212,7 +213,10 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None, *, counts=False) -
         length = site.each(algebra.lengths, *lora_layer.arrays(layer))
         if magnitude is not None:
             length = jnp.where(scaling[..., 0] == 0, length, magnitude)
-        layer.lora_magnitude_vector = sharding.magnitude(site, length)
+        layer.lora_magnitude_vector = sharding.outputs(site, length)
+    if config.lora_bias:
+        bias = jnp.zeros((*lead, site.out_features)) if bias is None else bias
+        layer.lora_bias = sharding.outputs(site, bias)
     drops = site.kind != "embedding"  # as in PEFT
     layer.lora_dropout = config.dropout if drops else 0.0
     if layer.lora_dropout:

@@ -27,14 +27,15 @@ class LoRALayer(mixin.Mixin):
     [L, …] in a stacked module; see linear_map.py for K and N. They are float32; the products take
     x's dtype and accumulate in float32. lora_ranks holds the rank of each layer, 0 for none. A, B
     and their gradients are zero beyond it. With a lora_magnitude_vector [N] this is DoRA, see
-    algebra.py. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3.
+    algebra.py. With lora_bias [N], y has scaling · lora_bias added.
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3.
 
     Where the weight itself is read, by the model or by a class with a `__call__` of its own, it is
     W + scaling · A B, as after a merge.
     """
 
     # Only some adapters have these.
-    lora_mask = lora_magnitude_vector = lora_square = None
+    lora_mask = lora_magnitude_vector = lora_square = lora_bias = None
     lora_dropout_key = lora_dropout_count = None
     lora_initial_A = lora_initial_B = None
     lora_index = None
@@ -66,11 +67,13 @@ class LoRALayer(mixin.Mixin):
         if self.lora_dropout and not self.deterministic:
             dropped = lora_site.dropped(self._dropout_key(), self.lora_dropout, x)
         how, packed = registry.linear_map_of(self), quant_linear.packed_of(self)
+        shape = sites.weight_shape(self)
 
-        def output(x, y, dropped, factors):
-            return algebra.output(
+        def output(x, y, dropped, own):
+            factors, of_b = own
+            y = algebra.output(
                 how,
-                sites.weight_shape(self),
+                shape,
                 x,
                 y,
                 factors,
@@ -79,8 +82,10 @@ class LoRALayer(mixin.Mixin):
                 square=_own(self, self.lora_square),
                 bias=bias,
             )
+            return y if of_b is None else algebra.with_bias(how, shape, y, of_b, factors[2])
 
-        return per_member(output, self.lora_members, (x, y, dropped), arrays(self))
+        own = arrays(self), bias_of_b(self)
+        return per_member(output, self.lora_members, (x, y, dropped), own)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """For nnx.view(model, deterministic=…), which turns dropout off or on."""
@@ -116,8 +121,8 @@ class LoRAEmbedding(LoRALayer):
 def changed_weight(layer: LoRALayer) -> weight.Computed:
     """W + scaling · A B (with DoRA, as algebra.merged) of an adapted layer, in W's shape and dtype.
 
-    Raises: UserError when it is read, if dropout of the layer's input or the adapters of a sweep
-    would have to be part of it.
+    Raises: UserError when it is read, if dropout of the layer's input, a bias or the adapters of a
+    sweep would have to be part of it.
     """
     packed = quant_linear.packed_of(layer)
     stored = registry.weight_of(layer) if packed is None else quant_linear.dense_weight(layer)
@@ -151,13 +156,16 @@ def check_readable(layer: LoRALayer, name: str) -> None:
     problems = []
     if layer.lora_dropout and not layer.deterministic:
         problems.append(f"dropout {layer.lora_dropout} of its input")
+    if layer.lora_bias is not None:
+        problems.append("a bias of B (lora_bias)")
     if layer.lora_members:
         problems.append(f"{layer.lora_members} adapters at once")
     if problems:
         raise errors.UserError(
-            expected="adapted layers that are only called, for dropout and for sweeps",
+            expected="adapted layers that are only called, for dropout, lora_bias and sweeps",
             found=f"a {name} whose weight is read, with {' and '.join(problems)}",
-            do="set dropout to 0 and train one adapter, or leave it out of the targets",
+            do="set dropout to 0, leave out lora_bias and train one adapter, or leave the layer "
+            "out of the targets",
         )
 
 
@@ -202,15 +210,28 @@ def arrays(layer: LoRALayer) -> tuple[jax.Array | np.ndarray, ...]:
 
     The axis of stacked layers is the first.
     """
-    is_whole = factors(layer)[0].ndim == 2 + layer.lora_num_axes + bool(layer.lora_members)
-    axis = layer.lora_axis if is_whole else 0
-    A, B, magnitude = (
-        None if part is None else jnp.moveaxis(part[...], axis, 0) if axis else part[...]
-        for part in (*factors(layer), layer.lora_magnitude_vector)
-    )
+    A, B, magnitude = (_stack_first(layer, part)
+                       for part in (*factors(layer), layer.lora_magnitude_vector))  # fmt: skip
     if layer.lora_mask is not None:
         B = B * _own(layer, layer.lora_mask)
     return (A, B, _own(layer, layer.lora_scaling), *([] if magnitude is None else [magnitude]))
+
+
+def bias_of_b(layer: LoRALayer) -> jax.Array | np.ndarray | None:
+    """The bias of B, zero at outputs that are not adapted; None without one. Axes: as `arrays`."""
+    bias = _stack_first(layer, layer.lora_bias)
+    if bias is None or layer.lora_mask is None:
+        return bias
+    return bias * _own(layer, layer.lora_mask).max(axis=-2)
+
+
+def _stack_first(layer: LoRALayer, part: LoRAParam | None) -> jax.Array | np.ndarray | None:
+    """The parameter with the axis of stacked layers first."""
+    if part is None:
+        return None
+    is_whole = factors(layer)[0].ndim == 2 + layer.lora_num_axes + bool(layer.lora_members)
+    axis = layer.lora_axis if is_whole else 0
+    return jnp.moveaxis(part[...], axis, 0) if axis else part[...]
 
 
 def _own(layer: LoRALayer, constant: nnx.Variable | None) -> jax.Array | None:

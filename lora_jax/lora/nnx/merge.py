@@ -1,5 +1,6 @@
 """Take the adapters of a Flax NNX model into its weights (`merge`), or out of it (`strip`)."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import places, undo
+from lora_jax.kernels import explicit
+from lora_jax.layers import places, registry, undo
+from lora_jax.lora import adapter as host
 from lora_jax.lora import algebra
 from lora_jax.lora.nnx import adapted, collect, saved, sites, vocabulary
 from lora_jax.lora.nnx import layer as lora_layer
@@ -22,15 +25,16 @@ from lora_jax.quant import linear as quant_linear
 def merge(model: nnx.Module, *args: Any, **kwargs: Any) -> None:
     """W ← W + scaling · A B in every LoRALayer, which becomes an ordinary layer again.
 
-    Quantized weights become dense, those without an adapter too. A fully trained module takes the
-    values of its copy, and an embedding its trained rows. If the embedding changes, a LLaMA whose
+    With lora_bias, the layer's own bias changes by scaling · lora_bias. Quantized weights become
+    dense, those without an adapter too. A fully trained module takes the values of its copy, and an
+    embedding its trained rows. If the embedding changes, a LLaMA whose
     head is tied to it gets a head of its own first, unless the head changes with it. A variable
     that others hold, too, stays theirs; the layer gets a new one.
 
     args, kwargs: of a call of the model, to compare its output before and after the merge. The call
     must give the same twice, so without dropout.
-    Raises: UserError if the model has no adapter; if the output changes by more than rounding. The
-    model is then unchanged.
+    Raises: UserError if the model has no adapter; for lora_bias, if a layer has no bias; if the
+    output changes by more than rounding. The model is then unchanged.
     """
     if not args and not kwargs:
         return _merge(model)
@@ -70,6 +74,7 @@ def _compare(before: Any, after: Any, limit: float) -> None:
 def _merge(model: nnx.Module) -> None:
     found, wholes = adapted.find(model), saved.find(model)
     collect.check_adapted(model, wholes)
+    host.check_mergeable(_without_bias(found))
     if isinstance(model, llama.LlamaForCausalLM):
         changes = isinstance(model.model.embed_tokens, LoRALayer | SavedLayer | TokenLayer)
         if changes and model.config.tie_word_embeddings and not model.joined:
@@ -78,6 +83,8 @@ def _merge(model: nnx.Module) -> None:
     for site in found:
         layer = site.module
         merged = site.each(algebra.merged, *lora_layer.arrays(layer))
+        if layer.lora_bias is not None:
+            _merge_bias(site)
         if isinstance(layer, quant_linear.QuantLinear):
             conversion.replace(model, site.path, conversion.as_linear(layer, merged))
         elif isinstance(layer, quant_linear.QuantLayer):
@@ -90,6 +97,27 @@ def _merge(model: nnx.Module) -> None:
         whole.merge(where)
     vocabulary.leave(model, merged=True)
     conversion.dequantize_model(model)
+
+
+def _without_bias(found: Iterable[sites.Site]) -> list[str]:
+    """The layers with a bias of B that have no bias themselves."""
+    biased = (site for site in found if site.module.lora_bias is not None)
+    return [site.names[0] for site in biased if registry.bias_of(site.module) is None]
+
+
+def _merge_bias(site: sites.Site) -> None:
+    """Adds the bias of B to the layer's own, for which the layer gets a new variable."""
+    layer, name = site.module, registry.registration_of(type(site.module)).bias
+    new = getattr(layer, name).copy()
+    own = jnp.moveaxis(new[...], site.axis, 0)
+    change = lora_layer.bias_of_b(layer) * lora_layer.arrays(layer)[2][..., 0]
+    whole = explicit.like(own, _sum, own, change)
+    new.set_value(jnp.moveaxis(whole, 0, site.axis).astype(new.dtype))
+    setattr(layer, name, new)
+
+
+def _sum(bias, change):
+    return bias.astype(jnp.float32) + change.reshape(bias.shape)
 
 
 def strip(model: nnx.Module) -> None:

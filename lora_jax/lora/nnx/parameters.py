@@ -109,6 +109,8 @@ def find(model: nnx.Module, config: lora_config.LoRAConfig) -> Iterator[Paramete
         bridged = layers.is_bridge(site.owner) and len(site.weight.shape) == 2
         named = not isinstance(config.targets, str)  # patterns are of modules, as in PEFT
         if (named or bridged) and any(targets.is_chosen(name, config) for name in site.names):
+            if config.lora_bias:
+                site = dataclasses.replace(site, problem="is no layer, to add lora_bias to")
             yield site
 
 

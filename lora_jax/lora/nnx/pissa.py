@@ -1,5 +1,6 @@
 """PiSSA in a Flax NNX model: A and B are taken from the weights, which keep the rest."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,8 @@ def take(
         factors = {
             name: lora_adapter.Factors(*map(np.asarray, pair)) for name, pair in given.items()
         }
-        return lora_site.filled(site, configs, factors, False)[:2]
+        plain = dataclasses.replace(config, use_dora=False)
+        return lora_site.filled(site, configs, factors, plain)[:2]
     matrix = site.matrix()
     A, B = pissa.initial(
         site,

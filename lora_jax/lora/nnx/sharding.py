@@ -14,20 +14,20 @@ from lora_jax.quant import linear as quant_linear
 
 
 def params(
-    site: sites.Site, A: jax.Array, *outputs: jax.Array, kind: type[nnx.Variable] = LoRAParam
+    site: sites.Site, A: jax.Array, *more: jax.Array, kind: type[nnx.Variable] = LoRAParam
 ) -> tuple[nnx.Variable, ...]:
     """A [*lead, K, R] has the weight's input axis, and B [*lead, R, N] its output axis.
 
-    outputs: B, and others of its axes.
+    more: B, and others of its axes.
     """
     num_lead = len(site.lead)
     lead = range(num_lead)
-    split = (_param(site, array, (*lead, None, num_lead + 1), kind) for array in outputs)
+    split = (_param(site, array, (*lead, None, num_lead + 1), kind) for array in more)
     return _param(site, A, (*lead, num_lead, None), kind), *split
 
 
-def magnitude(site: sites.Site, array: jax.Array) -> LoRAParam:
-    """m [*lead, N] has the output axis."""
+def outputs(site: sites.Site, array: jax.Array) -> LoRAParam:
+    """A magnitude or a bias [*lead, N] has the output axis."""
     num_lead = len(site.lead)
     return _param(site, array, (*range(num_lead), num_lead + 1), LoRAParam)
 
