@@ -50,13 +50,13 @@ def bytes_of(tensors: dict[str, np.ndarray], dtype: str | None = None) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-def draw(rows, columns, group, *, symmetric, act_order, rng):
+def draw(rows, columns, group, *, symmetric, act_order, rng, bits=4):
     """(codes [K, N], zeros [groups, N], scales [groups, N], group of each row [K])"""
     groups = -(-rows // group)
-    codes = rng.integers(0, 16, (rows, columns)).astype(np.uint32)
-    zeros = rng.integers(1, 16, (groups, columns)).astype(np.uint32)
+    codes = rng.integers(0, 2**bits, (rows, columns)).astype(np.uint32)
+    zeros = rng.integers(1, 2**bits, (groups, columns)).astype(np.uint32)
     if symmetric:
-        zeros[:] = 8
+        zeros[:] = 2 ** (bits - 1)
     scales = (rng.normal(0, 0.02, (groups, columns))).astype(np.float16)
     index = np.arange(rows, dtype=np.int32) // group
     return codes, zeros, scales, rng.permutation(index) if act_order else index
@@ -91,6 +91,11 @@ def along_columns(codes, order=range(8)):
     return words.view(np.int32)
 
 
+def in_bytes(codes):
+    """int32 [N, K/4]: byte i of word j is column 4j + i."""
+    return np.ascontiguousarray(codes.astype(np.uint8)).view(np.int32)
+
+
 def write(
     folder: pathlib.Path,
     method: str,
@@ -99,9 +104,13 @@ def write(
     symmetric: bool = False,
     act_order: bool = False,
     version: int = 1,
+    bits: int = 4,
     **settings,
 ) -> dict[str, np.ndarray]:
-    """A checkpoint of `method` in `folder`; {module: its dense weight [K, N]}."""
+    """A checkpoint of `method` in `folder`; {module: its dense weight [K, N]}.
+
+    bits: 8 for compressed-tensors alone.
+    """
     rng = np.random.default_rng(0)
     width = CONFIG["hidden_size"]
     tensors = {
@@ -115,7 +124,7 @@ def write(
             tensors[f"{prefix}{name}.weight"] = np.ones(width)
         for name, (rows, columns) in LINEARS.items():
             size = rows if group == -1 else group
-            how = {"symmetric": symmetric, "act_order": act_order, "rng": rng}
+            how = {"symmetric": symmetric, "act_order": act_order, "rng": rng, "bits": bits}
             codes, zeros, scales, index = drawn = draw(rows, columns, size, **how)
             weights[prefix + name] = dense(*drawn)
             if method == "mlx":
@@ -127,13 +136,15 @@ def write(
                     "scales": np.ascontiguousarray(scales.T),
                 }
             elif method == "compressed-tensors":
+                words = along_rows(codes).T if bits == 4 else in_bytes(codes.T)
                 parts = {
-                    "weight_packed": np.ascontiguousarray(along_rows(codes).T),
+                    "weight_packed": np.ascontiguousarray(words),
                     "weight_scale": np.ascontiguousarray(scales.T),
                     "weight_shape": np.array([columns, rows]),
                 }
                 if not symmetric:
-                    parts["weight_zero_point"] = np.ascontiguousarray(along_columns(zeros).T)
+                    words = along_columns(zeros) if bits == 4 else in_bytes(zeros)
+                    parts["weight_zero_point"] = np.ascontiguousarray(words.T)
                 if act_order:
                     parts["weight_g_idx"] = index
             elif method == "gptq":
@@ -158,7 +169,7 @@ def write(
         declared = {"desc_act": act_order, "sym": symmetric}
         declared |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
     elif method == "compressed-tensors":
-        scheme = {"num_bits": 4, "type": "int", "symmetric": symmetric, "group_size": group,
+        scheme = {"num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": group,
                   "strategy": "channel" if group == -1 else "group",
                   "actorder": "group" if act_order else None}  # fmt: skip
         groups = {"group_0": {"targets": ["Linear"], "weights": scheme}}

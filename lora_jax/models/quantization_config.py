@@ -185,7 +185,7 @@ _SCALED = ("float-quantized", "int-quantized", "naive-quantized")
 
 
 def _compressed_tensors(raw: Mapping[str, Any]) -> tuple[Quantization | None, list[str]]:
-    """Layouts of compressed-tensors: codes of 8 bits, or 4 bits packed into words."""
+    """Layouts of compressed-tensors: codes of 8 bits, or of 4 or 8 bits packed into words."""
     schemes = raw.get("config_groups")
     schemes = [*schemes.values()] if isinstance(schemes, Mapping) else []
     schemes = [each for each in schemes if isinstance(each, Mapping)]
@@ -213,7 +213,9 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> tuple[Quantization | None, li
         problems.append(f"type {kind!r} is not implemented (int is)")
     if strategy not in ("group", "channel"):
         problems.append(f"strategy {strategy!r} is not implemented (group, channel are)")
-    group, others = _four_bits(num_bits, group if strategy == "group" else -1)
+    group, others = _group(group if strategy == "group" else -1)
+    if num_bits not in (4, 8):
+        problems.append(f"{config_values.shown(num_bits)} bits are not implemented (4 and 8 are)")
     dense = _names(raw, "ignore", problems)
     for pattern in (name[3:] for name in dense if name.startswith("re:")):
         try:
@@ -222,7 +224,7 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> tuple[Quantization | None, li
             problems.append(f"ignore has {pattern!r}, no regular expression: {error}")
     return Quantization(
         "compressed-tensors",
-        "int4",
+        "int4" if num_bits == 4 else "none",
         group=group,
         zero_points=not symmetric,
         act_order=act_order in ("group", "dynamic", True),
@@ -261,9 +263,15 @@ def _lora_jax(raw: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
 
 def _four_bits(bits: Any, group: Any) -> tuple[int, list[str]]:
     """(group_size, problems)"""
-    problems = []
+    group, problems = _group(group)
     if bits != 4:
-        problems.append(f"{config_values.shown(bits)} bits are not implemented (4 are)")
+        problems.insert(0, f"{config_values.shown(bits)} bits are not implemented (4 are)")
+    return group, problems
+
+
+def _group(group: Any) -> tuple[int, list[str]]:
+    """(group_size, problems)"""
+    problems = []
     if not isinstance(group, int) or (group != -1 and (group < 8 or group % 8)):
         shown = config_values.shown(group)
         problems.append(f"group_size {shown} is not implemented (multiples of 8 and -1 are)")

@@ -254,6 +254,21 @@ def test_weights_are_code_less_zero_times_scale_bit_for_bit(foreign, name):
 
 
 @pytest.mark.parametrize(
+    "how", [dict(symmetric=True, group=-1), dict(group=16), dict(act_order=True)], ids=str
+)
+def test_words_of_four_bytes_become_dense(how, tmp_path):
+    """compressed-tensors' "pack-quantized" with 8 bits; --quant rounds them as dense weights."""
+    weights = quantized_models.write(tmp_path, "compressed-tensors", bits=8, **how)
+    model = load(tmp_path)
+    assert_same_weights(model, weights)
+    assert len(inventory.dense_linears(model)[0]) == 14
+    up = "model.layers.0.mlp.up_proj"
+    one = formats.quantize(jnp.asarray(weights[up]), "int8")
+    found = load(tmp_path, "int8", mesh=(1, 2, 2)).model.layers.mlp.up_proj.packed
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), found, one)
+
+
+@pytest.mark.parametrize(
     "name, tensor, found",
     [
         ("mlx", ("scales", np.ones((128, 65), np.float16)), "no codes of 2 to 8 bits"),

@@ -36,6 +36,7 @@ SHAPE = dict(
 )  # fmt: skip
 WEIGHTS = {
     "ct-w4a16": dict(num_bits=4, type="int", symmetric=False, strategy="group", group_size=32),
+    "ct-w8a16": dict(num_bits=8, type="int", symmetric=False, strategy="group", group_size=32),
     "ct-fp8": dict(num_bits=8, type="float", symmetric=True, strategy="block",
                    block_structure=[16, 32]),
 }  # fmt: skip
@@ -89,9 +90,13 @@ def reference(folder):
     for name, tensor in stored.items():
         weight = name.removesuffix("_packed")
         if weight != name:
-            codes = unpack_from_int32(tensor, 4, torch.Size(stored[f"{weight}_shape"].tolist()))
+            bits = WEIGHTS[folder.name]["num_bits"]
+            shape = torch.Size(stored[f"{weight}_shape"].tolist())
+            codes = unpack_from_int32(tensor, bits, shape)
             scale = stored[f"{weight}_scale"].float()
-            zero = unpack_from_int32(stored[f"{weight}_zero_point"], 4, scale.shape, packed_dim=0)
+            zero = unpack_from_int32(
+                stored[f"{weight}_zero_point"], bits, scale.shape, packed_dim=0
+            )
             scale, zero = (x.repeat_interleave(32, 1) for x in (scale, zero.float()))
             dense[weight] = (codes.float() - zero) * scale
         elif name.endswith(("embed_tokens.weight", "lm_head.weight", "norm.weight")):

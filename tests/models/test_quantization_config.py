@@ -67,6 +67,7 @@ def test_layouts_of_compressed_tensors():
     by_column = of_weights(strategy="channel", group_size=None, actorder="group", symmetric=False)
     found = quantization_config.parse(by_column, "config.json")
     assert (found.group, found.zero_points, found.act_order) == (-1, True, True)
+    assert not quantization_config.parse(of_weights(num_bits=8), "config.json").stays_packed
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_older_models_of_mlx_lm_are_known_as_quantized():
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
         (PACKED | {"ignore": ["re:("]}, "no regular expression"),
         (PACKED | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
-        (of_weights(num_bits=8), "8 bits"),
+        (of_weights(num_bits=3), "3 bits"),
         (of_weights(strategy="tensor"), "strategy 'tensor'"),
         (PACKED | {"config_groups": {str(n): {"weights": {"group_size": n}} for n in (32, 64)}},
          "different settings"),
