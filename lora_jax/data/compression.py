@@ -1,4 +1,7 @@
-"""Files that may be compressed, as bytes. Imports no jax."""
+"""Files that may be compressed, as bytes. Imports no jax.
+
+A file in a .zip has the path of the archive with its own name below it: data.zip/train.jsonl.
+"""
 
 import bz2
 import contextlib
@@ -6,6 +9,7 @@ import functools
 import gzip
 import io
 import lzma
+import os
 import pathlib
 import zipfile
 import zlib
@@ -44,18 +48,39 @@ def opened(path: pathlib.Path) -> io.BufferedIOBase:
 
     The bytes decide, not the name: browsers store x.jsonl.gz decompressed under that name.
     """
-    with path.open("rb") as file:
-        first = file.read(6)
+    member = _in_archive(path)
+    file = path.open("rb") if member is None else _open_member(*member)
+    first = file.peek(6)[:6]
     for magic, open_it in _OPENERS.items():
         if first.startswith(magic):
+            if member is not None:
+                return open_it(file)
+            file.close()
             return open_it(path)
-    return path.open("rb")
+    return file
 
 
 def is_compressed(path: pathlib.Path) -> bool:
-    """Whether the first bytes of a file say that it is compressed."""
+    """Whether a file is in an archive, or its first bytes say that it is compressed."""
+    if _in_archive(path):
+        return True
     with path.open("rb") as file:
         return file.read(6).startswith(tuple(_OPENERS))
+
+
+def members(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files in a .zip that has several; none for any other file."""
+    if path.suffix.lower() != ".zip" or not path.is_file() or not zipfile.is_zipfile(path):
+        return []
+    with contextlib.suppress(zipfile.BadZipFile):
+        _, found = _archive(path)
+        return sorted(found) if len(found) > 1 else []
+    return []
+
+
+def is_member(path: pathlib.Path) -> bool:
+    """Whether the path is that of a file in a .zip."""
+    return _in_archive(path) is not None
 
 
 def skip(file: io.BufferedIOBase, count: int) -> None:
@@ -67,34 +92,84 @@ def skip(file: io.BufferedIOBase, count: int) -> None:
         count -= len(chunk)
 
 
-def _by_arrow(path: pathlib.Path, compression: str) -> io.BufferedIOBase:
+def _by_arrow(file: pathlib.Path | io.BufferedReader, compression: str) -> io.BufferedIOBase:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression))
+    source = str(file) if isinstance(file, pathlib.Path) else file
+    return io.BufferedReader(pyarrow.input_stream(source, compression=compression))
 
 
-def _zip(path: pathlib.Path) -> io.BufferedIOBase:
-    archive = zipfile.ZipFile(path)
-    return io.BufferedReader(archive.open(_only_member(archive, path)))
+def _zip(file: pathlib.Path | io.BufferedReader) -> io.BufferedIOBase:
+    archive = zipfile.ZipFile(file)
+    path = file if isinstance(file, pathlib.Path) else pathlib.Path(file.raw.name)
+    return _open_member(archive, _only_member(archive, path), path)
 
 
 def _only_member(archive: zipfile.ZipFile, path: pathlib.Path) -> zipfile.ZipInfo:
-    """The one file in an archive. Raises: UserError if there are others, or it has a password."""
-    members = [
-        each for each in archive.infolist()
-        if not each.is_dir() and not each.filename.startswith("__MACOSX/")
-    ]  # fmt: skip
-    if len(members) == 1 and not members[0].flag_bits & 1:
-        return members[0]
-    if any(each.filename.startswith("xl/") for each in members):
+    """The one file in an archive. Raises: UserError if there are others."""
+    found = [*_files_in(archive, path).values()]
+    if len(found) == 1:
+        return found[0]
+    if any(each.filename.startswith("xl/") for each in found):
         raise errors.UserError("a data file", "an Excel workbook", str(path), SAVE_SHEET)
-    names = [f"{len(members)} files", *(each.filename for each in members)]
     raise errors.UserError(
         expected="a .zip with one data file in it",
-        found="a file with a password" if len(members) == 1 else names,
+        found=[f"{len(found)} files", *(each.filename for each in found)],
         where=str(path),
-        do="unpack it, and pass the folder or one of its files",
+        do="pass it by itself, or unpack it",
     )
+
+
+_Files = dict[pathlib.Path, zipfile.ZipInfo]
+
+
+def _archive(path: pathlib.Path) -> tuple[zipfile.ZipFile, _Files]:
+    """An archive and the files in it."""
+    # A process that was forked must not move in its parent's file.
+    return _listed(path, path.stat().st_mtime_ns, os.getpid())
+
+
+@functools.lru_cache(maxsize=4)
+def _listed(path: pathlib.Path, changed: int, process: int) -> tuple[zipfile.ZipFile, _Files]:
+    """Kept, because each of thousands of files would take as long as to list them all."""
+    archive = zipfile.ZipFile(path)
+    return archive, _files_in(archive, path)
+
+
+def _files_in(archive: zipfile.ZipFile, path: pathlib.Path) -> _Files:
+    """The files in an archive, by their paths, without those that macOS adds."""
+    return {
+        path / each.filename.lstrip("/"): each for each in archive.infolist()
+        if not each.is_dir() and not each.filename.startswith("__MACOSX/")
+    }  # fmt: skip
+
+
+def _in_archive(
+    path: pathlib.Path,
+) -> tuple[zipfile.ZipFile, zipfile.ZipInfo, pathlib.Path] | None:
+    """The archive that holds the file at `path`, its entry there, and `path`; None for others."""
+    if path.exists():
+        return None
+    for outer in path.parents:
+        if outer.suffix.lower() == ".zip" and outer.is_file() and zipfile.is_zipfile(outer):
+            archive, found = _archive(outer)
+            return (archive, found[path], path) if path in found else None
+    return None
+
+
+def _open_member(
+    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: pathlib.Path
+) -> io.BufferedReader:
+    """The file in an archive. Raises: UserError if it has a password or an unknown compression."""
+    try:
+        return io.BufferedReader(archive.open(entry))
+    except (RuntimeError, NotImplementedError) as error:
+        raise errors.UserError(
+            expected="a .zip without a password, as usual programs write it",
+            found=str(error),
+            where=str(path),
+            do="unpack it, and pass the folder or one of its files",
+        ) from None
 
 
 _OPENERS = {

@@ -24,7 +24,8 @@ def read(path: pathlib.Path, start: Position = START) -> Iterator[Record]:
 
 def _guarded(path: pathlib.Path, form: "_Format", start: Position) -> Iterator[Record]:
     with _readable(path):
-        hub.refuse_lfs_pointer(path)
+        if path.is_file():
+            hub.refuse_lfs_pointer(path)
         yield from form.read(path, start)
 
 

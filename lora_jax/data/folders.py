@@ -8,6 +8,7 @@ which files it has, and so may a README.md.
 import glob
 import itertools
 import json
+import os
 import pathlib
 import re
 import typing
@@ -46,16 +47,20 @@ def find(source: str) -> Found | None:
     """The files of a local source; None for a hub id.
 
     A folder may be followed by `:config`, one of its README.md, and by `@split`; the default is the
-    train split.
+    train split. A .zip of several files is read as the folder that it unpacks to.
     Raises: UserError if there is no such file, configuration or split, or a folder's files do not
     go together.
     """
     path, config, split = pathlib.Path(source).expanduser(), "", ""
     ends = _ENDS.fullmatch(source)
-    if ends and not path.exists() and pathlib.Path(ends["folder"]).expanduser().is_dir():
-        path = pathlib.Path(ends["folder"]).expanduser()
-        config, split = ends["config"] or "", ends["split"] or ""
-    if path.is_file():
+    outer = pathlib.Path(ends["folder"]).expanduser() if ends else path
+    if ends and not path.exists() and (outer.is_dir() or compression.members(outer)):
+        path, config, split = outer, ends["config"] or "", ends["split"] or ""
+    if compression.members(path):
+        if config:
+            dataset_card.choose(path, config)  # raises: an archive has none
+        return _folder(path, split)
+    if path.is_file() or compression.is_member(path):
         return Found([path], [path.name])
     if path.is_dir():
         if not config and (saved := _saved(path, split)):
@@ -87,16 +92,23 @@ def _matching(paths: Sequence[pathlib.Path], pattern: pathlib.Path) -> Found:
 
 
 def _folder(folder: pathlib.Path, split: str) -> Found:
-    """The data files anywhere in a folder; those of a split if their names tell splits."""
-    every = sorted(path for path in folder.rglob("*") if path.is_file())
-    kept = [path for path in every if _is_data(path.relative_to(folder))]
+    """The data files anywhere in a folder; those of a split if their names tell splits.
+
+    A .zip is as the folder in it that has all its files.
+    """
+    every, inner = compression.members(folder), folder
+    if every:
+        inner = pathlib.Path(os.path.commonpath([path.parent for path in every]))
+    else:
+        every = sorted(path for path in folder.rglob("*") if path.is_file())
+    kept = [path for path in every if _is_data(path.relative_to(inner))]
     left: list[pathlib.Path] = []
     if len({files.form_of(path).family for path in kept}) > 1:  # texts beside the data
         left = [path for path in kept if files.form_of(path).family == "text"]
         kept = [path for path in kept if path not in left]
     if not kept:
         raise _none(str(folder), every)
-    of = {path: _split_of(path.relative_to(folder)) for path in kept}
+    of = {path: _split_of(path.relative_to(inner)) for path in kept}
     splits = [*dict.fromkeys(of.values())]
     wanted = split or "train"
     if splits != [""]:
@@ -110,7 +122,7 @@ def _folder(folder: pathlib.Path, split: str) -> Found:
         raise _no_split(folder, split, [])
     _refuse_copies(kept, str(folder))
     which = f"the {wanted} split of {folder}" if splits != [""] else str(folder)
-    return Found(kept, _named(kept, folder), f"{which}; not read: {_some(left)}" if left else "")
+    return Found(kept, _named(kept, inner), f"{which}; not read: {_some(left)}" if left else "")
 
 
 def _of_card(folder: pathlib.Path, card: dataset_card.Config, split: str) -> Found:

@@ -98,7 +98,8 @@ def _table_of(path: pathlib.Path) -> "pyarrow.Table":
     import pyarrow
 
     try:
-        hub.refuse_lfs_pointer(path)
+        if path.is_file():
+            hub.refuse_lfs_pointer(path)
         return arrow_files.table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise arrow_files.damaged(path, error) from error

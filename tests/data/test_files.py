@@ -3,6 +3,7 @@
 import bz2
 import datetime
 import gzip
+import io
 import json
 import lzma
 import zipfile
@@ -193,7 +194,7 @@ def test_a_file_in_a_zip(tmp_path, monkeypatch):
     for name in ("kaggle.ZIP", "y.zip"):
         (tmp_path / name).unlink()
     put(tmp_path / "one" / "x.jsonl", LINES)  # beside the archive that it is from
-    zipped(tmp_path / "one" / "archive.zip", {"x.jsonl": LINES, "y.jsonl": LINES})
+    zipped(tmp_path / "one" / "archive.zip", {"x.jsonl": LINES})
     monkeypatch.chdir(tmp_path / "one")
     assert content(tmp_path / "one") == content(".") == ROWS
     lines = {f"part/{n}.jsonl.zip": {"x": line} for n, line in enumerate(LINES.splitlines())}
@@ -202,9 +203,54 @@ def test_a_file_in_a_zip(tmp_path, monkeypatch):
     assert content(tmp_path / "part") == ROWS
 
 
+def test_a_zip_of_several_files_is_the_folder_that_it_unpacks_to(tmp_path):
+    first, second = LINES.splitlines(keepends=True)
+    table, whole = tmp_path / "x.parquet", io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[1:]), table)
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("x", second)
+    for name, members in {
+        "plain.ZIP": {"b.jsonl": second, "a.jsonl": first, "README.md": "#", ".c.jsonl": "no"},
+        "deep.zip": {"evaluation/": "", "evaluation/1/a.jsonl": first,
+                     "evaluation/2/b.json": second, "__MACOSX/evaluation/._a.jsonl": "no"},
+        "packed.zip": {"a.jsonl.gz": gzip.compress(first.encode()),
+                       "b.jsonl.zst": COMPRESS[".zst"](second.encode()),
+                       "c.jsonl.zip": whole.getvalue()},
+        "tables.zip": {"a.parquet": table.read_bytes(), "b.parquet": table.read_bytes()},
+        "odd.zip": {"/a.jsonl": first, "b.jsonl": second},
+    }.items():  # fmt: skip
+        path = zipped(tmp_path / name, members)
+        expected = {"packed.zip": [*ROWS, ROWS[1]], "tables.zip": [ROWS[1]] * 2}.get(name, ROWS)
+        assert content(path) == expected, name
+    assert origins(tmp_path / "plain.ZIP") == ["a.jsonl:1", "b.jsonl:1"]
+    assert origins(tmp_path / "deep.zip") == ["1/a.jsonl:1", "2/b.json:1"]
+    assert content(tmp_path / "deep.zip" / "evaluation/2/b.json") == ROWS[1:]
+    first, again = sources.stream(str(tmp_path / "plain.ZIP"))
+    assert [*sources.stream(str(tmp_path / "plain.ZIP"), first.after)] == [again]
+
+
+def test_names_of_files_in_a_zip_tell_splits(tmp_path):
+    """As in a folder."""
+    first, second = LINES.splitlines(keepends=True)
+    path = zipped(tmp_path / "x.zip", {"in/train.jsonl": first, "in/test/1.jsonl": second})
+    assert content(path) == ROWS[:1]
+    assert "not read: 1.jsonl" in sources.note(str(path))
+    assert content(f"{path}@test") == ROWS[1:]
+    assert f"as in {path}@test" in refusal(f"{path}@dev")
+    assert "leave :other out" in refusal(f"{path}:other")
+
+
+def test_a_bad_line_in_a_zip_is_named(tmp_path):
+    path = zipped(tmp_path / "x.zip", {"in/a.jsonl": LINES + "{\n", "in/b.jsonl": LINES})
+    assert f"{path}/in/a.jsonl:3" in refusal(path)
+    assert len(sources.load(str(path), bad=bad_rows.BadRows(1))) == 4
+
+
 def test_a_zip_that_is_refused(tmp_path):
     for name, members, words in (
-        ("two.zip", {"train.csv": "a\n", "test.csv": "a\n"}, ["2 files", "train.csv", "unpack"]),
+        ("two.zip", {"a.csv": "a\n", "b.jsonl": "a\n"}, ["of one kind", "a.csv, b.jsonl"]),
+        ("no.zip", {"a.docx": "a", "b.pdf": "a"}, ["a folder without any", "a.docx"]),
+        ("x/two.jsonl.zip", {"a.csv": "a\n", "b.jsonl": "a\n"}, ["of one kind"]),
         ("none.zip", {}, ["0 files"]),
         ("other.zip", {"x.docx": "a"}, ["convert"]),
         ("x.csv", {"[Content_Types].xml": "", "xl/workbook.xml": ""}, ["Excel", "CSV UTF-8"]),
@@ -215,6 +261,10 @@ def test_a_zip_that_is_refused(tmp_path):
             assert word in message
     secret = zipped(tmp_path / "secret.jsonl.zip", {"x.jsonl": LINES}, password=True)
     assert "password" in refusal(secret)
+    several = zipped(tmp_path / "several.zip", {"x.jsonl": "", "y.jsonl": ""}, password=True)
+    assert "password" in refusal(several) and "several.zip/x.jsonl" in refusal(several)
+    zipped(tmp_path / "folder" / "x.jsonl.zip", {"x.jsonl": LINES, "y.jsonl": LINES})
+    assert "2 files" in refusal(tmp_path / "folder") and "by itself" in refusal(tmp_path / "folder")
     whole = zipped(tmp_path / "x.jsonl.zip", {"x.jsonl": LINES}).read_bytes()
     assert "complete" in refusal(put(tmp_path / "cut.jsonl.zip", whole[:40]))
     assert "cut.zip" in refusal(put(tmp_path / "cut.zip", whole[:40]))
