@@ -109,7 +109,7 @@ def load(
     quantization = quantization_config.choose(quantization, config.quantization, str(folder))
     if residual is not None and config.quantization is not None:
         raise errors.UserError(
-            expected="weights that are not quantized, to compute PiSSA's A and B from",
+            expected="weights that are not quantized, to compute the initial A and B from",
             found=f"a quantized checkpoint: {config.quantization}",
             where=str(folder),
             do="pass the model before quantization, with --quant",

@@ -14,7 +14,7 @@ from lora_jax.checkpoints import finite, inventory, model_folder, safetensors_fi
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
-from lora_jax.lora import algebra, tied_head, token_indices
+from lora_jax.lora import algebra, pissa, targets, tied_head, token_indices
 from lora_jax.models import config as model_config
 from lora_jax.models import quantization_config
 from lora_jax.parallel import mesh as sharding
@@ -98,6 +98,7 @@ def plan(
 
     with_bias = [path for path, own in fitted.adapter.factors.items() if own.bias is not None]
     host.check_mergeable([path for path in with_bias if f"{path}.bias" not in others])
+    _check_original(fitted.adapter, linears, rounded)
     parts = [part(name, tensor) for name, tensor in (linears | others).items()]
     if tied and (fitted.plan.own_head or _changes_embedding_alone(fitted)):
         parts.append(part(model_folder.HEAD, others[model_folder.EMBEDDING]))
@@ -143,7 +144,8 @@ def _part(name: str, source: _Source, fitted: tied_head.Fitted) -> writer.Part:
     spec = _spec(source, base)
     make = functools.partial(_dense, name, source)
     if own is not None:
-        make = functools.partial(_merged, name, source, own, adapter.scaling(path), base)
+        init = adapter.config.init_lora_weights
+        make = functools.partial(_merged, name, source, own, adapter.scaling(path), base, init)
     return writer.Part(name, {name: spec}, make)
 
 
@@ -171,10 +173,20 @@ def _with_rows(
 
 
 def _merged(
-    name: str, source: _Source, own: host.Factors, scaling: float, base: np.ndarray | None
+    name: str,
+    source: _Source,
+    own: host.Factors,
+    scaling: float,
+    base: np.ndarray | None,
+    init: str,
 ) -> dict[str, np.ndarray]:
     weight = source.value() if base is None else jnp.asarray(base)
     transposed = own.kind != "embedding"  # in the file a linear layer's weight is [N, K]
+    if init != "default" and own.kind == "linear":
+        config = targets.LayerConfig(own.A.shape[1], scaling)
+        A, B = pissa.initial_of_layer(weight.T, config, init)
+        less = _changed(weight, transposed, A, B, np.full((1, 1), -scaling, np.float32), None)
+        weight = less.astype(weight.dtype)
     arrays = own.A, own.B, np.full((1, 1), scaling, np.float32), own.magnitude
     whole = _changed(weight, transposed, *arrays)
     return {name: _rounded(name, whole, source.dtype)}
@@ -204,6 +216,18 @@ def _rounded(name: str, value: jax.Array, dtype: str) -> np.ndarray:
             do="check the adapter's values, or merge it into a copy of the base in float32",
         )
     return array
+
+
+def _check_original(adapter: host.Adapter, linears, rounded: str | None) -> None:
+    """Raises: UserError if the adapter changes a base that is not there as it was."""
+    init = adapter.config.init_lora_weights
+    packed = [name for name, tensor in linears.items() if isinstance(tensor, StoredLinear)]
+    if init != "default" and (packed or rounded):
+        raise errors.UserError(
+            expected=f"the original weights, which init_lora_weights {init} changes",
+            found=packed[:1] or f"--quant {rounded}",
+            do="merge into the model before quantization, without --quant",
+        )
 
 
 def _shape(tensor: StoredTensor | StoredLinear) -> tuple[int, ...]:

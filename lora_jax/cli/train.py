@@ -76,8 +76,9 @@ def add_run(flags: arguments.Flags) -> None:
     flags.switch("--use-dora", "train the magnitudes and directions of the weights separately: "
                  "closer to full fine-tuning at ranks below 16, with a slower step")  # fmt: skip
     flags.add("--init-lora-weights", "default, pissa (start from the principal components of the "
-              "weights: learns faster, with less quantization error) or pissa_niter_16 (an "
-              "approximation that is faster to compute)", metavar="HOW")  # fmt: skip
+              "weights: learns faster, with less quantization error), pissa_niter_16 (an "
+              "approximation that is faster to compute) or olora (start from the QR decomposition)",
+              metavar="HOW")  # fmt: skip
     flags.add("--lora-plus-ratio", "learning rate of B over that of A (LoRA+): 4 to 16 learns "
               "faster in wide models", type=float, metavar="X")  # fmt: skip
     flags.group("training")

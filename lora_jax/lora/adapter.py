@@ -33,7 +33,8 @@ class Adapter:
     """The result of LoRA training.
 
     Args:
-      config: its rank, alpha and patterns set the rank and the scaling of every layer.
+      config: its rank, alpha and patterns set the rank and the scaling of every layer. With
+        init_lora_weights pissa or olora, A and B are for a base that lacks the initial A B.
       factors: {dotted path of the layer: its A and B}.
       saved: {name in PEFT's file, without the prefix: array as in the file} of everything else:
         fully trained modules (`lm_head.weight`), the rows of single tokens
@@ -232,6 +233,9 @@ def _refuse_unlike(adapters: Sequence[Adapter], *, dora: bool) -> None:
         problems.append("fully trained modules or tokens, or the base weight of an embedding")
     if any(adapter.config.lora_bias for adapter in adapters):
         problems.append("biases of B (lora_bias)")
+    changing = (adapter.config.init_lora_weights for adapter in adapters)
+    problems += [f"init_lora_weights {init}, which changes the base" for init in {*changing}
+                 if init != "default"]  # fmt: skip
     kinds = {adapter.config.use_dora for adapter in adapters}
     if len(kinds) > 1 or (dora and kinds == {True}):
         problems.append("DoRA" + ("" if dora else " beside plain LoRA"))

@@ -38,8 +38,10 @@ class LoRAConfig:
       lora_bias: B has a bias b, which is trained as well: y = base(x) + scale · (B(A(x)) + b). Only
         layers that have a bias themselves can be merged with it.
       use_dora: train magnitude and direction separately (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
-      init_lora_weights: "default" (B = 0), or "pissa" or "pissa_niter_N": A B is the principal part
-        of the weight, and is subtracted from the base (Meng et al. 2024, https://arxiv.org/abs/2404.02948).
+      init_lora_weights: "default" (B = 0), or A B is a part of the weight, and is subtracted from
+        the base: "pissa" or "pissa_niter_N": the principal part (Meng et al. 2024,
+        https://arxiv.org/abs/2404.02948); "olora": that of its QR decomposition (Büyükakyüz 2024,
+        https://arxiv.org/abs/2406.01775).
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3; semantics as in PEFT.
     """
@@ -77,16 +79,16 @@ class LoRAConfig:
         if not re.fullmatch(INITS, self.init_lora_weights):
             problems.append(f"init_lora_weights {self.init_lora_weights}")
         if self.lora_bias and (self.use_dora or self.init_lora_weights != "default"):
-            problems.append("lora_bias with use_dora or PiSSA")
+            problems.append("lora_bias with use_dora, PiSSA or OLoRA")
         problems += ["an empty name in modules_to_save"] if "" in self.modules_to_save else []
         problems += self._invalid_tokens()
         problems += self._invalid_expressions()
         if problems:
             raise errors.UserError(
                 expected="rank ≥ 1, a finite alpha, 0 ≤ dropout < 1, at least one target, "
-                "init_lora_weights default, pissa or pissa_niter_N, lora_bias without use_dora and "
-                "PiSSA, token ids ≥ 0 that are listed "
-                "once, and valid regular expressions",
+                "init_lora_weights default, pissa, pissa_niter_N or olora, lora_bias without "
+                "use_dora, PiSSA and OLoRA, token ids ≥ 0 that are listed once, and valid regular "
+                "expressions",
                 found=problems,
                 where="the LoRA settings",
                 do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",
@@ -124,4 +126,4 @@ def _tuples(tokens: Any) -> Any:
 
 
 LARGEST = 1e30  # in float32 the product with A and B must not overflow
-INITS = r"default|pissa(_niter_\d+)?"
+INITS = r"default|pissa(_niter_\d+)?|olora"

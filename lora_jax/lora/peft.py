@@ -92,6 +92,16 @@ def read(folder: pathlib.Path | str) -> lora_adapter.Adapter:
             where=str(folder),
             do="use PEFT to merge this adapter into its base, and load the merged model",
         )
+    changed = [name for name in saved if name.endswith(".base_layer.weight")]
+    if changed and own.init_lora_weights != "default":
+        raise errors.UserError(
+            expected="no weights of the base beside A and B that change it",
+            found=[f"{name}, with init_lora_weights = {own.init_lora_weights!r}"
+                   for name in changed],
+            where=str(folder),
+            do="save the adapter with path_initial_model_for_weight_conversion, or merge it with "
+            "PEFT",
+        )  # fmt: skip
     return lora_adapter.Adapter(own, factors, saved, raw.get("base_model_name_or_path"))
 
 

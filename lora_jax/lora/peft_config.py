@@ -40,6 +40,9 @@ _SWITCHES = ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
 _EMPTY = (None, False, 0, "", [], {})
 # These do not change the base, or PEFT takes their change out of the saved A and B.
 _INITS = (None, True, False, "gaussian", "loftq", "orthogonal", "eva", "mica")
+# These change the base, by an amount that depends on its weights alone. Without a conversion, A and
+# B are saved as they are, and PEFT changes the base again when it loads them.
+_CHANGING = ("pissa", "olora")
 
 
 def parse(
@@ -68,7 +71,8 @@ def parse(
     if raw.get("bias") not in (None, "none", "all", "lora_only"):
         problems.append(f"bias = {raw['bias']!r}")
     init = raw.get("init_lora_weights", True)
-    if not any(init is e or (init == e and isinstance(init, str)) for e in _INITS):
+    known = (*_INITS, *_CHANGING)
+    if not any(init is e or (init == e and isinstance(init, str)) for e in known):
         problems.append(
             f"init_lora_weights = {init!r} (it changed the base: save the adapter with "
             "path_initial_model_for_weight_conversion)"
@@ -122,7 +126,7 @@ def _malformed(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _config(raw: Mapping[str, Any]) -> lora_config.LoRAConfig:
-    layers = raw.get("layers_to_transform")
+    layers, init = raw.get("layers_to_transform"), raw.get("init_lora_weights")
     return lora_config.LoRAConfig(
         rank=raw["r"],
         alpha=raw["lora_alpha"],
@@ -139,6 +143,7 @@ def _config(raw: Mapping[str, Any]) -> lora_config.LoRAConfig:
         use_dora=bool(raw.get("use_dora")),
         lora_bias=bool(raw.get("lora_bias")),
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
+        init_lora_weights=init if init in _CHANGING else "default",
     )
 
 
@@ -167,7 +172,7 @@ def written(adapter: lora_adapter.Adapter, revision: str | None) -> dict[str, An
         "exclude_modules": as_list(config.exclude) or None,
         "modules_to_save": list(config.modules_to_save) or None,
         "trainable_token_indices": config.trainable_token_indices,
-        "init_lora_weights": True,
+        "init_lora_weights": config.init_lora_weights == "default" or config.init_lora_weights,
         "layers_to_transform": None if layers is None else list(layers),
         "layers_pattern": list(layers_pattern)
         if isinstance(layers_pattern, tuple)

@@ -1,6 +1,7 @@
-"""PiSSA: A and B begin as the principal part of the weight, which the base then lacks.
+"""PiSSA and OLoRA: A and B begin as a part of the weight, which the base then lacks.
 
-Source: Meng et al. 2024, https://arxiv.org/abs/2404.02948, eq. 2-4.
+Sources: Meng et al. 2024, https://arxiv.org/abs/2404.02948, eq. 2-4; Büyükakyüz 2024,
+https://arxiv.org/abs/2406.01775, algorithm 1.
 """
 
 import functools
@@ -32,7 +33,7 @@ def check(sites: Iterable[tuple[Site, LayerConfigs]]) -> None:
                     problems.append(f"{name} with rank {rows.stop - rows.start} of {most} at most")
     if problems:
         raise errors.UserError(
-            expected="ranks no larger than those of the weights, for PiSSA",
+            expected="ranks no larger than those of the weights, for PiSSA and OLoRA",
             found=problems,
             do="choose a smaller rank, for these in rank_pattern, or init_lora_weights default",
         )
@@ -74,12 +75,17 @@ def initial_of_layer(
 def principal(
     weight: Float[Array, "K N"], rank: int, scaling: float, init: str
 ) -> tuple[Float[Array, "K R"], Float[Array, "R N"]]:
-    """(A, B) with s · A B = the part of W with the largest `rank` singular values.
+    """(A, B): with PiSSA, s · A B is the part of W with the largest `rank` singular values.
 
-    W = U S Vᵀ: A = U √(S / s), B = √(S / s) Vᵀ. The base keeps W − s · A B.
-    init: "pissa", or "pissa_niter_N" for N steps of subspace iteration, which is much faster.
+    W = U S Vᵀ: A = U √(S / s), B = √(S / s) Vᵀ. With OLoRA, Wᵀ = Q R: A = Rᵀ and B = Qᵀ, the first
+    `rank` columns of Rᵀ and rows of Qᵀ. The base keeps W − s · A B.
+    init: "pissa", or "pissa_niter_N" for N steps of subspace iteration, which is much faster;
+    "olora".
     """
     weight = weight.astype(jnp.float32)
+    if init == "olora":
+        Q, R = jnp.linalg.qr(weight.T)
+        return R[:rank].T, Q[:, :rank].T
     if steps := _INIT.fullmatch(init)[1]:
         U, S, Vt = _largest_singular(weight, rank, int(steps))
     else:

@@ -86,6 +86,17 @@ def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
     assert dtypes == {"F32"}
 
 
+@pytest.mark.parametrize("name", ["lora_pissa", "lora_olora"])
+def test_an_unconverted_adapter_is_merged_into_the_base_that_it_changes(name, tmp_path):
+    base, golden = MODELS / "llama", golden_logits(name)
+    adapter = peft.read(GOLDEN / name / "unconverted_adapter")
+    write(base, adapter, tmp_path / "merged")
+    expected = golden["merged_logits"]
+    np.testing.assert_allclose(logits(load(tmp_path / "merged"), golden), expected, atol=1e-4)
+    with pytest.raises(errors.UserError, match="the original weights"):
+        merge.plan(base, adapter, quantization="int8")
+
+
 @pytest.mark.parametrize("fmt", ["int4", *cases.long("nf4-dq")])
 def test_merging_into_a_rounded_base_equals_the_adapter_on_it(fmt, tmp_path):
     adapter = peft.read(GOLDEN / "lora_dora" / "final_adapter")
@@ -182,8 +193,8 @@ def test_the_script_merges_compares_and_leaves_a_model_to_generate_with(adapter,
 
 def test_a_merge_with_other_predictions_leaves_nothing(adapter, tmp_path, monkeypatch):
     merged = merge._merged
-    monkeypatch.setattr(merge, "_merged", lambda name, source, own, scaling, base:
-                        merged(name, source, own, 2 * scaling, base))  # fmt: skip
+    monkeypatch.setattr(merge, "_merged", lambda name, source, own, scaling, *of:
+                        merged(name, source, own, 2 * scaling, *of))  # fmt: skip
     message = cli.refused("merge", "--adapter", adapter, "--output-dir", tmp_path / "merged")
     assert "within 0.01 nats per token" in message
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -154,7 +154,7 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--layers 3-1", "layer numbers such as 0,2 or 16-31 found: '3-1'"),
         ("--rank-pattern down_proj", "REGEX=NUMBER, such as down_proj=4 found: 'down_proj'"),
         ("--rank-pattern down_proj=0", "rank 0"),
-        ("--init-lora-weights olora", "init_lora_weights olora"),
+        ("--init-lora-weights corda", "init_lora_weights corda"),
         ("--exclude (", "where: --exclude"),
         ("--warmup -1", "--warmup -1"),
         ("--weight-decay -1", "--weight-decay -1"),

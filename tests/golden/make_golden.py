@@ -124,6 +124,13 @@ LORAS = dict(
             r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa"
         ),
     ),
+    lora_olora=SHORT
+    | dict(
+        seed=119,
+        lora=dict(
+            r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights="olora"
+        ),
+    ),
     lora_tokens=SHORT
     | dict(
         seed=115,
@@ -599,7 +606,9 @@ def make_lora(name, seed, lora, settings, masked, base="llama", num_steps=12):
     losses, norms, rates = train(model, batches, settings, folder)
     losses64, norms64, _ = train(exact, batches, settings)
     # What began as a part of the base is told as a change of the whole base.
-    changed_base = lora.get("init_lora_weights") == "pissa"
+    changed_base = lora.get("init_lora_weights") in ("pissa", "olora")
+    if changed_base:
+        save_adapter(model, folder / "unconverted_adapter")
     how = {"path_initial_model_for_weight_conversion": folder / "init_adapter"}
     save_adapter(model, folder / "final_adapter", **how if changed_base else {})
     save_npz(folder / "eval_logits.npz", adapter_logits(model, batches, [1, 10, 20]))

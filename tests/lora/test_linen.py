@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 from lora_jax import errors, lora
+from lora_jax.lora import adapter as host
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import linen, peft
 from lora_jax.optim import adamw
@@ -210,6 +211,23 @@ def test_pissa_and_parts_are_those_of_nnx():
     plain = linen.adapt(module, adapter.config, IDS)
     found = jax.jit(plain.apply)(plain.attach(params, adapter), IDS)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_an_unconverted_adapter_takes_its_start_from_the_base_again():
+    """As PEFT saves PiSSA and OLoRA without a conversion."""
+    module, x = nn.Sequential([nn.Dense(6)]), jnp.ones((2, 4))
+    params = drawn.variables(module, x)["params"]
+    adapted = linen.adapt(module, config(targets=("layers_0",), init_lora_weights="olora"), x)
+    variables = moved(adapted.init(jax.random.key(1), params))
+    own = variables["lora"]["layers_0"]
+    raw = host.Factors(np.asarray(own["lora_A"]), np.asarray(own["lora_B"]))
+    again = adapted.attach(params, host.Adapter(adapted.config, {"layers_0": raw}))
+    y = adapted.apply(variables, x)
+    np.testing.assert_allclose(adapted.apply(again, x), y, atol=1e-5)
+    plain = adapted.collect(again)
+    assert plain.config.init_lora_weights == "default" and plain.config.rank == 4
+    merged = module.apply({"params": adapted.merge(again)}, x)
+    np.testing.assert_allclose(merged, y, atol=1e-5)
 
 
 def test_fully_trained_modules_are_trained_with_the_adapters(tmp_path):

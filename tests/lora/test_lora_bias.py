@@ -140,7 +140,7 @@ def test_what_has_no_b_to_add_it_to_is_refused():
     with pytest.raises(errors.UserError, match=r"weight is read, with a bias of B \(lora_bias\)"):
         model(X)
     for wrong in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
-        with pytest.raises(errors.UserError, match="lora_bias with use_dora or PiSSA"):
+        with pytest.raises(errors.UserError, match="lora_bias with use_dora, PiSSA or OLoRA"):
             dataclasses.replace(CONFIG, **wrong)
 
 

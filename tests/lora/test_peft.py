@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 
+import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,9 +20,10 @@ from flax import nnx
 
 from lora_jax import errors, lora
 from lora_jax.checkpoints import loader
+from lora_jax.lora import adapter as host
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import peft, peft_tensors
-from lora_jax.lora.nnx import model_state
+from lora_jax.lora.nnx import bank, banked, model_state
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
 from lora_jax.optim import loss as train_loss
@@ -240,7 +242,8 @@ def test_patterns_gradient_equals_pefts():
     assert not np.asarray(q_proj["lora_B"][0, 4:]).any()
 
 
-FINISHED = (*(f"{name}/final_adapter" for name in (*RUNS, "lora_pissa")), "lora_patterns/adapter")
+CHANGING = ("lora_pissa", "lora_olora")  # they change the base
+FINISHED = (*(f"{name}/final_adapter" for name in (*RUNS, *CHANGING)), "lora_patterns/adapter")
 
 
 @pytest.mark.parametrize("folder", FINISHED)
@@ -539,7 +542,7 @@ def test_tensors_that_do_not_fit_are_all_listed(adapter):
         {"layer_replication": [[0, 2]]},
         {"trainable_token_indices": ["<s>"]},
         {"trainable_token_indices": {"embed_tokens": 1}},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
         {"megatron_config": {"a": 1}},
         {"key_of_the_future": 0.5},
     ],
@@ -716,34 +719,67 @@ def test_the_effect_of_each_layer_is_reported():
     assert effects["model.layers.1.self_attn.q_proj"] == pytest.approx(expected, rel=1e-5)
 
 
-# ------------------------------------------------------------------------- PiSSA
+# ------------------------------------------------------------------------- PiSSA and OLoRA
 
 
-def test_pissa_trains_as_in_peft(tmp_path):
+@pytest.mark.parametrize("name", ["lora_pissa", *cases.long("lora_olora")])
+def test_what_changes_the_base_trains_as_in_peft(name, tmp_path):
     """The same initial values lead to the same losses and the same change of the original base."""
-    golden = json.loads((GOLDEN / "lora_pissa" / "golden.json").read_text())
+    golden = json.loads((GOLDEN / name / "golden.json").read_text())
     steps, lr = golden["config"]["steps"], golden["config"]["lr"]
-    model = llama()
+    model, own = llama(), golden["config"]["lora"]
     config = lora_config.LoRAConfig(
-        rank=4, alpha=8, targets=("q_proj", "down_proj"), init_lora_weights="pissa"
+        rank=4,
+        alpha=own["lora_alpha"],
+        targets=("q_proj", "down_proj"),
+        init_lora_weights=own["init_lora_weights"],
     )
     lora.inject(model, config, rngs=nnx.Rngs(0))
     graphdef, *parts = model_state.split(model)
     how = optim_config.OptimConfig(lr=lr, schedule="constant", warmup=0, clip=0)
-    batches = arrays("lora_pissa/batches.npz")
+    batches = arrays(f"{name}/batches.npz")
     found = [*steps_of(graphdef, parts, how, steps, batches)]
     losses, (state, frozen, _) = [measured["loss"] for *_, measured in found], found[-1]
     np.testing.assert_allclose(losses, golden["loss_fp32"], atol=1e-4, rtol=0)
 
     model = nnx.merge(graphdef, state.lora, frozen.dropout_keys, frozen.base)
     peft.save(tmp_path, model, config, base_model="llama")
-    found, expected = (peft.read(f) for f in (tmp_path, GOLDEN / "lora_pissa" / "final_adapter"))
+    found, expected = (peft.read(f) for f in (tmp_path, GOLDEN / name / "final_adapter"))
     assert found.config == expected.config and found.factors.keys() == expected.factors.keys()
     for path, theirs in expected.factors.items():
         ours = found.factors[path]
         change = theirs.A @ theirs.B
         error = np.linalg.norm(ours.A @ ours.B - change) / np.linalg.norm(change)
         assert error < 1e-2, (path, error)
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_an_unconverted_adapter_changes_the_base_as_in_peft(name, tmp_path):
+    """PEFT takes the initial A B from the base again when it loads the adapter."""
+    folder, golden = GOLDEN / name / "unconverted_adapter", arrays(f"{name}/eval_logits.npz")
+    model, base = llama(folder), llama()
+    check_logits(model, golden, "logits", 1e-4)
+    written = peft.read(folder)
+    peft.write(tmp_path / "same", written)
+    assert peft.read(tmp_path / "same").config == written.config
+    peft.save(tmp_path / "plain", model, written.config, base_model="llama")
+    converted = peft.read(tmp_path / "plain")
+    assert converted.config == peft.config(GOLDEN / name / "final_adapter")
+    check_logits(llama(tmp_path / "plain"), golden, "logits", 1e-4)
+    stripped = nnx.merge(*nnx.split(model), copy=True)
+    lora.strip(stripped)
+    kernel, original = (m.model.layers.self_attn.q_proj.kernel[...] for m in (stripped, base))
+    np.testing.assert_allclose(kernel, original, atol=1e-6)
+    lora.merge(model)
+    check_logits(model, golden, "logits", 1e-4)
+    packed = loader.load(GOLDEN / "models/llama", quantization="int8", mesh=ONE)
+    with pytest.raises(errors.UserError, match=r"q_proj is in int8(.|\n)*--quant none"):
+        peft.load(packed, folder)
+    bank.add(base, slots=1, rank=4, targets=("q_proj", "down_proj"))
+    for attempt in (lambda: host.aligned({"x": written}), lambda: host.combined([(written, 1)]),
+                    lambda: banked.Bank(base).contents(written, "x")):  # fmt: skip
+        with pytest.raises(errors.UserError, match="which changes the base"):
+            attempt()
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "{", "\udcff", "[]"])

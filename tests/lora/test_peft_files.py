@@ -227,7 +227,7 @@ def test_what_pefts_settings_mean(tmp_path):
     "change",
     [{"use_bdlora": {"x": 1}}, {"arrow_config": {"x": 1}}, {"kasa_config": {"x": 1}},
      {"monteclora_config": {"x": 1}}, {"alora_invocation_tokens": [1]},
-     {"target_parameters": ["a.b"]}, {"init_lora_weights": "olora"},
+     {"target_parameters": ["a.b"]}, {"init_lora_weights": "pissa_niter_16"},
      {"init_lora_weights": "corda"}, {"lora_alpha": float("nan")}, {"r": True},
      {"use_dora": "yes"}, {"layers_pattern": "(("}, {"modules_to_save": [""]}],
     ids=str,
@@ -243,6 +243,12 @@ def test_trained_biases_are_named(tmp_path):
     more = TENSORS | {f"{Q}.base_layer.bias": np.ones(4, np.float32)}
     with pytest.raises(errors.UserError, match=r"q_proj\.base_layer\.bias, with bias = 'all'"):
         peft.read(folder(tmp_path, more, bias="all"))
+
+
+def test_a_base_that_was_changed_already_is_not_changed_again(tmp_path):
+    more = TENSORS | {f"{Q}.base_layer.weight": np.ones((4, 4), np.float32)}
+    with pytest.raises(errors.UserError, match=r"base_layer\.weight, with .* = 'pissa'"):
+        peft.read(folder(tmp_path, more, init_lora_weights="pissa"))
 
 
 def test_the_folder_of_a_run_names_its_adapters(tmp_path):

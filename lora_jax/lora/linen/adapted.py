@@ -83,7 +83,7 @@ class Adapted:
                 own = jax.random.fold_in(key, _number(site))
                 factors[site.at] = *lora_site.initial(site, configs, own), None, None
             else:
-                A, B = start[site.at] = self._principal(site, base)
+                A, B = start[site.at] = self._principal(site, base, self.config)
                 factors[site.at] = A, B, None, None
         return self._variables(base, factors, start)
 
@@ -103,7 +103,7 @@ class Adapted:
         saved = {tensor.name: tensor.shape for tensor in self._tensors(base)}
         adapter.check(names, layers, saved, "the adapter")
         adapter.check_effect("the adapter")
-        factors, problems = {}, []
+        factors, start, problems = {}, {}, []
         for name in ("use_dora", "lora_bias"):
             if (given := getattr(adapter.config, name)) != getattr(self.config, name, False):
                 problems.append(f"{name} = {given}")
@@ -112,6 +112,8 @@ class Adapted:
                 problems.append(f"{name} is scaled by {given:g}, in this model by {own.scaling:g}")
         for site in self._adapted():
             configs = self.layer_configs[site.at]
+            if adapter.config.init_lora_weights != "default" and site.kind == "linear":
+                start[site.at] = self._principal(site, base, adapter.config)
             filled = lora_site.filled(site, configs, adapter.factors, adapter.config)
             factors[site.at], mask = filled, lora_site.mask(site, configs)
             if mask is not None and (filled[1] * (1 - mask)).any():
@@ -123,7 +125,7 @@ class Adapted:
                 where="the adapter",
                 do="linen.adapt(module, adapter.config, …)",
             )
-        return self._variables(base, factors, {}, adapter.saved)
+        return self._variables(base, factors, start, adapter.saved)
 
     def apply(
         self,
@@ -365,11 +367,13 @@ class Adapted:
         mask = lora_site.mask(site, self.layer_configs[site.at])
         return bias if bias is None or mask is None else bias * mask.max(axis=-2)
 
-    def _principal(self, site: Site, base: Base) -> tuple[jax.Array, jax.Array]:
-        """PiSSA's A and B, which it subtracts from the site's weight."""
+    def _principal(
+        self, site: Site, base: Base, config: lora_config.LoRAConfig
+    ) -> tuple[jax.Array, jax.Array]:
+        """The initial A and B of PiSSA or OLoRA, which it subtracts from the site's weight."""
         if site.key not in base.params:
             raise errors.UserError(
-                expected="weights before quantization, to compute PiSSA's A and B from",
+                expected="weights before quantization, to compute the initial A and B from",
                 found="a packed weight",
                 where=".".join(site.path),
                 do="pass the dense params to `init`",
@@ -378,7 +382,7 @@ class Adapted:
         A, B = pissa.initial(
             site,
             configs,
-            self.config.init_lora_weights,
+            config.init_lora_weights,
             lambda index: matrix[np.unravel_index(index, site.lead)],
         )
         rest = lora_site.each(algebra.merged, site.lead, matrix, A, B, -self._scaling(site))

@@ -55,6 +55,8 @@ class Bank:
         fitted, unbatched = adapter, [f"{name} in modules_to_save"
                                       for name in adapter.config.modules_to_save]  # fmt: skip
         unbatched += ["biases of B (lora_bias)"] if adapter.config.lora_bias else []
+        if (init := adapter.config.init_lora_weights) != "default":
+            unbatched.append(f"init_lora_weights {init}, which changes the base")
         with errors.noted(problems):
             fitted, more = self._own_part(adapter, where)
             unbatched += more

@@ -85,10 +85,7 @@ def _inject(model, config, rngs, principal) -> dict[str, int]:
         else:
             start = pissa.take(site, configs, config, principal)
             _adapt(site, configs, config, rngs, *start, counts=counts)
-            # `collect` needs them to compute the change of the original weight. Copies, because a
-            # training step may reuse the memory of A and B.
-            kept = (LoRAConstant(jnp.array(part)) for part in start)
-            site.module.lora_initial_A, site.module.lora_initial_B = kept
+            _keep(site, start)
     for whole in wholes:
         whole.begin()
     return ranks
@@ -104,6 +101,7 @@ def attach(
     """Puts `adapter`, from a model of any framework, into `model`, on any base of these shapes.
 
     untrained: accepts an adapter that has no effect, because it will be trained.
+    One with init_lora_weights pissa or olora takes the initial A B from the base, as PEFT does.
     Raises: UserError that lists everything that does not fit, see `Adapter.check`; if the adapter
     has no effect. The model is then unchanged.
     """
@@ -120,13 +118,27 @@ def _attach(model, adapter, untrained, where) -> None:
     if not untrained:
         given.check_effect(where)
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
+    changes_base = config.init_lora_weights != "default"
+    if changes_base:
+        pissa.check(chosen, None)
     for site, configs in chosen:
+        is_changed = changes_base and site.kind == "linear"
+        start = pissa.take(site, configs, config, None) if is_changed else None
         filled = lora_site.filled(site, configs, adapter.factors, config)
         _adapt(site, configs, config, nnx.Rngs(0), *filled, counts=_has_streams(model))
+        if start is not None:
+            _keep(site, start)
     for whole in wholes:
         whole.begin(adapter.saved)
     for site in found:
         _set_base(site, adapter, where)
+
+
+def _keep(site: sites.Site, start: tuple[jax.Array, jax.Array]) -> None:
+    """Keeps the initial A and B, for `collect` to compute the change of the original weight."""
+    # Copies, because a training step may reuse the memory of A and B.
+    A, B = (LoRAConstant(jnp.array(part)) for part in start)
+    site.module.lora_initial_A, site.module.lora_initial_B = A, B
 
 
 def _set_base(site: sites.Site, adapter: lora_adapter.Adapter, where: str) -> None:

@@ -1,4 +1,4 @@
-"""PiSSA in a Flax NNX model: A and B are taken from the weights, which keep the rest."""
+"""PiSSA and OLoRA in a Flax NNX model: A and B are taken from the weights, which keep the rest."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -68,9 +68,10 @@ def check(
             problems += [f"{name} is not in `principal`" for name in missing]
     if problems:
         raise errors.UserError(
-            expected="weights before quantization, to compute PiSSA's A and B from",
+            expected="weights before quantization, to compute the initial A and B from",
             found=problems,
-            do="inject before quantizing, or see lora.Principal",
+            do="inject before quantizing, or see lora.Principal; load and merge an adapter with "
+            "--quant none",
         )
 
 
