@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from lora_jax.layers import registry
+from lora_jax.layers import places, registry
 
 Path = tuple[str | int, ...]
 
@@ -31,7 +31,7 @@ class Parameter(NamedTuple):
 
 def find(model: nnx.Module) -> Iterator[Parameter]:
     """The parameters in the order of their paths."""
-    nodes = sorted(nnx.iter_graph(model), key=lambda item: ".".join(map(str, item[0])))
+    nodes = sorted(nnx.iter_graph(model), key=lambda item: places.dotted(item[0]))
     modules = {path: node for path, node in nodes if isinstance(node, nnx.Module)}
     for path, node in nodes:
         if type(node) is not nnx.Param or len(node.shape) < 2:

@@ -1,6 +1,7 @@
 """Where the parts of a Flax NNX model are: one variable or module may be in several places."""
 
 import collections
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -41,6 +42,11 @@ def at(module: Any, path: tuple[Any, ...]) -> Any:
         attributes = vars(module) if isinstance(module, nnx.Pytree) else {}
         module = attributes[key] if key in attributes else module[key]
     return module
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """The path as one text, as PEFT and messages have it."""
+    return ".".join(map(str, path))
 
 
 def _parts(node: Any) -> list[tuple[Any, Any]]:

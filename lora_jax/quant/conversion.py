@@ -92,11 +92,11 @@ def quantize_model(
     why = {path: scaled.get(id(node)) or _why_not(path, node, exclude)
            for path, node in layers.items()}  # fmt: skip
     chosen = {path: node for path, node in layers.items() if not why[path]}
-    left = {_dotted(path): reason for path, reason in why.items() if reason}
-    left |= {_dotted(own.path): f"a parameter of {type(own.owner).__name__}"
+    left = {places.dotted(path): reason for path, reason in why.items() if reason}
+    left |= {places.dotted(own.path): f"a parameter of {type(own.owner).__name__}"
              for own in parameters.find(model)
              if own.owner_path not in layers}  # fmt: skip
-    adapted = [_dotted(path) for path, node in chosen.items() if hasattr(node, "lora_ranks")]
+    adapted = [places.dotted(path) for path, node in chosen.items() if hasattr(node, "lora_ranks")]
     if not chosen or adapted:
         raise errors.UserError(
             expected="a model with linear layers to quantize, without adapters",
@@ -109,7 +109,7 @@ def quantize_model(
             replace(model, path, quantize_linear(node, fmt))
         else:
             quantize_layer(node, fmt)
-    return taken.Taken(dict.fromkeys(map(_dotted, chosen), fmt), left)
+    return taken.Taken(dict.fromkeys(map(places.dotted, chosen), fmt), left)
 
 
 def _why_not(path, layer, exclude) -> str:
@@ -128,10 +128,6 @@ def _why_not(path, layer, exclude) -> str:
     if isinstance(how, linear_map.Einsum):
         return "a product with batch axes" if how.batch else ""
     return "an embedding" if isinstance(how, linear_map.Embedding) else "a convolution"
-
-
-def _dotted(path) -> str:
-    return ".".join(map(str, path))
 
 
 def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> None:
@@ -165,7 +161,7 @@ def dequantize_model(model: nnx.Module) -> None:
     """
     found = [(path, node) for path, node in nnx.iter_graph(model)
              if quant_linear.packed_of(node) is not None and "quantized" not in path]  # fmt: skip
-    if adapted := [_dotted(path) for path, node in found if hasattr(node, "lora_ranks")]:
+    if adapted := [places.dotted(path) for path, node in found if hasattr(node, "lora_ranks")]:
         raise errors.UserError(
             expected="a model without adapters",
             found=[f"{name} has one" for name in adapted],

@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 
 from lora_jax import errors
+from lora_jax.layers import places
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx import parameters, saved, sites
 
@@ -19,7 +20,7 @@ def find(model: nnx.Module) -> list[sites.Site]:
 def refuse(model: nnx.Module, *others: sites.Site) -> None:
     """Raises: UserError if the model has an adapter already. others: sites with one of a bank."""
     found = [site.names[0] for site in (*find(model), *others)]
-    found += [sites.dotted(whole.path) for whole in saved.find(model)]
+    found += [places.dotted(whole.path) for whole in saved.find(model)]
     if found:
         raise errors.UserError(
             expected="a model without adapters",

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.layers import registry
+from lora_jax.layers import places, registry
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, tied_head, token_indices
 from lora_jax.lora import site as lora_site
@@ -206,7 +206,7 @@ def _ratio(weight, A, B, scaling, magnitude):
 def _check_finite(slots: Sequence[Slot], where: str) -> None:
     """Raises: UserError for numbers that would be NaN or infinite in the other rows of a batch."""
     bad = dict.fromkeys(
-        sites.dotted(path)
+        places.dotted(path)
         for slot in slots
         for path, arrays in slot.items()
         if not all(np.isfinite(array.astype(np.float32)).all() for array in arrays)
@@ -224,8 +224,8 @@ def _check_finite(slots: Sequence[Slot], where: str) -> None:
 def _digest(slots: Sequence[Slot]) -> str:
     found = hashlib.sha256()
     for slot in slots:
-        for path, arrays in sorted(slot.items(), key=lambda item: sites.dotted(item[0])):
-            found.update(sites.dotted(path).encode())
+        for path, arrays in sorted(slot.items(), key=lambda item: places.dotted(item[0])):
+            found.update(places.dotted(path).encode())
             for array in arrays:
                 found.update(np.ascontiguousarray(array).view(np.uint8).data)
         found.update(b"|")

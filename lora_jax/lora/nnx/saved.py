@@ -161,7 +161,7 @@ class Saved(NamedTuple):
         for path, variable in nnx.iter_graph(copied):
             if isinstance(variable, nnx.Param):
                 weight = path[-1] in ("kernel", "embedding", "scale")
-                leaf = sites.dotted((*path[:-1], "weight" if weight else path[-1]))
+                leaf = places.dotted((*path[:-1], "weight" if weight else path[-1]))
                 for index in np.ndindex(*variable.shape[: len(self.depths)]):
                     name = sites.numbered(self.path, self.depths, index)
                     yield f"{name}.{leaf}", path, index, variable
@@ -195,17 +195,17 @@ def _modules(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) ->
     depths, taken, matched, problems = _depths(found), [], set(), []
     scaled = wrappers.scaled(model)
     for path, node in sorted(nnx.iter_graph(model), key=lambda item: len(item[0])):
-        named = {end for end in ends if sites.dotted(path).endswith(end)}
+        named = {end for end in ends if places.dotted(path).endswith(end)}
         inside = any(path[: len(outer.path)] == outer.path for outer in taken)
         if not named or inside or not isinstance(node, nnx.Module):
             continue
         matched |= named
         if any(quant_linear.packed_of(part) for _, part in nnx.iter_graph(node)):
-            problems.append(f"{sites.dotted(path)} is quantized")
+            problems.append(f"{places.dotted(path)} is quantized")
         if id(node) in scaled:
-            problems.append(f"{sites.dotted(path)} {scaled[id(node)]}")
+            problems.append(f"{places.dotted(path)} {scaled[id(node)]}")
         if isinstance(node, nnx.List | nnx.Dict):
-            problems.append(f"{sites.dotted(path)} is a container, which is not called: name what "
+            problems.append(f"{places.dotted(path)} is a container, which is not called: name what "
                             "is in it")  # fmt: skip
         taken.append(Saved(path, node, depths(path)))
     problems += [f"{end} matches nothing" for end in ends if end not in matched]

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +93,7 @@ def axis_of(layer: nnx.Module) -> int:
 def find(model: nnx.Module) -> Iterator[Site]:
     """Every site of the model, with or without an adapter, in the order of their paths."""
     shapes, scaled = Shapes(model), wrappers.scaled(model)
-    for path, node in sorted(nnx.iter_graph(model), key=lambda item: dotted(item[0])):
+    for path, node in sorted(nnx.iter_graph(model), key=lambda item: places.dotted(item[0])):
         inside = "modules_to_save" in path or "quantized" in path  # part of another module found
         known = registry.registration_of(type(node))
         if inside or known is None or registry.problem(node) or _misfit(node):
@@ -155,11 +154,11 @@ def others(model: nnx.Module) -> dict[str, targets.Layer]:
              if registry.registration_of(type(node)) and not registry.problem(node)}  # fmt: skip
     owners = {path[:-1] for path, node in nodes if isinstance(node, nnx.Param)} & modules.keys()
     return {
-        dotted(path): _unregistered(path, modules[path])
+        places.dotted(path): _unregistered(path, modules[path])
         for path in owners
         if path and not any(path[:n] in known for n in range(len(path) + 1))
     } | {
-        dotted(path): targets.Layer("linear", problem=misfit)
+        places.dotted(path): targets.Layer("linear", problem=misfit)
         for path in known
         if (misfit := _misfit(modules[path]))
     }
@@ -171,7 +170,7 @@ def _unregistered(path: tuple[str | int, ...], module: nnx.Module) -> targets.La
     if registry.registration_of(type(module)):
         found = found._replace(problem=registry.problem(module))
     parts = {} if isinstance(module, nnx.List) else vars(module)
-    own = [dotted((path[-1], name)) for name, part in parts.items()
+    own = [places.dotted((path[-1], name)) for name, part in parts.items()
            if type(part) is nnx.Param and part.ndim > 1]  # fmt: skip
     return found._replace(problem=f"{found.problem}; target {', '.join(own)}") if own else found
 
@@ -189,11 +188,7 @@ def numbered(path: tuple, depths: tuple[int, ...], index: tuple[int, ...]) -> st
     parts = list(path)
     for depth, number in reversed(list(zip(depths, index, strict=False))):
         parts.insert(depth, number)
-    return dotted((*parts, *index[len(depths) :]))
-
-
-def dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
+    return places.dotted((*parts, *index[len(depths) :]))
 
 
 class Shapes(dict):

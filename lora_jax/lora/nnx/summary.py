@@ -5,7 +5,7 @@ import math
 import jax
 from flax import nnx
 
-from lora_jax.layers import parameters, registry, taken
+from lora_jax.layers import parameters, places, registry, taken
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
@@ -23,7 +23,7 @@ def summary(model: nnx.Module) -> str:
     total = trainable + sum(map(math.prod, [*(array.shape for array in params), *dense]))
     ranks = {name: f"rank {site.module.lora_ranks[index]}"
              for name, (site, index) in adapted.by_name(model).items()}  # fmt: skip
-    ranks |= {sites.dotted(whole.path): whole.extent for whole in saved.find(model)}
+    ranks |= {places.dotted(whole.path): whole.extent for whole in saved.find(model)}
     first = (f"trainable params: {trainable:,} || all params: {total:,} || "
              f"trainable%: {100 * trainable / total:.4f}")  # fmt: skip
     return f"{first}\n{taken.Taken(ranks, left(model))}"
@@ -49,7 +49,7 @@ def left(model: nnx.Module, config: lora_config.LoRAConfig | None = None) -> dic
             cls, why = type(own.owner), "is not registered"
             if registry.registration_of(cls):
                 why = registry.problem(own.owner)
-            found[sites.dotted(own.path)] = f"a parameter of {cls.__name__}, which {why}"
+            found[places.dotted(own.path)] = f"a parameter of {cls.__name__}, which {why}"
     return found
 
 

@@ -162,7 +162,7 @@ class Tokens(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """The path of the layer, see Saved."""
-        return (sites.dotted(self.site.path),)
+        return (places.dotted(self.site.path),)
 
     def begin(self, given: Mapping[str, np.ndarray] | None = None) -> None:
         """Makes the layer a TokenLayer; its rows are those `given`, or those of its weight."""
@@ -200,7 +200,7 @@ class Tokens(NamedTuple):
 
     @property
     def _name(self) -> str:
-        return token_indices.tensor(sites.dotted(self.site.path))
+        return token_indices.tensor(places.dotted(self.site.path))
 
 
 def find(found: Sequence[sites.Site]) -> list[Tokens]:
@@ -217,16 +217,16 @@ def choose(found: Sequence[sites.Site], config: lora_config.LoRAConfig) -> list[
     """
     if not config.trainable_token_indices:
         return []
-    embeddings = {sites.dotted(site.path) for site in found if isinstance(site.module, nnx.Embed)}
+    embeddings = {places.dotted(site.path) for site in found if isinstance(site.module, nnx.Embed)}
     default = token_indices.DEFAULT
     if len(embeddings) == 1:
         (default,) = embeddings
     taken, problems = [], []
     for end, ids in token_indices.named(config, default).items():
-        own = [site for site in found if sites.dotted(site.path).endswith(end)]
+        own = [site for site in found if places.dotted(site.path).endswith(end)]
         problems += [] if own else [f"{end} matches nothing"]
         for site in own:
-            path = sites.dotted(site.path)
+            path = places.dotted(site.path)
             token_indices.check({path: site.kind}, config, "the LoRA settings")
             why = [f"{path} {why}" for why in _problems(site, ids)]
             why += [f"{path} by two names" for other in taken if other.path == site.path]
