@@ -60,6 +60,12 @@ def tensor(path: str) -> str:
     return f"{path}.{_DELTA}"
 
 
+def has_rows(name: str, config: lora_config.LoRAConfig) -> bool:
+    """Whether a tensor of PEFT's file has the rows of tokens that `config` names."""
+    path = name.removesuffix(f".{_DELTA}")
+    return path != name and bool(of(path, config))
+
+
 def as_factors(
     adapter: lora_adapter.Adapter,
     base: Mapping[str, Callable[[np.ndarray], Any]],

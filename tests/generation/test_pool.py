@@ -217,6 +217,21 @@ REFUSED = {
         ),
         ["b in modules_to_save", "lora-jax merge"],
     ),
+    "unmentioned": (  # by its config, as of an adapter alone
+        lambda: dataclasses.replace(
+            adapter(),
+            saved={
+                "b.weight": np.ones((6, 4), np.float32),
+                "a.token_adapter.trainable_tokens_delta": np.ones((1, 4), np.float32),
+                "b.base_layer.weight": np.ones((6, 4), np.float32),
+            },
+        ),
+        [
+            "b.weight has no module in this model, or the config does not save it",
+            "a.token_adapter.trainable_tokens_delta has no module",
+            "weights of b that differ from the base's",
+        ],
+    ),
     "all": (
         lambda: dataclasses.replace(
             adapter(0.0, name="b", rank=7, modules_to_save=("a",)), saved={"a.weight": np.ones(1)}

@@ -12,10 +12,11 @@ from flax import nnx
 from lora_jax import errors
 from lora_jax.layers import places, registry
 from lora_jax.lora import adapter as lora_adapter
-from lora_jax.lora import algebra, tied_head, token_indices
+from lora_jax.lora import algebra, targets, tied_head, token_indices
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.nnx import bank, sites
 from lora_jax.models import llama
+from lora_jax.quant import linear as quant_linear
 
 Slot = Mapping[tuple, Sequence[np.ndarray]]  # {path of a site: (A, B, v)}, see bank.slot_of
 
@@ -59,7 +60,7 @@ class Bank:
             unbatched.append(f"init_lora_weights {init}, which changes the base")
         with errors.noted(problems):
             fitted, more = self._own_part(adapter, where)
-            unbatched += more
+            unbatched += [*more, *self._changed_weights(fitted)]
         chosen = []
         with errors.noted(problems):
             chosen = self._chosen(fitted, where)
@@ -143,6 +144,20 @@ class Bank:
             own = dataclasses.replace(own, factors=layers)
         return own, found
 
+    def _changed_weights(self, adapter: lora_adapter.Adapter) -> Iterator[str]:
+        """The layers of which the adapter's file has other weights than the base."""
+        for site, _ in self._sites:
+            for index, name in enumerate(site.names):
+                new = adapter.saved.get(f"{name}.base_layer.weight")
+                if new is None:
+                    continue
+                packed, own = quant_linear.packed_of(site.module), new
+                if packed is None:
+                    own = site.matrix()[np.unravel_index(index, site.lead)]
+                    own = own if site.kind == "embedding" else own.T
+                if packed or not jnp.array_equal(own, new.astype(own.dtype)):
+                    yield f"weights of {name} that differ from the base's"
+
     def _chosen(self, adapter, where) -> list[tuple[sites.Site, lora_site.LayerConfigs]]:
         """The sites that the adapter is on. Raises: UserError as `Adapter.check`."""
         found = [sites.renamed(site, others, adapter.config) for site, others in self._sites]
@@ -150,7 +165,10 @@ class Bank:
         configs = {name: own for site, each in zip(found, selected, strict=True)
                    for name, own in zip(site.names, each, strict=True) if own}  # fmt: skip
         layers = {name: site.layer for site in found for name in site.names}
-        of_saved = {name: array.shape for name, array in adapter.saved.items()}
+        # What the config names is reported by its name, or has become A and B.
+        of_saved = {name: array.shape for name, array in adapter.saved.items()
+                    if targets.saves(name.rpartition(".")[0], adapter.config)
+                    or token_indices.has_rows(name, adapter.config)}  # fmt: skip
         adapter.check(configs, layers, of_saved, where)
         return [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
 
