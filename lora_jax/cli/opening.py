@@ -126,15 +126,14 @@ def pool(
     if not adapters and not growing:
         return None
     problems: list[errors.UserError] = []
-    folders: dict[str, pathlib.Path] = {}
-    read: list[lora_adapter.Adapter] = []
+    read: dict[str, tuple[pathlib.Path, lora_adapter.Adapter]] = {}
     for name, path in adapters.items():
         with errors.noted(problems):
-            folders[name] = hub.adapter_folder(path)
-            read.append(peft.read(folders[name]))
+            folder = hub.adapter_folder(path)
+            read[name] = folder, peft.read(folder)
     if problems:
         raise errors.UserError.together(problems)
-    ranks = [_ranks(own, model) for own in read]
+    ranks = [_ranks(own, model) for _, own in read.values()]
     most = [max(own.values()) for own in ranks if own]
     rank = next(size for size in _RANKS if size >= min(max(most, default=16), _RANKS[-1]))
     needed = sum(-(-each // rank) for each in most)
@@ -146,9 +145,9 @@ def pool(
         targets="all-linear" if growing or not targets else tuple(sorted(targets)),
     )
     found = pools.Pool(model)
-    for name, folder in folders.items():
+    for name, (folder, own) in read.items():
         with errors.noted(problems):
-            found.load(name, folder)
+            found.load(name, own, where=str(folder))
     if problems:
         raise errors.UserError.together(problems)
     return found

@@ -84,14 +84,15 @@ class Pool:
         adapter: lora_adapter.Adapter | pathlib.Path | str,
         *,
         replace: bool = False,
+        where: str = "the adapter",
     ) -> None:
         """Makes the adapter, or the one in that folder, available as `name`.
 
-        replace: in place of one that has the name already.
+        replace: in place of one that has the name already. where: the folder of an adapter that was
+        read before.
         Raises: UserError with every reason why it cannot be used; nothing has changed then.
         """
         self._check_name(name, replace)
-        where = "the adapter"
         if not isinstance(adapter, lora_adapter.Adapter):
             where, adapter = str(adapter), _read(pathlib.Path(adapter).expanduser())
         contents = self._bank.contents(adapter, where)

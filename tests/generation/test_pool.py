@@ -14,9 +14,11 @@ from flax import nnx
 
 from lora_jax import errors
 from lora_jax.checkpoints import loader
+from lora_jax.cli import opening
 from lora_jax.generation import pool as pools
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
+from lora_jax.lora import peft
 from lora_jax.lora.nnx import bank
 from lora_jax.parallel import mesh as sharding
 
@@ -310,6 +312,15 @@ def test_saved_base_weights_must_be_those_of_the_model():
     with pytest.raises(errors.UserError, match=r"weights of model\.embed_tokens that differ"):
         pool.load("other", dataclasses.replace(own, saved=other))
     assert pool.names() == ["same"]
+
+
+def test_the_adapters_of_a_command_are_read_once(monkeypatch):
+    names, read = ("lora_qv", "lora_plus"), []
+    folders = {name: str(GOLDEN / name / "final_adapter") for name in names}
+    monkeypatch.setattr(peft, "_arrays", lambda *of, own=peft._arrays: read.append(of) or own(*of))
+    pool = opening.pool(nnx.merge(*parts("llama"), copy=True), folders)
+    assert {name: pool.source(name) for name in pool.names()} == folders
+    assert len(read) == 2
 
 
 def test_twenty_loads_compile_nothing():
