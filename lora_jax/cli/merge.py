@@ -116,7 +116,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
                     f"{architecture.vocab_size}")  # fmt: skip
     tokenizer.check_ids(reader, encoded, num_tokens)
     how = {"quantization": settings.get("quant"), "search": not settings.get("quant_fast")}
-    start = time.time()
+    start, plan = time.time(), merged.plan(folder, adapter, **how)  # refuses before it computes
     expected = predicted(folder, encoded, adapter, settings["adapter"], **how)
     if not all(np.isfinite(each).all() for each in expected):
         raise errors.UserError(
@@ -126,7 +126,6 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
             do="check whether the base alone generates text, and take an earlier checkpoint of "
             "the adapter",
         )
-    plan = merged.plan(folder, adapter, **how)
     for note in model_folder.notes(folder):
         console.say("note", note)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # to remove incomplete files
