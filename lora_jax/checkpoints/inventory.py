@@ -70,7 +70,7 @@ def skeleton(
                 lambda s: jnp.zeros((layers, *s.shape), s.dtype),  # noqa: B023
                 spec.shapes(rows, columns, multiple),
             )
-            conversion.replace(model, path, quant_linear.QuantLinear(packed, linear, fmt=spec.fmt))
+            conversion.become(linear, quant_linear.QuantLinear(packed, linear, fmt=spec.fmt))
     sharding.set_partitions(model)
     return model
 

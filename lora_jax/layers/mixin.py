@@ -11,12 +11,12 @@ from lora_jax.layers import weight
 class Mixin(nnx.Module):
     """A class that layers get in addition to their own, see `become`."""
 
-    mixin_original: type[nnx.Module]  # the layer's own class
+    mixin_original: type[nnx.Pytree]  # the layer's own class
     mixin_kinds: tuple[type, ...] = ()  # those that it got, the last one first
-    mixin_base: type[nnx.Module]  # the class whose methods they come before
+    mixin_base: type[nnx.Pytree]  # the class whose methods they come before
 
     @classmethod
-    def mixin_attributes(cls, original: type[nnx.Module]) -> dict[str, Any]:
+    def mixin_attributes(cls, original: type[nnx.Pytree]) -> dict[str, Any]:
         """Attributes of a class that adds this one to `original`."""
         return {}
 
@@ -33,7 +33,7 @@ class Mixin(nnx.Module):
         return _empty, (self.mixin_original, self.mixin_kinds, self.mixin_base), vars(self).copy()
 
 
-def become(layer: nnx.Module, kind: type[Mixin], base: type[nnx.Module] | None = None) -> None:
+def become(layer: nnx.Pytree, kind: type[Mixin], base: type[nnx.Pytree] | None = None) -> None:
     """Makes `layer` an instance of `kind`, too, whose methods come right before those of `base`.
 
     base: a base class of the layer's class, whose own methods then call those of `kind` with
@@ -45,7 +45,7 @@ def become(layer: nnx.Module, kind: type[Mixin], base: type[nnx.Module] | None =
     _set(layer, original, (kind, *kinds), base or original)
 
 
-def leave(layer: nnx.Module, kind: type[Mixin], *added: str) -> None:
+def leave(layer: nnx.Pytree, kind: type[Mixin], *added: str) -> None:
     """The inverse of `become`; also deletes the attributes `added`."""
     for name in added:
         delattr(layer, name)
@@ -54,7 +54,7 @@ def leave(layer: nnx.Module, kind: type[Mixin], *added: str) -> None:
     _set(layer, cls.mixin_original, kinds, cls.mixin_base)
 
 
-def original(layer: nnx.Module) -> type[nnx.Module]:
+def original(layer: nnx.Pytree) -> type[nnx.Pytree]:
     """The layer's own class."""
     return getattr(type(layer), "mixin_original", type(layer))
 
@@ -63,7 +63,7 @@ def _set(layer, cls, kinds, base) -> None:
     object.__setattr__(layer, "__class__", _mixed(cls, kinds, base) if kinds else cls)
 
 
-def _empty(cls, kinds, base) -> nnx.Module:
+def _empty(cls, kinds, base) -> nnx.Pytree:
     return object.__new__(_mixed(cls, kinds, base))
 
 

@@ -15,7 +15,7 @@ class Parameter(NamedTuple):
 
     path: Path
     variable: nnx.Param
-    owner: nnx.Module
+    owner: nnx.Pytree
     owner_path: Path
 
     @property
@@ -32,7 +32,7 @@ class Parameter(NamedTuple):
 def find(model: nnx.Module) -> Iterator[Parameter]:
     """The parameters in the order of their paths."""
     nodes = sorted(nnx.iter_graph(model), key=lambda item: places.dotted(item[0]))
-    modules = {path: node for path, node in nodes if isinstance(node, nnx.Module)}
+    modules = {path: node for path, node in nodes if isinstance(node, nnx.Pytree)}
     for path, node in nodes:
         if type(node) is not nnx.Param or len(node.shape) < 2:
             continue
@@ -45,10 +45,10 @@ def find(model: nnx.Module) -> Iterator[Parameter]:
         yield Parameter(path, node, modules[at], at)
 
 
-def _is_layer(module: nnx.Module) -> bool:
+def _is_layer(module: nnx.Pytree) -> bool:
     return registry.registration_of(type(module)) is not None and not registry.problem(module)
 
 
-def is_bridge(module: nnx.Module) -> bool:
+def is_bridge(module: nnx.Pytree) -> bool:
     """Whether the module applies a Linen module."""
     return isinstance(module, nnx.bridge.ToNNX)

@@ -40,7 +40,12 @@ def at(module: Any, path: tuple[Any, ...]) -> Any:
     """The part of the module at that path."""
     for key in path:  # as it is stored, see layers/weight.py
         attributes = vars(module) if isinstance(module, nnx.Pytree) else {}
-        module = attributes[key] if key in attributes else module[key]
+        if key in attributes:
+            module = attributes[key]
+        elif isinstance(key, str) and not hasattr(module, "keys"):
+            module = getattr(module, key)  # a NamedTuple, or a dataclass
+        else:
+            module = module[key]
     return module
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax import lax
 
 from lora_jax import errors
 from lora_jax.layers import linear_map
@@ -31,6 +32,8 @@ class Registration(NamedTuple):
 
 
 REGISTRATIONS: dict[type, Registration] = {}
+# Functions for `dot_general` that multiply and do nothing else; also in a functools.partial.
+PRODUCTS: list[Callable] = [lax.dot_general]
 _PARAMETERS: dict[type, dict[str, linear_map.LinearMap]] = {}
 _SHARDINGS = ("out_sharding", "sharding_names", "sharding")
 
@@ -80,7 +83,7 @@ def linear_map_of(layer: nnx.Module) -> linear_map.LinearMap:
     return registration_of(type(layer)).linear_map_of(layer)
 
 
-def problem(layer: nnx.Module) -> str:
+def problem(layer: nnx.Pytree) -> str:
     """Why the layer is no product with a matrix, in words that continue its path; "" if it is."""
     try:
         linear_map_of(layer)
@@ -148,10 +151,37 @@ def _general(layer: nnx.LinearGeneral) -> linear_map.Einsum:
     return linear_map.general(layer.axis, len(layer.out_features), tuple(layer.batch_axis))
 
 
+def _has_own_functions(layer: nnx.Module) -> bool:
+    """Whether the layer was given functions to multiply by, in place of those of Flax.
+
+    They may do anything, such as multiply in 8 bits, or scale the product.
+    """
+    defaults = _defaults(registration_of(type(layer)).cls)
+    own = {name: getattr(layer, name) for name in defaults if hasattr(layer, name)}
+    return any(function != defaults[name] and getattr(function, "func", function) not in PRODUCTS
+               for name, function in own.items())  # fmt: skip
+
+
+@functools.cache
+def _defaults(cls: type) -> dict[str, Any]:
+    parameters = inspect.signature(cls.__init__).parameters
+    return {name: parameters[name].default for name in _FUNCTIONS if name in parameters}
+
+
+_FUNCTIONS = (
+    *("promote_dtype", "dot_general", "dot_general_cls"),
+    *("einsum_op", "conv_general_dilated"),
+)
+
+
+def _is_plain(layer: nnx.Module, *args: Any, **kwargs: Any) -> bool:
+    return not _has_own_functions(layer)
+
+
 def _is_own_einsum(
-    layer: nnx.Einsum, inputs: Any, einsum_str: str | None = None, *more: Any, **others: Any
+    layer: nnx.Einsum, inputs: Any = None, einsum_str: str | None = None, *more: Any, **others: Any
 ) -> bool:
-    return einsum_str is None or einsum_str == layer.einsum_str
+    return einsum_str in (None, layer.einsum_str) and not _has_own_functions(layer)
 
 
 def _conv(layer: nnx.Conv) -> linear_map.Conv:
@@ -166,7 +196,8 @@ def _conv(layer: nnx.Conv) -> linear_map.Conv:
 
 
 def _is_plain_conv(layer: nnx.Conv, *args: Any, **kwargs: Any) -> bool:
-    return layer.feature_group_count == 1 and layer.mask is None
+    is_whole = layer.feature_group_count == 1 and layer.mask is None
+    return is_whole and not _has_own_functions(layer)
 
 
 _CONV = (
@@ -184,10 +215,13 @@ def _kernel_shape(layer: nnx.Module) -> tuple[int, ...]:
 
 
 REGISTRATIONS |= {
-    nnx.Linear: Registration("kernel", lambda _: linear_map.LINEAR, shape_of=_features),
+    nnx.Linear: Registration(
+        "kernel", lambda _: linear_map.LINEAR, is_usual=_is_plain, shape_of=_features
+    ),
     nnx.LinearGeneral: Registration(
         "kernel",
         _general,
+        is_usual=_is_plain,
         shape_of=lambda layer: (
             *layer.batch_axis.values(),
             *layer.in_features,
@@ -203,6 +237,7 @@ REGISTRATIONS |= {
     nnx.Embed: Registration(
         "embedding",
         lambda _: linear_map.Embedding(),
+        is_usual=_is_plain,
         shape_of=lambda layer: (layer.num_embeddings, layer.features),
     ),
     nnx.Conv: Registration("kernel", _conv, is_usual=_is_plain_conv, shape_of=_kernel_shape),

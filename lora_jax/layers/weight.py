@@ -1,8 +1,9 @@
 """The weight of a layer that does not compute with it as it is stored: packed, or adapted.
 
 Flax models read the weights of their layers in other places, too: a tied head, or a subclass with
-a `__call__` of its own. In the methods of a module `layer.kernel` therefore is what the layer
-computes with. Elsewhere, as in a notebook, it is what is stored.
+a `__call__` of its own. In the methods of a module, and in functions that JAX traces,
+`layer.kernel` therefore is what the layer computes with. Elsewhere, as in a notebook, it is what is
+stored.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ _AS_STORED: contextvars.ContextVar[frozenset[type]] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def as_stored(layer: nnx.Module) -> Iterator[None]:
+def as_stored(layer: nnx.Pytree) -> Iterator[None]:
     """In this context the layer's weight is read as it is stored."""
     token = _AS_STORED.set(_AS_STORED.get() | {type(layer)})
     try:
@@ -33,9 +34,12 @@ def as_stored(layer: nnx.Module) -> Iterator[None]:
         _AS_STORED.reset(token)
 
 
-def is_read_as_changed(layer: nnx.Module) -> bool:
-    """Whether the layer's weight is read by a method of a module, out of contexts `as_stored`."""
-    return type(layer) not in _AS_STORED.get() and _is_in_a_method()
+def is_read_as_changed(layer: nnx.Pytree) -> bool:
+    """Whether the layer's weight is read to compute with it, out of contexts `as_stored`.
+
+    That is by a method of a module, or by a function of a model that is traced by JAX.
+    """
+    return type(layer) not in _AS_STORED.get() and (_is_in_a_method() or _is_traced(layer))
 
 
 def attribute(name: str, computed: Callable[[Any], Any]) -> property:
@@ -55,6 +59,11 @@ def attribute(name: str, computed: Callable[[Any], Any]) -> property:
     return property(read, write, delete)
 
 
+def _is_traced(layer: nnx.Pytree) -> bool:
+    """Whether one of the layer's arrays, such as A and B for a gradient, is traced."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(nnx.state(layer)))
+
+
 def _is_in_a_method() -> bool:
     """Whether one of the callers is a method of a module, transformed or not.
 
@@ -65,7 +74,7 @@ def _is_in_a_method() -> bool:
         code = frame.f_code
         if code.co_argcount and code.co_name != "__getattribute__":
             first = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(first, nnx.Module) and hasattr(type(first), code.co_name):
+            if isinstance(first, nnx.Pytree) and hasattr(type(first), code.co_name):
                 return True
         frame = frame.f_back
     return False

@@ -79,6 +79,7 @@ def head(config, *, dtype, rngs):
     return linear(config, *sizes, False, dot_general=_float32_dot_general, dtype=dtype, rngs=rngs)
 
 
+registry.PRODUCTS += [_dot_general, _float32_dot_general]
 registry.REGISTRATIONS[Embedding] = registry.Registration(
     "embedding", lambda layer: linear_map.Embedding(layer.lookup)
 )

@@ -80,7 +80,7 @@ def quantize_model(
 ) -> taken.Taken:
     """{dotted path: fmt} of every linear layer whose name is not in `exclude`, which it quantizes.
 
-    A QuantLinear replaces an nnx.Linear; a layer of another class becomes a QuantLayer. The result
+    An nnx.Linear becomes a QuantLinear, and a layer of another class a QuantLayer. The result
     also tells what was left dense, and why.
     Raises: UserError if there is no such layer, if one has an adapter already, or if the model has
     no arrays.
@@ -105,8 +105,8 @@ def quantize_model(
             where=str(type(model)),
         )  # fmt: skip
     for path, node in chosen.items():
-        if type(node) is nnx.Linear and path:
-            replace(model, path, quantize_linear(node, fmt))
+        if type(node) is nnx.Linear and path and registry.is_usual(node):
+            become(node, quantize_linear(node, fmt))
         else:
             quantize_layer(node, fmt)
     return taken.Taken(dict.fromkeys(map(places.dotted, chosen), fmt), left)
@@ -130,10 +130,11 @@ def _why_not(path, layer, exclude) -> str:
     return "an embedding" if isinstance(how, linear_map.Embedding) else "a convolution"
 
 
-def replace(model: nnx.Module, path: tuple[str | int, ...], new: nnx.Module) -> None:
-    """Puts `new` in every place of the model that has the module at `path`."""
-    for place in places.find(model)[id(places.at(model, path))]:
-        place.put(new)
+def become(layer: nnx.Module, other: nnx.Module) -> None:
+    """Makes the layer what `other` is. It stays where it is: also in a tuple, or a dataclass."""
+    object.__setattr__(layer, "__class__", type(other))
+    vars(layer).clear()
+    vars(layer).update(vars(other))
 
 
 def dequantize_linear(layer: quant_linear.QuantLinear) -> nnx.Linear:
@@ -167,9 +168,9 @@ def dequantize_model(model: nnx.Module) -> None:
             found=[f"{name} has one" for name in adapted],
             do="lora.merge(model), which also dequantizes, or lora.strip(model) first",
         )
-    for path, node in found:
+    for _, node in found:
         if isinstance(node, quant_linear.QuantLinear):
-            replace(model, path, dequantize_linear(node))
+            become(node, dequantize_linear(node))
         else:
             make_dense(node, quant_linear.dense_matrix(node.quantized))
 

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from typing import NamedTuple
 
 import cases
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, struct
 
 from lora_jax import errors, lora, peft, quant
 
@@ -158,6 +159,33 @@ class ByKeyword(nnx.Module):
         return self.part(inputs=x)
 
 
+def twice(function):
+    return lambda *args, **kwargs: 2 * function(*args, **kwargs)
+
+
+class Twice:
+    __call__ = staticmethod(twice(jax.lax.dot_general))
+
+
+class OwnFunctions(nnx.Module):
+    """Layers that were given functions to multiply by."""
+
+    def __init__(self, rngs):
+        self.dense = linear(rngs, dot_general=twice(jax.lax.dot_general))
+        self.heads = nnx.LinearGeneral(D, D, dot_general_cls=Twice, rngs=rngs)
+        self.einsum = nnx.Einsum("bti,io->bto", (D, D), einsum_op=twice(jnp.einsum), rngs=rngs)
+        own = {"conv_general_dilated": twice(jax.lax.conv_general_dilated)}
+        self.conv = nnx.Conv(D, D, 3, rngs=rngs, **own)
+        self.embed = nnx.Embed(4, D, promote_dtype=twice_each, rngs=rngs)
+
+    def __call__(self, x):
+        return self.embed.attend(self.conv(self.einsum(self.heads(self.dense(x)))))
+
+
+def twice_each(arrays, **_):
+    return tuple(2 * array for array in arrays)
+
+
 def conv(rngs, cls=nnx.Conv, **settings):
     return Model(cls(D, D, 3, rngs=rngs, **settings))
 
@@ -185,15 +213,17 @@ KINDS = {
     "experts": (lambda rngs: Model(Experts(rngs)), "w"),
     "own_einsum": (lambda rngs: Model(OwnEinsum(rngs)), "w"),
     "heads": (lambda rngs: Model(Heads(rngs)), ("q", "o")),
+    "own_functions": (lambda rngs: Model(OwnFunctions(rngs)),
+                      ("dense", "heads", "einsum", "conv", "embed")),
     "groups": (lambda rngs: conv(rngs, feature_group_count=2), "part"),
     "mask": (lambda rngs: conv(rngs, mask=jnp.tri(D)[None].repeat(3, 0)), "part"),
     "transposed": (lambda rngs: conv(rngs, nnx.ConvTranspose, strides=2), "part"),
     "bridged": (lambda rngs: bridged(rngs, nn.Dense(D), nn.tanh, nn.Dense(4)), "layers_0"),
     "bridged_alone": (lambda rngs: Model(bridge(nn.Dense(4), rngs)), "part"),
     "bridged_conv": (lambda rngs: bridged(rngs, nn.Conv(D, (3,))), "layers_0"),
-}
+}  # fmt: skip
 QUANTIZED = ("multiplied", "standardized", "other_bias", "scaled", "by_keyword", "reads_kernel",
-             "other_einsum")  # fmt: skip
+             "other_einsum", "own_functions")  # fmt: skip
 
 
 @functools.cache
@@ -476,6 +506,76 @@ def test_a_merge_restores_every_setting_of_a_layer():
     lora.inject(model, lora.LoRAConfig(targets=("a",)), rngs=nnx.Rngs(1))
     lora.merge(model)
     assert nnx.graphdef(model) == plain
+
+
+class Holder(nnx.Pytree):
+    """Is no module, and reads its weights itself."""
+
+    def __init__(self, rngs):
+        self.part, self.w = linear(rngs), nnx.Param(jnp.eye(D))
+
+    def __call__(self, x):
+        return x @ self.part.kernel @ self.w
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("method", [True, False])
+def test_methods_of_any_pytree_and_traced_functions_read_the_changed_weights(method, compiled):
+    def function(holder, x):
+        return x @ holder.part.kernel @ holder.w
+
+    run = Holder.__call__ if method else function
+    run = jax.jit(run) if compiled else run
+    model = nnx.Dict(holder=Holder(nnx.Rngs(0)))
+    lora.inject(model, lora.LoRAConfig(targets=("part", "w")), rngs=nnx.Rngs(1))
+    stored = run(model.holder, X)
+    changed(model)
+    y = run(model.holder, X)
+    both = nnx.DiffState(0, lora.LoRAParam)
+    gradient = nnx.grad(lambda holder: function(holder, X).sum(), argnums=both)(model.holder)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+    lora.merge(model)
+    if method or compiled:
+        np.testing.assert_allclose(y, run(model.holder, X), atol=1e-5)
+    else:  # as in a notebook
+        np.testing.assert_array_equal(y, stored)
+
+
+class Pair(NamedTuple):
+    part: nnx.Linear
+    other: nnx.Linear
+
+
+@struct.dataclass
+class PairOfData:
+    part: nnx.Linear
+    other: nnx.Linear
+
+
+class Holds(nnx.Module):
+    """Has its layers in a container that cannot be changed."""
+
+    def __init__(self, container, rngs):
+        self.pair = nnx.data(container(linear(rngs), linear(rngs)))
+
+    def __call__(self, x):
+        part, other = jax.tree.leaves(self.pair, is_leaf=lambda own: isinstance(own, nnx.Module))
+        return other(part(x))
+
+
+@pytest.mark.parametrize("container", [Pair, PairOfData, lambda *layers: layers])
+def test_layers_in_tuples_and_dataclasses_are_quantized_and_merged(container):
+    model = Holds(container, nnx.Rngs(0))
+    plain, structure = model(X), nnx.graphdef(model)
+    quant.quantize_model(model, "int8")
+    lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(model(X), plain, atol=0.05)
+    changed(model)
+    y = model(X)
+    assert np.abs(y - plain).max() > 0.1
+    lora.merge(model)
+    np.testing.assert_allclose(model(X), y, atol=2e-5)
+    assert nnx.graphdef(model) == structure
 
 
 class Functional(nnx.Module):

@@ -163,6 +163,8 @@ def _refusal(site: sites.Site) -> str:
         site.linear_map != linear_map.LINEAR or not isinstance(site.module, _LINEAR)
     ):
         return f"is a {type(site.module).__name__}"
+    if not registry.is_usual(site.module):
+        return "multiplies by functions of its own"
     return f"is stacked on axis {site.axis}" if site.axis else ""
 
 

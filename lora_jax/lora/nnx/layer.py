@@ -106,6 +106,8 @@ class LoRAEmbedding(LoRALayer):
 
     def attend(self, query: Float[Array, "*B N"], *args: Any, **kwargs: Any) -> jax.Array:
         """query · (W + scaling · A B)ᵀ, as after a merge."""
+        if not registry.is_usual(self):
+            return super().attend(query, *args, **kwargs)  # which reads the changed weight
         plain, table = super().attend, registry.weight_of(self)[...]
 
         def output(query, factors):

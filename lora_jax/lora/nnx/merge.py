@@ -86,7 +86,7 @@ def _merge(model: nnx.Module) -> None:
         if layer.lora_bias is not None:
             _merge_bias(site)
         if isinstance(layer, quant_linear.QuantLinear):
-            conversion.replace(model, site.path, conversion.as_linear(layer, merged))
+            conversion.become(layer, conversion.as_linear(layer, merged))
         elif isinstance(layer, quant_linear.QuantLayer):
             _restore(site)
             conversion.make_dense(layer, merged)

@@ -80,7 +80,7 @@ class Bridge(mixin.Mixin):
 class ParameterSite(sites.Site):
     """A parameter with or without an adapter. `module` is its Companion, at `path`."""
 
-    owner: nnx.Module
+    owner: nnx.Pytree
 
     @property
     def weight(self) -> nnx.Variable:
@@ -163,13 +163,13 @@ def _site(parameter: layers.Parameter, shapes: sites.Shapes, problem: str) -> Pa
     )
 
 
-def _holder(owner: nnx.Module, inner: layers.Path) -> tuple[dict[str, Any], str]:
+def _holder(owner: nnx.Pytree, inner: layers.Path) -> tuple[dict[str, Any], str]:
     """(the dict, the key) where the owner holds the parameter of that path."""
     *outer, name = inner
     return (places.at(vars(owner), tuple(outer)) if outer else vars(owner)), name
 
 
-def _own_einsum(owner: nnx.Module, shape: tuple[int, ...]) -> linear_map.LinearMap:
+def _own_einsum(owner: nnx.Pytree, shape: tuple[int, ...]) -> linear_map.LinearMap:
     """How the einsum multiplies that the owner names as nnx.Einsum does; x · W if there is none.
 
     It says only which axes are K and N, and holds for whatever the owner computes.

@@ -149,7 +149,7 @@ def others(model: nnx.Module) -> dict[str, targets.Layer]:
     Only modules that have parameters of their own.
     """
     nodes = list(nnx.iter_graph(model))
-    modules = {path: node for path, node in nodes if isinstance(node, nnx.Module)}
+    modules = {path: node for path, node in nodes if isinstance(node, nnx.Pytree)}
     known = {path for path, node in modules.items()
              if registry.registration_of(type(node)) and not registry.problem(node)}  # fmt: skip
     owners = {path[:-1] for path, node in nodes if isinstance(node, nnx.Param)} & modules.keys()
@@ -164,7 +164,7 @@ def others(model: nnx.Module) -> dict[str, targets.Layer]:
     }
 
 
-def _unregistered(path: tuple[str | int, ...], module: nnx.Module) -> targets.Layer:
+def _unregistered(path: tuple[str | int, ...], module: nnx.Pytree) -> targets.Layer:
     """A module that is no layer, and its parameters that may be targeted instead."""
     found = lora_site.unregistered(type(module).__name__)
     if registry.registration_of(type(module)):
