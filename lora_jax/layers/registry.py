@@ -48,7 +48,8 @@ def register(
     """Makes layers of your own class adaptable and quantizable.
 
     Args:
-      cls: its `__call__(x)` returns einsum(x, W), plus a bias if it has one.
+      cls: its `__call__(x)` returns einsum(x, W), plus a bias if it has one. A call with another
+        array, such as another weight, computes whatever it does with W + scaling · A B.
       einsum: such as "...D,DNH->...NH", or a function that returns it for a layer. For a class
         with several weights, which may be adapted but not quantized: {attribute: einsum}.
       weight: the attribute that holds W.
@@ -66,8 +67,10 @@ def register(
         return linear_map.parse(einsum if isinstance(einsum, str) else einsum(layer))
 
     def has_no_others(layer, *args, **kwargs):
-        return not any(type(own) is nnx.Param for name, own in vars(layer).items()
-                       if name not in (weight, bias))  # fmt: skip
+        """Whether there is nothing but x, the weight and the bias to compute with."""
+        given = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0) > 1]
+        more = [own for name, own in vars(layer).items() if name not in (weight, bias)]
+        return len(given) <= 1 and not any(type(own) is nnx.Param for own in more)
 
     REGISTRATIONS[cls] = Registration(weight, described, bias, is_usual=has_no_others)
     registration_of.cache_clear()

@@ -57,9 +57,11 @@ def select(
     if strict and config.targets != ALL_LINEAR:
         refused += [f"{path} is not a layer itself" for path in _around(layers, chosen, config)]
     if unmatched or refused:
-        do = "choose among these"
-        if config.targets != ALL_LINEAR:
-            do += f', or use "{ALL_LINEAR}"'
+        do = "choose among these, or "
+        if config.targets == ALL_LINEAR:
+            do += "register the class of your linear layers with the einsum it computes"
+        else:
+            do += f'use "{ALL_LINEAR}"'
         more = "; exclude what cannot be adapted, or register its class with the einsum it computes"
         # Layers that differ only in their number are listed once.
         alike = dict.fromkeys(re.sub(r"\.\d+\b", ".N", line) for line in refused)

@@ -45,6 +45,21 @@ class OtherBias(nnx.Module):
         return x @ self.w + self.shift[None, None]
 
 
+class OtherWeight(OtherBias):
+    def __call__(self, x, w=None):
+        return super().__call__(x) if w is None else x @ w
+
+
+class CallsWithAWeight(nnx.Module):
+    """Calls a registered layer as it is, and with a weight in place of its own."""
+
+    def __init__(self, rngs):
+        self.part = OtherWeight(rngs)
+
+    def __call__(self, x):
+        return self.part(self.part(x), w=self.part.w.T)
+
+
 class Scaled(OtherBias):
     """Has more than a weight and a bias."""
 
@@ -53,6 +68,7 @@ class Scaled(OtherBias):
 
 
 lora.register(OtherBias, "...i,io->...o", weight="w", bias="shift")
+lora.register(OtherWeight, "...i,io->...o", weight="w", bias="shift")
 lora.register(Scaled, "...i,io->...o", weight="w")
 
 
@@ -202,6 +218,7 @@ KINDS = {
     "multiplied": (lambda rngs: Model(Multiplied(D, D, rngs=rngs)), "part"),
     "standardized": (lambda rngs: Model(Standardized(D, D, rngs=rngs)), "part"),
     "other_bias": (lambda rngs: Model(OtherBias(rngs)), "part"),
+    "other_weight": (CallsWithAWeight, "part"),
     "scaled": (lambda rngs: Model(Scaled(rngs)), "part"),
     "by_keyword": (ByKeyword, "part"),
     "reads_kernel": (ReadsKernel, "part"),
@@ -222,8 +239,8 @@ KINDS = {
     "bridged_alone": (lambda rngs: Model(bridge(nn.Dense(4), rngs)), "part"),
     "bridged_conv": (lambda rngs: bridged(rngs, nn.Conv(D, (3,))), "layers_0"),
 }  # fmt: skip
-QUANTIZED = ("multiplied", "standardized", "other_bias", "scaled", "by_keyword", "reads_kernel",
-             "other_einsum", "own_functions")  # fmt: skip
+QUANTIZED = ("multiplied", "standardized", "other_bias", "other_weight", "scaled", "by_keyword",
+             "reads_kernel", "other_einsum", "own_functions")  # fmt: skip
 
 
 @functools.cache
