@@ -74,7 +74,8 @@ def _mixed(cls: type, kinds: tuple[type[Mixin], ...], base: type) -> type:
     own |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
     for kind in reversed(kinds):
         own |= kind.mixin_attributes(cls)
+    pytree = cls._pytree__is_pytree  # of a class made with pytree=False, Flax finds parts otherwise
     if base is cls:
-        return type(name, (*kinds, cls), own)
-    inner = type(f"{kinds[0].__name__}[{base.__name__}]", (*kinds, base), {})
-    return type(name, (cls, inner), own)
+        return type(name, (*kinds, cls), own, pytree=pytree)
+    inner = type(f"{kinds[0].__name__}[{base.__name__}]", (*kinds, base), {}, pytree=pytree)
+    return type(name, (cls, inner), own, pytree=pytree)

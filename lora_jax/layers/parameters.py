@@ -34,7 +34,7 @@ def find(model: nnx.Module) -> Iterator[Parameter]:
     nodes = sorted(nnx.iter_graph(model), key=lambda item: places.dotted(item[0]))
     modules = {path: node for path, node in nodes if isinstance(node, nnx.Pytree)}
     for path, node in nodes:
-        if type(node) is not nnx.Param or len(node.shape) < 2:
+        if not registry.is_base_param(node) or getattr(node, "ndim", 0) < 2:
             continue
         around = [path[:n] for n in range(len(path)) if path[:n] in modules]
         copied = "modules_to_save" in path or "quantized" in path

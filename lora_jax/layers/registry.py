@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from lora_jax import errors
-from lora_jax.layers import linear_map
+from lora_jax.layers import linear_map, stack
 
 
 class Registration(NamedTuple):
@@ -70,7 +70,7 @@ def register(
         """Whether there is nothing but x, the weight and the bias to compute with."""
         given = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0) > 1]
         more = [own for name, own in vars(layer).items() if name not in (weight, bias)]
-        return len(given) <= 1 and not any(type(own) is nnx.Param for own in more)
+        return len(given) <= 1 and not any(map(is_base_param, more))
 
     REGISTRATIONS[cls] = Registration(weight, described, bias, is_usual=has_no_others)
     registration_of.cache_clear()
@@ -118,6 +118,12 @@ def stack_axis(layer: nnx.Module, weight: nnx.Variable) -> int:
     if single is None:
         return named[0] if len(named) == 1 else 0
     return next((a for a in fits if a in named), fits[0] if fits else 0)
+
+
+def is_base_param(part: Any) -> bool:
+    """Whether it is a parameter of the model itself, of nnx.Param or of a subclass of one's own."""
+    added = nnx.LoRAParam | stack.LayerIndex
+    return isinstance(part, nnx.Param) and not isinstance(part, added)
 
 
 def bias_of(layer: nnx.Module) -> jax.Array | None:

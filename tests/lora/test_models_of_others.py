@@ -595,6 +595,65 @@ def test_layers_in_tuples_and_dataclasses_are_quantized_and_merged(container):
     assert nnx.graphdef(model) == structure
 
 
+class OwnParam(nnx.Param):
+    pass
+
+
+class Unlisted(nnx.Module, pytree=False):
+    """Has parts that Flax finds without marks, and parameters of a class of its own and of none."""
+
+    def __init__(self, rngs):
+        self.layers = [linear(rngs)]
+        self.w, self.empty = OwnParam(jnp.eye(D)), nnx.Param(None)
+
+    def __call__(self, x):
+        return self.layers[0](x @ self.w)
+
+
+def test_parts_of_own_classes_are_adapted():
+    model = Unlisted(nnx.Rngs(0))
+    plain, structure = model(X), nnx.graphdef(model)
+    left = lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(1)).left
+    assert left == {"w": "a parameter of Unlisted, which is not registered"}
+    lora.strip(model)
+    lora.inject(model, lora.LoRAConfig(targets=("layers.0", "w")), rngs=nnx.Rngs(1))
+    changed(model)
+    y = model(X)
+    assert np.abs(y - plain).max() > 0.1
+    np.testing.assert_allclose(nnx.clone(model)(X), y, atol=1e-6)
+    lora.merge(model)
+    np.testing.assert_allclose(model(X), y, atol=2e-5)
+    assert nnx.graphdef(model) == structure
+
+
+class Doubled(nnx.Param):
+    def get_value(self, **settings):
+        return 2 * super().get_value(**settings)
+
+
+def test_a_weight_that_changes_when_it_is_read_is_refused():
+    model = Model(linear(nnx.Rngs(0)))
+    model.part.kernel = Doubled(model.part.kernel[...])
+    found = "part has a Doubled that changes its value when it is read"
+    with pytest.raises(errors.UserError, match=found):
+        lora.inject(model, lora.LoRAConfig(targets=("part",)), rngs=nnx.Rngs(0))
+    taken = lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(0))
+    assert list(taken) == ["first"] and taken.left == {"part": found.removeprefix("part ")}
+
+
+def test_all_linear_takes_no_bias_of_a_bridged_stack():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(D)(x), None
+
+    scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    model = nnx.Dict(stack=nnx.bridge.ToNNX(scan(), rngs=nnx.Rngs(0)), other=linear(nnx.Rngs(0)))
+    nnx.bridge.lazy_init(model["stack"], X, None)
+    taken = lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=nnx.Rngs(1))
+    assert list(taken) == ["other"] and "stack.Dense_0.bias" in taken.left
+
+
 class Functional(nnx.Module):
     """Calls a function that holds a weight of the model as it is stored."""
 

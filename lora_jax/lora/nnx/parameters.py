@@ -106,7 +106,8 @@ class ParameterSite(sites.Site):
 def find(model: nnx.Module, config: lora_config.LoRAConfig) -> Iterator[ParameterSite]:
     """The parameters that `config` targets by name, and the kernels of Linen modules."""
     for site in _all(model):
-        bridged = layers.is_bridge(site.owner) and len(site.weight.shape) == 2
+        is_kernel = site.module.inner[-1] == "kernel" and site.weight.ndim == 2
+        bridged = layers.is_bridge(site.owner) and is_kernel
         named = not isinstance(config.targets, str)  # patterns are of modules, as in PEFT
         if (named or bridged) and any(targets.is_chosen(name, config) for name in site.names):
             if config.lora_bias:

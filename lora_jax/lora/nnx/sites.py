@@ -171,7 +171,7 @@ def _unregistered(path: tuple[str | int, ...], module: nnx.Pytree) -> targets.La
         found = found._replace(problem=registry.problem(module))
     parts = {} if isinstance(module, nnx.List) else vars(module)
     own = [places.dotted((path[-1], name)) for name, part in parts.items()
-           if type(part) is nnx.Param and part.ndim > 1]  # fmt: skip
+           if registry.is_base_param(part) and part.ndim > 1]  # fmt: skip
     return found._replace(problem=f"{found.problem}; target {', '.join(own)}") if own else found
 
 
