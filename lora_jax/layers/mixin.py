@@ -15,6 +15,10 @@ class Mixin(nnx.Module):
     mixin_kinds: tuple[type, ...] = ()  # those that it got, the last one first
     mixin_base: type[nnx.Pytree]  # the class whose methods they come before
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Not that of the layer's class, which may register its subclasses, or ask for arguments.
+        nnx.Module.__init_subclass__.__func__(cls, **kwargs)
+
     @classmethod
     def mixin_attributes(cls, original: type[nnx.Pytree]) -> dict[str, Any]:
         """Attributes of a class that adds this one to `original`."""
@@ -78,4 +82,10 @@ def _mixed(cls: type, kinds: tuple[type[Mixin], ...], base: type) -> type:
     if base is cls:
         return type(name, (*kinds, cls), own, pytree=pytree)
     inner = type(f"{kinds[0].__name__}[{base.__name__}]", (*kinds, base), {}, pytree=pytree)
-    return type(name, (cls, inner), own, pytree=pytree)
+    return type(name, (_First, cls, inner), own, pytree=pytree)
+
+
+class _First(nnx.Module):
+    """A base class before the layer's own, whose __init_subclass__ is not called then."""
+
+    __init_subclass__ = Mixin.__init_subclass__.__func__

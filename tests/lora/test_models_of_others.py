@@ -2,7 +2,7 @@
 
 import functools
 import pickle
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import cases
 import jax
@@ -624,6 +624,35 @@ def test_parts_of_own_classes_are_adapted():
     lora.merge(model)
     np.testing.assert_allclose(model(X), y, atol=2e-5)
     assert nnx.graphdef(model) == structure
+
+
+class Family(nnx.Module):
+    """Registers its subclasses, which name themselves."""
+
+    names: ClassVar = []
+
+    def __init_subclass__(cls, *, name):
+        super().__init_subclass__()
+        cls.names.append(name)
+
+
+class OwnLinear(nnx.Linear, Family, name="linear"):
+    pass
+
+
+class Raws(Raw, Family, name="raw"):
+    pass
+
+
+def test_classes_that_register_their_subclasses_see_none_of_adapted_layers():
+    model = nnx.Dict(linear=OwnLinear(D, D, rngs=nnx.Rngs(0)), raw=Raws(nnx.Rngs(0)))
+    taken = lora.inject(model, lora.LoRAConfig(targets=("linear", "wq")), rngs=nnx.Rngs(0))
+    assert len(taken) == 2 and Family.names == ["linear", "raw"]
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).raw(X), model.raw(X))
+    lora.merge(model)
+    saved = lora.LoRAConfig(targets=("linear",), modules_to_save=("raw",))
+    lora.inject(model, saved, rngs=nnx.Rngs(0))
+    assert Family.names == ["linear", "raw"]
 
 
 class Doubled(nnx.Param):
