@@ -47,6 +47,9 @@ def tunix(module, name, **settings):
     flax.config.update("flax_always_shard_variable", False)  # which importing them sets
     if module == "gemma":
         settings["attention_types"] = (their.AttentionType.GLOBAL,) * 2
+    if module == "gemma4":
+        kinds = their.AttentionType.LOCAL_SLIDING, their.AttentionType.GLOBAL
+        settings["attention_pattern"] = kinds
     if settings.pop("remat", False):
         settings["remat_config"] = their.RematConfig.BLOCK
     return getattr(their, name)(their.ModelConfig(**SMALL, **settings), rngs=nnx.Rngs(0))
@@ -115,6 +118,10 @@ QWEN3 = functools.partial(tunix, "qwen3", "Qwen3", **ROPE)
 GEMMA = functools.partial(tunix, "gemma", "Gemma", num_embed=7, final_logit_softcap=None, **BOTH)
 GEMMA3 = functools.partial(tunix, "gemma3", "Gemma3", num_embed=7, sliding_window_size=4,
                            param_dtype=jnp.float32)  # fmt: skip
+GEMMA4 = functools.partial(tunix, "gemma4", "Gemma4", num_embed=7, sliding_window_size=4,
+                           global_key_size=8)  # fmt: skip
+GEMMA4_EXPERTS = functools.partial(GEMMA4, enable_moe=True, num_experts=4, num_experts_per_tok=2,
+                                   expert_dim=16, moe_dense_hidden_dim=32)  # fmt: skip
 EXPERTS = functools.partial(QWEN3, num_experts=4, num_experts_per_tok=2)
 TIED = (*ATTENTION, "input_embedding")
 CASES = [  # name, package, how to make it, its arguments, targets
@@ -124,6 +131,9 @@ CASES = [  # name, package, how to make it, its arguments, targets
     ("Qwen3, experts", "google-tunix", EXPERTS, LM, ATTENTION),
     ("Gemma", "google-tunix", GEMMA, LM, ATTENTION),
     ("Gemma3, tied head", "google-tunix", GEMMA3, LM, TIED),
+    ("Gemma4, tied head, inputs per layer", "google-tunix",
+     lambda: GEMMA4(per_layer_input_dim=8), LM, TIED),
+    ("Gemma4, experts", "google-tunix", GEMMA4_EXPERTS, LM, (*TIED, "gating_einsum", "linear")),
     ("MLP", "bijx", lambda: nets.MLP(16, 4, [32, 32], rngs=nnx.Rngs(0)), (X,), "all-linear"),
     ("ConvNet, circular", "bijx", lambda: nets.ConvNet(4, 2, rngs=nnx.Rngs(0)), (IMAGES,), ".*"),
     ("MultiHeadAttention", "flax", attention, (X,), "all-linear"),

@@ -7,6 +7,8 @@ Prints a line for each model and format: how far the adapted model is from the m
 output and in the gradients of A and B. Fails if that is far.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +25,29 @@ BART = transformers.BartConfig(
     vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
     decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=32,
 )  # fmt: skip
+GPTJ = transformers.GPTJConfig(
+    vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4, rotary_dim=4
+)
+BLOOM = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+OPT = transformers.OPTConfig(
+    vocab_size=97, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=32,
+    num_attention_heads=4, word_embed_proj_dim=32,
+)  # fmt: skip
+ELECTRA = transformers.ElectraConfig(**SMALL, embedding_size=16)
+DISTILBERT = transformers.DistilBertConfig(
+    vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=32
+)
 CASES = [
     ("FlaxGPT2LMHeadModel", GPT2, ("c_attn", "c_proj", "c_fc")),
     ("FlaxGPT2LMHeadModel", GPT2, ("c_attn", "wte")),
     ("FlaxBertForMaskedLM", BERT, ("query", "value", "word_embeddings")),
     ("FlaxRobertaForMaskedLM", ROBERTA, ("query", "value")),
     ("FlaxBartForConditionalGeneration", BART, ("q_proj", "v_proj", "shared")),
+    ("FlaxGPTJForCausalLM", GPTJ, "all-linear"),
+    ("FlaxBloomForCausalLM", BLOOM, ("query_key_value", "word_embeddings")),
+    ("FlaxOPTForCausalLM", OPT, ("q_proj", "v_proj", "embed_tokens")),
+    ("FlaxElectraForMaskedLM", ELECTRA, ("query", "embeddings_project", "word_embeddings")),
+    ("FlaxDistilBertForMaskedLM", DISTILBERT, ("q_lin", "v_lin", "word_embeddings")),
 ]
 
 
@@ -38,10 +57,10 @@ def inputs(model) -> dict:
         return {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": IDS,
                 "decoder_attention_mask": mask, "position_ids": positions,
                 "decoder_position_ids": positions}  # fmt: skip
-    given = {"input_ids": IDS, "attention_mask": mask, "position_ids": positions}
-    if "gpt2" in model.config.model_type:
-        return given
-    return given | {"token_type_ids": jnp.zeros_like(IDS), "head_mask": None}
+    given = {"input_ids": IDS, "attention_mask": mask, "position_ids": positions,
+             "token_type_ids": jnp.zeros_like(IDS), "head_mask": None}  # fmt: skip
+    taken = inspect.signature(type(model.module).__call__).parameters
+    return {name: own for name, own in given.items() if name in taken}
 
 
 def check(name, settings, targets, quant):
