@@ -326,6 +326,9 @@ def test_what_cannot_have_a_bank_is_refused_by_name():
     )
     with pytest.raises(errors.UserError, match="conv is a Conv"):
         bank.add(model, slots=2, rank=4, targets=("conv", "linear"))
+    own = nnx.Linear(4, 4, promote_dtype=lambda arrays, **_: arrays, rngs=nnx.Rngs(0))
+    with pytest.raises(errors.UserError, match="own multiplies by functions of its own"):
+        bank.add(nnx.Dict(own=own), slots=2, rank=4, targets=("own",))
     with pytest.raises(errors.UserError, match="q_proj"):
         bank.add(model, slots=2, rank=4, targets=("q_proj",))
     with pytest.raises(errors.UserError, match="0 slots"):
