@@ -58,6 +58,20 @@ TINY = jobs.Job(architecture(64, 160, 3, 4, 2, 512), batch_size=2, seq_len=100, 
 LLAMA_7B = jobs.Job(architecture(4096, 11008, 32, 32, 32, 32000))
 PAIRS_7B = dataclasses.replace(LLAMA_7B, seq_len=1024, beta=0.1)
 LLAMA_70B = jobs.Job(architecture(8192, 28672, 80, 64, 8, 128256))
+# With tied heads of large vocabularies, and more norms than LLaMA has.
+GEMMA_1B, QWEN_06B = (
+    jobs.Job(
+        model_config.from_dict(
+            dict(model_type=model_type, hidden_size=width, intermediate_size=ffn, vocab_size=vocab,
+                 num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+                 sliding_window=512, tie_word_embeddings=True, dtype="bfloat16")
+        )
+    )
+    for model_type, width, ffn, layers, heads, kv, vocab in (
+        ("gemma3_text", 1152, 6912, 26, 4, 1, 262144),
+        ("qwen3", 1024, 3072, 28, 16, 8, 151936),
+    )
+)  # fmt: skip
 
 
 def dot_flops(program):
@@ -178,6 +192,10 @@ def test_less_recomputation_keeps_more():
         (LLAMA_7B, ONE | {"tensor": 4}, "tpu:v5e", "full", 1, 2.049e9),
         (LLAMA_70B, ONE | {"fsdp": 8}, "gpu:h100", "full", 8, 12.242e9),
         (LLAMA_70B, ONE | {"fsdp": 16}, "tpu:v5e", "full", 16, 8.060e9),
+        (GEMMA_1B, ONE, "gpu:h100", "full", 1, 1.933e9),
+        (GEMMA_1B, ONE, "tpu:v5e", "dots", 1, 3.926e9),
+        (GEMMA_1B, ONE, "gpu:h100", "none", 1, 6.300e9),
+        (QWEN_06B, ONE, "tpu:v5e", "none", 1, 4.937e9),
     ],
 )
 def test_the_total_is_near_what_xla_planned(job, sizes, chip, remat, batch_size, peak):
@@ -187,7 +205,7 @@ def test_the_total_is_near_what_xla_planned(job, sizes, chip, remat, batch_size,
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["gpu:h100", "tpu:v5e"])
-@pytest.mark.parametrize("job", [LLAMA_7B, PAIRS_7B], ids=["texts", "pairs"])
+@pytest.mark.parametrize("job", [LLAMA_7B, PAIRS_7B, GEMMA_1B], ids=["texts", "pairs", "gemma"])
 def test_the_total_is_near_what_xla_plans_now(target, job):
     chips.check(target)
     compiled = programs.compiled(job, target, ONE)
