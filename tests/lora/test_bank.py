@@ -224,10 +224,12 @@ def test_a_mixture_of_dora_adapters_is_that_of_their_changes():
 GOLDENS = {
     "llama": ("lora_qv", "lora_all_rslora", "lora_plus", "lora_pissa", "lora_patterns"),
     "llama_bias": ("lora_dora",),
+    "gemma3": ("lora_gemma3",),
+    "granite": ("lora_granite",),
 }
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", *cases.long("llama_bias", "granite")])
 def test_rows_of_one_batch_equal_pefts_logits(name):
     one = sharding.make_mesh(ONE)
     model = loader.load(GOLDEN / "models" / name, dtype="float32", mesh=one)
