@@ -52,7 +52,8 @@ class Batch:
         self.chunks = prompt_chunks.Chunks(
             num_slots, self.num_groups, self.num_adapters, self.spans
         )
-        self._is_static = model.config.rope.rope_type != "dynamic"
+        ropes = model.config.ropes or (model.config.rope,)
+        self._is_static = all(rope is None or rope.rope_type != "dynamic" for rope in ropes)
         self._state: steps.State | None = None
         self._spread: tuple[Any, Any] | None = None  # the bank that was spread, and the result
         self._slots = [

@@ -67,9 +67,9 @@ class LlamaConfig:
 
         Linear, dynamic and yarn rope stretch the length before scaling by a factor, and
         max_position_embeddings may be either of the two: Qwen tells its users to add yarn to a
-        config.json that keeps the shorter length.
+        config.json that keeps the shorter length. That of Gemma 3 is the stretched one.
         """
-        if self.rope.rope_type not in ("linear", "dynamic", "yarn"):
+        if self.sandwich_norms or self.rope.rope_type not in ("linear", "dynamic", "yarn"):
             return self.max_position_embeddings
         before = self.rope.original_max_position_embeddings or self.max_position_embeddings
         return max(self.max_position_embeddings, int(before * (self.rope.factor or 1)))
@@ -151,7 +151,10 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     problems = config_keys.not_implemented(raw)
     defaults = model_types.MODEL_TYPES[model_type].defaults
     raw = config_keys.read(raw)
-    values = config_values.Values({**defaults, **raw})
+    # null is a default, too, but for num_key_value_heads: it means as many as there are heads.
+    raw |= {key: value for key, value in defaults.items()
+            if key not in raw or (raw[key] is None and key != "num_key_value_heads")}  # fmt: skip
+    values = config_values.Values(raw)
     problems += [f"{key} is missing" for key in config_keys.REQUIRED if key not in values.given]
     sizes = {key: values.count(key, 1) for key in config_keys.REQUIRED}
     sizes["num_hidden_layers"] = values.count("num_hidden_layers", 1, most=_MOST_LAYERS)
@@ -162,7 +165,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     if not problems and not values.problems:
         problems += _size_problems(hidden, heads, kv_heads, values.given.get("head_dim"))
     layers = sizes["num_hidden_layers"]
-    rope, rope_problems = rope_config.read({**defaults, **raw}, context)
+    rope, rope_problems = rope_config.read(raw, context)
     of_layers = dict(
         sliding_windows=layer_types.sliding_windows(values, raw, layers),
         ropes=layer_types.ropes(values, raw, rope, layers, context),

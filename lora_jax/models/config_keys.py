@@ -86,7 +86,7 @@ def not_implemented(raw: Mapping[str, Any]) -> list[str]:
 
 
 def unread(raw: Mapping[str, Any]) -> list[str]:
-    """The keys with a value that neither the model reads nor transformers keeps books with."""
+    """The keys with a value that neither the model reads nor transformers itself writes."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     import transformers
 

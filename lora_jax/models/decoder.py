@@ -62,7 +62,7 @@ class LlamaModel(nnx.Module):
         remat="none",
         forms=None,
     ):
-        """(the input of the head [B, T, D], kv). Attention is within examples, or to the cache kv.
+        """(normalized hidden [B, T, D], kv). Attention is within examples, or to the cache kv.
 
         examples [B, T]: the number of each token's example, 0 on padding; None: one a sequence.
         """
@@ -103,7 +103,7 @@ class LlamaModel(nnx.Module):
         else:
             carry, _ = lax.scan(_rematerialized(layer, remat), carry, xs)
         hidden, kv = carry
-        return _scaled(self.norm(hidden), 1 / c.logits_scaling), kv
+        return self.norm(hidden), kv
 
 
 class LlamaDecoderLayer(nnx.Module):
@@ -126,9 +126,9 @@ class LlamaDecoderLayer(nnx.Module):
             before, after = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         else:
             before, after = self.post_attention_layernorm, lambda output: output
-        hidden = hidden + _scaled(attended, c.residual_multiplier)
+        hidden = hidden + scaled(attended, c.residual_multiplier)
         output = after(self.mlp(before(hidden), form))
-        return hidden + _scaled(output, c.residual_multiplier), kv
+        return hidden + scaled(output, c.residual_multiplier), kv
 
 
 class LlamaAttention(nnx.Module):
@@ -193,7 +193,7 @@ def _within(examples: jax.Array | None, config: model_config.LlamaConfig) -> Cal
     return attend
 
 
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
+def scaled(x: jax.Array, factor: float) -> jax.Array:
     """factor · x, computed in float32: the factor is not rounded to x's dtype."""
     return x if factor == 1 else (factor * x.astype(jnp.float32)).astype(x.dtype)
 

@@ -25,7 +25,7 @@ def sliding_windows(
     if model_type == "mistral":
         return (window,) * layers
     kinds = _kinds(values, raw, layers)
-    if model_type in ("qwen2", "qwen3", "smollm3") and not values.flag("use_sliding_window"):
+    if model_type in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):
         return (None,) * layers
     return tuple(window if kind == _SLIDING else None for kind in kinds)
 
@@ -71,7 +71,8 @@ def _usual_kinds(values: config_values.Values, raw: Mapping[str, Any], layers: i
         case "ministral":
             sliding = [True] * layers
         case "smollm3":
-            sliding = [not each for each in _rotated(values, raw, layers)]
+            slides = values.flag("use_sliding_window")
+            sliding = [slides and not each for each in _rotated(values, raw, layers)]
         case "gemma3_text":
             pattern = _count(values, raw, "sliding_window_pattern")
             sliding = [(i + 1) % pattern != 0 for i in range(layers)]

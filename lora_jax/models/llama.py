@@ -5,6 +5,7 @@ Axes: B batch · T tokens · D hidden · V vocab. Names are Hugging Face's.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,14 @@ LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the lead
     "down_proj": ("mlp", "embed"),
     "lm_head": ("embed", "vocab"),
 }
+
+
+class FrozenHead(NamedTuple):
+    """logits = hidden · factor · weight [D, V], or weightᵀ [V, D] where it is transposed."""
+
+    weight: Float[Array, "_ _"]
+    transposed: bool
+    factor: float
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -74,7 +83,7 @@ class LlamaForCausalLM(nnx.Module):
         *,
         remat: str = "none",
     ) -> Float[Array, "B T D"]:
-        """The normalized output of the last layer, divided by logits_scaling: `logits`' input."""
+        """The normalized output of the last layer, the input of `logits`."""
         examples = None if attention_mask is None else attention_mask.astype(jnp.int32)
         if examples is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -100,7 +109,10 @@ class LlamaForCausalLM(nnx.Module):
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """hidden · W_vocab, in float32."""
+        """hidden · W_vocab / logits_scaling, in float32."""
+        return decoder.scaled(self._head(hidden), 1 / self.config.logits_scaling)
+
+    def _head(self, hidden: jax.Array) -> jax.Array:
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
         embed_tokens = self.model.embed_tokens
@@ -108,15 +120,15 @@ class LlamaForCausalLM(nnx.Module):
             return embed_tokens.attend(hidden)
         return matmul.matmul(hidden, registry.weight_of(embed_tokens)[...].T, jnp.float32)
 
-    def frozen_head(self) -> tuple[Float[Array, "_ _"], bool] | None:
-        """(W_vocab [D, V], which maps hidden states to logits; whether it is transposed [V, D]).
-
-        None if an adapter is part of it.
-        """
+    def frozen_head(self) -> FrozenHead | None:
+        """The head as a weight; None if an adapter is part of it."""
+        factor = 1 / self.config.logits_scaling
         if self.config.tie_word_embeddings:
             table = registry.weight_of(self.model.embed_tokens)[...]
-            return None if self.joined else (table, True)
-        return (self.lm_head.kernel[...], False) if type(self.lm_head) is nnx.Linear else None
+            return None if self.joined else FrozenHead(table, True, factor)
+        if type(self.lm_head) is not nnx.Linear:
+            return None
+        return FrozenHead(self.lm_head.kernel[...], False, factor)
 
     def untie(self) -> None:
         """Replaces the tied vocabulary projection by one of its own with the same values."""

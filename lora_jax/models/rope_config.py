@@ -53,7 +53,7 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
         f"{key} = {config_values.shown(raw[key])} is not an object"
         for key in _PLACES
         if raw.get(key) and not isinstance(raw[key], dict)
-    ]
+    ] + _nested_problems(raw)
     if misplaced:
         return RopeConfig(), misplaced
     given = settings(raw)
@@ -104,29 +104,41 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
 
 def read_local(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
     """The same for the layers of Gemma 3 that have a sliding window."""
-    theta = raw.get("rope_local_base_freq")
+    theta, given = raw.get("rope_local_base_freq"), _nested(raw).get("sliding_attention")
     own = {"rope_theta": 1e4 if theta is None else theta}
-    return read(own | {"rope_parameters": _nested(raw).get("sliding_attention")}, context)
+    return read(own | {"rope_parameters": given if isinstance(given, dict) else {}}, context)
 
 
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with the settings, as it is in config.json; {} for none."""
-    found = next((raw[key] for key in _PLACES if raw.get(key)), {})
-    if found is _nested(raw):
-        found = found.get("full_attention") or {}
-    return dict(found) if isinstance(found, dict) else {}
+    """The object with the settings, as it is in config.json; {} for none.
+
+    Of Gemma 3, those of the layers without a window, to which `rope_scaling` is added.
+    """
+    if raw.get("model_type") == "gemma3_text":
+        return {**(_nested(raw).get("full_attention") or {}), **(raw.get("rope_scaling") or {})}
+    return dict(next((raw[key] for key in _PLACES if raw.get(key)), {}))
 
 
 def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """rope_parameters that have settings for each type of layers, as those of Gemma 3; else {}."""
-    found = raw.get("rope_parameters")
-    is_nested = raw.get("model_type") == "gemma3_text" and isinstance(found, dict)
-    return found if is_nested and not found.keys().isdisjoint(_KINDS) else {}
+    """rope_parameters of Gemma 3, which has settings for each type of layers; else {}."""
+    found = raw.get("rope_parameters") if raw.get("model_type") == "gemma3_text" else None
+    return found if isinstance(found, dict) else {}
+
+
+def _nested_problems(raw: Mapping[str, Any]) -> list[str]:
+    found = _nested(raw)
+    return [
+        f"rope_parameters.{kind} = {config_values.shown(found[kind])} is not an object"
+        for kind in _KINDS
+        if found.get(kind) and not isinstance(found[kind], dict)
+    ]
 
 
 def unread(raw: Mapping[str, Any]) -> list[str]:
     """The keys among the settings that no type of rotary embedding reads."""
-    return [f"rope_parameters.{key}" for key in settings(raw) if key not in _KNOWN]
+    found = [key for key in settings(raw) if key not in _KNOWN]
+    found += [key for key in _nested(raw) if key not in _KINDS]
+    return [f"rope_parameters.{key}" for key in found]
 
 
 def notes(rope: RopeConfig, raw: Mapping[str, Any], context: int) -> list[str]:

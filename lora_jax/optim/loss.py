@@ -12,6 +12,7 @@ from lora_jax import lora
 from lora_jax.data import encoding
 from lora_jax.kernels import cross_entropy
 from lora_jax.lora.nnx import model_state
+from lora_jax.models import decoder
 from lora_jax.optim import dpo
 from lora_jax.parallel import mesh as sharding
 
@@ -52,9 +53,8 @@ def losses(model: nnx.Module, batch: Batch, *, remat: str = "none") -> Float[Arr
     head = model.frozen_head()
     if head is None:
         return _of_trained_head(model, hidden, targets)
-    weight, transposed = head
-    partition = sharding.partition(("lm_head",))
-    return cross_entropy.cross_entropy(hidden, weight, targets, partition, transposed)
+    hidden, partition = decoder.scaled(hidden, head.factor), sharding.partition(("lm_head",))
+    return cross_entropy.cross_entropy(hidden, head.weight, targets, partition, head.transposed)
 
 
 def _of_trained_head(model, hidden, targets):

@@ -52,10 +52,9 @@ def training(
         yield vocabulary.embedding_lookup(table.embedding[...], **size, partition=table.partition)
     head = model.frozen_head()
     if head is not None:
-        weight, transposed = head
         partition = sharding.partition(("lm_head",))
         yield vocabulary.vocabulary_loss(
-            weight, **size, dtype=dtype, partition=partition, transposed=transposed
+            head.weight, **size, dtype=dtype, partition=partition, transposed=head.transposed
         )
 
 

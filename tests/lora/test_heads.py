@@ -151,6 +151,16 @@ def test_a_head_with_a_and_b_is_the_embedding_plus_their_product(tmp_path):
     assert not tied and "lm_head.weight" in names
 
 
+def test_a_bias_of_b_is_divided_with_the_logits_of_granite():
+    model = loader.load(BASE.parent / "granite", dtype="float32")
+    ids = jnp.arange(3, 19)[None]
+    before = model(ids)
+    settings = lora.LoRAConfig(rank=2, alpha=4, targets=("lm_head",), lora_bias=True)
+    lora.inject(model, settings, rngs=nnx.Rngs(0))
+    model.lm_head.lora_bias[...] += 1.0
+    np.testing.assert_allclose(model(ids) - before, 2 / model.config.logits_scaling, atol=1e-5)
+
+
 def test_a_head_that_is_saved_whole_is_the_head_alone(tmp_path):
     head = embedding() + noise(*embedding().shape)
     given = adapter(saves=(HEAD,), saved={"lm_head.weight": head})

@@ -212,6 +212,10 @@ def test_published_configs_of_relatives():
         ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}, {"ropes": ()}),
         ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8},
          {"sliding_windows": (None, 8, None)}),
+        # transformers goes by layer_types here, and not by use_sliding_window.
+        ("smollm3", {"sliding_window": 8, "layer_types": ["sliding_attention", *2 * ["attention"]]},
+         {"sliding_windows": (8, None, None)}),
+        ("gemma3_text", {"head_dim": None, "query_pre_attn_scalar": None}, {"head_dim": 256}),
         ("llama", {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu_pytorch_tanh"}),
     ],
 )  # fmt: skip
@@ -236,6 +240,19 @@ def test_gemma_has_two_rotary_embeddings(rotary):
     local, _, whole = found.ropes
     assert local == rope_config.RopeConfig(rope_theta=100.0) and whole == found.rope
     assert (whole.rope_type, whole.factor, whole.rope_theta) == ("linear", 8.0, 5e5)
+    assert found.context == found.max_position_embeddings
+
+
+def test_gemma_reads_both_forms_of_the_rotary_embedding_together():
+    """As transformers: rope_scaling is added to full_attention, and keys beside it are not read."""
+    whole = {"full_attention": {"rope_theta": 5e5}, "rope_theta": 7.0}
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    raw = SMALL | dict(model_type="gemma3_text", rope_parameters=whole, rope_scaling=scaling)
+    rope = model_config.from_dict(raw).rope
+    assert (rope.rope_type, rope.factor, rope.rope_theta) == ("linear", 4.0, 5e5)
+    assert "rope_parameters.rope_theta" in model_config.notes(raw)[0]
+    flat = model_config.from_dict(raw | dict(rope_parameters=scaling, rope_scaling=None)).rope
+    assert flat == rope_config.RopeConfig(rope_theta=1e6)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +367,8 @@ def test_sliding_windows(model_type, changes, windows):
         (dict(model_type="gemma3_text", final_logit_softcapping=30.0), ["final_logit_softcapping"]),
         (dict(model_type="gemma3_text", rope_parameters={"sliding_attention": {
             "rope_type": "longrope"}}), ["longrope"]),
+        (dict(model_type="gemma3_text", rope_parameters={"full_attention": "x",
+              "sliding_attention": 3}), ["full_attention = 'x'", "sliding_attention = 3"]),
         (dict(model_type="granite", residual_multiplier="x"), ["residual_multiplier"]),
         (dict(model_type="gemma3", text_config={"model_type": "gemma3_text"}), ["text_config"]),
         (dict(model_type="qwen2", layer_types=["linear_attention"] * 3), ["'linear_attention'"]),
