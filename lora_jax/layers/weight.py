@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax import errors
@@ -37,7 +38,7 @@ def as_stored(layer: nnx.Pytree) -> Iterator[None]:
 def is_read_as_changed(layer: nnx.Pytree) -> bool:
     """Whether the layer's weight is read to compute with it, out of contexts `as_stored`.
 
-    That is by a method of a module, or by a function of a model that is traced by JAX.
+    That is by a method of a module, or by a function that JAX traces.
     """
     return type(layer) not in _AS_STORED.get() and (_is_in_a_method() or _is_traced(layer))
 
@@ -60,8 +61,9 @@ def attribute(name: str, computed: Callable[[Any], Any]) -> property:
 
 
 def _is_traced(layer: nnx.Pytree) -> bool:
-    """Whether one of the layer's arrays, such as A and B for a gradient, is traced."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(nnx.state(layer)))
+    """Whether JAX traces what reads the layer: a program, or one of the layer's arrays."""
+    arrays = [jnp.zeros(()), *jax.tree.leaves(nnx.state(layer))]  # a program traces every array
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in arrays)
 
 
 def _is_in_a_method() -> bool:
@@ -101,6 +103,9 @@ class Computed:
     def __getitem__(self, index: Any) -> jax.Array:
         return self._compute()[index]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self._is_no_variable()
+
     def __jax_array__(self) -> jax.Array:
         return self._compute()
 
@@ -109,15 +114,18 @@ class Computed:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("set_value", "raw_value", "update_from_state"):
-            raise errors.UserError(
-                expected="a weight that is stored as it is",
-                found=f"a weight of shape {self.shape} that is computed from packed words or an "
-                "adapter",
-                do="change the variables with nnx.update(model, state), or merge first",
-            )
+            raise self._is_no_variable()
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._compute(), name)  # T, reshape, astype, …
+
+    def _is_no_variable(self) -> errors.UserError:
+        return errors.UserError(
+            expected="a weight that is stored as it is",
+            found=f"a weight of shape {self.shape} that is computed from packed words or an "
+            "adapter",
+            do="change the variables with nnx.update(model, state), or merge first",
+        )
 
 
 def _unary(function: Callable) -> Callable:

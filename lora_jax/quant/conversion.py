@@ -80,8 +80,9 @@ def quantize_model(
 ) -> taken.Taken:
     """{dotted path: fmt} of every linear layer whose name is not in `exclude`, which it quantizes.
 
-    An nnx.Linear becomes a QuantLinear, and a layer of another class a QuantLayer. The result
-    also tells what was left dense, and why.
+    An nnx.Linear becomes a QuantLinear, and a layer of another class a QuantLayer. Layers change
+    in place, also those that another model shares. The result also tells what was left dense, and
+    why.
     Raises: UserError if there is no such layer, if one has an adapter already, or if the model has
     no arrays.
     """

@@ -548,10 +548,13 @@ def test_methods_of_any_pytree_and_traced_functions_read_the_changed_weights(met
     stored = run(model.holder, X)
     changed(model)
     y = run(model.holder, X)
+    closure = jax.jit(lambda x: run(model.holder, x))(X) if compiled else None
     both = nnx.DiffState(0, lora.LoRAParam)
     gradient = nnx.grad(lambda holder: function(holder, X).sum(), argnums=both)(model.holder)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
     lora.merge(model)
+    if compiled:  # a closure reads the same as an argument
+        np.testing.assert_allclose(closure, y, atol=1e-5)
     if method or compiled:
         np.testing.assert_allclose(y, run(model.holder, X), atol=1e-5)
     else:  # as in a notebook
