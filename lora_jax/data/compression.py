@@ -34,12 +34,18 @@ def name(path: pathlib.Path) -> pathlib.PurePath:
 def content_name(path: pathlib.Path) -> pathlib.PurePath:
     """The same; that of a .zip without another suffix is the name of the file in it.
 
-    Raises: UserError if an archive has several.
+    Raises: UserError if an archive has several, or is damaged.
     """
     plain = name(path)
-    if path.suffix.lower() == ".zip" and not plain.suffix and zipfile.is_zipfile(path):
+    if path.suffix.lower() == ".zip" and not plain.suffix and path.is_file():
         with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             return pathlib.PurePath(_only_member(archive, path).filename.lower())
+        raise errors.UserError(
+            expected="a .zip archive",
+            found="a file that is none, or an archive that is cut off or damaged",
+            where=str(path),
+            do="download it again, or pass the files themselves",
+        )
     return plain
 
 
@@ -112,6 +118,10 @@ def _only_member(archive: zipfile.ZipFile, path: pathlib.Path) -> zipfile.ZipInf
         return found[0]
     if any(each.filename.startswith("xl/") for each in found):
         raise errors.UserError("a data file", "an Excel workbook", str(path), SAVE_SHEET)
+    if not found:
+        raise errors.UserError(
+            "a .zip with data files in it", "none", str(path), "add the files to the archive"
+        )
     raise errors.UserError(
         expected="a .zip with one data file in it",
         found=[f"{len(found)} files", *(each.filename for each in found)],
@@ -137,11 +147,27 @@ def _listed(path: pathlib.Path, changed: int, process: int) -> tuple[zipfile.Zip
 
 
 def _files_in(archive: zipfile.ZipFile, path: pathlib.Path) -> _Files:
-    """The files in an archive, by their paths, without those that macOS adds."""
-    return {
-        path / each.filename.lstrip("/"): each for each in archive.infolist()
-        if not each.is_dir() and not each.filename.startswith("__MACOSX/")
-    }  # fmt: skip
+    """The files in an archive, by their paths, without those that macOS adds.
+
+    Raises: UserError if a path leads out of the archive, or occurs twice.
+    """
+    found: _Files = {}
+    wrong = []
+    for each in archive.infolist():
+        inside = each.filename.replace("\\", "/").lstrip("/")  # as old programs of Windows write
+        if each.is_dir() or inside.startswith("__MACOSX/"):
+            continue
+        if path / inside in found or ".." in inside.split("/"):
+            wrong.append(each.filename)
+        found[path / inside] = each
+    if wrong:
+        raise errors.UserError(
+            expected="a .zip in which each file has a path of its own below the archive",
+            found=wrong,
+            where=str(path),
+            do="unpack it, and pass the folder or one of its files",
+        )
+    return found
 
 
 def _in_archive(
@@ -163,13 +189,13 @@ def _open_member(
     """The file in an archive. Raises: UserError if it has a password or an unknown compression."""
     try:
         return io.BufferedReader(archive.open(entry))
-    except (RuntimeError, NotImplementedError) as error:
-        raise errors.UserError(
-            expected="a .zip without a password, as usual programs write it",
-            found=str(error),
-            where=str(path),
-            do="unpack it, and pass the folder or one of its files",
-        ) from None
+    except NotImplementedError:  # a RuntimeError, too
+        expected, found = "a file compressed by deflate, bzip2 or LZMA", "another compression"
+    except RuntimeError:
+        expected, found = "a .zip without a password", "one with a password"
+    raise errors.UserError(
+        expected, found, str(path), "unpack it, and pass the folder or one of its files"
+    )
 
 
 _OPENERS = {

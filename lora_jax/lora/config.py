@@ -78,6 +78,8 @@ class LoRAConfig:
             problems.append("no targets")
         if not re.fullmatch(INITS, self.init_lora_weights):
             problems.append(f"init_lora_weights {self.init_lora_weights}")
+        if self.init_lora_weights.startswith("pissa") and self.alpha <= 0:
+            problems.append(f"alpha {self.alpha} with PiSSA")
         if self.lora_bias and (self.use_dora or self.init_lora_weights != "default"):
             problems.append("lora_bias with use_dora, PiSSA or OLoRA")
         problems += ["an empty name in modules_to_save"] if "" in self.modules_to_save else []
@@ -86,9 +88,9 @@ class LoRAConfig:
         if problems:
             raise errors.UserError(
                 expected="rank ≥ 1, a finite alpha, 0 ≤ dropout < 1, at least one target, "
-                "init_lora_weights default, pissa, pissa_niter_N or olora, lora_bias without "
-                "use_dora, PiSSA and OLoRA, token ids ≥ 0 that are listed once, and valid regular "
-                "expressions",
+                "init_lora_weights default, pissa or pissa_niter_N with alpha > 0, or olora; "
+                "lora_bias without use_dora, PiSSA and OLoRA, token ids ≥ 0 that are listed once, "
+                "and valid regular expressions",
                 found=problems,
                 where="the LoRA settings",
                 do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",

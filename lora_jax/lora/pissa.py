@@ -33,7 +33,7 @@ def check(sites: Iterable[tuple[Site, LayerConfigs]]) -> None:
                     problems.append(f"{name} with rank {rows.stop - rows.start} of {most} at most")
     if problems:
         raise errors.UserError(
-            expected="ranks no larger than those of the weights, for PiSSA and OLoRA",
+            expected="ranks no larger than the smaller side of each weight, for PiSSA and OLoRA",
             found=problems,
             do="choose a smaller rank, for these in rank_pattern, or init_lora_weights default",
         )

@@ -238,6 +238,8 @@ def test_names_of_files_in_a_zip_tell_splits(tmp_path):
     assert content(f"{path}@test") == ROWS[1:]
     assert f"as in {path}@test" in refusal(f"{path}@dev")
     assert "leave :other out" in refusal(f"{path}:other")
+    path = zipped(tmp_path / "y.zip", {"in\\train.jsonl": first, "in\\test.jsonl": second})
+    assert content(path) == ROWS[:1]
 
 
 def test_a_bad_line_in_a_zip_is_named(tmp_path):
@@ -251,7 +253,9 @@ def test_a_zip_that_is_refused(tmp_path):
         ("two.zip", {"a.csv": "a\n", "b.jsonl": "a\n"}, ["of one kind", "a.csv, b.jsonl"]),
         ("no.zip", {"a.docx": "a", "b.pdf": "a"}, ["a folder without any", "a.docx"]),
         ("x/two.jsonl.zip", {"a.csv": "a\n", "b.jsonl": "a\n"}, ["of one kind"]),
-        ("none.zip", {}, ["0 files"]),
+        ("none.zip", {}, ["with data files in it"]),
+        ("twice.zip", {"/a.jsonl": LINES, "a.jsonl": LINES}, ["a path of its own", "a.jsonl"]),
+        ("out.zip", {"../a.jsonl": LINES, "b.jsonl": LINES}, ["below the archive", "../a.jsonl"]),
         ("other.zip", {"x.docx": "a"}, ["convert"]),
         ("x.csv", {"[Content_Types].xml": "", "xl/workbook.xml": ""}, ["Excel", "CSV UTF-8"]),
     ):
@@ -267,7 +271,7 @@ def test_a_zip_that_is_refused(tmp_path):
     assert "2 files" in refusal(tmp_path / "folder") and "by itself" in refusal(tmp_path / "folder")
     whole = zipped(tmp_path / "x.jsonl.zip", {"x.jsonl": LINES}).read_bytes()
     assert "complete" in refusal(put(tmp_path / "cut.jsonl.zip", whole[:40]))
-    assert "cut.zip" in refusal(put(tmp_path / "cut.zip", whole[:40]))
+    assert "cut off or damaged" in refusal(put(tmp_path / "cut.zip", whole[:40]))
 
 
 def test_files_of_other_programs_name_the_way(tmp_path):
