@@ -25,6 +25,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import architectures
 import memory
 
+from lora_jax.models import config as model_config
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, operations, programs, resident
 from lora_jax.planning import job as jobs
@@ -56,8 +57,11 @@ class Run(NamedTuple):
 
     @property
     def job(self) -> jobs.Job:
+        relative = architectures.RELATIVES.get(self.model)
         return jobs.Job(
-            memory.architecture(*architectures.MODELS[self.model]),
+            model_config.from_dict(relative)
+            if relative
+            else memory.architecture(*architectures.MODELS[self.model]),
             quant=self.quant,
             remat=self.remat,
             batch_size=self.rows,
@@ -81,6 +85,15 @@ FITS = (
     Run(_70B, "tpu:v5e-16", "fsdp=16", 16),
     Run(_70B, "gpu:h100-8", "fsdp=8", 8),
 )
+RELATIVES = (
+    Run("Gemma 3 12B", "gpu:h100", _ONE, 1),
+    *(
+        Run(model, chip, _ONE, 1, remat)
+        for model in ("Gemma 3 1B", "Qwen3-0.6B")
+        for chip in ("gpu:h100", "tpu:v5e")
+        for remat in ("full", "dots", "none")
+    ),
+)
 ERRORS = (
     *(
         Run(_7B, chip, _ONE, rows, remat)
@@ -101,6 +114,7 @@ ERRORS = (
     Run(_7B, "gpu:h100", _ONE, 4, dpo=True),
     Run(_7B, "gpu:h100", _ONE, 1, "dots", dpo=True),
     Run(_7B, "tpu:v5e", _ONE, 1, dpo=True),
+    *RELATIVES,
 )
 COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
 SCALING = (

@@ -99,6 +99,16 @@ def _folder(folder: pathlib.Path, split: str) -> Found:
     every, inner = compression.members(folder), folder
     if every:
         inner = pathlib.Path(os.path.commonpath([path.parent for path in every]))
+        # Unlike x.jsonl.zip, one whose name does not say what is in it: it may hold any files.
+        nested = [path for path in every if path.suffix.lower() == ".zip"
+                  and not compression.name(path).suffix]  # fmt: skip
+        if nested:
+            raise errors.UserError(
+                expected="a .zip of data files",
+                found=[f"an archive in it: {path.relative_to(folder)}" for path in nested],
+                where=str(folder),
+                do="unpack it, and pass the folder or one of its files",
+            )
     else:
         every = sorted(path for path in folder.rglob("*") if path.is_file())
     kept = [path for path in every if _is_data(path.relative_to(inner))]

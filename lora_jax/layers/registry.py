@@ -177,10 +177,8 @@ def _defaults(cls: type) -> dict[str, Any]:
     return {name: parameters[name].default for name in _FUNCTIONS if name in parameters}
 
 
-_FUNCTIONS = (
-    *("promote_dtype", "dot_general", "dot_general_cls"),
-    *("einsum_op", "conv_general_dilated"),
-)
+_FUNCTIONS = ("promote_dtype", "dot_general", "dot_general_cls", "einsum_op",
+              "conv_general_dilated")  # fmt: skip
 
 
 def _is_plain(layer: nnx.Module, *args: Any, **kwargs: Any) -> bool:

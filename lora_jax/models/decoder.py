@@ -68,7 +68,7 @@ class LlamaModel(nnx.Module):
         """
         c = self.config
         hidden = self.embed_tokens(input_ids)
-        if c.embedding_multiplier != 1:
+        if c.embedding_multiplier != 1:  # rounded to the dtype first, as in Gemma
             hidden = hidden * jnp.asarray(c.embedding_multiplier, hidden.dtype)
         lengths = None if place is None else place.length
         ropes = c.ropes or (c.rope,) * c.num_hidden_layers
@@ -121,7 +121,7 @@ class LlamaDecoderLayer(nnx.Module):
     def __call__(self, hidden, cos, sin, attend, form):
         c = self.config
         attended, kv = self.self_attn(self.input_layernorm(hidden), cos, sin, attend, form)
-        if c.sandwich_norms:  # what follows the attention by name normalizes its output
+        if c.sandwich_norms:  # here post_attention_layernorm is of attention's output
             attended = self.post_attention_layernorm(attended)
             before, after = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         else:

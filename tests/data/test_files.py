@@ -256,6 +256,7 @@ def test_a_zip_that_is_refused(tmp_path):
         ("none.zip", {}, ["with data files in it"]),
         ("twice.zip", {"/a.jsonl": LINES, "a.jsonl": LINES}, ["a path of its own", "a.jsonl"]),
         ("out.zip", {"../a.jsonl": LINES, "b.jsonl": LINES}, ["below the archive", "../a.jsonl"]),
+        ("nested.zip", {"b.zip": "", "c.jsonl": LINES}, ["an archive in it: b.zip", "unpack"]),
         ("other.zip", {"x.docx": "a"}, ["convert"]),
         ("x.csv", {"[Content_Types].xml": "", "xl/workbook.xml": ""}, ["Excel", "CSV UTF-8"]),
     ):
