@@ -19,6 +19,7 @@ def end_to_end(monkeypatch):
     return importlib.import_module("end_to_end")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("batch", [*cases.long(0), 2])
 def test_end_to_end_measures_training_and_decoding(end_to_end, tmp_path, batch):
@@ -49,6 +50,7 @@ def test_matmul_times_every_form(monkeypatch, capsys):
     assert all(float(milliseconds) > 0 for *_, milliseconds, _ in rows)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_sampling_times_every_setting(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))

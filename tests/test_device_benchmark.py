@@ -51,6 +51,7 @@ def asked(monkeypatch):
     return found
 
 
+@pytest.mark.long
 def test_a_rehearsal_measures_and_continues(asked, tmp_path, capsys):
     """A training step and decoding; the second call measures neither again."""
     flags = ["--tiny", "--out", str(tmp_path)]

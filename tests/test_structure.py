@@ -52,7 +52,16 @@ def test_the_package_gives_its_modules():
         _ = lora_jax.nothing
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+LONG = ("vit_linen", "vmapped_stack")  # of whose kinds there are others
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] * (path.stem in LONG))
+        for path in sorted((ROOT / "examples").glob("*.py"))
+    ],
+)
 def test_examples_learn(path, tmp_path):
     """They assert themselves that base and saved adapter are all that there is to the model."""
     losses = runpy.run_path(str(path))["main"](tmp_path)

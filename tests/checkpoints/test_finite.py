@@ -63,6 +63,7 @@ def test_loading_names_every_tensor(tmp_path, quantization):
     ]
 
 
+@pytest.mark.long
 def test_loading_on_a_mesh_names_them(tmp_path):
     folder = changed(tmp_path, break_two)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})

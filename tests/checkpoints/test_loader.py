@@ -155,6 +155,7 @@ def test_loading_quantized_equals_quantizing_after_loading(name, fmt):
     )
 
 
+@pytest.mark.long
 def test_loading_without_the_search_rounds_differently():
     fast = loader.load(MODELS / "llama_bias", quantization="int4", search=False,
                            mesh=one_device())  # fmt: skip
@@ -165,6 +166,7 @@ def test_loading_without_the_search_rounds_differently():
     assert (layer.packed.q != load("llama_bias", "int4").model.layers.mlp.up_proj.packed.q).any()
 
 
+@pytest.mark.long
 def test_a_mesh_holds_the_same_model():
     """Sharded and quantized at once: the same words, cut where the rules say."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -365,6 +367,7 @@ def write_big(folder):
     return end, max(2 * int(np.prod(shape)) for shape in shapes.values())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_host_memory_stays_near_the_packed_model(tmp_path):
     """Peak over the baseline ≤ the packed model + 3 × the largest float tensor."""

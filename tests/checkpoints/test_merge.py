@@ -109,6 +109,7 @@ def test_merging_into_a_rounded_base_equals_the_adapter_on_it(fmt, tmp_path):
     assert np.abs(found - golden["merged_logits"]).max() > 0.01  # not the original base
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_bitsandbytes_is_dequantized_for_merging(tmp_path):
     base = GOLDEN / "quantized" / "stories260K-bnb-nf4"
     model = load(base)

@@ -2,6 +2,7 @@
 
 import json
 
+import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -139,7 +140,7 @@ def test_zero_points_of_0_are_nothing(tmp_path):
     loader.load(tmp_path)
 
 
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", [3, *cases.long(8)])
 def test_codes_of_mlx_lm_of_other_than_4_bits_are_rounded_like_dense_weights(bits, tmp_path):
     quantized_models.write(tmp_path / "four", "mlx")
     folder, rng, weights = tmp_path / "other", np.random.default_rng(0), {}

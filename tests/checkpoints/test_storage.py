@@ -187,6 +187,7 @@ def test_logits_are_those_of_bitsandbytes_weights():
     assert size == inventory.loaded_bytes(NF4_DQ, dtype="float32", quantization=None)
 
 
+@pytest.mark.long
 def test_training_on_bitsandbytes_weights_has_pefts_losses():
     """Up to rounding, for the first steps; the golden values cover 50."""
     golden = json.loads((GOLDEN / "qlora_nf4" / "golden.json").read_text())
@@ -254,7 +255,9 @@ def test_weights_are_code_less_zero_times_scale_bit_for_bit(foreign, name):
 
 
 @pytest.mark.parametrize(
-    "how", [dict(symmetric=True, group=-1), dict(group=16), dict(act_order=True)], ids=str
+    "how",
+    [*cases.long(dict(symmetric=True, group=-1), dict(group=16)), dict(act_order=True)],
+    ids=str,
 )
 def test_words_of_four_bytes_become_dense(how, tmp_path):
     """compressed-tensors' "pack-quantized" with 8 bits; --quant rounds them as dense weights."""

@@ -75,6 +75,7 @@ def test_the_table_has_a_row_per_kind_in_80_columns_and_lists_the_worst(reported
         assert f"worst {fmt}: {worst['name']} {worst['formats'][fmt]['error']:.2%}" in text
 
 
+@pytest.mark.long
 def test_fast_has_a_slightly_larger_error(reported, tmp_path):
     path = tmp_path / "report.json"
     assert run("quantize", "--model", BASE, "--report", "--fast", "--json", path).code == 0

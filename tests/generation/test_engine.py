@@ -105,6 +105,7 @@ def test_greedy_tokens_equal_hugging_faces(name):
     assert found == [own[:NUM_NEW] for own in following]
 
 
+@pytest.mark.long
 def test_a_hundred_greedy_tokens_of_a_real_model():
     prompts, following = zip(*golden("stories260K"), strict=True)
     assert tokens(shared(), prompts, config.Sampling(max_new_tokens=100)) == [*following]

@@ -40,6 +40,7 @@ def model(fmt):
     return loaded
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fmt", [*cases.long("none"), "int4"])
 def test_steps_with_the_dense_form_give_the_same_logits(fmt):
     """Two steps with it and two without, after the same prefill: logits and caches are equal."""
@@ -91,6 +92,7 @@ def test_each_device_has_its_form():
     assert decode_weights.best(device(platform="cpu")) == "dense"
 
 
+@pytest.mark.long
 def test_a_form_may_be_left_out():
     hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
     with choice.restored():
@@ -131,6 +133,7 @@ def first_step(whole, ids, form, rows):
     return whole.extend(ids, whole.empty_cache(rows, 8), place, forms=forms)[0]
 
 
+@pytest.mark.long
 def test_the_form_for_hopper_lowers():
     """One kernel call each for q, k and v; o; gate and up; down."""
     ids = jax.ShapeDtypeStruct((4, 1), jnp.int32)
@@ -139,6 +142,7 @@ def test_the_form_for_hopper_lowers():
     assert text.count("@mosaic_gpu") == 4  # in the body of the scan over layers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", [*cases.long("k_minor"), "joined"])
 def test_weights_that_share_an_input_have_one_kernel(form, monkeypatch):
     """Also on Hopper, for more rows than its own kernel takes. The results are those of each."""

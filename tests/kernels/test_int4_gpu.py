@@ -142,9 +142,8 @@ def on_hopper(monkeypatch):
 @pytest.mark.parametrize(
     "num_rows, k, widths, group, scale_dtype, splits",
     [
-        (1, 256, (64,), 32, "int8", 1),
         (3, 1280, (64, 64), 32, "int8", 2),
-        *cases.long((16, 512, (64,), 64, "bfloat16", 1)),
+        *cases.long((1, 256, (64,), 32, "int8", 1), (16, 512, (64,), 64, "bfloat16", 1)),
         (33, 640, (128, 256), 128, "float32", 1),
         (64, 256, (64, 192), 32, "int8", 1),
     ],

@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import device_tier
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,7 @@ def like_a_gpu(monkeypatch):
         yield calls
 
 
+@pytest.mark.long
 def test_a_bank_computes_as_with_xla(like_a_gpu):
     """In the layers of a stack, one with a bias; for several tokens of a row."""
     c = config.LlamaConfig(
@@ -120,7 +122,9 @@ def test_a_bank_computes_as_with_xla(like_a_gpu):
     assert np.linalg.norm(by_xla - without) > 0.2 * np.linalg.norm(by_xla)
 
 
-@pytest.mark.parametrize("k, n", [(None, "tensor"), ("tensor", "fsdp"), ("fsdp", "tensor")])
+@pytest.mark.parametrize(
+    "k, n", [("tensor", "fsdp"), *cases.long((None, "tensor"), ("fsdp", "tensor"))]
+)
 def test_a_mesh_splits_the_products(k, n, like_a_gpu):
     """A and B as their weight, which are not moved; the rows over data and fsdp."""
     draw = np.random.default_rng(0)

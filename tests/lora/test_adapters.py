@@ -1,5 +1,6 @@
 """Several adapters on one base: switched without recompiling, combined, unloaded."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +56,7 @@ def made(seed, fmt="none", **settings):
     return lora.collect(model, settings), model(X)
 
 
-@pytest.mark.parametrize("fmt", ["none", "int4"])
+@pytest.mark.parametrize("fmt", [*cases.long("none"), "int4"])
 def test_switching_gives_each_adapter_s_own_output_and_compiles_once(fmt, tmp_path):
     model, base = net(fmt), net(fmt)(X)
     ours = {
@@ -166,6 +167,7 @@ def test_a_weighted_sum_is_that_of_the_changes():
     np.testing.assert_allclose(lost[0], values[3], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_dora_adapters_switch_among_themselves():
     model, base = net(), net()(X)
     (one, with_one), (two, with_two) = (made(n, use_dora=True, rank=n + 1) for n in (1, 2))

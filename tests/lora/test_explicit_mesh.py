@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import cases
 import drawn
 import jax
 import jax.numpy as jnp
@@ -108,9 +109,8 @@ def spec_of(variable):
     return variable[...].sharding.spec
 
 
-@pytest.mark.parametrize(
-    "shape, fmt", [pytest.param((8, 1), None, marks=pytest.mark.long), ((1, 8), "int4")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("shape, fmt", [((8, 1), None), ((1, 8), "int4")])
 def test_a_mesh_that_splits_only_the_data_or_only_the_kernel(shape, fmt):
     check("linear", fmt, mesh=make_mesh(shape=shape), spec=P(None, "tensor"))
 
@@ -146,7 +146,7 @@ def test_an_ambiguous_output_needs_out_sharding_as_in_flax(fmt):
     "kind, fmt, spec, a, b",
     [
         ("general", "int4", P("tensor"), P("tensor", None), P(None, None)),
-        ("general", None, P(None, None, "tensor"), P(None, None), P(None, "tensor")),
+        *cases.long(("general", None, P(None, None, "tensor"), P(None, None), P(None, "tensor"))),
         ("einsum", "int4", P(None, "tensor"), P(None, None), P(None, "tensor")),
     ],
 )
@@ -263,6 +263,7 @@ def test_linen(fmt, use_dora):
     assert names["layers_0"]["lora_A"].names == (None, None)
 
 
+@pytest.mark.long
 def test_linen_boxes_on_a_mesh_with_auto_axes():
     """The kernel's rows are split; its 2 rows of words and its one group cannot be."""
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("tensor", None))

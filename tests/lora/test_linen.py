@@ -96,7 +96,7 @@ BIAS = {"lora_bias": True, "targets": TARGETS[1:-1]}
 
 
 @pytest.mark.parametrize(
-    "axis, how", [(0, {}), (1, {"use_dora": True}), *cases.long((0, BIAS), (1, BIAS))]
+    "axis, how", [(1, {"use_dora": True}), *cases.long((0, {}), (0, BIAS), (1, BIAS))]
 )
 def test_an_unedited_model_is_adapted_merged_saved_and_loaded(axis, how, tmp_path):
     module, params = made(axis)

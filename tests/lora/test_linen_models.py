@@ -382,15 +382,15 @@ def test_adapted_is_merged_in_values_and_gradients(case):
 @pytest.mark.parametrize(
     "case, quant, settings",
     [
-        ("super", "int4", {}),
         ("a factor, and a keyword", "int8", {}),
         ("several weights", "int4", {}),
-        ("shared scope", "int4", {}),
-        ("square scan on axis 1", "int4", {}),
         ("nested apply of an adapted weight", "none", {"use_dora": True}),
-        ("grouped", "none", {"use_dora": True}),
         ("scan of another call", "int4", {"use_dora": True}),
         *cases.long(
+            ("super", "int4", {}),
+            ("shared scope", "int4", {}),
+            ("square scan on axis 1", "int4", {}),
+            ("grouped", "none", {"use_dora": True}),
             ("registered", "int4", {}),
             ("seen to be a product", "int4", {}),
             ("own derivative", "int4", {}),

@@ -408,7 +408,7 @@ HOW = [("none", DORA), ("int4", SOME), ("none", DORA), ("int4", SOME)]
     "kind, fmt, settings",
     [(kind, *how) for kind, how in zip(STACKS, HOW, strict=True)]
     + cases.long(*((kind, *how) for kind, how in zip(STACKS, HOW[::-1], strict=True)))
-    + [("param_1", "none", SOME), ("param_1", "int4", DORA | SOME)],
+    + cases.long(("param_1", "none", SOME), ("param_1", "int4", DORA | SOME)),
 )
 def test_a_stack_is_adapted_layer_by_layer(kind, fmt, settings, tmp_path):
     plain, model = (nnx.merge(*_stack(kind), copy=True) for _ in range(2))

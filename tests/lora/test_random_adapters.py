@@ -8,6 +8,7 @@ import tempfile
 
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 from flax import nnx
 from hypothesis import given
@@ -115,6 +116,7 @@ adapters = st.sampled_from(["", ".default", ".mine", ".a-b_2"])
 dtypes = st.sampled_from([np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
 
 
+@pytest.mark.long
 @given(st.lists(wrappers, max_size=3), adapters, dtypes, st.booleans())
 def test_wrapped_names_and_dtypes_are_read_alike(outer, adapter, dtype, prefixed):
     def renamed(name):

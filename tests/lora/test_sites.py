@@ -229,6 +229,7 @@ def test_the_layer_stays_what_it_was():
     assert model(x).shape == plain(x).shape
 
 
+@pytest.mark.long
 def test_a_vmapped_stack_of_any_kind_has_a_name_for_each_layer(tmp_path):
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)

@@ -97,7 +97,7 @@ def collectives(name):
     ]
 
 
-@pytest.mark.parametrize("name", [*cases.long("8·1·1", "1·8·1"), "1·1·4", "2·2·2"])
+@pytest.mark.parametrize("name", [*cases.long("8·1·1", "1·8·1", "1·1·4"), "2·2·2"])
 def test_every_mesh_takes_the_same_steps(name):
     """With dropout: a mask belongs to its sequence, on whichever device that is computed."""
     expected = trained_on("1·1·1")[0]
@@ -105,18 +105,13 @@ def test_every_mesh_takes_the_same_steps(name):
     assert expected[STEPS // 2 :].mean() < expected[: STEPS // 2].mean()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [
         # The head's logits are sharded over tensor, and computed all at once.
-        pytest.param(
-            {"targets": ("lm_head", "embed_tokens", "o_proj"), "use_dora": True},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            {"modules_to_save": ("lm_head",), "trainable_token_indices": (9, 90, 5)},
-            marks=pytest.mark.long,
-        ),
+        {"targets": ("lm_head", "embed_tokens", "o_proj"), "use_dora": True},
+        {"modules_to_save": ("lm_head",), "trainable_token_indices": (9, 90, 5)},
         # Columns of a head that is sharded over tensor.
         {
             "targets": ("q_proj",),
@@ -145,6 +140,7 @@ def test_one_device_does_not_communicate():
     assert collectives("1·1·1") == []
 
 
+@pytest.mark.long
 def test_data_parallel_devices_sum_once_a_step():
     """Not for every micro-batch and layer: in total, the gradient and three numbers."""
     _, _, trained, _ = load("8·1·1")
@@ -168,7 +164,7 @@ def test_fsdp_gathers_weights_packed():
     assert matrices == [(HEAD, 1)]  # the head is not quantized; the rest are column scales
 
 
-@pytest.mark.parametrize("name", ["1·1·4", "2·2·2"])
+@pytest.mark.parametrize("name", [*cases.long("1·1·4"), "2·2·2"])
 def test_no_weight_is_gathered_over_tensor(name):
     gathered = {(dtype, dims) for kind, dtype, dims, _ in collectives(name) if kind == "all-gather"}
     packed = {math.prod(dims) for dtype, dims in gathered if dtype in ("u32", "s8")}

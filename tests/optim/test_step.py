@@ -327,6 +327,7 @@ def test_remat_does_not_change_the_gradient(remat):
     assert distance(found.opt_state, expected.opt_state) < 1e-5
 
 
+@pytest.mark.long
 def test_dots_recomputes_fewer_products_than_full():
     def count(remat):
         step = make_step(parts("int4")[0], remat=remat)
@@ -347,6 +348,7 @@ def packed_and_dense_shapes(base):
             yield f"u32[3,{words},{columns}]", f"f32[3,{words * 8},{columns}]"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout", [*cases.long(0.0), 0.5])
 def test_a_trained_head_computes_logits_in_chunks(dropout, monkeypatch):
     """Five of sixteen tokens at a time; each chunk has its own dropout mask."""

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 import test_mesh
 import test_step
 from flax import nnx
@@ -70,6 +71,7 @@ def of(state, index):
     return jax.tree.map(lambda array: array[index], (state.lora, state.opt_state.moments))
 
 
+@pytest.mark.long
 def test_a_member_ends_as_the_adapter_of_a_run_alone():
     """On a mesh, with a padded rank and a diverging neighbor, as alone on one device."""
     _, run, _, _ = swept()

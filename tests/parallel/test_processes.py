@@ -267,6 +267,7 @@ def test_if_one_process_asks_all_know_after_the_same_step(who):
     assert len(set(ended.out)) == 1 and (who or ended.out[0] == "7\n")
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_a_single_process_cannot_read_ends_all(tmp_path):
     ended = several(
         "import os, pathlib\n"

@@ -92,6 +92,7 @@ def dot_flops(program):
     return total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     # shared: products of attention that XLA may compute only once, because there is a single block;
     # that of jax 0.10 does, that of 0.12 does not
@@ -115,6 +116,7 @@ def test_the_compiled_step_has_the_planned_operations_and_bytes(remat, names, be
     assert stays == pytest.approx(taken, abs=200)
 
 
+@pytest.mark.long
 def test_a_step_of_32k_tokens_has_no_array_of_quadratic_size():
     job = dataclasses.replace(TINY, batch_size=1, grad_accum=1, seq_len=32768)
     mesh = sharding.make_mesh(ONE)
@@ -127,6 +129,7 @@ def test_a_step_of_32k_tokens_has_no_array_of_quadratic_size():
     assert compiled.memory_analysis().temp_size_in_bytes < job.seq_len**2 / 4
 
 
+@pytest.mark.long
 def test_useful_operations_are_what_xla_counts_for_a_step_without_recomputation():
     """For a dense model whose layers all have trained inputs and outputs, and short sequences."""
     adapters = config.LoRAConfig(targets=("q_proj", "embed_tokens"), modules_to_save=("o_proj",))

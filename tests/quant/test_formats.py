@@ -3,6 +3,7 @@
 import functools
 import pathlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,7 +212,11 @@ def test_bits_per_weight(fmt, bits):
 
 @pytest.mark.parametrize(
     ("fmt", "search"),
-    [("int8", True), ("int4", True), ("int4-g64", False), ("nf4", True), ("nf4-dq", True)],
+    [
+        ("int4-g64", False),
+        ("nf4-dq", True),
+        *cases.long(("int8", True), ("int4", True), ("nf4", True)),
+    ],
 )
 def test_more_columns_than_are_quantized_at_once(fmt, search):
     """The last block overlaps the one before: each column is as it is on its own."""
@@ -230,7 +235,7 @@ def test_more_columns_than_are_quantized_at_once(fmt, search):
 
 
 @pytest.mark.parametrize(("fmt", "search"), [("int4", True), ("int4-g64", False), ("nf4-dq", True)])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [0, *cases.long(1)])
 def test_packed_arrays_do_not_depend_on_the_sharding(fmt, search, axis):
     """Weights of bfloat16, whose ratios are often half-integers."""
     weight = jnp.asarray(gaussian(512, 96), jnp.bfloat16)

@@ -130,11 +130,13 @@ def without_a_stretch(y, mixed, B, weights, *rest):
 @pytest.mark.parametrize(
     "name, fault",
     [
-        ("shrink", shrunk_in_the_first_layer),
         ("shrink", without_the_last_rows),
         ("expand", expanded_in_the_first_layer),
-        ("expand", without_the_last_columns),
-        ("expand", without_a_stretch),
+        *cases.long(
+            ("shrink", shrunk_in_the_first_layer),
+            ("expand", without_the_last_columns),
+            ("expand", without_a_stretch),
+        ),
     ],
 )
 def test_faulty_products_are_left_out(name, fault, monkeypatch):
@@ -204,7 +206,11 @@ def of_the_layer_before(x, weights, layer):
 
 @pytest.mark.parametrize(
     "kernel, is_right",
-    [(interpreted, True), (with_the_words_of_one_for_all, False), (of_the_layer_before, False)],
+    [
+        (interpreted, True),
+        (with_the_words_of_one_for_all, False),
+        *cases.long((of_the_layer_before, False)),
+    ],
 )
 def test_joined_products_are_proven(kernel, is_right, monkeypatch):
     monkeypatch.setattr(int4_gpu, "matmuls", kernel)

@@ -182,6 +182,7 @@ def test_an_operation_that_nothing_replaces_is_an_error(monkeypatch):
     assert "could not be checked" in line and "division by zero" in line
 
 
+@pytest.mark.long
 def test_a_mesh_computes_as_the_job_does():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, jax.devices()[:4])
     partition = sharding.partition(("q_proj",))
@@ -255,6 +256,7 @@ def test_a_run_with_faulty_kernels_falls_back(square, tmp_path, monkeypatch, cap
         assert f"{kernel} is left out" in out
 
 
+@pytest.mark.long
 def test_generate_falls_back(square, monkeypatch):
     monkeypatch.setattr(forms.Forms, "tpu", an_exception)
     command = ("generate", "--model", square, "--quant", "int4", "--prompt", "Once", "--slots", 8,

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 
+import cases
 import pytest
 
 from lora_jax.serving import page
@@ -108,7 +109,7 @@ Promise.all(ready).then(async frames => {
 
 
 @pytest.mark.parametrize(
-    "number, back", [(1, "rgb(247, 247, 245)"), (0, "rgb(23, 24, 27)")], ids=["light", "dark"]
+    "number, back", [*cases.long((1, "rgb(247, 247, 245)")), (0, "rgb(23, 24, 27)")]
 )
 def test_nothing_is_cut_on_a_desktop_or_a_phone(number, back, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("google-chrome")

@@ -71,6 +71,7 @@ def test_a_resumed_run_gives_identical_bytes(whole, tmp_path):
     assert comparable(folder) == comparable(whole) and checkpoints(folder) == [2, 4]
 
 
+@pytest.mark.long
 def test_the_adapter_generates_and_the_merged_model_writes_the_same(whole, tmp_path):
     flags = ("--prompt", "Tom has", "--max-new-tokens", 8)
     adapter = ("--adapter", whole / "adapter")
@@ -82,6 +83,7 @@ def test_the_adapter_generates_and_the_merged_model_writes_the_same(whole, tmp_p
     assert merged.out == with_adapter.out
 
 
+@pytest.mark.long
 def test_the_plan_counts_the_adapter():
     plain, planned = (
         json.loads(cli.run("plan", *FLAGS, *kind, "--no-compile", "--json").out)

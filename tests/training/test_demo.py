@@ -54,6 +54,7 @@ def test_evaluation_examples_are_about_people_not_in_the_training_data():
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in evaluation}
 
 
+@pytest.mark.long
 def test_pretraining_never_names_a_held_out_person():
     held_out = held_out_people()
     assert {person(row) for row in read("eval.jsonl")} <= held_out
@@ -70,6 +71,7 @@ def test_pretraining_never_shows_a_json_object():
                 json.loads(braces)
 
 
+@pytest.mark.long
 def test_every_token_of_the_answers_occurs_in_pretraining():
     tokenizer = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     answers = [row["completion"] for row in read("train.jsonl") + read("eval.jsonl")]

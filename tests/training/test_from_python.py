@@ -69,6 +69,7 @@ def test_the_config_of_a_run_repeats_it_and_flags_override_it(command, tmp_path)
     assert json.loads((tmp_path / "short/run.json").read_text())["num_steps"] == 1
 
 
+@pytest.mark.long
 def test_stopping_the_iteration_saves_and_resume_continues_exactly(command, tmp_path):
     settings, run = command
     folder = tmp_path / "run"

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 
+import cases
 import cli
 import pytest
 
@@ -301,7 +302,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [*cases.long("light"), "dark"])
 def test_text_and_curves_have_enough_contrast(scheme):
     """WCAG asks for a contrast of 4.5 : 1 for text, and 3 : 1 for curves."""
     found = colours()[scheme]
@@ -336,7 +337,7 @@ onload = () => {
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [*cases.long("light"), "dark"])
 def test_it_fits_desktop_and_phone_in_light_and_dark(scheme, tmp_path):
     answer = {"prompt": "x" * 2000, "expected": "a " * 500, "text": "</pre>" + "y" * 500}
     record = RECORD | {

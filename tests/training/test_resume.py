@@ -75,7 +75,7 @@ def status(folder):
 # ------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.long)])
 def test_a_run_killed_at_any_time_loses_no_saved_step(kills, parent, rows, tmp_path):
     whole, folder, many = tmp_path / "whole", tmp_path / "run", 4 * kills + 2
     flags = (*MODEL, *rows, "--streaming", "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
@@ -133,6 +133,7 @@ def damage(folder, step):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     damage(folder, 6)
@@ -165,12 +166,14 @@ def assert_as_uninterrupted(folder, whole):
     print("largest difference:", max(abs(a - b) for a, b in zip(losses, expected, strict=True)))
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_with_another_split_of_a_step(whole, tmp_path):
     folder = interrupted(whole, tmp_path)
     assert "from step 2 of 6" in resumed(folder, "--batch-size", 16, "--grad-accum", 1)
     assert_as_uninterrupted(folder, whole)
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_on_fewer_devices_and_another_mesh(parent, whole, tmp_path):
     folder = interrupted(whole, tmp_path)
     flags = ("--resume", "--output-dir", folder, "--mesh", "fsdp=2,tensor=2")
@@ -185,6 +188,7 @@ def test_another_number_of_sequences_per_step_is_refused(whole, tmp_path):
     assert "16 sequences a step" in message and "32 × 2" in message
 
 
+@pytest.mark.long
 def test_a_batch_size_that_other_devices_cannot_split_is_refused_with_the_flags_to_use(
     whole, tmp_path
 ):
@@ -295,6 +299,7 @@ def test_run_json_has_the_failure_and_the_run_is_resumed_exactly(whole, tmp_path
 # ------------------------------------------------------------------------- the best step
 
 
+@pytest.mark.long
 def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
     folder, losses, seen = tmp_path / "run", iter([9, 3, 1, 2]), {}
     steps = train_step.steps
@@ -340,6 +345,7 @@ def test_a_run_stops_early_and_keeps_the_best_step(rows, tmp_path, monkeypatch):
     assert comparable(folder) == before and checkpoints(folder) == [2, 3, 4]
 
 
+@pytest.mark.long
 def test_a_run_stops_at_max_time_and_is_resumed(whole, rows, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     at_step(monkeypatch, 1, lambda: time.sleep(1))

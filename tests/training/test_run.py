@@ -402,6 +402,7 @@ def test_max_steps_0_only_generates(tmp_path, monkeypatch):
     assert f"\n{prompt}, there was" in ended.out
 
 
+@pytest.mark.long
 def test_a_llama_of_the_hub_trains_in_4_bit_and_no_pickle_is_requested(tmp_path):
     name = "huggyllama/llama-7b"
     rows = cli.write_rows(tmp_path / "train.jsonl", 8)
@@ -447,6 +448,7 @@ def test_generate_uses_the_base_that_the_adapter_names(whole, tmp_path):
     assert texts(cli.run("generate", "--adapter", nameless, "--model", cli.BASE, *flags)) == [found]
 
 
+@pytest.mark.long
 def test_a_batch_of_prompts_gives_the_same_texts_as_single_prompts(tmp_path):
     prompts = ["Once upon a time", "The little dog was very happy because"]
     flags = ("--model", cli.BASE, "--max-new-tokens", 16)
