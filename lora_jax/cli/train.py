@@ -238,10 +238,11 @@ def _show(outcome: outcomes.Outcome) -> None:
     ]
     same = f"--quant {settings.model.quant} --dtype {settings.model.dtype}"
     same += " --quant-fast" if settings.model.quant_fast else ""
-    same += " --chat" if settings.prompts.chat else ""
-    print(f"\nto generate with it:\n  {console.command('generate')} {same} \\\n"
-          f"    --adapter {console.quoted(str(outcome.adapter))} \\\n"
+    adapter = f"    --adapter {console.quoted(str(outcome.adapter))}"
+    chat = settings.prompts.chat or (outcome.has_chats and not settings.prompts.prompt)
+    print(f"\nto generate with it:\n  {console.command('generate')} {same}"
+          f"{' --chat' if chat else ''} \\\n{adapter} \\\n"
           f"    --prompt {console.quoted(example[0] if example else '…')}")  # fmt: skip
-    same = same.removesuffix(" --chat")
-    print(f"to serve it, as OpenAI's API does:\n  {console.command('serve')} {same} \\\n"
-          f"    --adapter {console.quoted(str(outcome.adapter))}")  # fmt: skip
+    if outcome.has_chats:
+        print(f"to chat with it:\n  {console.command('chat')} {same} \\\n{adapter}")
+    print(f"to serve it, as OpenAI's API does:\n  {console.command('serve')} {same} \\\n{adapter}")

@@ -25,9 +25,9 @@ Example = tuple[np.ndarray, np.ndarray]  # ids int32 [T], which of them are trai
 class Encoded(typing.NamedTuple):
     """Examples of at most seq_len tokens, their lengths before cutting, and where each is from.
 
-    num_cut: how many were cut. num_skipped: how many had nothing to train. num_lost: in how many
-    the chat template leaves out an answer or a tool call that should be trained. num_no_reasons: in
-    how many it leaves out the reasoning of the last answer.
+    num_cut: how many were cut. num_skipped: how many had nothing to train. num_chats: how many are
+    chats. num_lost: in how many of those the chat template leaves out an answer or a tool call that
+    should be trained. num_no_reasons: in how many it leaves out the reasoning of the last answer.
     """
 
     examples: list[Example]
@@ -35,6 +35,7 @@ class Encoded(typing.NamedTuple):
     origins: list[str]
     num_cut: int
     num_skipped: int
+    num_chats: int = 0
     num_lost: int = 0
     num_no_reasons: int = 0
 
@@ -75,7 +76,7 @@ def encode(
         examples, chats = _encode_all(dataset, tokenizer, eos)
         origins = [kinds.origin(fields) for fields in dataset]
     found = _cut(examples, origins, seq_len, group=1, may_be_empty=may_be_empty)
-    return _with_losses(found, chats)
+    return _with_chats(found, chats)
 
 
 def encode_pairs(
@@ -126,11 +127,12 @@ def encode_pairs(
     pairs = [examples.get(n) or (next(joined), next(joined)) for n in range(num_pairs)]
     flat = [example for pair in pairs for example in pair]
     found = _cut(flat, origins, seq_len, group=2, may_be_empty=may_be_empty)
-    return _with_losses(found, rendered)
+    return _with_chats(found, rendered)
 
 
-def _with_losses(found: Encoded, chats: Sequence[chat.Encoded]) -> Encoded:
+def _with_chats(found: Encoded, chats: Sequence[chat.Encoded]) -> Encoded:
     return found._replace(
+        num_chats=len(chats),
         num_lost=sum(each.loses for each in chats),
         num_no_reasons=sum(each.loses_reasoning for each in chats),
     )

@@ -174,7 +174,7 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.St
     return outcome.Outcome(
         settings, folder.path, saved.path, job.num_steps, done, finished=True,
         samples=record.samples, table=job.adapters.table(folder, job.num_steps), report=reported,
-        continuations=texts,
+        continuations=texts, has_chats=job.data.has_chats,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ class Outcome:
     code: the exit code of the command: 0, or 130 after Ctrl-C, or 75 after SIGTERM or max_time
     (start it again). step: the last completed step. samples: answers "before" and "after" training.
     table: lines that compare the adapters of a sweep. report: the path of report.html, or why it
-    was not written. continuations: one for each prompt.
+    was not written. continuations: one for each prompt. has_chats: whether the data had chats.
     """
 
     settings: groups.TrainSettings
@@ -29,6 +29,7 @@ class Outcome:
     table: list[str] = dataclasses.field(default_factory=list)
     report: str = ""
     continuations: list[str] = dataclasses.field(default_factory=list)
+    has_chats: bool = False
 
 
 Steps = Generator[run_folder.Metrics, None, Outcome]

@@ -123,6 +123,7 @@ class RunData:
             packing=self._data.packing,
             in_pairs=self._data.dpo,
         )
+        self.has_chats = False
         label = "stream" if self._data.streaming else "data"
         encoded = [
             self._encode(label, source, part)[1].examples
@@ -254,6 +255,7 @@ class RunData:
     ) -> tuple[rows.Rows, encoding.Encoded]:
         """(the examples that are not skipped as bad, encoded), and says how many there are."""
         kept, encoded = self._encoded(examples)
+        self.has_chats |= encoded.num_chats > 0
         first = "of its first examples " if label == "stream" else ""
         num_tokens = sum(len(ids) for ids, _ in encoded.examples)
         say(

@@ -478,6 +478,21 @@ def test_generate_refuses_prompts_that_do_not_fit(flags, message):
     assert message in cli.refused("generate", "--model", cli.BASE, *flags)
 
 
+def test_a_run_on_chats_says_how_to_chat_with_it(tmp_path):
+    base = shutil.copytree(cli.BASE, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "Tom?"}, {"role": "assistant", "content": "a cat"}]
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text(json.dumps({"messages": chat}) + "\n")
+    flags = ("--model", base, "--dataset", rows, "--max-steps", 1, "--rank", 1, "--batch-size", 8)
+    ended = cli.run("train", *flags, "--output-dir", tmp_path / "run")
+    assert ended.code == 0, ended
+    generate, talk = ended.out.split("to generate with it:")[1].split("to chat with it:")
+    assert "--chat" in generate and "scripts/chat.py" in talk.split("to serve it")[0]
+
+
 def test_chat_applies_the_template_to_the_prompt(tmp_path):
     base = pathlib.Path(shutil.copytree(cli.BASE, tmp_path / "base"))
     (base / "chat_template.jinja").write_text("Once upon {{ messages[0]['content'] }}")
