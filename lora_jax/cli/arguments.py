@@ -17,7 +17,7 @@ Given = dict[str, Any]  # {flag, with _ for -: value} of the typed flags
 
 # Flags with a path on this machine.
 _PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file",
-          "output_file", "config")  # fmt: skip
+          "output_file", "config", "chat_template")  # fmt: skip
 _PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
@@ -213,7 +213,7 @@ def add_model(flags: Flags) -> None:
 
 def add_data(flags: Flags) -> None:
     """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing, --streaming,
-    --skip-bad-rows, --chat-time."""
+    --skip-bad-rows, --chat-template, --chat-time."""
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt, a folder of them or hub id; "
               "examples with text, "
@@ -235,8 +235,19 @@ def add_data(flags: Flags) -> None:
                  "blocks of a few thousand examples; needs --max-steps")  # fmt: skip
     flags.add("--skip-bad-rows", "skip and report up to N rows that cannot be read or trained on",
               type=int, metavar="N")  # fmt: skip
+    add_chat_template(flags)
     flags.add("--chat-time", "the time that a chat template prints, e.g. 2026-01-31 (default: when "
               "the run starts)", metavar="TIME")  # fmt: skip
+
+
+def add_chat_template(flags: Flags) -> None:
+    """--chat-template."""
+    flags.add(
+        "--chat-template",
+        "a Jinja file, or the folder or hub id of a model whose chat template is used (default: "
+        "the tokenizer's)",
+        metavar="FILE|PATH|HUB_ID",
+    )
 
 
 def add_processes(flags: Flags) -> None:

@@ -45,6 +45,7 @@ def flags(**where: Any) -> arguments.Flags:
               "--model, the config of the first names the base model", action="append",
               metavar="NAME=PATH|HUB_ID")  # fmt: skip
     flags.add("--system", "system prompt (default: that of the chat template)", metavar="TEXT")
+    arguments.add_chat_template(flags)
     flags.add("--context", "maximum number of tokens of the chat (default: the model's, up to "
               f"{generation_config.DEFAULT_CONTEXT})", type=int, metavar="T")  # fmt: skip
     flags.group("sampling")
@@ -92,7 +93,7 @@ def main() -> int:
             expected="a model with a chat template",
             found="none",
             where=str(found.reader.name_or_path),
-            do=f"use {console.command('generate')}, or a chat model",
+            do=f"--chat-template, or a chat model; or {console.command('generate')}",
         )
     model = opening.load(settings.base, found)
     engine = opening.start(

@@ -59,6 +59,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--prompts-file", "file with one prompt per line; or .jsonl, .json, .csv, .parquet "
               "with prompt or messages in each example", metavar="FILE")  # fmt: skip
     flags.switch("--chat", "apply the chat template to each prompt; messages always need it")
+    arguments.add_chat_template(flags)
     flags.add("--chat-time", "the time that a chat template prints, e.g. 2026-01-31 (default: the "
               "present)", metavar="TIME")  # fmt: skip
     flags.add("--output-file", "write the results as JSON lines; the same command goes on with "

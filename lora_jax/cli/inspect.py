@@ -96,7 +96,7 @@ def main() -> None:
     architecture = model_config.load(folder)
     seq_len = data.resolve_seq_len(architecture.context)
     data = dataclasses.replace(data, seq_len=seq_len)
-    reader = tokenizer.load(folder)
+    reader = tokenizer.load(folder, chat_template=settings.model.chat_template)
     stops = chat.stop_ids(reader, folder)
     if len(stops) > 1:
         console.say("stops", "generation stops at "
@@ -109,8 +109,9 @@ def main() -> None:
     sizes = []
     for (label, source), examples in zip(files, loaded, strict=True):
         _, encoded = run_data.encode(data, examples, reader, stops[0], architecture.vocab_size, bad)
-        for loss in encoded.losses:
-            console.say("chats", loss)
+        notes = [chat.end_note(reader)] if encoded.num_chats and not sizes else []
+        for each in filter(None, [*encoded.losses, *notes]):
+            console.say("chats", each)
         sequences = packing.arrange(
             encoded.examples, seq_len, packing=data.packing, in_pairs=data.dpo
         )

@@ -82,7 +82,7 @@ def files(
         arguments.note_other_base(found, quant)
     num_bytes = inventory.loaded_bytes(folder, dtype=settings.dtype, quantization=quant)
     mesh = sharding.choose(settings.mesh, num_bytes)
-    reader = tokenizer.load(folder, found)
+    reader = tokenizer.load(folder, found, chat_template=settings.chat_template)
     adapted, num_tokens = None, architecture.vocab_size
     if found and own:
         adapted = peft.read(found)

@@ -55,6 +55,7 @@ def flags(**where: Any) -> arguments.Flags:
               "model", action="append", metavar="NAME=PATH|HUB_ID")  # fmt: skip
     flags.add("--served-model-name", "the base's name in `model` (default: the last part of its "
               "path or id)", metavar="NAME")  # fmt: skip
+    arguments.add_chat_template(flags)
     flags.group("engine")
     flags.add("--slots", "choices generated at the same time", type=int, metavar="N")
     flags.add("--context", "maximum number of tokens of prompt and output (default: the model's, "

@@ -44,6 +44,23 @@ def stop_ids(
     return ids if turn is None or turn in ids else (*ids, turn)
 
 
+def end_note(tokenizer: "transformers.PreTrainedTokenizerBase") -> str:
+    """Why generation does not stop at the end of an answer; "" if it does, or has no template."""
+    if not tokenizer.chat_template:
+        return ""
+    with contextlib.suppress(ChatError):
+        how = template.Template(tokenizer)
+        if how.end_of_turn() is None:
+            end = how.end_of_answer
+            writes = f"ends answers with {end!r}, which is not one token of this tokenizer"
+            return (
+                f"the chat template {writes if end else 'writes nothing after an answer'}, so "
+                "generation does not stop there; use a template that ends answers with "
+                f"{tokenizer.eos_token}"
+            )
+    return ""
+
+
 class Encoder:
     """Encodes chats with a tokenizer's chat template."""
 
@@ -137,7 +154,8 @@ class Encoder:
                 expected="a tokenizer with a chat template, to render the examples' messages",
                 found="none",
                 where=str(self._tokenizer.name_or_path),
-                do="start from the chat variant of the model, or use prompt and completion instead",
+                do="--chat-template with a Jinja file or the id of the model's chat variant; or "
+                "start from that variant; or use prompt and completion",
             )
         if key not in self._templates:
             if len(self._templates) > 256:

@@ -97,7 +97,9 @@ def encode(
         raise errors.UserError(
             expected="a tokenizer with a chat template",
             found="none",
-            do="omit --chat, or use a chat model" if as_chat else "use texts, or a chat model",
+            do="--chat-template, or a chat model; or omit --chat"
+            if as_chat
+            else "--chat-template, or a chat model; or use texts",
         )
     tokenizing.check_text([each.value for each in prompts if isinstance(each.value, str)])
     encoder, problems = chat.Encoder(tokenizer), {}

@@ -125,8 +125,13 @@ class Template:
 
     def end_of_turn(self) -> int | None:
         """The id of the token that ends an answer, such as <|im_end|>; None if it is plain text."""
-        ids = self._tokenizer(self._ends().final.strip(), add_special_tokens=False).input_ids
+        ids = self._tokenizer(self.end_of_answer, add_special_tokens=False).input_ids
         return ids[0] if ids and ids[0] in self._tokenizer.added_tokens_decoder else None
+
+    @property
+    def end_of_answer(self) -> str:
+        """What the template writes after the last answer, without spaces around it."""
+        return self._ends().final.strip()
 
     def _colors(self, messages: Sequence[Message], text: str) -> np.ndarray:
         """The number of each character's color, −1 for what the template writes."""

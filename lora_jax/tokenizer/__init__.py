@@ -14,7 +14,7 @@ from lora_jax.tokenizer import files
 if typing.TYPE_CHECKING:
     import transformers
 
-load, copy = files.load, files.copy
+load, copy, copy_chat_template = files.load, files.copy, files.copy_chat_template
 
 
 def keep_stops(folder: str | pathlib.Path, ids: Sequence[int]) -> None:
@@ -70,7 +70,7 @@ def chat_prompt(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) ->
         raise errors.UserError(
             expected="a tokenizer with a chat template",
             found="none",
-            do="omit --chat, or use a chat model",
+            do="--chat-template, or a chat model; or omit --chat",
         )
     turn = [{"role": "user", "content": text}]
     try:

@@ -25,12 +25,17 @@ _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
 def load(
-    folder: str | pathlib.Path, adapter: str | pathlib.Path | None = None
+    folder: str | pathlib.Path,
+    adapter: str | pathlib.Path | None = None,
+    *,
+    chat_template: str | None = None,
 ) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of the model in `folder`.
 
-    adapter: the folder of an adapter. If it has a tokenizer or a chat template, which other
-    programs save with an adapter, that is used instead.
+    adapter: the folder of an adapter. If it has a tokenizer or a chat template, which is saved with
+    an adapter where it is not the base's, that is used instead.
+    chat_template: replaces that of the tokenizer: a Jinja file, or the folder or hub id of a model
+    that has one.
 
     tokenizer.json is used as it is, whatever tokenizer_class says: transformers 5.23's
     LlamaTokenizer (AutoTokenizer's choice) rebuilds it and encodes runs of spaces differently from
@@ -43,6 +48,11 @@ def load(
         installed.
     """
     extras.require("transformers", "tokenizers")  # older ones add bos and eos in other ways
+    if chat_template is not None:
+        templates = _templates_of(chat_template)
+        reader = load(folder, adapter)
+        _use(reader, templates)
+        return reader
     folder = pathlib.Path(folder)
     if adapter is not None:
         own = pathlib.Path(adapter)
@@ -52,8 +62,7 @@ def load(
         if templates := _chat_templates(own):
             if "default" not in templates:
                 templates = _chat_templates(folder) | templates
-            only = [*templates] == ["default"]
-            reader.chat_template = templates["default"] if only else templates
+            _use(reader, templates)
         return reader
     for name in _TOKENIZERS:
         if (folder / name).is_file():
@@ -77,13 +86,57 @@ def copy(adapter: str | pathlib.Path, into: str | pathlib.Path) -> None:
         for name in (*_TOKENIZERS, "merges.txt", *_BESIDE):
             if (own / name).is_file():
                 shutil.copyfile(own / name, into / name)
-    templates = _chat_templates(own)
-    if "default" in templates:  # which precedes all of the base
+    _write(_chat_templates(own), into)
+
+
+def copy_chat_template(source: str | pathlib.Path, into: str | pathlib.Path) -> None:
+    """Copies what `load` takes as chat_template into a folder."""
+    _write(_templates_of(str(source)), pathlib.Path(into))
+
+
+def _use(reader: "transformers.PreTrainedTokenizerBase", templates: dict[str, str]) -> None:
+    only = [*templates] == ["default"]
+    reader.chat_template = templates["default"] if only else templates
+
+
+def _write(templates: dict[str, str], into: pathlib.Path) -> None:
+    """Writes chat templates over those of a model or an adapter."""
+    if "default" in templates:  # which precedes all that are there
         shutil.rmtree(into / _TEMPLATES, ignore_errors=True)
     for name, source in templates.items():
         path = into / (_TEMPLATE if name == "default" else f"{_TEMPLATES}/{name}.jinja")
         path.parent.mkdir(exist_ok=True)
         path.write_text(source, encoding="utf-8")
+
+
+def _templates_of(source: str) -> dict[str, str]:
+    """{name: chat template} of a Jinja file, or of a model's folder or hub id."""
+    path = pathlib.Path(source).expanduser()
+    if os.path.isfile(path) and path.suffix != ".json":
+        try:
+            found = {"default": path.read_text(encoding="utf-8-sig")}
+        except (OSError, ValueError) as error:
+            raise errors.UserError(
+                expected="a chat template in Jinja", found=str(error), where=source
+            ) from error
+    elif not os.path.isdir(path) and (
+        "/" not in source or hub.looks_like_path(source) or path.suffix in (".jinja", ".json")
+    ):
+        raise errors.UserError(
+            expected="a Jinja file, or the folder or hub id of a model with a chat template",
+            found=source,
+            where="--chat-template",
+            do=errors.similar_path(source)
+            or "such as chat_template.jinja, or Qwen/Qwen3-0.6B for the format of ChatML",
+        )
+    else:
+        found = _chat_templates(hub.tokenizer_folder(source))
+    if not any(found.values()):
+        raise errors.UserError(
+            expected="a chat template", found="none", where=source,
+            do="pass the chat variant of the model, or a Jinja file",
+        )  # fmt: skip
+    return found
 
 
 def _chat_templates(folder: pathlib.Path) -> dict[str, str]:

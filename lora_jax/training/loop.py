@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 import jax
 from jax.sharding import Mesh
 
-from lora_jax import console, errors
+from lora_jax import console, errors, tokenizer
 from lora_jax.console import say
 from lora_jax.models import config as model_config
 from lora_jax.optim import loss as train_loss
@@ -79,7 +79,10 @@ def _on_mesh(
     begun: float,
     resuming: bool,
 ) -> outcome.Steps:
-    base, watch = setup.base(base_folder, architecture), setup.Stopwatch()
+    template = settings.model.chat_template
+    if template and (folder.path / "chat_template.jinja").is_file():  # of the run that is resumed
+        template = str(folder.path)
+    base, watch = setup.base(base_folder, architecture, template), setup.Stopwatch()
     context = architecture.context
     data = None
     settings = setup.with_token_ids(settings, base.tokenizer)
@@ -118,6 +121,8 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.St
         record.status = "running"
         folder.write_run(record)
         folder.write_config(settings)
+        if settings.model.chat_template and processes.leads():  # which may change until it resumes
+            tokenizer.copy_chat_template(settings.model.chat_template, folder.path)
     kept = snapshots.Snapshots(folder.checkpoints, keep, keep_best=best)
     with contextlib.ExitStack() as ending:
         ending.enter_context(records.failure_recorded(job, record))

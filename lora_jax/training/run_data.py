@@ -11,6 +11,7 @@ from lora_jax.console import say
 from lora_jax.data import (
     bad_rows,
     batches,
+    chat,
     encoding,
     fields,
     mixture,
@@ -129,6 +130,8 @@ class RunData:
             self._encode(label, source, part)[1].examples
             for source, part in zip(self._data.dataset, found.train, strict=True)
         ]
+        if self.has_chats and (note := chat.end_note(reader)):
+            say("chats", note)
         self.held_out: list[packing.TokenSequence] | None = None
         self.scored: list[tuple[Any, str]] | None = None
         self.longest_answer = 0  # tokens

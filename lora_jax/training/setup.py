@@ -78,9 +78,11 @@ def fit(
     return settings, mesh
 
 
-def base(folder: pathlib.Path, architecture: model_config.LlamaConfig) -> Base:
-    """The base model with its tokenizer."""
-    reader = tokenizer.load(folder)
+def base(
+    folder: pathlib.Path, architecture: model_config.LlamaConfig, chat_template: str | None
+) -> Base:
+    """The base model with its tokenizer, and this chat template if it is not None."""
+    reader = tokenizer.load(folder, chat_template=chat_template)
     return Base(folder, architecture, reader, chat.stop_ids(reader, folder))
 
 

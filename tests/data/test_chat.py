@@ -403,6 +403,12 @@ def test_the_token_that_ends_a_turn_stops_generation(tmp_path):
     assert chat.stop_ids(tok, folder) == (EOS, tok.unk_token_id)
     plain = tiny_tokenizer.save(tmp_path / "plain", chat_template=PLAIN)
     assert chat.stop_ids(tokenizer.load(plain), plain) == (EOS,)
+    assert chat.end_note(tok) == ""
+    assert "writes nothing after an answer" in chat.end_note(tokenizer.load(plain))
+    split = tiny_tokenizer.save(
+        tmp_path / "split", chat_template=CHATML.replace("{{ eos_token }}", "ab")
+    )
+    assert "ends answers with 'ab', which is not one token" in chat.end_note(tokenizer.load(split))
 
 
 def test_an_adapters_own_template_is_used(tmp_path):
@@ -418,6 +424,44 @@ def test_an_adapters_own_template_is_used(tmp_path):
     tokenizer.keep_stops(base, (2, 0))
     reader = tokenizer.load(base)
     assert reader.chat_template == OTHER_END and tokenizer.eos_ids(reader, base) == (2, 0)
+
+
+def test_another_chat_template_replaces_that_of_the_tokenizer(tmp_path):
+    base = tiny_tokenizer.save(tmp_path / "base", chat_template=CHATML)
+    (tmp_path / "mine.jinja").write_text(PLAIN, encoding="utf-8-sig")
+    named = [{"name": "default", "template": PLAIN}, {"name": "rag", "template": "{{ 1 }}"}]
+    tiny_tokenizer.save(tmp_path / "several", chat_template=named)
+    for source, expected in (
+        ("mine.jinja", PLAIN),
+        ("several", {"default": PLAIN, "rag": "{{ 1 }}"}),
+        ("base", CHATML),
+    ):
+        given = str(tmp_path / source)
+        assert tokenizer.load(base, chat_template=given).chat_template == expected
+        assert tokenizer.load(base, tmp_path / "several", chat_template=given).chat_template == (
+            expected
+        )
+        copied = tmp_path / f"copy-{source}"
+        copied.mkdir()
+        tokenizer.copy_chat_template(given, copied)
+        assert tokenizer.load(base, copied).chat_template == expected
+    assert tokenizer.load(base).chat_template == CHATML
+
+
+def test_a_chat_template_that_is_not_there_is_named(tmp_path, monkeypatch):
+    base = tiny_tokenizer.save(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jinja").write_text("")
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    for source, told in (
+        ("chatml", "Jinja file, or the folder or hub id"),
+        ("base", "the chat variant of the model"),
+        ("empty.jinja", "the chat variant of the model"),
+        ("latin.jinja", "can't decode"),
+        ("./none.jinja", "Jinja file, or the folder or hub id"),
+    ):
+        with pytest.raises(errors.UserError, match=told):
+            tokenizer.load(base, chat_template=source)
 
 
 def named(**templates):

@@ -478,19 +478,40 @@ def test_generate_refuses_prompts_that_do_not_fit(flags, message):
     assert message in cli.refused("generate", "--model", cli.BASE, *flags)
 
 
-def test_a_run_on_chats_says_how_to_chat_with_it(tmp_path):
-    base = shutil.copytree(cli.BASE, tmp_path / "base")
-    (base / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    )
+ROLES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def test_a_chat_template_is_kept_by_the_run_and_goes_with_the_adapter(tmp_path):
+    """Of a base that has none. It says how to chat, and the adapter is used in this template."""
     chat = [{"role": "user", "content": "Tom?"}, {"role": "assistant", "content": "a cat"}]
-    rows = tmp_path / "chats.jsonl"
+    rows, given, folder = tmp_path / "chats.jsonl", tmp_path / "given.jinja", tmp_path / "run"
     rows.write_text(json.dumps({"messages": chat}) + "\n")
-    flags = ("--model", base, "--dataset", rows, "--max-steps", 1, "--rank", 1, "--batch-size", 8)
-    ended = cli.run("train", *flags, "--output-dir", tmp_path / "run")
+    given.write_text(ROLES)
+    flags = ("--model", cli.BASE, "--dataset", rows, "--rank", 1, "--batch-size", 8)
+    told = cli.refused("train", *flags, "--max-steps", 1)
+    assert "--chat-template" in told and "chat variant" in told
+    flags = (*flags, "--max-steps", 2, "--save-every", 1, "--output-dir", folder)
+    ended = cli.run("train", *flags, "--chat-template", given)
     assert ended.code == 0, ended
     generate, talk = ended.out.split("to generate with it:")[1].split("to chat with it:")
     assert "--chat" in generate and "scripts/chat.py" in talk.split("to serve it")[0]
+    assert (folder / "adapter/chat_template.jinja").read_text() == ROLES
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    assert settings["chat_template"] == str(given)
+    answer = cli.run("generate", "--adapter", folder / "adapter", "--chat", "--prompt", "Tom?",
+                     "--max-new-tokens", 1)  # fmt: skip
+    assert answer.code == 0 and "Tom?" in answer.out
+
+    before = (folder / "adapter/adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoints/2")
+    shutil.rmtree(folder / "adapter")
+    given.write_text("another {{ messages }}")
+    other = cli.refused("train", "--resume", "--output-dir", folder, "--chat-template", rows)
+    assert "--chat-template" in other
+    resumed = cli.run("train", "--resume", "--output-dir", folder)
+    assert resumed.code == 0 and "from step 1 of 2" in resumed.out, resumed
+    assert (folder / "adapter/adapter_model.safetensors").read_bytes() == before
+    assert (folder / "adapter/chat_template.jinja").read_text() == ROLES
 
 
 def test_chat_applies_the_template_to_the_prompt(tmp_path):

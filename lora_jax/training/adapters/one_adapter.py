@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from lora_jax import tokenizer
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import peft
 from lora_jax.lora.nnx import model_state
@@ -96,7 +97,7 @@ class OneAdapter(NamedTuple):
         record: run_folder.Record,
     ) -> Saved:  # fmt: skip
         """Saves the adapter in PEFT's format. base: the folder of the base model."""
-        save_adapter(self, folder.adapter, trained, self.settings.lora, base)
+        save_adapter(self, folder, folder.adapter, trained, self.settings.lora, base)
         return Saved(folder.adapter, trained, self.frozen)
 
     def table(self, folder: run_folder.RunFolder, num_steps: int) -> list[str]:
@@ -106,12 +107,16 @@ class OneAdapter(NamedTuple):
 
 def save_adapter(
     adapter: OneAdapter,
+    folder: run_folder.RunFolder,
     path: pathlib.Path,
     trained: Any,
     config: lora_config.LoRAConfig,
     base: pathlib.Path,
 ) -> None:
-    """Writes `trained` as a PEFT folder. All processes must call this; process 0 writes."""
+    """Writes `trained` as a PEFT folder, with the chat template if it is not the base's.
+
+    All processes must call this; process 0 writes.
+    """
     nnx.update(adapter.model, sharding.gather(trained))
     if not processes.leads():
         return
@@ -124,3 +129,5 @@ def save_adapter(
         base_model=str(base.absolute()) if local else model.model,
         revision=model.revision,
     )
+    if model.chat_template:
+        tokenizer.copy_chat_template(folder.path, path)

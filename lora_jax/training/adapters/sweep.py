@@ -169,7 +169,7 @@ class SweepAdapters:
             like, _ = self._injected.state(member.lora)
             path = folder.path / member.name / "adapter"
             own = side_by_side.cut(alone, like)
-            one_adapter.save_adapter(self.one, path, own, member.lora, base)
+            one_adapter.save_adapter(self.one, folder, path, own, member.lora, base)
         best = sweep_table.best(found) or next(iter(left.values())).name
         record.sweep = {"best": best, "members": found}
         index = next(index for index, member in left.items() if member.name == best)

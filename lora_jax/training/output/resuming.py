@@ -74,7 +74,7 @@ def _check_same(job: setup.Job, before: run_folder.RunJson, record: run_folder.R
             do="put them back, or start a new run",
         )
     old, new = before.get("settings", {}), record.settings
-    for name in assemble.PATHS:
+    for name in assemble.MOVABLE:
         if name in old and old[name] != new.get(name):
             say("resume", f"{name} with the same content at {new.get(name)}, was {old[name]}")
 

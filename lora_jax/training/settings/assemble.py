@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from lora_jax import assets, errors
 from lora_jax.training.settings import checks, convert, groups, names
 
-PATHS = ("model", "dataset", "eval_dataset")
+MOVABLE = ("model", "dataset", "eval_dataset")  # where a resumed run finds the same contents
+PATHS = (*MOVABLE, "chat_template")
 Origins = Mapping[str, str]  # {setting: the line of a file that gives it}
 
 

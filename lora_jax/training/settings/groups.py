@@ -31,6 +31,8 @@ class ModelSettings:
     Args:
       model: a folder or a Hugging Face id.
       revision: branch, tag or commit of a hub model.
+      chat_template: a Jinja file, or the folder or hub id of a model, whose chat template is used;
+        None: that of the tokenizer.
       quant: the format of the frozen linear layers, one of quant.QUANTS; None: the checkpoint's.
       quant_fast: quantize to int4 without the search for scales.
       dtype: compute dtype; None: config.json's, with float16 read as bfloat16.
@@ -42,6 +44,7 @@ class ModelSettings:
 
     model: str = str(assets.FOLDER)
     revision: str | None = None
+    chat_template: str | None = None
     quant: str | None = None
     quant_fast: bool = False
     dtype: str | None = None

@@ -13,7 +13,7 @@ from lora_jax.training.settings import assemble, checks, convert, groups
 # the checkpoint is read.
 _MAY_CHANGE = ("output_dir", "skip_bad_rows", "prompt", "chat", "max_new_tokens", "temperature",
          "mesh", "kernels", "max_time", "log_every", "report_to", "profile",
-         *assemble.PATHS)  # fmt: skip
+         *assemble.MOVABLE)  # fmt: skip
 _SPLIT = ("batch_size", "grad_accum")
 
 
@@ -68,7 +68,7 @@ def _check_paths(settings: groups.TrainSettings, given: groups.Flat, where: str)
     """Raises: UserError if files of the run are not where they were, and no new path is given."""
     flat = settings.flat()
     paths = {name: [flat[name]] if isinstance(flat[name], str) else flat[name]
-             for name in assemble.PATHS if name in flat and name not in given}  # fmt: skip
+             for name in assemble.MOVABLE if name in flat and name not in given}  # fmt: skip
     missing = {
         name: [
             each for each in those if pathlib.Path(each).is_absolute() and not assemble.exists(each)
@@ -97,7 +97,7 @@ def _with_demo_here(record: Mapping[str, groups.Value]) -> groups.Flat:
                 return str(own)
         return value
 
-    return {name: here(value) if name in assemble.PATHS else value
+    return {name: here(value) if name in assemble.MOVABLE else value
             for name, value in record.items()}  # fmt: skip
 
 
