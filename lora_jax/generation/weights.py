@@ -114,9 +114,9 @@ def concatenated(model: llama.LlamaForCausalLM) -> decoder.Forms:
     """The layers of which each form computes the products together."""
     attention, mlp = model.model.layers.self_attn, model.model.layers.mlp
     return decoder.Forms(
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=attention.qkv,
         o=(attention.o_proj,),
-        gate_up=(mlp.gate_proj, mlp.up_proj),
+        gate_up=mlp.gate_up,
         down=(mlp.down_proj,),
     )
 

@@ -1,5 +1,6 @@
 """Linear layers with the same input, such as q, k and v: one product instead of several."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -28,6 +29,16 @@ def project(
         else with_bias(linear, product)
         for linear, product in zip(linears, form(x), strict=True)
     ]
+
+
+def parts(
+    projected: Sequence[Float[Array, "*B _"]], widths: Sequence[int]
+) -> Sequence[Float[Array, "*B _"]]:
+    """Arrays of these widths: the outputs of as many layers, or of one whose output they are."""
+    if len(projected) == len(widths):
+        return projected
+    (fused,) = projected
+    return jnp.split(fused, [*itertools.accumulate(widths)][:-1], axis=-1)
 
 
 def with_bias(linear, product: Float[Array, "*B N"]) -> Float[Array, "*B N"]:

@@ -20,8 +20,10 @@ class LlamaConfig:
     Field names are Hugging Face's where it has one. `sliding_windows` has one entry a layer (None:
     full attention), and so has `ropes` (None: no rotary embedding), unless all layers have `rope`.
     `attention_multiplier` scales q · k; None: head_dim^-1/2. `norm_offset` is added to the weights
-    of norms. `sandwich_norms`: attention and MLP are normalized on their output too. `dtype` is the
-    checkpoint's, with float16 read as bfloat16 (same size, but no overflow in training).
+    of norms. `sandwich_norms`: attention and MLP are normalized on their output too.
+    `fused_projections`: q, k and v are one linear layer, qkv_proj, and gate and up are another,
+    gate_up_proj. `dtype` is the checkpoint's, with float16 read as bfloat16 (same size, but no
+    overflow in training).
     `quantization` says how the checkpoint stores its linear layers (None: dense).
     """
 
@@ -46,6 +48,7 @@ class LlamaConfig:
     logits_scaling: float = 1.0
     norm_offset: float = 0.0
     sandwich_norms: bool = False
+    fused_projections: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     rope: rope_config.RopeConfig = dataclasses.field(default_factory=rope_config.RopeConfig)
     ropes: tuple[rope_config.RopeConfig | None, ...] = ()
@@ -184,6 +187,9 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         hidden_act=_activation(values, raw),
         **_factors(values, raw, defaults, hidden, head_dim),
     )
+    if not (rope_problems or values.problems):
+        for each in dict.fromkeys([rope, *filter(None, of_layers["ropes"])]):
+            problems += rope_config.size_problems(each, head_dim)
     problems += values.problems + rope_problems
     if problems:
         raise errors.UserError(
@@ -202,6 +208,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         qk_norm=model_type in ("qwen3", "gemma3_text"),
         norm_offset=float(model_type == "gemma3_text"),
         sandwich_norms=model_type == "gemma3_text",
+        fused_projections=model_type == "phi3",
         rope=rope,
         dtype="bfloat16" if dtype == "float16" else dtype,
         quantization=model_quantization.parse(stored, where)
@@ -249,9 +256,10 @@ def notes(raw: dict[str, Any]) -> list[str]:
                      f"{', '.join(unread[:_SHOWN])}{more}")  # fmt: skip
     if _stated_dtype(raw) in ("float64", "double"):
         found.append("the weights are float64, and are read as float32")
-    if raw.get("attention_dropout"):
-        found.append(f"attention_dropout {config_values.shown(raw['attention_dropout'])} of "
-                     "config.json is not applied in training")  # fmt: skip
+    for key in ("attention_dropout", "resid_pdrop"):
+        if value := config_keys.read(raw).get(key):
+            found.append(f"{key} {config_values.shown(value)} of config.json is not applied in "
+                         "training")  # fmt: skip
     return found + rope_config.notes(config.rope, raw, config.max_position_embeddings)
 
 

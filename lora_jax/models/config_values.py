@@ -38,6 +38,15 @@ class Values:
         value = self.number(key, default)
         return value if value != 0 else self._wrong(key, "a number above 0", default)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers above 0; () if there is none."""
+        value = self.given.get(key, [])
+        if isinstance(value, list | tuple) and all(
+            _is_number(each) and 0 < each < math.inf for each in value
+        ):
+            return tuple(map(float, value))
+        return self._wrong(key, "a list of numbers above 0", ())
+
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false, also written as 1 or 0."""
         value = self.given.get(key, default)

@@ -141,19 +141,30 @@ class LlamaAttention(nnx.Module):
         self.config = config
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, width, config.qkv_bias)
-        self.k_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
-        self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.widths = (width, kv_width, kv_width)  # of q, k and v
+        if config.fused_projections:
+            self.qkv_proj = linear(config.hidden_size, sum(self.widths), config.qkv_bias)
+        else:
+            self.q_proj = linear(config.hidden_size, width, config.qkv_bias)
+            self.k_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
+            self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
         self.o_proj = linear(width, config.hidden_size, config.o_bias)
         if config.qk_norm:
             self.q_norm = modules.norm(config, config.head_dim, dtype=dtype)
             self.k_norm = modules.norm(config, config.head_dim, dtype=dtype)
 
+    @property
+    def qkv(self):
+        """The layers that make q, k and v: three or one."""
+        if self.config.fused_projections:
+            return (self.qkv_proj,)
+        return self.q_proj, self.k_proj, self.v_proj
+
     def __call__(self, hidden, cos, sin, attend, form):
         c = self.config
         heads = (*hidden.shape[:2], -1, c.head_dim)
-        qkv = projections.project(hidden, self.q_proj, self.k_proj, self.v_proj, form=form.qkv)
-        q, k, v = (projected.reshape(heads) for projected in qkv)
+        qkv = projections.project(hidden, *self.qkv, form=form.qkv)
+        q, k, v = (each.reshape(heads) for each in projections.parts(qkv, self.widths))
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         k = rope.apply(k, cos, sin)
@@ -171,12 +182,24 @@ class LlamaMLP(nnx.Module):
     def __init__(self, config, *, dtype, rngs):
         linear = functools.partial(modules.linear, config, dtype=dtype, rngs=rngs)
         self.config = config
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        if config.fused_projections:
+            both = 2 * config.intermediate_size
+            self.gate_up_proj = linear(config.hidden_size, both, config.mlp_bias)
+        else:
+            self.gate_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+            self.up_proj = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
+    @property
+    def gate_up(self):
+        """The layers that make gate and up: two or one."""
+        if self.config.fused_projections:
+            return (self.gate_up_proj,)
+        return self.gate_proj, self.up_proj
+
     def __call__(self, hidden, form):
-        gate, up = projections.project(hidden, self.gate_proj, self.up_proj, form=form.gate_up)
+        both = projections.project(hidden, *self.gate_up, form=form.gate_up)
+        gate, up = projections.parts(both, 2 * (self.config.intermediate_size,))
         activated = glu.ACTIVATIONS[self.config.hidden_act](gate, up)
         (down,) = projections.project(activated, self.down_proj, form=form.down)
         return down

@@ -23,9 +23,11 @@ LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the lead
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "heads"),
     "v_proj": ("embed", "heads"),
+    "qkv_proj": ("embed", "heads"),
     "o_proj": ("heads", "embed"),
     "gate_proj": ("embed", "mlp"),
     "up_proj": ("embed", "mlp"),
+    "gate_up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
     "lm_head": ("embed", "vocab"),
 }

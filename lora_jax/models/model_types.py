@@ -59,6 +59,11 @@ MODEL_TYPES: dict[str, ModelType] = {
     "granite": ModelType(
         (*_BIASES, *MULTIPLIERS), {"max_position_embeddings": 2048, "attention_multiplier": 1.0}
     ),
+    "phi3": ModelType(
+        ("sliding_window", "resid_pdrop"),
+        {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
+        | {"rms_norm_eps": 1e-5},
+    ),
     "gemma3_text": ModelType(
         ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window",
          "layer_types", "sliding_window_pattern", "rope_local_base_freq"),

@@ -20,12 +20,13 @@ def cos_sin(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of positions · inv_freq, times the attention factor; float32.
 
-    context: max_position_embeddings, beyond which "dynamic" scales its base. length: of the
-    sequence that these positions are part of; None: they are all.
+    half: pairs of rotated dimensions. context: max_position_embeddings, beyond which "dynamic"
+    scales its base. length: of the sequence that these positions are part of, on which dynamic and
+    longrope depend; None: they are all.
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34.
     """
     inv_freq, attention_factor = _inv_freq(
-        positions.max() + 1 if length is None else length, head_dim, rope, context
+        positions.max() + 1 if length is None else length, rope.rotary_dim(head_dim), rope, context
     )
     angles = positions[..., None].astype(jnp.float32) * inv_freq[None, None]
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
@@ -67,7 +68,13 @@ def apply(
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
 ) -> Float[Array, "B T heads head_dim"]:
-    """x · cos + rotate_half(x) · sin, computed in float32 and returned in x's dtype."""
+    """x · cos + rotate_half(x) · sin, computed in float32 and returned in x's dtype.
+
+    Of a head with more than 2 · half dimensions, the others stay as they are.
+    """
+    rotated = 2 * cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return jnp.concatenate([apply(x[..., :rotated], cos, sin), x[..., rotated:]], axis=-1)
     wide = x.astype(jnp.float32)
     # A roll swaps the halves; on a CPU it is several times faster than a concatenation.
     swapped = jnp.roll(wide, x.shape[-1] // 2, axis=-1)
@@ -92,6 +99,8 @@ def _inv_freq(
         return _llama3(inv_freq, rope), 1.0
     if rope.rope_type == "yarn":
         return _yarn(inv_freq, dim, rope)
+    if rope.rope_type == "longrope":
+        return _longrope(length, exponents, rope)
     return inv_freq, 1.0
 
 
@@ -102,6 +111,20 @@ def _llama3(inv_freq: jax.Array, rope: rope_config.RopeConfig) -> jax.Array:
     low, high = rope.low_freq_factor, rope.high_freq_factor
     smooth = jnp.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
     return (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+
+
+def _longrope(
+    length: jax.Array, exponents: np.ndarray, rope: rope_config.RopeConfig
+) -> tuple[jax.Array, float]:
+    """Ding et al. 2024, https://arxiv.org/abs/2402.13753: factors for short and long sequences."""
+    original = rope.original_max_position_embeddings
+    attention_factor = rope.attention_factor
+    if attention_factor is None:
+        stretch = max(1.0, rope.factor)
+        attention_factor = math.sqrt(1 + math.log(stretch) / math.log(original))
+    waves = np.float32(rope.rope_theta) ** exponents
+    short, long = (1 / (np.float32(each) * waves) for each in (rope.short_factor, rope.long_factor))
+    return jnp.where(length > original, long, short), attention_factor
 
 
 def _yarn(inv_freq: jax.Array, dim: int, rope: rope_config.RopeConfig) -> tuple[jax.Array, float]:

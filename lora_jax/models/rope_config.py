@@ -9,7 +9,10 @@ from lora_jax.models import config_values
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding settings, as in transformers' `rope_parameters`."""
+    """Rotary embedding settings, as in transformers' `rope_parameters`.
+
+    partial_rotary_factor: the part of each head, from its beginning, that is rotated.
+    """
 
     rope_type: str = "default"
     rope_theta: float = 10000.0
@@ -23,6 +26,13 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    partial_rotary_factor: float = 1.0
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many dimensions of a head are rotated, in pairs; of an odd number, one more."""
+        return int(head_dim * self.partial_rotary_factor)
 
 
 _NEEDED = {  # type → required keys
@@ -31,14 +41,20 @@ _NEEDED = {  # type → required keys
     "dynamic": ("factor",),
     "yarn": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
+_TYPES = {name: name for name in _NEEDED}
+# transformers has these for Phi-3, under names of its older files too.
+_TYPES_OF_PHI3 = {"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}
+_LISTS = ("short_factor", "long_factor")
 _FACTORS = ("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow",
             "mscale", "mscale_all_dim")  # fmt: skip
-_REFUSED = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_REFUSED = ("mrope_section", "mrope_interleaved")
+_PARTIAL = "partial_rotary_factor"
 _PLACES = ("rope_scaling", "rope_parameters")  # the first precedes the second
 _KNOWN = {field.name for field in dataclasses.fields(RopeConfig)} | {*_REFUSED, "type"}
 _KINDS = ("full_attention", "sliding_attention")
-_SCALED = ("yarn", "llama3")  # which depend on the length before scaling
+_SCALED = ("yarn", "llama3", "longrope")  # which depend on the length before scaling
 
 
 def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
@@ -47,7 +63,8 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
     context: max_position_embeddings. As in transformers, `rope_scaling` precedes `rope_parameters`,
     rope_theta inside precedes rope_theta beside them, and a top-level
     original_max_position_embeddings precedes one inside. Where there is none, `context` is the
-    length before scaling. A yarn factor of null is context / that length.
+    length before scaling. A factor of null is context / that length for yarn and longrope. Only the
+    layers of Phi-3 rotate a part of each head.
     """
     misplaced = [
         f"{key} = {config_values.shown(raw[key])} is not an object"
@@ -58,22 +75,27 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
         return RopeConfig(), misplaced
     given = settings(raw)
     rope_type = given.get("rope_type") or given.get("type") or "default"
-    if not isinstance(rope_type, str) or rope_type not in _NEEDED:
+    is_phi3 = raw.get("model_type") == "phi3"
+    types = _TYPES_OF_PHI3 if is_phi3 else _TYPES
+    if not isinstance(rope_type, str) or rope_type not in types:
         return RopeConfig(), [
-            f"rope type {rope_type!r} is not implemented ({', '.join(_NEEDED)} are)"
+            f"rope type {rope_type!r} is not implemented ({', '.join(types)} are)"
         ]
-    partial = raw.get("partial_rotary_factor")
-    given = {"partial_rotary_factor": partial, **given}
+    rope_type = types[rope_type]
+    given = {_PARTIAL: raw.get(_PARTIAL), **given}
+    refused = _REFUSED if is_phi3 else (*_REFUSED, _PARTIAL)
     problems = [
         f"rope parameter {key} = {config_values.shown(value)} is not implemented"
         for key, value in given.items()
-        if isinstance(value, dict) or (key in _REFUSED and value not in (None, False, 1))
+        if isinstance(value, dict) or (key in refused and value not in (None, False, 1))
     ]
     values = config_values.Values(given, "rope parameter ")
     above = config_values.Values(raw)
     theta = values.positive("rope_theta", above.positive("rope_theta", RopeConfig.rope_theta))
+    partial = values.positive(_PARTIAL, 1.0) if is_phi3 else 1.0
     if rope_type == "default":
-        return RopeConfig(rope_theta=theta), problems + values.problems + above.problems
+        rope = RopeConfig(rope_theta=theta, partial_rotary_factor=partial)
+        return rope, problems + values.problems + above.problems
     if "original_max_position_embeddings" in above.given:
         original = above.count("original_max_position_embeddings", context)
     else:
@@ -91,12 +113,16 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
         and others["low_freq_factor"] == others["high_freq_factor"] is not None
     ):
         problems.append("rope parameters low_freq_factor and high_freq_factor are equal")
+    if rope_type == "longrope" and original == 1:
+        problems.append("original_max_position_embeddings 1 is no length that longrope can scale")
     rope = RopeConfig(
         rope_type=rope_type,
         rope_theta=theta,
         factor=factor,
         original_max_position_embeddings=original if rope_type in _SCALED else None,
         truncate=bool(given.get("truncate", True)),  # null is false, as in transformers
+        partial_rotary_factor=partial,
+        **{key: values.numbers(key) for key in _LISTS if rope_type == "longrope"},
         **others,
     )
     return rope, problems + values.problems + above.problems
@@ -107,6 +133,21 @@ def read_local(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[s
     theta, given = raw.get("rope_local_base_freq"), _nested(raw).get("sliding_attention")
     own = {"rope_theta": 1e4 if theta is None else theta}
     return read(own | {"rope_parameters": given if isinstance(given, dict) else {}}, context)
+
+
+def size_problems(rope: RopeConfig, head_dim: int) -> list[str]:
+    """What of the settings does not fit the heads, one line each."""
+    dim = rope.rotary_dim(head_dim)
+    if not 1 <= dim <= head_dim:
+        return [f"{_PARTIAL} {rope.partial_rotary_factor:g} rotates {dim} of the {head_dim} "
+                "dimensions of a head"]  # fmt: skip
+    pairs = -(-dim // 2)
+    return [
+        f"rope parameter {key} has {len(getattr(rope, key))} numbers for {pairs} pairs of "
+        "dimensions"
+        for key in _LISTS
+        if rope.rope_type == "longrope" and len(getattr(rope, key)) != pairs
+    ]
 
 
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +188,9 @@ def notes(rope: RopeConfig, raw: Mapping[str, Any], context: int) -> list[str]:
         return []
     key = "original_max_position_embeddings"
     if raw.get(key) is None and settings(raw).get(key) is None:
-        return [f"rope type {rope.rope_type} without {key}: max_position_embeddings, {context}, is "
+        default = rope.original_max_position_embeddings
+        name = "" if raw["model_type"] == "phi3" else "max_position_embeddings, "
+        return [f"rope type {rope.rope_type} without {key}: {name}{default}, is "
                 "taken as the length before scaling, as in transformers"]  # fmt: skip
     ratio = context / rope.original_max_position_embeddings
     if rope.rope_type == "yarn" and ratio not in (1, rope.factor):

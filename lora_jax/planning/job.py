@@ -77,8 +77,8 @@ def job_from(fields: dict[str, Any]) -> Job:
 
 def architecture_from(fields: dict[str, Any]) -> model_config.LlamaConfig:
     """The same for an architecture."""
-    rope = rope_config.RopeConfig(**fields["rope"])
-    ropes = tuple(each and rope_config.RopeConfig(**each) for each in fields["ropes"])
+    rope = _rope_from(fields["rope"])
+    ropes = tuple(each and _rope_from(each) for each in fields["ropes"])
     stored = fields["quantization"]
     stored = None if stored is None else model_quantization.Quantization(**stored)
     windows = tuple(fields["sliding_windows"])
@@ -86,6 +86,11 @@ def architecture_from(fields: dict[str, Any]) -> model_config.LlamaConfig:
         **fields
         | {"rope": rope, "ropes": ropes, "sliding_windows": windows, "quantization": stored}
     )
+
+
+def _rope_from(fields: dict[str, Any]) -> rope_config.RopeConfig:
+    factors = {name: tuple(fields[name]) for name in ("short_factor", "long_factor")}
+    return rope_config.RopeConfig(**fields | factors)
 
 
 def shapes(tree: Any, mesh: Mesh | AbstractMesh) -> Any:

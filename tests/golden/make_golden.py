@@ -1,6 +1,6 @@
 """Writes the golden files that the test suite compares with: Hugging Face and PEFT, on a CPU.
 
-Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma3, granite, ministral and
+Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma3, granite, ministral, phi3 and
 smollm3), peft 0.21.2, numpy 2.4; nf4.npz holds values computed by bitsandbytes 0.50.2. The test
 suite itself needs none of these. Everything is seeded.
 
@@ -52,10 +52,18 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=32)
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=100.0,
+    partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.1, 1.3],
+    long_factor=[1.2, 2.5, 6.0],
+)
 QWEN2 = dict(model_type="qwen2", rms_norm_eps=1e-6)
 
 
 QV = ["q_proj", "v_proj"]
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 PLAIN = dict(lr=0.01, wd=0.0, clip=None, sched="constant", warmup=0)
 SHORT = dict(settings=PLAIN, masked=True, num_steps=6)
@@ -157,6 +165,9 @@ LORAS = dict(
     ),
     lora_granite=SHORT
     | dict(seed=120, lora=dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR), base="granite"),
+    # Its sequences have 24 tokens, with which longrope takes its short factors.
+    lora_phi3=SHORT
+    | dict(seed=121, lora=dict(r=4, lora_alpha=8, target_modules=FUSED), base="phi3_longrope"),
 )  # fmt: skip
 NF4_KEYS = {
     *("W", "packed", "absmax", "code", "blocksize", "dequant"),
@@ -297,6 +308,28 @@ TINY = {
             )
         ),
     ),
+    "phi3": (
+        dict(
+            model_type="phi3",
+            pad_token_id=0,
+            sliding_window=8,
+            rope_parameters=default_rope(100.0) | dict(partial_rotary_factor=0.5),
+        ),
+        (5, 16, 40),
+        dict(rope_parameters=default_rope(100.0) | dict(partial_rotary_factor=1.0)),
+    ),
+    # The second prompt becomes longer than 24 tokens while it is continued.
+    "phi3_longrope": (
+        dict(
+            model_type="phi3",
+            pad_token_id=0,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=24,
+            rope_parameters=LONGROPE,
+        ),
+        (5, 16, 40),
+        dict(rope_parameters=LONGROPE | dict(long_factor=[1.2, 2.5, 3.0])),
+    ),
 }
 
 STORIES_PROMPTS = (
@@ -347,7 +380,12 @@ def v4_config(name, config):
         old["sliding_window_pattern"] = old.pop("_sliding_window_pattern")
         rope = rope["full_attention"]
     old["rope_theta"] = rope.pop("rope_theta")
+    if name.startswith("phi3"):
+        old["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if name == "phi3_longrope":
+        factors = {key: rope[key] for key in rope if "_factor" in key}
+        old["rope_scaling"] = {"type": "longrope"} | factors
     if name in ("llama_linear", "llama_yarn"):  # the oldest form says `type`
         rope["type"] = rope.pop("rope_type")
     if name == "llama_dynamic":  # transformers 4.45 saved both
@@ -397,7 +435,10 @@ def greedy(model, ids, num_new):
         full.append(int(row.argmax()))
     reset_rope(model)
     cached, cache, step = list(ids), None, torch.tensor([list(ids)])
+    turn = getattr(model.config, "original_max_position_embeddings", None)
     for _ in range(num_new):
+        if turn and len(cached) == turn + 1:  # as generate() of Phi-3 does
+            cache, step = None, torch.tensor([cached])
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
         cached.append(token)

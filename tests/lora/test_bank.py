@@ -224,10 +224,13 @@ GOLDENS = {
     "llama_bias": ("lora_dora",),
     "gemma3": ("lora_gemma3",),
     "granite": ("lora_granite",),
+    "phi3_longrope": ("lora_phi3",),
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", *cases.long("llama_bias", "granite")])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", *cases.long("llama_bias", "granite", "phi3_longrope")]
+)
 def test_rows_of_one_batch_equal_pefts_logits(name):
     one = sharding.make_mesh(ONE)
     model = loader.load(GOLDEN / "models" / name, dtype="float32", mesh=one)
@@ -242,6 +245,26 @@ def test_rows_of_one_batch_equal_pefts_logits(name):
     ids, mask, logits = (np.concatenate([own[key] for own in each]) for key in each[0])
     found = np.asarray(call(nnx.split(model), ids, np.stack(rows), mask))
     np.testing.assert_allclose(found[mask == 1], logits[mask == 1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.long
+def test_a_fused_layer_has_two_adapters_in_one_batch():
+    folder, one = GOLDEN / "models/phi3_longrope", sharding.make_mesh(ONE)
+    adapters = {name: GOLDEN / f"lora_phi3/{name}_adapter" for name in ("step1", "final")}
+    expected = []
+    for path in adapters.values():
+        model = loader.load(folder, dtype="float32", mesh=one)
+        peft.load(model, path)
+        expected.append(plain(nnx.split(model), IDS[:1]))
+    model = loader.load(folder, dtype="float32", mesh=one)
+    bank.add(model, slots=2, rank=4)
+    pool = pools.Pool(model)
+    for name, path in adapters.items():
+        pool.load(name, path)
+    rows = np.stack([pool.acquire({name: 1}).row for name in adapters])
+    found = call(nnx.split(model), np.repeat(IDS[:1], 2, axis=0), rows)
+    close(found, np.concatenate(expected), 1e-5)
+    assert np.abs(found[0] - found[1]).max() > 0.1
 
 
 def test_single_tokens_can_have_a_bank():

@@ -31,6 +31,12 @@ SMALL = dict(
     dtype="float32",
 )
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1 + i / 64 for i in range(32)],
+    "long_factor": [1 + i / 4 for i in range(32)],
+}
 
 
 def read(model_type="llama", /, **changes):
@@ -152,6 +158,28 @@ RELATIVES = {  # of LLaMA, whose layers differ from each other or from it
         tie_word_embeddings=True, torch_dtype="bfloat16", vocab_size=49159,
     ),
 }  # fmt: skip
+_PHI = dict(
+    architectures=["Phi3ForCausalLM"], attention_bias=False, attention_dropout=0.0, auto_map={},
+    embd_pdrop=0.0, hidden_act="silu", hidden_size=3072, initializer_range=0.02,
+    intermediate_size=8192, model_type="phi3", num_hidden_layers=32,
+    original_max_position_embeddings=4096, resid_pdrop=0.0, rms_norm_eps=1e-05, rope_theta=10000.0,
+    torch_dtype="bfloat16", transformers_version="4.45.0", use_cache=True,
+)  # fmt: skip
+PHI = {
+    "Phi-3-mini-4k-instruct": dict(
+        _PHI, bos_token_id=1, eos_token_id=32000, max_position_embeddings=4096,
+        num_attention_heads=32, num_key_value_heads=32, pad_token_id=32000, rope_scaling=None,
+        sliding_window=2047, tie_word_embeddings=False, vocab_size=32064,
+    ),
+    "Phi-4-mini-instruct": dict(
+        _PHI, bos_token_id=199999, eos_token_id=199999, full_attn_mod=1, interpolate_factor=1,
+        lm_head_bias=False, max_position_embeddings=131072, mlp_bias=False,
+        num_attention_heads=24, num_key_value_heads=8, pad_token_id=199999,
+        partial_rotary_factor=0.75, sliding_window=262144, tie_word_embeddings=True,
+        vocab_size=200064, rope_scaling=dict(
+            type="longrope", short_factor=48 * [1.0], long_factor=[1 + i for i in range(48)]),
+    ),
+}  # fmt: skip
 HEADS = {  # (num_attention_heads, num_key_value_heads, head_dim)
     "Llama-2-7b-hf": (32, 32, 128),
     "TinyLlama-1.1B-Chat-v1.0": (32, 4, 64),
@@ -202,6 +230,22 @@ def test_published_configs_of_relatives():
     assert not granite.ropes and not granite.sandwich_norms
 
 
+def test_published_configs_of_phi():
+    first, mini = map(model_config.from_dict, PHI.values())
+    assert first.fused_projections and not first.tie_word_embeddings and not first.qkv_bias
+    assert first.sliding_windows == 32 * (2047,) and first.rope == rope_config.RopeConfig()
+    assert mini.tie_word_embeddings and mini.head_dim == 128 and mini.context == 131072
+    assert mini.rope == rope_config.RopeConfig(
+        "longrope", factor=32.0, original_max_position_embeddings=4096,
+        short_factor=48 * (1.0,), long_factor=tuple(map(float, range(1, 49))),
+        partial_rotary_factor=0.75,
+    )  # fmt: skip
+    (dropout,) = model_config.notes(PHI["Phi-3-mini-4k-instruct"] | {"resid_pdrop": 0.1})
+    assert dropout == "resid_pdrop 0.1 of config.json is not applied in training"
+    (unread,) = model_config.notes(PHI["Phi-4-mini-instruct"])
+    assert unread.endswith("phi3 does not read: full_attn_mod, interpolate_factor")
+
+
 @pytest.mark.parametrize(
     "model_type, changes, expected",
     [
@@ -216,6 +260,8 @@ def test_published_configs_of_relatives():
         ("smollm3", {"sliding_window": 8, "layer_types": ["sliding_attention", *2 * ["attention"]]},
          {"sliding_windows": (8, None, None)}),
         ("gemma3_text", {"head_dim": None, "query_pre_attn_scalar": None}, {"head_dim": 256}),
+        ("phi3", {"rms_norm_eps": None, "max_position_embeddings": None},
+         {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
         ("llama", {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu_pytorch_tanh"}),
     ],
 )  # fmt: skip
@@ -336,6 +382,8 @@ def test_values_are_taken_as_transformers_takes_them(changes, expected):
          (None, 8, None)),
         ("qwen3", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3}, (None,) * 3),
         ("llama", {"sliding_window": 8}, (None,) * 3),
+        ("phi3", {}, (None,) * 3),
+        ("phi3", {"sliding_window": 8}, (8,) * 3),
     ],
 )  # fmt: skip
 def test_sliding_windows(model_type, changes, windows):
@@ -366,10 +414,16 @@ def test_sliding_windows(model_type, changes, windows):
         (dict(model_type="gemma3_text", sliding_window_pattern="6"), ["sliding_window_pattern"]),
         (dict(model_type="gemma3_text", final_logit_softcapping=30.0), ["final_logit_softcapping"]),
         (dict(model_type="gemma3_text", rope_parameters={"sliding_attention": {
-            "rope_type": "longrope"}}), ["longrope"]),
+            "rope_type": "longrope"}}), ["short_factor is missing"]),
         (dict(model_type="gemma3_text", rope_parameters={"full_attention": "x",
               "sliding_attention": 3}), ["full_attention = 'x'", "sliding_attention = 3"]),
         (dict(model_type="granite", residual_multiplier="x"), ["residual_multiplier"]),
+        (dict(model_type="phi3", rope_scaling={"type": "linear", "factor": 2.0}),
+         ["'linear' is not implemented (default, longrope, su, yarn are)"]),
+        (dict(model_type="phi3", rope_scaling={"type": "yarn", "factor": 2.0}),
+         ["short_factor is missing", "long_factor is missing"]),
+        (dict(model_type="phi3", partial_rotary_factor=2), ["rotates 128 of the 64 dimensions"]),
+        (dict(model_type="phi3", partial_rotary_factor=0.01), ["rotates 0 of the 64 dimensions"]),
         (dict(model_type="gemma3", text_config={"model_type": "gemma3_text"}), ["text_config"]),
         (dict(model_type="qwen2", layer_types=["linear_attention"] * 3), ["'linear_attention'"]),
         (dict(model_type="mistral3", text_config={"model_type": "mistral"}), ["text_config"]),
@@ -431,6 +485,46 @@ def test_rotary_frequencies_equal_those_of_transformers(parameters, above, inv_f
     found, factor = rope._inv_freq(jnp.zeros((1, 1), int), 64, config.rope, 4096)
     np.testing.assert_allclose(np.asarray(found)[[0, 5, 10, 15, 20, 31]], inv_freq, rtol=1e-5)
     assert factor == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    "length, parameters, above, is_long, scale",
+    [
+        (1024, {}, {"original_max_position_embeddings": 1024}, False, 1.0954451150103321),
+        (1025, {}, {"original_max_position_embeddings": 1024}, True, 1.0954451150103321),
+        (1024, {"factor": 8}, {"original_max_position_embeddings": 1024}, False, 1.140175425099138),
+        (1024, {"attention_factor": 1.5, "factor": 8}, {}, False, 1.5),
+        (1024, {"original_max_position_embeddings": 512}, {}, True, 1.1547005383792515),
+        (4096, {}, {}, False, 1.0),
+    ],
+)
+def test_longrope_has_factors_for_short_and_for_long_sequences(
+    length, parameters, above, is_long, scale
+):
+    """Values of transformers, as above."""
+    config = read(rope_parameters=LONGROPE | parameters, **above)
+    found, factor = rope._inv_freq(jnp.int32(length), 64, config.rope, 4096)
+    expected = (
+        [1.0, 0.1053943857550621, 0.016066893935203552, 0.0028074136935174465,
+         0.0005270463298074901, 1.5240245375025552e-05]
+        if is_long
+        else [1.0, 0.2199534922838211, 0.04863492026925087, 0.01080321241170168,
+              0.0024093545507639647, 8.983723091660067e-05]
+    )  # fmt: skip
+    np.testing.assert_allclose(np.asarray(found)[[0, 5, 10, 15, 20, 31]], expected, rtol=1e-6)
+    assert factor == pytest.approx(scale)
+
+
+def test_names_of_longrope_in_older_files_of_phi():
+    longrope = read("phi3", rope_parameters=LONGROPE, max_position_embeddings=8192)
+    assert longrope.rope.original_max_position_embeddings == 4096  # transformers' default
+    for name in ("su", "yarn"):
+        scaling = LONGROPE | {"rope_type": None, "type": name}
+        assert read("phi3", rope_scaling=scaling, max_position_embeddings=8192) == longrope
+    raw = SMALL | dict(model_type="phi3", rope_parameters=LONGROPE)
+    assert "without original_max_position_embeddings: 4096, is" in model_config.notes(raw)[0]
+    with pytest.raises(errors.UserError, match="'su' is not implemented"):
+        read(rope_scaling=LONGROPE | {"rope_type": "su"})
 
 
 @pytest.mark.parametrize(

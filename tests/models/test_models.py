@@ -118,7 +118,7 @@ def golden_generations(name, num_new):
 
 
 @pytest.mark.parametrize(
-    "name", [*CACHED, *cases.long("granite", "llama", "ministral", "qwen3", "smollm3")]
+    "name", [*CACHED, *cases.long("granite", "llama", "ministral", "phi3", "qwen3", "smollm3")]
 )
 def test_cache_reproduces_greedy_generation(name):
     """Prompts of different lengths, padded on the right, then one token at a time."""
@@ -199,8 +199,8 @@ def test_unknown_config_keys_that_are_off_are_ignored():
 @pytest.mark.parametrize("form", ["config.json", "config.v4.json"])
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_unknown_rope_type_is_named(form, key):
-    with pytest.raises(errors.UserError, match="longrope"):
-        model_config.from_dict(with_rope(form, **{key: "longrope"}, factor=2.0))
+    with pytest.raises(errors.UserError, match="proportional"):
+        model_config.from_dict(with_rope(form, **{key: "proportional"}, factor=2.0))
 
 
 @pytest.mark.parametrize("form", ["config.json", "config.v4.json"])
@@ -211,9 +211,13 @@ def test_unknown_rope_type_is_named(form, key):
         ({"rope_type": "default", "mrope_section": [2, 1, 1]}, "mrope_section"),
         ({"rope_type": "linear"}, "factor"),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "high_freq_factor"),
+        ({"rope_type": "longrope", "short_factor": [1, 2, 3, 4]}, "long_factor is missing"),
+        ({"rope_type": "longrope", "short_factor": [1, 2, 3, 4], "long_factor": [1]},
+         "long_factor has 1 numbers for 4 pairs"),
+        ({"rope_type": "longrope", "short_factor": [1, "2"], "long_factor": 3}, "short_factor"),
         ({"full_attention": {"rope_type": "default"}}, "full_attention"),
     ],
-)
+)  # fmt: skip
 def test_wrong_rope_parameters_are_named(form, rope, named):
     with pytest.raises(errors.UserError, match=named):
         model_config.from_dict(with_rope(form, **rope))

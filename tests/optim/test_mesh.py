@@ -118,8 +118,10 @@ def test_every_mesh_takes_the_same_steps(name):
             "modules_to_save": ("embed_tokens", "input_layernorm"),
             "trainable_token_indices": {"lm_head": (91, 7)},
         },
+        # Slices of an output that is sharded over tensor, at other places.
+        {"base": test_step.LLAMA.parent / "phi3_longrope", "targets": "all-linear"},
     ],
-    ids=["head", "saved head", "tokens of the head"],
+    ids=["head", "saved head", "tokens of the head", "fused layers"],
 )
 def test_adapters_of_every_kind_take_the_same_step(settings):
     found = []

@@ -33,11 +33,11 @@ ADAM = optim_config.OptimConfig(lr=0.01, warmup=0, schedule="constant", weight_d
 TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
 
 
-def make_model(mesh=None, quantization="none", seed=0, **settings):
-    """The tiny LLaMA with adapters whose B is not zero, so that A has a gradient."""
+def make_model(mesh=None, quantization="none", seed=0, base=LLAMA, **settings):
+    """A tiny model with adapters whose B is not zero, so that A has a gradient."""
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     how = {"quantization": quantization, "search": False, "mesh": mesh}
-    model = loader.load(LLAMA, dtype="float32", **how)
+    model = loader.load(base, dtype="float32", **how)
     config = lora_config.LoRAConfig(**{"rank": 4, "targets": TARGETS, **settings})
     lora.inject(model, config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)

@@ -1,5 +1,7 @@
 """What a step of the engine exchanges between devices: activations and logits, no large weight."""
 
+import dataclasses
+
 import cases
 import jax
 import pytest
@@ -15,13 +17,21 @@ ARCHITECTURE = config.LlamaConfig(
 SLOTS = 8
 
 
-@pytest.mark.parametrize("sizes", [*cases.long(((1, 1, 8),), ((1, 8, 1),)), (2, 2, 2)])
-def test_a_decode_step_gathers_no_weight(sizes):
+FUSED = dataclasses.replace(ARCHITECTURE, fused_projections=True)
+
+
+@pytest.mark.parametrize(
+    "sizes, architecture",
+    [*cases.long(((1, 1, 8), ARCHITECTURE), ((1, 8, 1), ARCHITECTURE), ((1, 1, 4), FUSED)),
+     ((2, 2, 2), ARCHITECTURE)],
+    ids=["tensor", "fsdp", "tensor-fused", "all"],
+)  # fmt: skip
+def test_a_decode_step_gathers_no_weight(sizes, architecture):
     """The largest array that is exchanged has the logits of all slots. A part of the head, which
     is [256, 2048] in float32, would be larger. Packed words and their scales are no floats.
     """
     job = serving.Serving(
-        ARCHITECTURE, dtype="float32", slots=SLOTS, context=64, adapters=2, rank=4
+        architecture, dtype="float32", slots=SLOTS, context=64, adapters=2, rank=4
     )
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     with jax.set_mesh(mesh):
