@@ -52,8 +52,11 @@ class Batch:
         self.chunks = prompt_chunks.Chunks(
             num_slots, self.num_groups, self.num_adapters, self.spans
         )
-        ropes = model.config.ropes or (model.config.rope,)
-        self._is_static = all(rope is None or rope.rope_type != "dynamic" for rope in ropes)
+        ropes = [rope for rope in model.config.ropes or (model.config.rope,) if rope]
+        self._is_static = all(rope.rope_type != "dynamic" for rope in ropes)
+        # The lengths beyond which all tokens of a sequence are rotated in another way.
+        self._turns = {rope.original_max_position_embeddings for rope in ropes
+                       if rope.rope_type == "longrope"}  # fmt: skip
         self._state: steps.State | None = None
         self._spread: tuple[Any, Any] | None = None  # the bank that was spread, and the result
         self._slots = [
@@ -125,7 +128,7 @@ class Batch:
     def admit(self, work: progress.Work, eos_ids: Sequence[int]) -> None:
         """Gives a request a free slot, with what is known of its prompt."""
         request, sampling = work.request, work.request.sampling
-        key = work.lease.key if work.lease else ()
+        key = self._key(work)
         reused = key if self._is_static and sampling.prompt_logprobs is None else None
         slot, source, common = slot_choice.choose(self._slots, request.prompt, reused)
         stops: list[int] = []
@@ -143,6 +146,34 @@ class Batch:
             )  # fmt: skip
         slot.tokens, slot.key, slot.busy = list(request.prompt[:common]), key, True
         work.slot, work.filled, request.cached_tokens = slot, common, common
+
+    def current(self, works: Sequence[progress.Work]) -> list[progress.Work]:
+        """Those whose next token is rotated as what the cache holds of them.
+
+        The others are computed again from their first token on, once their output is known.
+        Source: transformers does so in Phi3ForCausalLM.prepare_inputs_for_generation.
+        """
+        found = []
+        for work in works:
+            if self._turned(work.length) == self._turned(len(work.text)):
+                found.append(work)
+            elif work.sent == len(work.output.tokens):
+                work.begin_again()
+                work.slot.key = self._key(work)
+        return found
+
+    def before_turn(self, work: progress.Work) -> int | None:
+        """How many more tokens are rotated as those before them; None: all."""
+        return min((turn - work.length for turn in self._turns if turn >= work.length),
+                   default=None)  # fmt: skip
+
+    def _turned(self, length: int) -> int:
+        """How a sequence of this length is rotated."""
+        return sum(length > turn for turn in self._turns)
+
+    def _key(self, work: progress.Work) -> tuple[Any, int]:
+        """What the cache of a work depends on, beside its tokens."""
+        return work.lease.key if work.lease else (), self._turned(len(work.text))
 
     def free(self, slot: slot_choice.Slot) -> None:
         """Ends a request's use of a slot, which keeps its tokens."""
@@ -223,7 +254,7 @@ class Batch:
         span = self._span_of(chunk)
         found = None
         with self.on_devices():
-            if any(work.request.sampling.prompt_logprobs is not None for work in chosen.values()):
+            if any(work.prompt_logprobs is not None for work in chosen.values()):
                 self._state, found = self.programs.score(
                     self.weights, self.state, chunk, following, span=span
                 )
@@ -231,7 +262,7 @@ class Batch:
             else:
                 self._state = self.programs.prefill(self.weights, self.state, chunk, span=span)
         for group, work in chosen.items():
-            count, top = int(chunk.num_real[group]), work.request.sampling.prompt_logprobs
+            count, top = int(chunk.num_real[group]), work.prompt_logprobs
             work.note_filled(count)
             if top is not None:
                 work.request.prompt_logprobs += [

@@ -40,7 +40,7 @@ class Chunks(NamedTuple):
         """
         if 2 * len(waiting) < self.num_slots or self.slots_of_group == 1:
             return False
-        if any(work.request.sampling.prompt_logprobs is not None for work in waiting):
+        if any(work.prompt_logprobs is not None for work in waiting):
             return False
         end = max(work.filled for work in waiting) + common_size(self.slots_of_group)
         longest = max(work.unfilled for work in waiting)
@@ -59,7 +59,7 @@ class Chunks(NamedTuple):
         following = np.zeros_like(chunk.ids)
         for group, work in chosen.items():
             end = _put(work, chunk, group)
-            after = work.request.prompt[work.filled + 1 : end + 1]
+            after = work.text[work.filled + 1 : end + 1]
             following[group, : len(after)] = after
             chunk.row[group] = work.slot.index - group * self.slots_of_group
             if work.lease:
@@ -85,11 +85,11 @@ class Chunks(NamedTuple):
 
 
 def _put(work: progress.Work, chunk: steps.Chunk, at: int) -> int:
-    """Puts the next tokens of a prompt into row `at`. Returns where in the prompt they end."""
-    prompt, start = work.request.prompt, work.filled
-    own = prompt[start : start + min(chunk.ids.shape[1], work.unfilled)]
+    """Puts the next tokens of a text into row `at`. Returns where in the text they end."""
+    text, start = work.text, work.filled
+    own = text[start : start + min(chunk.ids.shape[1], work.unfilled)]
     chunk.ids[at, : len(own)] = own
-    chunk.start[at], chunk.num_real[at], chunk.length[at] = start, len(own), len(prompt)
+    chunk.start[at], chunk.num_real[at], chunk.length[at] = start, len(own), len(text)
     return start + len(own)
 
 

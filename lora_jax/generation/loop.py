@@ -41,6 +41,7 @@ class Loop:
             self._read()  # the next step depends on its tokens
         ready = [work for work in self._scheduler.running
                  if not work.unfilled and not work.done and work.left > 0]  # fmt: skip
+        ready = self._batch.current(ready)
         if any(work.matcher for work in ready):
             following = self._follow_grammars(ready)
         elif drafts := self._drafts(ready) if guesses else {}:
@@ -67,7 +68,10 @@ class Loop:
         found = {}
         for work in ready:
             if work.request.sampling.is_plain_greedy:
-                draft = work.lookup.draft(min(self.speculate, work.left - 1))
+                most = min(self.speculate, work.left - 1)
+                if (turn := self._batch.before_turn(work)) is not None:
+                    most = min(most, turn)
+                draft = work.lookup.draft(most)
                 if draft:
                     found[work.slot.index] = draft
                     self._scheduler.totals["guessed"] += len(draft)

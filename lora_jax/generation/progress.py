@@ -20,8 +20,9 @@ from lora_jax.generation import slots as slot_choice
 class Work:
     """A request that waits or is being served.
 
-    filled: how many tokens of the prompt are in the cache. sent: for how many tokens a step was
-    dispatched. overtaken: how many later requests were served first.
+    text: what is computed before the steps; the prompt, or later the output so far too. filled: how
+    many of its tokens are in the cache. sent: for how many tokens a step was dispatched. overtaken:
+    how many later requests were served first.
     """
 
     request: requests.Request
@@ -29,10 +30,14 @@ class Work:
     matcher: grammars.Matcher | None = None
     slot: slot_choice.Slot | None = None
     lease: pools.Lease | None = None
+    text: tuple[int, ...] = ()
     filled: int = 0
     sent: int = 0
     overtaken: int = 0
     done: bool = False
+
+    def __post_init__(self):
+        self.text = tuple(self.request.prompt)
 
     @functools.cached_property
     def lookup(self) -> lookup.Lookup:
@@ -41,8 +46,14 @@ class Work:
 
     @property
     def unfilled(self) -> int:
-        """How many tokens of the prompt are still to be computed; the last is left to a step."""
-        return len(self.request.prompt) - 1 - self.filled
+        """How many tokens of the text are still to be computed; the last is left to a step."""
+        return len(self.text) - 1 - self.filled
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """Sampling.prompt_logprobs while the prompt is computed for the first time."""
+        again = len(self.text) > len(self.request.prompt)
+        return None if again else self.request.sampling.prompt_logprobs
 
     @property
     def length(self) -> int:
@@ -55,9 +66,14 @@ class Work:
         return self.request.sampling.max_new_tokens - self.sent
 
     def note_filled(self, count: int) -> None:
-        """Notes that the next tokens of the prompt are in the cache."""
-        self.slot.tokens += self.request.prompt[self.filled : self.filled + count]
+        """Notes that the next tokens of the text are in the cache."""
+        self.slot.tokens += self.text[self.filled : self.filled + count]
         self.filled += count
+
+    def begin_again(self) -> None:
+        """Has the prompt and the output so far computed from the first token on."""
+        self.text = (*self.request.prompt, *self.output.tokens)
+        self.filled, self.slot.tokens = 0, []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,8 @@ def compilations():
 @pytest.mark.parametrize(
     "name",
     [pytest.param("llama", marks=pytest.mark.device),
-     "gemma3", *cases.long("llama_bias", "llama_dynamic", "qwen2_window", "qwen3", "smollm3")],
+     "gemma3", "phi3_longrope",
+     *cases.long("llama_bias", "llama_dynamic", "qwen2_window", "qwen3", "smollm3")],
 )  # fmt: skip
 def test_greedy_tokens_equal_hugging_faces(name):
     """More prompts than slots, of unequal length."""
@@ -121,6 +122,15 @@ def test_a_quantized_base_generates(quantization):
     expected = [own[:NUM_NEW] for own in following]
     agreement = np.mean(np.array(found) == np.array(expected))
     assert agreement > (0.9 if quantization == "int8" else 0.3)
+
+
+@pytest.mark.long
+def test_fused_layers_in_int4_generate_what_the_whole_forward_pass_does():
+    prompts = [prompt for prompt, _ in golden("phi3")]
+    whole = jax.jit(model("phi3", "int4"))
+    for prompt, own in zip(prompts, tokens(shared("phi3", "int4"), prompts, GREEDY), strict=True):
+        logits = whole(np.array([[*prompt, *own]], np.int32))[0]
+        assert tuple(logits.argmax(axis=-1)[len(prompt) - 1 : -1].tolist()) == own
 
 
 def test_an_adapter_of_the_model_changes_what_is_generated_and_dropout_does_not():
@@ -217,6 +227,24 @@ def test_a_prefix_is_reused_within_a_slot_and_by_copying():
         serving.release()
         alone = serving.submit(prompt, GREEDY).result()
         assert (alone.tokens, alone.cached_tokens) == (result.tokens, 0)
+
+
+def test_longrope_reuses_what_was_rotated_alike():
+    """24 tokens at most have the short factors; whoever gets longer is computed again."""
+    serving = shared("phi3_longrope")
+    serving.release()
+    prompt, following = golden("phi3_longrope")[1]
+    both = [*prompt, *following]  # 32 tokens
+    scored = config.Sampling(max_new_tokens=16, prompt_logprobs=0)
+    grown = serving.submit(prompt, scored).result()
+    assert grown.tokens == following and len(grown.prompt_logprobs) == len(prompt) - 1
+
+    def found(num_tokens):
+        result = serving.submit(both[:num_tokens], config.Sampling(max_new_tokens=2)).result()
+        assert result.tokens == tuple(both[num_tokens : num_tokens + 2])
+        return result.cached_tokens
+
+    assert [found(30), found(20), found(21), found(29)] == [29, 0, 20, 28]
 
 
 def test_logprobs_are_those_of_the_whole_forward_pass():
@@ -448,6 +476,16 @@ def test_guessed_tokens_are_those_that_come_without_guesses():
     stats = scheduler.Stats(*np.array(serving.stats()) - before)
     assert 20 < stats.accepted_tokens < stats.guessed_tokens
     assert stats.generated_tokens == 4 * 40
+
+
+@pytest.mark.long
+def test_guesses_end_where_longrope_turns():
+    prompts = [[28, 78] * 10, [60, 7] * 10, [14, 6] * 10, [46] * 20]  # they go on with repetitions
+    long = config.Sampling(max_new_tokens=16)
+    expected = tokens(shared("phi3_longrope"), prompts, long)
+    serving = fresh("phi3_longrope", slots=8, speculate=4)
+    assert tokens(serving, prompts, long) == expected
+    assert serving.stats().accepted_tokens > 5
 
 
 def test_requests_that_end_guessing_do_not_change_the_others():
