@@ -52,7 +52,7 @@ def run(of: train.Asked) -> int:
     target, host = output.devices(asked.get("target"))
     limit = limit or host.memory
     context = architecture.context
-    settings = settings.replace(
+    settings = setup.with_targets(settings, architecture).replace(
         dtype=settings.model.dtype or architecture.dtype,
         quant=settings.model.resolve_quant(architecture, base),
         seq_len=settings.data.resolve_seq_len(context),

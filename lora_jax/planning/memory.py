@@ -146,35 +146,58 @@ def _attention(dims: Dims) -> int:
     return dims.bytes(2 * dims.q, 2 * dims.kv) + 4 * dims.tokens * dims.heads
 
 
-def _adapted(job: jobs.Job) -> set[str]:
-    """Names of the linear layers with an adapter."""
-    names = [f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"]
-    names += [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down")]
-    chosen = (n for n in names if targets.matches(n, job.lora.targets)
-              and not targets.matches(n, job.lora.exclude))  # fmt: skip
-    return {name.split(".")[-1] for name in chosen}
+class Linear(NamedTuple):
+    """A linear layer of a transformer layer: its input, which others may share, and its sizes."""
+
+    path: str
+    input: str
+    width: int
+    outputs: int
+
+
+def _linears(job: jobs.Job, dims: Dims) -> list[Linear]:
+    """The linear layers of a transformer layer."""
+    width, q, kv, ffn = dims.width, dims.q, dims.kv, dims.ffn
+    if job.architecture.fused_projections:
+        inward = [Linear("self_attn.qkv_proj", "attention", width, q + 2 * kv),
+                  Linear("mlp.gate_up_proj", "mlp", width, 2 * ffn)]  # fmt: skip
+    else:
+        sizes = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv,
+                 "mlp.gate_proj": ffn, "mlp.up_proj": ffn}  # fmt: skip
+        inward = [Linear(path, "mlp" if path.startswith("mlp") else "attention", width, outputs)
+                  for path, outputs in sizes.items()]  # fmt: skip
+    return [*inward, Linear("self_attn.o_proj", "o", q, width),
+            Linear("mlp.down_proj", "down", ffn, width)]  # fmt: skip
+
+
+def _adapted(job: jobs.Job, dims: Dims) -> list[Linear]:
+    """The linear layers with an adapter."""
+    lora = job.lora
+    return [linear for linear in _linears(job, dims)
+            if targets.matches(path := f"model.layers.0.{linear.path}", lora.targets)
+            and not targets.matches(path, lora.exclude)]  # fmt: skip
 
 
 def _adapter_inputs(job: jobs.Job, dims: Dims) -> int:
     """Bytes that the gradients of A need: each input once; with dropout, each adapter's own."""
-    inputs = {"q_proj": ("attention", dims.width), "k_proj": ("attention", dims.width),
-              "v_proj": ("attention", dims.width), "o_proj": ("o", dims.q),
-              "gate_proj": ("mlp", dims.width), "up_proj": ("mlp", dims.width),
-              "down_proj": ("down", dims.ffn)}  # fmt: skip
-    used = [inputs[name] for name in sorted(_adapted(job))]
+    adapted = _adapted(job, dims)
     if job.lora.dropout:
-        masks = dims.tokens * sum(width for _, width in used)  # a byte for each
-        return masks + dims.bytes(*(width for _, width in used))
-    return dims.bytes(*(width for _, width in set(used)))
+        widths = [linear.width for linear in adapted]
+        return dims.tokens * sum(widths) + dims.bytes(*widths)  # a byte for each mask
+    return dims.bytes(*{linear.input: linear.width for linear in adapted}.values())
 
 
 def _dora_outputs(job: jobs.Job, dims: Dims) -> int:
     """Bytes that the gradients of DoRA's magnitudes need: the output of each adapted layer."""
     if not job.lora.use_dora:
         return 0
-    outputs = {"q_proj": dims.q, "k_proj": dims.kv, "v_proj": dims.kv, "o_proj": dims.width,
-               "gate_proj": dims.ffn, "up_proj": dims.ffn, "down_proj": dims.width}  # fmt: skip
-    return dims.bytes(*(outputs[name] for name in _adapted(job)))
+    return dims.bytes(*(linear.outputs for linear in _adapted(job, dims)))
+
+
+def of_mlp(weights: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of resident.Resident.weights that an MLP has."""
+    names = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+    return [weights[name] for name in names if name in weights]
 
 
 def dequantizes(job: jobs.Job, platform: str) -> bool:
@@ -192,7 +215,7 @@ def _work(
     platform: str,
 ) -> dict[str, int]:
     """Bytes that each phase of a step needs in addition to what is resident and kept."""
-    mlp = [weights[name] for name in ("gate_proj", "up_proj", "down_proj")]
+    mlp = of_mlp(weights)
     gathered = sizes["fsdp"] > 1
     words = sum(size for size, _ in mlp) if gathered or platform != "tpu" else 0
     dense = sum(entries for _, entries in mlp) * dims.item

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.generation import chunks, steps
+from lora_jax.lora import config, targets
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, memory, resident, serving
 from lora_jax.planning import job as jobs
@@ -49,7 +50,8 @@ class Known(NamedTuple):
 
 def known(job: serving.Serving, sizes: Mapping[str, int], chip: str) -> Known:
     """chip: as in memory.memory. Raises: UserError for a mesh that does not divide the model."""
-    of_weights = jobs.Job(job.architecture, job.dtype, job.quant)
+    lora = config.LoRAConfig(targets=targets.ALL_LINEAR)  # which the base does not depend on
+    of_weights = jobs.Job(job.architecture, job.dtype, job.quant, lora)
     found = resident.resident(of_weights, sizes, chip)
     arrays = found.base
     c, item = job.architecture, jnp.dtype(job.dtype).itemsize
@@ -63,7 +65,7 @@ def known(job: serving.Serving, sizes: Mapping[str, int], chip: str) -> Known:
         form = memory.second_form(entries, job.quant, chip, item)
         if form and chip in memory.HOPPER:
             form += arrays["scales"]  # side by side, as the words
-    mlp = [found.weights[f"{name}_proj"] for name in ("gate", "up", "down")]
+    mlp = memory.of_mlp(found.weights)
     head = c.hidden_size * c.vocab_size * item // sizes["tensor"]
     layers = sum(size for size, _ in found.weights.values()) * c.num_hidden_layers
     streamed = head + arrays.get("bank of adapters", 0)

@@ -58,10 +58,11 @@ def fit(
     *,
     resume: bool,
 ) -> tuple[groups.TrainSettings, Mesh]:
-    """The settings with format, dtype and batch size resolved for this base and these devices.
+    """The settings with targets, format, dtype and batch size for this base and these devices.
 
     A default batch size is rounded up until it splits evenly over the devices.
     """
+    settings = with_targets(settings, architecture)
     settings = settings.replace(quant=settings.model.resolve_quant(architecture, folder))
     num_bytes = inventory.loaded_bytes(
         folder, dtype=settings.model.dtype, quantization=settings.model.quant
@@ -76,6 +77,16 @@ def fit(
     fixed = loop.batch_size * loop.grad_accum if resume else None
     sharding.check_batch(loop.batch_size, mesh, fixed)
     return settings, mesh
+
+
+def with_targets(
+    settings: groups.TrainSettings, architecture: model_config.LlamaConfig
+) -> groups.TrainSettings:
+    """The settings with targets that the model has, if none are given."""
+    is_default = settings.lora.targets == lora.LoRAConfig.targets
+    if architecture.fused_projections and is_default and "targets" not in settings.given:
+        return settings.replace(targets=("qkv_proj",))
+    return settings
 
 
 def base(

@@ -57,6 +57,7 @@ def architecture(hidden, ffn, layers, heads, kv_heads, vocab, **more) -> model_c
 TINY = jobs.Job(architecture(64, 160, 3, 4, 2, 512), batch_size=2, seq_len=100, grad_accum=2)
 LLAMA_7B = jobs.Job(architecture(4096, 11008, 32, 32, 32, 32000))
 PAIRS_7B = dataclasses.replace(LLAMA_7B, seq_len=1024, beta=0.1)
+FUSED_7B = dataclasses.replace(LLAMA_7B.architecture, fused_projections=True)
 LLAMA_70B = jobs.Job(architecture(8192, 28672, 80, 64, 8, 128256))
 # With tied heads of large vocabularies, and more norms than LLaMA has.
 GEMMA_1B, QWEN_06B = (
@@ -72,6 +73,11 @@ GEMMA_1B, QWEN_06B = (
         ("qwen3", 1024, 3072, 28, 16, 8, 151936),
     )
 )  # fmt: skip
+
+PHI_4B = jobs.Job(  # fused layers
+    architecture(3072, 8192, 32, 24, 8, 200064, model_type="phi3", tie_word_embeddings=True),
+    lora=config.LoRAConfig(targets=("qkv_proj",)),
+)
 
 
 def dot_flops(program):
@@ -171,6 +177,28 @@ def test_memory_is_split_by_the_mesh():
         assert parts["packed words"] == whole["packed words"] // 4
 
 
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("remat", model_config.REMAT)
+def test_fused_layers_keep_what_their_parts_do(lora, remat):
+    """But with dropout, each adapter has its own input, and there are three adapters fewer."""
+    adapters = config.LoRAConfig(targets="all-linear", **lora)
+    parts = dataclasses.replace(LLAMA_7B, remat=remat, lora=adapters)
+    fused = dataclasses.replace(parts, architecture=FUSED_7B)
+    kept = [memory.kept_by_layer(job, memory.dims_of(job, ONE, "gpu")) for job in (parts, fused)]
+    dropped = 3 if remat == "none" and "dropout" in lora else 0  # with a byte for each mask
+    assert kept[0] - kept[1] == dropped * 2048 * 4096 * (2 + 1)
+
+
+def test_fused_layers_have_the_weights_of_their_parts():
+    fused = jobs.Job(FUSED_7B, lora=config.LoRAConfig(targets="all-linear"))
+    parts = dataclasses.replace(fused, architecture=LLAMA_7B.architecture)
+    found, expected = (memory.memory(job, ONE, "gpu:h100") for job in (fused, parts))
+    assert found.resident["packed words"] == expected.resident["packed words"]
+    assert found.resident["A and B"] < expected.resident["A and B"]
+    assert found.work == pytest.approx(expected.work)
+    assert operations.operations(fused).base == operations.operations(parts).base
+
+
 def test_less_recomputation_keeps_more():
     kept = [
         sum(memory.memory(dataclasses.replace(LLAMA_7B, remat=remat), ONE, "tpu:v5e").kept.values())
@@ -208,7 +236,9 @@ def test_the_total_is_near_what_xla_planned(job, sizes, chip, remat, batch_size,
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["gpu:h100", "tpu:v5e"])
-@pytest.mark.parametrize("job", [LLAMA_7B, PAIRS_7B, GEMMA_1B], ids=["texts", "pairs", "gemma"])
+@pytest.mark.parametrize(
+    "job", [LLAMA_7B, PAIRS_7B, GEMMA_1B, PHI_4B], ids=["texts", "pairs", "gemma", "phi"]
+)
 def test_the_total_is_near_what_xla_plans_now(target, job):
     chips.check(target)
     compiled = programs.compiled(job, target, ONE)
@@ -385,9 +415,12 @@ def test_the_floor_is_the_slowest_part():
 
 
 def test_a_job_survives_json():
-    windows = architecture(64, 160, 3, 4, 2, 512, rope_scaling={"rope_type": "linear", "factor": 2})
-    job = dataclasses.replace(TINY, architecture=windows, generation=(2, 16, 8), beta=0.1)
-    assert jobs.job_from(json.loads(json.dumps(dataclasses.asdict(job)))) == job
+    linear = {"rope_type": "linear", "factor": 2}
+    longrope = {"rope_type": "longrope", "short_factor": 8 * [1.0], "long_factor": 8 * [2.0]}
+    for rope in (linear, longrope):
+        own = architecture(64, 160, 3, 4, 2, 512, rope_scaling=rope)
+        job = dataclasses.replace(TINY, architecture=own, generation=(2, 16, 8), beta=0.1)
+        assert jobs.job_from(json.loads(json.dumps(dataclasses.asdict(job)))) == job
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import cli
 import pytest
 
 from lora_jax import errors, peft, tokenizer, training
+from lora_jax.models import config as model_config
 from lora_jax.training import setup
 
 SAME = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
@@ -91,6 +92,19 @@ def test_stopping_the_iteration_saves_and_resume_continues_exactly(command, tmp_
     assert numbers(folder) == numbers(run)
     assert all((folder / name).read_bytes() == (run / name).read_bytes() for name in SAME)
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_default_targets_are_layers_that_the_model_has():
+    fused = model_config.load(cli.BASE.parent / "phi3")
+    plain = model_config.load(cli.BASE)
+    for given, architecture, expected in (
+        ({}, plain, ("q_proj", "v_proj")),
+        ({}, fused, ("qkv_proj",)),
+        ({"targets": "o_proj"}, fused, ("o_proj",)),
+        ({"targets": "q_proj,v_proj"}, fused, ("q_proj", "v_proj")),  # which is an error later
+    ):
+        made = training.settings.build(model=str(cli.BASE), dataset="x", **given)
+        assert setup.with_targets(made, architecture).lora.targets == expected
 
 
 def test_texts_that_are_no_tokens_are_refused():
