@@ -20,6 +20,9 @@ _BESIDE_WEIGHTS = [
     "added_tokens.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    # Of composite models: for other programs, which read a merged one with all its parts.
+    "chat_template.json",
+    "*processor_config.json",
 ]
 _CONFIG = ["config.json", "quantize_config.json", "quant_config.json"]
 _ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"]

@@ -14,7 +14,7 @@ from lora_jax.checkpoints import model_folder, storage, tensor_map
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.checkpoints.storage.stored_linear import PackedSpec, StoredLinear
 from lora_jax.models import config as model_config
-from lora_jax.models import llama, quantization_config
+from lora_jax.models import llama, names, quantization_config
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import conversion
 from lora_jax.quant import linear as quant_linear
@@ -61,7 +61,10 @@ def skeleton(
         layers, rows, columns = linear.kernel.shape
         spec: PackedSpec | None = PackedSpec(quantization)
         if is_packed:
-            spec = storage.declared_spec(stored, _modules(path, layers), rows)
+            own = _modules(path, layers)
+            both = [names.outer(name, config.composite, old=old)
+                    for name in own for old in (False, True)]  # fmt: skip
+            spec = storage.declared_spec(stored, both, rows)
         if spec is not None:
             multiple = sharding.input_shards(path, mesh)
             if is_packed:

@@ -10,13 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.checkpoints import finite, inventory, model_folder, safetensors_files, storage, writer
+from lora_jax.checkpoints import (
+    finite,
+    inventory,
+    model_folder,
+    safetensors_files,
+    storage,
+    whole,
+    writer,
+)
 from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
-from lora_jax.lora import algebra, pissa, targets, tied_head, token_indices
+from lora_jax.lora import algebra, outer_names, pissa, targets, tied_head, token_indices
+from lora_jax.models import composite, quantization_config
 from lora_jax.models import config as model_config
-from lora_jax.models import quantization_config
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
 
@@ -76,9 +84,12 @@ def plan(
 
     quantization: None takes the weights as they are stored, dequantized if necessary; a format
     rounds them to it first, for an adapter that was trained on a base in that format.
-    Tensors keep their dtype; dequantized ones get config.json's.
+    Tensors keep their dtype; dequantized ones get config.json's. All else in a composite model
+    stays as it is.
     """
     config = model_folder.config(folder)
+    outer_names.refuse_beside(adapter, config)
+    adapter = outer_names.inner(adapter, config)
     raw = model_folder.read(folder)
     for key in quantization_config.KEYS:
         raw.pop(key, None)
@@ -102,10 +113,10 @@ def plan(
     parts = [part(name, tensor) for name, tensor in (linears | others).items()]
     if tied and (fitted.plan.own_head or _changes_embedding_alone(fitted)):
         parts.append(part(model_folder.HEAD, others[model_folder.EMBEDDING]))
-        raw["tie_word_embeddings"] = False
+        raw = composite.changed(raw, tie_word_embeddings=False)
     if fitted.num_tokens != config.vocab_size:
-        raw["vocab_size"] = fitted.num_tokens
-    return Merge(parts, raw)
+        raw = composite.changed(raw, vocab_size=fitted.num_tokens)
+    return Merge(whole.parts(folder, config, parts), raw)
 
 
 def write(

@@ -10,8 +10,8 @@ import numpy as np
 from lora_jax import errors
 from lora_jax.checkpoints import safetensors_files, scaled
 from lora_jax.checkpoints.safetensors_files import StoredTensor
+from lora_jax.models import composite, names
 from lora_jax.models import config as model_config
-from lora_jax.models import names
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 4096  # compared at a time
@@ -32,7 +32,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     if declared.quantization is None and any(name.endswith(".qweight") for name in stored):
         raw["quantization_config"] = model_config.read_quantization(folder)
     if declared.tie_word_embeddings and has_own_head(stored):
-        raw["tie_word_embeddings"] = False
+        raw = composite.changed(raw, tie_word_embeddings=False)
     if not model_config.states_dtype(raw) and EMBEDDING in stored:
         raw["dtype"] = _DTYPES.get(stored[EMBEDDING].dtype, "float32")
     return raw
@@ -47,14 +47,17 @@ def tensors(folder: pathlib.Path, config: model_config.LlamaConfig) -> dict[str,
     """{name in the model: tensor} of the folder.
 
     Names of wrappers are left out of the tensors' names, and `model.` is added or left out as in
-    transformers. With tied embeddings, a head is the embedding where that is missing. float64 and
-    float8 are read as float32; weights of 8 bits with scales, as their products (scaled.py).
+    transformers. Of a composite model, they are those of its language model. With tied embeddings,
+    a head is the embedding where that is missing. float64 and float8 are read as float32; weights
+    of 8 bits with scales, as their products (scaled.py).
     Raises: UserError as safetensors_files.tensors, and if two tensors have the same name.
     """
     found: dict[str, StoredTensor] = {}
     twice = []
     for key, stored in safetensors_files.tensors(folder).items():
-        name = _name(key)
+        name = _name(key, config.composite)
+        if names.is_beside(name, config.composite):
+            continue
         if name in found:
             twice.append(f"{found[name].key} and {key}")
         found[name] = stored._replace(name=name, key=key)
@@ -82,11 +85,39 @@ def notes(folder: pathlib.Path) -> list[str]:
     if declared.tie_word_embeddings and has_own_head(stored):
         found.append("lm_head.weight differs from the embedding, so it is kept, although "
                      "config.json says tie_word_embeddings")  # fmt: skip
+    if declared.composite:
+        others = names.beside([*beside(folder, declared)], declared.composite)
+        found.append(f"of this {declared.composite}, only the language model is loaded"
+                     + (f", not {', '.join(others)}" if others else ""))  # fmt: skip
     found += filter(None, [scaled.note(stored.values())])
     if extra := [name for name in stored if is_extra(name, declared)]:
         shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
         found.append(f"tensors that are not part of the model are not loaded: {shown}")
     return found
+
+
+def beside(folder: pathlib.Path, config: model_config.LlamaConfig) -> dict[str, StoredTensor]:
+    """{name in the folder, without wrappers: tensor} of a composite model beside what it loads."""
+    found = {}
+    for key, stored in safetensors_files.tensors(folder).items() if config.composite else ():
+        name = _name(key, config.composite)
+        if names.is_beside(name, config.composite) or is_extra(name, config):
+            own = names.unwrapped(key)
+            found[own] = stored._replace(name=own, key=key)
+    return found
+
+
+def name_in_folder(name: str, stored: Mapping[str, StoredTensor], model_type: str) -> str:
+    """The name of a tensor of the language model as the folder of a composite model has it.
+
+    stored: its tensors, as `tensors` returns them. model_type: the composite's.
+    """
+    keys = {each: names.unwrapped(tensor.key or each) for each, tensor in stored.items()}
+    if name in keys and _name(keys[name], model_type) == name:
+        return keys[name]
+    inside = composite.COMPOSITES[model_type].inside
+    old = any(key.startswith(f"{inside}.") for key in keys.values())
+    return names.outer(name, model_type, old=old)
 
 
 def has_own_head(stored: Mapping[str, StoredTensor]) -> bool:
@@ -120,8 +151,8 @@ def is_buffer(name: str) -> bool:
     return name.endswith(("rotary_emb.inv_freq", ".masked_bias", ".attn.bias"))
 
 
-def _name(key: str) -> str:
-    name = names.unwrapped(key)
+def _name(key: str, model_type: str) -> str:
+    name = names.inner(names.unwrapped(key), model_type)
     if name.startswith(("layers.", "embed_tokens.", "norm.")):
         return f"model.{name}"
     if name.startswith(("model.model.", "model.lm_head.")):

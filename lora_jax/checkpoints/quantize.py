@@ -1,5 +1,7 @@
 """A quantized copy of a dense checkpoint, which loads in seconds.
 
+Of a composite model the language model is quantized; all else stays as it is.
+
 int8 and int4 are stored in lora_jax's own layout, NF4 and FP4 in bitsandbytes', which transformers
 reads too.
 """
@@ -12,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.checkpoints import finite, inventory, model_folder, storage, writer
+from lora_jax.checkpoints import finite, inventory, model_folder, storage, whole, writer
 from lora_jax.checkpoints.safetensors_files import StoredTensor
 from lora_jax.checkpoints.storage import bitsandbytes
+from lora_jax.models import composite, quantization_config
 from lora_jax.models import config as model_config
-from lora_jax.models import quantization_config
 
 
 class Copy(NamedTuple):
@@ -55,7 +57,9 @@ def plan(folder: pathlib.Path, fmt: str, *, search: bool = True) -> Copy:
         make = functools.partial(_quantized, stored, fmt, search)
         parts.append(writer.Part(stored.name, known, make, specs.keys() - known.keys()))
         crossing += fmt not in quantization_config.NATIVE and rows % bitsandbytes.BLOCK != 0
-    return Copy(fmt, parts, crossing, sum(stored.num_bytes for stored in (*linears, *others)))
+    source = (*linears, *others, *model_folder.beside(folder, config).values())
+    num_bytes = sum(stored.num_bytes for stored in source)
+    return Copy(fmt, whole.parts(folder, config, parts), crossing, num_bytes)
 
 
 def write(
@@ -80,6 +84,8 @@ def _quantized(stored: StoredTensor, fmt: str, search: bool) -> dict[str, np.nda
 
 def _declaration(fmt: str, raw: dict[str, Any]) -> dict[str, Any]:
     """The quantization_config for config.json."""
+    around = composite.of(raw)
+    beside = around.beside if around else ()
     if fmt in quantization_config.NATIVE:
         version = quantization_config.VERSION
         return {"quant_method": "lora_jax", "format": fmt, "version": version}
@@ -91,7 +97,7 @@ def _declaration(fmt: str, raw: dict[str, Any]) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": fmt.removesuffix("-dq"),
         "bnb_4bit_use_double_quant": fmt.endswith("-dq"),
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": ["lm_head", *(f"model.{name}" for name in beside)],
     }
 
 

@@ -32,7 +32,8 @@ _WIDENED = {  # read as float32; JAX has no float64, and safetensors' reader no 
 }
 _READ_AS_ANOTHER = {**_WIDENED, "F8_E8M0": ml_dtypes.float8_e8m0fnu, "I8": np.int8}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32",
-         "int32": "I32", "int8": "I8", "uint8": "U8"}  # of dtypes, by numpy's names  # fmt: skip
+         "int32": "I32", "int8": "I8", "uint8": "U8", "float64": "F64", "int64": "I64",
+         "bool": "BOOL"}  # of dtypes, by numpy's names  # fmt: skip
 
 
 class StoredTensor(NamedTuple):

@@ -19,8 +19,9 @@ from lora_jax.generation import pool as pools
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import choice
 from lora_jax.lora import adapter as lora_adapter
-from lora_jax.lora import peft, tied_head, token_indices
+from lora_jax.lora import outer_names, peft, tied_head, token_indices
 from lora_jax.lora.nnx import bank
+from lora_jax.models import config as model_config
 from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
@@ -85,7 +86,7 @@ def files(
     reader = tokenizer.load(folder, found, chat_template=settings.chat_template)
     adapted, num_tokens = None, architecture.vocab_size
     if found and own:
-        adapted = peft.read(found)
+        adapted = _of_language_model(peft.read(found), architecture)
         num_tokens = tied_head.num_tokens(adapted, architecture, str(found))
         if num_tokens != architecture.vocab_size and processes.leads():
             print(f"the adapter brings {num_tokens} tokens, in place of the base's "
@@ -130,7 +131,7 @@ def pool(
     for name, path in adapters.items():
         with errors.noted(problems):
             folder = hub.adapter_folder(path)
-            read[name] = folder, peft.read(folder)
+            read[name] = folder, _of_language_model(peft.read(folder), model.config)
     if problems:
         raise errors.UserError.together(problems)
     ranks = [_ranks(own, model) for _, own in read.values()]
@@ -151,6 +152,15 @@ def pool(
     if problems:
         raise errors.UserError.together(problems)
     return found
+
+
+def _of_language_model(
+    adapter: lora_adapter.Adapter, base: model_config.LlamaConfig
+) -> lora_adapter.Adapter:
+    """See outer_names.inner; says what is left out."""
+    if (note := outer_names.note(adapter, base)) and processes.leads():
+        print(f"note: {note}", file=sys.stderr)
+    return outer_names.inner(adapter, base)
 
 
 def _ranks(adapter: lora_adapter.Adapter, model: llama.LlamaForCausalLM) -> dict[str, int]:

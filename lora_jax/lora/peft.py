@@ -14,7 +14,7 @@ from lora_jax import errors, hub
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import mlx, peft_config, peft_tensors, targets
-from lora_jax.lora.nnx import collect, inject
+from lora_jax.lora.nnx import collect, inject, names
 
 _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
@@ -28,7 +28,7 @@ def load(
 
     Raises: UserError as `read` and lora.attach.
     """
-    adapter = read(folder)
+    adapter = names.of_model(model, read(folder))
     inject.attach(model, adapter, untrained=untrained, where=str(folder))
     return adapter.config
 
@@ -41,8 +41,12 @@ def save(
     base_model: str | None = None,
     revision: str | None = None,
 ) -> None:
-    """Writes the model's adapters in the format that PEFT, vLLM and `load` read."""
-    write(folder, collect.collect(model, config, base_model=base_model), revision=revision)
+    """Writes the model's adapters in the format that PEFT, vLLM and `load` read.
+
+    Those of the language model in a composite model are for PEFT on the whole model.
+    """
+    adapter = collect.collect(model, config, base_model=base_model)
+    write(folder, names.of_file(model, adapter), revision=revision)
 
 
 # ---------------------------------------------------------------------------------- writing

@@ -104,7 +104,7 @@ def is_chosen(path: str, config: lora_config.LoRAConfig) -> bool:
         return True
     if not isinstance(config.targets, str) and path in config.targets:
         return True  # PEFT takes a whole path in any layer
-    return _layer(path, config.layers_pattern) in config.layers
+    return layer_number(path, config.layers_pattern) in config.layers
 
 
 def matches(path: str, targets: Sequence[str] | str) -> bool:
@@ -128,7 +128,7 @@ def saves(path: str, config: lora_config.LoRAConfig) -> bool:
 
 def scaling(path: str, rank: int, config: lora_config.LoRAConfig) -> float:
     """alpha / rank of the layer at `path`, or alpha / √rank with rsLoRA."""
-    alpha = _pattern(path, config.alpha_pattern, config.alpha)
+    alpha = of_pattern(path, config.alpha_pattern, config.alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
@@ -170,13 +170,13 @@ def saves_base(path: str, config: lora_config.LoRAConfig) -> bool:
 
 
 def _rank(path: str, config: lora_config.LoRAConfig) -> int:
-    return _pattern(path, config.rank_pattern, config.rank)
+    return of_pattern(path, config.rank_pattern, config.rank)
 
 
 def layer_config(path: str, out_features: int, config: lora_config.LoRAConfig) -> LayerConfig:
     """`config` resolved for the layer at `path`. Raises: UserError if `parts` do not fit it."""
     rank = _rank(path, config)
-    parts = _pattern(path, config.parts, None)
+    parts = of_pattern(path, config.parts, None)
     if parts is None:
         return LayerConfig(rank, scaling(path, rank, config))
     unit, rest = divmod(out_features, sum(map(abs, parts)))
@@ -204,7 +204,7 @@ def _unmatched(paths: list[str], modules: Iterable[str], config: lora_config.LoR
     for name in each(config.exclude):
         if not any(matches(path, name) for path in modules):
             yield f"exclude {_shown(name)} matches nothing"
-    present = {_layer(path, config.layers_pattern) for path in paths}
+    present = {layer_number(path, config.layers_pattern) for path in paths}
     for layer in config.layers or ():
         if layer not in present:
             yield f"layer {layer} does not exist"
@@ -225,7 +225,7 @@ def _outer(paths: Iterable[str]) -> set[str]:
     return {".".join(parts[:n]) for parts in split for n in range(1, len(parts))}
 
 
-def _layer(path: str, layers_pattern: Sequence[str] | str | None) -> int | None:
+def layer_number(path: str, layers_pattern: Sequence[str] | str | None) -> int | None:
     """The first number in the path; with a pattern, the number right after it."""
     if not layers_pattern:
         return next((int(part) for part in path.split(".") if part.isdigit()), None)
@@ -234,7 +234,8 @@ def _layer(path: str, layers_pattern: Sequence[str] | str | None) -> int | None:
     return next((int(match[1]) for match in found if match), None)
 
 
-def _pattern(path: str, patterns: Mapping[str, Any], default: Any) -> Any:
+def of_pattern(path: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first pattern that matches the end of the path."""
     return next((v for pattern, v in patterns.items() if _is_pattern_of(pattern, path)), default)
 
 

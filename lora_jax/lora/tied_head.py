@@ -16,7 +16,7 @@ import numpy as np
 from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import targets, token_indices
+from lora_jax.lora import outer_names, targets, token_indices
 from lora_jax.models import config as model_config
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -145,6 +145,7 @@ def fitted(
 def num_tokens(adapter: lora_adapter.Adapter, base: model_config.LlamaConfig, where: str) -> int:
     """The size of the vocabulary of that base with the adapter. Raises: as `fitted`."""
     shape = base.vocab_size, base.hidden_size
+    adapter = outer_names.inner(adapter, base)
     return fitted(adapter, shape, tied=base.tie_word_embeddings, where=where).num_tokens
 
 

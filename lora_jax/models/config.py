@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax import errors
-from lora_jax.models import config_keys, config_values, layer_types, model_types, rope_config
+from lora_jax.models import (
+    composite,
+    config_keys,
+    config_values,
+    layer_types,
+    model_types,
+    rope_config,
+)
 from lora_jax.models import quantization_config as model_quantization
 
 REMAT = ("full", "dots", "none")  # the backward pass recomputes all, all but dots, nothing
@@ -23,8 +30,9 @@ class LlamaConfig:
     of norms. `sandwich_norms`: attention and MLP are normalized on their output too.
     `fused_projections`: q, k and v are one linear layer, qkv_proj, and gate and up are another,
     gate_up_proj. `dtype` is the checkpoint's, with float16 read as bfloat16 (same size, but no
-    overflow in training).
-    `quantization` says how the checkpoint stores its linear layers (None: dense).
+    overflow in training). `quantization` says how the checkpoint stores its linear layers (None:
+    dense). `composite` is the model type around a language model inside of another model, see
+    composite.COMPOSITES.
     """
 
     vocab_size: int
@@ -55,6 +63,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     dtype: str = "float32"
     quantization: model_quantization.Quantization | None = None
+    composite: str = ""
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -140,17 +149,29 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     Raises: UserError with every key that changes the computation and is not implemented, and every
     value that cannot be right.
     """
+    around = raw["model_type"] if composite.of(raw) else ""
+    if around and not isinstance(raw.get("text_config"), Mapping):
+        raise errors.UserError(
+            expected=f"text_config, the language model inside of {around}",
+            found=config_values.shown(raw.get("text_config")),
+            where=where,
+            do="download the file again",
+        )
+    raw = composite.language_model(raw)
+    where += ": text_config" if around else ""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in model_types.MODEL_TYPES:
         nested = [key for key, value in raw.items() if isinstance(value, dict)
                   and value.get("model_type") in [*model_types.MODEL_TYPES]]  # fmt: skip
         raise errors.UserError(
-            expected=f"model_type among {', '.join(model_types.MODEL_TYPES)}",
+            expected=f"model_type among {', '.join(model_types.MODEL_TYPES)}"
+            + ("" if around else
+               f"; or, with one of these inside, {', '.join(composite.COMPOSITES)}"),
             found=config_values.shown(model_type)
             + (f", a model with a language model inside, in {nested[0]}" if nested else ""),
             where=where,
             do="use a LLaMA-like model, or inject LoRA into a Flax model of your own",
-        )
+        )  # fmt: skip
     problems = config_keys.not_implemented(raw)
     defaults = model_types.MODEL_TYPES[model_type].defaults
     raw = config_keys.read(raw)
@@ -214,6 +235,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         quantization=model_quantization.parse(stored, where)
         if (stored := model_quantization.declared(raw))
         else None,
+        composite=around,
     )
 
 
@@ -249,10 +271,12 @@ def notes(raw: dict[str, Any]) -> list[str]:
     """What a reader of a config.json that `from_dict` takes should know, one line each."""
     found = []
     config = from_dict(raw)
+    raw = composite.language_model(raw)
     unread = [*map(config_values.shown_key, config_keys.unread(raw) + rope_config.unread(raw))]
     if unread:
         more = f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
-        found.append(f"config.json has keys that {raw['model_type']} does not read: "
+        where = "text_config" if config.composite else "config.json"
+        found.append(f"{where} has keys that {raw['model_type']} does not read: "
                      f"{', '.join(unread[:_SHOWN])}{more}")  # fmt: skip
     if _stated_dtype(raw) in ("float64", "double"):
         found.append("the weights are float64, and are read as float32")

@@ -63,7 +63,7 @@ _BOOKKEEPING = {
     *("pretraining_tp", "use_cache", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
     *("attn_implementation", "gradient_checkpointing", "cache_implementation", "model_max_length"),
     *("max_sequence_length", "transformers.js_config", "neftune_noise_alpha"),
-    *("unsloth_version", "unsloth_fixed"),
+    *("unsloth_version", "unsloth_fixed", "is_composition"),
 }
 
 

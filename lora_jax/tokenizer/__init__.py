@@ -28,14 +28,19 @@ def eos_ids(
     tokenizer: "transformers.PreTrainedTokenizerBase", folder: str | pathlib.Path
 ) -> tuple[int, ...]:
     """The ids that end a text: first the tokenizer's, which training appends, then those of
-    generation_config.json and config.json in `folder`, which may be the texts of tokens.
+    generation_config.json and config.json in `folder`, which may be the texts of tokens. If
+    neither has any, those of text_config, the language model in a composite model.
 
     Raises:
       errors.UserError: none of them has one, or one is neither an id nor a token.
     """
     found = [tokenizer.eos_token_id]
-    for name in ("generation_config.json", "config.json"):
-        value = files.read_json(pathlib.Path(folder) / name).get("eos_token_id")
+    names = ("generation_config.json", "config.json")
+    raw = [files.read_json(pathlib.Path(folder) / name) for name in names]
+    given = [each.get("eos_token_id") for each in raw]
+    if given == [None, None] and isinstance(text := raw[1].get("text_config"), dict):
+        given = [text.get("eos_token_id")]
+    for value in given:
         found += value if isinstance(value, list) else [value]
     vocab = tokenizer.get_vocab() if any(isinstance(each, str) for each in found) else {}
     found = [vocab.get(each) if isinstance(each, str) else each for each in found]

@@ -16,7 +16,7 @@ from lora_jax.checkpoints import inventory, loader, model_folder, safetensors_fi
 from lora_jax.console import say
 from lora_jax.data import chat, clock
 from lora_jax.kernels import choice
-from lora_jax.lora import token_indices
+from lora_jax.lora import outer_names, token_indices
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
@@ -144,12 +144,12 @@ def planned_job(
     generation: tuple[int, int, int] | None = None,
 ) -> jobs.Job:
     """The settings as planning takes them. generation: see jobs.Job."""
-    loop = settings.loop
+    loop, lora_settings = settings.loop, outer_names.inner_config(settings.lora, architecture)
     return jobs.Job(
         architecture,
         dtype=settings.model.dtype,
         quant=settings.model.quant,
-        lora=token_indices.with_any_ids(settings.lora),  # a plan reads no tokenizer
+        lora=token_indices.with_any_ids(lora_settings),  # a plan reads no tokenizer
         optim=settings.optim,
         remat=loop.remat,
         batch_size=loop.batch_size,

@@ -1,8 +1,8 @@
 """Writes the golden files that the test suite compares with: Hugging Face and PEFT, on a CPU.
 
-Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma3, granite, ministral, phi3 and
-smollm3), peft 0.21.2, numpy 2.4; nf4.npz holds values computed by bitsandbytes 0.50.2. The test
-suite itself needs none of these. Everything is seeded.
+Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma3, granite, ministral, phi3,
+smollm3 and composites), peft 0.21.2, numpy 2.4; nf4.npz holds values computed by bitsandbytes
+0.50.2. The test suite itself needs none of these. Everything is seeded.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate
     python tests/golden/make_golden.py                        # everything but nf4.npz
@@ -22,7 +22,12 @@ import safetensors.torch
 import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 HERE = pathlib.Path(__file__).parent
 MODELS = HERE / "models"
@@ -411,6 +416,11 @@ def v4_config(name, config):
 def logits_of(model, ids, mask=None):
     """[B, T, V] float32 of one full forward, as if it were the first one the model ever made."""
     reset_rope(model)
+    return plain_logits(model, ids, mask)
+
+
+@torch.no_grad()
+def plain_logits(model, ids, mask=None):
     ids = torch.as_tensor(np.asarray(ids), dtype=torch.long)
     mask = None if mask is None else torch.as_tensor(np.asarray(mask), dtype=torch.long)
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().numpy()
@@ -551,7 +561,8 @@ def save_adapter(model, folder, **how):
     # PEFT writes its sets in the order of their hashes, which changes from run to run.
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
+    if not isinstance(config["target_modules"], str):
+        config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -770,6 +781,93 @@ def make_tied_heads(seed):
         arrays[kind] = logits_of(loaded, ids, np.ones_like(ids))
         print(f"tied_heads/{kind}: {sorted(trainable(model))}")
     save_npz(folder / "logits.npz", arrays)
+
+
+# What Unsloth writes for the language model of any composite model.
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj)))"
+)
+SMALL = dict(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
+)  # fmt: skip
+VISION = dict(
+    hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+    patch_size=4,
+)  # fmt: skip
+# name: (config, its settings, whether its tensors have the names of transformers before 4.52,
+# adapters of PEFT)
+COMPOSITES = {
+    "gemma3": (
+        transformers.Gemma3Config,
+        dict(
+            text_config=SMALL
+            | dict(query_pre_attn_scalar=12, sliding_window=4, sliding_window_pattern=2),
+            vision_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+            mm_tokens_per_image=4, boi_token_index=37, eoi_token_index=38, image_token_index=39,
+        ),
+        True,
+        dict(
+            # q_proj and v_proj are in the vision tower, too.
+            names=dict(
+                target_modules=["q_proj", "v_proj"],
+                rank_pattern={r"^model\.language_model\.layers\.0\..*q_proj": 3},
+                modules_to_save=["multi_modal_projector"],
+            ),
+            unsloth=dict(
+                target_modules=UNSLOTH, trainable_token_indices=[9, 5],
+                modules_to_save=["input_layernorm"],
+            ),
+        ),
+    ),
+    "llava": (
+        transformers.LlavaConfig,
+        dict(
+            text_config=SMALL | dict(model_type="mistral", sliding_window=None),
+            vision_config=VISION | dict(model_type="clip_vision_model"),
+            image_token_index=39,
+        ),
+        False,
+        dict(
+            saved=dict(
+                target_modules=r"model\.language_model\.layers\.1\..*(v|up)_proj",
+                modules_to_save=["lm_head"],
+            ),
+        ),
+    ),
+}  # fmt: skip
+
+
+def make_composites(seed):
+    """Language models with a vision tower: logits of text, of the base and under adapters."""
+    ids = np.random.default_rng(seed).integers(3, 37, (2, 12)).astype(np.int32)
+    mask = np.ones_like(ids)
+    for name, (kind, settings, old, adapters) in COMPOSITES.items():
+        folder = HERE / "composites" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        base = AutoModelForImageTextToText.from_config(
+            kind(**copy.deepcopy(settings)), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        randomize(base, seed)
+        base.save_pretrained(folder, save_original_format=old)
+        (folder / "generation_config.json").unlink()
+        arrays = dict(input_ids=ids, logits=plain_logits(base, ids, mask))
+        for adapter, lora in adapters.items():
+            generator = torch.Generator().manual_seed(seed)
+            config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, **lora)
+            model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+            with torch.no_grad():
+                for param in trainable(model).values():
+                    param.add_(0.1 * torch.randn(param.shape, generator=generator))
+            model.peft_config["default"].base_model_name_or_path = name
+            save_adapter(model, folder / adapter)
+            arrays[adapter] = plain_logits(model, ids, mask)
+            effect = np.abs(arrays[adapter] - arrays["logits"]).max()
+            print(f"composites/{name}/{adapter}: effect {effect:.2f}")
+        save_npz(folder / "logits.npz", arrays)
 
 
 class Mixed(torch.nn.Module):
@@ -1056,6 +1154,7 @@ def main():
     for name, make, seed in (("lora_patterns", make_lora_patterns, 103),
                              ("lora_mixed", make_lora_mixed, 112),
                              ("tied_heads", make_tied_heads, 113),
+                             ("composites", make_composites, 121),
                              ("sampling", make_sampling, 114)):  # fmt: skip
         if not arguments.names or name in arguments.names:
             make(seed)

@@ -14,7 +14,7 @@ from lora_jax.layers import places, registry
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, targets, tied_head, token_indices
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.nnx import bank, sites
+from lora_jax.lora.nnx import bank, names, sites
 from lora_jax.models import llama
 from lora_jax.quant import linear as quant_linear
 
@@ -50,6 +50,8 @@ class Bank:
 
         Raises: UserError that lists every reason why the adapter cannot be in the bank.
         """
+        if self._llama is not None:
+            adapter = names.of_model(self._llama, adapter)
         problems: list[errors.UserError] = []
         with errors.noted(problems):
             adapter.check_effect(where)

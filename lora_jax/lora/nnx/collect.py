@@ -13,7 +13,7 @@ from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, targets
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.nnx import adapted, saved, vocabulary
+from lora_jax.lora.nnx import adapted, names, saved, vocabulary
 from lora_jax.lora.nnx import layer as lora_layer
 from lora_jax.lora.nnx.model_state import LoRAParam
 
@@ -30,7 +30,7 @@ def collect(
     """
     wholes = saved.find(model)
     check_adapted(model, wholes)
-    found = {}
+    config, found = names.of_config(model, config), {}
     for name, (site, index) in adapted.by_name(model).items():
         layer = site.module
         A, B, _, *magnitude = lora_layer.arrays(layer)

@@ -11,6 +11,7 @@ from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import tied_head, token_indices
+from lora_jax.lora.nnx import names
 from lora_jax.models import llama
 
 
@@ -24,6 +25,7 @@ def prepare(model: nnx.Module, config: lora_config.LoRAConfig) -> lora_config.Lo
 
     Returns the config for the modules that the model then has. Raises: as tied_head.plan_to_train.
     """
+    config = names.of_config(model, config)
     return _follow(model, tied_head.plan_to_train(config)) if is_tied(model) else config
 
 
@@ -32,6 +34,7 @@ def fit(model: nnx.Module, adapter: lora_adapter.Adapter, where: str) -> lora_ad
 
     Returns the adapter for the modules that the model then has. Raises: as tied_head.fitted.
     """
+    adapter = names.of_model(model, adapter)
     if not isinstance(model, llama.LlamaForCausalLM):
         return adapter
     embedding, tied = model.model.embed_tokens.embedding, is_tied(model)
@@ -44,6 +47,7 @@ def fit(model: nnx.Module, adapter: lora_adapter.Adapter, where: str) -> lora_ad
 
 def reduced(model: nnx.Module, adapter: lora_adapter.Adapter, where: str) -> lora_adapter.Adapter:
     """The adapter without the base weights that the model has already."""
+    adapter = names.of_model(model, adapter)
     if not isinstance(model, llama.LlamaForCausalLM):
         return adapter
     embedding = model.model.embed_tokens.embedding[...]

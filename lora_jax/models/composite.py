@@ -1,0 +1,114 @@
+"""Models with a language model inside, such as Gemma 3 with its vision tower. Imports no jax.
+
+Here are the model types whose logits of text alone are exactly those of a language model that
+`model_types` has: its embedding, decoder and head, with its own mask and positions. From the
+configuration and modeling code of transformers.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from lora_jax.models import config_keys
+
+
+class Composite(NamedTuple):
+    """A model_type with a language model inside.
+
+    text: the model_type of a text_config that names none. inside: the name of the language model in
+    `model`. beside: the names of what lies beside it. is_tied: the default of tie_word_embeddings,
+    None for a type that does not read it; reads_tied_text: text_config may say it, too.
+    defaults: those that precede the ones of the text's type.
+    """
+
+    text: str = "llama"
+    inside: str = "language_model"
+    beside: tuple[str, ...] = ("vision_tower", "multi_modal_projector")
+    is_tied: bool | None = False
+    reads_tied_text: bool = False
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+
+_WITH_NEWLINE = (*Composite().beside, "image_newline")
+_OF_IDEFICS = Composite(inside="text_model", beside=("vision_model", "connector"))
+_OF_VOXTRAL = {"vocab_size": 131072, "hidden_size": 3072, "intermediate_size": 8192,
+               "num_hidden_layers": 30, "num_key_value_heads": 8, "head_dim": 128,
+               "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+               "rope_theta": 1e8}  # fmt: skip
+
+COMPOSITES: dict[str, Composite] = {
+    "gemma3": Composite("gemma3_text", is_tied=True),
+    "mistral3": Composite("mistral", is_tied=True),
+    "llava": Composite(reads_tied_text=True),
+    "vipllava": Composite(),
+    "llava_next": Composite(beside=_WITH_NEWLINE),
+    "llava_next_video": Composite(
+        beside=(*_WITH_NEWLINE, "vision_resampler"), reads_tied_text=True
+    ),
+    "llava_onevision": Composite("qwen2", beside=_WITH_NEWLINE, reads_tied_text=True),
+    "internvl": Composite("qwen2", is_tied=True),
+    "idefics3": _OF_IDEFICS,
+    "smolvlm": _OF_IDEFICS,
+    "voxtral": Composite(
+        beside=("audio_tower", "multi_modal_projector"), is_tied=None, defaults=_OF_VOXTRAL
+    ),
+}
+
+# The sizes that a text_config may leave out, as published ones do; config.json of a language model
+# has them all.
+_SIZES = {
+    "llama": (32000, 4096, 11008, 32, 32),
+    "mistral": (32000, 4096, 14336, 32, 32),
+    "ministral": (32000, 4096, 14336, 32, 32),
+    "qwen2": (151936, 4096, 22016, 32, 32),
+    "qwen3": (151936, 4096, 22016, 32, 32),
+    "smollm3": (128256, 2048, 11008, 36, 16),
+    "granite": (32000, 4096, 11008, 32, 32),
+    "gemma3_text": (262208, 2304, 9216, 26, 8),
+}
+TEXTS = tuple(_SIZES)
+_TIED = "tie_word_embeddings"
+_DTYPES = ("dtype", "torch_dtype")
+_QUANTIZATION = ("quantization_config", "quantization")
+
+
+def of(raw: Mapping[str, Any]) -> Composite | None:
+    """What is known of a config.json's model type; None if it has no language model inside."""
+    model_type = raw.get("model_type")
+    return COMPOSITES.get(model_type) if isinstance(model_type, str) else None
+
+
+def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the language model inside; that of a language model itself as it is.
+
+    The head's tie, dtype and quantization are those of the whole model. What text_config leaves out
+    has the defaults of its own model type.
+    """
+    own = of(raw)
+    if own is None:
+        return dict(raw)
+    given = raw.get("text_config")
+    given = dict(given) if isinstance(given, Mapping) else {}
+    text = {"model_type": own.text, **own.defaults, **given}
+    sizes = _SIZES.get(str(text["model_type"]), ())
+    for key, size in zip(config_keys.REQUIRED, sizes, strict=False):
+        text[key] = size if text.get(key) is None else text[key]
+    text[_TIED] = bool(own.is_tied)
+    if own.is_tied is not None:
+        text[_TIED] = own.is_tied if raw.get(_TIED) is None else raw[_TIED]
+    if own.reads_tied_text and not text[_TIED]:
+        text[_TIED] = given.get(_TIED) or False
+    # As in transformers, the dtype is never that of text_config.
+    replaced = {*_DTYPES, *(_QUANTIZATION if any(raw.get(key) for key in _QUANTIZATION) else ())}
+    text = {key: value for key, value in text.items() if key not in replaced}
+    return text | {key: raw[key] for key in replaced if key in raw}
+
+
+def changed(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """config.json with other values for the keys that `language_model` has."""
+    if of(raw) is None:
+        return {**raw, **changes}
+    text, whole = raw.get("text_config"), {_TIED, *_DTYPES, *_QUANTIZATION}
+    found = {**raw, **{key: value for key, value in changes.items() if key in whole}}
+    own = {key: value for key, value in changes.items() if key not in whole or key == _TIED}
+    return {**found, "text_config": {**(text if isinstance(text, Mapping) else {}), **own}}

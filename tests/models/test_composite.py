@@ -1,0 +1,123 @@
+"""config.json and names of models with a language model inside."""
+
+import re
+
+import pytest
+import transformers
+
+from lora_jax.models import composite, config_keys, names
+from lora_jax.models import config as model_config
+
+# What published files have in text_config; all else is the default of its model type.
+GEMMA = dict(
+    hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34,
+    rope_scaling={"factor": 8.0, "rope_type": "linear"}, sliding_window=1024,
+)  # fmt: skip
+VICUNA = dict(
+    _name_or_path="lmsys/vicuna-7b-v1.5", architectures=["LlamaForCausalLM"], model_type="llama",
+    max_position_embeddings=4096, rms_norm_eps=1e-5, torch_dtype="float16", vocab_size=32064,
+)  # fmt: skip
+NEMO = dict(
+    hidden_size=5120, head_dim=128, intermediate_size=14336, is_composition=True,
+    max_position_embeddings=1024000, model_type="mistral", num_hidden_layers=40,
+    num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e9, sliding_window=None,
+    vocab_size=131072,
+)  # fmt: skip
+PUBLISHED = {
+    "gemma-3-4b": dict(model_type="gemma3", text_config=GEMMA, torch_dtype="bfloat16"),
+    "llava-1.5": dict(model_type="llava", text_config=VICUNA, torch_dtype="float16"),
+    "pixtral": dict(model_type="llava", text_config=NEMO, torch_dtype="bfloat16"),
+    "untyped": dict(model_type="llava_onevision", text_config=dict(hidden_size=896)),
+    "tied": dict(model_type="llava", text_config=dict(tie_word_embeddings=True)),
+    "voxtral": dict(model_type="voxtral", text_config=dict(num_attention_heads=24)),
+    "internvl": dict(model_type="internvl", text_config=dict(num_hidden_layers=28)),
+}
+SAME = (
+    *config_keys.REQUIRED,
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_text_config_leaves_out_is_as_in_transformers(name):
+    raw = PUBLISHED[name]
+    whole = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+    expected = whole.text_config
+    found = model_config.from_dict(raw)
+    for key in SAME:
+        value = getattr(expected, key, None) or expected.hidden_size // expected.num_attention_heads
+        assert getattr(found, key) == value, key
+    rope = expected.rope_parameters
+    rope = rope.get("full_attention", rope)
+    assert (found.rope.rope_theta, found.rope.factor) == (rope["rope_theta"], rope.get("factor"))
+    assert found.tie_word_embeddings == getattr(whole, "tie_word_embeddings", False)
+    assert found.dtype == ("bfloat16" if "torch_dtype" in raw else "float32")
+    assert found.composite == raw["model_type"]
+    assert model_config.notes(raw) == []
+
+
+@pytest.mark.parametrize("name", composite.COMPOSITES)
+def test_the_table_has_the_defaults_of_transformers(name):
+    own, theirs = composite.COMPOSITES[name], transformers.CONFIG_MAPPING[name]
+    assert theirs.sub_configs_defaults["text_config"].model_type == own.text
+    assert getattr(theirs, "tie_word_embeddings", None) == own.is_tied
+    said_by_text = theirs(text_config=dict(model_type=own.text, tie_word_embeddings=True))
+    tied = getattr(said_by_text, "tie_word_embeddings", False)
+    assert bool(own.is_tied or own.reads_tied_text) == tied
+
+
+@pytest.mark.parametrize("name", composite.TEXTS)
+def test_the_sizes_are_the_defaults_of_transformers(name):
+    text = composite.language_model(dict(model_type="llava", text_config=dict(model_type=name)))
+    expected = transformers.CONFIG_MAPPING[name]()
+    for key in config_keys.REQUIRED:
+        assert text[key] == getattr(expected, key), key
+
+
+def test_the_keys_of_the_whole_model_count():
+    """Its tie, dtype and quantization; text_config's quantization if it has none itself."""
+    text = dict(GEMMA, tie_word_embeddings=False, torch_dtype="float16", rms_norm_eps=None)
+    quantization = dict(quant_method="bitsandbytes", load_in_4bit=True)
+    raw = dict(model_type="gemma3", text_config=text, dtype="float32", eos_token_id=[1, 106])
+    found = model_config.from_dict(raw | {"quantization_config": quantization})
+    assert found.tie_word_embeddings and found.dtype == "float32"
+    assert found.quantization.method == "bitsandbytes"
+    inside = dict(raw, text_config=text | {"quantization_config": quantization})
+    assert model_config.from_dict(inside).quantization == found.quantization
+    untied = composite.changed(raw, tie_word_embeddings=False, vocab_size=7)
+    assert not model_config.from_dict(untied).tie_word_embeddings
+    assert untied == raw | {"tie_word_embeddings": False,
+                            "text_config": text | {"vocab_size": 7}}  # fmt: skip
+    assert composite.changed({"a": 1}, vocab_size=7) == {"a": 1, "vocab_size": 7}
+
+
+LAYER = "layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "inner"),
+    [
+        ("gemma3", f"language_model.model.{LAYER}", f"model.{LAYER}"),
+        ("gemma3", f"model.language_model.{LAYER}", f"model.{LAYER}"),
+        ("gemma3", f"language_model.{LAYER}", f"model.{LAYER}"),
+        ("gemma3", "language_model.lm_head.weight", "lm_head.weight"),
+        ("gemma3", "lm_head.weight", "lm_head.weight"),
+        ("gemma3", f"model.{LAYER}", f"model.{LAYER}"),
+        ("gemma3", f"vision_tower.vision_model.encoder.{LAYER}", None),
+        ("gemma3", f"model.vision_tower.encoder.{LAYER}", None),
+        ("llava_next", "image_newline", None),
+        ("idefics3", f"model.text_model.{LAYER}", f"model.{LAYER}"),
+        ("idefics3", f"model.vision_model.encoder.{LAYER}", None),
+        ("", f"language_model.model.{LAYER}", f"language_model.model.{LAYER}"),
+        ("", f"vision_tower.{LAYER}", f"vision_tower.{LAYER}"),
+    ],
+)
+def test_names_inside_of_a_composite_model(model_type, name, inner):
+    assert names.is_beside(name, model_type) == (inner is None)
+    if inner is not None:
+        assert names.inner(name, model_type) == inner
+        outer = names.outer(inner, model_type)
+        assert names.inner(outer, model_type) == inner
+        assert bool(re.match(r"(model\.(language|text)_model|lm_head)\.", outer)) == bool(
+            model_type
+        )
