@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -107,17 +107,21 @@ def beside(folder: pathlib.Path, config: model_config.LlamaConfig) -> dict[str, 
     return found
 
 
-def name_in_folder(name: str, stored: Mapping[str, StoredTensor], model_type: str) -> str:
-    """The name of a tensor of the language model as the folder of a composite model has it.
+def names_in_folder(stored: Mapping[str, StoredTensor], model_type: str) -> Callable[[str], str]:
+    """The name of a tensor of the language model → as the folder of a composite model has it.
 
     stored: its tensors, as `tensors` returns them. model_type: the composite's.
     """
-    keys = {each: names.unwrapped(tensor.key or each) for each, tensor in stored.items()}
-    if name in keys and _name(keys[name], model_type) == name:
-        return keys[name]
+    keys = {name: names.unwrapped(tensor.key or name) for name, tensor in stored.items()}
     inside = composite.COMPOSITES[model_type].inside
     old = any(key.startswith(f"{inside}.") for key in keys.values())
-    return names.outer(name, model_type, old=old)
+
+    def name_of(name: str) -> str:
+        if name in keys and _name(keys[name], model_type) == name:
+            return keys[name]
+        return names.outer(name, model_type, old=old)
+
+    return name_of
 
 
 def has_own_head(stored: Mapping[str, StoredTensor]) -> bool:

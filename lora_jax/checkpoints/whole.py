@@ -29,10 +29,7 @@ def parts(
             where=str(folder),
             do="pass the model before quantization",
         )
-
-    def name_of(name: str) -> str:
-        return model_folder.name_in_folder(name, stored, config.composite)
-
+    name_of = model_folder.names_in_folder(stored, config.composite)
     copied = (writer.Part(name, {name: safetensors_files.TensorSpec(tensor.dtype, tensor.shape)},
                           lambda name=name, tensor=tensor: {name: tensor.value()})
               for name, tensor in others.items())  # fmt: skip

@@ -92,12 +92,8 @@ def beside(adapter: lora_adapter.Adapter, base: model_config.LlamaConfig) -> lis
 
 def note(adapter: lora_adapter.Adapter, base: model_config.LlamaConfig) -> str:
     """What a user should know of an adapter whose text is generated; "" for most."""
-    found = beside(adapter, base)
-    return (
-        f"the adapter's part for {', '.join(found)} is not used, as text does not need it"
-        if found
-        else ""
-    )
+    found = ", ".join(beside(adapter, base))
+    return f"the adapter's part for {found} is not used, as text does not need it" if found else ""
 
 
 def refuse_beside(adapter: lora_adapter.Adapter, base: model_config.LlamaConfig) -> None:
@@ -126,20 +122,22 @@ def _renamed(
     modules that are trained in another way than by A and B may stay.
     """
 
+    layers = {old: new for old, new in named.items() if not old.endswith("norm")}
+
     def as_names(given: Sequence[str] | str, chosen: Callable[[str], bool]) -> Any:
         if isinstance(given, str):
-            found, alike = _matched(named, lambda path: targets.matches(path, given))
+            found, alike = _matched(layers, lambda path: targets.matches(path, given))
             if alike or given == targets.ALL_LINEAR:
                 return given
             return tuple(named[path] for path in found if chosen(path))
         return tuple(
             name
             for each in given
-            for name in _each(each, named, lambda path, n: targets.matches(path, (n,)), chosen)
+            for name in _each(each, layers, lambda path, n: targets.matches(path, (n,)), chosen)
         )
 
     pattern = config.layers_pattern
-    if not _matched(named, lambda path: targets.layer_number(path, pattern))[1]:
+    if not _matched(layers, lambda path: targets.layer_number(path, pattern))[1]:
         pattern = None  # the number of a layer is the only one in its path
 
     def in_layers(path: str) -> bool:
@@ -156,14 +154,17 @@ def _renamed(
     if isinstance(tokens, Mapping):
         tokens = {name: ids for end, ids in tokens.items()
                   for name in _each(end, named, str.endswith, may_stay=may_stay)}  # fmt: skip
+    linear = layers
+    if config.targets == targets.ALL_LINEAR:  # a pattern for what is not taken is an error
+        linear = {old: new for old, new in layers.items() if not old.endswith(_OWN)}
     return dataclasses.replace(
         config,
         targets=as_names(config.targets, in_layers),
         exclude=as_names(config.exclude, lambda path: True),
         layers_pattern=pattern,
-        rank_pattern=_patterns(config.rank_pattern, named),
-        alpha_pattern=_patterns(config.alpha_pattern, named),
-        parts=_patterns(config.parts, named),
+        rank_pattern=_patterns(config.rank_pattern, linear),
+        alpha_pattern=_patterns(config.alpha_pattern, linear),
+        parts=_patterns(config.parts, linear),
         modules_to_save=tuple(dict.fromkeys(saved)),
         trainable_token_indices=tokens,
     )
@@ -177,6 +178,10 @@ def _each(
     may_stay: Callable[[str], bool] = lambda name: True,
 ) -> Iterable[str]:
     """The new names for a name in the settings; itself if it matches the same or nothing."""
+    if name in named:
+        return (named[name],) if chosen(name) else ()
+    if name in named.values():
+        return (name,)
     found, alike = _matched(named, lambda path: is_match(path, name))
     if not found or (alike and may_stay(name)):
         return (name,)
@@ -222,13 +227,13 @@ def _beside_regex(around: str) -> str:
 def _with_beside(exclude: Sequence[str] | str, around: str) -> str:
     if not isinstance(exclude, str):
         exclude = rf"(.*\.)?({'|'.join(map(re.escape, exclude))})" if exclude else ""
-    return "|".join(filter(None, [_beside_regex(around), exclude]))
+    return "|".join(filter(None, [exclude, _beside_regex(around)]))
 
 
 def _without_beside(exclude: Sequence[str] | str, around: str) -> Sequence[str] | str:
-    if not isinstance(exclude, str) or not exclude.startswith(_beside_regex(around)):
+    if not isinstance(exclude, str) or not exclude.endswith(_beside_regex(around)):
         return exclude
-    return exclude.removeprefix(_beside_regex(around)).removeprefix("|") or ()
+    return exclude.removesuffix(_beside_regex(around)).removesuffix("|") or ()
 
 
 def _modules(base: model_config.LlamaConfig) -> list[str]:

@@ -154,3 +154,13 @@ def test_other_settings_keep_their_meaning():
     assert {path for path, rank in ranks.items() if rank == 3} == {*LAYERS[7:]}
     assert ranks["model.layers.0.self_attn.v_proj"] == 5
     assert ranks["model.layers.0.self_attn.q_proj"] == found.rank
+
+
+def test_settings_for_a_whole_layer_name_nothing_that_has_no_adapter():
+    """Such as its norms, which would be an error in training."""
+    layer = r"^model\.language_model\.layers\.0\..*"
+    found = inner_config(
+        targets="all-linear", exclude=layer, rank_pattern={r".*language_model.*": 3}
+    )
+    assert {*found.exclude} == {*LAYERS[:7]}
+    assert {*found.rank_pattern} == {re.escape(path) for path in LAYERS}
