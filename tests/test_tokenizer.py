@@ -103,7 +103,12 @@ def test_eos_ids_are_collected(folder):
     assert tokenizer.eos_ids(loaded, folder) == (2, 7, 9, 8)
     loaded.eos_token = None
     assert tokenizer.eos_ids(loaded, folder) == (7, 2, 9, 8)
+    composite = {"eos_token_id": 8, "text_config": {"eos_token_id": 5}}
+    (folder / "config.json").write_text(json.dumps(composite))
+    assert tokenizer.eos_ids(loaded, folder) == (7, 2, 9, 8)
     (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 5}}))
+    assert tokenizer.eos_ids(loaded, folder) == (5,)
     (folder / "config.json").write_text("{}")
     with pytest.raises(errors.UserError, match="eos_token"):
         tokenizer.eos_ids(loaded, folder)

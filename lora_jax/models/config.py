@@ -160,11 +160,12 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     raw = composite.language_model(raw)
     where += ": text_config" if around else ""
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in model_types.MODEL_TYPES:
+    known = composite.TEXTS if around else tuple(model_types.MODEL_TYPES)
+    if not isinstance(model_type, str) or model_type not in known:
         nested = [key for key, value in raw.items() if isinstance(value, dict)
                   and value.get("model_type") in [*model_types.MODEL_TYPES]]  # fmt: skip
         raise errors.UserError(
-            expected=f"model_type among {', '.join(model_types.MODEL_TYPES)}"
+            expected=f"model_type among {', '.join(known)}"
             + ("" if around else
                f"; or, with one of these inside, {', '.join(composite.COMPOSITES)}"),
             found=config_values.shown(model_type)

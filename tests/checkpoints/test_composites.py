@@ -21,6 +21,7 @@ from lora_jax.checkpoints import (
     writer,
 )
 from lora_jax.lora import outer_names, peft
+from lora_jax.lora.nnx import bank, banked
 from lora_jax.models import config as model_config
 from lora_jax.parallel import mesh as sharding
 
@@ -74,6 +75,16 @@ def test_logits_under_an_adapter_equal_pefts_on_the_whole_model(name, adapter):
     check_logits(model, name, adapter)
 
 
+def test_an_adapter_of_the_whole_model_goes_into_a_bank():
+    """Without its part for the vision tower."""
+    model, adapter = load("gemma3"), peft.read(COMPOSITES / "gemma3/names")
+    bank.add(model, slots=1, rank=4)
+    contents = banked.Bank(model).contents(adapter, "names")
+    same = outer_names.inner(adapter, model.config)
+    assert contents.digest == banked.Bank(model).contents(same, "same").digest
+    assert len(contents.slots[0]) == 2  # q_proj and v_proj
+
+
 def test_names_of_both_forms_are_the_same_tensors(tmp_path):
     (tmp_path / "config.json").write_text((COMPOSITES / "gemma3/config.json").read_text())
     renamed = {newer(key): array for key, array in tensors_of(COMPOSITES / "gemma3").items()}
@@ -101,6 +112,7 @@ def merged(name, adapter, into):
 def test_a_merged_folder_is_the_whole_model(tmp_path):
     adapter = peft.read(COMPOSITES / "llava/saved")
     before, after = merged("llava", adapter, tmp_path / "merged")
+    assert (tmp_path / "merged/preprocessor_config.json").read_text() == "{}\n"
     assert before.keys() == after.keys()
     assert (json.loads((tmp_path / "merged/config.json").read_text())
             == json.loads((COMPOSITES / "llava/config.json").read_text()))  # fmt: skip

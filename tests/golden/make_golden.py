@@ -854,6 +854,7 @@ def make_composites(seed):
         randomize(base, seed)
         base.save_pretrained(folder, save_original_format=old)
         (folder / "generation_config.json").unlink()
+        (folder / "preprocessor_config.json").write_text("{}\n")
         arrays = dict(input_ids=ids, logits=plain_logits(base, ids, mask))
         for adapter, lora in adapters.items():
             generator = torch.Generator().manual_seed(seed)
