@@ -13,7 +13,7 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
-from lora_jax.lora import targets, token_indices
+from lora_jax.lora import targets
 from lora_jax.models import composite, names
 from lora_jax.models import config as model_config
 
@@ -61,13 +61,20 @@ def inner_config(
 ) -> lora_config.LoRAConfig:
     """The settings with the names of a LLaMA.
 
-    They may have the names of the whole model, as transformers has them or had them before 4.52.
+    They may have the names of the whole model, as transformers has them or had them before 4.52, or
+    those of a LLaMA: the first that match layers.
     """
-    for old in (False, True) if base.composite else ():
-        named = {names.outer(path, base.composite, old=old): path for path in _modules(base)}
-        if any(_is_trained(path, config) for path in named):
+    if not base.composite:
+        return config
+    own = _modules(base)
+    forms = [{names.outer(path, base.composite, old=old): path for path in own}
+             for old in (False, True)]  # fmt: skip
+    for named in forms:
+        if any(targets.is_chosen(path, config) for path in named):
             return _renamed(config, named)
-    return config
+    if any(targets.is_chosen(path, config) for path in own):
+        return config
+    return _renamed(config, forms[0])
 
 
 def outer(adapter: lora_adapter.Adapter, base: model_config.LlamaConfig) -> lora_adapter.Adapter:
@@ -121,7 +128,6 @@ def _renamed(
     is, and one that matches nothing, too; others become lists of names. may_stay: which names of
     modules that are trained in another way than by A and B may stay.
     """
-
     layers = {old: new for old, new in named.items() if not old.endswith("norm")}
 
     def as_names(given: Sequence[str] | str, chosen: Callable[[str], bool]) -> Any:
@@ -159,7 +165,7 @@ def _renamed(
         linear = {old: new for old, new in layers.items() if not old.endswith(_OWN)}
     return dataclasses.replace(
         config,
-        targets=as_names(config.targets, in_layers),
+        targets=as_names(config.targets, in_layers) or config.targets,
         exclude=as_names(config.exclude, lambda path: True),
         layers_pattern=pattern,
         rank_pattern=_patterns(config.rank_pattern, linear),
@@ -207,11 +213,6 @@ def _matched(named: Mapping[str, str], value: Callable[[str], Any]) -> tuple[lis
     values = {old: value(old) for old in named}
     alike = all(values[old] == value(new) for old, new in named.items())
     return [old for old, own in values.items() if own], alike
-
-
-def _is_trained(path: str, config: lora_config.LoRAConfig) -> bool:
-    is_saved = targets.saves(path, config)
-    return is_saved or targets.is_chosen(path, config) or bool(token_indices.of(path, config))
 
 
 def _saves(path: str, name: str) -> bool:
