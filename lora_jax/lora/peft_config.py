@@ -1,11 +1,13 @@
 """PEFT's adapter_config.json: which of its settings are read, and what is written."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
+from lora_jax.lora import targets as lora_targets
 
 _DEFAULTS = {"r": 8, "lora_alpha": 8}  # what PEFT assumes for a key that is left out
 _READ = {
@@ -158,6 +160,8 @@ def written(adapter: lora_adapter.Adapter, revision: str | None) -> dict[str, An
     if isinstance(targets, str) and layers is not None:
         # PEFT does not accept layers_to_transform with a regex.
         targets, layers, layers_pattern = tuple(adapter.factors), None, None
+    elif targets == lora_targets.ALL_LINEAR:
+        targets = _names(adapter.factors) or targets
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -185,3 +189,13 @@ def written(adapter: lora_adapter.Adapter, revision: str | None) -> dict[str, An
         "ensure_weight_tying": config.ensure_weight_tying,
         "inference_mode": True,
     }
+
+
+def _names(paths: Iterable[str]) -> set[str]:
+    """The adapted layers as PEFT writes them for "all-linear", which servers take for a regex.
+
+    In a LLaMA, all layers of a name are linear, so the names are enough.
+    """
+    layers = [re.fullmatch(r"model\.(?:\w+\.)?layers\.\d+\.(?:self_attn|mlp)\.(\w+)", path)
+              for path in paths]  # fmt: skip
+    return {match[1] for match in layers if match} if all(layers) else {*paths}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lora_jax import errors
 from lora_jax.lora import adapter as host
-from lora_jax.lora import peft, peft_config, peft_tensors
+from lora_jax.lora import peft, peft_config, peft_tensors, targets
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "lora_qv" / "final_adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -210,6 +210,27 @@ def test_tensors_that_are_not_finite_are_named(value, tmp_path):
 def test_null_target_modules_are_those_in_the_file(tmp_path):
     found = peft.read(folder(tmp_path, target_modules=None, task_type=None))
     assert set(found.config.targets) == set(found.factors) and len(found.factors) == 6
+
+
+@pytest.mark.parametrize(
+    "path, named",
+    [
+        ("model.layers.{}.self_attn.q_proj", ["k_proj", "q_proj"]),
+        ("model.language_model.layers.{}.self_attn.q_proj", ["k_proj", "q_proj"]),
+        ("encoder.{}.q_proj", ["encoder.0.q_proj", "encoder.1.k_proj"]),
+    ],
+)
+def test_all_linear_is_written_as_the_names_that_it_took(path, named, tmp_path):
+    """As PEFT does: servers read "all-linear" as a regex, which matches nothing."""
+    adapter = peft.read(FOLDER)
+    own = next(iter(adapter.factors.values()))
+    factors = {path.format(0): own, path.format(1).replace("q_proj", "k_proj"): own}
+    config = dataclasses.replace(adapter.config, targets="all-linear", exclude=("v_proj",))
+    peft.write(tmp_path, dataclasses.replace(adapter, config=config, factors=factors))
+    assert peft.settings(tmp_path)["target_modules"] == named
+    again = peft.read(tmp_path).config
+    assert all(targets.is_chosen(each, again) for each in factors)
+    assert not targets.is_chosen("model.layers.0.self_attn.v_proj", again)
 
 
 def test_what_pefts_settings_mean(tmp_path):
