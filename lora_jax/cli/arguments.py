@@ -17,7 +17,7 @@ Given = dict[str, Any]  # {flag, with _ for -: value} of the typed flags
 
 # Flags with a path on this machine.
 _PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file",
-          "output_file", "config", "chat_template")  # fmt: skip
+          "output_file", "config", "chat_template", "init_adapter")  # fmt: skip
 _PROCESSES = ("coordinator", "num_processes", "process_id")
 
 

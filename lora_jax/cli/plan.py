@@ -31,14 +31,15 @@ def run(of: train.Asked) -> int:
     asked, settings = of.others, of.settings
     arguments.refuse_processes(asked, "--plan")
     limit = output.num_bytes(asked["hbm"]) if "hbm" in asked else None
-    base = hub.config_folder(settings.model.model, settings.model.revision)
 
     from lora_jax.models import config as model_config
     from lora_jax.parallel import mesh as sharding
     from lora_jax.planning import chips, programs, proposals, resident
     from lora_jax.planning import memory as device_memory
-    from lora_jax.training import setup
+    from lora_jax.training import setup, starting
 
+    settings, _ = starting.find(settings, resuming=False)
+    base = hub.config_folder(settings.model.model, settings.model.revision)
     if settings.loop.sweep:
         count = setup.num_adapters(settings)
         raise errors.UserError(

@@ -50,6 +50,8 @@ def add_run(flags: arguments.Flags) -> None:
     arguments.add_model(flags)
     arguments.add_data(flags)
     flags.group("adapter")
+    flags.add("--init-adapter", "train this adapter further, with its rank, targets and so on; its "
+              "config names the base model", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--rank", "rank of A and B", type=int, metavar="R")
     flags.add("--alpha", "the adapter is scaled by alpha / rank", type=float)
     flags.add("--dropout", "dropout probability of the adapter's input", type=float, metavar="P")

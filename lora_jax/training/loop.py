@@ -25,6 +25,7 @@ from lora_jax.training import (
     run_data,
     scoring,
     setup,
+    starting,
     stop,
 )
 from lora_jax.training.output import record as records
@@ -44,13 +45,16 @@ def load_and_run(
     begun = time.monotonic()
     trains = settings.loop.max_steps != 0
     found = run_data.read(settings) if trains else None  # fails before a model is downloaded
+    settings, start = starting.find(settings, resuming=resuming)
     base_folder, architecture = setup.find(settings.model)
     settings, mesh = setup.fit(settings, base_folder, architecture, resume=resuming)
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say("devices", f"{devices.describe()}, mesh {axes}")
     where = console.quoted(str(folder.path))
     processes.when_lost(f"start all of them again with --resume --output-dir {where}")
-    steps = _on_mesh(settings, folder, base_folder, architecture, mesh, found, begun, resuming)
+    steps = _on_mesh(
+        settings, folder, base_folder, architecture, mesh, found, begun, resuming, start
+    )
     return (yield from _with_mesh(mesh, steps))
 
 
@@ -78,34 +82,34 @@ def _on_mesh(
     found: run_data.Read | None,
     begun: float,
     resuming: bool,
+    start: starting.Start | None,
 ) -> outcome.Steps:
     template = settings.model.chat_template
     if template and (folder.path / "chat_template.jinja").is_file():  # of the run that is resumed
         template = str(folder.path)
-    base, watch = setup.base(base_folder, architecture, template), setup.Stopwatch()
-    context = architecture.context
+    base = setup.base(base_folder, architecture, template, start)
+    context, watch = architecture.context, setup.Stopwatch()
     data = None
     settings = setup.with_token_ids(settings, base.tokenizer)
     if found is not None:
         settings = settings.replace(seq_len=settings.data.resolve_seq_len(context))
         settings = setup.with_chat_time(settings, base.tokenizer)
-        vocabulary = architecture.vocab_size
         data = run_data.RunData(
-            settings, found, base.tokenizer, base.eos_ids[0], context, vocabulary
+            settings, found, base.tokenizer, base.eos_ids[0], context, base.num_tokens
         )
         settings = setup.choose_remat(settings, architecture, mesh, data)
     prompts = scoring.encoded_prompts(settings, base)
-    start, held = time.time(), devices.held_bytes()
+    loading, held = time.time(), devices.held_bytes()
     shape = None if data is None else (settings.loop.batch_size, data.batches.length)
     generates = bool(prompts or settings.eval.exact_match)
-    adapters = setup.load(settings, base, mesh, shape, scoring.SLOTS if generates else 0)
-    watch.add("load", start)
+    adapters = setup.load(settings, base, mesh, shape, scoring.SLOTS if generates else 0, start)
+    watch.add("load", loading)
     if data is None:
         texts = scoring.continuations(settings, base, mesh, adapters, prompts,
                                adapters.trained, adapters.frozen)  # fmt: skip
         return outcome.Outcome(settings, folder.path, folder.adapter, 0, 0, finished=True,
                        continuations=texts)  # fmt: skip
-    job = setup.Job(settings, folder, base, mesh, data, adapters, begun, held, watch)
+    job = setup.Job(settings, folder, base, mesh, data, adapters, begun, held, watch, start)
     return (yield from _fit(job, prompts, resuming))
 
 

@@ -104,7 +104,7 @@ def encoded_prompts(settings: groups.TrainSettings, base: setup.Base) -> list[li
         encoded = [tokenizer.chat_prompt(base.tokenizer, text) for text in texts]
     else:
         encoded = tokenizer.encode(base.tokenizer, texts)
-    tokenizer.check_ids(base.tokenizer, encoded, base.architecture.vocab_size)
+    tokenizer.check_ids(base.tokenizer, encoded, base.num_tokens)
     context = base.architecture.context
     for ids in encoded:
         limits.check_length(len(ids), settings.prompts.sampling.max_new_tokens, context)

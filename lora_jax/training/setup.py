@@ -16,7 +16,7 @@ from lora_jax.checkpoints import inventory, loader, model_folder, safetensors_fi
 from lora_jax.console import say
 from lora_jax.data import chat, clock
 from lora_jax.kernels import choice
-from lora_jax.lora import outer_names, token_indices
+from lora_jax.lora import outer_names, tied_head, token_indices
 from lora_jax.lora.nnx import model_state
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
@@ -25,7 +25,7 @@ from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, proposals
 from lora_jax.planning import job as jobs
 from lora_jax.selftest import case, of_model, proof
-from lora_jax.training import run_data
+from lora_jax.training import run_data, starting
 from lora_jax.training.adapters import one_adapter, sweep
 from lora_jax.training.output import run_folder
 from lora_jax.training.settings import convert, groups
@@ -37,12 +37,16 @@ Adapters = one_adapter.OneAdapter | sweep.SweepAdapters
 
 
 class Base(NamedTuple):
-    """A base model: its folder, config.json, tokenizer, and end-of-text tokens."""
+    """A base model: its folder, config.json, tokenizer, and end-of-text tokens.
+
+    num_tokens: the rows of its embedding, or of the one that an adapter brings along.
+    """
 
     folder: pathlib.Path
     architecture: model_config.LlamaConfig
     tokenizer: "transformers.PreTrainedTokenizerBase"
     eos_ids: tuple[int, ...]
+    num_tokens: int
 
 
 def find(settings: groups.ModelSettings) -> tuple[pathlib.Path, model_config.LlamaConfig]:
@@ -90,11 +94,20 @@ def with_targets(
 
 
 def base(
-    folder: pathlib.Path, architecture: model_config.LlamaConfig, chat_template: str | None
+    folder: pathlib.Path,
+    architecture: model_config.LlamaConfig,
+    chat_template: str | None,
+    start: starting.Start | None,
 ) -> Base:
-    """The base model with its tokenizer, and this chat template if it is not None."""
-    reader = tokenizer.load(folder, chat_template=chat_template)
-    return Base(folder, architecture, reader, chat.stop_ids(reader, folder))
+    """The base model with its tokenizer, or that of the adapter to start from.
+
+    chat_template: replaces that of the tokenizer if it is not None.
+    """
+    reader = tokenizer.load(folder, start and start.folder, chat_template=chat_template)
+    num_tokens = architecture.vocab_size
+    if start is not None:
+        num_tokens = tied_head.num_tokens(start.adapter, architecture, str(start.folder))
+    return Base(folder, architecture, reader, chat.stop_ids(reader, folder), num_tokens)
 
 
 def with_chat_time(
@@ -195,15 +208,18 @@ def load(
     mesh: Mesh,
     shape: tuple[int, int] | None,
     slots: int,
+    start: starting.Start | None,
 ) -> Adapters:
     """The base model on its devices, with the adapters that the run trains.
+
+    start: the adapter that is trained further; None: new ones.
 
     shape: of a micro-batch, [sequences, tokens], and slots: of generation; None and 0 if there is
     none. Kernels that are not right at these shapes are left out.
     """
     config = settings.lora
     principal = None
-    if settings.model.quant != "none" and config.init_lora_weights != "default":
+    if start is None and settings.model.quant != "none" and config.init_lora_weights != "default":
         principal = lora.Principal(config)
     model = loader.load(
         base.folder,
@@ -214,7 +230,12 @@ def load(
         residual=None if principal is None else principal.take,
     )
     _prove(settings, model, shape, slots)
-    lora.inject(model, config, rngs=nnx.Rngs(settings.loop.seed), principal=principal)
+    if start is None:
+        lora.inject(model, config, rngs=nnx.Rngs(settings.loop.seed), principal=principal)
+    else:
+        starting.note_other_base(start, settings.model.quant)
+        say("start", f"from the adapter {console.near(str(start.folder))}")
+        lora.attach(model, start.adapter, untrained=True, where=str(start.folder))
     graphdef, *state = model_state.split(model)
     trained, frozen = sharding.place(state, mesh)
     if settings.beta is not None:  # a step reuses the memory of `trained`
@@ -286,6 +307,7 @@ class Job(NamedTuple):
     begun: float  # a time.monotonic()
     held: int  # bytes in use before the model was loaded
     watch: Stopwatch
+    start: starting.Start | None  # the adapter that is trained further
 
     @property
     def num_steps(self) -> int:

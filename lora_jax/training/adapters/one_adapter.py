@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lora_jax import tokenizer
+from lora_jax import hub, tokenizer
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import peft
 from lora_jax.lora.nnx import model_state
@@ -129,5 +129,7 @@ def save_adapter(
         base_model=str(base.absolute()) if local else model.model,
         revision=model.revision,
     )
+    if begun := adapter.settings.loop.init_adapter:
+        tokenizer.copy(hub.adapter_folder(begun), path)
     if model.chat_template:
         tokenizer.copy_chat_template(folder.path, path)

@@ -37,7 +37,7 @@ def make(job: setup.Job) -> run_folder.Record:
         mesh=dict(job.mesh.shape),
         memory={"planned_bytes": planned, "bytes_before": job.held},
         base={"id": flat["model"], **fingerprints.fingerprint(job.base.folder)},
-        data=job.data.fingerprints,
+        data=job.data.fingerprints | ({"adapter": job.start.digest()} if job.start else {}),
     )
 
 

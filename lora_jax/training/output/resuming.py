@@ -10,7 +10,12 @@ from lora_jax.training import setup
 from lora_jax.training.output import run_folder, snapshots
 from lora_jax.training.settings import assemble, convert
 
-_SETTING = {"base": "model", "train": "dataset", "held out": "eval_dataset"}
+_SETTING = {
+    "base": "model",
+    "train": "dataset",
+    "held out": "eval_dataset",
+    "adapter": "init_adapter",
+}
 
 
 def restore(
@@ -59,8 +64,9 @@ def _check_same(job: setup.Job, before: run_folder.RunJson, record: run_folder.R
     for what, now in (("base", base), ("data", record.data)):
         then = before.get(what, {})
         for part in (part for part, value in now.items() if then.get(part, "") != value):
+            of = "" if part == "adapter" else f" of the {what}"
             changed.append(
-                f"another {part} of the {what}"
+                f"another {part}{of}"
                 if part in then
                 else f"no {part} of the {what}: another version of lora-jax ({version}) wrote it"
             )
@@ -68,7 +74,7 @@ def _check_same(job: setup.Job, before: run_folder.RunJson, record: run_folder.R
             where.append(f"{convert.flag(name)}, now {record.settings.get(name)}")
     if changed:
         raise errors.UserError(
-            expected="the base model and the data that the run was started with",
+            expected="the base model, the data and the adapter that the run was started with",
             found=changed,
             where=[*dict.fromkeys(where)],
             do="put them back, or start a new run",

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from lora_jax import assets, errors
 from lora_jax.training.settings import checks, convert, groups, names
 
-MOVABLE = ("model", "dataset", "eval_dataset")  # where a resumed run finds the same contents
+# Where a resumed run finds the same contents.
+MOVABLE = ("model", "init_adapter", "dataset", "eval_dataset")
 PATHS = (*MOVABLE, "chat_template")
 Origins = Mapping[str, str]  # {setting: the line of a file that gives it}
 

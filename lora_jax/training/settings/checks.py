@@ -1,11 +1,13 @@
 """Finds settings that contradict each other, are out of range, or have no effect."""
 
+import dataclasses
 import datetime
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 
 from lora_jax import errors
+from lora_jax.lora import config as lora_config
 from lora_jax.training.settings import convert, groups
 
 _LEAST = {  # {lowest value: settings}
@@ -28,8 +30,14 @@ _NEEDS: dict[str, tuple[str, Callable[[groups.TrainSettings], bool]]] = {
 }
 
 
+# What an adapter to start from has itself.
+_OF_ADAPTER = {field.name for field in dataclasses.fields(lora_config.LoRAConfig)} - {"dropout"}
+
+
 def is_inert(name: str, settings: groups.TrainSettings) -> bool:
     """Whether a setting has no effect, given the others."""
+    if settings.loop.init_adapter and name in _OF_ADAPTER:
+        return True
     if name == "epochs":
         return settings.loop.max_steps is not None
     if name == settings.loop.swept:
@@ -52,6 +60,7 @@ def problems(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
             do="give a --dataset with prompt, chosen and rejected",
         )
     yield from out_of_range(settings.flat())
+    yield from _adapter(settings)
     if settings.data.streaming:
         yield from _streaming(settings)
     yield from mixture(settings.data)
@@ -103,6 +112,16 @@ def chat_time(data: groups.DataSettings) -> Iterator[errors.UserError]:
         )
 
 
+def _adapter(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
+    """Yields an error for settings that the adapter to start from has itself."""
+    if settings.loop.init_adapter and (given := sorted(_OF_ADAPTER & settings.given)):
+        yield errors.UserError(
+            expected="the settings of the adapter that is trained further",
+            found=[f"{convert.flag(name)} with --init-adapter" for name in given],
+            do="leave them out, or start without --init-adapter",
+        )
+
+
 def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
     flat, swept, loop = settings.flat(), settings.loop.swept, settings.loop
     for name, field in groups.FIELDS.items():
@@ -122,6 +141,8 @@ def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
         ("--patience with --sweep: its adapters end at the same step", swept
          and settings.eval.patience),
         ("--max-steps 0 with --sweep", swept and loop.max_steps == 0),
+        ("--sweep rank=… with --init-adapter, which has its rank", swept == "rank"
+         and bool(loop.init_adapter)),
         ("--init-lora-weights pissa with --sweep rank=…: each rank would change the base",
          swept == "rank" and settings.lora.init_lora_weights != "default"),
         ("--revision without --model", "revision" in settings.given

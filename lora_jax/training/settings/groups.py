@@ -112,9 +112,10 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """What a step computes, how many steps there are, and the random seed.
+    """What is trained, what a step computes, how many steps there are, and the random seed.
 
     Args:
+      init_adapter: the adapter to train further, a folder or a hub id; None: a new one.
       batch_size: sequences per forward pass, over all devices.
       grad_accum: batches per optimizer step.
       max_steps: optimizer steps, instead of epochs.
@@ -126,6 +127,7 @@ class LoopSettings:
       seed: of the data order, the initial A, and dropout.
     """
 
+    init_adapter: str | None = None
     batch_size: int = 4
     grad_accum: int = 4
     max_steps: int | None = None

@@ -20,6 +20,7 @@ _SAME = {
     "columns": "dataset_text_field field_messages field_instruction field_output",
     "seq_len": "max_seq_length max_length max_seq_len sequence_len cutoff_len model_max_length",
     "packing": "sample_packing pack_sequences",
+    "init_adapter": "adapter lora_model_dir adapter_name_or_path resume_adapter_file",
     "rank": "r lora_r lora_rank",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
@@ -59,9 +60,10 @@ _OF_OTHERS = {theirs: ours for ours, names in _SAME.items() for theirs in names.
 _OTHERWISE = {
     **{theirs: f"quant: {fmt}" for fmt, names in _BITS.items() for theirs in names.split()},
     "lora_target_linear": "targets: all-linear",
+    "adapter": "leave it out: what is trained is always a LoRA adapter; quant: int4 is QLoRA; one "
+    "to train further is init_adapter",
     "bf16": "dtype: bfloat16",
     "fp16": "dtype: bfloat16",
-    "adapter": "leave it out: what is trained is always a LoRA adapter; quant: int4 is QLoRA",
     "optim": "leave it out: the optimizer is AdamW",
     "optimizer": "leave it out: the optimizer is AdamW",
     "resume_from_checkpoint": "lora-jax train --resume --output-dir runs/…",
