@@ -22,6 +22,7 @@ _TOKENIZERS = ("tokenizer.json", *conversion.FILES)
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # The default chat template, and a folder of others by their names.
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_OF_PROCESSOR = "chat_template.json"
 
 
 def load(
@@ -68,9 +69,9 @@ def load(
         if (folder / name).is_file():
             hub.refuse_lfs_pointer(folder / name)
     if (folder / "tokenizer.json").is_file():
-        return _from_json(folder, folder)
+        return _with_template(_from_json(folder, folder), folder)
     if any((folder / name).is_file() for name in conversion.FILES):
-        return _converted(folder)
+        return _with_template(_converted(folder), folder)
     raise errors.UserError(
         expected="tokenizer.json or tokenizer.model, or vocab.json and merges.txt, or tekken.json",
         found="none of them",
@@ -92,6 +93,16 @@ def copy(adapter: str | pathlib.Path, into: str | pathlib.Path) -> None:
 def copy_chat_template(source: str | pathlib.Path, into: str | pathlib.Path) -> None:
     """Copies what `load` takes as chat_template into a folder."""
     _write(_templates_of(str(source)), pathlib.Path(into))
+
+
+def _with_template(
+    reader: "transformers.PreTrainedTokenizerBase", folder: pathlib.Path
+) -> "transformers.PreTrainedTokenizerBase":
+    """The tokenizer, with the template of a processor, which transformers reads for a processor
+    alone, if it has none."""
+    if not reader.chat_template and (templates := _chat_templates(folder)):
+        _use(reader, templates)
+    return reader
 
 
 def _use(reader: "transformers.PreTrainedTokenizerBase", templates: dict[str, str]) -> None:
@@ -142,15 +153,16 @@ def _templates_of(source: str) -> dict[str, str]:
 def _chat_templates(folder: pathlib.Path) -> dict[str, str]:
     """{name: chat template} of a folder, which may have no tokenizer.
 
-    Files precede tokenizer_config.json. Raises: UserError if one cannot be read.
+    Files precede tokenizer_config.json, and that the template of a processor. Raises: UserError if
+    one cannot be read.
     """
     paths = {path.stem: path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
     if (folder / _TEMPLATE).is_file():
         paths["default"] = folder / _TEMPLATE
     try:
-        found: typing.Any = {
-            name: path.read_text(encoding="utf-8") for name, path in paths.items()
-        } or read_json(folder / "tokenizer_config.json").get("chat_template")
+        found: typing.Any = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+        for beside in ("tokenizer_config.json", _OF_PROCESSOR):
+            found = found or read_json(folder / beside).get("chat_template")
         if isinstance(found, list):
             found = {each["name"]: each["template"] for each in found}
         templates = {"default": found} if isinstance(found, str) else dict(found or {})

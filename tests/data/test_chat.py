@@ -448,6 +448,15 @@ def test_another_chat_template_replaces_that_of_the_tokenizer(tmp_path):
     assert tokenizer.load(base).chat_template == CHATML
 
 
+def test_the_template_of_a_processor_is_used_where_the_tokenizer_has_none(tmp_path):
+    base = tiny_tokenizer.save(tmp_path / "base")
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": PLAIN}))
+    assert tokenizer.load(base).chat_template == PLAIN
+    own = tiny_tokenizer.save(tmp_path / "own", chat_template=CHATML)
+    (own / "chat_template.json").write_text(json.dumps({"chat_template": PLAIN}))
+    assert tokenizer.load(own).chat_template == CHATML
+
+
 def test_a_chat_template_that_is_not_there_is_named(tmp_path, monkeypatch):
     base = tiny_tokenizer.save(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
