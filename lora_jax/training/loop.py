@@ -27,6 +27,7 @@ from lora_jax.training import (
     setup,
     starting,
     stop,
+    untrained_tokens,
 )
 from lora_jax.training.output import record as records
 from lora_jax.training.output import resuming as checkpoint
@@ -109,6 +110,8 @@ def _on_mesh(
                                adapters.trained, adapters.frozen)  # fmt: skip
         return outcome.Outcome(settings, folder.path, folder.adapter, 0, 0, finished=True,
                        continuations=texts)  # fmt: skip
+    if text := untrained_tokens.note(adapters.model, data.used, settings.lora, base.tokenizer):
+        say("tokens", text)
     job = setup.Job(settings, folder, base, mesh, data, adapters, begun, held, watch, start)
     return (yield from _fit(job, prompts, resuming))
 

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from lora_jax import console, errors, tokenizer
 from lora_jax.console import say
 from lora_jax.data import (
@@ -125,6 +127,7 @@ class RunData:
             in_pairs=self._data.dpo,
         )
         self.has_chats = False
+        self.used = np.zeros(vocabulary, bool)  # which tokens there are; of a stream, so far
         label = "stream" if self._data.streaming else "data"
         encoded = [
             self._encode(label, source, part)[1].examples
@@ -259,6 +262,8 @@ class RunData:
         """(the examples that are not skipped as bad, encoded), and says how many there are."""
         kept, encoded = self._encoded(examples)
         self.has_chats |= encoded.num_chats > 0
+        for ids, _ in encoded.examples:
+            self.used[ids] = True
         first = "of its first examples " if label == "stream" else ""
         num_tokens = sum(len(ids) for ids, _ in encoded.examples)
         say(
