@@ -78,16 +78,10 @@ def main() -> int:
     writer.refuse_occupied(into)  # before a model is downloaded
     source = hub.adapter_folder(settings["adapter"])
     adapter = peft.read(source)
-    name = settings.get("model") or adapter.base_model
+    name, revision, named_by = settings.get("model"), settings.get("revision"), None
     if not name:
-        raise errors.UserError(
-            expected="a base model that the adapter names", found="none", where=str(source),
-            do="give it with --model",
-        )  # fmt: skip
-    revision = settings.get("revision") or (
-        None if "model" in settings else peft.settings(source).get("revision")
-    )
-    named_by = None if "model" in settings else source
+        named_by, (name, own_revision) = source, peft.base_of(source)
+        revision = revision or own_revision
     folder = hub.model_folder(name, revision, named_by=named_by)
     if base.quant is None:
         arguments.note_other_base(source, base.resolve_quant(model_config.load(folder), folder))

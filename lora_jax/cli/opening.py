@@ -64,18 +64,10 @@ def files(
     devices.keep_freed_memory()
     devices.keep_compiled()
     found = hub.adapter_folder(adapter) if adapter else None
-    name, revision = model, settings.revision
-    if not name:
-        named = peft.settings(found) if found else {"base_model_name_or_path": assets.FOLDER}
-        name = str(named.get("base_model_name_or_path") or "")
-        revision = revision or named.get("revision")
-    if not name:
-        raise errors.UserError(
-            expected="base_model_name_or_path in adapter_config.json",
-            found="none",
-            where=str(found),
-            do="give the base model with --model",
-        )
+    name, revision = model or str(assets.FOLDER), settings.revision
+    if found and not model:
+        name, own_revision = peft.base_of(found)
+        revision = revision or own_revision
     folder = hub.model_folder(name, revision, named_by=None if model else found)
     architecture = model_folder.config(folder)
     quant = settings.resolve_quant(architecture, folder)

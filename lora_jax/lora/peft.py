@@ -137,6 +137,22 @@ def settings(folder: pathlib.Path | str) -> dict[str, Any]:
     return raw
 
 
+def base_of(folder: pathlib.Path | str) -> tuple[str, str | None]:
+    """(name, revision) of the model that the adapter in `folder` names as its base.
+
+    Raises: UserError as `settings`, or if it names none.
+    """
+    raw = settings(folder)
+    if not (name := str(raw.get("base_model_name_or_path") or "")):
+        raise errors.UserError(
+            expected="base_model_name_or_path in adapter_config.json",
+            found="none",
+            where=str(folder),
+            do="give the base model with --model",
+        )
+    return name, raw.get("revision")
+
+
 def _inside(folder: pathlib.Path) -> str:
     """What to do about the folder of a run that was passed in place of its adapter; "" if not."""
     found = sorted(path.parent for path in folder.glob(f"*/{_SETTINGS}"))

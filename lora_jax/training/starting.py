@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax import errors, hub
+from lora_jax import hub
 from lora_jax.console import say
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import peft
@@ -57,17 +57,10 @@ def find(
 
 def _base(model: groups.ModelSettings, folder: pathlib.Path) -> groups.ModelSettings:
     """The settings of the model that the adapter in `folder` names."""
-    raw = peft.settings(folder)
-    name = str(raw.get("base_model_name_or_path") or "")
-    if not name:
-        raise errors.UserError(
-            expected="base_model_name_or_path in adapter_config.json",
-            found="none",
-            where=str(folder),
-            do="give the base model with --model",
-        )
-    revision = model.revision or raw.get("revision")
-    return dataclasses.replace(model, model=name, revision=revision)
+    name, revision = peft.base_of(folder)
+    if hub.looks_like_path(name):
+        hub.model_folder(name, named_by=folder)  # whose error says who names it
+    return dataclasses.replace(model, model=name, revision=model.revision or revision)
 
 
 def note_other_base(start: Start, quant: str) -> None:
