@@ -377,7 +377,7 @@ class Shared(nn.Module):
 class Misplaced(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return x @ self.param("other", nn.initializers.normal(), (4, 4))
+        return x @ self.param("other", nn.initializers.normal(), (4, 4)) ** 2
 
 
 linen.register(Misplaced, "...i,io->...o", weight="w")
@@ -404,7 +404,7 @@ def test_what_cannot_be_adapted_is_never_skipped_silently():
             linen.adapt(module, config(targets=targets), x)
         assert raised.value.found == found
     adapted = linen.adapt(module, config(targets="all-linear"), x, quant="int8")
-    left = "a parameter of a Misplaced that is not registered"
+    left = "a parameter of Misplaced, whose call is no product with it alone"
     assert adapted.left["shared.other"] == (
         f"not adapted: {left}; name it in the targets; not quantized: {left}"
     )

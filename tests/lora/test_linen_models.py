@@ -304,6 +304,45 @@ class Conv1D(nn.Module):
         return y + self.param("bias", nn.initializers.ones, (6,))
 
 
+class Einsum(nn.Module):
+    """As that of google-deepmind/gemma, which is told how it multiplies when it is called."""
+
+    shape: tuple[int, ...]
+    weight: str = "w"
+
+    @nn.compact
+    def __call__(self, text, x):
+        w = self.param(self.weight, nn.initializers.lecun_normal(), self.shape)
+        return jnp.einsum(text, x, w)
+
+
+class FeedForward(nn.Module):
+    """As Gemma's, whose layers share a scope."""
+
+    @nn.compact
+    def __call__(self, x):
+        up, down = Einsum((2, 6, 8), "up"), Einsum((6, 8), "down")
+        nn.share_scope(self, up)
+        nn.share_scope(self, down)
+        gate, x = jnp.moveaxis(up("...d,ned->...ne", x), -2, 0)
+        return down("bd,de->be", jnp.tanh(gate) * x)
+
+
+class HasBias(nn.Module):
+    """A bias of two axes, which is not mistaken for a weight."""
+
+    @nn.compact
+    def __call__(self, mask, x):
+        w = self.param("w", nn.initializers.lecun_normal(), (3, 8, 4))
+        return jnp.einsum("bd,ndh->bnh", x, w) + self.param("b", nn.initializers.ones, (3, 4))
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return HasBias(name="m")(None, x)
+
+
 class Squared(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -360,6 +399,8 @@ CASES = {
     "registered": (Holds(Plainly, (), "states"), ("m",), X, {"m"}),
     "registered wrongly": (Holds(Wrongly), ("m",), X, set()),
     "seen to be a product": (Holds(Conv1D), ("m",), SEQUENCE, {"m"}),
+    "told by the call": (Holds(FeedForward), ("up", "down"), X, {"m.up", "m.down"}),
+    "a bias of two axes": (Masked(), ("m",), X, {"m"}),
     "a kernel otherwise": (Holds(Squared), ("m",), X, set()),
     "several weights": (Holds(Several), ("gate", "up"), X, set()),
     "one layer": (nn.Dense(4), ("kernel",), X, {"kernel"}),
@@ -392,6 +433,7 @@ def test_adapted_is_merged_in_values_and_gradients(case):
             ("square scan on axis 1", "int4", {}),
             ("grouped", "none", {"use_dora": True}),
             ("registered", "int4", {}),
+            ("told by the call", "int4", {"use_dora": True}),
             ("seen to be a product", "int4", {}),
             ("own derivative", "int4", {}),
             ("attend", "none", {"use_dora": True}),
@@ -597,7 +639,7 @@ def test_what_was_taken_and_what_was_left():
             return nn.Dense(4, name="lm_head")(x)
 
     adapted = linen.adapt(Mixed(), config("all-linear"), IDS, quant="int8")
-    raw = "a parameter of a Mixed that is not registered"
+    raw = "a parameter of Mixed, whose call is no product with it alone"
     assert adapted.left == {
         "emb": "not adapted: an embedding, which all-linear leaves out; "
         "not quantized: an embedding",

@@ -187,8 +187,7 @@ def test_their_nnx_model_is_adapted(made, fmt, tmp_path):
 
 @pytest.mark.parametrize("fmt", ["none", "int8"])
 def test_their_linen_gemma_is_adapted(fmt, tmp_path):
-    their, layers = model_of("gemma.gm.nn._transformer"), model_of("gemma.gm.nn._layers")
-    linen.register(layers.Einsum, lambda layer, eqn, x: eqn, weight="w", input=1)
+    their = model_of("gemma.gm.nn._transformer")
     attention = model_of("gemma.gm.nn._modules").AttentionType
     sizes = model_of("gemma.gm.nn._config").TransformerConfig(
         num_embed=7, embed_dim=32, hidden_dim=64, num_heads=4, head_dim=8, num_kv_heads=2,

@@ -328,7 +328,7 @@ class Adapted:
                 continue
             if site.at in self.packs:
                 for name, array in more[site.key].items():
-                    flat[(*site.path, PACKED, name)] = site.in_params(array)
+                    flat[(*site.beside, PACKED, name)] = site.in_params(array)
             if adapted:
                 own = {"lora_scaling": self._scaling(site),
                        "lora_mask": lora_site.mask(site, self.layer_configs[site.at])}  # fmt: skip
@@ -339,7 +339,7 @@ class Adapted:
                 own |= more[site.at]
                 for name, array in own.items():
                     if array is not None and name not in _START:
-                        flat[(*site.path, name)] = site.in_params(array)
+                        flat[(*site.beside, name)] = site.in_params(array)
         if refused:
             raise errors.UserError(
                 expected="dropout and lora_bias on adapters of layers that only multiply by their "

@@ -29,7 +29,7 @@ def adapt(
     args, kwargs: of a call of the module, `method` included; arrays or their shapes, nothing is
     computed. If no one call uses all layers: a linen.Call for each of several.
     config: None for a quantized base alone. Targets are names of layers, or of parameters of
-    modules whose class is not registered; "all-linear" takes layers only.
+    modules that are no layers; "all-linear" takes layers only.
     exclude: names of layers that are not quantized.
     strict: settings that match nothing are an error; files of other programs have such settings.
     Raises: UserError if a target matches nothing, with the names that exist, or matches something

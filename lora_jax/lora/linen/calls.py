@@ -1,5 +1,6 @@
 """A call of a Flax Linen layer whose weight is quantized or adapted."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,26 +44,33 @@ def product(
     """What the call is if it is declared to be a product with the site's weight; or None."""
     layer = context.module
     known, method = registry.registration_of(type(layer)), context.orig_method.func
-    if type(layer).__name__ != site.cls:  # with nn.share_scope, what is around has the same path
+    # With nn.share_scope, several modules have the same path.
+    if type(layer).__name__ != site.cls or (site.at != site.path and layer.name != site.name):
         return None
-    if site.path != site.at or site.raw or not (known is None or known.multiplies):
+    is_registered = known and site.weight in {own.name for own in known.weights}
+    if site.raw or (is_registered and not known.multiplies):
         return None
-    if known is None:  # it was seen to be a product
-        inferred = registry.Weight(lambda *_: site.linear_map, site.weight, site.bias)
-        known = registry.Registration(type(layer), (inferred,))
+    if not is_registered:  # it was seen to be a product
+        known = registry.Registration(type(layer), (_inferred(site),))
     (weight,), own = known.weights, nn.meta.unbox(dict(layer.variables.get("params", {})))
+    own |= own.get(site.beside[-1], {}) if site.beside != site.path else {}
     if isinstance(layer, nn.Embed) and method is tracing.function_of(nn.Embed, "attend"):
         given, named = registry.bound(method, layer, args, kwargs)
         return Product(site.linear_map, known.cls, given, named, 0, own, "", True)
     if method is not tracing.function_of(known.cls, "__call__"):
         return None
     given, named = registry.bound(method, layer, args, kwargs)
-    if len(given) <= weight.input:  # x is an argument by keyword only
+    input = weight.input if is_registered else products.input_of(given)
+    if input is None or len(given) <= input:  # x is an argument by keyword only
         return None
     how = weight.linear_map_of(layer, *given, **named)
-    if how != site.linear_map or not hasattr(given[weight.input], "dtype"):
+    if how != site.linear_map or not hasattr(given[input], "dtype"):
         return None
-    return Product(how, known.cls, given, named, weight.input, own, weight.bias)
+    return Product(how, known.cls, given, named, input, own, weight.bias)
+
+
+def _inferred(site: Site) -> registry.Weight:
+    return registry.Weight(lambda *_: site.linear_map, site.weight, site.bias)
 
 
 def is_product(site: Site, layer: nn.Module, found: Product) -> bool:
@@ -82,12 +90,13 @@ def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
     sites: those whose weight is read only by calls that are products with it. fmt: the format of
     packed weights. dropout: the rate.
     """
-    by_path: dict[Path, Site] = {site.path: site for site in sites}
+    by_path = of_paths(sites)
 
     def intercept(call, args, kwargs, context):
         layer = context.module
-        site = by_path.get(layer.path) if tracing.is_own(layer) else None
-        found = site and product(site, context, args, kwargs)
+        at_path = by_path.get(layer.path, ()) if tracing.is_own(layer) else ()
+        products = ((site, product(site, context, args, kwargs)) for site in at_path)
+        site, found = next(((site, own) for site, own in products if own), (None, None))
         if not found or ("lora_A" not in found.own and PACKED not in found.own):
             return call(*args, **kwargs)
         if found.attends:
@@ -96,6 +105,14 @@ def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
         return _computed(call, args, kwargs, layer, site, found, fmt, dropout)
 
     return intercept
+
+
+def of_paths(sites: Sequence[Site]) -> dict[Path, list[Site]]:
+    """The sites at each path; modules that share a scope have several."""
+    found: dict[Path, list[Site]] = collections.defaultdict(list)
+    for site in sites:
+        found[site.path].append(site)
+    return found
 
 
 def _computed(call, args, kwargs, layer, site, found, fmt, dropout):

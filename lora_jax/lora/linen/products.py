@@ -19,7 +19,14 @@ class _Value(NamedTuple):
     axes: tuple[Axis, ...] = ()
     summed: frozenset[tuple[int, int]] = frozenset()  # (axis of x, axis of W)
     shared: frozenset[tuple[int, int]] = frozenset()
-    biased: bool = False
+    bias: str = ""  # the name of the bias, or of the one that was added to the product
+
+
+class Inferred(NamedTuple):
+    """How a layer multiplies, and the name of its bias, or ""."""
+
+    how: linear_map.Einsum
+    bias: str
 
 
 def is_product(
@@ -38,8 +45,15 @@ def is_product(
     """
     if not isinstance(how, linear_map.Einsum):
         return _is_plain(layer, cls)
-    found = _traced(layer, cls, params, names, args, input, kwargs)
-    return found is not None and found._replace(biased=False) == _expected(how, args[input].ndim)
+    weight, *biases = names
+    found = _traced(layer, cls, params, weight, biases, args, input, kwargs)
+    return found is not None and found._replace(bias="") == _expected(how, args[input].ndim)
+
+
+def input_of(args: Sequence[Any]) -> int | None:
+    """Which argument is x in a call of a class that nobody registered: the first array."""
+    return next((i for i, own in enumerate(args) if getattr(own, "ndim", 0) and
+                 hasattr(own, "dtype")), None)  # fmt: skip
 
 
 def inferred(
@@ -48,16 +62,18 @@ def inferred(
     weight: str,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> tuple[linear_map.Einsum, str] | None:
-    """(the einsum, the name of the bias or "") of a layer that is a product; None if it is none."""
-    others = [name for name in params if name != weight]
-    if len(others) > 1 or not args or not hasattr(args[0], "dtype"):
+) -> Inferred | None:
+    """What a layer is whose call is a product with that weight; None if it is none.
+
+    args: by position where they can be.
+    """
+    if (input := input_of(args)) is None:
         return None
-    names = weight, "".join(others)
-    found = _traced(layer, type(layer), params, names, args, 0, kwargs)
+    others = [name for name in params if name != weight]
+    found = _traced(layer, type(layer), params, weight, others, args, input, kwargs)
     if found is None or found.kind != "y" or not found.summed:
         return None
-    ndim, used = args[0].ndim, {pair[0] for pair in found.summed | found.shared}
+    ndim, used = args[input].ndim, {pair[0] for pair in found.summed | found.shared}
     free = next((i for i in range(ndim) if i in used or found.axes[i] != ("x", i)), ndim)
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     x = {i: next(letters) for i in range(free, ndim)}
@@ -66,9 +82,14 @@ def inferred(
     y = "".join((x if kind == "x" else w)[i] for kind, i in found.axes[free:])
     text = f"...{''.join(x.values())},{''.join(w[i] for i in sorted(w))}->...{y}"
     try:
-        return linear_map.parse(text), names[1]
+        how = linear_map.parse(text)
     except errors.UserError:
         return None
+    sizes = dict(zip(how.w, params[weight].shape, strict=True))
+    outputs = tuple(sizes[axis] for axis in how.batch + how.outputs)
+    if found.bias and params[found.bias].shape != outputs:
+        return None
+    return Inferred(how, found.bias)
 
 
 def result(
@@ -98,8 +119,8 @@ def _alone(layer, cls, params, args, input, kwargs):
     return call, shapes, jax.ShapeDtypeStruct(args[input].shape, args[input].dtype)
 
 
-def _traced(layer, cls, params, names, args, input, kwargs) -> _Value | None:
-    """What the call's result is."""
+def _traced(layer, cls, params, weight, biases, args, input, kwargs) -> _Value | None:
+    """What the call's result is. biases: the names of parameters that may be the bias."""
     call, shapes, x = _alone(layer, cls, params, args, input, kwargs)
     try:
         closed, result = jax.make_jaxpr(call, return_shape=True)(shapes, x)
@@ -107,10 +128,11 @@ def _traced(layer, cls, params, names, args, input, kwargs) -> _Value | None:
         return None  # it needs more than its params, such as a random key
     if not hasattr(result, "shape"):
         return None
-    kinds, values = dict(zip(names, ("w", "bias"), strict=True)), []
+    values = []
     for name, leaf in sorted(shapes.items()):
+        kind = "w" if name == weight else "bias" if name in biases else "other"
         axes = tuple(("w", i) for i in range(leaf.ndim))
-        values.append(_Value(kinds.get(name, "other"), axes))
+        values.append(_Value(kind, axes, bias=name if kind == "bias" else ""))
     values.append(_Value("x", tuple(("x", i) for i in range(x.ndim))))
     return _followed(closed.jaxpr, values)[0]
 
@@ -148,8 +170,8 @@ def _result(eqn: Any, own: list[_Value | None]) -> list[_Value | None]:
     if name == "dot_general" and all(own) and {own[0].kind, own[1].kind} == {"x", "w"}:
         return [_dot(eqn.params["dimension_numbers"], own)]
     if name == "add" and all(own) and {own[0].kind, own[1].kind} == {"y", "bias"}:
-        y = own[0] if own[0].kind == "y" else own[1]
-        return lost if y.biased else [y._replace(biased=True)]
+        y, bias = own if own[0].kind == "y" else own[::-1]
+        return lost if y.bias else [y._replace(bias=bias.bias)]
     return lost
 
 

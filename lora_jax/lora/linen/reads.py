@@ -31,20 +31,22 @@ def only_by_products(
     params, others: the model's params, flat, and its other collections; arrays or shapes.
     settings: of module.apply, such as rngs and mutable.
     """
-    sites = [site for site in sites if site.at == site.path and site.is_slice]
+    sites = [site for site in sites if site.is_slice]
     if not sites:
         return frozenset()
-    numbers = {site.path: number for number, site in enumerate(sites)}
+    by_path = calls.of_paths(sites)
+    numbers = {site.key: number for number, site in enumerate(sites)}
 
     def marked(run, args, kwargs, context):
         layer = context.module
-        number = numbers.get(layer.path) if tracing.is_own(layer) else None
-        found = None if number is None else calls.product(sites[number], context, args, kwargs)
+        at_path = by_path.get(layer.path, ()) if tracing.is_own(layer) else ()
+        products = ((site, calls.product(site, context, args, kwargs)) for site in at_path)
+        site, found = next(((site, own) for site, own in products if own), (None, None))
         result = run(*args, **kwargs)
-        if not found or not (found.attends or calls.is_product(sites[number], layer, found)):
+        if not found or not (found.attends or calls.is_product(site, layer, found)):
             return result
         inputs = [leaf for leaf in jax.tree.leaves((args, kwargs)) if _is_number(leaf)]
-        mark = _marker(number)(found.own[sites[number].weight], *inputs)
+        mark = _marker(numbers[site.key])(found.own[site.weight], *inputs)
         return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype) + mark.astype(y.dtype), result)
 
     keys = [(*site.path, site.weight) for site in sites]

@@ -1,5 +1,6 @@
 """The weights of a Flax Linen model that LoRA can adapt: found by tracing calls of it."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -33,7 +34,8 @@ class Site(lora_site.Site):
     that is not a layer's only one. axes: the axes of the stack in the parameter; the first ones,
     unless nn.scan uses others. depth: where in `at` the number of a stacked layer is inserted.
     stack: the sizes of the stack's axes. raw: whether how it is used is not known, so that it is
-    seen as [*lead, K, N]. bias: the parameter that the layer adds. cls: the name of its class.
+    seen as [*lead, K, N]. bias: the parameter that the layer adds. cls, name: of the layer; modules
+    that share a scope have one path.
     """
 
     path: Path
@@ -46,11 +48,17 @@ class Site(lora_site.Site):
     raw: bool
     bias: str
     cls: str
+    name: str | None
 
     @property
     def key(self) -> Path:
         """The path of the parameter."""
         return (*self.path, self.weight)
+
+    @property
+    def beside(self) -> Path:
+        """Where the adapter's arrays are in params when the model runs."""
+        return self.path if self.at == self.path else (*self.path, f"{self.weight}_lora")
 
     @property
     def of_bias(self) -> Path:
@@ -123,6 +131,7 @@ class _Seen(NamedTuple):
     sure: bool = False  # the call that was seen is the one that is registered
     alone: bool = True  # it is the only weight that its class has
     bias: str = ""
+    name: str | None = None  # of the layer
 
 
 def survey(module: nn.Module, calls: Sequence[tracing.Call]) -> Survey:
@@ -134,6 +143,7 @@ def survey(module: nn.Module, calls: Sequence[tracing.Call]) -> Survey:
         own = tracing.shapes(module, call, functools.partial(_record, seen, problems))
         variables = _united(variables, core.unfreeze(own))
     flat = traverse_util.flatten_dict(tracing.unboxed(variables.get("params", {})))
+    num_layers = collections.Counter(key[:-1] for key, own in seen.items() if own.how)
     sites = []
     for key, parameter in sorted(flat.items()):
         path, found = key[:-1], seen.get(key) or _Seen(parameter.shape, "unknown")
@@ -142,7 +152,8 @@ def survey(module: nn.Module, calls: Sequence[tracing.Call]) -> Survey:
         axes = _axes(module, calls, variables, key, found.shape)
         if axes is None:  # it has another shape in each call
             found, axes = _Seen(parameter.shape, found.cls), ()
-        at = path if found.alone and (found.how or (path and key[-1] == KERNEL)) else key
+        is_layer = found.how or (path and key[-1] == KERNEL)
+        at = path if is_layer and found.alone and num_layers[path] <= 1 else key
         sites.append(_site(key, at, found, parameter.shape, axes, flat))
     layers = {site.path for site in sites if not site.raw or site.at == site.path}
     owners = {path[:-1] for path in flat} - {()}
@@ -169,7 +180,11 @@ def _record(seen, problems, call, args, kwargs, context):
         lacks = f"holds a {cls} without its registered parameter {', '.join(map(repr, missing))}"
         own = lacks if missing else lora_site.unregistered(cls).problem
         problems.setdefault(layer.path, own)
-    biases = {own.bias for own in known.weights} if known else ()
+    registered = {own.name for own in known.weights} if known else set()
+    inferred = {}
+    if context.method_name == "__call__":
+        inferred = _inferred(layer, params, registered, args, kwargs)
+    biases = {own.bias for own in (*(known.weights if known else ()), *inferred.values())}
     for name, array in params.items():
         if not hasattr(array, "shape"):
             continue
@@ -180,11 +195,10 @@ def _record(seen, problems, call, args, kwargs, context):
             if how is None and sure:
                 problems[layer.path] = "has an einsum that is not a product with a matrix"
             elif how is not None and len(array.shape) >= how.ndim:
-                new = _Seen(array.shape, cls, how, sure, len(known.weights) == 1, weight.bias)
-        elif name == KERNEL and context.method_name == "__call__" and len(new.shape) > 1:
-            found = products.inferred(layer, params, name, args, kwargs)
-            if found is not None:
-                new = _Seen(array.shape, cls, found[0], True, True, found[1])
+                alone = len(known.weights) == 1
+                new = _Seen(array.shape, cls, how, sure, alone, weight.bias, layer.name)
+        elif own := inferred.get(name):
+            new = _Seen(array.shape, cls, own.how, True, True, own.bias, layer.name)
         old = seen.get(key)
         # What surrounds a stack sees the whole of it.
         if old is None or (-len(new.shape), new.sure, new.how is not None) > (
@@ -192,6 +206,19 @@ def _record(seen, problems, call, args, kwargs, context):
         ):  # fmt: skip
             seen[key] = new
     return y
+
+
+def _inferred(layer, params, registered, args, kwargs) -> dict[str, products.Inferred]:
+    """The weights of a layer that are not registered, and with which its call is a product."""
+    params = {name: array for name, array in params.items() if hasattr(array, "shape")}
+    weights = [name for name, array in params.items()
+               if name not in registered and array.ndim > 1]  # fmt: skip
+    if not weights:
+        return {}
+    method = tracing.function_of(type(layer), "__call__")
+    args, kwargs = registry.bound(method, layer, args, kwargs)
+    found = {name: products.inferred(layer, params, name, args, kwargs) for name in weights}
+    return {name: own for name, own in found.items() if own is not None}
 
 
 def _how(known, weight, context, args, kwargs):
@@ -232,6 +259,7 @@ def _site(key, at, found: _Seen, whole, axes, flat) -> Site:
         raw=found.how is None,
         bias=found.bias,
         cls=found.cls,
+        name=found.name,
     )
 
 

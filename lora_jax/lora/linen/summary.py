@@ -24,7 +24,7 @@ def why_not_adapted(site: Site, config: lora_config.LoRAConfig) -> str:
         return "trained whole"
     if config.targets == targets.ALL_LINEAR:
         if site.raw:
-            return f"a parameter of a {site.cls} that is not registered; name it in the targets"
+            return f"{_raw(site)}; name it in the targets"
         if site.kind != "linear":
             return f"{lora_site.KINDS[site.kind]}, which {targets.ALL_LINEAR} leaves out"
         if not any(targets.matches(own, targets.ALL_LINEAR) for own in site.names):
@@ -37,12 +37,16 @@ def why_not_adapted(site: Site, config: lora_config.LoRAConfig) -> str:
 def why_not_quantized(site: Site, exclude: Sequence[str]) -> str:
     """Why the site's weight stays dense; "" if it need not."""
     if site.raw:
-        return f"a parameter of a {site.cls} that is not registered"
+        return _raw(site)
     if site.kind != "linear":
         return lora_site.KINDS[site.kind]
     if isinstance(site.linear_map, linear_map.Einsum) and site.linear_map.batch:
         return "an einsum with an axis that x and the weight share"
     return "excluded" if targets.matches(name(site), exclude) else ""
+
+
+def _raw(site: Site) -> str:
+    return f"a parameter of {site.cls}, whose call is no product with it alone"
 
 
 def left(
