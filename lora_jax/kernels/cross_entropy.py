@@ -9,12 +9,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import matmul, partitioning
+from lora_jax.kernels import forward_mode, matmul, partitioning
 
 _CHUNK = 512  # tokens whose logits a device holds at the same time
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "_ _"],
@@ -33,7 +32,9 @@ def cross_entropy(
 
     Raises: ValueError if asked for the gradient of `head`.
     """
-    return _by_device(hidden, head, targets, partition, transposed, with_gradient=False)[0]
+    how = {"partition": partition, "transposed": transposed}
+    own, plain = (functools.partial(form, **how) for form in (_cross_entropy, _plain))
+    return forward_mode.call(own, plain, hidden, head, targets)
 
 
 def of_logits(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -126,6 +127,13 @@ def _compute(hidden, head, targets, *, transposed, with_gradient, axis=None):
     return losses, gradient.reshape(*shape, -1)
 
 
+def _plain(hidden, head, targets, partition, transposed):
+    return _by_device(hidden, head, targets, partition, transposed, with_gradient=False)[0]
+
+
+_cross_entropy = jax.custom_vjp(_plain, nondiff_argnums=(3, 4))
+
+
 def _forward(hidden, head, targets, partition, transposed):
     if head.perturbed:
         raise ValueError("expected a frozen vocabulary projection, found one that is trained")
@@ -138,4 +146,4 @@ def _backward(partition, transposed, gradient, d_each):
     return wide.astype(gradient.dtype), None, None
 
 
-cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -11,27 +11,36 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from lora_jax.kernels import forward_mode
+
 
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """silu(gate) · up, in gate's dtype; the derivative saves gate and up in their own dtypes."""
-    return _gated(jax.nn.silu, gate, up)
+    return _call(jax.nn.silu, gate, up)
 
 
 def geglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """The same with GELU's approximation by tanh."""
-    return _gated(jax.nn.gelu, gate, up)
+    return _call(jax.nn.gelu, gate, up)
 
 
 ACTIVATIONS = {"silu": swiglu, "gelu_pytorch_tanh": geglu}  # by Hugging Face's names
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(activation: Callable, gate: jax.Array, up: jax.Array) -> jax.Array:
+def _call(activation: Callable, gate: jax.Array, up: jax.Array) -> jax.Array:
+    gated, plain = (functools.partial(form, activation) for form in (_gated, _plain))
+    return forward_mode.call(gated, plain, gate, up)
+
+
+def _plain(activation: Callable, gate: jax.Array, up: jax.Array) -> jax.Array:
     return (activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
+_gated = jax.custom_vjp(_plain, nondiff_argnums=(0,))
+
+
 def _forward(activation, gate, up):
-    return _gated(activation, gate, up), (gate, up)
+    return _plain(activation, gate, up), (gate, up)
 
 
 def _backward(activation, saved, dy):

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import choice, partitioning, platform
+from lora_jax.kernels import choice, forward_mode, partitioning, platform
 from lora_jax.kernels.attention import cudnn, tokamax_gpu, xla
 
 _log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ def _attend(q, k, v, examples, kind, windows):
     """On one device."""
     windows = [window if window and window < q.shape[1] else None for window in windows]
     form = _form(q, k, v)
+    if form is not xla.attend:  # which has its own
+        form = functools.partial(_with_forward_mode, form)
     if len(set(windows)) == 1:
         return form(q, k, v, examples, windows[0])
     branches = [functools.partial(form, window=window) for window in windows]
@@ -77,6 +79,13 @@ def _form(q, k, v):
 
         return splash.attend
     return _ON_GPU[kernel].attend if kernel in _ON_GPU else xla.attend
+
+
+def _with_forward_mode(form, q, k, v, examples, window):
+    """form(…), whose forward mode is that of xla.attend."""
+    own, plain = (functools.partial(each, window=window) for each in (form, xla.attend))
+    given = [] if examples is None else [examples]
+    return forward_mode.call(own, plain, q, k, v, *given)
 
 
 def kernel_of(

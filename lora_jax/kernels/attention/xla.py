@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import ad_checkpoint, lax
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import matmul, platform
+from lora_jax.kernels import forward_mode, matmul, platform
 
 _HIDDEN = -1e30  # logit of a key that a query does not see
 
@@ -46,7 +46,9 @@ def attend(
     examples = blocks(jnp.ones((num, length), jnp.int32) if examples is None else examples)
     # Without these barriers, here and below, XLA's CPU backend drops the rounding to bfloat16 and
     # multiplies in float32, at half the speed.
-    out = _attend(*lax.optimization_barrier((q, k, v)), examples, window or length)
+    q, k, v = lax.optimization_barrier((q, k, v))
+    blocked, plain = (functools.partial(f, window=window or length) for f in (_attend, _plain))
+    out = forward_mode.call(blocked, plain, q, k, v, examples)
     out = out.reshape(-1, num, groups, heads // groups, size, width).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(num, -1, heads, width)[:, :length]
 
@@ -76,9 +78,11 @@ def _over_keys(first, index, blocks, take, carry):
     return lax.fori_loop(first[index], index + 1, take, carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, examples, window):
+def _plain(q, k, v, examples, window):
     return _forward(q, k, v, examples, window)[0]
+
+
+_attend = jax.custom_vjp(_plain, nondiff_argnums=(4,))
 
 
 def _forward(q, k, v, examples, window):
