@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import core
+from flax import core, nnx
 from flax import linen as nn
 
 from lora_jax import errors
@@ -343,6 +343,16 @@ class Masked(nn.Module):
         return HasBias(name="m")(None, x)
 
 
+class InNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs)])
+        self.heads = nnx.LinearGeneral(8, (2, 3), rngs=rngs)
+        self.wq = nnx.Param(jax.random.normal(rngs.params(), (3, 4)))
+
+    def __call__(self, x):
+        return self.heads(jnp.tanh(self.blocks[0](x))) @ self.wq[...]
+
+
 class Squared(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -401,6 +411,7 @@ CASES = {
     "seen to be a product": (Holds(Conv1D), ("m",), SEQUENCE, {"m"}),
     "told by the call": (Holds(FeedForward), ("up", "down"), X, {"m.up", "m.down"}),
     "a bias of two axes": (Masked(), ("m",), X, {"m"}),
+    "an NNX module": (nnx.bridge.to_linen(InNNX), ("0", "heads", "wq"), X, set()),
     "a kernel otherwise": (Holds(Squared), ("m",), X, set()),
     "several weights": (Holds(Several), ("gate", "up"), X, set()),
     "one layer": (nn.Dense(4), ("kernel",), X, {"kernel"}),
@@ -652,3 +663,16 @@ def test_what_was_taken_and_what_was_left():
     assert lines["up"] == "rank 2; int8" and lines["wq"] == adapted.left["wq"]
     named = linen.adapt(Mixed(), config("up"), IDS)
     assert named.left["conv"] == "not adapted: not among the targets" and "up" not in named.left
+
+
+def test_layers_of_nnx_modules_are_known_by_their_classes():
+    """Their kernels of three axes are matrices; a bias of two axes is no weight."""
+    module = nnx.bridge.to_linen(InNNX)
+    adapted = linen.adapt(module, config("all-linear"), X, quant="int8")
+    assert set(adapted.layer_configs) == adapted.packs == {("blocks", 0), ("heads",)}
+    raw = "a parameter of InNNX, whose call is no product with it alone"
+    assert adapted.left == {
+        "wq": f"not adapted: {raw}; name it in the targets; not quantized: {raw}"
+    }
+    variables = adapted.init(jax.random.key(0), drawn.variables(module, X))
+    assert variables["lora"]["heads"]["lora_B"].shape == (2, 6)

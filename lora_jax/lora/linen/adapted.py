@@ -25,6 +25,7 @@ from flax import linen as nn
 from jaxtyping import PRNGKeyArray
 
 from lora_jax import errors
+from lora_jax.layers import places
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import algebra, pissa, targets
 from lora_jax.lora import config as lora_config
@@ -375,7 +376,7 @@ class Adapted:
             raise errors.UserError(
                 expected="weights before quantization, to compute the initial A and B from",
                 found="a packed weight",
-                where=".".join(site.path),
+                where=places.dotted(site.path),
                 do="pass the dense params to `init`",
             )
         matrix, configs = base.matrix(site), self.layer_configs[site.at]
@@ -395,7 +396,7 @@ class Adapted:
 
 def _number(site: Site) -> int:
     """A number of its own for each site's random keys."""
-    return zlib.crc32(".".join(site.at).encode())
+    return zlib.crc32(places.dotted(site.at).encode())
 
 
 _START = ("lora_initial_A", "lora_initial_B")  # what PiSSA subtracted from the base

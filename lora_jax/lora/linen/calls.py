@@ -11,7 +11,7 @@ from lora_jax.kernels import packed as packing
 from lora_jax.layers import linear_map
 from lora_jax.lora import algebra
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.linen import products, registry, tracing
+from lora_jax.lora.linen import bridged, products, registry, tracing
 from lora_jax.lora.linen.sites import Path, Site
 from lora_jax.lora.linen.weights import PACKED, WAS
 from lora_jax.quant import product as packed_product
@@ -46,6 +46,8 @@ def product(
     known, method = registry.registration_of(type(layer)), context.orig_method.func
     # With nn.share_scope, several modules have the same path.
     if type(layer).__name__ != site.cls or (site.at != site.path and layer.name != site.name):
+        return None
+    if bridged.is_bridge(layer):
         return None
     is_registered = known and site.weight in {own.name for own in known.weights}
     if site.raw or (is_registered and not known.multiplies):
@@ -95,8 +97,8 @@ def interceptor(sites: Sequence[Site], fmt: str, dropout: float) -> Callable:
     def intercept(call, args, kwargs, context):
         layer = context.module
         at_path = by_path.get(layer.path, ()) if tracing.is_own(layer) else ()
-        products = ((site, product(site, context, args, kwargs)) for site in at_path)
-        site, found = next(((site, own) for site, own in products if own), (None, None))
+        called = ((site, product(site, context, args, kwargs)) for site in at_path)
+        site, found = next(((site, own) for site, own in called if own), (None, None))
         if not found or ("lora_A" not in found.own and PACKED not in found.own):
             return call(*args, **kwargs)
         if found.attends:

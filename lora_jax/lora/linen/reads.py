@@ -40,8 +40,8 @@ def only_by_products(
     def marked(run, args, kwargs, context):
         layer = context.module
         at_path = by_path.get(layer.path, ()) if tracing.is_own(layer) else ()
-        products = ((site, calls.product(site, context, args, kwargs)) for site in at_path)
-        site, found = next(((site, own) for site, own in products if own), (None, None))
+        called = ((site, calls.product(site, context, args, kwargs)) for site in at_path)
+        site, found = next(((site, own) for site, own in called if own), (None, None))
         result = run(*args, **kwargs)
         if not found or not (found.attends or calls.is_product(site, layer, found)):
             return result

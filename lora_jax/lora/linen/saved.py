@@ -10,7 +10,7 @@ from flax import traverse_util
 from jaxtyping import Array, Num
 
 from lora_jax import errors
-from lora_jax.layers import linear_map
+from lora_jax.layers import linear_map, places
 from lora_jax.lora.linen import sites as linen_sites
 from lora_jax.lora.linen.sites import Params, Path
 from lora_jax.lora.linen.weights import Flat
@@ -22,8 +22,8 @@ def choose(params: Params, ends: tuple[str, ...]) -> tuple[Path, ...]:
     Raises: UserError if an end matches nothing.
     """
     modules = {path[:n] for path in traverse_util.flatten_dict(params) for n in range(1, len(path))}
-    found = {path for path in modules if ".".join(path).endswith(tuple(ends)) and ends}
-    missing = [end for end in ends if not any(".".join(path).endswith(end) for path in found)]
+    found = {path for path in modules if places.dotted(path).endswith(tuple(ends)) and ends}
+    missing = [end for end in ends if not any(places.dotted(path).endswith(end) for path in found)]
     if missing:
         raise errors.UserError(
             expected="modules_to_save that are modules of the model",
@@ -91,7 +91,7 @@ def tensors(
             leaf = "weight" if end[-1] in ("kernel", "embedding", "scale") else end[-1]
             for index in np.ndindex(*lead):
                 name = linen_sites.numbered(path, stack and stack.depth, index, ())
-                name = ".".join((name, *end[:-1], leaf))
+                name = places.dotted((name, *end[:-1], leaf))
                 yield Tensor(name, path, end, whole, axes, index, convolution)
 
 

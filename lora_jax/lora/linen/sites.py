@@ -15,12 +15,12 @@ from flax import linen as nn
 from jaxtyping import Array, Num
 
 from lora_jax import errors
-from lora_jax.layers import linear_map
+from lora_jax.layers import linear_map, places
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
-from lora_jax.lora.linen import products, registry, tracing
+from lora_jax.lora.linen import bridged, products, registry, tracing
 
-Path = tuple[str, ...]
+Path = tuple[str | int, ...]  # with numbers in an NNX module
 KERNEL = "kernel"  # a layer's weight, as Flax calls it
 Params = Mapping[str, Any]  # nested, as the collections of a Linen model are
 
@@ -159,12 +159,12 @@ def survey(module: nn.Module, calls: Sequence[tracing.Call]) -> Survey:
     owners = {path[:-1] for path in flat} - {()}
     others = {}
     for path in owners - layers:
-        own = sorted(".".join(site.key) for site in sites if site.path == path)
+        own = sorted(places.dotted(site.key) for site in sites if site.path == path)
         why = problems.get(path, lora_site.unregistered("unknown").problem)
         layer = targets.Layer(
             "", problem=f"{why}; its weights are {', '.join(own)}" if own else why
         )
-        others[".".join(path)] = layer
+        others[places.dotted(path)] = layer
     return Survey(tuple(sites), others, variables)
 
 
@@ -175,6 +175,9 @@ def _record(seen, problems, call, args, kwargs, context):
         return y
     known, cls = registry.registration_of(type(layer)), type(layer).__name__
     params = nn.meta.unbox(dict(layer.variables.get("params", {})))
+    if bridged.is_bridge(layer):
+        _record_bridged(seen, layer, params)
+        return y
     if context.method_name == "__call__":
         missing = [own.name for own in known.weights if own.name not in params] if known else []
         lacks = f"holds a {cls} without its registered parameter {', '.join(map(repr, missing))}"
@@ -199,13 +202,27 @@ def _record(seen, problems, call, args, kwargs, context):
                 new = _Seen(array.shape, cls, how, sure, alone, weight.bias, layer.name)
         elif own := inferred.get(name):
             new = _Seen(array.shape, cls, own.how, True, True, own.bias, layer.name)
-        old = seen.get(key)
-        # What surrounds a stack sees the whole of it.
-        if old is None or (-len(new.shape), new.sure, new.how is not None) > (
-            -len(old.shape), old.sure, old.how is not None,
-        ):  # fmt: skip
-            seen[key] = new
+        _note(seen, key, new)
     return y
+
+
+def _note(seen, key, new: _Seen) -> None:
+    old = seen.get(key)
+    # What surrounds a stack sees the whole of it.
+    if old is None or (-len(new.shape), new.sure, new.how is not None) > (
+        -len(old.shape), old.sure, old.how is not None,
+    ):  # fmt: skip
+        seen[key] = new
+
+
+def _record_bridged(seen, layer, params):
+    """Notes the parameters of an NNX module. Its layers' calls are not seen."""
+    found = bridged.weights(layer)
+    biases = {(*path[:-1], own.bias) for path, own in found.items()}
+    for path, array in traverse_util.flatten_dict(params).items():
+        own = found.get(path, bridged.Weight(type(layer).__name__))
+        shape = () if path in biases else array.shape
+        _note(seen, (*layer.path, *path), _Seen(shape, own.cls, own.how, bias=own.bias))
 
 
 def _inferred(layer, params, registered, args, kwargs) -> dict[str, products.Inferred]:
@@ -319,7 +336,7 @@ def _depth(flat: Mapping[Path, Any], at: Path, lead, axes) -> int | None:
 def numbered(path: Path, depth: int | None, lead: tuple[int, ...], batch: tuple[int, ...]) -> str:
     """The dotted path of one layer: its number in the stack at `depth`, that in the batch last."""
     parts = path if depth is None else (*path[:depth], *map(str, lead), *path[depth:])
-    return ".".join((*parts, *map(str, batch)))
+    return places.dotted((*parts, *batch))
 
 
 def _united(one: Params, other: Params) -> Params:

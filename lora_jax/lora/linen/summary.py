@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from lora_jax.layers import linear_map
+from lora_jax.layers import linear_map, places
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def name(site: Site) -> str:
     """The name of a site; that of a stack has no number."""
-    return ".".join(site.at) or site.weight
+    return places.dotted(site.at) or site.weight
 
 
 def why_not_adapted(site: Site, config: lora_config.LoRAConfig) -> str:

@@ -102,12 +102,12 @@ def unboxed(tree: Any, *, constrained: bool = False) -> Any:
 
 def program(
     module: nn.Module,
-    params: Mapping[tuple[str, ...], Any],
+    params: Mapping[tuple[str | int, ...], Any],
     variables: Mapping[str, Any],
     call: Call,
     interceptor: Callable,
     *,
-    first: Sequence[tuple[str, ...]] = (),
+    first: Sequence[tuple[str | int, ...]] = (),
     rngs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Any:

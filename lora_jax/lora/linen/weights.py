@@ -10,7 +10,7 @@ from flax import core, traverse_util
 
 from lora_jax import errors
 from lora_jax.kernels import packed as packing
-from lora_jax.layers import placement
+from lora_jax.layers import placement, places
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.linen import boxes as boxing
 from lora_jax.lora.linen import tracing
@@ -61,7 +61,7 @@ class Base:
         """Raises: UserError if these are not the weights of the model with these sites."""
         problems = []
         for site in sites:
-            name, weight = ".".join(site.key), self.params.get(site.key)
+            name, weight = places.dotted(site.key), self.params.get(site.key)
             if weight is None and (*site.key, "q") not in self.packed:
                 problems.append(f"{name} is missing")
             elif weight is not None and weight.shape != site.whole:

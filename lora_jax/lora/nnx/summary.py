@@ -5,7 +5,7 @@ import math
 import jax
 from flax import nnx
 
-from lora_jax.layers import parameters, places, registry, taken
+from lora_jax.layers import mixin, parameters, places, registry, taken
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
@@ -46,8 +46,10 @@ def left(model: nnx.Module, config: lora_config.LoRAConfig | None = None) -> dic
     for own in parameters.find(model):
         stacked = any(own.path[: len(path)] == path for path in stacks)
         if id(own.variable) not in adapted_ones and len(own.variable.shape) - stacked >= 2:
-            cls, why = type(own.owner), "is not registered"
-            if registry.registration_of(cls):
+            cls, why = mixin.original(own.owner), "is not registered"
+            if own.is_bridged:
+                why = "holds a Linen module: name it in the targets"
+            elif registry.registration_of(cls):
                 why = registry.problem(own.owner)
             found[places.dotted(own.path)] = f"a parameter of {cls.__name__}, which {why}"
     return found
