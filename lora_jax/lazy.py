@@ -15,7 +15,10 @@ def names(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any],
         if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, _, attribute = where[name].partition(":")
-        loaded = importlib.import_module(module)
+        try:
+            loaded = importlib.import_module(module)
+        except AttributeError as error:  # Python would say that the package has no such name
+            raise ImportError(f"cannot import {module}: {error}") from error
         return getattr(loaded, attribute) if attribute else loaded
 
     return get, sorted(where)

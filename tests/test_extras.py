@@ -15,7 +15,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lora_jax import config, errors, extras, hub, linen, lora, peft, tokenizer, training
+from lora_jax import config, errors, extras, hub, lazy, linen, lora, peft, tokenizer, training
 from lora_jax.cli import main
 
 PROJECT = tomllib.loads((cli.ROOT / "pyproject.toml").read_text())["project"]
@@ -186,3 +186,12 @@ def test_a_linen_model_learns_and_its_adapter_is_saved_and_loaded(core_alone, tm
     np.testing.assert_allclose(
         fresh.apply(fresh.attach(params, adapter), x), adapted.apply(variables, x), atol=1e-6
     )
+
+
+def test_a_package_of_another_version_is_named_as_the_cause(tmp_path, monkeypatch):
+    """Such as Flax beside a jax that it was not made for."""
+    (tmp_path / "broken.py").write_text("import json\njson.nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    get, _ = lazy.names("package", {"thing": "broken"})
+    with pytest.raises(ImportError, match=r"cannot import broken: module 'json' has no attribute"):
+        get("thing")
