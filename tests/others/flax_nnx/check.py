@@ -1,5 +1,7 @@
 """Adapts NNX models of other packages, and writes what was measured to docs/tried-models.md.
 
+The part of that page on Linen models is by ../flax_linen/check.py, and stays.
+
     pip install -r requirements.txt
     PYTHONPATH=../../.. python check.py
 
@@ -268,12 +270,14 @@ def main():
     trained = trained_by_tunix()
     print(trained)
     text = HEAD.format(jax=jax.__version__, flax=flax.__version__, qwix=metadata.version("qwix"))
-    (DOCS / "tried-models.md").write_text(text + "\n".join(rows) + "\n\n" + trained + "\n")
+    page = DOCS / "tried-models.md"
+    _, mark, linen = page.read_text().partition("\n## Linen models\n")
+    page.write_text(text + "\n".join(rows) + "\n\n" + trained + "\n" + mark + linen)
 
 
 HEAD = """# Tried models
 
-[tests/others/flax_nnx/check.py](../tests/others/flax_nnx/check.py) wrote this page, on CPUs with
+[tests/others/flax_nnx/check.py](../tests/others/flax_nnx/check.py) wrote this table, on CPUs with
 jax {jax} and Flax {flax}. The models are small, have random weights, and compute in float32. For
 each of them the adapted model is compared with the merged one, in its output and in the gradients
 of A and B, and the model in int4 with the dense one. A difference is the largest one, divided by
