@@ -62,19 +62,30 @@ def inner_config(
     """The settings with the names of a LLaMA.
 
     They may have the names of the whole model, as transformers has them or had them before 4.52, or
-    those of a LLaMA: the first that match layers.
+    those of a LLaMA: the first with which all of them match, else the first that choose layers.
+    What matches nothing stays, and so has the names of a LLaMA.
     """
     if not base.composite:
         return config
     own = _modules(base)
     forms = [{names.outer(path, base.composite, old=old): path for path in own}
              for old in (False, True)]  # fmt: skip
-    for named in forms:
-        if any(targets.is_chosen(path, config) for path in named):
-            return _renamed(config, named)
-    if any(targets.is_chosen(path, config) for path in own):
-        return config
-    return _renamed(config, forms[0])
+    forms.append({path: path for path in own})
+    choosing = [named for named in forms
+                if any(targets.is_chosen(path, config) for path in named)]  # fmt: skip
+    named = next((each for each in choosing if _match_all(config, each)), (choosing or forms)[0])
+    found = _renamed(config, named)
+    return found if found.exclude else dataclasses.replace(found, exclude=config.exclude)
+
+
+def _match_all(config: lora_config.LoRAConfig, paths: Iterable[str]) -> bool:
+    """Whether each of the settings that leave out layers or are for some only matches one."""
+    given = config.exclude
+    excluded = [given] if isinstance(given, str) else [(name,) for name in given]
+    patterns = [*config.rank_pattern, *config.alpha_pattern, *config.parts]
+    return all(any(targets.matches(path, each) for path in paths) for each in excluded) and all(
+        any(targets.of_pattern(path, {each: True}, False) for path in paths) for each in patterns
+    )
 
 
 def outer(adapter: lora_adapter.Adapter, base: model_config.LlamaConfig) -> lora_adapter.Adapter:
