@@ -90,9 +90,7 @@ def plan(
     config = model_folder.config(folder)
     outer_names.refuse_beside(adapter, config)
     adapter = outer_names.inner(adapter, config)
-    raw = model_folder.read(folder)
-    for key in quantization_config.KEYS:
-        raw.pop(key, None)
+    raw = composite.without(model_folder.read(folder), quantization_config.KEYS)
     fmt = quantization_config.choose(quantization, config.quantization, str(folder))
     stays_packed = config.quantization is not None and config.quantization.stays_packed
     rounded = fmt if fmt != "none" and not stays_packed else None

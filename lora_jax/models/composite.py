@@ -5,7 +5,7 @@ Here are the model types whose logits of text alone are exactly those of a langu
 configuration and modeling code of transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -112,3 +112,11 @@ def changed(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     found = {**raw, **{key: value for key, value in changes.items() if key in whole}}
     own = {key: value for key, value in changes.items() if key not in whole or key == _TIED}
     return {**found, "text_config": {**(text if isinstance(text, Mapping) else {}), **own}}
+
+
+def without(raw: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """config.json without these keys, which `language_model` may take from text_config."""
+    found = {key: value for key, value in raw.items() if key not in keys}
+    if of(raw) is not None and isinstance(text := raw.get("text_config"), Mapping):
+        found["text_config"] = {key: value for key, value in text.items() if key not in keys}
+    return found

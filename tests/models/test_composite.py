@@ -84,6 +84,8 @@ def test_the_keys_of_the_whole_model_count():
     assert found.quantization.method == "bitsandbytes"
     inside = dict(raw, text_config=text | {"quantization_config": quantization})
     assert model_config.from_dict(inside).quantization == found.quantization
+    for whole in (inside, raw | {"quantization_config": quantization}):
+        assert composite.without(whole, ("quantization_config",)) == raw
     untied = composite.changed(raw, tie_word_embeddings=False, vocab_size=7)
     assert not model_config.from_dict(untied).tie_word_embeddings
     assert untied == raw | {"tie_word_embeddings": False,
