@@ -179,12 +179,10 @@ class Batch:
         """Ends a request's use of a slot, which keeps its tokens."""
         self._clock += 1
         slot.busy, slot.used = False, self._clock
-        if len(slot.tokens) > self.spans.size:
-            slot.key = None  # the first tokens were overwritten
 
     def decode(self, works: Sequence[progress.Work]) -> progress.Step:
         """Starts a step of these requests."""
-        span = self.spans.of(max(work.length for work in works))
+        span = self._span_of_step(works)
         with self.on_devices():
             self._state, tokens, found = self.programs.decode(
                 self.weights, self.state, self._live(works), span=span
@@ -193,7 +191,7 @@ class Batch:
 
     def forward(self, works: Sequence[progress.Work]) -> jax.Array:
         """Starts a step without its end: returns the logits of all slots, for `choose`."""
-        span = self.spans.of(max(work.length for work in works))
+        span = self._span_of_step(works)
         with self.on_devices():
             self._state, logits = self.programs.forward(
                 self.weights, self.state, self._live(works), span=span
@@ -217,7 +215,7 @@ class Batch:
         ids, counts = np.zeros((self.num_slots, most), np.int32), np.zeros(self.num_slots, np.int32)
         for slot, draft in drafts.items():
             ids[slot, : len(draft)], counts[slot] = draft, len(draft)
-        span = self.spans.of(max(work.length for work in works) + most)
+        span = self._span_of_step(works, most)
         with self.on_devices():
             self._state, tokens, counted, found = self.programs.verify(
                 self.weights, self.state, self._live(works), ids, counts, span=span
@@ -243,6 +241,7 @@ class Batch:
             )
         for work in waiting:
             work.note_filled(int(chunk.num_real[work.slot.index]))
+            self._note_length(work, work.filled)
         return chunk.ids.shape[1] * self.chunks.slots_of_group
 
     def _fill_one(self, waiting: Sequence[progress.Work]) -> int:
@@ -264,12 +263,24 @@ class Batch:
         for group, work in chosen.items():
             count, top = int(chunk.num_real[group]), work.prompt_logprobs
             work.note_filled(count)
+            self._note_length(work, work.filled)
             if top is not None:
                 work.request.prompt_logprobs += [
                     progress.logprob(int(following[group, i]), found, (group, i), top)
                     for i in range(count)
                 ]
         return chunk.ids.shape[1]
+
+    def _span_of_step(self, works: Sequence[progress.Work], most: int = 0) -> int:
+        """most: how many tokens beside the next one are computed."""
+        for work in works:
+            self._note_length(work, work.length + most)
+        return self.spans.of(max(work.length for work in works) + most)
+
+    def _note_length(self, work: progress.Work, length: int) -> None:
+        """Notes that a program computes a work's tokens up to this length."""
+        if length > self.spans.size:
+            work.slot.key = None  # its first tokens are overwritten, so no prefix can be copied
 
     def _span_of(self, chunk: steps.Chunk) -> int:
         return self.spans.of(int((chunk.start + chunk.num_real).max()))

@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import threading
+import types
 
 import cases
 import eager
@@ -19,7 +20,17 @@ from jax._src import monitoring
 
 from lora_jax import errors, lora, tokenizer
 from lora_jax.checkpoints import loader
-from lora_jax.generation import config, engine, grammar, limits, lockstep, scheduler
+from lora_jax.generation import (
+    chunks,
+    config,
+    engine,
+    grammar,
+    limits,
+    lockstep,
+    progress,
+    scheduler,
+    slots,
+)
 from lora_jax.generation import pool as pools
 from lora_jax.lora import config as lora_config
 from lora_jax.lora.nnx import bank
@@ -227,6 +238,34 @@ def test_a_prefix_is_reused_within_a_slot_and_by_copying():
         serving.release()
         alone = serving.submit(prompt, GREEDY).result()
         assert (alone.tokens, alone.cached_tokens) == (result.tokens, 0)
+
+
+def test_a_slot_whose_first_tokens_are_overwritten_has_no_key(monkeypatch):
+    monkeypatch.setattr(chunks, "SIZES", (32,))
+    batch = fresh("phi3", slots=2).batch
+    work = object.__new__(progress.Work)
+    work.slot, work.request = slots.Slot(0, key=()), types.SimpleNamespace(prompt=range(38))
+    work.sent = 2
+    batch._span_of_step([work])
+    assert work.slot.key == ()
+    batch._span_of_step([work], 1)  # with a token that is guessed
+    assert work.slot.key is None
+
+
+@pytest.mark.long
+def test_a_sequence_that_outgrew_its_window_lends_no_prefix(monkeypatch):
+    """The cache has 8 places for the window and 32 for a chunk."""
+    monkeypatch.setattr(chunks, "SIZES", (32,))
+    serving = fresh("phi3", slots=2)
+    assert serving.batch.spans.size == 40
+    long = np.random.default_rng(1).integers(3, 95, 60).tolist()
+    serving.submit(long, config.Sampling(max_new_tokens=30))
+    serving.advance()
+    assert serving.stats().running == 1
+    found = serving.submit([*long[:20], 7], GREEDY).result()
+    serving.release()
+    alone = serving.submit([*long[:20], 7], GREEDY).result()
+    assert (alone.tokens, alone.cached_tokens) == (found.tokens, 0)
 
 
 def test_longrope_reuses_what_was_rotated_alike():
