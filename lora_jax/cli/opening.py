@@ -131,6 +131,8 @@ def pool(
     rank = next(size for size in _RANKS if size >= min(max(most, default=16), _RANKS[-1]))
     needed = sum(-(-each // rank) for each in most)
     targets = {path for own in ranks for path in own}
+    if model.config.tie_word_embeddings:
+        targets -= {tied_head.HEAD}  # which is no layer there: `load` says what to do instead
     bank.add(
         model,
         slots=max(_BANK_SLOTS if growing else 1, min(needed, _BANK_SLOTS)),

@@ -285,6 +285,9 @@ def test_heads_and_vocabularies_are_refused_by_name():
         assert all(text in str(caught.value) for text in found)
         assert "no layer in this model" not in str(caught.value)
     assert pool.names() == []
+    model = nnx.merge(*parts("llama_tied_hd16"), copy=True)  # of a command, which makes the bank
+    with pytest.raises(errors.UserError, match=head):
+        opening.pool(model, {"target_head": str(GOLDEN / "tied_heads/target_head")})
 
 
 def test_rows_of_tokens_must_fit_the_base():
