@@ -63,19 +63,32 @@ def inner_config(
 
     They may have the names of the whole model, as transformers has them or had them before 4.52, or
     those of a LLaMA: the first with which all of them match, else the first that choose layers.
-    What matches nothing stays, and so has the names of a LLaMA.
+    What matches nothing stays, and so has the names of a LLaMA; an exclude of what lies beside the
+    language model is left out, as nothing there is adapted.
     """
-    if not base.composite:
+    around = base.composite
+    if not around:
         return config
     own = _modules(base)
-    forms = [{names.outer(path, base.composite, old=old): path for path in own}
-             for old in (False, True)]  # fmt: skip
+    forms = [{names.outer(path, around, old=old): path for path in own} for old in (False, True)]
     forms.append({path: path for path in own})
+    given = config.exclude
+    if not isinstance(given, str):
+        given = tuple(name for name in given if not names.is_beside(name, around))
+    elif not any(targets.matches(path, given) for named in forms for path in named):
+        given = () if any(targets.matches(path, given) for path in _like_beside(around)) else given
+    config = dataclasses.replace(config, exclude=given)
     choosing = [named for named in forms
                 if any(targets.is_chosen(path, config) for path in named)]  # fmt: skip
     named = next((each for each in choosing if _match_all(config, each)), (choosing or forms)[0])
     found = _renamed(config, named)
-    return found if found.exclude else dataclasses.replace(found, exclude=config.exclude)
+    exclude = found.exclude or given
+    all_chosen = dataclasses.replace(found, exclude=())
+    if base.tie_word_embeddings and not isinstance(exclude, str):
+        # A pattern for all but language_model matches the head, which is no layer if it is tied.
+        exclude = tuple(name for name in exclude
+                        if name != "lm_head" or targets.is_chosen(name, all_chosen))  # fmt: skip
+    return dataclasses.replace(found, exclude=exclude)
 
 
 def _match_all(config: lora_config.LoRAConfig, paths: Iterable[str]) -> bool:
@@ -234,6 +247,14 @@ def _saves(path: str, name: str) -> bool:
 
 def _beside_regex(around: str) -> str:
     return rf"(model\.)?({'|'.join(composite.COMPOSITES[around].beside)})\..*"
+
+
+def _like_beside(around: str) -> list[str]:
+    """Names such as layers beside the language model have."""
+    parts = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o", "out")]
+    return [f"{prefix}{part}.encoder.layers.0.{name}" for prefix in ("", "model.")
+            for part in composite.COMPOSITES[around].beside
+            for name in (*parts, "mlp.fc1", "mlp.fc2", "linear_1")]  # fmt: skip
 
 
 def _with_beside(exclude: Sequence[str] | str, around: str) -> str:

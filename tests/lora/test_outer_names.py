@@ -140,6 +140,20 @@ def test_settings_with_outer_names_mean_the_same_layers(settings, expected):
     assert outer_names.inner_config(given, PLAIN) == given
 
 
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [
+        (r".*vision_tower.*", ()),
+        (r"(model\.)?(vision_tower|multi_modal_projector)\..*", ()),  # as `outer` writes it
+        (("vision_tower", "o_proj"), ("o_proj",)),
+        (r"^(?!.*language_model).*", ()),  # the head is tied
+        (r".*no_such_layer.*", r".*no_such_layer.*"),  # to be an error
+    ],
+)
+def test_an_exclude_of_what_is_never_adapted_is_left_out(exclude, expected):
+    assert inner_config(targets="all-linear", exclude=exclude).exclude == expected
+
+
 def test_settings_that_match_nothing_stay_to_be_an_error():
     """With the name that was given, not none at all."""
     found = inner_config(targets=("q_proj", "vision_tower.q_proj", "model.layers.7.mlp.up_proj"))
