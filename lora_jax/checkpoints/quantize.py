@@ -70,7 +70,7 @@ def write(
     Yields the name of each tensor of the source when it is written.
     Raises: UserError if a value is not finite, the disk is full or `into` holds files.
     """
-    raw = model_folder.read(folder)
+    raw = composite.without(model_folder.read(folder), quantization_config.KEYS)
     raw["quantization_config"] = _declaration(copy.fmt, raw)
     with writer.new_folder(into, sum(part.num_bytes for part in copy.parts)) as written:
         yield from writer.write(folder, written, copy.parts, raw, shard=shard)

@@ -123,7 +123,9 @@ def _write(templates: dict[str, str], into: pathlib.Path) -> None:
 def _templates_of(source: str) -> dict[str, str]:
     """{name: chat template} of a Jinja file, or of a model's folder or hub id."""
     path = pathlib.Path(source).expanduser()
-    if os.path.isfile(path) and path.suffix != ".json":
+    if os.path.isfile(path) and path.suffix == ".json":  # tokenizer_config.json
+        found = _chat_templates(path.parent)
+    elif os.path.isfile(path):
         try:
             found = {"default": path.read_text(encoding="utf-8-sig")}
         except (OSError, ValueError) as error:

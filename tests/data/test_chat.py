@@ -1,6 +1,7 @@
 """Chats: rendered by the template, with the assistant's turns trained."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -433,6 +434,7 @@ def test_another_chat_template_replaces_that_of_the_tokenizer(tmp_path):
     tiny_tokenizer.save(tmp_path / "several", chat_template=named)
     for source, expected in (
         ("mine.jinja", PLAIN),
+        ("base/tokenizer_config.json", CHATML),
         ("several", {"default": PLAIN, "rag": "{{ 1 }}"}),
         ("base", CHATML),
     ):
@@ -441,7 +443,7 @@ def test_another_chat_template_replaces_that_of_the_tokenizer(tmp_path):
         assert tokenizer.load(base, tmp_path / "several", chat_template=given).chat_template == (
             expected
         )
-        copied = tmp_path / f"copy-{source}"
+        copied = tmp_path / f"copy-{pathlib.PurePath(source).name}"
         copied.mkdir()
         tokenizer.copy_chat_template(given, copied)
         assert tokenizer.load(base, copied).chat_template == expected
