@@ -98,8 +98,7 @@ def copy_chat_template(source: str | pathlib.Path, into: str | pathlib.Path) -> 
 def _with_template(
     reader: "transformers.PreTrainedTokenizerBase", folder: pathlib.Path
 ) -> "transformers.PreTrainedTokenizerBase":
-    """The tokenizer, with the template of a processor, which transformers reads for a processor
-    alone, if it has none."""
+    """The tokenizer, which has the chat template of a processor if it has none of its own."""
     if not reader.chat_template and (templates := _chat_templates(folder)):
         _use(reader, templates)
     return reader

@@ -235,6 +235,8 @@ def load(
     else:
         starting.note_other_base(start, settings.model.quant)
         say("start", f"from the adapter {console.near(str(start.folder))}")
+        if left_out := outer_names.note(start.adapter, base.architecture):
+            say("note", left_out)
         lora.attach(model, start.adapter, untrained=True, where=str(start.folder))
     graphdef, *state = model_state.split(model)
     trained, frozen = sharding.place(state, mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 from typing import NamedTuple
 
@@ -22,8 +23,9 @@ class Start(NamedTuple):
     adapter: lora_adapter.Adapter
 
     def digest(self) -> str:
-        """Of all its arrays."""
-        found = hashlib.sha256()
+        """Of all its arrays, and of its settings but for the dropout."""
+        config = dataclasses.asdict(dataclasses.replace(self.adapter.config, dropout=0.0))
+        found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         arrays = {f"{path}.{name}": array for path, own in self.adapter.factors.items()
                   for name, array in own._asdict().items()
                   if isinstance(array, np.ndarray)} | dict(self.adapter.saved)  # fmt: skip

@@ -67,6 +67,10 @@ def test_a_run_continues_with_the_adapter_its_settings_and_its_base(tmp_path):
     shutil.rmtree(start)
     assert "--init-adapter NEW_PATH" in cli.refused("train", "--resume", "--output-dir", folder)
     saved(start, config=dataclasses.replace(CONFIG, rank_pattern={"down_proj": 1}))
+    assert starting.Start(start, peft.read(start)).digest() == record["data"]["adapter"]
+    again = dataclasses.replace(CONFIG, alpha=4)  # the same arrays, scaled otherwise
+    saved(start, config=again)
+    assert "another adapter" in cli.refused("train", "--resume", "--output-dir", folder)
     broken = peft.read(start)
     broken.factors["model.layers.0.self_attn.q_proj"].A[0, 0] += 1
     peft.write(start, broken)
