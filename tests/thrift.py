@@ -5,11 +5,16 @@ import functools
 import gc
 from typing import Any
 
+from hypothesis.internal import entropy
+
 
 def begin() -> None:
     """To be called when jax has been imported."""
     # jax keeps very many objects, and to look through them all the time takes a tenth of it.
     gc.set_threshold(100_000, 50, 50)
+    # Hypothesis collects garbage when it first seeds what is random: seconds, later in a run.
+    with entropy.deterministic_PRNG():
+        pass
     gc.freeze()
     # It makes an MLIR context for each program and loads all dialects: a fifth of a small one.
     with contextlib.suppress(ImportError, AttributeError):  # in a jax that does it otherwise
@@ -18,9 +23,9 @@ def begin() -> None:
         mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
-def collect_once(config: Any) -> None:
-    """Has pytest look for garbage once when it ends, and not five times, at a second each."""
+def do_not_collect(config: Any) -> None:
+    """Keeps pytest from looking for garbage five times when it ends, at seconds each."""
     with contextlib.suppress(ImportError, AttributeError):  # in a pytest that does it otherwise
         from _pytest import unraisableexception
 
-        config.stash[unraisableexception.gc_collect_iterations_key] = 1
+        config.stash[unraisableexception.gc_collect_iterations_key] = 0

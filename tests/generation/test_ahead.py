@@ -1,5 +1,6 @@
 """Programs that are compiled, and halves of steps that are dispatched, before they are needed."""
 
+import cases
 import numpy as np
 import pytest
 from test_engine import GREEDY, compilations, fresh, golden
@@ -10,11 +11,11 @@ pytest.importorskip("llguidance")
 ABC = grammar.regex("[a-c]+")
 
 
-def mixed(count):
-    """Requests of all kinds."""
+def mixed(count, longest):
+    """Requests of all kinds, with prompts of at most `longest` tokens."""
     rng = np.random.default_rng(0)
     for i in range(count):
-        prompt = rng.integers(3, 500, rng.integers(1, 150)).tolist()
+        prompt = rng.integers(3, 500, rng.integers(1, longest + 1)).tolist()
         yield prompt, config.Sampling(
             max_new_tokens=int(rng.integers(1, 6)), temperature=float(i % 2), top_k=i % 3,
             logprobs=i % 4 if i % 5 == 0 else None, seed=i if i % 2 else None,
@@ -28,12 +29,13 @@ def mixed(count):
             yield [*prompt, 5], config.Sampling(max_new_tokens=2)  # with a prefix to copy
 
 
-def test_nothing_compiles_after_all_was_compiled_ahead():
+@pytest.mark.parametrize("context", [128, *cases.long(256)])  # of one span, of two
+def test_nothing_compiles_after_all_was_compiled_ahead(context):
     """200 requests of all kinds, the first ones too."""
-    serving = fresh("stories260K", slots=4, context=256, eos_ids=(2,))
+    serving = fresh("stories260K", slots=4, context=context, eos_ids=(2,))
     serving.compile_ahead().join()
     with compilations() as found:
-        asked = [serving.submit(prompt, sampling) for prompt, sampling in mixed(170)]
+        asked = [serving.submit(*each) for each in mixed(170, context - 10)]
         asked[1].abort()
         results = [each.result() for each in asked]
         assert not found
