@@ -78,6 +78,7 @@ class LlamaModel(nnx.Module):
             attend = _within(examples, c)
         else:
             attend = cache.attention_to(kv, place, input_ids.shape[1], *_windows(c))
+        attend = _scaling_queries(attend, rope.query_scale(positions, c.rope))
 
         def layer(carry, xs, form=None):
             hidden, kv = carry
@@ -214,6 +215,18 @@ def _within(examples: jax.Array | None, config: model_config.LlamaConfig) -> Cal
         return attention.self_attention(q, k, v, examples, **how), kv
 
     return attend
+
+
+def _scaling_queries(attend: Callable, scale: jax.Array | None) -> Callable:
+    """`attend`, with each query multiplied by scale [B, T]; None: as it is."""
+    if scale is None:
+        return attend
+
+    def scaled_attend(index, kv, q, *others):
+        q = (q.astype(jnp.float32) * scale[:, :, None, None]).astype(q.dtype)
+        return attend(index, kv, q, *others)
+
+    return scaled_attend
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:

@@ -19,10 +19,10 @@ def sliding_windows(
     model_type = raw["model_type"]
     if "sliding_window" not in model_types.MODEL_TYPES[model_type].reads:
         return (None,) * layers
-    window, default = None, None if model_type in ("smollm3", "phi3") else 4096
+    window, default = None, None if model_type in ("smollm3", "phi3", "ministral3") else 4096
     if raw.get("sliding_window", default) is not None:  # null is none, an absent key the default
         window = values.count("sliding_window", default)
-    if model_type in ("mistral", "phi3"):
+    if model_type in ("mistral", "ministral3", "phi3"):
         return (window,) * layers
     kinds = _kinds(values, raw, layers)
     if model_type in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):

@@ -30,6 +30,10 @@ MULTIPLIERS = (
     "logits_scaling",
 )
 _LONG = {"max_position_embeddings": 32768}
+_ROPE_OF_MINISTRAL3 = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
+                       "original_max_position_embeddings": 16384, "beta_fast": 32.0,
+                       "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+                       "llama_4_scaling_beta": 0.1}  # fmt: skip
 
 MODEL_TYPES: dict[str, ModelType] = {
     "llama": ModelType(_BIASES, {"max_position_embeddings": 2048}),
@@ -39,6 +43,11 @@ MODEL_TYPES: dict[str, ModelType] = {
     "ministral": ModelType(
         ("sliding_window", "layer_types"),
         {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    ),
+    "ministral3": ModelType(
+        ("sliding_window",),
+        {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128}
+        | {"rms_norm_eps": 1e-5, "rope_parameters": _ROPE_OF_MINISTRAL3},
     ),
     "qwen2": ModelType(
         (*_WINDOWS, "max_window_layers"),

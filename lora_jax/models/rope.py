@@ -82,6 +82,20 @@ def apply(
     return (wide * cos[:, :, None] + swapped * sin[:, :, None]).astype(x.dtype)
 
 
+def query_scale(
+    positions: Int[Array, "B T"], rope: rope_config.RopeConfig
+) -> Float[Array, "B T"] | None:
+    """1 + β · log(1 + ⌊position / L⌋), by which each query is multiplied, in float32.
+
+    L: the length before scaling. None where the model has no β.
+    Source: Llama 4's scaling of the temperature of attention, as in Ministral 3 of transformers.
+    """
+    if not rope.llama_4_scaling_beta:
+        return None
+    turns = positions // rope.original_max_position_embeddings
+    return 1 + rope.llama_4_scaling_beta * jnp.log1p(turns.astype(jnp.float32))
+
+
 def _inv_freq(
     length: jax.Array, dim: int, rope: rope_config.RopeConfig, context: int
 ) -> tuple[jax.Array, float]:

@@ -12,6 +12,7 @@ class RopeConfig:
     """Rotary embedding settings, as in transformers' `rope_parameters`.
 
     partial_rotary_factor: the part of each head, from its beginning, that is rotated.
+    llama_4_scaling_beta: how queries grow with their position, see rope.query_scale; 0: not at all.
     """
 
     rope_type: str = "default"
@@ -29,6 +30,7 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     partial_rotary_factor: float = 1.0
+    llama_4_scaling_beta: float = 0.0
 
     def rotary_dim(self, head_dim: int) -> int:
         """How many dimensions of a head are rotated, in pairs; of an odd number, one more."""
@@ -51,6 +53,7 @@ _FACTORS = ("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fas
             "mscale", "mscale_all_dim")  # fmt: skip
 _REFUSED = ("mrope_section", "mrope_interleaved")
 _PARTIAL = "partial_rotary_factor"
+_BETA = "llama_4_scaling_beta"  # which Ministral 3 has to have, and the other types do not read
 _PLACES = ("rope_scaling", "rope_parameters")  # the first precedes the second
 _KNOWN = {field.name for field in dataclasses.fields(RopeConfig)} | {*_REFUSED, "type"}
 _KINDS = ("full_attention", "sliding_attention")
@@ -93,6 +96,14 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
     above = config_values.Values(raw)
     theta = values.positive("rope_theta", above.positive("rope_theta", RopeConfig.rope_theta))
     partial = values.positive(_PARTIAL, 1.0) if is_phi3 else 1.0
+    beta = 0.0
+    if raw.get("model_type") == "ministral3":
+        beta = values.number(_BETA)
+        if beta is None:
+            problems.append(f"rope parameter {_BETA} is missing")
+        elif beta and rope_type not in _SCALED:
+            problems.append(f"rope parameter {_BETA} = {beta:g} with the type {rope_type} is not "
+                            f"implemented (it is with {', '.join(_SCALED)})")  # fmt: skip
     if rope_type == "default":
         rope = RopeConfig(rope_theta=theta, partial_rotary_factor=partial)
         return rope, problems + values.problems + above.problems
@@ -122,6 +133,7 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
         original_max_position_embeddings=original if rope_type in _SCALED else None,
         truncate=bool(given.get("truncate", True)),  # null is false, as in transformers
         partial_rotary_factor=partial,
+        llama_4_scaling_beta=beta or 0.0,
         **{key: values.numbers(key) for key in _LISTS if rope_type == "longrope"},
         **others,
     )
@@ -177,14 +189,16 @@ def _nested_problems(raw: Mapping[str, Any]) -> list[str]:
 
 def unread(raw: Mapping[str, Any]) -> list[str]:
     """The keys among the settings that no type of rotary embedding reads."""
-    found = [key for key in settings(raw) if key not in _KNOWN]
+    is_ministral3 = raw.get("model_type") == "ministral3"  # transformers writes its context, too
+    known = _KNOWN | {"max_position_embeddings"} if is_ministral3 else _KNOWN - {_BETA}
+    found = [key for key in settings(raw) if key not in known]
     found += [key for key in _nested(raw) if key not in _KINDS]
     return [f"rope_parameters.{key}" for key in found]
 
 
 def notes(rope: RopeConfig, raw: Mapping[str, Any], context: int) -> list[str]:
     """What of the scaling depends on a choice that config.json leaves open, one line each."""
-    if rope.rope_type not in _SCALED:
+    if rope.rope_type not in _SCALED or not settings(raw):  # those of its model type, if none
         return []
     key = "original_max_position_embeddings"
     if raw.get(key) is None and settings(raw).get(key) is None:

@@ -21,6 +21,7 @@ from lora_jax.quant import formats
 UP = "model.layers.0.mlp.up_proj"
 BLOCK = {"weight_block_size": [32, 64], "activation_scheme": "dynamic", "quant_method": "fp8"}
 SCHEME = {"targets": ["Linear"], "weights": {"num_bits": 8}}
+STATIC = {"weight_block_size": None, "activation_scheme": "static", "quant_method": "fp8"}
 ROWS = {"quant_method": "compressed-tensors", "format": "float-quantized",
         "config_groups": {"group_0": SCHEME}}  # fmt: skip
 # {name: (dtype of the codes, that of the scales, their shape for a weight, quantization_config)}
@@ -31,6 +32,7 @@ KINDS = {
     "rows": (ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, lambda n, k: (n, 1), ROWS),
     "one": (ml_dtypes.float8_e5m2, np.float32, lambda n, k: (1,), ROWS),
     "a scalar": (ml_dtypes.float8_e4m3fn, np.float32, lambda n, k: (), ROWS),
+    "a scalar, static": (ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, lambda n, k: (), STATIC),
     "LLM.int8()": (np.int8, np.float32, lambda n, k: (n,),
                    {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "int8": (np.int8, ml_dtypes.bfloat16, lambda n, k: (n, 1), ROWS | {"format": "int-quantized"}),
@@ -60,6 +62,7 @@ def write(folder, kind, dtype="float32", change=lambda tensors: None):
             expanded = np.kron(blocks, np.ones(sizes, np.float32))[:n, :k]
             weights[module] = (weight.astype(np.float32) * expanded * factor).T
     tensors[f"{UP}.input_scale"] = np.ones(1, np.float32)
+    tensors[f"{UP}.activation_scale"] = np.ones((), ml_dtypes.bfloat16)
     tensors["model.layers.1.self_attn.k_scale"] = np.ones(1, np.float32)
     change(tensors)
     (folder / "model.safetensors").write_bytes(quantized_models.bytes_of(tensors))

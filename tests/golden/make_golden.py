@@ -1,8 +1,8 @@
 """Writes the golden files that the test suite compares with: Hugging Face and PEFT, on a CPU.
 
-Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma3, granite, ministral, phi3,
-smollm3 and composites), peft 0.21.2, numpy 2.4; nf4.npz holds values computed by bitsandbytes
-0.50.2. The test suite itself needs none of these. Everything is seeded.
+Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma3, granite, ministral,
+ministral3, phi3, smollm3 and composites), peft 0.21.2, numpy 2.4; nf4.npz holds values computed by
+bitsandbytes 0.50.2. The test suite itself needs none of these. Everything is seeded.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate
     python tests/golden/make_golden.py                        # everything but nf4.npz
@@ -57,6 +57,15 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=32)
+MINISTRAL3 = dict(
+    rope_type="yarn",
+    rope_theta=100.0,
+    factor=8.0,
+    original_max_position_embeddings=16,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.5,
+)
 LONGROPE = dict(
     rope_type="longrope",
     rope_theta=100.0,
@@ -335,6 +344,16 @@ TINY = {
         (5, 16, 40),
         dict(rope_parameters=LONGROPE | dict(long_factor=[1.2, 2.5, 3.0])),
     ),
+    "ministral3": (
+        dict(
+            model_type="ministral3",
+            head_dim=16,
+            max_position_embeddings=128,
+            rope_parameters=MINISTRAL3,
+        ),
+        (5, 16, 100),
+        dict(rope_parameters=MINISTRAL3 | dict(llama_4_scaling_beta=0.3)),
+    ),
 }
 
 STORIES_PROMPTS = (
@@ -423,7 +442,11 @@ def logits_of(model, ids, mask=None):
 def plain_logits(model, ids, mask=None):
     ids = torch.as_tensor(np.asarray(ids), dtype=torch.long)
     mask = None if mask is None else torch.as_tensor(np.asarray(mask), dtype=torch.long)
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().numpy()
+    more = {}
+    if mask is not None and getattr(model.config, "model_type", "") == "ministral3":
+        # Its positions are not relative: those that generate() passes begin after the padding.
+        more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits.float().numpy()
 
 
 def reset_rope(model):

@@ -23,10 +23,28 @@ NEMO = dict(
     num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e9, sliding_window=None,
     vocab_size=131072,
 )  # fmt: skip
+MINISTRAL = dict(
+    attention_dropout=0.0, head_dim=128, hidden_act="silu", hidden_size=3072,
+    initializer_range=0.02, intermediate_size=9216, max_position_embeddings=262144,
+    model_type="ministral3", num_attention_heads=32, num_hidden_layers=26, num_key_value_heads=8,
+    rms_norm_eps=1e-5, rope_parameters=dict(
+        beta_fast=32.0, beta_slow=1.0, factor=16.0, llama_4_scaling_beta=0.1, mscale=1.0,
+        mscale_all_dim=1.0, original_max_position_embeddings=16384, rope_theta=1e6,
+        rope_type="yarn", type="yarn"),
+    sliding_window=None, tie_word_embeddings=True, use_cache=True, vocab_size=131072,
+)  # fmt: skip
+STATIC = dict(
+    activation_scheme="static", dequantize=False, quant_method="fp8", weight_block_size=None,
+    modules_to_not_convert=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+)  # fmt: skip
 PUBLISHED = {
     "gemma-3-4b": dict(model_type="gemma3", text_config=GEMMA, torch_dtype="bfloat16"),
     "llava-1.5": dict(model_type="llava", text_config=VICUNA, torch_dtype="float16"),
     "pixtral": dict(model_type="llava", text_config=NEMO, torch_dtype="bfloat16"),
+    "ministral-3": dict(
+        model_type="mistral3", text_config=MINISTRAL, dtype="bfloat16", quantization_config=STATIC
+    ),
+    "ministral-3-defaults": dict(model_type="mistral3", text_config=dict(model_type="ministral3")),
     "untyped": dict(model_type="llava_onevision", text_config=dict(hidden_size=896)),
     "tied": dict(model_type="llava", text_config=dict(tie_word_embeddings=True)),
     "voxtral": dict(model_type="voxtral", text_config=dict(num_attention_heads=24)),
@@ -50,8 +68,10 @@ def test_what_text_config_leaves_out_is_as_in_transformers(name):
     rope = expected.rope_parameters
     rope = rope.get("full_attention", rope)
     assert (found.rope.rope_theta, found.rope.factor) == (rope["rope_theta"], rope.get("factor"))
+    assert found.rope.llama_4_scaling_beta == rope.get("llama_4_scaling_beta", 0)
     assert found.tie_word_embeddings == getattr(whole, "tie_word_embeddings", False)
-    assert found.dtype == ("bfloat16" if "torch_dtype" in raw else "float32")
+    stated = {"dtype", "torch_dtype"} & raw.keys()
+    assert found.dtype == ("bfloat16" if stated else "float32") and found.quantization is None
     assert found.composite == raw["model_type"]
     assert model_config.notes(raw) == []
 

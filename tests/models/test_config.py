@@ -382,6 +382,8 @@ def test_values_are_taken_as_transformers_takes_them(changes, expected):
          (None, 8, None)),
         ("qwen3", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3}, (None,) * 3),
         ("llama", {"sliding_window": 8}, (None,) * 3),
+        ("ministral3", {"rope_parameters": None}, (None,) * 3),
+        ("ministral3", {"rope_parameters": None, "sliding_window": 8}, (8,) * 3),
         ("phi3", {}, (None,) * 3),
         ("phi3", {"sliding_window": 8}, (8,) * 3),
     ],
@@ -430,8 +432,12 @@ def test_sliding_windows(model_type, changes, windows):
         (dict(model_type="gemma3", text_config={"sliding_window_pattern": "6"}),
          ["config.json: text_config", "sliding_window_pattern"]),
         (dict(model_type="qwen2", layer_types=["linear_attention"] * 3), ["'linear_attention'"]),
-        (dict(model_type="mistral3", text_config={"model_type": "ministral3"}),
-         ["config.json: text_config", "found:    'ministral3'"]),
+        (dict(model_type="mistral3", text_config={"model_type": "mistral4"}),
+         ["config.json: text_config", "found:    'mistral4'"]),
+        (dict(model_type="ministral3", rope_scaling={"type": "yarn", "factor": 2.0}),
+         ["llama_4_scaling_beta is missing"]),
+        (dict(model_type="ministral3", rope_parameters={"llama_4_scaling_beta": 0.1}),
+         ["llama_4_scaling_beta = 0.1 with the type default"]),
         (dict(model_type=["llama"]), ["['llama']"]),
         (dict(dtype=["float32"], quantization_config=5), ["['float32']"]),
         (dict(quantization_config={"quant_method": ["gptq"]}), ["quant_method ['gptq']"]),
@@ -639,6 +645,8 @@ def test_random_values_are_taken_or_one_error(model_type, changes):
 )
 def test_random_keys_change_nothing(model_type, extra):
     extra = {f"x{key}": value for key, value in extra.items()}
-    raw = SMALL | {"model_type": model_type}
+    # Not those of a LLaMA, with which Ministral 3 is not complete.
+    rotary = {"rope_parameters": None, "max_position_embeddings": None}
+    raw = SMALL | {"model_type": model_type} | rotary
     assert model_config.from_dict(extra | raw) == model_config.from_dict(raw)
     assert len(model_config.notes(extra | raw)) <= 1

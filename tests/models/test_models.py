@@ -19,7 +19,7 @@ from lora_jax.models import config as model_config
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = sorted(path.name for path in (GOLDEN / "models").iterdir())
 PADDED = ["gemma3", "llama_bias", "llama_dynamic", "qwen2_window", "stories260K"]
-CACHED = ["gemma3", "llama_dynamic", "mistral", "qwen2_window", "stories260K"]
+CACHED = ["gemma3", "llama_dynamic", "ministral3", "mistral", "qwen2_window", "stories260K"]
 TINY = [name for name in MODELS if name != "stories260K"]
 TOLERANCE = 2e-4  # float32 logits of std 1.5 to 3; float32 itself is within 1e-4 of float64
 
