@@ -113,8 +113,7 @@ def names_in_folder(stored: Mapping[str, StoredTensor], model_type: str) -> Call
     stored: its tensors, as `tensors` returns them. model_type: the composite's.
     """
     keys = {name: names.unwrapped(tensor.key or name) for name, tensor in stored.items()}
-    inside = composite.COMPOSITES[model_type].inside
-    old = any(key.startswith(f"{inside}.") for key in keys.values())
+    old = names.are_old(keys.values(), model_type)
 
     def name_of(name: str) -> str:
         if name in keys and _name(keys[name], model_type) == name:

@@ -36,7 +36,7 @@ def inner(adapter: lora_adapter.Adapter, base: model_config.LlamaConfig) -> lora
         return {names.inner(path, around): array for path, array in arrays.items()
                 if not names.is_beside(path, around)}  # fmt: skip
 
-    old = any(path.startswith(f"{composite.COMPOSITES[around].inside}.") for path in paths)
+    old = names.are_old(paths, around)
     named = {names.outer(path, around, old=old): path for path in _modules(base)}
     given = adapter.config
     others = [path for path in paths if names.is_beside(path, around)]
@@ -252,9 +252,12 @@ def _beside_regex(around: str) -> str:
 def _like_beside(around: str) -> list[str]:
     """Names such as layers beside the language model have."""
     parts = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o", "out")]
-    return [f"{prefix}{part}.encoder.layers.0.{name}" for prefix in ("", "model.")
+    parts += ["attn.qkv", "attn.proj", "linear_1"]
+    parts += [f"mlp.{name}" for name in ("fc1", "fc2", "linear_fc1", "up_proj")]
+    layers = [f"{stack}.0.{name}" for stack in ("encoder.layers", "blocks") for name in parts]
+    return [f"{prefix}{part}.{name}" for prefix in ("", "model.")
             for part in composite.COMPOSITES[around].beside
-            for name in (*parts, "mlp.fc1", "mlp.fc2", "linear_1")]  # fmt: skip
+            for name in (*layers, "merger.mlp.0", "merger.linear_fc1")]  # fmt: skip
 
 
 def _with_beside(exclude: Sequence[str] | str, around: str) -> str:

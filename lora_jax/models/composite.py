@@ -18,7 +18,9 @@ class Composite(NamedTuple):
     text: the model_type of a text_config that names none. inside: the name of the language model in
     `model`. beside: the names of what lies beside it. is_tied: the default of tie_word_embeddings,
     None for a type that does not read it; reads_tied_text: text_config may say it, too.
-    defaults: those that precede the ones of the text's type.
+    defaults: those that precede the ones of the text's type. was_plain: before transformers 4.52,
+    config.json had the keys of text_config itself, and tensors of the language model were named as
+    in a LLaMA.
     """
 
     text: str = "llama"
@@ -27,6 +29,7 @@ class Composite(NamedTuple):
     is_tied: bool | None = False
     reads_tied_text: bool = False
     defaults: Mapping[str, Any] = MappingProxyType({})
+    was_plain: bool = False
 
 
 _WITH_NEWLINE = (*Composite().beside, "image_newline")
@@ -47,6 +50,13 @@ COMPOSITES: dict[str, Composite] = {
     ),
     "llava_onevision": Composite("qwen2", beside=_WITH_NEWLINE, reads_tied_text=True),
     "internvl": Composite("qwen2", is_tied=True),
+    "qwen2_vl": Composite(
+        "qwen2_vl_text", beside=("visual",), reads_tied_text=True, was_plain=True
+    ),
+    "qwen2_5_vl": Composite(
+        "qwen2_5_vl_text", beside=("visual",), reads_tied_text=True, was_plain=True
+    ),
+    "qwen3_vl": Composite("qwen3_vl_text", beside=("visual",)),
     "idefics3": _OF_IDEFICS,
     "smolvlm": _OF_IDEFICS,
     "voxtral": Composite(
@@ -63,11 +73,15 @@ _SIZES = {
     "ministral3": (131072, 4096, 14336, 34, 32),
     "qwen2": (151936, 4096, 22016, 32, 32),
     "qwen3": (151936, 4096, 22016, 32, 32),
+    "qwen2_vl_text": (152064, 8192, 29568, 80, 64),
+    "qwen2_5_vl_text": (152064, 8192, 29568, 80, 64),
+    "qwen3_vl_text": (151936, 4096, 22016, 32, 32),
     "smollm3": (128256, 2048, 11008, 36, 16),
     "granite": (32000, 4096, 11008, 32, 32),
     "gemma3_text": (262208, 2304, 9216, 26, 8),
 }
 TEXTS = tuple(_SIZES)
+_OF_IMAGES = ("text_config", "vision_", "image_", "video_")  # keys of the whole model
 _TIED = "tie_word_embeddings"
 _DTYPES = ("dtype", "torch_dtype")
 _QUANTIZATION = ("quantization_config", "quantization")
@@ -77,6 +91,12 @@ def of(raw: Mapping[str, Any]) -> Composite | None:
     """What is known of a config.json's model type; None if it has no language model inside."""
     model_type = raw.get("model_type")
     return COMPOSITES.get(model_type) if isinstance(model_type, str) else None
+
+
+def is_flat(raw: Mapping[str, Any]) -> bool:
+    """Whether the keys of the language model inside are beside those of the whole model."""
+    own = of(raw)
+    return own is not None and own.was_plain and raw.get("text_config") is None
 
 
 def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +110,9 @@ def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
         return dict(raw)
     given = raw.get("text_config")
     given = dict(given) if isinstance(given, Mapping) else {}
+    if is_flat(raw):
+        given = {key: value for key, value in raw.items()
+                 if key != "model_type" and not key.startswith(_OF_IMAGES)}  # fmt: skip
     text = {"model_type": own.text, **own.defaults, **given}
     sizes = _SIZES.get(str(text["model_type"]), ())
     for key, size in zip(config_keys.REQUIRED, sizes, strict=False):
@@ -107,7 +130,7 @@ def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def changed(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """config.json with other values for the keys that `language_model` has."""
-    if of(raw) is None:
+    if of(raw) is None or is_flat(raw):
         return {**raw, **changes}
     text, whole = raw.get("text_config"), {_TIED, *_DTYPES, *_QUANTIZATION}
     found = {**raw, **{key: value for key, value in changes.items() if key in whole}}

@@ -150,7 +150,8 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     value that cannot be right.
     """
     around = raw["model_type"] if composite.of(raw) else ""
-    if around and not isinstance(raw.get("text_config"), Mapping):
+    is_flat = composite.is_flat(raw)
+    if around and not is_flat and not isinstance(raw.get("text_config"), Mapping):
         raise errors.UserError(
             expected=f"text_config, the language model inside of {around}",
             found=config_values.shown(raw.get("text_config")),
@@ -158,7 +159,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
             do="download the file again",
         )
     raw = composite.language_model(raw)
-    where += ": text_config" if around else ""
+    where += ": text_config" if around and not is_flat else ""
     model_type = raw.get("model_type")
     known = composite.TEXTS if around else tuple(model_types.MODEL_TYPES)
     if not isinstance(model_type, str) or model_type not in known:
@@ -174,7 +175,8 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
             do="use a LLaMA-like model, or inject LoRA into a Flax model of your own",
         )  # fmt: skip
     problems = config_keys.not_implemented(raw)
-    defaults = model_types.MODEL_TYPES[model_type].defaults
+    defaults, built_in = (getattr(model_types.MODEL_TYPES[model_type], name)
+                          for name in ("defaults", "built_in"))  # fmt: skip
     raw = config_keys.read(raw)
     # null is a default, too, but for num_key_value_heads: it means as many as there are heads.
     raw |= {key: value for key, value in defaults.items()
@@ -202,7 +204,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     fields = dict(
         rms_norm_eps=values.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=values.flag("tie_word_embeddings"),
-        qkv_bias=bias or model_type == "qwen2",
+        qkv_bias=bias or "qkv_bias" in built_in,
         o_bias=bias,
         mlp_bias=values.flag("mlp_bias"),
         initializer_range=values.number("initializer_range", 0.02),
@@ -227,7 +229,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=context,
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        qk_norm="qk_norm" in built_in,
         norm_offset=float(model_type == "gemma3_text"),
         sandwich_norms=model_type == "gemma3_text",
         fused_projections=model_type == "phi3",
@@ -272,11 +274,11 @@ def notes(raw: dict[str, Any]) -> list[str]:
     """What a reader of a config.json that `from_dict` takes should know, one line each."""
     found = []
     config = from_dict(raw)
+    where = "text_config" if config.composite and not composite.is_flat(raw) else "config.json"
     raw = composite.language_model(raw)
     unread = [*map(config_values.shown_key, config_keys.unread(raw) + rope_config.unread(raw))]
     if unread:
         more = f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
-        where = "text_config" if config.composite else "config.json"
         found.append(f"{where} has keys that {raw['model_type']} does not read: "
                      f"{', '.join(unread[:_SHOWN])}{more}")  # fmt: skip
     if _stated_dtype(raw) in ("float64", "double"):

@@ -7,6 +7,7 @@ from lora_jax.models import config_values, model_types, rope_config
 
 _SLIDING = "sliding_attention"
 _KNOWN = ("full_attention", "attention", _SLIDING)
+_SWITCHED = ("qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text")  # by use_sliding_window
 
 
 def sliding_windows(
@@ -25,7 +26,7 @@ def sliding_windows(
     if model_type in ("mistral", "ministral3", "phi3"):
         return (window,) * layers
     kinds = _kinds(values, raw, layers)
-    if model_type in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):
+    if model_type in _SWITCHED and not values.flag("use_sliding_window"):
         return (None,) * layers
     return tuple(window if kind == _SLIDING else None for kind in kinds)
 

@@ -35,6 +35,13 @@ _ROPE_OF_MINISTRAL3 = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
                        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
                        "llama_4_scaling_beta": 0.1}  # fmt: skip
 
+_QWEN2_VL = ModelType(
+    (*_WINDOWS, "max_window_layers"),
+    _LONG | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    | {"max_window_layers": 80},
+    ("qkv_bias", "use_qkv_bias"),
+)  # fmt: skip
+
 MODEL_TYPES: dict[str, ModelType] = {
     "llama": ModelType(_BIASES, {"max_position_embeddings": 2048}),
     "mistral": ModelType(
@@ -57,6 +64,14 @@ MODEL_TYPES: dict[str, ModelType] = {
     "qwen3": ModelType(
         ("attention_bias", *_WINDOWS, "max_window_layers"),
         _LONG | {"num_key_value_heads": 32, "head_dim": 128},
+        ("qk_norm", "use_qk_norm"),
+    ),
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen3_vl_text": ModelType(
+        ("attention_bias",),
+        {"max_position_embeddings": 128000, "num_key_value_heads": 32, "head_dim": 128}
+        | {"rope_theta": 5e5},
         ("qk_norm", "use_qk_norm"),
     ),
     "smollm3": ModelType(

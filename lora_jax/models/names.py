@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lora_jax.models import composite
 
@@ -34,7 +34,7 @@ def inner(name: str, model_type: str) -> str:
     model_type: the composite's; "" for a model that is none, whose names stay. The names of
     transformers 4.52 and newer, `model.language_model.layers…` and `lm_head`, and the older ones,
     `language_model.model.layers…` and `language_model.lm_head`, become `model.layers…` and
-    `lm_head`. Others stay.
+    `lm_head`. Others stay, such as the older ones of Qwen2-VL, which are those of a LLaMA.
     """
     if not model_type:
         return name
@@ -50,8 +50,15 @@ def outer(name: str, model_type: str, *, old: bool = False) -> str:
         return name
     inside = composite.COMPOSITES[model_type].inside
     if old:
-        return f"{inside}.{name}"
+        return name if composite.COMPOSITES[model_type].was_plain else f"{inside}.{name}"
     return re.sub(r"^model\.", f"model.{inside}.", name)
+
+
+def are_old(names: Iterable[str], model_type: str) -> bool:
+    """Whether names in a composite model are those of transformers before 4.52."""
+    own = composite.COMPOSITES[model_type]
+    old = "model.layers." if own.was_plain else f"{own.inside}."
+    return any(name.startswith(old) for name in names)
 
 
 def is_beside(name: str, model_type: str) -> bool:

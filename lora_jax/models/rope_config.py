@@ -51,11 +51,14 @@ _TYPES_OF_PHI3 = {"default": "default", **dict.fromkeys(("longrope", "su", "yarn
 _LISTS = ("short_factor", "long_factor")
 _FACTORS = ("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow",
             "mscale", "mscale_all_dim")  # fmt: skip
-_REFUSED = ("mrope_section", "mrope_interleaved")
+_MROPE = ("mrope_section", "mrope_interleaved")
+# In text, all three positions of a token are the same, with which mrope is the default type.
+_TYPES_WITH_MROPE = {**_TYPES, "mrope": "default"}
+_WITH_MROPE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 _PARTIAL = "partial_rotary_factor"
 _BETA = "llama_4_scaling_beta"  # which Ministral 3 has to have, and the other types do not read
 _PLACES = ("rope_scaling", "rope_parameters")  # the first precedes the second
-_KNOWN = {field.name for field in dataclasses.fields(RopeConfig)} | {*_REFUSED, "type"}
+_KNOWN = {field.name for field in dataclasses.fields(RopeConfig)} | {*_MROPE, "type"}
 _KINDS = ("full_attention", "sliding_attention")
 _SCALED = ("yarn", "llama3", "longrope")  # which depend on the length before scaling
 
@@ -79,14 +82,15 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
     given = settings(raw)
     rope_type = given.get("rope_type") or given.get("type") or "default"
     is_phi3 = raw.get("model_type") == "phi3"
-    types = _TYPES_OF_PHI3 if is_phi3 else _TYPES
+    has_mrope = raw.get("model_type") in _WITH_MROPE
+    types = _TYPES_OF_PHI3 if is_phi3 else _TYPES_WITH_MROPE if has_mrope else _TYPES
     if not isinstance(rope_type, str) or rope_type not in types:
         return RopeConfig(), [
             f"rope type {rope_type!r} is not implemented ({', '.join(types)} are)"
         ]
     rope_type = types[rope_type]
     given = {_PARTIAL: raw.get(_PARTIAL), **given}
-    refused = _REFUSED if is_phi3 else (*_REFUSED, _PARTIAL)
+    refused = (*(() if has_mrope else _MROPE), *(() if is_phi3 else (_PARTIAL,)))
     problems = [
         f"rope parameter {key} = {config_values.shown(value)} is not implemented"
         for key, value in given.items()

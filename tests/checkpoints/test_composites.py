@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,8 @@ def check_logits(model, name, expected):
 def newer(key):
     """The name in transformers 4.52 and newer of a tensor that has an older one."""
     own = key.replace("language_model.model.", "model.language_model.")
+    if key.startswith("model."):  # of Qwen2.5-VL
+        own = key.replace("model.", "model.language_model.", 1)
     own = own.removeprefix("language_model.") if "lm_head" in key else own
     return own if own.startswith(("model.", "lm_head.")) else f"model.{own}"
 
@@ -66,8 +69,10 @@ def test_logits_of_text_equal_hugging_face_and_nothing_else_is_read(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "adapter"), [("gemma3", "names"), ("gemma3", "unsloth"), ("llava", "saved")]
-)
+    ("name", "adapter"),
+    [("gemma3", "names"), ("gemma3", "unsloth"), ("llava", "saved"), ("qwen2_5_vl", "names"),
+     *cases.long(("qwen3_vl", "unsloth"))],
+)  # fmt: skip
 def test_logits_under_an_adapter_equal_pefts_on_the_whole_model(name, adapter):
     """One has its own rank by an outer name, and parts for the vision tower; see make_golden.py."""
     model = load(name)
@@ -85,20 +90,23 @@ def test_an_adapter_of_the_whole_model_goes_into_a_bank():
     assert len(contents.slots[0]) == 2  # q_proj and v_proj
 
 
-def test_names_of_both_forms_are_the_same_tensors(tmp_path):
-    (tmp_path / "config.json").write_text((COMPOSITES / "gemma3/config.json").read_text())
-    renamed = {newer(key): array for key, array in tensors_of(COMPOSITES / "gemma3").items()}
+@pytest.mark.parametrize(
+    ("name", "beside", "number"),
+    [("gemma3", "multi_modal_projector, vision_tower", 23), ("qwen2_5_vl", "visual", 18)],
+)
+def test_names_of_both_forms_are_the_same_tensors(name, beside, number, tmp_path):
+    (tmp_path / "config.json").write_text((COMPOSITES / name / "config.json").read_text())
+    renamed = {newer(key): array for key, array in tensors_of(COMPOSITES / name).items()}
     assert "model.language_model.layers.0.mlp.up_proj.weight" in renamed
     safetensors.numpy.save_file(renamed, tmp_path / "model.safetensors")
     config = model_folder.config(tmp_path)
-    old, new = (model_folder.tensors(each, config) for each in (COMPOSITES / "gemma3", tmp_path))
+    old, new = (model_folder.tensors(each, config) for each in (COMPOSITES / name, tmp_path))
     assert old.keys() == new.keys() and "model.layers.0.mlp.up_proj.weight" in old
-    for folder in (COMPOSITES / "gemma3", tmp_path):
+    for folder in (COMPOSITES / name, tmp_path):
         assert model_folder.notes(folder) == [
-            "of this gemma3, only the language model is loaded, not multi_modal_projector, "
-            "vision_tower"
+            f"of this {name}, only the language model is loaded, not {beside}"
         ]
-        assert len(model_folder.beside(folder, config)) == 23
+        assert len(model_folder.beside(folder, config)) == number
 
 
 def merged(name, adapter, into):
@@ -125,6 +133,24 @@ def test_a_merged_folder_is_the_whole_model(tmp_path):
         new = before[f"{path}.weight"] + change
         np.testing.assert_allclose(after[f"{path}.weight"], new, atol=1e-6)
     np.testing.assert_array_equal(after["lm_head.weight"], adapter.saved["lm_head.weight"])
+
+
+def test_a_flat_config_and_older_names_stay_in_merged_and_quantized_copies(tmp_path):
+    base = COMPOSITES / "qwen2_5_vl"
+    adapter = outer_names.inner(peft.read(base / "names"), model_config.load(base))
+    before, after = merged("qwen2_5_vl", adapter, tmp_path / "merged")
+    raw = json.loads((base / "config.json").read_text())
+    assert json.loads((tmp_path / "merged/config.json").read_text()) == raw
+    trained = {f"{path}.weight" for path in adapter.factors}
+    assert before.keys() == after.keys() and trained <= before.keys()
+    assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == trained
+    list(quantize.write(base, tmp_path / "int8", quantize.plan(base, "int8")))
+    packed = tensors_of(tmp_path / "int8")
+    assert "model.layers.1.mlp.up_proj.q" in packed
+    assert all(name.startswith(("model.layers.", "model.norm", "model.embed_tokens", "visual."))
+               for name in packed)  # fmt: skip
+    found = json.loads((tmp_path / "int8/config.json").read_text())
+    assert found.pop("quantization_config")["format"] == "int8" and found == raw
 
 
 def test_a_head_that_is_untied_gets_the_name_that_it_has_in_the_folder(tmp_path):

@@ -821,6 +821,10 @@ VISION = dict(
     hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=8,
     patch_size=4,
 )  # fmt: skip
+QWEN_VISION = dict(
+    depth=1, hidden_size=8, intermediate_size=12, num_heads=2, patch_size=2, spatial_merge_size=1,
+    temporal_patch_size=1,
+)  # fmt: skip
 # name: (config, its settings, whether its tensors have the names of transformers before 4.52,
 # adapters of PEFT)
 COMPOSITES = {
@@ -861,7 +865,51 @@ COMPOSITES = {
             ),
         ),
     ),
+    "qwen2_5_vl": (
+        transformers.Qwen2_5_VLConfig,
+        dict(
+            text_config=SMALL | dict(
+                head_dim=4, bos_token_id=1, eos_token_id=2,
+                rope_parameters=default_rope(100.0) | dict(mrope_section=[1, 1, 0]),
+            ),
+            vision_config=QWEN_VISION | dict(
+                out_hidden_size=16, window_size=4, fullatt_block_indexes=[0],
+            ),
+            image_token_id=39, tie_word_embeddings=True,
+        ),
+        True,
+        # gate_proj is in the vision tower, too.
+        dict(names=dict(target_modules=["k_proj", "gate_proj"])),
+    ),
+    "qwen3_vl": (
+        transformers.Qwen3VLConfig,
+        dict(
+            text_config=SMALL | dict(
+                rope_parameters=default_rope(100.0)
+                | dict(mrope_section=[2, 1, 1], mrope_interleaved=True),
+            ),
+            vision_config=QWEN_VISION | dict(
+                out_hidden_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0],
+            ),
+            image_token_id=39,
+        ),
+        False,
+        dict(unsloth=dict(target_modules=UNSLOTH, modules_to_save=["lm_head"])),
+    ),
 }  # fmt: skip
+
+
+def flatten(path):
+    """config.json as transformers before 4.52 wrote it: what is in text_config is beside it."""
+    raw = json.loads(path.read_text())
+    text = raw.pop("text_config")
+    for key in ("model_type", "dtype", "layer_types", "head_dim"):
+        del text[key]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = dict(type="mrope", mrope_section=rope["mrope_section"])
+    raw["torch_dtype"] = raw.pop("dtype")
+    path.write_text(json.dumps(raw | text, indent=2, sort_keys=True) + "\n")
 
 
 def make_composites(seed):
@@ -879,6 +927,13 @@ def make_composites(seed):
         (folder / "generation_config.json").unlink()
         (folder / "preprocessor_config.json").write_text("{}\n")
         arrays = dict(input_ids=ids, logits=plain_logits(base, ids, mask))
+        if name == "qwen2_5_vl":
+            flatten(folder / "config.json")
+            again = AutoModelForImageTextToText.from_pretrained(
+                folder, attn_implementation="eager"
+            ).eval()
+            if not np.array_equal(plain_logits(again, ids, mask), arrays["logits"]):
+                raise SystemExit(f"{name}: the flat config.json means another model")
         for adapter, lora in adapters.items():
             generator = torch.Generator().manual_seed(seed)
             config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, **lora)

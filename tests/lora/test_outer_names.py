@@ -16,6 +16,7 @@ from lora_jax.models import config as model_config
 
 COMPOSITES = pathlib.Path(__file__).parents[1] / "golden" / "composites"
 GEMMA = model_config.load(COMPOSITES / "gemma3")
+QWEN = model_config.load(COMPOSITES / "qwen2_5_vl")
 PLAIN = dataclasses.replace(GEMMA, composite="")
 UNSLOTH = json.loads((COMPOSITES / "gemma3/unsloth/adapter_config.json").read_text())[
     "target_modules"
@@ -101,8 +102,23 @@ def test_what_is_written_is_for_peft_on_the_whole_model(name, tmp_path):
     assert outer_names.inner(again, GEMMA).config == inner.config
 
 
-def inner_config(**settings):
-    return outer_names.inner_config(lora_config.LoRAConfig(**settings), GEMMA)
+def test_older_names_of_qwen_are_those_of_a_llama():
+    adapter = peft.read(COMPOSITES / "qwen2_5_vl/names")
+    assert outer_names.beside(adapter, QWEN) == ["visual"]  # it has a gate_proj, too
+    found = outer_names.inner(adapter, QWEN)
+    assert {*found.factors} == {each for each in LAYERS if re.search("k_proj|gate", each)}
+
+    older = renamed(renamed(adapter, "model.language_model", "model"), "model.visual", "visual")
+    assert found.factors.keys() <= older.factors.keys()
+    again = outer_names.inner(older, QWEN)
+    assert again.config == found.config and again.factors.keys() == found.factors.keys()
+    written = outer_names.outer(again, QWEN)
+    assert {*written.factors} == {path for path in adapter.factors if "visual" not in path}
+    assert chosen([*adapter.factors], written.config) == [*written.factors]
+
+
+def inner_config(base=GEMMA, /, **settings):
+    return outer_names.inner_config(lora_config.LoRAConfig(**settings), base)
 
 
 Q = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
@@ -152,6 +168,26 @@ def test_settings_with_outer_names_mean_the_same_layers(settings, expected):
 )
 def test_an_exclude_of_what_is_never_adapted_is_left_out(exclude, expected):
     assert inner_config(targets="all-linear", exclude=exclude).exclude == expected
+
+
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [
+        (("visual",), ()),
+        (r".*visual.*", ()),
+        (r"visual\.blocks\.\d+\.attn\.(qkv|proj)", ()),
+        (r".*visual\.merger.*", ()),
+        (r"model\.layers\.0\..*", r"model\.layers\.0\..*"),
+        (r"model\.language_model\.layers\.0\..*", tuple(LAYERS[:7])),
+    ],
+)
+def test_an_exclude_of_qwen_in_both_forms(exclude, expected):
+    found = inner_config(QWEN, targets="all-linear", exclude=exclude)
+    assert found.exclude == expected
+    assert chosen(LAYERS, found) == LAYERS[7 if expected else 0 :]
+    assert chosen(LAYERS, inner_config(QWEN, targets=UNSLOTH, exclude=exclude)) == (
+        chosen(LAYERS, found)
+    )
 
 
 def test_settings_that_match_nothing_stay_to_be_an_error():

@@ -5,6 +5,7 @@ import re
 import pytest
 import transformers
 
+from lora_jax import errors
 from lora_jax.models import composite, config_keys, names
 from lora_jax.models import config as model_config
 
@@ -33,6 +34,23 @@ MINISTRAL = dict(
         rope_type="yarn", type="yarn"),
     sliding_window=None, tie_word_embeddings=True, use_cache=True, vocab_size=131072,
 )  # fmt: skip
+QWEN_VL = dict(  # all keys are beside those of the whole model
+    attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645, vision_start_token_id=151652,
+    vision_end_token_id=151653, vision_token_id=151654, image_token_id=151655,
+    video_token_id=151656, hidden_act="silu", hidden_size=2048, initializer_range=0.02,
+    intermediate_size=11008, max_position_embeddings=128000, max_window_layers=70,
+    num_attention_heads=16, num_hidden_layers=36, num_key_value_heads=2, rms_norm_eps=1e-6,
+    rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), rope_theta=1e6,
+    sliding_window=32768, tie_word_embeddings=True, torch_dtype="bfloat16", use_cache=True,
+    use_sliding_window=False, vision_config=dict(depth=32, hidden_act="silu"), vocab_size=151936,
+)  # fmt: skip
+QWEN3_VL = dict(
+    attention_bias=False, head_dim=128, hidden_size=2560, intermediate_size=9728,
+    max_position_embeddings=262144, model_type="qwen3_vl_text", num_attention_heads=32,
+    num_hidden_layers=36, num_key_value_heads=8, rms_norm_eps=1e-6, rope_scaling=dict(
+        mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"),
+    rope_theta=5e6, tie_word_embeddings=True, vocab_size=151936,
+)  # fmt: skip
 STATIC = dict(
     activation_scheme="static", dequantize=False, quant_method="fp8", weight_block_size=None,
     modules_to_not_convert=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
@@ -45,6 +63,13 @@ PUBLISHED = {
         model_type="mistral3", text_config=MINISTRAL, dtype="bfloat16", quantization_config=STATIC
     ),
     "ministral-3-defaults": dict(model_type="mistral3", text_config=dict(model_type="ministral3")),
+    "qwen2-vl": dict(QWEN_VL, model_type="qwen2_vl", tie_word_embeddings=False),
+    "qwen2.5-vl-3b": dict(QWEN_VL, model_type="qwen2_5_vl"),
+    "qwen2.5-vl-nested": dict(
+        model_type="qwen2_5_vl", text_config=dict(model_type="qwen2_5_vl_text", hidden_size=2048)
+    ),
+    "qwen3-vl": dict(model_type="qwen3_vl", text_config=QWEN3_VL, tie_word_embeddings=True),
+    "qwen3-vl-defaults": dict(model_type="qwen3_vl", text_config={}),
     "untyped": dict(model_type="llava_onevision", text_config=dict(hidden_size=896)),
     "tied": dict(model_type="llava", text_config=dict(tie_word_embeddings=True)),
     "voxtral": dict(model_type="voxtral", text_config=dict(num_attention_heads=24)),
@@ -94,6 +119,21 @@ def test_the_sizes_are_the_defaults_of_transformers(name):
         assert text[key] == getattr(expected, key), key
 
 
+def test_a_flat_config_is_read_as_strictly_as_text_config():
+    flat = dict(QWEN_VL, model_type="qwen2_vl")
+    assert model_config.notes(flat | {"foo": 1}) == [
+        "config.json has keys that qwen2_vl_text does not read: foo"
+    ]
+    with pytest.raises(errors.UserError, match="q_lora_rank") as raised:
+        model_config.from_dict(flat | {"q_lora_rank": 8})
+    assert raised.value.where == "config.json"
+    text = {key: flat[key] for key in flat if key != "model_type"}
+    assert model_config.from_dict(flat) == model_config.from_dict(
+        dict(model_type="qwen2_vl", text_config=text, torch_dtype="bfloat16")
+        | {"tie_word_embeddings": True}
+    )
+
+
 def test_the_keys_of_the_whole_model_count():
     """Its tie, dtype and quantization; text_config's quantization if it has none itself."""
     text = dict(GEMMA, tie_word_embeddings=False, torch_dtype="float16", rms_norm_eps=None)
@@ -110,7 +150,8 @@ def test_the_keys_of_the_whole_model_count():
     assert not model_config.from_dict(untied).tie_word_embeddings
     assert untied == raw | {"tie_word_embeddings": False,
                             "text_config": text | {"vocab_size": 7}}  # fmt: skip
-    assert composite.changed({"a": 1}, vocab_size=7) == {"a": 1, "vocab_size": 7}
+    for flat in ({"a": 1}, dict(QWEN_VL, model_type="qwen2_vl")):
+        assert composite.changed(flat, vocab_size=7) == flat | {"vocab_size": 7}
 
 
 LAYER = "layers.0.self_attn.q_proj.weight"
@@ -130,6 +171,10 @@ LAYER = "layers.0.self_attn.q_proj.weight"
         ("llava_next", "image_newline", None),
         ("idefics3", f"model.text_model.{LAYER}", f"model.{LAYER}"),
         ("idefics3", f"model.vision_model.encoder.{LAYER}", None),
+        ("qwen2_vl", f"model.{LAYER}", f"model.{LAYER}"),
+        ("qwen2_5_vl", f"model.language_model.{LAYER}", f"model.{LAYER}"),
+        ("qwen2_vl", "visual.blocks.0.attn.qkv.weight", None),
+        ("qwen3_vl", "model.visual.deepstack_merger_list.0.norm.bias", None),
         ("", f"language_model.model.{LAYER}", f"language_model.model.{LAYER}"),
         ("", f"vision_tower.{LAYER}", f"vision_tower.{LAYER}"),
     ],
