@@ -274,8 +274,9 @@ def _without_beside(exclude: Sequence[str] | str, around: str) -> Sequence[str] 
 
 def _modules(base: model_config.LlamaConfig) -> list[str]:
     """The modules of a LLaMA that have weights."""
-    parts = [f"self_attn.{name}_proj" for name in "qkvo"]
-    parts += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    qkv, gate_up = (("qkv",), ("gate_up",)) if base.fused_projections else ("qkv", ("gate", "up"))
+    parts = [f"self_attn.{name}_proj" for name in (*qkv, "o")]
+    parts += [f"mlp.{name}_proj" for name in (*gate_up, "down")]
     parts += [f"self_attn.{name}_norm" for name in ("qk" if base.qk_norm else "")]
     parts += ["input_layernorm", "post_attention_layernorm"]
     if base.sandwich_norms:

@@ -190,6 +190,18 @@ def test_an_exclude_of_qwen_in_both_forms(exclude, expected):
     )
 
 
+def test_names_of_fused_layers():
+    text = dict(model_type="phi3", num_hidden_layers=2)
+    phi = model_config.from_dict(dict(model_type="llava", text_config=text))
+    targets = r"model\.language_model\.layers\.1\..*(qkv|gate_up|down)_proj"
+    found = inner_config(phi, targets=targets, rank_pattern={r".*language_model.*qkv_proj": 3})
+    parts = ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    assert found.targets == tuple(f"model.layers.1.{part}" for part in parts)
+    assert {*found.rank_pattern} == {
+        re.escape(f"model.layers.{layer}.self_attn.qkv_proj") for layer in (0, 1)
+    }
+
+
 def test_settings_that_match_nothing_stay_to_be_an_error():
     """With the name that was given, not none at all."""
     found = inner_config(targets=("q_proj", "vision_tower.q_proj", "model.layers.7.mlp.up_proj"))
