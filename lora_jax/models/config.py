@@ -205,7 +205,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         rms_norm_eps=values.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=values.flag("tie_word_embeddings"),
         qkv_bias=bias or "qkv_bias" in built_in,
-        o_bias=bias,
+        o_bias=values.flag("attention_out_bias") if model_type == "seed_oss" else bias,
         mlp_bias=values.flag("mlp_bias"),
         initializer_range=values.number("initializer_range", 0.02),
         hidden_act=_activation(values, raw),
@@ -230,7 +230,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         head_dim=head_dim,
         max_position_embeddings=context,
         qk_norm="qk_norm" in built_in,
-        norm_offset=float(model_type == "gemma3_text"),
+        norm_offset=float(model_type in ("gemma", "gemma3_text")),
         sandwich_norms=model_type == "gemma3_text",
         fused_projections=model_type == "phi3",
         rope=rope,
@@ -245,6 +245,8 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
 def _activation(values: config_values.Values, raw: dict[str, Any]) -> str:
     key = "hidden_activation" if raw["model_type"] == "gemma3_text" else "hidden_act"
     name = values.given.get(key, "silu")
+    if raw["model_type"] == "gemma" and name == "gelu":  # in older files, which means the other
+        return "gelu_pytorch_tanh"
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         values.problems.append(f"{key} = {config_values.shown(name)} is not implemented "
                                f"({', '.join(_ACTIVATIONS)} are)")  # fmt: skip
@@ -263,6 +265,8 @@ def _factors(
     if raw["model_type"] == "granite":
         found = {key: values.number(key, 1.0) for key in model_types.MULTIPLIERS}
         return found | {"logits_scaling": values.positive("logits_scaling", 1.0)}
+    if raw["model_type"] == "gemma":
+        return {"embedding_multiplier": hidden**0.5}
     if raw["model_type"] == "gemma3_text":
         scalar = values.positive("query_pre_attn_scalar", defaults["query_pre_attn_scalar"])
         scale = None if scalar == head_dim else scalar**-0.5
@@ -283,7 +287,7 @@ def notes(raw: dict[str, Any]) -> list[str]:
                      f"{', '.join(unread[:_SHOWN])}{more}")  # fmt: skip
     if _stated_dtype(raw) in ("float64", "double"):
         found.append("the weights are float64, and are read as float32")
-    for key in ("attention_dropout", "resid_pdrop"):
+    for key in ("attention_dropout", "resid_pdrop", "residual_dropout"):
         if value := config_keys.read(raw).get(key):
             found.append(f"{key} {config_values.shown(value)} of config.json is not applied in "
                          "training")  # fmt: skip

@@ -88,6 +88,16 @@ MODEL_TYPES: dict[str, ModelType] = {
         {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
         | {"rms_norm_eps": 1e-5},
     ),
+    "seed_oss": ModelType(
+        (*_BIASES, "attention_out_bias", "residual_dropout"),
+        {"max_position_embeddings": 524288, "num_key_value_heads": 8, "head_dim": 128}
+        | {"attention_bias": True},
+    ),
+    "gemma": ModelType(
+        ("attention_bias",),
+        {"max_position_embeddings": 8192, "num_key_value_heads": 16, "head_dim": 256}
+        | {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+    ),
     "gemma3_text": ModelType(
         ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window",
          "layer_types", "sliding_window_pattern", "rope_local_base_freq"),

@@ -1,8 +1,9 @@
 """Writes the golden files that the test suite compares with: Hugging Face and PEFT, on a CPU.
 
-Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma3, granite, ministral,
-ministral3, phi3, smollm3 and composites), peft 0.21.2, numpy 2.4; nf4.npz holds values computed by
-bitsandbytes 0.50.2. The test suite itself needs none of these. Everything is seeded.
+Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma, gemma3, granite,
+ministral, ministral3, phi3, seed_oss, smollm3 and composites), peft 0.21.2, numpy 2.4; nf4.npz
+holds values computed by bitsandbytes 0.50.2. The test suite itself needs none of these. Everything
+is seeded.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate
     python tests/golden/make_golden.py                        # everything but nf4.npz
@@ -353,6 +354,16 @@ TINY = {
         ),
         (5, 16, 100),
         dict(rope_parameters=MINISTRAL3 | dict(llama_4_scaling_beta=0.3)),
+    ),
+    "gemma": (
+        dict(model_type="gemma", head_dim=16),
+        (5, 16, 40),
+        dict(hidden_act="silu"),
+    ),
+    "seed_oss": (
+        dict(model_type="seed_oss", attention_out_bias=False, head_dim=16),
+        (5, 16, 40),
+        dict(attention_bias=False),
     ),
 }
 

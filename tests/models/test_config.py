@@ -251,6 +251,13 @@ def test_published_configs_of_phi():
     [
         ("gemma3_text", {"query_pre_attn_scalar": 64}, {"attention_multiplier": 0.125}),
         ("gemma3_text", {"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
+        ("gemma", {}, {"embedding_multiplier": 16.0, "norm_offset": 1.0}),
+        ("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
+        ("gemma", {"hidden_act": None, "head_dim": None, "tie_word_embeddings": None},
+         {"hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "tie_word_embeddings": True}),
+        ("seed_oss", {}, {"qkv_bias": True, "o_bias": False, "mlp_bias": False}),
+        ("seed_oss", {"attention_bias": False, "attention_out_bias": True},
+         {"qkv_bias": False, "o_bias": True}),
         ("granite", {}, {"attention_multiplier": 1.0}),
         ("granite", {"logits_scaling": 4}, {"logits_scaling": 4.0}),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}, {"ropes": ()}),
