@@ -144,8 +144,9 @@ def _part(name: str, source: _Source, fitted: tied_head.Fitted) -> writer.Part:
         base = adapter.saved.get(f"{path}.base_layer.weight")
     if rows is not None:
         tokens = token_indices.of(path, adapter.config)
-        make = functools.partial(_with_rows, name, source, base, tokens, rows)
-        return writer.Part(name, {name: _spec(source, base)}, make)
+        spec = TensorSpec(source.dtype, (fitted.num_tokens, rows.shape[1]))
+        make = functools.partial(_with_rows, name, source, base, tokens, rows, spec.shape)
+        return writer.Part(name, {name: spec}, make)
     if own is None and base is not None:
         return _given(name, _rounded(name, jnp.asarray(base), source.dtype))
     if own is None and isinstance(source.tensor, StoredTensor) and source.rounded is None:
@@ -171,12 +172,20 @@ def _dense(name: str, source: _Source) -> dict[str, np.ndarray]:
 
 
 def _with_rows(
-    name: str, source: _Source, base: np.ndarray | None, tokens: Sequence[int], rows: np.ndarray
+    name: str,
+    source: _Source,
+    base: np.ndarray | None,
+    tokens: Sequence[int],
+    rows: np.ndarray,
+    shape: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """The weight [V, D] of an embedding or a head, with these rows for its trained tokens."""
+    """The weight [V, D] of an embedding or a head, with these rows for its trained tokens.
+
+    shape: with the rows that only the adapter has, which are all trained.
+    """
     weight = source.value() if base is None else jnp.asarray(base, _NAMES[source.dtype])
     own = _rounded(name, jnp.asarray(rows), source.dtype)
-    whole = np.array(weight)
+    whole = np.pad(weight, ((0, shape[0] - len(weight)), (0, 0)))
     whole[list(tokens)] = own
     return {name: whole}
 

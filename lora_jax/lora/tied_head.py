@@ -244,6 +244,12 @@ def _num_tokens(
     weights = base | {path: adapter.saved[name] for path in (EMBEDDING, HEAD)
                       if (name := f"{path}.weight") in adapter.saved}  # fmt: skip
     sizes = {path: len(array) for path, array in weights.items() if array.ndim}
+    complete = {*weights}  # of which all rows are known
+    for path in (EMBEDDING, HEAD):
+        ids = token_indices.of(path, adapter.config)
+        if path not in weights and (new := [id_ for id_ in ids if id_ >= num_tokens]):
+            sizes[path] = max(new) + 1
+            complete |= {path} if len(new) == sizes[path] - num_tokens else set()
     for path, part, axis in ((EMBEDDING, "A", 0), (HEAD, "B", 1)):
         array = getattr(adapter.factors.get(path), part, None)
         if array is not None:
@@ -251,7 +257,7 @@ def _num_tokens(
     if set(sizes.values()) <= {num_tokens}:
         return num_tokens
     missing = {EMBEDDING} | ({HEAD} if not joined else set())
-    missing -= weights.keys()
+    missing -= complete
     if len(set(sizes.values())) > 1 or missing:
         lacks = f", and no weight of {' or '.join(sorted(missing))}" if missing else ""
         raise errors.UserError(

@@ -46,11 +46,12 @@ class LlamaForCausalLM(nnx.Module):
 
     joined: a tied head computes with what an adapter makes of the embedding, not with its weight.
     untied: the head was tied before an adapter gave it a weight of its own. replaced: the paths of
-    the weights that an adapter brought along.
+    the weights that an adapter brought along. new_tokens: those whose rows are not the base's.
     """
 
     joined = untied = False
     replaced: tuple[str, ...] = ()
+    new_tokens: tuple[int, ...] = ()
 
     def __init__(
         self,

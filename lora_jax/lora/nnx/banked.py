@@ -12,7 +12,7 @@ from flax import nnx
 from lora_jax import errors
 from lora_jax.layers import places, registry
 from lora_jax.lora import adapter as lora_adapter
-from lora_jax.lora import algebra, targets, tied_head, token_indices
+from lora_jax.lora import algebra, targets, tied_head, token_indices, unshared
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.nnx import bank, names, sites
 from lora_jax.models import llama
@@ -55,11 +55,7 @@ class Bank:
         problems: list[errors.UserError] = []
         with errors.noted(problems):
             adapter.check_effect(where)
-        fitted, unbatched = adapter, [f"{name} in modules_to_save"
-                                      for name in adapter.config.modules_to_save]  # fmt: skip
-        unbatched += ["biases of B (lora_bias)"] if adapter.config.lora_bias else []
-        if (init := adapter.config.init_lora_weights) != "default":
-            unbatched.append(f"init_lora_weights {init}, which changes the base")
+        fitted, unbatched = adapter, unshared.of_config(adapter.config)
         with errors.noted(problems):
             fitted, more = self._own_part(adapter, where)
             unbatched += [*more, *self._changed_weights(fitted)]
@@ -116,32 +112,26 @@ class Bank:
 
     def _own_part(self, adapter, where) -> tuple[lora_adapter.Adapter, list[str]]:
         """(the adapter as one of A and B without base weights, what cannot be in a bank)."""
-        tokens = [f"{name} in trainable_token_indices"
-                  for name in token_indices.named(adapter.config)]  # fmt: skip
+        tokens = unshared.tokens(adapter.config)
         if self._llama is None:
             return adapter, tokens
         model, tied = self._llama, self._llama.config.tie_word_embeddings
         embedding = model.model.embed_tokens.embedding[...]
         fitted = tied_head.fitted(adapter, embedding.shape, tied=tied, where=where)
-        found = []
-        if fitted.num_tokens != len(embedding):
-            found.append(f"a vocabulary of {fitted.num_tokens} tokens instead of {len(embedding)}")
-        elif fitted.base:
+        found = unshared.of_vocabulary(adapter, fitted, len(embedding), tied=tied)
+        if fitted.num_tokens == len(embedding) and fitted.base:
             head = embedding if tied else registry.weight_of(model.lm_head)[...].T
             weights = {tied_head.EMBEDDING: embedding, tied_head.HEAD: head}
             found += [f"weights of {path} that differ from the base's"
                       for path, new in fitted.base.items()
                       if not jnp.array_equal(weights[path], new.astype(head.dtype))]  # fmt: skip
         own = fitted.adapter
-        if tied or own.config.use_dora:
-            found += tokens
-        elif tokens and not found:
+        if tokens and not found:
             head = registry.weight_of(model.lm_head)[...]
             rows_of = {tied_head.EMBEDDING: lambda ids: embedding[ids],
                        tied_head.HEAD: lambda ids: head[:, ids].T}  # fmt: skip
             own = token_indices.as_factors(own, rows_of, len(embedding), where)
         if fitted.plan.own_head or fitted.plan.joined:
-            found.append("the head, which the base ties to its embedding")
             layers = {path: each for path, each in own.factors.items() if path != tied_head.HEAD}
             own = dataclasses.replace(own, factors=layers)
         return own, found

@@ -1,11 +1,14 @@
 """The embedding and the head of a LLaMA under an adapter: tied or not, and of which size."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
@@ -27,6 +30,42 @@ def prepare(model: nnx.Module, config: lora_config.LoRAConfig) -> lora_config.Lo
     """
     config = names.of_config(model, config)
     return _follow(model, tied_head.plan_to_train(config)) if is_tied(model) else config
+
+
+def add(model: llama.LlamaForCausalLM, tokens: Sequence[int]) -> None:
+    """Gives these tokens, of which the model may have no rows yet, the mean of all rows.
+
+    So the logits of new tokens are the mean of all logits. (resize_token_embeddings of transformers
+    adds noise to the mean, of 3e-5 times the standard deviation, which differs from run to run.)
+    Raises: UserError if the mesh does not divide the new vocabulary.
+    """
+    size = max(model.config.vocab_size, max(tokens) + 1)
+    for path, variable in _weights(model).items():
+        axis = int(path == tied_head.HEAD)
+        shape = tuple(size if n == axis else d for n, d in enumerate(variable.shape))
+        where = variable[...].sharding
+        _check_divides(path, shape, where)
+        new = _with_means(variable[...], size, tuple(tokens), axis, where)
+        variable.set_value(new)
+    model.set_num_tokens(size)
+    model.new_tokens = tuple(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _with_means(
+    table: Float[Array, "_ _"],
+    size: int,
+    tokens: tuple[int, ...],
+    axis: int,
+    where: jax.sharding.Sharding,
+) -> Float[Array, "_ _"]:
+    """The table with `size` rows, or columns, of which those of `tokens` are the mean of all."""
+    mean = jnp.mean(table, axis, dtype=jnp.float32, keepdims=True).astype(table.dtype)
+    more = [(0, size - table.shape[n] if n == axis else 0) for n in (0, 1)]
+    is_new = np.zeros(size, bool)
+    is_new[list(tokens)] = True
+    whole = jnp.where(np.expand_dims(is_new, 1 - axis), mean, jnp.pad(table, more))
+    return jax.lax.with_sharding_constraint(whole, where)
 
 
 def fit(model: nnx.Module, adapter: lora_adapter.Adapter, where: str) -> lora_adapter.Adapter:
@@ -68,7 +107,7 @@ def complete(
         return
     if model.joined:
         tied_head.separate(factors, saved, config)
-    for path in model.replaced:
+    for path in dict.fromkeys((*model.replaced, *_unknown(model, saved, config))):
         inside = path in factors or token_indices.of(path, config)
         inside = inside or (model.joined and token_indices.of(tied_head.EMBEDDING, config))
         name = f"{path}.base_layer.weight" if inside else f"{path}.weight"
@@ -77,6 +116,12 @@ def complete(
             saved[name] = np.asarray(
                 model.lm_head.kernel[...].T if own else model.model.embed_tokens.embedding[...]
             )
+
+
+def _unknown(model, saved: dict[str, np.ndarray], config: lora_config.LoRAConfig) -> list[str]:
+    """The weights with rows of new tokens that are neither the base's nor in the file."""
+    return [path for path in _weights(model) if f"{path}.weight" not in saved
+            and not {*model.new_tokens} <= {*token_indices.of(path, config)}]  # fmt: skip
 
 
 def leave(model: nnx.Module, *, merged: bool) -> None:
@@ -103,18 +148,26 @@ def _follow(model: llama.LlamaForCausalLM, plan: tied_head.Plan) -> lora_config.
 
 def _set(model: llama.LlamaForCausalLM, fitted: tied_head.Fitted) -> None:
     """Gives the model the base weights that an adapter brings along, where they are others."""
-    variables = {tied_head.EMBEDDING: model.model.embed_tokens.embedding}
-    if not model.config.tie_word_embeddings:
-        variables[tied_head.HEAD] = model.lm_head.kernel
-    other_size = fitted.num_tokens != model.config.vocab_size
-    for path, variable in variables.items():
-        array = fitted.base.get(path)
-        if array is None and other_size:  # it is trained as a whole
-            array = fitted.adapter.saved[f"{path}.weight"]
-        if array is not None and _fill(variable, array, path):
+    size, given = model.config.vocab_size, dict(fitted.base)
+    if fitted.num_tokens != size:
+        saved = fitted.adapter.saved
+        trained = {path: saved.get(f"{path}.weight") for path in _weights(model)}  # as a whole
+        given = {path: array for path, array in trained.items() if array is not None} | given
+        if given.keys() < _weights(model).keys():  # the others are trained by rows
+            add(model, range(size, fitted.num_tokens))
+    for path, variable in _weights(model).items():
+        if path in given and _fill(variable, given[path], path):
             model.replaced = tuple(fitted.base)
-    if other_size:
+    if fitted.num_tokens != size:
         model.set_num_tokens(fitted.num_tokens)
+
+
+def _weights(model: llama.LlamaForCausalLM) -> dict[str, nnx.Variable]:
+    """{path: variable} of the embedding [V, D] and of a head of its own [D, V]."""
+    found = {tied_head.EMBEDDING: model.model.embed_tokens.embedding}
+    if not model.config.tie_word_embeddings:
+        found[tied_head.HEAD] = model.lm_head.kernel
+    return found
 
 
 def _fill(variable: nnx.Variable, array: np.ndarray, path: str) -> bool:
@@ -124,13 +177,19 @@ def _fill(variable: nnx.Variable, array: np.ndarray, path: str) -> bool:
     new = new.T if path == tied_head.HEAD else new
     if new.shape == before.shape and bool(jnp.array_equal(before, new)):
         return False
+    _check_divides(path, new.shape, before.sharding)
+    variable.set_value(jax.device_put(new, before.sharding))
+    return True
+
+
+def _check_divides(path: str, shape: tuple[int, ...], where: jax.sharding.Sharding) -> None:
+    """Raises: UserError if the mesh does not divide an array of this shape."""
     try:
-        variable.set_value(jax.device_put(new, before.sharding))
+        where.shard_shape(shape)
     except ValueError:
         raise errors.UserError(
             expected="a mesh that divides the vocabulary",
-            found=f"{new.shape} on {before.sharding}",
+            found=f"{shape}, split as {getattr(where, 'spec', where)}",
             where=path,
-            do="choose smaller tensor or fsdp sizes in --mesh",
+            do="choose a smaller tensor size in --mesh, or add so many tokens that it divides them",
         ) from None
-    return True
