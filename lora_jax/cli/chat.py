@@ -87,7 +87,8 @@ def main() -> int:
     from lora_jax.cli import conversation, opening
 
     first = next(iter(settings.adapters.values()), None)
-    found = opening.files(settings.base, settings.model, first, own=False)
+    alone = len(settings.adapters) == 1
+    found = opening.files(settings.base, settings.model, first, own=False, if_unshared=alone)
     if not found.reader.chat_template:
         raise errors.UserError(
             expected="a model with a chat template",
@@ -95,19 +96,22 @@ def main() -> int:
             where=str(found.reader.name_or_path),
             do=f"--chat-template, or a chat model; or {console.command('generate')}",
         )
+    name, adapters = pathlib.PurePath(found.name).name, settings.adapters
+    if found.adapted:
+        (name,), adapters = adapters, {}
     model = opening.load(settings.base, found)
     engine = opening.start(
         found, model, slots=2, context=settings.context, kernels=settings.base.kernels,
-        pool=opening.pool(model, settings.adapters),
+        pool=opening.pool(model, adapters),
     )  # fmt: skip
     engine.start()
     opening.compile_ahead(engine)
     try:
         talk = conversation.Conversation(
             engine,
-            pathlib.PurePath(found.name).name,
+            name,
             settings.sampling,
-            adapter=next(iter(settings.adapters), None),
+            adapter=next(iter(adapters), None),
             system=settings.system,
             most=settings.most,
         )

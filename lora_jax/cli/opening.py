@@ -19,7 +19,7 @@ from lora_jax.generation import pool as pools
 from lora_jax.generation import weights as decode_weights
 from lora_jax.kernels import choice
 from lora_jax.lora import adapter as lora_adapter
-from lora_jax.lora import outer_names, peft, tied_head, token_indices
+from lora_jax.lora import outer_names, peft, tied_head, token_indices, unshared
 from lora_jax.lora.nnx import bank
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
@@ -37,7 +37,8 @@ _SHARE = 0.8  # of the free memory, for keys and values; the rest is for a step
 class Files:
     """What is to be loaded, before any weight is: prompts can be checked against it.
 
-    name: the base as it was given. num_tokens: of the model's embedding.
+    name: the base as it was given. adapted: the adapter, if it becomes part of the model.
+    num_tokens: of the model's embedding.
     """
 
     name: str
@@ -53,11 +54,17 @@ class Files:
 
 
 def files(
-    settings: groups.ModelSettings, model: str | None, adapter: str | None, *, own: bool = True
+    settings: groups.ModelSettings,
+    model: str | None,
+    adapter: str | None,
+    *,
+    own: bool = True,
+    if_unshared: bool = False,
 ) -> Files:
     """The files of a base and its adapter. The base is `model`, else the adapter's, else the demo.
 
     own: the adapter becomes part of the model; else it only names the base and the tokenizer.
+    if_unshared: it becomes part of the model if it cannot share a batch with the base.
     """
     if processes.leads() and (warning := devices.unused_accelerator()):
         print(f"warning: {warning}", file=sys.stderr)
@@ -77,8 +84,16 @@ def files(
     mesh = sharding.choose(settings.mesh, num_bytes)
     reader = tokenizer.load(folder, found, chat_template=settings.chat_template)
     adapted, num_tokens = None, architecture.vocab_size
-    if found and own:
-        adapted = _of_language_model(peft.read(found), architecture)
+    read = peft.read(found) if found and (own or if_unshared) else None
+    if read and not own:
+        inner = outer_names.inner(read, architecture)
+        unbatched = unshared.find(inner, architecture, str(found))
+        if unbatched and processes.leads():
+            print("note: the adapter becomes part of the model, so the base alone does not "
+                  f"answer: it has {'; '.join(unbatched)}", file=sys.stderr)  # fmt: skip
+        own = bool(unbatched)
+    if read and own:
+        adapted = _of_language_model(read, architecture)
         num_tokens = tied_head.num_tokens(adapted, architecture, str(found))
         if num_tokens != architecture.vocab_size and processes.leads():
             print(f"the adapter brings {num_tokens} tokens, in place of the base's "

@@ -151,6 +151,25 @@ def named(typed: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def names_of(settings: Settings, base: str, *, alone: bool) -> tuple[str, str, dict[str, str]]:
+    """(the model's name, what the command calls it, the adapters that share batches with it).
+
+    base: what the command, or the adapter, calls the base. alone: the only adapter is part of the
+    model. Raises: UserError if an adapter has the model's name.
+    """
+    name, adapters = pathlib.PurePath(base).name, settings.adapters
+    if alone:
+        ((name, base),), adapters = adapters.items(), {}
+    name = settings.server.served_model_name or name
+    if name in adapters:
+        raise errors.UserError(
+            expected="a name for each model",
+            found=f"{name}, of the base and of an adapter",
+            do="--served-model-name NAME, or --adapter NAME=PATH",
+        )
+    return name, base, adapters
+
+
 def main() -> int:
     settings = settings_of(arguments.join(parse()))
     extras.require(extra="serve")
@@ -162,14 +181,9 @@ def main() -> int:
 
     growing = settings.server.allow_runtime_lora
     first = next(iter(settings.adapters.values()), None)
-    found = opening.files(settings.base, settings.model, first, own=False)
-    name = settings.server.served_model_name or pathlib.PurePath(found.name).name
-    if name in settings.adapters:
-        raise errors.UserError(
-            expected="a name for each model",
-            found=f"{name}, of the base and of an adapter",
-            do="--served-model-name NAME, or --adapter NAME=PATH",
-        )
+    alone = len(settings.adapters) == 1 and not growing
+    found = opening.files(settings.base, settings.model, first, own=False, if_unshared=alone)
+    name, typed, adapters = names_of(settings, found.name, alone=bool(found.adapted))
     if growing and jax.process_count() > 1:
         raise errors.UserError(
             expected="one process, to load adapters at run time",
@@ -182,7 +196,7 @@ def main() -> int:
     engine = opening.start(
         found, model, slots=settings.slots, context=settings.context,
         kv_dtype=settings.kv_dtype, speculate=settings.speculate, kernels=settings.base.kernels,
-        pool=opening.pool(model, settings.adapters, growing=growing),
+        pool=opening.pool(model, adapters, growing=growing),
     )  # fmt: skip
     if listening is None:
         engine.follow()
@@ -192,28 +206,23 @@ def main() -> int:
     engine.warm_up()
     opening.compile_ahead(engine)
     try:
-        known = models.Models(
-            engine.pool, name, engine.context, settings.server, found.name, settings.adapters
-        )
+        known = models.Models(engine.pool, name, engine.context, settings.server, typed, adapters)
         run.run(
             server.Server(engine, known, settings.server), listening,
-            lambda url: _say(settings, name, url),
+            lambda url: _say(settings, (name, *adapters), url),
         )  # fmt: skip
     finally:
         engine.close()
     return 0
 
 
-def _say(settings: Settings, name: str, url: str) -> None:
-    """Prints where the server is, and how to ask it."""
-    names = ", ".join((name, *settings.adapters))
-    console.say("serve", f"{url}/v1; model: {names}")
+def _say(settings: Settings, names: Sequence[str], url: str) -> None:
+    """Prints where the server is, and how to ask it. names: of the models, the base's first."""
+    console.say("serve", f"{url}/v1; model: {', '.join(names)}")
     if not settings.model and not settings.adapters:
         console.say("", "This is the demo's base. Serve a run with --adapter runs/…/adapter, or "
                     "another model with --model.")  # fmt: skip
-    body = (
-        f'{{"model": "{[name, *settings.adapters][-1]}", "prompt": "In Milan", "max_tokens": 32}}'
-    )
+    body = f'{{"model": "{names[-1]}", "prompt": "In Milan", "max_tokens": 32}}'
     address = shlex.quote(f"{url}/v1/completions")  # for the brackets of IPv6
     print(f"{'try':<{console.LABEL}}curl {address} -H 'Content-Type: application/json' "
           f"-d '{body}'", flush=True)  # fmt: skip

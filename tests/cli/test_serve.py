@@ -68,6 +68,16 @@ def test_two_adapters_with_a_name_are_refused():
         serve.named(["runs/x/adapter", "x=other"])
 
 
+def test_an_adapter_that_is_part_of_the_model_has_its_name():
+    one = settings("--adapter", "a=x/y")
+    assert serve.names_of(one, "o/base", alone=False) == ("base", "o/base", {"a": "x/y"})
+    assert serve.names_of(one, "o/base", alone=True) == ("a", "x/y", {})
+    with pytest.raises(errors.UserError, match="of the base and of an adapter"):
+        serve.names_of(one, "o/a", alone=False)
+    named = settings("--adapter", "a=x/y", "--served-model-name", "b")
+    assert serve.names_of(named, "o", alone=True)[0] == "b"
+
+
 def test_all_that_is_wrong_is_one_message(tmp_path):
     message = cli.refused(
         "serve", "--slots", 0, "--port", 70000, "--max-n", 0, "--adapter", "a=x", "--adapter",
