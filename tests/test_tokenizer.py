@@ -4,6 +4,7 @@ import base64
 import functools
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -322,3 +323,45 @@ def test_a_json_file_that_cannot_be_read_is_named(folder, text):
     with pytest.raises(errors.UserError, match="a JSON object") as error:
         tokenizer.eos_ids(tokenizer.load(folder), folder)
     assert error.value.where == str(path)
+
+
+def test_tokens_are_added_and_saved(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}<|end|>")
+    loaded, size = tokenizer.load(folder), tiny_tokenizer.VOCAB_SIZE
+    text = "ab<|end|>  word ab"
+    assert len(loaded(text).input_ids) > 9
+    assert tokenizer.add(loaded, (), (), size) == ()
+    ids = tokenizer.add(loaded, ["word"], ["<|end|>"], size - 1)
+    assert ids == (size - 1, size, size + 1)  # the last of its own has no row
+    found = loaded(text).input_ids
+    assert found.count(size) == found.count(size + 1) == 1
+    assert loaded.decode(found, skip_special_tokens=True).split() == ["ab", "word", "ab"]
+
+    tokenizer.save(loaded, folder, tmp_path)
+    again = tokenizer.load(folder, tmp_path)
+    assert again(text).input_ids == found and again.eos_token == loaded.eos_token
+    assert again.get_chat_template() == "{{ messages[0].content }}<|end|>"
+    import transformers
+
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == found
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_max_length"] == 2048
+    with pytest.raises(errors.UserError, match=rf"'word', which has the id {size}"):
+        tokenizer.add(again, ["word"], [], size + 2)
+
+
+def test_a_tokenizer_without_tokenizer_json_gets_tokens(tmp_path):
+    """It is saved as tokenizer.json, which replaces the file it was converted from."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**LLAMA))
+    loaded = tokenizer.load(tmp_path)
+    (new,) = tokenizer.add(loaded, [], ["<|end|>"], len(loaded))
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    adapter.mkdir()
+    tokenizer.save(loaded, tmp_path, adapter)
+    shutil.copytree(tmp_path, merged, ignore=shutil.ignore_patterns("adapter", "merged"))
+    tokenizer.copy(adapter, merged)
+    for each in (tokenizer.load(tmp_path, adapter), tokenizer.load(merged)):
+        assert each("a<|end|> b").input_ids == loaded("a<|end|> b").input_ids
+        assert new in each("a<|end|> b").input_ids
+    assert not (merged / "tokenizer.model").exists()

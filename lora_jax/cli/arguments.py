@@ -213,7 +213,7 @@ def add_model(flags: Flags) -> None:
 
 def add_data(flags: Flags) -> None:
     """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing, --streaming,
-    --skip-bad-rows, --chat-template, --chat-time."""
+    --skip-bad-rows, --chat-template, --add-special-tokens, --add-tokens, --chat-time."""
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt, a folder of them or hub id; "
               "examples with text, "
@@ -236,6 +236,11 @@ def add_data(flags: Flags) -> None:
     flags.add("--skip-bad-rows", "skip and report up to N rows that cannot be read or trained on",
               type=int, metavar="N")  # fmt: skip
     add_chat_template(flags)
+    flags.add("--add-special-tokens", "new tokens that separate, such as those of a chat template "
+              "that the tokenizer does not have; their embeddings are trained", nargs="+",
+              metavar="TOKEN")  # fmt: skip
+    flags.add("--add-tokens", "new tokens that are text, such as words; their embeddings are "
+              "trained", nargs="+", metavar="TOKEN")  # fmt: skip
     flags.add("--chat-time", "the time that a chat template prints, e.g. 2026-01-31 (default: when "
               "the run starts)", metavar="TIME")  # fmt: skip
 

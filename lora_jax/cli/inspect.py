@@ -74,7 +74,11 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
     settings = assemble.compose(own, given=frozenset(own))
     if settings.data.packing and settings.data.dpo:
         raise errors.UserError(expected="--packing or --dpo", found="both")
-    for problem in (*checks.mixture(settings.data), *checks.chat_time(settings.data)):
+    for problem in (
+        *checks.mixture(settings.data),
+        *checks.chat_time(settings.data),
+        *checks.new_tokens(settings.model),
+    ):
         raise problem
     return InspectSettings(settings.model, settings.data, **values)
 
@@ -96,7 +100,11 @@ def main() -> None:
     architecture = model_config.load(folder)
     seq_len = data.resolve_seq_len(architecture.context)
     data = dataclasses.replace(data, seq_len=seq_len)
-    reader = tokenizer.load(folder, chat_template=settings.model.chat_template)
+    model = settings.model
+    reader = tokenizer.load(folder, chat_template=model.chat_template)
+    vocabulary = architecture.vocab_size
+    new = tokenizer.add(reader, model.add_tokens, model.add_special_tokens, vocabulary)
+    vocabulary = max(vocabulary, new[-1] + 1) if new else vocabulary
     stops = chat.stop_ids(reader, folder)
     if len(stops) > 1:
         console.say("stops", "generation stops at "
@@ -108,7 +116,7 @@ def main() -> None:
                     "it starts, or --chat-time")  # fmt: skip
     sizes = []
     for (label, source), examples in zip(files, loaded, strict=True):
-        _, encoded = run_data.encode(data, examples, reader, stops[0], architecture.vocab_size, bad)
+        _, encoded = run_data.encode(data, examples, reader, stops[0], vocabulary, bad)
         notes = [chat.end_note(reader)] if encoded.num_chats and not sizes else []
         for each in filter(None, [*encoded.losses, *notes]):
             console.say("chats", each)

@@ -32,13 +32,14 @@ def run(of: train.Asked) -> int:
     arguments.refuse_processes(asked, "--plan")
     limit = output.num_bytes(asked["hbm"]) if "hbm" in asked else None
 
+    from lora_jax.lora import tied_head
     from lora_jax.models import config as model_config
     from lora_jax.parallel import mesh as sharding
     from lora_jax.planning import chips, programs, proposals, resident
     from lora_jax.planning import memory as device_memory
-    from lora_jax.training import setup, starting
+    from lora_jax.training import setup, single_tokens, starting
 
-    settings, _ = starting.find(settings, resuming=False)
+    settings, start = starting.find(settings, resuming=False)
     base = hub.config_folder(settings.model.model, settings.model.revision)
     if settings.loop.sweep:
         count = setup.num_adapters(settings)
@@ -58,6 +59,12 @@ def run(of: train.Asked) -> int:
         quant=settings.model.resolve_quant(architecture, base),
         seq_len=settings.data.resolve_seq_len(context),
     )
+    if start:
+        num_tokens = tied_head.num_tokens(start.adapter, architecture, str(start.folder))
+        architecture = dataclasses.replace(architecture, vocab_size=num_tokens)
+    # The rows of the new tokens beside those of the base are too few to matter.
+    new = (*settings.model.add_tokens, *settings.model.add_special_tokens)
+    settings = single_tokens.with_new(settings, architecture, new)
     job = setup.planned_job(settings, architecture, _generation(settings, context))
     if settings.model.mesh:
         sizes = sharding.parse(settings.model.mesh, host.count)

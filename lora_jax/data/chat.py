@@ -53,10 +53,12 @@ def end_note(tokenizer: "transformers.PreTrainedTokenizerBase") -> str:
         if how.end_of_turn() is None:
             end = how.end_of_answer
             writes = f"ends answers with {end!r}, which is not one token of this tokenizer"
+            texts = " ".join(f'"{text}"' for text in how.unknown_tokens() if end)
             return (
                 f"the chat template {writes if end else 'writes nothing after an answer'}, so "
                 "generation does not stop there; use a template that ends answers with "
                 f"{tokenizer.eos_token}"
+                + (f", or train with --add-special-tokens {texts}" if texts else "")
             )
     return ""
 

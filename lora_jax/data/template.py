@@ -7,6 +7,7 @@ itself writes around a message is compared with what it writes in short chats, t
 generation prompt ends and what ends a turn. Imports no jax.
 """
 
+import contextlib
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,6 +133,16 @@ class Template:
     def end_of_answer(self) -> str:
         """What the template writes after the last answer, without spaces around it."""
         return self._ends().final.strip()
+
+    def unknown_tokens(self) -> list[str]:
+        """What is written like a token around answers, such as <|im_end|>, and is none of the
+        tokenizer's."""
+        text = "".join(self._ends())
+        with contextlib.suppress(ChatError):  # of a template for lists of parts
+            text = self.render(_PROBES) + text
+        marks = (*re.findall(r"<\|?\w+\|?>", text), self.end_of_answer)
+        known = self._tokenizer.get_vocab()
+        return [mark for mark in dict.fromkeys(marks) if mark and mark not in known]
 
     def _colors(self, messages: Sequence[Message], text: str) -> np.ndarray:
         """The number of each character's color, −1 for what the template writes."""

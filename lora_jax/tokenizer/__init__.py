@@ -9,12 +9,14 @@ import typing
 from collections.abc import Iterable, Sequence
 
 from lora_jax import errors
+from lora_jax.tokenizer import added as additions
 from lora_jax.tokenizer import files
 
 if typing.TYPE_CHECKING:
     import transformers
 
-load, copy, copy_chat_template = files.load, files.copy, files.copy_chat_template
+load, save, copy = files.load, files.save, files.copy
+copy_chat_template, add = files.copy_chat_template, additions.add
 
 
 def keep_stops(folder: str | pathlib.Path, ids: Sequence[int]) -> None:
@@ -105,7 +107,8 @@ def check_ids(
             expected=f"ids below {num_embeddings}, the rows of the model's embedding",
             found=f"the id {largest}" + (f" of the token {token!r}" if token else ""),
             where=str(tokenizer.name_or_path),
-            do="use the tokenizer that the model was made with, without tokens added later",
+            do="use the tokenizer that the model was made with, without tokens added later; "
+            "train --add-tokens and --add-special-tokens give a model rows for new ones",
         )
 
 

@@ -23,6 +23,8 @@ _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.jso
 # The default chat template, and a folder of others by their names.
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _OF_PROCESSOR = "chat_template.json"
+# What transformers writes of how a tokenizer was loaded, and its template.
+_OF_READER = ("backend", "is_local", "local_files_only", "model_max_length", "chat_template")
 
 
 def load(
@@ -80,11 +82,35 @@ def load(
     )
 
 
+def save(
+    reader: "transformers.PreTrainedTokenizerBase",
+    folder: str | pathlib.Path,
+    into: str | pathlib.Path,
+) -> None:
+    """Writes a tokenizer that has more tokens than that of the model in `folder`, with the chat
+    templates of that folder."""
+    folder, into = pathlib.Path(folder), pathlib.Path(into)
+    with tempfile.TemporaryDirectory() as temporary:
+        reader.save_pretrained(temporary)
+        shutil.copyfile(pathlib.Path(temporary) / "tokenizer.json", into / "tokenizer.json")
+        config = read_json(pathlib.Path(temporary) / "tokenizer_config.json")
+    config = {name: value for name, value in config.items() if name not in _OF_READER}
+    own = read_json(folder / "tokenizer_config.json")
+    if "model_max_length" in own:
+        config["model_max_length"] = own["model_max_length"]
+    # The class that reads tokenizer.json as it is. Its new name is unknown to transformers 4.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path = into / "tokenizer_config.json"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(_chat_templates(folder), into)
+
+
 def copy(adapter: str | pathlib.Path, into: str | pathlib.Path) -> None:
-    """Copies what `load` takes from an adapter's folder over the files of a model."""
+    """Replaces the files of a model by what `load` takes from an adapter's folder."""
     own, into = pathlib.Path(adapter), pathlib.Path(into)
     if any((own / name).is_file() for name in _TOKENIZERS):
         for name in (*_TOKENIZERS, "merges.txt", *_BESIDE):
+            (into / name).unlink(missing_ok=True)
             if (own / name).is_file():
                 shutil.copyfile(own / name, into / name)
     _write(_chat_templates(own), into)

@@ -1,6 +1,7 @@
 """A training run from its settings to its adapter: load, train, evaluate, save."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -25,6 +26,7 @@ from lora_jax.training import (
     run_data,
     scoring,
     setup,
+    single_tokens,
     starting,
     stop,
     untrained_tokens,
@@ -85,20 +87,22 @@ def _on_mesh(
     resuming: bool,
     start: starting.Start | None,
 ) -> outcome.Steps:
-    template = settings.model.chat_template
-    if template and (folder.path / "chat_template.jinja").is_file():  # of the run that is resumed
-        template = str(folder.path)
-    base = setup.base(base_folder, architecture, template, start)
+    model = settings.model
+    if model.chat_template and (folder.path / "chat_template.jinja").is_file():  # of a resumed run
+        model = dataclasses.replace(model, chat_template=str(folder.path))
+    base = setup.base(base_folder, architecture, model, start)
+    single_tokens.check_mesh(base, mesh.shape)
     context, watch = architecture.context, setup.Stopwatch()
     data = None
-    settings = setup.with_token_ids(settings, base.tokenizer)
+    settings = single_tokens.with_ids(settings, base.tokenizer)
+    settings = single_tokens.with_new(settings, architecture, base.new_tokens)
     if found is not None:
         settings = settings.replace(seq_len=settings.data.resolve_seq_len(context))
         settings = setup.with_chat_time(settings, base.tokenizer)
         data = run_data.RunData(
             settings, found, base.tokenizer, base.eos_ids[0], context, base.num_tokens
         )
-        settings = setup.choose_remat(settings, architecture, mesh, data)
+        settings = setup.choose_remat(settings, base.architecture, mesh, data)
     prompts = scoring.encoded_prompts(settings, base)
     loading, held = time.time(), devices.held_bytes()
     shape = None if data is None else (settings.loop.batch_size, data.batches.length)
@@ -128,8 +132,8 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.St
         record.status = "running"
         folder.write_run(record)
         folder.write_config(settings)
-        if settings.model.chat_template and processes.leads():  # which may change until it resumes
-            tokenizer.copy_chat_template(settings.model.chat_template, folder.path)
+        if processes.leads():
+            _keep_tokenizer(job)
     kept = snapshots.Snapshots(folder.checkpoints, keep, keep_best=best)
     with contextlib.ExitStack() as ending:
         ending.enter_context(records.failure_recorded(job, record))
@@ -188,6 +192,14 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.St
         samples=record.samples, table=job.adapters.table(folder, job.num_steps), report=reported,
         continuations=texts, has_chats=job.data.has_chats,
     )  # fmt: skip
+
+
+def _keep_tokenizer(job: setup.Job) -> None:
+    """Writes into the run's folder what of the tokenizer is not the base's, for its adapters."""
+    if job.base.new_tokens:
+        tokenizer.save(job.base.tokenizer, job.base.folder, job.folder.path)
+    if job.settings.model.chat_template:  # which may change until the run resumes
+        tokenizer.copy_chat_template(job.settings.model.chat_template, job.folder.path)
 
 
 def _train(

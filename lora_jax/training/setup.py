@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lora_jax import console, errors, hub, lora, tokenizer
+from lora_jax import console, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder, safetensors_files
 from lora_jax.console import say
 from lora_jax.data import chat, clock
 from lora_jax.kernels import choice
 from lora_jax.lora import outer_names, tied_head, token_indices
-from lora_jax.lora.nnx import model_state
+from lora_jax.lora.nnx import model_state, vocabulary
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
 from lora_jax.parallel import devices, processes
@@ -33,20 +33,27 @@ from lora_jax.training.settings import convert, groups
 if TYPE_CHECKING:
     import transformers
 
+_SHOWN = 8  # new tokens
 Adapters = one_adapter.OneAdapter | sweep.SweepAdapters
 
 
 class Base(NamedTuple):
     """A base model: its folder, config.json, tokenizer, and end-of-text tokens.
 
-    num_tokens: the rows of its embedding, or of the one that an adapter brings along.
+    architecture: with the vocabulary of the run, in which an adapter to start from may bring along
+    more or fewer tokens. new_tokens: the ids of those that are new in this run.
     """
 
     folder: pathlib.Path
     architecture: model_config.LlamaConfig
     tokenizer: "transformers.PreTrainedTokenizerBase"
     eos_ids: tuple[int, ...]
-    num_tokens: int
+    new_tokens: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """The rows of the embedding."""
+        return self.architecture.vocab_size
 
 
 def find(settings: groups.ModelSettings) -> tuple[pathlib.Path, model_config.LlamaConfig]:
@@ -96,18 +103,22 @@ def with_targets(
 def base(
     folder: pathlib.Path,
     architecture: model_config.LlamaConfig,
-    chat_template: str | None,
+    settings: groups.ModelSettings,
     start: starting.Start | None,
 ) -> Base:
     """The base model with its tokenizer, or that of the adapter to start from.
 
-    chat_template: replaces that of the tokenizer if it is not None.
+    settings: with the chat template and the new tokens of the tokenizer.
     """
-    reader = tokenizer.load(folder, start and start.folder, chat_template=chat_template)
+    reader = tokenizer.load(folder, start and start.folder, chat_template=settings.chat_template)
     num_tokens = architecture.vocab_size
     if start is not None:
         num_tokens = tied_head.num_tokens(start.adapter, architecture, str(start.folder))
-    return Base(folder, architecture, reader, chat.stop_ids(reader, folder), num_tokens)
+    new = tokenizer.add(reader, settings.add_tokens, settings.add_special_tokens, num_tokens)
+    num_tokens = max(num_tokens, new[-1] + 1) if new else num_tokens
+    architecture = dataclasses.replace(architecture, vocab_size=num_tokens)
+    stops = chat.stop_ids(reader, folder)
+    return Base(folder, architecture, reader, stops, new)
 
 
 def with_chat_time(
@@ -121,29 +132,6 @@ def with_chat_time(
     time = settings.data.chat_time or processes.broadcast(now)
     clock.stop(reader, time)
     return settings.replace(chat_time=time)
-
-
-def with_token_ids(
-    settings: groups.TrainSettings, reader: "transformers.PreTrainedTokenizerBase"
-) -> groups.TrainSettings:
-    """The settings with the ids of the tokens in trainable_token_indices.
-
-    Raises: UserError for texts that are no tokens of the tokenizer.
-    """
-    texts = token_indices.texts(settings.lora)
-    if not texts:
-        return settings
-    vocabulary = reader.get_vocab()
-    if unknown := [text for text in texts if text not in vocabulary]:
-        raise errors.UserError(
-            expected="tokens of the model's tokenizer, or their ids",
-            found=unknown,
-            where="--trainable-token-indices",
-            do="add them to the tokenizer, and rows for them to the base: resize_token_embeddings "
-            "and save_pretrained of transformers",
-        )
-    lora_settings = token_indices.with_ids(settings.lora, vocabulary)
-    return settings.replace(trainable_token_indices=lora_settings.trainable_token_indices)
 
 
 def num_adapters(settings: groups.TrainSettings) -> int:
@@ -229,6 +217,12 @@ def load(
         mesh=mesh,
         residual=None if principal is None else principal.take,
     )
+    if base.new_tokens:
+        vocabulary.add(model, base.new_tokens)
+        shown = base.tokenizer.convert_ids_to_tokens(base.new_tokens[:_SHOWN])
+        more = len(base.new_tokens) - len(shown)
+        say("tokens", f"new, and trained: {' '.join(map(str, shown))}"
+            + (f" and {more} more" if more else ""))  # fmt: skip
     _prove(settings, model, shape, slots)
     if start is None:
         lora.inject(model, config, rngs=nnx.Rngs(settings.loop.seed), principal=principal)

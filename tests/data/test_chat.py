@@ -410,6 +410,13 @@ def test_the_token_that_ends_a_turn_stops_generation(tmp_path):
         tmp_path / "split", chat_template=CHATML.replace("{{ eos_token }}", "ab")
     )
     assert "ends answers with 'ab', which is not one token" in chat.end_note(tokenizer.load(split))
+    marked = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    tok = tokenizer.load(tiny_tokenizer.save(tmp_path / "marked", chat_template=marked))
+    tokens = ("<|user|>", "<|end|>", "<|assistant|>")  # in the order of a chat
+    named = " ".join(f'"{token}"' for token in tokens)
+    assert chat.end_note(tok).endswith(f"train with --add-special-tokens {named}")
+    tokenizer.add(tok, (), tokens, len(tok))
+    assert chat.end_note(tok) == "" and chat.stop_ids(tok, folder)[-1] == len(tok) - 2
 
 
 def test_an_adapters_own_template_is_used(tmp_path):

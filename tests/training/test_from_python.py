@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax import errors, peft, tokenizer, training
 from lora_jax.models import config as model_config
-from lora_jax.training import setup
+from lora_jax.training import setup, single_tokens
 
 SAME = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
@@ -110,4 +110,4 @@ def test_default_targets_are_layers_that_the_model_has():
 def test_texts_that_are_no_tokens_are_refused():
     made = training.settings.build(model=str(cli.BASE), dataset="x", trainable_token_indices="<t>")
     with pytest.raises(errors.UserError, match="found:    <t>"):
-        setup.with_token_ids(made, tokenizer.load(cli.BASE))
+        single_tokens.with_ids(made, tokenizer.load(cli.BASE))

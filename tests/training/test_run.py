@@ -17,7 +17,10 @@ import pytest
 import safetensors.numpy
 
 from lora_jax import console
+from lora_jax.cli import opening
+from lora_jax.lora import peft
 from lora_jax.optim import step as train_step
+from lora_jax.training.settings import groups
 
 STEPS = 6
 # dropout, a checkpoint every 2 steps
@@ -478,21 +481,27 @@ def test_generate_refuses_prompts_that_do_not_fit(flags, message):
     assert message in cli.refused("generate", "--model", cli.BASE, *flags)
 
 
-ROLES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+ROLES = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
 
-def test_a_chat_template_is_kept_by_the_run_and_goes_with_the_adapter(tmp_path):
+def test_a_chat_template_and_its_tokens_go_with_the_run_and_the_adapter(tmp_path):
     """Of a base that has none. It says how to chat, and the adapter is used in this template."""
-    chat = [{"role": "user", "content": "Tom?"}, {"role": "assistant", "content": "a cat"}]
+    pair = [{"role": "user", "content": "Tom?"}, {"role": "assistant", "content": "a cat"}]
     rows, given, folder = tmp_path / "chats.jsonl", tmp_path / "given.jinja", tmp_path / "run"
-    rows.write_text(json.dumps({"messages": chat}) + "\n")
+    rows.write_text(json.dumps({"messages": pair}) + "\n")
     given.write_text(ROLES)
     flags = ("--model", cli.BASE, "--dataset", rows, "--rank", 1, "--batch-size", 8)
     told = cli.refused("train", *flags, "--max-steps", 1)
     assert "--chat-template" in told and "chat variant" in told
     flags = (*flags, "--max-steps", 2, "--save-every", 1, "--output-dir", folder)
-    ended = cli.run("train", *flags, "--chat-template", given)
-    assert ended.code == 0, ended
+    ended = cli.run("train", *flags, "--chat-template", given, "--add-special-tokens", *TOKENS)
+    assert ended.code == 0 and "new, and trained: <|user|> <|assistant|>" in ended.out, ended
+    assert peft.config(folder / "adapter").trainable_token_indices == (512, 513, 514)
+    alone = opening.files(groups.ModelSettings(), None, str(folder / "adapter"), own=False,
+                          if_unshared=True)  # fmt: skip
+    assert alone.reader.convert_tokens_to_ids([*TOKENS]) == [512, 513, 514]
+    assert alone.adapted and alone.num_tokens == 515 and alone.eos_ids[-1] == 514
     generate, talk = ended.out.split("to generate with it:")[1].split("to chat with it:")
     assert "--chat" in generate and "scripts/chat.py" in talk.split("to serve it")[0]
     assert (folder / "adapter/chat_template.jinja").read_text() == ROLES
@@ -505,6 +514,8 @@ def test_a_chat_template_is_kept_by_the_run_and_goes_with_the_adapter(tmp_path):
     before = (folder / "adapter/adapter_model.safetensors").read_bytes()
     shutil.rmtree(folder / "checkpoints/2")
     shutil.rmtree(folder / "adapter")
+    for each in (("--add-tokens", "word"), ("--add-special-tokens", *TOKENS[1:])):
+        assert each[0] in cli.refused("train", "--resume", "--output-dir", folder, *each)
     given.write_text("another {{ messages }}")
     other = cli.refused("train", "--resume", "--output-dir", folder, "--chat-template", rows)
     assert "--chat-template" in other

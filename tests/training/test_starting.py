@@ -12,8 +12,10 @@ from lora_jax import errors
 from lora_jax.lora import adapter as lora_adapter
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import peft
-from lora_jax.training import starting
-from lora_jax.training.settings import assemble
+from lora_jax.models import config as model_config
+from lora_jax.parallel import mesh as sharding
+from lora_jax.training import setup, single_tokens, starting
+from lora_jax.training.settings import assemble, groups
 
 CONFIG = lora_config.LoRAConfig(
     rank=2, alpha=3, dropout=0.2, targets=("q_proj", "down_proj"), use_rslora=True,
@@ -35,6 +37,25 @@ def saved(folder, base=str(cli.BASE), config=CONFIG):
         factors[f"{at}.mlp.down_proj"] = lora_adapter.Factors(random(172, 1), random(1, 64))
     peft.write(folder, lora_adapter.Adapter(config, factors, base_model=base))
     return folder
+
+
+def test_an_adapter_brings_its_new_tokens(tmp_path):
+    """A run with it, and the plan of it, have the larger vocabulary."""
+    config = dataclasses.replace(CONFIG, trainable_token_indices=(5, 512, 513))
+    own = peft.read(saved(tmp_path, config=config))
+    rows = np.zeros((3, 64), np.float32)
+    own.saved["model.embed_tokens.token_adapter.trainable_tokens_delta"] = rows
+    peft.write(tmp_path, own)
+    architecture = model_config.load(cli.BASE)
+    start = starting.Start(tmp_path, peft.read(tmp_path))
+    base = setup.base(cli.BASE, architecture, groups.ModelSettings(), start)
+    assert base.num_tokens == base.architecture.vocab_size == 514 and not base.new_tokens
+    more = groups.ModelSettings(add_tokens=("<a>", "<b>"), add_special_tokens=("<c>",))
+    base = setup.base(cli.BASE, architecture, more, None)
+    assert base.new_tokens == (512, 513, 514)
+    single_tokens.check_mesh(base, sharding.ONE)
+    with pytest.raises(errors.UserError, match=r"515 tokens, 3 of them new(?s:.*)add 1 more"):
+        single_tokens.check_mesh(base, sharding.ONE | {"tensor": 4})
 
 
 def test_a_run_continues_with_the_adapter_its_settings_and_its_base(tmp_path):

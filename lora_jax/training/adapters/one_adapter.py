@@ -113,7 +113,7 @@ def save_adapter(
     config: lora_config.LoRAConfig,
     base: pathlib.Path,
 ) -> None:
-    """Writes `trained` as a PEFT folder, with the chat template if it is not the base's.
+    """Writes `trained` as a PEFT folder, with what of the tokenizer is not the base's.
 
     All processes must call this; process 0 writes.
     """
@@ -131,5 +131,5 @@ def save_adapter(
     )
     if begun := adapter.settings.loop.init_adapter:
         tokenizer.copy(hub.adapter_folder(begun), path)
-    if model.chat_template:
-        tokenizer.copy_chat_template(folder.path, path)
+    if model.chat_template or model.add_tokens or model.add_special_tokens:
+        tokenizer.copy(folder.path, path)

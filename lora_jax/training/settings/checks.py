@@ -1,5 +1,6 @@
 """Finds settings that contradict each other, are out of range, or have no effect."""
 
+import collections
 import dataclasses
 import datetime
 import importlib.util
@@ -32,6 +33,7 @@ _NEEDS: dict[str, tuple[str, Callable[[groups.TrainSettings], bool]]] = {
 
 # What an adapter to start from has itself.
 _OF_ADAPTER = {field.name for field in dataclasses.fields(lora_config.LoRAConfig)} - {"dropout"}
+_OF_ADAPTER |= {"add_tokens", "add_special_tokens"}
 
 
 def is_inert(name: str, settings: groups.TrainSettings) -> bool:
@@ -68,6 +70,7 @@ def problems(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
         yield errors.UserError(expected="flags that have an effect", found=text)
     yield from quant_fast(settings.model)
     yield from chat_time(settings.data)
+    yield from new_tokens(settings.model)
     to = settings.run.report_to
     if to and importlib.util.find_spec(groups.REPORTS[to]) is None:
         yield errors.UserError(
@@ -109,6 +112,18 @@ def chat_time(data: groups.DataSettings) -> Iterator[errors.UserError]:
             expected="a time in ISO 8601, such as 2026-01-31 or 2026-01-31T12:00",
             found=repr(data.chat_time),
             where="--chat-time",
+        )
+
+
+def new_tokens(model: groups.ModelSettings) -> Iterator[errors.UserError]:
+    """Yields an error if new tokens are empty or given twice."""
+    counts = collections.Counter((*model.add_tokens, *model.add_special_tokens))
+    if wrong := [f"{token!r}, {count} times" if token else "an empty text"
+                 for token, count in counts.items() if count > 1 or not token]:  # fmt: skip
+        yield errors.UserError(
+            expected="texts that become tokens, each once",
+            found=wrong,
+            where="--add-tokens, --add-special-tokens",
         )
 
 

@@ -33,6 +33,9 @@ class ModelSettings:
       revision: branch, tag or commit of a hub model.
       chat_template: a Jinja file, or the folder or hub id of a model, whose chat template is used;
         None: that of the tokenizer.
+      add_tokens, add_special_tokens: texts that become tokens beside those of the tokenizer, with
+        rows of the embedding and the head that are trained; special ones are left out of the
+        generated text.
       quant: the format of the frozen linear layers, one of quant.QUANTS; None: the checkpoint's.
       quant_fast: quantize to int4 without the search for scales.
       dtype: compute dtype; None: config.json's, with float16 read as bfloat16.
@@ -45,6 +48,8 @@ class ModelSettings:
     model: str = str(assets.FOLDER)
     revision: str | None = None
     chat_template: str | None = None
+    add_tokens: tuple[str, ...] = ()
+    add_special_tokens: tuple[str, ...] = ()
     quant: str | None = None
     quant_fast: bool = False
     dtype: str | None = None

@@ -15,6 +15,8 @@ _SAME = {
     "model": "base_model model_name model_name_or_path pretrained_model_name_or_path",
     "revision": "model_revision base_model_revision",
     "chat_template": "chat_template_path chat_template_jinja",
+    "add_tokens": "tokens new_tokens",
+    "add_special_tokens": "special_tokens additional_special_tokens extra_special_tokens",
     "dtype": "torch_dtype model_dtype bnb_4bit_compute_dtype",
     "dataset": "datasets train_file dataset_name dataset_path data_path train_dataset",
     "columns": "dataset_text_field field_messages field_instruction field_output",
