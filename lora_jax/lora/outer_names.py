@@ -278,9 +278,10 @@ def _modules(base: model_config.LlamaConfig) -> list[str]:
     parts = [f"self_attn.{name}_proj" for name in (*qkv, "o")]
     parts += [f"mlp.{name}_proj" for name in (*gate_up, "down")]
     parts += [f"self_attn.{name}_norm" for name in ("qk" if base.qk_norm else "")]
-    parts += ["input_layernorm", "post_attention_layernorm"]
-    if base.sandwich_norms:
-        parts += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    parts += ["post_attention_layernorm"]
+    parts += ["input_layernorm"] if base.norms != "post" else []
+    parts += ["pre_feedforward_layernorm"] if base.norms == "both" else []
+    parts += ["post_feedforward_layernorm"] if base.norms != "pre" else []
     layers = [f"model.layers.{layer}.{part}"
               for layer in range(base.num_hidden_layers) for part in parts]  # fmt: skip
     return ["model.embed_tokens", *layers, "model.norm", "lm_head"]

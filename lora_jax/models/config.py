@@ -26,8 +26,10 @@ class LlamaConfig:
 
     Field names are Hugging Face's where it has one. `sliding_windows` has one entry a layer (None:
     full attention), and so has `ropes` (None: no rotary embedding), unless all layers have `rope`.
-    `attention_multiplier` scales q · k; None: head_dim^-1/2. `norm_offset` is added to the weights
-    of norms. `sandwich_norms`: attention and MLP are normalized on their output too.
+    `attention_multiplier` scales q · k; None: head_dim^-1/2. `norm_offset`: see modules.RMSNorm.
+    `norms`: attention and MLP are normalized on their input (pre), on their output (post), or on
+    both. `qk_norm`: q and k are normalized, each head by itself (head) or all heads together
+    (projection); "": they are not.
     `fused_projections`: q, k and v are one linear layer, qkv_proj, and gate and up are another,
     gate_up_proj. `dtype` is the checkpoint's, with float16 read as bfloat16 (same size, but no
     overflow in training). `quantization` says how the checkpoint stores its linear layers (None:
@@ -48,14 +50,14 @@ class LlamaConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str = ""
     hidden_act: str = "silu"
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
-    norm_offset: float = 0.0
-    sandwich_norms: bool = False
+    norm_offset: float | None = None
+    norms: str = "pre"
     fused_projections: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     rope: rope_config.RopeConfig = dataclasses.field(default_factory=rope_config.RopeConfig)
@@ -79,9 +81,11 @@ class LlamaConfig:
 
         Linear, dynamic and yarn rope stretch the length before scaling by a factor, and
         max_position_embeddings may be either of the two: Qwen tells its users to add yarn to a
-        config.json that keeps the shorter length. That of Gemma 3 is the stretched one.
+        config.json that keeps the shorter length. It is the stretched one in models that stretch
+        some of their layers only, such as Gemma 3.
         """
-        if self.sandwich_norms or self.rope.rope_type not in ("linear", "dynamic", "yarn"):
+        of_some = len({*self.ropes} - {None}) > 1
+        if of_some or self.rope.rope_type not in ("linear", "dynamic", "yarn"):
             return self.max_position_embeddings
         before = self.rope.original_max_position_embeddings or self.max_position_embeddings
         return max(self.max_position_embeddings, int(before * (self.rope.factor or 1)))
@@ -175,8 +179,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
             do="use a LLaMA-like model, or inject LoRA into a Flax model of your own",
         )  # fmt: skip
     problems = config_keys.not_implemented(raw)
-    defaults, built_in = (getattr(model_types.MODEL_TYPES[model_type], name)
-                          for name in ("defaults", "built_in"))  # fmt: skip
+    defaults = model_types.MODEL_TYPES[model_type].defaults
     raw = config_keys.read(raw)
     # null is a default, too, but for num_key_value_heads: it means as many as there are heads.
     raw |= {key: value for key, value in defaults.items()
@@ -204,13 +207,13 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     fields = dict(
         rms_norm_eps=values.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=values.flag("tie_word_embeddings"),
-        qkv_bias=bias or "qkv_bias" in built_in,
+        qkv_bias=bias,
         o_bias=values.flag("attention_out_bias") if model_type == "seed_oss" else bias,
         mlp_bias=values.flag("mlp_bias"),
         initializer_range=values.number("initializer_range", 0.02),
         hidden_act=_activation(values, raw),
         **_factors(values, raw, defaults, hidden, head_dim),
-    )
+    ) | dict(model_types.MODEL_TYPES[model_type].fields)
     if not (rope_problems or values.problems):
         for each in dict.fromkeys([rope, *filter(None, of_layers["ropes"])]):
             problems += rope_config.size_problems(each, head_dim)
@@ -229,10 +232,6 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=context,
-        qk_norm="qk_norm" in built_in,
-        norm_offset=float(model_type in ("gemma", "gemma3_text")),
-        sandwich_norms=model_type == "gemma3_text",
-        fused_projections=model_type == "phi3",
         rope=rope,
         dtype="bfloat16" if dtype == "float16" else dtype,
         quantization=model_quantization.parse(stored, where)

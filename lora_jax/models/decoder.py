@@ -111,24 +111,30 @@ class LlamaDecoderLayer(nnx.Module):
     def __init__(self, config, *, dtype, rngs):
         norm = functools.partial(modules.norm, config, config.hidden_size, dtype=dtype)
         self.config = config
-        self.input_layernorm = norm()
+        if config.norms != "post":
+            self.input_layernorm = norm()
         self.self_attn = LlamaAttention(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = norm()
         self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
-        if config.sandwich_norms:
+        if config.norms == "both":
             self.pre_feedforward_layernorm = norm()
+        if config.norms != "pre":
             self.post_feedforward_layernorm = norm()
 
     def __call__(self, hidden, cos, sin, attend, form):
         c = self.config
-        attended, kv = self.self_attn(self.input_layernorm(hidden), cos, sin, attend, form)
-        if c.sandwich_norms:  # here post_attention_layernorm is of attention's output
+        x = hidden if c.norms == "post" else self.input_layernorm(hidden)
+        attended, kv = self.self_attn(x, cos, sin, attend, form)
+        if c.norms != "pre":
             attended = self.post_attention_layernorm(attended)
-            before, after = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
-        else:
-            before, after = self.post_attention_layernorm, lambda output: output
-        hidden = hidden + scaled(attended, c.residual_multiplier)
-        output = after(self.mlp(before(hidden), form))
+        x = hidden = hidden + scaled(attended, c.residual_multiplier)
+        if c.norms == "pre":  # LLaMA's name is misleading: this norm is of the MLP's input
+            x = self.post_attention_layernorm(hidden)
+        elif c.norms == "both":
+            x = self.pre_feedforward_layernorm(hidden)
+        output = self.mlp(x, form)
+        if c.norms != "pre":
+            output = self.post_feedforward_layernorm(output)
         return hidden + scaled(output, c.residual_multiplier), kv
 
 
@@ -151,8 +157,8 @@ class LlamaAttention(nnx.Module):
             self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
         self.o_proj = linear(width, config.hidden_size, config.o_bias)
         if config.qk_norm:
-            self.q_norm = modules.norm(config, config.head_dim, dtype=dtype)
-            self.k_norm = modules.norm(config, config.head_dim, dtype=dtype)
+            normed = 2 * (config.head_dim,) if config.qk_norm == "head" else (width, kv_width)
+            self.q_norm, self.k_norm = (modules.norm(config, n, dtype=dtype) for n in normed)
 
     @property
     def qkv(self):
@@ -165,8 +171,11 @@ class LlamaAttention(nnx.Module):
         c = self.config
         heads = (*hidden.shape[:2], -1, c.head_dim)
         qkv = projections.project(hidden, *self.qkv, form=form.qkv)
-        q, k, v = (each.reshape(heads) for each in projections.parts(qkv, self.widths))
-        if c.qk_norm:
+        q, k, v = projections.parts(qkv, self.widths)
+        if c.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (each.reshape(heads) for each in (q, k, v))
+        if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         k = rope.apply(k, cos, sin)
         if c.attention_multiplier is not None:  # attention itself multiplies by head_dim^-1/2

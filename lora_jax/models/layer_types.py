@@ -42,7 +42,7 @@ def ropes(
     if raw["model_type"] == "smollm3":
         rotated = _rotated(values, raw, layers)
         return () if all(rotated) else tuple(rope if each else None for each in rotated)
-    if raw["model_type"] == "gemma3_text":
+    if raw["model_type"] in rope_config.NESTED:
         local, problems = rope_config.read_local(raw, context)
         values.problems += problems
         kinds = _kinds(values, raw, layers)
@@ -77,6 +77,8 @@ def _usual_kinds(values: config_values.Values, raw: Mapping[str, Any], layers: i
         case "gemma3_text":
             pattern = _count(values, raw, "sliding_window_pattern")
             sliding = [(i + 1) % pattern != 0 for i in range(layers)]
+        case "olmo3":
+            sliding = [(i + 1) % 4 != 0 for i in range(layers)]
         case _:
             first = values.number("max_window_layers", 28)
             sliding = [i >= first for i in range(layers)]

@@ -14,11 +14,13 @@ class ModelType(NamedTuple):
 
     reads: keys of config.json beside those that all types read. defaults: transformers', for keys
     that config.json leaves out. built_in: keys of other types; this one computes so without them.
+    fields: those of LlamaConfig that are the same in all models of the type.
     """
 
     reads: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = MappingProxyType({})
     built_in: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 _BIASES = ("attention_bias", "mlp_bias")
@@ -30,6 +32,8 @@ MULTIPLIERS = (
     "logits_scaling",
 )
 _LONG = {"max_position_embeddings": 32768}
+_QK_NORM = ("qk_norm", "use_qk_norm")
+_OF_OLMO = {"norms": "post", "norm_offset": 0.0, "qk_norm": "projection"}
 _ROPE_OF_MINISTRAL3 = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
                        "original_max_position_embeddings": 16384, "beta_fast": 32.0,
                        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -40,6 +44,7 @@ _QWEN2_VL = ModelType(
     _LONG | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
     | {"max_window_layers": 80},
     ("qkv_bias", "use_qkv_bias"),
+    {"qkv_bias": True},
 )  # fmt: skip
 
 MODEL_TYPES: dict[str, ModelType] = {
@@ -60,11 +65,13 @@ MODEL_TYPES: dict[str, ModelType] = {
         (*_WINDOWS, "max_window_layers"),
         _LONG | {"num_key_value_heads": 32},
         ("qkv_bias", "use_qkv_bias"),
+        {"qkv_bias": True},
     ),
     "qwen3": ModelType(
         ("attention_bias", *_WINDOWS, "max_window_layers"),
         _LONG | {"num_key_value_heads": 32, "head_dim": 128},
-        ("qk_norm", "use_qk_norm"),
+        _QK_NORM,
+        {"qk_norm": "head"},
     ),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
@@ -72,7 +79,8 @@ MODEL_TYPES: dict[str, ModelType] = {
         ("attention_bias",),
         {"max_position_embeddings": 128000, "num_key_value_heads": 32, "head_dim": 128}
         | {"rope_theta": 5e5},
-        ("qk_norm", "use_qk_norm"),
+        _QK_NORM,
+        {"qk_norm": "head"},
     ),
     "smollm3": ModelType(
         (*_BIASES, *_WINDOWS, "no_rope_layers", "no_rope_layer_interval"),
@@ -87,6 +95,19 @@ MODEL_TYPES: dict[str, ModelType] = {
         ("sliding_window", "resid_pdrop"),
         {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
         | {"rms_norm_eps": 1e-5},
+        fields={"fused_projections": True},
+    ),
+    "olmo2": ModelType(
+        ("attention_bias",),
+        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        _QK_NORM,
+        _OF_OLMO,
+    ),
+    "olmo3": ModelType(
+        ("attention_bias", "sliding_window", "layer_types"),
+        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 5e5},
+        _QK_NORM,
+        _OF_OLMO,
     ),
     "seed_oss": ModelType(
         (*_BIASES, "attention_out_bias", "residual_dropout"),
@@ -97,6 +118,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         ("attention_bias",),
         {"max_position_embeddings": 8192, "num_key_value_heads": 16, "head_dim": 256}
         | {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+        fields={"norm_offset": 1.0},
     ),
     "gemma3_text": ModelType(
         ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window",
@@ -104,6 +126,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256}
         | {"tie_word_embeddings": True, "rope_theta": 1e6, "query_pre_attn_scalar": 256}
         | {"hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 6},
-        ("qk_norm", "use_qk_norm"),
+        _QK_NORM,
+        {"norms": "both", "norm_offset": 1.0, "qk_norm": "head"},
     ),
 }  # fmt: skip

@@ -31,19 +31,21 @@ class Embedding(nnx.Embed):
 class RMSNorm(nnx.Module):
     """y = weight · x / √(mean(x²) + ε); normalized in float32, scaled in x's dtype.
 
-    With an offset, y = (offset + weight) · …, scaled in float32, as in Gemma.
+    With an offset, y = (offset + weight) · …, scaled in float32: 1 in Gemma, 0 in OLMo.
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4.
     """
 
-    def __init__(self, width: int, eps: float, *, offset: float = 0.0, dtype: jax.typing.DTypeLike):
-        self.weight = nnx.Param(jnp.full(width, 1.0 - offset, dtype))
+    def __init__(
+        self, width: int, eps: float, *, offset: float | None = None, dtype: jax.typing.DTypeLike
+    ):
+        self.weight = nnx.Param(jnp.full(width, 1.0 - (offset or 0), dtype))
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*B width"]) -> Float[Array, "*B width"]:
         wide = x.astype(jnp.float32)
         scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         weight = jnp.expand_dims(self.weight[...], tuple(range(x.ndim - 1)))
-        if self.offset:
+        if self.offset is not None:
             return (wide * scale * (self.offset + weight.astype(jnp.float32))).astype(x.dtype)
         return (wide * scale).astype(x.dtype) * weight
 

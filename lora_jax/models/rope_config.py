@@ -55,6 +55,9 @@ _MROPE = ("mrope_section", "mrope_interleaved")
 # In text, all three positions of a token are the same, with which mrope is the default type.
 _TYPES_WITH_MROPE = {**_TYPES, "mrope": "default"}
 _WITH_MROPE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+# The types with settings for each type of layers, and the rope_theta of layers with a window where
+# config.json has none for them. In OLMo 3, transformers gives its rope_theta to the other layers.
+NESTED = {"gemma3_text": 1e4, "olmo3": 5e5}
 _PARTIAL = "partial_rotary_factor"
 _BETA = "llama_4_scaling_beta"  # which Ministral 3 has to have, and the other types do not read
 _PLACES = ("rope_scaling", "rope_parameters")  # the first precedes the second
@@ -111,7 +114,7 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
     if rope_type == "default":
         rope = RopeConfig(rope_theta=theta, partial_rotary_factor=partial)
         return rope, problems + values.problems + above.problems
-    if "original_max_position_embeddings" in above.given:
+    if "original_max_position_embeddings" in above.given and not _is_nested(raw):
         original = above.count("original_max_position_embeddings", context)
     else:
         original = values.count("original_max_position_embeddings", context)
@@ -145,9 +148,9 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
 
 
 def read_local(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
-    """The same for the layers of Gemma 3 that have a sliding window."""
+    """The same for the layers with a sliding window, of a type in NESTED."""
     theta, given = raw.get("rope_local_base_freq"), _nested(raw).get("sliding_attention")
-    own = {"rope_theta": 1e4 if theta is None else theta}
+    own = {"rope_theta": NESTED[raw["model_type"]] if theta is None else theta}
     return read(own | {"rope_parameters": given if isinstance(given, dict) else {}}, context)
 
 
@@ -169,16 +172,20 @@ def size_problems(rope: RopeConfig, head_dim: int) -> list[str]:
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The object with the settings, as it is in config.json; {} for none.
 
-    Of Gemma 3, those of the layers without a window, to which `rope_scaling` is added.
+    Of a type in NESTED, those of the layers without a window, to which `rope_scaling` is added.
     """
-    if raw.get("model_type") == "gemma3_text":
+    if _is_nested(raw):
         return {**(_nested(raw).get("full_attention") or {}), **(raw.get("rope_scaling") or {})}
     return dict(next((raw[key] for key in _PLACES if raw.get(key)), {}))
 
 
+def _is_nested(raw: Mapping[str, Any]) -> bool:
+    return raw.get("model_type") in NESTED
+
+
 def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """rope_parameters of Gemma 3, which has settings for each type of layers; else {}."""
-    found = raw.get("rope_parameters") if raw.get("model_type") == "gemma3_text" else None
+    """rope_parameters of a type in NESTED; else {}."""
+    found = raw.get("rope_parameters") if _is_nested(raw) else None
     return found if isinstance(found, dict) else {}
 
 

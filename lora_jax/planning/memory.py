@@ -137,7 +137,7 @@ def kept_by_layer(job: jobs.Job, dims: Dims) -> int:
 def _norms(job: jobs.Job, dims: Dims) -> int:
     """Bytes of what the norms of a layer save: their inputs and outputs, in float32."""
     c = job.architecture
-    width = dims.width * (4 if c.sandwich_norms else 2)
+    width = dims.width * (4 if c.norms == "both" else 2)
     return 2 * 4 * dims.tokens * (width + (dims.q + dims.kv if c.qk_norm else 0))
 
 

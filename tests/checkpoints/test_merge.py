@@ -37,6 +37,7 @@ ADAPTERS = {  # adapter whose merged logits PEFT computed: its base
     "lora_gemma3": "gemma3",
     "lora_granite": "granite",
     "lora_phi3": "phi3_longrope",
+    "lora_olmo3": "olmo3",
 }
 
 

@@ -1,9 +1,9 @@
 """Writes the golden files that the test suite compares with: Hugging Face and PEFT, on a CPU.
 
 Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma, gemma3, granite,
-ministral, ministral3, phi3, seed_oss, smollm3 and composites), peft 0.21.2, numpy 2.4; nf4.npz
-holds values computed by bitsandbytes 0.50.2. The test suite itself needs none of these. Everything
-is seeded.
+ministral, ministral3, olmo2, olmo3, phi3, seed_oss, smollm3 and composites), peft 0.21.2, numpy
+2.4; nf4.npz holds values computed by bitsandbytes 0.50.2. The test suite itself needs none of
+these. Everything is seeded.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate
     python tests/golden/make_golden.py                        # everything but nf4.npz
@@ -183,6 +183,13 @@ LORAS = dict(
     # Its sequences have 24 tokens, with which longrope takes its short factors.
     lora_phi3=SHORT
     | dict(seed=121, lora=dict(r=4, lora_alpha=8, target_modules=FUSED), base="phi3_longrope"),
+    lora_olmo3=SHORT
+    | dict(
+        seed=122,
+        lora=dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR),
+        base="olmo3",
+        masked=False,
+    ),
 )  # fmt: skip
 NF4_KEYS = {
     *("W", "packed", "absmax", "code", "blocksize", "dequant"),
@@ -365,6 +372,24 @@ TINY = {
         (5, 16, 40),
         dict(attention_bias=False),
     ),
+    "olmo2": (
+        dict(model_type="olmo2", rope_parameters=default_rope(500.0)),
+        (5, 16, 40),
+        dict(rms_norm_eps=0.1),
+    ),
+    "olmo3": (
+        dict(
+            model_type="olmo3",
+            num_hidden_layers=3,
+            head_dim=16,
+            max_position_embeddings=128,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters=dict(full_attention=YARN, sliding_attention=default_rope(500000.0)),
+        ),
+        (5, 16, 40),
+        dict(rope_parameters=dict(full_attention=YARN, sliding_attention=YARN)),
+    ),
 }
 
 STORIES_PROMPTS = (
@@ -413,6 +438,7 @@ def v4_config(name, config):
     if name == "gemma3":
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         old["sliding_window_pattern"] = old.pop("_sliding_window_pattern")
+    if name in ("gemma3", "olmo3"):
         rope = rope["full_attention"]
     old["rope_theta"] = rope.pop("rope_theta")
     if name.startswith("phi3"):
@@ -427,7 +453,7 @@ def v4_config(name, config):
         rope["type"] = rope["rope_type"]
     old["torch_dtype"] = old.pop("dtype")
     old["transformers_version"] = "4.46.0"
-    if name != "ministral":
+    if name not in ("ministral", "olmo3"):
         old.pop("layer_types", None)
     if name in ("qwen2", "qwen3"):  # released Qwen files name a window that is switched off
         old["sliding_window"] = 4096

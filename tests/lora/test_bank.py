@@ -225,11 +225,12 @@ GOLDENS = {
     "gemma3": ("lora_gemma3",),
     "granite": ("lora_granite",),
     "phi3_longrope": ("lora_phi3",),
+    "olmo3": ("lora_olmo3",),
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma3", *cases.long("llama_bias", "granite", "phi3_longrope")]
+    "name", ["llama", "gemma3", *cases.long("llama_bias", "granite", "phi3_longrope", "olmo3")]
 )
 def test_rows_of_one_batch_equal_pefts_logits(name):
     one = sharding.make_mesh(ONE)

@@ -35,7 +35,7 @@ PREFIX = "base_model.model.model.layers."
 RUNS = (
     "lora_qv", "lora_all_rslora", "lora_plus", "lora_bias", "lora_dora", "lora_dora_embedding",
     "lora_embedding", "lora_saved", "lora_tokens", "lora_tokens_head", "lora_gemma3",
-    "lora_granite", "lora_phi3",
+    "lora_granite", "lora_phi3", "lora_olmo3",
 )  # fmt: skip
 
 
@@ -144,11 +144,12 @@ def steps_of(graphdef, parts, config, num_steps, batches):
             yield following, frozen, metrics
 
 
-# Of which other runs do more: on more layers, and on the embedding too.
+# Of which other runs do more: on more layers, on the embedding too, with more kinds of norms.
 LONG = dict.fromkeys(
-    ("lora_qv", "lora_dora", "lora_plus", "lora_bias", "lora_embedding", "lora_tokens_head"),
+    ("lora_qv", "lora_dora", "lora_plus", "lora_bias", "lora_embedding", "lora_tokens_head",
+     "lora_olmo3"),
     pytest.mark.long,
-)
+)  # fmt: skip
 
 
 @pytest.fixture(

@@ -180,6 +180,25 @@ PHI = {
             type="longrope", short_factor=48 * [1.0], long_factor=[1 + i for i in range(48)]),
     ),
 }  # fmt: skip
+_OLMO = dict(
+    attention_bias=False, attention_dropout=0.0, eos_token_id=100257, hidden_act="silu",
+    hidden_size=4096, initializer_range=0.02, intermediate_size=11008, num_attention_heads=32,
+    num_hidden_layers=32, num_key_value_heads=32, pad_token_id=100277, rms_norm_eps=1e-06,
+    rope_theta=500000, tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True,
+)  # fmt: skip
+OLMO = {
+    "OLMo-2-1124-7B": dict(
+        _OLMO, max_position_embeddings=4096, model_type="olmo2", rope_scaling=None,
+        vocab_size=100352,
+    ),
+    "Olmo-3-7B-Instruct": dict(
+        _OLMO, layer_types=8 * [*3 * ["sliding_attention"], "full_attention"],
+        max_position_embeddings=65536, model_type="olmo3", rope_scaling=dict(
+            attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0, factor=8.0,
+            original_max_position_embeddings=8192, rope_type="yarn"),
+        sliding_window=4096, vocab_size=100278,
+    ),
+}  # fmt: skip
 HEADS = {  # (num_attention_heads, num_key_value_heads, head_dim)
     "Llama-2-7b-hf": (32, 32, 128),
     "TinyLlama-1.1B-Chat-v1.0": (32, 4, 64),
@@ -219,7 +238,7 @@ def test_published_configs_of_relatives():
     kinds = [rope.rope_theta for rope in gemma.ropes]
     assert kinds == [1e4 if window else 1e6 for window in gemma.sliding_windows]
     assert gemma.embedding_multiplier == 1152**0.5 and gemma.attention_multiplier is None
-    assert gemma.hidden_act == "gelu_pytorch_tanh" and gemma.sandwich_norms and gemma.norm_offset
+    assert gemma.hidden_act == "gelu_pytorch_tanh" and gemma.norms == "both" and gemma.norm_offset
 
     assert smollm.ropes == 9 * (3 * (smollm.rope,) + (None,))
     assert smollm.rope.rope_theta == 5e6 and set(smollm.sliding_windows) == {None}
@@ -227,7 +246,7 @@ def test_published_configs_of_relatives():
     names = ("embedding", "attention", "residual")
     factors = [getattr(granite, f"{name}_multiplier") for name in names]
     assert factors == [12, 0.015625, 0.22] and granite.logits_scaling == 8
-    assert not granite.ropes and not granite.sandwich_norms
+    assert not granite.ropes and granite.norms == "pre"
 
 
 def test_published_configs_of_phi():
@@ -244,6 +263,29 @@ def test_published_configs_of_phi():
     assert dropout == "resid_pdrop 0.1 of config.json is not applied in training"
     (unread,) = model_config.notes(PHI["Phi-4-mini-instruct"])
     assert unread.endswith("phi3 does not read: full_attn_mod, interpolate_factor")
+
+
+def test_published_configs_of_olmo():
+    second, third = map(model_config.from_dict, OLMO.values())
+    assert [*map(model_config.notes, OLMO.values())] == [[], []]
+    for each in (second, third):
+        assert (each.norms, each.norm_offset, each.qk_norm) == ("post", 0, "projection")
+    assert not second.ropes and second.rope == rope_config.RopeConfig(rope_theta=5e5)
+    assert third.sliding_windows == 8 * (4096, 4096, 4096, None)
+    assert third.ropes == 8 * (3 * (second.rope,) + (third.rope,))
+    assert third.rope.rope_type == "yarn" and third.context == 65536
+    without = {key: value for key, value in OLMO["Olmo-3-7B-Instruct"].items()
+               if key not in ("layer_types", "sliding_window")}  # fmt: skip
+    assert model_config.from_dict(without) == third
+
+
+def test_olmo3_gives_its_rope_theta_to_the_layers_without_a_window_alone():
+    """As transformers, which reads settings for the others in rope_parameters only."""
+    found = read("olmo3", rope_theta=100.0, num_hidden_layers=4)
+    assert [rope.rope_theta for rope in found.ropes] == [5e5, 5e5, 5e5, 100.0]
+    nested = {"sliding_attention": {"rope_theta": 7.0}, "full_attention": None}
+    found = read("olmo3", rope_parameters=nested, num_hidden_layers=4)
+    assert [rope.rope_theta for rope in found.ropes] == [7.0, 7.0, 7.0, 5e5]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +311,8 @@ def test_published_configs_of_phi():
         ("gemma3_text", {"head_dim": None, "query_pre_attn_scalar": None}, {"head_dim": 256}),
         ("phi3", {"rms_norm_eps": None, "max_position_embeddings": None},
          {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
+        ("olmo2", {"attention_bias": True},
+         {"rms_norm_eps": 1e-5, "qkv_bias": True, "o_bias": True}),
         ("llama", {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu_pytorch_tanh"}),
     ],
 )  # fmt: skip

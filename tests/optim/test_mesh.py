@@ -120,8 +120,10 @@ def test_every_mesh_takes_the_same_steps(name):
         },
         # Slices of an output that is sharded over tensor, at other places.
         {"base": test_step.LLAMA.parent / "phi3_longrope", "targets": "all-linear"},
+        # A norm over all heads, which are sharded over tensor.
+        {"base": test_step.LLAMA.parent / "olmo3", "targets": "all-linear"},
     ],
-    ids=["head", "saved head", "tokens of the head", "fused layers"],
+    ids=["head", "saved head", "tokens of the head", "fused layers", "norm of all heads"],
 )
 def test_adapters_of_every_kind_take_the_same_step(settings):
     found = []

@@ -4,9 +4,12 @@ import dataclasses
 
 import cases
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.models import config
+from lora_jax.models import config, modules
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import hlo, programs, serving
 
@@ -46,3 +49,29 @@ def test_a_decode_step_gathers_no_weight(sizes, architecture):
     assert not {dtype for dtype, _ in exchanged} & {"u32", "s8"}
     logits = 4 * SLOTS * ARCHITECTURE.vocab_size
     assert max(hlo.num_bytes(*array) for array in exchanged) == logits
+
+
+def test_a_norm_of_sharded_heads_exchanges_one_number_a_token():
+    """OLMo's norm of q: the heads stay where they are, and its derivative exchanges as little."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 2})
+    norm = modules.RMSNorm(64, 1e-6, offset=0.0, dtype=jnp.float32)
+    x, dy = (np.random.default_rng(seed).normal(size=(2, 3, 64)) for seed in (0, 1))
+    x, dy = x.astype(np.float32), dy.astype(np.float32)
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+
+    @jax.jit
+    def both(x, dy):
+        y, vjp = jax.vjp(norm, x)
+        return jax.lax.with_sharding_constraint((y, *vjp(dy)), heads)
+
+    program = both.lower(*jax.device_put((x, dy), heads)).compile()
+    exchanged = [
+        (opcode, *dims)
+        for (shape, opcode, *_), _, _ in hlo.parse(program.as_text())
+        if opcode.removesuffix("-start") in hlo.COLLECTIVES
+        for _, dims, _ in hlo.arrays(shape)
+    ]
+    assert exchanged == 2 * [("all-reduce", 2, 3)]
+    found = program(*jax.device_put((x, dy), heads))
+    for own, expected in zip(found, both(x, dy), strict=True):
+        np.testing.assert_allclose(own, expected, atol=1e-6)
