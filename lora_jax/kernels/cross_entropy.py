@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import forward_mode, matmul, partitioning
+from lora_jax.kernels import capping, forward_mode, matmul, partitioning
 
 _CHUNK = 512  # tokens whose logits a device holds at the same time
 
@@ -20,6 +20,7 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     partition: partitioning.Partition = partitioning.WHOLE,
     transposed: bool = False,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T"]:
     """−log softmax(hidden · head)[target], 0 where the target is negative, float32.
 
@@ -28,11 +29,11 @@ def cross_entropy(
     hidden's dtype, so that logits are neither saved nor recomputed. partition: how the ambient mesh
     (jax.set_mesh) splits the sequences (`rows`) and the vocabulary (`n`). head: [D, V], or [V, D]
     if it is `transposed`, as an embedding is: outside of the chunks' loop, XLA would write its
-    transpose to memory.
+    transpose to memory. soft_cap: the logits become soft_cap · tanh(logits / soft_cap) first.
 
     Raises: ValueError if asked for the gradient of `head`.
     """
-    how = {"partition": partition, "transposed": transposed}
+    how = {"partition": partition, "transposed": transposed, "soft_cap": soft_cap}
     own, plain = (functools.partial(form, **how) for form in (_cross_entropy, _plain))
     return forward_mode.call(own, plain, hidden, head, targets)
 
@@ -70,9 +71,9 @@ def chunk_size(num_tokens: int) -> int:
     return min(_CHUNK, num_tokens)
 
 
-def _by_device(hidden, head, targets, partition, transposed, with_gradient):
+def _by_device(hidden, head, targets, partition, transposed, soft_cap, with_gradient):
     """(losses, gradient of their sum or None), with each device computing its part."""
-    how = {"transposed": transposed, "with_gradient": with_gradient}
+    how = {"transposed": transposed, "soft_cap": soft_cap, "with_gradient": with_gradient}
     compute = functools.partial(_compute, **how)
     if not partition.splits():
         return compute(hidden, head, targets)
@@ -84,7 +85,7 @@ def _by_device(hidden, head, targets, partition, transposed, with_gradient):
     return partitioning.shard_map(each, specs, sequences)(hidden, head, targets)
 
 
-def _compute(hidden, head, targets, *, transposed, with_gradient, axis=None):
+def _compute(hidden, head, targets, *, transposed, soft_cap, with_gradient, axis=None):
     """On one device. axis: the mesh axis that splits the vocabulary."""
     shape = targets.shape
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -97,11 +98,11 @@ def _compute(hidden, head, targets, *, transposed, with_gradient, axis=None):
     def take(chunk, found):
         tokens = lax.dynamic_slice_in_dim(order, chunk * size, size)
         x, target = hidden[tokens], targets[tokens]
-        logits = matmul.contract(x, head, -1, int(transposed))
+        logits = capping.capped(matmul.contract(x, head, -1, int(transposed)), soft_cap)
         each, normalizer, at_target = _each(logits, target, axis)
         new = (each[..., 0],)
         if with_gradient:
-            d_logits = jnp.exp(logits - normalizer) - at_target
+            d_logits = capping.through(jnp.exp(logits - normalizer) - at_target, logits, soft_cap)
             d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(x.dtype)
             d_logits = lax.optimization_barrier(d_logits)
             # Of a head [D, V] on the right, XLA's CPU backend would transpose all first.
@@ -127,21 +128,22 @@ def _compute(hidden, head, targets, *, transposed, with_gradient, axis=None):
     return losses, gradient.reshape(*shape, -1)
 
 
-def _plain(hidden, head, targets, partition, transposed):
-    return _by_device(hidden, head, targets, partition, transposed, with_gradient=False)[0]
+def _plain(hidden, head, targets, partition, transposed, soft_cap):
+    how = partition, transposed, soft_cap
+    return _by_device(hidden, head, targets, *how, with_gradient=False)[0]
 
 
-_cross_entropy = jax.custom_vjp(_plain, nondiff_argnums=(3, 4))
+_cross_entropy = jax.custom_vjp(_plain, nondiff_argnums=(3, 4, 5))
 
 
-def _forward(hidden, head, targets, partition, transposed):
+def _forward(hidden, head, targets, partition, transposed, soft_cap):
     if head.perturbed:
         raise ValueError("expected a frozen vocabulary projection, found one that is trained")
     values = hidden.value, head.value, targets.value
-    return _by_device(*values, partition, transposed, with_gradient=True)
+    return _by_device(*values, partition, transposed, soft_cap, with_gradient=True)
 
 
-def _backward(partition, transposed, gradient, d_each):
+def _backward(partition, transposed, soft_cap, gradient, d_each):
     wide = gradient.astype(jnp.float32) * d_each[..., None]
     return wide.astype(gradient.dtype), None, None
 

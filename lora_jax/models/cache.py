@@ -85,11 +85,12 @@ def attention_to(
     num_tokens: int,
     windows: Sequence[int | None],
     kinds: Int[Array, " L"],
+    soft_cap: float | None = None,
 ) -> Callable:
     """(layer, the cache, q, k, v, partition) → (attended, the cache with the new tokens).
 
-    windows: the distinct sliding windows. kinds: the index of each layer's window. partition: how
-    a mesh splits the sequences and heads.
+    windows: the distinct sliding windows. kinds: the index of each layer's window. soft_cap: see
+    dense.attention. partition: how a mesh splits the sequences and heads.
     """
     size = cache.k.shape[3]
     steps = jnp.arange(num_tokens)[None]
@@ -114,7 +115,8 @@ def attention_to(
         window = widths[kinds[layer]]
         if place.row is None and cached.kernel_of(q, kv.k, partition) != choice.XLA:
             where = {"layer": layer, "start": place.start, "num_real": place.num_real}
-            return cached.attend(q, *kv, **where, window=window, partition=partition), kv
+            how = {"window": window, "soft_cap": soft_cap, "partition": partition}
+            return cached.attend(q, *kv, **where, **how), kv
         k, v, k_scale, v_scale = (
             None if stored is None else _read(stored, layer, place) for stored in kv
         )
@@ -124,7 +126,7 @@ def attention_to(
             k, v = (
                 (a * scale[..., None]).astype(dtype) for a, scale in ((k, k_scale), (v, v_scale))
             )
-        return dense.attention(q, k, v, seen & (distance < window)), kv
+        return dense.attention(q, k, v, seen & (distance < window), soft_cap), kv
 
     return attend
 

@@ -56,6 +56,8 @@ class LlamaConfig:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     norm_offset: float | None = None
     norms: str = "pre"
     fused_projections: bool = False
@@ -95,6 +97,7 @@ _CONTEXT = "max_position_embeddings"
 _MOST_LAYERS = 10_000
 _SHOWN = 8  # keys in one line
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+_GEMMA = ("gemma2", "gemma3_text")
 _DTYPES = {
     **dict.fromkeys(("float32", "float", "fp32", "float64", "double"), "float32"),
     **dict.fromkeys(("float16", "half", "fp16"), "float16"),
@@ -242,7 +245,7 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
 
 
 def _activation(values: config_values.Values, raw: dict[str, Any]) -> str:
-    key = "hidden_activation" if raw["model_type"] == "gemma3_text" else "hidden_act"
+    key = "hidden_activation" if raw["model_type"] in _GEMMA else "hidden_act"
     name = values.given.get(key, "silu")
     if raw["model_type"] == "gemma" and name == "gelu":  # in older files, which means the other
         return "gelu_pytorch_tanh"
@@ -260,17 +263,26 @@ def _factors(
     hidden: int,
     head_dim: int,
 ) -> dict[str, Any]:
-    """The multipliers of Granite, and those that Gemma makes of its sizes."""
+    """The multipliers of Granite, those that Gemma makes of its sizes, and Gemma's soft caps."""
     if raw["model_type"] == "granite":
         found = {key: values.number(key, 1.0) for key in model_types.MULTIPLIERS}
         return found | {"logits_scaling": values.positive("logits_scaling", 1.0)}
     if raw["model_type"] == "gemma":
         return {"embedding_multiplier": hidden**0.5}
-    if raw["model_type"] == "gemma3_text":
+    if raw["model_type"] in _GEMMA:
         scalar = values.positive("query_pre_attn_scalar", defaults["query_pre_attn_scalar"])
         scale = None if scalar == head_dim else scalar**-0.5
-        return {"embedding_multiplier": hidden**0.5, "attention_multiplier": scale}
+        found = {"embedding_multiplier": hidden**0.5, "attention_multiplier": scale}
+        return found | _soft_caps(values, raw)
     return {}
+
+
+def _soft_caps(values: config_values.Values, raw: dict[str, Any]) -> dict[str, float | None]:
+    """Those of the logits; None where config.json has null or 0, which turn a cap off."""
+    return {
+        key: values.number(key, None if key in raw else default) or None
+        for key, default in model_types.SOFT_CAPS[raw["model_type"]].items()
+    }
 
 
 def notes(raw: dict[str, Any]) -> list[str]:

@@ -34,12 +34,12 @@ NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # key → the values with which
     **dict.fromkeys(("rotary_pct", "rope_pct", "rotary_percent"), _ONE),
     "position_embedding_type": (*_OFF, "rope", "rotary"),
     "alibi": _OFF,
-    # factors of Granite, MiniCPM, Cohere, Falcon-H1 and Gemma; Granite and Gemma 3 read theirs
+    # factors of Granite, MiniCPM, Cohere, Falcon-H1 and Gemma; Granite and Gemma read theirs
     **dict.fromkeys(("logits_scaling", "logit_scale", "embedding_multiplier", "scale_emb"), _ONE),
     **dict.fromkeys(("residual_multiplier", "lm_head_multiplier", "embedding_scale"), _ONE),
     **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth"), _OFF),
     "dim_model_base": _OFF,
-    # soft caps, clipping and norms of Gemma 2, Grok, OLMo, DBRX and StableLM
+    # soft caps, clipping and norms of Gemma, Grok, OLMo, DBRX and StableLM; Gemma reads its caps
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _OFF),
     **dict.fromkeys(("logit_softcapping", "logits_soft_cap", "clip_qkv"), _OFF),
     **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), _OFF),

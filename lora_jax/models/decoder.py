@@ -77,7 +77,8 @@ class LlamaModel(nnx.Module):
         if kv is None:
             attend = _within(examples, c)
         else:
-            attend = cache.attention_to(kv, place, input_ids.shape[1], *_windows(c))
+            soft_cap = c.attn_logit_softcapping
+            attend = cache.attention_to(kv, place, input_ids.shape[1], *_windows(c), soft_cap)
         attend = _scaling_queries(attend, rope.query_scale(positions, c.rope))
 
         def layer(carry, xs, form=None):
@@ -218,10 +219,11 @@ class LlamaMLP(nnx.Module):
 def _within(examples: jax.Array | None, config: model_config.LlamaConfig) -> Callable:
     """Attention within examples: (layer index, kv, q, k, v, partition) → (attended, kv)."""
     windows, kinds = _windows(config)
+    how = {"windows": windows, "soft_cap": config.attn_logit_softcapping}
 
     def attend(index, kv, q, k, v, partition):
-        how = {"windows": windows, "kind": kinds[index], "partition": partition}
-        return attention.self_attention(q, k, v, examples, **how), kv
+        own = {"kind": kinds[index], "partition": partition}
+        return attention.self_attention(q, k, v, examples, **how, **own), kv
 
     return attend
 

@@ -77,8 +77,9 @@ def _usual_kinds(values: config_values.Values, raw: Mapping[str, Any], layers: i
         case "gemma3_text":
             pattern = _count(values, raw, "sliding_window_pattern")
             sliding = [(i + 1) % pattern != 0 for i in range(layers)]
-        case "olmo3":
-            sliding = [(i + 1) % 4 != 0 for i in range(layers)]
+        case "gemma2" | "olmo3":
+            pattern = 2 if raw["model_type"] == "gemma2" else 4
+            sliding = [(i + 1) % pattern != 0 for i in range(layers)]
         case _:
             first = values.number("max_window_layers", 28)
             sliding = [i >= first for i in range(layers)]

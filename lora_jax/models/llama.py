@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from lora_jax.kernels import matmul
+from lora_jax.kernels import capping, matmul
 from lora_jax.layers import registry
 from lora_jax.models import cache, decoder, modules
 from lora_jax.models import config as model_config
@@ -34,11 +34,15 @@ LOGICAL_AXES = {  # module → axes of its kernel or embedding, without the lead
 
 
 class FrozenHead(NamedTuple):
-    """logits = hidden · factor · weight [D, V], or weightᵀ [V, D] where it is transposed."""
+    """logits = hidden · factor · weight [D, V], or weightᵀ [V, D] where it is transposed.
+
+    soft_cap: they become soft_cap · tanh(logits / soft_cap) then; None: they stay.
+    """
 
     weight: Float[Array, "_ _"]
     transposed: bool
     factor: float
+    soft_cap: float | None
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -112,8 +116,9 @@ class LlamaForCausalLM(nnx.Module):
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """hidden · W_vocab / logits_scaling, in float32."""
-        return decoder.scaled(self._head(hidden), 1 / self.config.logits_scaling)
+        """hidden · W_vocab / logits_scaling, with final_logit_softcapping, in float32."""
+        logits = decoder.scaled(self._head(hidden), 1 / self.config.logits_scaling)
+        return capping.capped(logits, self.config.final_logit_softcapping)
 
     def _head(self, hidden: jax.Array) -> jax.Array:
         if not self.config.tie_word_embeddings:
@@ -125,13 +130,13 @@ class LlamaForCausalLM(nnx.Module):
 
     def frozen_head(self) -> FrozenHead | None:
         """The head as a weight; None if an adapter is part of it."""
-        factor = 1 / self.config.logits_scaling
+        how = 1 / self.config.logits_scaling, self.config.final_logit_softcapping
         if self.config.tie_word_embeddings:
             table = registry.weight_of(self.model.embed_tokens)[...]
-            return None if self.joined else FrozenHead(table, True, factor)
+            return None if self.joined else FrozenHead(table, True, *how)
         if type(self.lm_head) is not nnx.Linear:
             return None
-        return FrozenHead(self.lm_head.kernel[...], False, factor)
+        return FrozenHead(self.lm_head.kernel[...], False, *how)
 
     def untie(self) -> None:
         """Replaces the tied vocabulary projection by one of its own with the same values."""

@@ -31,9 +31,18 @@ MULTIPLIERS = (
     "residual_multiplier",
     "logits_scaling",
 )
+SOFT_CAPS = {  # transformers' defaults, of keys that config.json leaves out; null is none
+    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+}
 _LONG = {"max_position_embeddings": 32768}
 _QK_NORM = ("qk_norm", "use_qk_norm")
 _OF_OLMO = {"norms": "post", "norm_offset": 0.0, "qk_norm": "projection"}
+_OF_GEMMA = ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window",
+             "layer_types", *SOFT_CAPS["gemma2"])  # fmt: skip
+_DEFAULTS_OF_GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True,
+                      "query_pre_attn_scalar": 256,
+                      "hidden_activation": "gelu_pytorch_tanh"}  # fmt: skip
 _ROPE_OF_MINISTRAL3 = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
                        "original_max_position_embeddings": 16384, "beta_fast": 32.0,
                        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -120,12 +129,15 @@ MODEL_TYPES: dict[str, ModelType] = {
         | {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
         fields={"norm_offset": 1.0},
     ),
+    "gemma2": ModelType(
+        _OF_GEMMA,
+        _DEFAULTS_OF_GEMMA | {"max_position_embeddings": 8192},
+        fields={"norms": "both", "norm_offset": 1.0},
+    ),
     "gemma3_text": ModelType(
-        ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window",
-         "layer_types", "sliding_window_pattern", "rope_local_base_freq"),
-        {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256}
-        | {"tie_word_embeddings": True, "rope_theta": 1e6, "query_pre_attn_scalar": 256}
-        | {"hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 6},
+        (*_OF_GEMMA, "sliding_window_pattern", "rope_local_base_freq"),
+        _DEFAULTS_OF_GEMMA
+        | {"max_position_embeddings": 131072, "rope_theta": 1e6, "sliding_window_pattern": 6},
         _QK_NORM,
         {"norms": "both", "norm_offset": 1.0, "qk_norm": "head"},
     ),

@@ -54,7 +54,8 @@ def losses(model: nnx.Module, batch: Batch, *, remat: str = "none") -> Float[Arr
     if head is None:
         return _of_trained_head(model, hidden, targets)
     hidden, partition = decoder.scaled(hidden, head.factor), sharding.partition(("lm_head",))
-    return cross_entropy.cross_entropy(hidden, head.weight, targets, partition, head.transposed)
+    how = partition, head.transposed, head.soft_cap
+    return cross_entropy.cross_entropy(hidden, head.weight, targets, *how)
 
 
 def _of_trained_head(model, hidden, targets):

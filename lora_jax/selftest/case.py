@@ -43,6 +43,11 @@ def bytes_of(weights: Any, layer: int | None) -> int:
     return sum(a.nbytes if layer is None else a.nbytes // len(a) for a in arrays)
 
 
+def of_soft_cap(soft_cap: float | None) -> str:
+    """The soft cap of logits, as part of a case's shapes."""
+    return "" if soft_cap is None else f", soft cap {soft_cap:g}"
+
+
 def of_mesh(partition: partitioning.Partition) -> str:
     """How the ambient mesh splits an operation, as part of a case's shapes."""
     axes = {axis: size for axis, size in partitioning.open_axes().items() if size > 1}

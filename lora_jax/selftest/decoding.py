@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.kernels import partitioning
+from lora_jax.kernels import capping, partitioning
 from lora_jax.kernels.attention import cached
 from lora_jax.selftest import case, draws
 
@@ -22,6 +22,7 @@ def cached_attention(
     kv_dtype: str | None = None,
     tokens: int = 1,
     window: int | None = None,
+    soft_cap: float | None = None,
     partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """Attention of `tokens` new ones of each slot to one of two layers; some slots have none.
@@ -58,6 +59,7 @@ def cached_attention(
                 start=jnp.asarray(start),
                 num_real=jnp.asarray(num_real),
                 window=jnp.int32(width_of_window),
+                soft_cap=soft_cap,
                 partition=partition,
             )
         )
@@ -69,6 +71,7 @@ def cached_attention(
             k, v = (a * scale[..., None] for a, scale in zip((k, v), scales, strict=True))
         q = q.astype(jnp.float32).reshape(slots, tokens, kv_heads, -1, width)
         logits = jnp.einsum("btkgh,bksh->bkgts", q, k) / np.sqrt(width)
+        logits = capping.capped(logits, soft_cap)
         visible = jnp.asarray(_visible(start, num_real, tokens, places, width_of_window))
         p = jax.nn.softmax(jnp.where(visible[:, None, None], logits, -1e30), axis=-1)
         out = jnp.einsum("bkgts,bksh->btkgh", p, v)
@@ -80,7 +83,7 @@ def cached_attention(
         "attention to a cache",
         f"{jnp.dtype(dtype).name} [{slots}, {tokens}, {heads}, {width}], {kv_heads} heads of "
         f"{places} {stored.name} keys" + (f", window {window}" if window else "")
-        + case.of_mesh(partition),
+        + case.of_soft_cap(soft_cap) + case.of_mesh(partition),
         (), inputs, compute, reference,
         flops=4.0 * tokens * heads * width * int(seen.sum()),
         num_bytes=2.0 * stored.itemsize * kv_heads * width * int(seen.sum()),

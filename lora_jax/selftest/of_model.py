@@ -24,6 +24,7 @@ from lora_jax.selftest import (
 )
 
 _PLACES = 300  # of the cache that attention is checked with
+_CAP = 1.0  # of logits that are checked
 
 
 def training(
@@ -44,6 +45,7 @@ def training(
                 dtype=dtype,
                 packed=several,
                 window=window,
+                soft_cap=_cap(config.attn_logit_softcapping),
                 partition=model.model.layers.self_attn.partition,
             )
     size = {"batch": batch, "length": length}
@@ -54,8 +56,9 @@ def training(
     if head is not None:
         partition = sharding.partition(("lm_head",))
         yield vocabulary.vocabulary_loss(
-            head.weight, **size, dtype=dtype, partition=partition, transposed=head.transposed
-        )
+            head.weight, **size, dtype=dtype, partition=partition, transposed=head.transposed,
+            soft_cap=_cap(head.soft_cap),
+        )  # fmt: skip
 
 
 def generation(
@@ -124,8 +127,14 @@ def _cached_attention(
         kv_dtype=kv_dtype,
         tokens=tokens,
         window=_PLACES // 3 if c.sliding_windows else None,
+        soft_cap=_cap(c.attn_logit_softcapping),
         partition=model.layers.self_attn.partition,
     )
+
+
+def _cap(given: float | None) -> float | None:
+    """A soft cap that random inputs reach; None for none."""
+    return given and min(given, _CAP)
 
 
 def _bank(model: nnx.Module, groups: int, each: Iterable[int]) -> Iterator[case.Case]:

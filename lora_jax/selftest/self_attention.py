@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax.kernels import attention, partitioning
+from lora_jax.kernels import attention, capping, partitioning
 from lora_jax.selftest import case, draws
 
 
@@ -21,15 +21,16 @@ def self_attention(
     dtype: jax.typing.DTypeLike,
     packed: bool = False,
     window: int | None = None,
+    soft_cap: float | None = None,
     partition: partitioning.Partition = partitioning.WHOLE,
 ) -> case.Case:
     """Attention and its gradients. packed: several examples in a sequence, not one; each sequence
     ends with padding."""
     shapes = [(batch, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
     shaped = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[:3])
-    kernel = attention.kernel_of(*shaped, packed=packed)
+    kernel = attention.kernel_of(*shaped, packed=packed, soft_cap=soft_cap)
     queries = draws.some(length)
-    how = {"windows": (window,), "partition": partition}
+    how = {"windows": (window,), "soft_cap": soft_cap, "partition": partition}
     window = window or length
 
     def inputs():
@@ -50,7 +51,7 @@ def self_attention(
     def reference(_, given):
         *qkv, d_out, examples = given
         out, vjp = jax.vjp(
-            lambda q, k, v: _attention(q, k, v, examples, queries, window),
+            lambda q, k, v: _attention(q, k, v, examples, queries, window, soft_cap),
             *(a.astype(jnp.float32) for a in qkv),
         )
         d_q, d_k, d_v = vjp(d_out[:, queries].astype(jnp.float32))
@@ -69,6 +70,7 @@ def self_attention(
         f"{jnp.dtype(dtype).name} [{batch}, {length}, {heads}, {width}], {kv_heads} heads of keys"
         + (", packed" if packed else "")
         + (f", window {window}" if window < length else "")
+        + case.of_soft_cap(soft_cap)
         + case.of_mesh(partition),
         (), inputs, compute, reference,
         flops=14 * pairs * width,  # two products of a pair of tokens forward, five backward
@@ -88,7 +90,7 @@ def _examples(batch: int, length: int, packed: bool) -> jax.Array:
     return jnp.where(real, examples, 0)
 
 
-def _attention(q, k, v, examples, queries, window) -> Float[Array, "B Q N H"]:
+def _attention(q, k, v, examples, queries, window, soft_cap) -> Float[Array, "B Q N H"]:
     """The definition, at some of the queries, one head at a time."""
     length = q.shape[1]
     own = queries[:, None]
@@ -101,6 +103,7 @@ def _attention(q, k, v, examples, queries, window) -> Float[Array, "B Q N H"]:
     def head(part):
         q, k, v = part  # [B, Q, H], [B, T, H]
         logits = jnp.einsum("bqh,bth->bqt", q, k) / math.sqrt(q.shape[-1])
+        logits = capping.capped(logits, soft_cap)
         p = jnp.where(visible, jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1), 0)
         return jnp.einsum("bqt,bth->bqh", p, v)
 

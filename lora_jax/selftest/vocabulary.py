@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lora_jax.kernels import choice, cross_entropy, embedding, partitioning
+from lora_jax.kernels import capping, choice, cross_entropy, embedding, partitioning
 from lora_jax.selftest import case, draws
 
 _TOKENS = 600  # of the cross-entropy: more than a chunk
@@ -19,6 +19,7 @@ def vocabulary_loss(
     dtype: jax.typing.DTypeLike,
     partition: partitioning.Partition = partitioning.WHOLE,
     transposed: bool = False,
+    soft_cap: float | None = None,
 ) -> case.Case:
     """The cross-entropy of some tokens, and its gradient. head: [D, V]; transposed: [V, D]."""
     width, size = head.shape[::-1] if transposed else head.shape
@@ -34,7 +35,7 @@ def vocabulary_loss(
 
     def compute(head, given, number):
         hidden, targets = given
-        how = targets, partition, transposed
+        how = targets, partition, transposed, soft_cap
         each, vjp = jax.vjp(lambda hidden: cross_entropy.cross_entropy(hidden, head, *how), hidden)
         return rows(each, vjp(jnp.ones_like(each))[0])
 
@@ -45,6 +46,7 @@ def vocabulary_loss(
         def one(hidden, target):
             wide = head.astype(jnp.float32)
             logits = jnp.dot(hidden, wide.T if transposed else wide)
+            logits = capping.capped(logits, soft_cap)
             return jax.nn.logsumexp(logits) - logits[target[0]]
 
         def all_of(hidden):
@@ -58,7 +60,7 @@ def vocabulary_loss(
         choice.XLA,
         "cross-entropy and gradient",
         f"{jnp.dtype(dtype).name} [{batch}, {length}, {width}], {count} tokens, "
-        f"vocabulary {size}{case.of_mesh(partition)}",
+        f"vocabulary {size}{case.of_soft_cap(soft_cap)}{case.of_mesh(partition)}",
         head, inputs, compute, reference,
         flops=4.0 * count * width * size,
         num_bytes=2.0 * item * width * size,

@@ -38,6 +38,7 @@ ADAPTERS = {  # adapter whose merged logits PEFT computed: its base
     "lora_granite": "granite",
     "lora_phi3": "phi3_longrope",
     "lora_olmo3": "olmo3",
+    "lora_gemma2": "gemma2",
 }
 
 
@@ -76,7 +77,7 @@ def test_a_merged_folder_computes_what_pefts_merged_model_does(name, tmp_path):
     config = json.loads((tmp_path / "merged/config.json").read_text())
     # PEFT also changes a head that is tied to an embedding; here the head stays as it was.
     tied = name == "lora_dora_embedding"
-    stays_tied = name in ("lora_tokens", "lora_gemma3", "lora_phi3")
+    stays_tied = name in ("lora_tokens", "lora_gemma2", "lora_gemma3", "lora_phi3")
     assert config["tie_word_embeddings"] is stays_tied
     assert ("lm_head.weight" in names) is not stays_tied
     expected = golden["logits" if tied else "merged_logits"]

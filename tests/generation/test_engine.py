@@ -107,8 +107,8 @@ def compilations():
     "name",
     [pytest.param("llama", marks=pytest.mark.device),
      "gemma3", "phi3_longrope",
-     *cases.long("llama_bias", "llama_dynamic", "ministral3", "olmo3", "qwen2_window", "qwen3",
-                 "smollm3")],
+     *cases.long("gemma2", "llama_bias", "llama_dynamic", "ministral3", "olmo3", "qwen2_window",
+                 "qwen3", "smollm3")],
 )  # fmt: skip
 def test_greedy_tokens_equal_hugging_faces(name):
     """More prompts than slots, of unequal length."""
@@ -137,10 +137,11 @@ def test_a_quantized_base_generates(quantization):
 
 
 @pytest.mark.long
-def test_fused_layers_in_int4_generate_what_the_whole_forward_pass_does():
-    prompts = [prompt for prompt, _ in golden("phi3")]
-    whole = jax.jit(model("phi3", "int4"))
-    for prompt, own in zip(prompts, tokens(shared("phi3", "int4"), prompts, GREEDY), strict=True):
+@pytest.mark.parametrize("name", ["gemma2", "olmo3", "phi3"])
+def test_relatives_in_int4_generate_what_the_whole_forward_pass_does(name):
+    prompts = [prompt for prompt, _ in golden(name)]
+    whole = jax.jit(model(name, "int4"))
+    for prompt, own in zip(prompts, tokens(shared(name, "int4"), prompts, GREEDY), strict=True):
         logits = whole(np.array([[*prompt, *own]], np.int32))[0]
         assert tuple(logits.argmax(axis=-1)[len(prompt) - 1 : -1].tolist()) == own
 

@@ -1,6 +1,6 @@
 """Writes the golden files that the test suite compares with: Hugging Face and PEFT, on a CPU.
 
-Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma, gemma3, granite,
+Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma, gemma2, gemma3, granite,
 ministral, ministral3, olmo2, olmo3, phi3, seed_oss, smollm3 and composites), peft 0.21.2, numpy
 2.4; nf4.npz holds values computed by bitsandbytes 0.50.2. The test suite itself needs none of
 these. Everything is seeded.
@@ -183,6 +183,13 @@ LORAS = dict(
     # Its sequences have 24 tokens, with which longrope takes its short factors.
     lora_phi3=SHORT
     | dict(seed=121, lora=dict(r=4, lora_alpha=8, target_modules=FUSED), base="phi3_longrope"),
+    lora_gemma2=SHORT
+    | dict(
+        seed=123,
+        lora=dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR),
+        base="gemma2",
+        masked=False,
+    ),
     lora_olmo3=SHORT
     | dict(
         seed=122,
@@ -389,6 +396,21 @@ TINY = {
         ),
         (5, 16, 40),
         dict(rope_parameters=dict(full_attention=YARN, sliding_attention=YARN)),
+    ),
+    # Both caps are low enough to change the logits visibly.
+    "gemma2": (
+        dict(
+            model_type="gemma2",
+            num_hidden_layers=3,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=8,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=20.0,
+            rope_parameters=default_rope(100.0),
+        ),
+        (5, 16, 40),
+        dict(attn_logit_softcapping=4.0),
     ),
 }
 

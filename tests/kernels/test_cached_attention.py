@@ -19,8 +19,9 @@ LAYERS, LAYER, WIDTH = 3, 1, 32
 MANY = np.iinfo(np.int32).max
 
 
-def attend(*operands):
-    attend = functools.partial(flash_decoding.attend, interpret=device_tier.interprets("gpu"))
+def attend(*operands, **how):
+    how |= {"interpret": device_tier.interprets("gpu")}
+    attend = functools.partial(flash_decoding.attend, **how)
     return jax.jit(attend)(*operands)
 
 
@@ -47,7 +48,7 @@ def operands(start, num_real, *, tokens, heads, groups, size, window, dtype, see
     return q, k, v, None, None, *where
 
 
-def expected(q, k, v, k_scale, v_scale, layer, start, num_real, window):
+def expected(q, k, v, k_scale, v_scale, layer, start, num_real, window, soft_cap=None):
     """The definition, for one query after the other; zero for tokens that are not real."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k[layer], v[layer]))
     if k_scale is not None:
@@ -59,17 +60,18 @@ def expected(q, k, v, k_scale, v_scale, layer, start, num_real, window):
             size = k.shape[2]
             seen = visible(*map(int, (start[sequence], num_real[sequence], token, size, window)))
             logits = k[sequence, group, seen] @ q[sequence, token, head] / np.sqrt(q.shape[-1])
+            logits = soft_cap * np.tanh(logits / soft_cap) if soft_cap else logits
             p = np.exp(logits - logits.max())
             out[sequence, token, head] = p / p.sum() @ v[sequence, group, seen]
     return out
 
 
-def check(given, tolerance):
-    found = np.asarray(attend(*given), np.float64)
+def check(given, tolerance, **how):
+    found = np.asarray(attend(*given, **how), np.float64)
     assert np.isfinite(found).all()
     real = np.arange(found.shape[1])[None] < np.asarray(given[7])[:, None]
     found = found * real[..., None, None]
-    wanted = expected(*given)
+    wanted = expected(*given, **how)
     assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted)
 
 
@@ -88,12 +90,15 @@ def test_a_token_sees_its_sequence(groups, dtype):
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("dtype", device_tier.TOLERANCE)
-def test_several_tokens_see_a_window(dtype):
+@pytest.mark.parametrize(
+    "dtype, soft_cap", [("float32", 0.7), ("bfloat16", None), *cases.long(("float32", None))]
+)
+def test_several_tokens_see_a_window(dtype, soft_cap):
     """Some sequences are longer than the cache; not all new tokens are real."""
     how = {"tokens": 5, "heads": 8, "groups": 2, "size": SIZE, "window": 70}
     start, num_real = [0, 30, 150, 330, 1000, 60], [5, 1, 4, 5, 2, 0]
-    check(operands(start, num_real, dtype=dtype, **how), device_tier.TOLERANCE[dtype])
+    given = operands(start, num_real, dtype=dtype, **how)
+    check(given, device_tier.TOLERANCE[dtype], soft_cap=soft_cap)
 
 
 @pytest.mark.device
@@ -136,19 +141,21 @@ def test_a_mesh_splits_sequences_and_heads(sizes, like_a_gpu):
     q, k, v, _, _, layer, start, num_real, window = given
     split = partitioning.Partition(("data", "fsdp"), n="tensor")
     where = {"start": start, "num_real": num_real, "window": window, "partition": split}
+    where["soft_cap"] = 0.7
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     with jax.set_mesh(mesh):
         k, v = jax.device_put((k, v), sharding.cache(6, 2, mesh))
         assert cached.kernel_of(q, k, split) == choice.ATTENTION_CACHED
         found = jax.jit(lambda q, k, v: cached.attend(q, k, v, layer=layer, **where))(q, k, v)
-    np.testing.assert_allclose(found, expected(*given), atol=1e-5)
+    np.testing.assert_allclose(found, expected(*given, soft_cap=0.7), atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "size, window, kv_dtype",
-    [(40, None, None), (24, 9, "int8"), *cases.long((40, None, "int8"), (24, 9, None))],
-)
-def test_a_cache_is_attended_as_by_xla(size, window, kv_dtype, like_a_gpu):
+    "size, window, kv_dtype, soft_cap",
+    [(40, None, None, None), (24, 9, "int8", 0.7),
+     *cases.long((40, None, "int8", None), (24, 9, None, None), (24, 9, "int8", None))],
+)  # fmt: skip
+def test_a_cache_is_attended_as_by_xla(size, window, kv_dtype, soft_cap, like_a_gpu):
     """After the new tokens are in it; the second layer has the window. XLA's is left to chunks."""
     draw = np.random.default_rng(0)
     q, k, v = (jnp.asarray(draw.normal(size=(4, 2, n, 16)), jnp.float32) for n in (6, 3, 3))
@@ -161,9 +168,9 @@ def test_a_cache_is_attended_as_by_xla(size, window, kv_dtype, like_a_gpu):
     def run(stored):
         windows = (None, window), jnp.arange(2)
         many = jnp.zeros((4, 20, 30, 16))  # more queries than the kernel takes
-        fill = cache.attention_to(stored, begin, 20, *windows)
+        fill = cache.attention_to(stored, begin, 20, *windows, soft_cap)
         _, stored = fill(jnp.int32(1), stored, many, *past, partitioning.WHOLE)
-        add = cache.attention_to(stored, place, 2, *windows)
+        add = cache.attention_to(stored, place, 2, *windows, soft_cap)
         return add(jnp.int32(1), stored, q, k, v, partitioning.WHOLE)
 
     by_kernel, kept = run(stored)

@@ -19,15 +19,20 @@ def drawn(*shapes):
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def attended(q, k, v):
+CAP = 0.7
+
+
+def attended(q, k, v, soft_cap=None):
     logits = jnp.einsum("btnh,bsnh->bnts", q, k) / 2
+    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
     visible = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
     p = jax.nn.softmax(jnp.where(visible, logits, -1e30))
     return jnp.einsum("bnts,bsnh->btnh", p, v)
 
 
-def entropy(hidden):
+def entropy(hidden, soft_cap=None):
     logits = hidden @ HEAD
+    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(TARGETS, 0))
     return jnp.where(TARGETS >= 0, each, 0)
 
@@ -37,6 +42,16 @@ CASES = {
     "attention": (attention.self_attention, attended, drawn(*[(1, 5, 1, 4)] * 3)),
     "cross-entropy": (
         lambda hidden: cross_entropy.cross_entropy(hidden, HEAD, TARGETS), entropy, drawn((2, 3, 4))
+    ),
+    "attention, soft cap": (
+        functools.partial(attention.self_attention, soft_cap=CAP),
+        functools.partial(attended, soft_cap=CAP),
+        drawn(*[(1, 5, 1, 4)] * 3),
+    ),
+    "cross-entropy, soft cap": (
+        lambda hidden: cross_entropy.cross_entropy(hidden, HEAD, TARGETS, soft_cap=CAP),
+        functools.partial(entropy, soft_cap=CAP),
+        drawn((2, 3, 4)),
     ),
 }  # fmt: skip
 

@@ -41,15 +41,28 @@ def value_and_vjp(function, arguments, cotangent):
     return both(arguments, cotangent)
 
 
-def dense(q, k, v, visible):
-    wide = (a.astype(jnp.float32) for a in (q, k, v))
+def dense(q, k, v, visible, soft_cap=None):
+    wide = [a.astype(jnp.float32) for a in (q, k, v)]
+    if soft_cap is not None:
+        return capped(*wide, visible, soft_cap).astype(q.dtype)
     return jax.nn.dot_product_attention(*wide, mask=visible[:, None]).astype(q.dtype)
+
+
+def capped(q, k, v, visible, soft_cap):
+    k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    logits = soft_cap * jnp.tanh(logits / soft_cap)
+    p = jax.nn.softmax(jnp.where(visible[:, None], logits, -1e30), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", p, v)
 
 
 @pytest.mark.device
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("num_queries", "heads", "groups"), [(1, 4, 2), (1, 2, 2), (3, 6, 1)])
-def test_attention_to_a_cache(num_queries, heads, groups, dtype):
+@pytest.mark.parametrize(
+    ("num_queries", "heads", "groups", "soft_cap"),
+    [(1, 4, 2, None), (1, 2, 2, None), (3, 6, 1, 1.0)],
+)
+def test_attention_to_a_cache(num_queries, heads, groups, soft_cap, dtype):
     """The key mask hides the start of some sequences."""
     shapes = (num_queries, heads), (40, groups), (40, groups)
     q, k, v = (normal(i, 2, *shape, 16, dtype=dtype) for i, shape in enumerate(shapes))
@@ -57,9 +70,10 @@ def test_attention_to_a_cache(num_queries, heads, groups, dtype):
     seen = np.arange(40)[None] <= 20 + np.arange(num_queries)[:, None]
     visible = jnp.asarray(seen[None] & real[:, None])
     stored = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    found = jax.jit(dense_attention.attention)(q, *stored, visible)
+    attend = functools.partial(dense_attention.attention, soft_cap=soft_cap)
+    found = jax.jit(attend)(q, *stored, visible)
     assert found.dtype == dtype
-    close(found, dense(q, k, v, visible), dtype)
+    close(found, dense(q, k, v, visible, soft_cap), dtype)
 
 
 LENGTH = 300
@@ -68,12 +82,12 @@ PACKED = np.stack([1 + np.arange(LENGTH) // 140, np.ones(LENGTH, int)])
 PACKED[0, :5] = PACKED[0, -9:] = PACKED[1, 200:] = 0
 
 
-def reference(q, k, v, examples, window):
+def reference(q, k, v, examples, window, soft_cap):
     """The definition of self-attention on real tokens; zero on padding."""
     distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     seen = (distance >= 0) & (distance < window)
     visible = (examples[:, :, None] == examples[:, None]) & seen
-    return dense(q, k, v, visible) * (examples != 0)[..., None, None].astype(q.dtype)
+    return dense(q, k, v, visible, soft_cap) * (examples != 0)[..., None, None].astype(q.dtype)
 
 
 def operands(dtype, groups):
@@ -83,15 +97,16 @@ def operands(dtype, groups):
 
 
 @functools.cache
-def referred(dtype, groups, window, is_packed):
+def referred(dtype, groups, window, is_packed, soft_cap):
     """The definition's value and derivatives."""
     examples = PACKED if is_packed else np.ones_like(PACKED)
-    expected = functools.partial(reference, examples=examples, window=window)
+    how = {"window": window, "soft_cap": soft_cap}
+    expected = functools.partial(reference, examples=examples, **how)
     *qkv, cotangent = operands(dtype, groups)
     return jax.tree.map(np.asarray, value_and_vjp(expected, qkv, cotangent))
 
 
-def attend_and_check(attend, *, dtype, groups, window, examples=PACKED):
+def attend_and_check(attend, *, dtype, groups, window, examples=PACKED, soft_cap=None):
     *qkv, cotangent = operands(dtype, groups)
     real = jnp.asarray(examples != 0)[..., None, None].astype(dtype)
 
@@ -101,7 +116,8 @@ def attend_and_check(attend, *, dtype, groups, window, examples=PACKED):
         return out * real
 
     found = value_and_vjp(masked, qkv, cotangent)
-    expected = referred(dtype, groups, min(window or LENGTH, LENGTH), examples is PACKED)
+    window = min(window or LENGTH, LENGTH)
+    expected = referred(dtype, groups, window, examples is PACKED, soft_cap)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         close(a, b, dtype)
@@ -109,46 +125,52 @@ def attend_and_check(attend, *, dtype, groups, window, examples=PACKED):
 
 @pytest.mark.device
 @pytest.mark.parametrize(
-    ("dtype", "groups", "window"),
+    ("dtype", "groups", "window", "soft_cap"),
     [
-        ("float32", 2, None),
-        ("bfloat16", 4, 150),
-        *cases.long(("bfloat16", 2, None), ("float32", 1, 50)),
+        ("float32", 2, None, None),
+        ("bfloat16", 4, 150, 1.0),
+        *cases.long(
+            ("bfloat16", 2, None, None), ("float32", 1, 50, None), ("float32", 2, None, 1.0)
+        ),
     ],
 )
 @pytest.mark.parametrize("size", [128, 512])
-def test_self_attention_in_blocks(size, dtype, groups, window, monkeypatch):
+def test_self_attention_in_blocks(size, dtype, groups, window, soft_cap, monkeypatch):
     """Value and gradient, in several blocks and in one."""
     monkeypatch.setattr(xla, "block_size", lambda length: min(size, length))
-    attend = functools.partial(xla.attend, examples=jnp.asarray(PACKED), window=window)
-    attend_and_check(attend, dtype=dtype, groups=groups, window=window)
+    how = {"window": window, "soft_cap": soft_cap}
+    attend = functools.partial(xla.attend, examples=jnp.asarray(PACKED), **how)
+    attend_and_check(attend, dtype=dtype, groups=groups, **how)
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("window", [*cases.long(None), 50])
-def test_splash_attention(window):
+@pytest.mark.parametrize("window, soft_cap", [*cases.long((None, None), (50, None)), (50, 1.0)])
+def test_splash_attention(window, soft_cap):
+    how = {"window": window, "soft_cap": soft_cap}
     interpret = device_tier.interprets("tpu")
-    attend = functools.partial(splash.attend, window=window, interpret=interpret)
+    attend = functools.partial(splash.attend, **how, interpret=interpret)
     attend = functools.partial(attend, examples=jnp.asarray(PACKED))
-    attend_and_check(attend, dtype="float32", groups=2, window=window)
+    attend_and_check(attend, dtype="float32", groups=2, **how)
 
 
-def keys_in_a_range(q, k, v, first):
+def keys_in_a_range(q, k, v, first, soft_cap):
     """What tokamax's kernel computes."""
     slots = jnp.arange(q.shape[1])[None]
     visible = (slots[:, None] >= first[:, :, None]) & (slots[:, :, None] >= slots[:, None])
-    return dense(q, k, v, visible)
+    return dense(q, k, v, visible, soft_cap)
 
 
 @pytest.mark.parametrize(
-    "dtype, window",
-    [("float32", 50), ("bfloat16", None), *cases.long(("float32", None), ("bfloat16", 50))],
-)
-def test_packed_examples_are_ranges_of_keys(dtype, window, monkeypatch):
+    "dtype, window, soft_cap",
+    [("float32", 50, 1.0), ("bfloat16", None, None),
+     *cases.long(("float32", None, None), ("bfloat16", 50, None))],
+)  # fmt: skip
+def test_packed_examples_are_ranges_of_keys(dtype, window, soft_cap, monkeypatch):
     """As tokamax is asked to compute them, which is not installed here."""
     monkeypatch.setattr(tokamax_gpu, "_flash", keys_in_a_range)
-    attend = functools.partial(tokamax_gpu.attend, examples=jnp.asarray(PACKED), window=window)
-    attend_and_check(attend, dtype=dtype, groups=2, window=window)
+    how = {"window": window, "soft_cap": soft_cap}
+    attend = functools.partial(tokamax_gpu.attend, examples=jnp.asarray(PACKED), **how)
+    attend_and_check(attend, dtype=dtype, groups=2, **how)
 
     q = normal(0, 2, LENGTH, 4, 16, dtype=dtype)
     of_padding = jnp.asarray(PACKED == 0, dtype)[..., None, None] * q
@@ -169,7 +191,7 @@ def test_the_first_key_that_a_query_sees():
 
 
 def test_an_example_that_is_not_side_by_side_is_not_computed_wrong(monkeypatch):
-    monkeypatch.setattr(tokamax_gpu, "_flash", lambda q, k, v, first: q)
+    monkeypatch.setattr(tokamax_gpu, "_flash", lambda q, *_: q)
     examples = jnp.asarray([[1, 1, 2, 2, 0], [1, 1, 0, 1, 1], [1, 2, 2, 1, 0], [0, 0, 1, 1, 2]])
     q = jnp.ones((4, 5, 1, 8))
     wrong = jnp.isnan(tokamax_gpu.attend(q, q, q, examples))
@@ -269,6 +291,9 @@ def test_the_implementation_suits_the_platform(monkeypatch):
     for form in (cudnn, tokamax_gpu):  # which is preferred
         monkeypatch.setattr(form, "refusal", lambda *_: None)
         assert attention._form(q, q, q) is form.attend
+        # cuDNN's has no soft cap.
+        capped = xla if form is cudnn else form
+        assert attention._form(q, q, q, soft_cap=50.0) is capped.attend
 
 
 @pytest.mark.parametrize(
@@ -336,16 +361,20 @@ def test_embedding(dtype):
     np.testing.assert_array_equal(found, np.asarray(table)[ids])
 
 
-def naive(hidden, head, targets):
+def naive(hidden, head, targets, soft_cap=None):
     logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     return jnp.where(targets >= 0, each, 0)
 
 
 @pytest.mark.device
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("sequences", "length"), [(2, 600), (3, 7), *cases.long((600, 2))])
-def test_cross_entropy(sequences, length, dtype):
+@pytest.mark.parametrize(
+    ("sequences", "length", "soft_cap"),
+    [(2, 600, 9.0), (3, 7, None), *cases.long((600, 2, None), (2, 600, None))],
+)
+def test_cross_entropy(sequences, length, soft_cap, dtype):
     """Value and gradient, with ignored targets, over several chunks and a part of one."""
     hidden = normal(0, sequences, length, 8, dtype=dtype, scale=4)
     head = normal(1, 8, 50, dtype=dtype)
@@ -353,15 +382,16 @@ def test_cross_entropy(sequences, length, dtype):
     targets = jnp.asarray(np.random.default_rng(2).integers(-20, 50, (sequences, length)))
     weights = normal(3, sequences, length)
     ours, theirs = (
-        value_and_vjp(lambda h, f=f: f(h, head, targets), (hidden,), weights)
+        value_and_vjp(lambda h, f=f: f(h, head, targets, soft_cap=soft_cap), (hidden,), weights)
         for f in (cross_entropy.cross_entropy, naive)
     )
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         close(a, b, dtype)
-    value = jax.jit(cross_entropy.cross_entropy)(hidden, head, targets)
+    ours_alone = functools.partial(cross_entropy.cross_entropy, soft_cap=soft_cap)
+    value = jax.jit(ours_alone)(hidden, head, targets)
     np.testing.assert_allclose(value, ours[0], rtol=1e-6)
-    of_table = functools.partial(cross_entropy.cross_entropy, transposed=True)
+    of_table = functools.partial(ours_alone, transposed=True)
     found = value_and_vjp(lambda h: of_table(h, table, targets), (hidden,), weights)
     for a, b in zip(found, ours, strict=True):
         close(a, b, dtype)

@@ -35,7 +35,7 @@ PREFIX = "base_model.model.model.layers."
 RUNS = (
     "lora_qv", "lora_all_rslora", "lora_plus", "lora_bias", "lora_dora", "lora_dora_embedding",
     "lora_embedding", "lora_saved", "lora_tokens", "lora_tokens_head", "lora_gemma3",
-    "lora_granite", "lora_phi3", "lora_olmo3",
+    "lora_granite", "lora_phi3", "lora_olmo3", "lora_gemma2",
 )  # fmt: skip
 
 

@@ -180,6 +180,28 @@ PHI = {
             type="longrope", short_factor=48 * [1.0], long_factor=[1 + i for i in range(48)]),
     ),
 }  # fmt: skip
+GEMMA2 = {
+    "gemma-2-2b-it": dict(
+        attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=50.0, bos_token_id=2,
+        cache_implementation="hybrid", eos_token_id=[1, 107], final_logit_softcapping=30.0,
+        head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
+        hidden_size=2304, initializer_range=0.02, intermediate_size=9216,
+        max_position_embeddings=8192, model_type="gemma2", num_attention_heads=8,
+        num_hidden_layers=26, num_key_value_heads=4, pad_token_id=0, query_pre_attn_scalar=256,
+        rms_norm_eps=1e-06, rope_theta=10000.0, sliding_window=4096, torch_dtype="bfloat16",
+        use_cache=True, vocab_size=256000,
+    ),
+    "gemma-2-27b-it": dict(
+        attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=50.0, bos_token_id=2,
+        cache_implementation="hybrid", eos_token_id=1, final_logit_softcapping=30.0, head_dim=128,
+        hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", hidden_size=4608,
+        initializer_range=0.02, intermediate_size=36864, max_position_embeddings=8192,
+        model_type="gemma2", num_attention_heads=32, num_hidden_layers=46, num_key_value_heads=16,
+        pad_token_id=0, query_pre_attn_scalar=144, rms_norm_eps=1e-06, rope_theta=10000.0,
+        sliding_window=4096, sliding_window_size=4096, torch_dtype="bfloat16", use_cache=True,
+        vocab_size=256000, _attn_implementation="eager",
+    ),
+}  # fmt: skip
 _OLMO = dict(
     attention_bias=False, attention_dropout=0.0, eos_token_id=100257, hidden_act="silu",
     hidden_size=4096, initializer_range=0.02, intermediate_size=11008, num_attention_heads=32,
@@ -263,6 +285,35 @@ def test_published_configs_of_phi():
     assert dropout == "resid_pdrop 0.1 of config.json is not applied in training"
     (unread,) = model_config.notes(PHI["Phi-4-mini-instruct"])
     assert unread.endswith("phi3 does not read: full_attn_mod, interpolate_factor")
+
+
+def test_published_configs_of_gemma2():
+    small, large = map(model_config.from_dict, GEMMA2.values())
+    unread = "config.json has keys that gemma2 does not read: sliding_window_size"
+    assert [*map(model_config.notes, GEMMA2.values())] == [[], [unread]]
+    assert small.sliding_windows == 13 * (4096, None) and not small.ropes and not small.qk_norm
+    assert (small.norms, small.norm_offset, small.embedding_multiplier) == ("both", 1, 2304**0.5)
+    assert small.tie_word_embeddings and small.hidden_act == "gelu_pytorch_tanh"
+    assert (small.attn_logit_softcapping, small.final_logit_softcapping) == (50, 30)
+    assert small.attention_multiplier is None and large.attention_multiplier == 144**-0.5
+    stretched = GEMMA2["gemma-2-2b-it"] | dict(rope_scaling=dict(rope_type="linear", factor=2.0))
+    assert model_config.from_dict(stretched).context == 16384
+
+
+@pytest.mark.parametrize(
+    "model_type, changes, caps",
+    [
+        ("gemma2", {}, (50, 30)),
+        ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": 0}, (None, None)),
+        ("gemma2", {"attn_logit_softcapping": 0.0, "final_logit_softcapping": 5}, (None, 5)),
+        ("gemma3_text", {}, (None, None)),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, (None, 30)),
+        ("qwen2", {"attn_logit_softcapping": 0, "final_logit_softcapping": None}, (None, None)),
+    ],
+)
+def test_a_soft_cap_that_is_null_or_zero_is_none(model_type, changes, caps):
+    found = read(model_type, **changes)
+    assert (found.attn_logit_softcapping, found.final_logit_softcapping) == caps
 
 
 def test_published_configs_of_olmo():
@@ -465,7 +516,9 @@ def test_sliding_windows(model_type, changes, windows):
         (dict(model_type="smollm3", no_rope_layer_interval=0), ["no_rope_layer_interval"]),
         (dict(model_type="gemma3_text", hidden_activation="gelu"), ["hidden_activation = 'gelu'"]),
         (dict(model_type="gemma3_text", sliding_window_pattern="6"), ["sliding_window_pattern"]),
-        (dict(model_type="gemma3_text", final_logit_softcapping=30.0), ["final_logit_softcapping"]),
+        (dict(model_type="gemma2", attn_logit_softcapping="50", final_logit_softcapping=-1),
+         ["attn_logit_softcapping = '50'", "final_logit_softcapping = -1"]),
+        (dict(model_type="qwen3", final_logit_softcapping=30.0), ["final_logit_softcapping"]),
         (dict(model_type="gemma3_text", rope_parameters={"sliding_attention": {
             "rope_type": "longrope"}}), ["short_factor is missing"]),
         (dict(model_type="gemma3_text", rope_parameters={"full_attention": "x",

@@ -18,19 +18,12 @@ from lora_jax.models import config as model_config
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = sorted(path.name for path in (GOLDEN / "models").iterdir())
-PADDED = ["gemma3", "llama_bias", "llama_dynamic", "qwen2_window", "stories260K"]
-CACHED = [
-    "gemma3",
-    "llama_dynamic",
-    "ministral3",
-    "mistral",
-    "olmo3",
-    "qwen2_window",
-    "stories260K",
-]
+PADDED = ["gemma2", "gemma3", "llama_bias", "llama_dynamic", "qwen2_window", "stories260K"]
+CACHED = ["gemma2", "gemma3", "llama_dynamic", "ministral3", "mistral", "olmo3", "qwen2_window",
+          "stories260K"]  # fmt: skip
 FAMILIAR = ["gemma", "seed_oss"]  # of what others have; test_config.py has what is read of them
 TINY = [name for name in MODELS if name != "stories260K"]
-TOLERANCE = 2e-4  # float32 logits of std 1.5 to 3; float32 itself is within 1e-4 of float64
+TOLERANCE = 2e-4  # float32 logits of std 1.5 to 6; float32 itself is within 1e-4 of float64
 
 
 @functools.cache

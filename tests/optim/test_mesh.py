@@ -122,8 +122,17 @@ def test_every_mesh_takes_the_same_steps(name):
         {"base": test_step.LLAMA.parent / "phi3_longrope", "targets": "all-linear"},
         # A norm over all heads, which are sharded over tensor.
         {"base": test_step.LLAMA.parent / "olmo3", "targets": "all-linear"},
+        # Soft caps of logits whose heads, and whose vocabulary, are sharded over tensor.
+        {"base": test_step.LLAMA.parent / "gemma2"},
     ],
-    ids=["head", "saved head", "tokens of the head", "fused layers", "norm of all heads"],
+    ids=[
+        "head",
+        "saved head",
+        "tokens of the head",
+        "fused layers",
+        "norm of all heads",
+        "soft caps",
+    ],
 )
 def test_adapters_of_every_kind_take_the_same_step(settings):
     found = []

@@ -170,9 +170,10 @@ def test_a_model_names_its_cases():
         for k, n in ((128, 64), (64, 128))
         for rows in (3, 9, 32, 64)
     ]
-    assert names(16, sliding_windows=(64,)) == [
-        "bfloat16 [3, 1, 4, 16], 2 heads of 300 int8 keys, window 100",
-        "bfloat16 [3, 3, 4, 16], 2 heads of 300 int8 keys, window 100",
+    # Random logits would not reach a cap of 50.
+    assert names(16, sliding_windows=(64,), attn_logit_softcapping=50.0) == [
+        "bfloat16 [3, 1, 4, 16], 2 heads of 300 int8 keys, window 100, soft cap 1",
+        "bfloat16 [3, 3, 4, 16], 2 heads of 300 int8 keys, window 100, soft cap 1",
         *of_bank,
     ]
     assert names(24) == of_bank

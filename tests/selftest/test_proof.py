@@ -63,10 +63,14 @@ def attended(**how):
     "make",
     [
         product,
-        functools.partial(attended, packed=True, window=50),
+        functools.partial(attended, packed=True, window=50, soft_cap=1.0),
         *cases.long(attended, functools.partial(attended, packed=True)),
         lambda: vocabulary.vocabulary_loss(
-            jax.random.normal(jax.random.key(0), (16, 500)), batch=2, length=400, dtype="float32"
+            jax.random.normal(jax.random.key(0), (16, 500)),
+            batch=2,
+            length=400,
+            dtype="float32",
+            soft_cap=1.0,
         ),
         lambda: vocabulary.embedding_lookup(jnp.arange(32.0).reshape(8, 4), batch=2, length=9),
     ],
@@ -132,9 +136,17 @@ def without_a_block(*arguments, **how):
     return jnp.concatenate([out[:, :half], blind[:, half:]], axis=1)
 
 
-def test_faulty_attention_is_left_out(monkeypatch):
-    monkeypatch.setattr(splash, "attend", without_a_block)
-    found = proof.run([attended(packed=True), product()])
+def without_a_cap(*arguments, soft_cap, **how):
+    return TPU_ATTENTION(*arguments, **how, interpret=True)
+
+
+@pytest.mark.parametrize(
+    "fault, how",
+    [(without_a_block, {"packed": True}), *cases.long((without_a_cap, {"soft_cap": 1.0}))],
+)
+def test_faulty_attention_is_left_out(fault, how, monkeypatch):
+    monkeypatch.setattr(splash, "attend", fault)
+    found = proof.run([attended(**how), product()])
     assert [each.kernel for each in found.left_out] == [choice.ATTENTION_TPU]
     assert found.kernels == (choice.INT4_TPU,)
     q = jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float32)

@@ -3,6 +3,7 @@
 Only on GPUs, where XLA's own products copy the keys and values of a layer out of the stack first.
 """
 
+import functools
 import logging
 
 import jax
@@ -25,6 +26,7 @@ def attend(
     start: Int[Array, " B"],
     num_real: Int[Array, " B"],
     window: Int[Array, ""],
+    soft_cap: float | None = None,
     partition: partitioning.Partition = partitioning.WHOLE,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v; head n of q belongs to head n // (N/K) of k.
@@ -32,19 +34,21 @@ def attend(
     The T new tokens of a sequence have the positions from `start` on; the first num_real of them
     are in the cache, and the output of the others is arbitrary but finite. The token at position p
     is in place p mod S. A token sees at most `window` tokens, including itself. Keys and values in
-    int8 are multiplied by a scale of their token and head. For operands that kernel_of has a kernel
-    for. partition: how the ambient mesh splits the sequences (`rows`) and heads (`n`).
+    int8 are multiplied by a scale of their token and head. soft_cap: the logits before the softmax
+    become soft_cap · tanh(logits / soft_cap). For operands that kernel_of has a kernel for.
+    partition: how the ambient mesh splits the sequences (`rows`) and heads (`n`).
     """
     from lora_jax.kernels.attention import flash_decoding  # its imports take a second
 
     operands = q, k, v, k_scale, v_scale, layer, start, num_real, window
+    attend = functools.partial(flash_decoding.attend, soft_cap=soft_cap)
     if not partition.splits():
-        return flash_decoding.attend(*operands)
+        return attend(*operands)
     over, (_, heads) = partition.computed(len(q)), partition.stored()
     queries, stack = PartitionSpec(over.rows, None, heads), PartitionSpec(None, over.rows, heads)
     each, whole = PartitionSpec(over.rows), PartitionSpec()
     specs = queries, stack, stack, stack, stack, whole, each, each, whole
-    return partitioning.shard_map(flash_decoding.attend, specs, queries)(*operands)
+    return partitioning.shard_map(attend, specs, queries)(*operands)
 
 
 def kernel_of(

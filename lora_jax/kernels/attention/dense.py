@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from lora_jax.kernels import platform
+from lora_jax.kernels import capping, platform
 
 _HIDDEN = -1e30  # logit of a key that a query does not see
 
@@ -17,10 +17,12 @@ def attention(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     visible: Bool[Array, "#B T S"],
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v; head n of q belongs to head n // (N/K) of k.
 
-    A query that sees no key gets the mean of all values.
+    A query that sees no key gets the mean of all values. soft_cap: the logits before the softmax
+    become soft_cap · tanh(logits / soft_cap).
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1; Ainslie et al. 2023,
     https://arxiv.org/abs/2305.13245 (grouped heads).
     """
@@ -32,7 +34,7 @@ def attention(
     )
     q = q.transpose(0, 2, 3, 1, 4).reshape(sequences, groups, -1, width)
     q, k, v = _rounded((q, k, v))
-    logits = _product(q, k, 3)
+    logits = capping.capped(_product(q, k, 3), soft_cap)
     by_query = (*logits.shape[:2], -1, *visible.shape[1:])
     logits = jnp.where(visible[:, None, None], logits.reshape(by_query), _HIDDEN)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(q.dtype)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Num
 
-from lora_jax.kernels import platform
+from lora_jax.kernels import capping, platform
 
 MOST_ROWS = 64  # queries of a kv-head
 _FEWEST_ROWS = 16  # that the tensor cores take
@@ -58,6 +58,7 @@ def attend(
     num_real: Int[Array, " B"],
     window: Int[Array, ""],
     *,
+    soft_cap: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v, as cached.attend defines it.
@@ -84,7 +85,9 @@ def attend(
         )
 
     out, normalizer = pl.pallas_call(
-        functools.partial(_kernel, parts=parts, rows=rows, tokens=tokens, block=block),
+        functools.partial(
+            _kernel, parts=parts, rows=rows, tokens=tokens, block=block, soft_cap=soft_cap
+        ),
         grid=(parts, groups, sequences),
         in_specs=[
             *[pl.BlockSpec()] * 4,
@@ -111,7 +114,7 @@ def attend(
 
 def _kernel(
     layer_ref, window_ref, start_ref, num_real_ref, q_ref, k_ref, v_ref, *refs,
-    parts, rows, tokens, block,
+    parts, rows, tokens, block, soft_cap,
 ):  # fmt: skip
     *scale_refs, out_ref, normalizer_ref = refs
     padded, width = q_ref.shape
@@ -142,6 +145,7 @@ def _kernel(
         logits = _product(q, read(k_ref), 1) * (1 / math.sqrt(width))
         if scale_refs:
             logits *= scale_of(scale_refs[0])
+        logits = capping.capped(logits, soft_cap)
         distance = position[:, None] - key[None]
         seen = (distance >= 0) & (distance < window) & (key < end)[None]
         logits = jnp.where(seen, logits, _HIDDEN)

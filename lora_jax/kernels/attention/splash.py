@@ -20,6 +20,7 @@ def attend(
     v: Float[Array, "B T K H"],
     examples: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
@@ -34,7 +35,7 @@ def attend(
     def by_head(a):
         return jnp.pad(a, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    kernel = _kernel(length + padding, heads, window, size, interpret)
+    kernel = _kernel(length + padding, heads, window, soft_cap, size, interpret)
     q = by_head(q * jnp.asarray(1 / math.sqrt(width), q.dtype))
     if examples is not None:
         examples = jnp.pad(examples, ((0, 0), (0, padding)))
@@ -43,7 +44,7 @@ def attend(
     return out.swapaxes(1, 2)[:, :length]
 
 
-def _kernel(length, heads, window, size, interpret):
+def _kernel(length, heads, window, soft_cap, size, interpret):
     shape = length, length
     mask = masks.CausalMask(shape)
     if window is not None:
@@ -56,5 +57,6 @@ def _kernel(length, heads, window, size, interpret):
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=matmul.PRODUCT,
+        attn_logits_soft_cap=soft_cap,
         interpret=interpret,
     )

@@ -1,5 +1,7 @@
 """Causal attention by tokamax's flash attention, on NVIDIA GPUs from Hopper on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import ad_checkpoint, lax
@@ -18,6 +20,7 @@ def attend(
     v: Float[Array, "B T K H"],
     examples: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v, as self_attention defines it.
 
@@ -32,7 +35,7 @@ def attend(
         jnp.pad(a, ((0, 0), (0, -length % _TILE), *[(0, 0)] * (a.ndim - 2)))
         for a in (q, k, v, examples)
     )
-    out = _flash(q, k, v, first_keys(padded, window))[:, :length]
+    out = _flash(q, k, v, first_keys(padded, window), soft_cap)[:, :length]
     return jnp.where(_scattered(examples)[:, None, None, None], jnp.nan, out)
 
 
@@ -55,16 +58,16 @@ def _before(a: jax.Array) -> jax.Array:
     return jnp.pad(a, ((0, 0), (1, 0)))[:, :-1]
 
 
-@jax.custom_vjp
-def _flash(q, k, v, first):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q, k, v, first, soft_cap):
     """softmax(q kᵀ / √H, over the keys from first [B, T] to the query's own) v."""
-    return _forward(q, k, v, first)[0]
+    return _forward(q, k, v, first, soft_cap)[0]
 
 
-def _forward(q, k, v, first):
+def _forward(q, k, v, first, soft_cap):
     from tokamax import config
 
-    call = _call(q, k, v, first)
+    call = _call(q, k, v, first, soft_cap)
     # tokamax would warn that it has not tuned this shape, and choose the same tiles.
     with config.ignore_autotuning_cache(True):
         out, residuals = call.op(*call.args, **call.kwargs | {"return_residuals": True})
@@ -72,11 +75,11 @@ def _forward(q, k, v, first):
     return out, (q, k, v, first, out, tuple(residuals))
 
 
-def _backward(saved, d_out):
+def _backward(soft_cap, saved, d_out):
     from tokamax import config
 
     q, k, v, first, out, residuals = saved
-    call = _call(q, k, v, first)
+    call = _call(q, k, v, first, soft_cap)
     with config.ignore_autotuning_cache(True):
         found = call.op.vjp(residuals, out, d_out, *call.args, **call.kwargs)
     return found["q"], found["k"], found["v"], None
@@ -85,13 +88,14 @@ def _backward(saved, d_out):
 _flash.defvjp(_forward, _backward)
 
 
-def _call(q, k, v, first):
+def _call(q, k, v, first, soft_cap):
     """tokamax's operation and its arguments. Its public function takes no range of keys, and falls
     back to XLA with a mask [T, T] where no kernel fits; this one raises NotImplementedError."""
     from tokamax._src.ops.attention import base, pallas_mosaic_gpu
 
     mask = base.Mask(k_start=first[:, None], is_causal=True)
-    return pallas_mosaic_gpu.PallasMosaicGpuFlashAttention().bind(q, k, v, mask=mask)
+    attention = pallas_mosaic_gpu.PallasMosaicGpuFlashAttention()
+    return attention.bind(q, k, v, mask=mask, logits_soft_cap=soft_cap)
 
 
 def refusal(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:

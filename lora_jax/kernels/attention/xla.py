@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import ad_checkpoint, lax
 from jaxtyping import Array, Float, Int
 
-from lora_jax.kernels import forward_mode, matmul, platform
+from lora_jax.kernels import capping, forward_mode, matmul, platform
 
 _HIDDEN = -1e30  # logit of a key that a query does not see
 
@@ -19,6 +19,7 @@ def attend(
     v: Float[Array, "B T K H"],
     examples: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H, over the visible keys) v, as self_attention defines it.
 
@@ -47,7 +48,8 @@ def attend(
     # Without these barriers, here and below, XLA's CPU backend drops the rounding to bfloat16 and
     # multiplies in float32, at half the speed.
     q, k, v = lax.optimization_barrier((q, k, v))
-    blocked, plain = (functools.partial(f, window=window or length) for f in (_attend, _plain))
+    how = {"window": window or length, "soft_cap": soft_cap}
+    blocked, plain = (functools.partial(f, **how) for f in (_attend, _plain))
     out = forward_mode.call(blocked, plain, q, k, v, examples)
     out = out.reshape(-1, num, groups, heads // groups, size, width).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(num, -1, heads, width)[:, :length]
@@ -78,14 +80,14 @@ def _over_keys(first, index, blocks, take, carry):
     return lax.fori_loop(first[index], index + 1, take, carry)
 
 
-def _plain(q, k, v, examples, window):
-    return _forward(q, k, v, examples, window)[0]
+def _plain(q, k, v, examples, window, soft_cap):
+    return _forward(q, k, v, examples, window, soft_cap)[0]
 
 
-_attend = jax.custom_vjp(_plain, nondiff_argnums=(4,))
+_attend = jax.custom_vjp(_plain, nondiff_argnums=(4, 5))
 
 
-def _forward(q, k, v, examples, window):
+def _forward(q, k, v, examples, window, soft_cap):
     first = _first(examples, window)
 
     def block(_, index):
@@ -93,7 +95,7 @@ def _forward(q, k, v, examples, window):
 
         def take(j, carry):
             top, total, out = carry
-            logits = _logits(own, k, examples, window, index, j)
+            logits = _logits(own, k, examples, window, soft_cap, index, j)
             new = jnp.maximum(top, logits.max(axis=-1, keepdims=True))
             p, keep = jnp.exp(logits - new), jnp.exp(top - new)
             total = total * keep + p.sum(axis=-1, keepdims=True)
@@ -112,7 +114,7 @@ def _forward(q, k, v, examples, window):
     return out, (q, k, v, examples, out, normalizer)
 
 
-def _backward(window, saved, d_out):
+def _backward(window, soft_cap, saved, d_out):
     # The barrier keeps XLA from saving the forward pass's float32 copies of these instead.
     (q, k, v, examples, out, normalizer), d_out = lax.optimization_barrier((saved, d_out))
     first = _first(examples, window)
@@ -126,8 +128,12 @@ def _backward(window, saved, d_out):
 
         def take(j, carry):
             d_q, d_k, d_v = carry
-            p = jnp.exp(_logits(own, k, examples, window, index, j) - own_normalizer)
+            logits = _logits(own, k, examples, window, soft_cap, index, j)
+            p = jnp.exp(logits - own_normalizer)
             d_logits = p * (_product(d_own, _at(v, j), 3) - own_mean)
+            if soft_cap is not None:  # hidden logits, where p is 0, lie far below −cap
+                logits = jnp.maximum(logits, -soft_cap)
+                d_logits = capping.through(d_logits, logits, soft_cap)
             p, d_logits = lax.optimization_barrier((p.astype(v.dtype), d_logits.astype(q.dtype)))
             d_q += _product(d_logits, _at(k, j), 2)
             d_k = _add(d_k, _product(own_t, d_logits, 2), j)
@@ -146,7 +152,7 @@ def _backward(window, saved, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def _logits(own, k, examples, window, index, j):
+def _logits(own, k, examples, window, soft_cap, index, j):
     """The logits of one block of queries and one of keys, float32 [B, K, (N/K)·size, size]."""
     size = examples.shape[2]
     queries, keys = _at(examples, index), _at(examples, j)
@@ -154,7 +160,7 @@ def _logits(own, k, examples, window, index, j):
     distance = (index - j) * size + slots[:, None] - slots[None]
     visible = (queries[:, :, None] == keys[:, None]) & (keys != 0)[:, None]
     visible &= ((distance >= 0) & (distance < window))[None]
-    logits = _product(own, _at(k, j), 3)
+    logits = capping.capped(_product(own, _at(k, j), 3), soft_cap)
     by_query = logits.reshape(*logits.shape[:2], -1, size, size)
     return jnp.where(visible[:, None, None], by_query, _HIDDEN).reshape(logits.shape)
 
