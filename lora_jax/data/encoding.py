@@ -120,7 +120,7 @@ def encode_pairs(
             "no prompt if the answers begin with it",
             found=list(problems.values()),
             where=list(problems),
-            do="correct these examples, or map their fields, e.g. --columns chosen=better",
+            do="correct these examples, or map their fields, e.g. --columns prompt=question",
         )
     joined = iter(_encode_texts(texts, tokenizer, eos))
     num_pairs = len(origins) // 2

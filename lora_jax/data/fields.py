@@ -37,6 +37,7 @@ def rename(found: rows.Rows, columns: Mapping[str, str], source: str) -> rows.Ro
         )
     mapped = [kind for kind in (*kinds.KINDS, kinds.PREFERENCE) if set(kind) & set(columns)]
     keep = {*kinds.BESIDE, *columns.values(), *(field for kind in mapped for field in kind)}
+    keep |= {"chosen", "rejected"}  # whatever their prompt is called
     if {"chosen", "rejected"} & set(columns):
         keep.update(kinds.PROMPTS)
     drop = set(kinds.FIELDS) - keep if mapped else set()

@@ -14,6 +14,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
           "bard": "assistant", "observation": "tool"}  # fmt: skip
 _OLD_ROLES = {"developer": "system", "function": "tool"}  # of templates that do not know the first
 _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})  # of a message
+SYSTEM = ("system", "developer")
 KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -34,7 +35,7 @@ def read(value: object, field: str = "messages") -> list[Message]:
 def with_system(chat: list[Message], fields: Mapping[str, typing.Any]) -> list[Message]:
     """The chat, begun by the text in the field `system` unless it has a system message itself."""
     system = fields.get("system")
-    own = bool(chat) and chat[0]["role"] in ("system", "developer")
+    own = bool(chat) and chat[0]["role"] in SYSTEM
     if own or not isinstance(system, str) or not system.strip():
         return chat
     return [{"role": "system", "content": system}, *chat]
@@ -218,11 +219,18 @@ def _text(part: object) -> str | None:
     return None
 
 
+def text_of(message: Message) -> str:
+    """The text of a message, of all its parts."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(_text(part) or "" for part in content)
+
+
 def _joined(message: Message) -> Message:
-    content = message.get("content")
-    if not isinstance(content, list):
+    if not isinstance(message.get("content"), list):
         return message
-    return {**message, "content": "".join(_text(part) or "" for part in content)}
+    return {**message, "content": text_of(message)}
 
 
 def _as_parts(message: Message) -> Message:

@@ -41,7 +41,7 @@ def read(fields: kinds.Fields) -> Texts | Chats:
     """The two answers of a row. Without a prompt, what both begin with is the prompt.
 
     An answer may be one message, without the list. Raises: ChatError if a field is missing or is
-    neither text nor messages.
+    neither text nor messages, if there is no prompt, or if it is not in chats that have one.
     """
     values = {name: _value(fields.get(name)) for name in ("chosen", "rejected")}
     chosen, rejected = values.values()
@@ -109,6 +109,8 @@ def _texts(prompt: str | None, chosen: str, rejected: str) -> Texts:
         # The space in front of a word belongs to the word, as tokens have it.
         while 0 < size < max(len(chosen), len(rejected)) and chosen[size - 1] == " ":
             size -= 1
+        if size == 0:
+            raise ChatError("no prompt, and chosen and rejected begin differently")
         prompt, chosen, rejected = chosen[:size], chosen[size:], rejected[size:]
     return Texts(prompt, (chosen, rejected))
 
@@ -120,8 +122,12 @@ def _chats(fields: kinds.Fields, prompt: object, *answers: object) -> Chats:
         for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
     ]
     size = len(before)
-    if isinstance(prompt, str) and all(_begins(chat, prompt) for chat in both):
-        size = 0  # whole chats, which begin with the prompt
+    if prompt is None and not any(message["role"] == "user" for message in both[0]):
+        raise ChatError("no prompt, and chosen has no message of a user")
+    if isinstance(prompt, str) and all(map(_is_begun, both)):
+        if not all(_asks(chat, prompt) for chat in both):
+            raise ChatError("chosen and rejected begin with a user's message, but not the prompt")
+        size = 0  # whole chats, which have the prompt in them
     elif size and all(chat[:size] == before and len(chat) > size for chat in both):
         size = 0
     whole = [(before if size else []) + chat for chat in both]
@@ -132,7 +138,13 @@ def _chats(fields: kinds.Fields, prompt: object, *answers: object) -> Chats:
     return Chats(size + len(full[0]) - len(whole[0]), (full[0], full[1]))
 
 
-def _begins(chat: list[Message], prompt: str) -> bool:
-    """Whether a chat's first message of a user is the prompt."""
-    asked = [message for message in chat if message["role"] == "user"]
-    return bool(asked) and asked[0].get("content") == prompt
+def _is_begun(chat: list[Message]) -> bool:
+    """Whether a chat is whole: a user begins it."""
+    return next((m["role"] for m in chat if m["role"] not in messages.SYSTEM), None) == "user"
+
+
+def _asks(chat: list[Message], prompt: str) -> bool:
+    """Whether a user says the prompt, of which data sets have the first or the last message, or all
+    of them in one text."""
+    said = [messages.text_of(message).strip() for message in chat if message["role"] == "user"]
+    return any(text == prompt.strip() or (text and text in prompt) for text in said)

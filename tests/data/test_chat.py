@@ -327,6 +327,10 @@ LONG = "[user]one</s>[assistant]yes</s>[user]two</s>[assistant]"
         ({"chosen": [ONE, CHAT[1], TWO, GOOD], "rejected": [ONE, CHAT[1], TWO, BAD]}, LONG),
         ({"prompt": "two", "chosen": [TWO, GOOD], "rejected": [TWO, BAD]},
          "[user]two</s>[assistant]"),
+        ({"prompt": "two ", "chosen": [TWO, GOOD], "rejected": [TWO, BAD]},
+         "[user]two</s>[assistant]"),
+        ({"prompt": "two", "chosen": [ONE, CHAT[1], TWO, GOOD],
+          "rejected": [ONE, CHAT[1], TWO, BAD]}, LONG),
         ({"prompt": [TWO], "chosen": [TWO, GOOD], "rejected": [TWO, BAD]},
          "[user]two</s>[assistant]"),
         ({"prompt": [TWO], "chosen": "good", "rejected": "bad"}, "[user]two</s>[assistant]"),
@@ -339,7 +343,8 @@ LONG = "[user]one</s>[assistant]yes</s>[user]two</s>[assistant]"
         ({"input": {"messages": [TWO], "tools": [], "parallel_tool_calls": True},
           "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "[user]two</s>[assistant]"),
     ],
-    ids=["prompt-with-answer", "whole-chats", "prompt-as-text", "prompt-twice", "answers-as-text",
+    ids=["prompt-with-answer", "whole-chats", "prompt-as-text", "with-a-space",
+         "last-message", "prompt-twice", "answers-as-text",
          "axolotl", "sharegpt", "messages-of-chosen", "openai"],
 )  # fmt: skip
 def test_preferences_train_the_answers_alone(tmp_path, row, prompt):
@@ -381,6 +386,19 @@ def test_texts_without_a_prompt_share_their_beginning(tmp_path):
     row = {"chosen": "ab ab yes", "rejected": "ab ab no"}
     found, _ = encoded(tmp_path, CHATML, row, pairs=True)
     assert found == ["<s>ab ab⟦ yes</s>⟧", "<s>ab ab⟦ no</s>⟧"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "two", "chosen": "good", "rejected": "bad"}, "begin differently"),
+        ({"conversation": [TWO], "chosen": GOOD, "rejected": BAD}, "no message of a user"),
+        ({"prompt": "three", "chosen": [TWO, GOOD], "rejected": [TWO, BAD]}, "not the prompt"),
+    ],
+)
+def test_preferences_without_their_prompt_are_refused(tmp_path, row, message):
+    with pytest.raises(errors.UserError, match=message):
+        encoded(tmp_path, CHATML, row, pairs=True)
 
 
 def test_equal_answers_are_skipped(tmp_path):

@@ -113,6 +113,9 @@ def test_renaming_leaves_what_goes_to_the_chat_template(tmp_path):
     path = write(tmp_path / "x.jsonl", json.dumps(row))
     (mapped,) = sources.load(path, columns={"messages": "chat"})
     assert {"messages", "tools", "system"} <= mapped.keys() and "text" not in mapped
+    path = write(tmp_path / "y.jsonl", json.dumps(row | {"chosen": {}, "rejected": {}}))
+    (mapped,) = sources.load(path, columns={"messages": "chat"})
+    assert {"messages", "chosen", "rejected"} <= mapped.keys()
     (mapped,) = sources.load(path, columns={"tools": "functions"})
     assert {"messages", "tools", "system", "text"} <= mapped.keys()
 
