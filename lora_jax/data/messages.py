@@ -13,6 +13,7 @@ from lora_jax.data.template import ChatError, Message
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
           "bard": "assistant", "observation": "tool"}  # fmt: skip
 _OLD_ROLES = {"developer": "system", "function": "tool"}  # of templates that do not know the first
+_WEIGHTS = ("weight", "loss_weight", "train", "training")  # OpenAI, LLaMA-Factory, axolotl
 _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})  # of a message
 SYSTEM = ("system", "developer")
 KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -75,11 +76,13 @@ def in_text(value: object) -> object:
 
 def is_trained(message: Message) -> bool:
     """Whether an assistant's message is to be trained: unless it has weight 0 or train false."""
-    for name in ("weight", "train", "training"):
-        value = message.get(name)
-        if isinstance(value, bool | int | float) and not value:
-            return False
-    return message["role"] == "assistant"
+    return message["role"] == "assistant" and all(_weights(message))
+
+
+def _weights(value: Mapping[str, typing.Any]) -> list[float]:
+    """What a message or a part of it says about its share in the loss."""
+    given = [value.get(name) for name in _WEIGHTS]
+    return [each for each in given if isinstance(each, bool | int | float)]
 
 
 def forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
@@ -114,8 +117,8 @@ def _message(value: object, where: str) -> Message:
     message = {name: each for name, each in value.items() if each is not None}
     if "role" not in message and "from" in message:
         message["role"] = message.pop("from")
-        if "content" not in message and "value" in message:
-            message["content"] = message.pop("value")
+    if "content" not in message and "value" in message:
+        message["content"] = message.pop("value")
     message["role"] = role_of(message)
     if not message["role"].strip():
         raise ChatError(f"{where} has no role")
@@ -125,6 +128,8 @@ def _message(value: object, where: str) -> Message:
         message["tool_calls"] = message.pop("function_call")
     if detail := message.keys() & {"train_detail", "training_detail"}:
         raise ChatError(f"{where} has {detail.pop()}, parts of it that are not trained")
+    if message["role"] == "assistant" and not {*_weights(message)} <= {0, 1}:
+        raise ChatError(f"{where} has a weight that is neither 0 nor 1")
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], where)
         if not message["tool_calls"]:
@@ -137,6 +142,13 @@ def _message(value: object, where: str) -> Message:
                 wrong[0].get("type") if isinstance(wrong[0], Mapping) else type(wrong[0]).__name__
             )
             raise ChatError(f"{where} has a part that is no text: {kind}")
+        parts = [part for part in content if isinstance(part, Mapping)]
+        if is_trained(message) and any(each != 1 for part in parts for each in _weights(part)):
+            raise ChatError(f"{where} has a part that is not trained, not the whole message")
+        message["content"] = [
+            part if isinstance(part, str) or "text" in part else {**part, "text": _text(part)}
+            for part in content
+        ]
     elif content is not None and not isinstance(content, str):
         raise ChatError(f"the content of {where} is a {type(content).__name__}, not text")
     if content is None and not message.keys() & {"tool_calls", "reasoning_content"}:
@@ -214,8 +226,8 @@ def _text(part: object) -> str | None:
         "input_text",
         "output_text",
     ):
-        text = part.get("text", part.get("content"))
-        return text if isinstance(text, str) else None
+        given = (part.get(name) for name in ("text", "content", "value"))
+        return next((text for text in given if isinstance(text, str)), None)
     return None
 
 

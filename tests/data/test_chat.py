@@ -154,8 +154,11 @@ def test_answers_are_found_in_one_rendering(tmp_path, template, chat, text):
 
 def test_answers_are_trained_unless_their_author_says_no(tmp_path):
     chat = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"train": True}]
-    for template in (CHATML, GENERATION):
-        (found,), _ = encoded(tmp_path, template, {"messages": chat})
+    parts = [{"type": "text", "value": "no ab"}]  # of LLaMA-Factory
+    as_parts = [*chat[:3], {"role": "assistant", "content": parts, "loss_weight": 1.0}]
+    as_parts[1] = CHAT[1] | {"loss_weight": 0.0}
+    for template, messages in ((CHATML, chat), (GENERATION, chat), (CHATML, as_parts)):
+        (found,), _ = encoded(tmp_path, template, {"messages": messages})
         assert [part.partition("⟧")[0] for part in found.split("⟦")[1:]] == ["no ab</s>"]
 
 
@@ -273,6 +276,10 @@ def test_calls_of_functions_as_they_were_before_tools(tmp_path, row):
         ({"messages": "hello"}, "text that is not JSON, not a list"),
         ({"conversations": [{"from": "function_call", "value": "add"}]}, "not a list of objects"),
         ({"messages": [*CHAT, {**CHAT[1], "train_detail": []}]}, "has train_detail"),
+        ({"messages": [*CHAT, {**CHAT[1], "weight": 0.5}]}, "neither 0 nor 1"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": [
+            {"type": "text", "text": "a", "train": False}, {"type": "text", "text": "b"}]}]},
+         "a part that is not trained"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text: image"),
         ({"messages": CHAT, "tools": "f"}, "tools is not a list"),
         ({"prompt": "a", "completion": float("nan")}, "completion is a float"),
