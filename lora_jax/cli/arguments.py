@@ -213,7 +213,8 @@ def add_model(flags: Flags) -> None:
 
 def add_data(flags: Flags) -> None:
     """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --packing, --streaming,
-    --skip-bad-rows, --chat-template, --add-special-tokens, --add-tokens, --chat-time."""
+    --skip-bad-rows, --as-chat, --chat-template, --add-special-tokens, --add-tokens,
+    --chat-time."""
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt, a folder of them or hub id; "
               "examples with text, "
@@ -235,6 +236,8 @@ def add_data(flags: Flags) -> None:
                  "blocks of a few thousand examples; needs --max-steps")  # fmt: skip
     flags.add("--skip-bad-rows", "skip and report up to N rows that cannot be read or trained on",
               type=int, metavar="N")  # fmt: skip
+    flags.switch("--as-chat", "put prompt/completion, instruction/output and preferences of "
+                 "strings into the chat template, with system and history")  # fmt: skip
     add_chat_template(flags)
     flags.add("--add-special-tokens", "new tokens that separate, such as those of a chat template "
               "that the tokenizer does not have; their embeddings are trained", nargs="+",

@@ -99,7 +99,9 @@ def settings_of(typed: arguments.Given) -> GenerateSettings:
     before = len(problems)
     if "prompts_file" in typed:
         with errors.noted(problems):
-            prompts += prompt_files.read(pathlib.Path(typed["prompts_file"]))
+            prompts += prompt_files.read(
+                pathlib.Path(typed["prompts_file"]), as_chat=typed.get("chat", False)
+            )
     if not prompts and len(problems) == before:
         problems.append(errors.UserError(
             expected="at least one prompt", found="none", where=typed.get("prompts_file"),

@@ -1,9 +1,10 @@
 """The columns of a source as fields of examples: renamed, or not used. Imports no jax."""
 
+import functools
 from collections.abc import Mapping
 
 from lora_jax import errors
-from lora_jax.data import files, kinds, preferences, rows
+from lora_jax.data import as_chats, files, kinds, preferences, rows
 
 _LOOKED_AT = 1000  # examples
 _SHOWN = 8  # columns in one line
@@ -53,11 +54,16 @@ def names_of(found: rows.Rows) -> list[str]:
     return [name for name in found.column_names if name not in (kinds.ORIGIN, files.STREAM)]
 
 
-def unused(found: rows.Rows, *, in_pairs: bool) -> str:
-    """The columns that the first examples do not use; "" if there are none."""
+def unused(found: rows.Rows, *, in_pairs: bool, as_chat: bool = False) -> str:
+    """The columns that the first examples do not use; "" if there are none.
+
+    as_chat: see as_chats.convert.
+    """
     if files.STREAM in found.column_names:
         return ""
     used = preferences.used if in_pairs else kinds.used
+    if as_chat:
+        used = functools.partial(as_chats.used, in_pairs=in_pairs)
     present: dict[str, None] = {}
     taken: set[str] = set()
     for example in found.select(range(min(_LOOKED_AT, len(found)))):

@@ -33,6 +33,8 @@ BESIDE = ("input", *BESIDE_CHATS)
 PROMPTS = ("prompt", "messages", "conversations", "instruction")  # of a preference; one of them
 FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output",
           "text", "chosen", "rejected", *BESIDE_CHATS)  # fmt: skip
+# Of LLaMA-Factory's rows. Without its turns, the answer would be to another question.
+HISTORY = "a history of turns, which --as-chat puts into the chat template"
 # The field that says where an example is from ("train.jsonl:17"), for messages. Not content.
 ORIGIN = "_origin"
 
@@ -53,16 +55,17 @@ Fields = Mapping[str, typing.Any]
 def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
     """The kind of each example.
 
-    Raises: UserError with all examples that are of no kind or whose fields are not strings.
+    Raises: UserError with all examples that are of no kind, whose fields are not strings, or that
+    have a history beside texts.
     """
     kinds, found, where = [], [], []
     for example in examples:
         kind = kind_of(example)
         kinds.append(kind)
-        wrong = [] if is_chat(example, kind) else _not_text(example, kind)
+        wrong = [] if is_chat(example, kind) else _wrong(example, kind)
         if not kind or wrong:
             found.append(
-                ", ".join(f"{f} is a {type(example[f]).__name__}" for f in wrong)
+                ", ".join(wrong)
                 or f"only the fields {', '.join(map(_shown, fields_present(example))) or '(none)'}"
             )
             where.append(origin(example))
@@ -108,10 +111,15 @@ def is_chat(example: Fields, kind: tuple[str, ...]) -> bool:
     )
 
 
-def _not_text(example: Fields, kind: tuple[str, ...]) -> list[str]:
-    """The fields of an example that must be strings and are not."""
+def _wrong(example: Fields, kind: tuple[str, ...]) -> list[str]:
+    """What is wrong with the fields of texts: those that are no strings, and a history."""
     optional = ("input",) if kind == ALPACA and example.get("input") else ()
-    return [field for field in (*kind, *optional) if not isinstance(example[field], str)]
+    wrong = [
+        f"{field} is a {type(example[field]).__name__}"
+        for field in (*kind, *optional)
+        if not isinstance(example[field], str)
+    ]
+    return wrong or ([HISTORY] if kind not in ((), ("text",)) and example.get("history") else [])
 
 
 def prompt_and_completion(example: Fields, kind: tuple[str, ...]) -> tuple[str, str]:

@@ -45,7 +45,7 @@ def read(fields: kinds.Fields) -> Texts | Chats:
     """
     values = {name: _value(fields.get(name)) for name in ("chosen", "rejected")}
     chosen, rejected = values.values()
-    prompt = values["prompt"] = _prompt(fields, _source(fields))
+    prompt = values["prompt"] = _prompt(fields, source(fields))
     wrong = [
         f"{name} is a {type(value).__name__}"
         for name, value in values.items()
@@ -56,6 +56,8 @@ def read(fields: kinds.Fields) -> Texts | Chats:
         missing = chosen is None or rejected is None
         raise ChatError(f"the fields {present}" if missing else ", ".join(wrong))
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
+        if fields.get("history"):
+            raise ChatError(kinds.HISTORY)
         return _texts(prompt, chosen, rejected)
     return _chats(fields, prompt, chosen, rejected)
 
@@ -64,13 +66,13 @@ def used(fields: kinds.Fields) -> set[str]:
     """The fields of a row that are trained on or go to the chat template."""
     if plain(fields) is not fields:
         return {*_OPENAI, *kinds.BESIDE_CHATS}
-    prompt, answers = _source(fields), [fields.get(name) for name in ("chosen", "rejected")]
+    prompt, answers = source(fields), [fields.get(name) for name in ("chosen", "rejected")]
     of_text = ("input",) if prompt == "instruction" else ()
     beside = of_text if all(isinstance(each, str) for each in answers) else kinds.BESIDE_CHATS
     return {prompt, "chosen", "rejected", *beside}
 
 
-def _source(fields: kinds.Fields) -> str:
+def source(fields: kinds.Fields) -> str:
     """The field that has the prompt: `prompt`, or another if the answers do not have it in them."""
     answers = [_value(fields.get(name)) for name in ("chosen", "rejected")]
     if fields.get("prompt") is None and not any(map(_is_whole, answers)):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import chat, compression, encoding, files, kinds, messages, unicode
+from lora_jax.data import as_chats, chat, compression, encoding, files, kinds, messages, unicode
 from lora_jax.data.template import Message
 
 if typing.TYPE_CHECKING:
@@ -24,13 +24,12 @@ class Prompt(typing.NamedTuple):
     """A text, or the messages of a chat.
 
     origin: where it is from, for messages. fields: the example, whose tools go to the chat
-    template. is_rendered: the text is in Alpaca's template already.
+    template.
     """
 
     value: str | list[Message]
     origin: str
     fields: Mapping[str, typing.Any] = {}
-    is_rendered: bool = False
 
     @property
     def continues(self) -> bool:
@@ -38,12 +37,13 @@ class Prompt(typing.NamedTuple):
         return isinstance(self.value, list) and self.value[-1]["role"] == "assistant"
 
 
-def read(path: pathlib.Path) -> list[Prompt]:
+def read(path: pathlib.Path, *, as_chat: bool = False) -> list[Prompt]:
     """The prompts of a file.
 
     Of data files (.jsonl, .json, .csv, .parquet, …): prompt of each example, as a text or messages,
     else messages or conversations, instruction and input, or text. Of all other files: each line
     that is not blank.
+    as_chat: an instruction becomes what a user says, and not Alpaca's template.
 
     Raises: UserError with all lines that have no prompt.
     """
@@ -67,7 +67,7 @@ def read(path: pathlib.Path) -> list[Prompt]:
             problems[origin] = doubts[0] if doubts else str(example)
             continue
         try:
-            found.append(_prompt(example, origin))
+            found.append(_prompt(example, origin, as_chat))
         except chat.ChatError as error:
             problems[origin] = str(error)
     if problems:
@@ -88,8 +88,8 @@ def encode(
 ) -> list[Ids]:
     """The ids of each prompt, as training has them.
 
-    as_chat: a text is a user's message. Chats are rendered in the tokenizer's chat template, up to
-    where the assistant's answer begins, or goes on.
+    as_chat: a text is a user's message, as in as_chats.convert. Chats are rendered in the
+    tokenizer's chat template, up to where the assistant's answer begins, or goes on.
     Raises: UserError with all prompts that cannot be rendered.
     """
     is_chat = [as_chat or isinstance(each.value, list) for each in prompts]
@@ -107,12 +107,9 @@ def encode(
     for n, each in enumerate(prompts):
         if not is_chat[n]:
             continue
-        turns = messages.read_as("user", each.value, "prompt")
         try:
-            if each.is_rendered:
-                raise chat.ChatError("an instruction, which is put into Alpaca's template")
             ids = encoder.prompt(
-                turns, each.fields, generate=not each.continues, continues=each.continues
+                chat_of(each), each.fields, generate=not each.continues, continues=each.continues
             )
         except chat.ChatError as error:
             problems[each.origin] = str(error)
@@ -152,12 +149,12 @@ def _lines(path: pathlib.Path, raw: bytes) -> Iterator[Prompt]:
             yield Prompt(line.rstrip("\r\n"), f"{path}:{number}")
 
 
-def _prompt(example: Mapping[str, typing.Any], origin: str) -> Prompt:
+def _prompt(example: Mapping[str, typing.Any], origin: str, as_chat: bool) -> Prompt:
     """The prompt of an example. Raises: ChatError if it has none."""
     present = kinds.fields_present(example)
     prompt = messages.in_text(example.get("prompt"))
     if isinstance(prompt, str):
-        return Prompt(prompt, origin)
+        return Prompt(prompt, origin, example)
     for name in ("prompt", "messages", "conversations"):
         if name in present:
             turns = messages.with_system(messages.read(example[name], name), example)
@@ -171,4 +168,12 @@ def _prompt(example: Mapping[str, typing.Any], origin: str) -> Prompt:
     if name == "text":
         return Prompt(example["text"], origin)
     rendered, _ = kinds.prompt_and_completion({**example, "output": ""}, kinds.ALPACA)
-    return Prompt(rendered, origin, is_rendered=True)
+    said = as_chats.user_says(example["instruction"], example.get("input"))
+    return Prompt(said if as_chat else rendered, origin, example)
+
+
+def chat_of(prompt: Prompt) -> list[Message]:
+    """The chat of a prompt; of a text, the one that as_chats.convert makes in training."""
+    if isinstance(prompt.value, list):
+        return prompt.value
+    return messages.with_system(as_chats.turns(prompt.fields, prompt.value), prompt.fields)

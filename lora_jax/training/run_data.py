@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax import console, errors, tokenizer
 from lora_jax.console import say
 from lora_jax.data import (
+    as_chats,
     bad_rows,
     batches,
     chat,
@@ -68,8 +69,10 @@ def load(data: groups.DataSettings, bad: bad_rows.BadRows) -> list[rows.Rows]:
     for note in filter(None, map(sources.note, dict.fromkeys(names))):
         say("files", note)
     for source, found in zip(names, loaded, strict=True):
-        if unused := fields.unused(found, in_pairs=data.dpo):
-            say("columns", f"not used of {console.near(source)}: {unused}")
+        if unused := fields.unused(found, in_pairs=data.dpo, as_chat=data.as_chat):
+            chat = not data.as_chat and "system" in unused.split(", ")
+            more = "; --as-chat puts system into the chat template" if chat else ""
+            say("columns", f"not used of {console.near(source)}: {unused}{more}")
     return loaded
 
 
@@ -89,9 +92,14 @@ def encode(
     skipped. may_be_empty: see encoding.encode.
     """
     how = encoding.encode_pairs if data.dpo else encoding.encode
+
+    def encoded_as_asked(some: rows.Rows, empty: bool) -> encoding.Encoded:
+        each = as_chats.convert(some, in_pairs=data.dpo) if data.as_chat else some
+        return how(each, reader, data.seq_len, eos, may_be_empty=empty)
+
     kept, encoded = bad_rows.encode(
         examples,
-        lambda some, empty: how(some, reader, data.seq_len, eos, may_be_empty=empty),
+        encoded_as_asked,
         bad,
         may_be_empty=may_be_empty,
     )

@@ -277,9 +277,21 @@ def test_calls_of_functions_as_they_were_before_tools(tmp_path, row):
         ({"conversations": [{"from": "function_call", "value": "add"}]}, "not a list of objects"),
         ({"messages": [*CHAT, {**CHAT[1], "train_detail": []}]}, "has train_detail"),
         ({"messages": [*CHAT, {**CHAT[1], "weight": 0.5}]}, "neither 0 nor 1"),
-        ({"messages": [CHAT[0], {"role": "assistant", "content": [
-            {"type": "text", "text": "a", "train": False}, {"type": "text", "text": "b"}]}]},
-         "a part that is not trained"),
+        (
+            {
+                "messages": [
+                    CHAT[0],
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "text", "text": "a", "train": False},
+                            {"type": "text", "text": "b"},
+                        ],
+                    },
+                ]
+            },
+            "a part that is not trained",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text: image"),
         ({"messages": CHAT, "tools": "f"}, "tools is not a list"),
         ({"prompt": "a", "completion": float("nan")}, "completion is a float"),

@@ -88,6 +88,7 @@ class DataSettings:
       streaming: read the data during training, not before it.
       skip_bad_rows: how many rows that cannot be trained on are skipped; one more is an error.
       dpo: train on preferences.
+      as_chat: put prompts, instructions and their answers into the chat template.
       chat_time: the time, in ISO 8601, that a chat template prints; None: when the run starts.
     """
 
@@ -101,6 +102,7 @@ class DataSettings:
     streaming: bool = False
     skip_bad_rows: int = 0
     dpo: bool = False
+    as_chat: bool = False
     chat_time: str | None = None
 
     def resolve_seq_len(self, context: int) -> int:
