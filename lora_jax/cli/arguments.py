@@ -224,8 +224,8 @@ def add_data(flags: Flags) -> None:
               "length (default: each example once an epoch)", metavar="W,W")  # fmt: skip
     flags.switch("--dpo", "train on preferences (DPO): examples with prompt, chosen and rejected, "
                  "as strings or message lists")  # fmt: skip
-    flags.add("--eval-dataset", "held-out data (default, with --eval-every: 2 %% of --dataset)",
-              metavar="PATH|HUB_ID")  # fmt: skip
+    flags.add("--eval-dataset", "held-out data (default, with --eval-every: --eval-size of "
+              "--dataset)", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--columns", "map fields to columns with other names, e.g. "
               "prompt=question,completion=answer")  # fmt: skip
     flags.add("--seq-len", f"cut examples after T tokens (default: {groups.SEQ_LEN}, or the "

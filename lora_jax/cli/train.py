@@ -111,11 +111,14 @@ def add_run(flags: arguments.Flags) -> None:
     flags.add("--output-dir", "a new folder (default: runs/DATE-TIME)", metavar="DIR")
     flags.switch("--resume", "continue the run in --output-dir; --mesh may differ, and "
                  "--batch-size and --grad-accum too if their product stays the same")  # fmt: skip
-    flags.add("--eval-every", "evaluate every N steps, and at start and end", type=int,
-              metavar="N")  # fmt: skip
+    flags.add("--eval-every", "evaluate every N steps (below 1: this share of all steps), and at "
+              "start and end", metavar="N")  # fmt: skip
+    flags.add("--eval-size", "number of examples held out for it (below 1: their share), unless "
+              "there is an --eval-dataset", metavar="N")  # fmt: skip
     flags.add("--exact-match", "generate answers to N held-out prompts and compare them",
               type=int, metavar="N")  # fmt: skip
-    flags.add("--save-every", "save a checkpoint every N steps", type=int, metavar="N")
+    flags.add("--save-every", "save a checkpoint every N steps (below 1: this share of all steps)",
+              metavar="N")  # fmt: skip
     flags.add("--keep-checkpoints", "keep the newest N checkpoints", type=int, metavar="N")
     flags.switch("--keep-best", "also save a checkpoint at every evaluation, keep the one with the "
                  "lowest held-out loss, and save its adapter")  # fmt: skip

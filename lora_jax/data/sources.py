@@ -250,17 +250,18 @@ def _repository(source: str) -> str:
     return re.split("[:@]", source)[0]
 
 
-def holdout(found: rows.Rows, share: float, seed: int) -> tuple[rows.Rows, rows.Rows]:
-    """(train, eval): a seeded random `share` of the examples, at least one, goes to eval.
+def holdout(found: rows.Rows, size: float, seed: int) -> tuple[rows.Rows, rows.Rows]:
+    """(train, eval): seeded random examples go to eval, `size` of them, or that share of all if it
+    is below 1, but at least one.
 
     For a .txt file it is the end of the file, because its lines belong together.
     """
-    num_eval = max(1, round(share * len(found)))
+    num_eval = max(1, round(size if size >= 1 else size * len(found)))
     if num_eval >= len(found):
         raise errors.UserError(
             expected="at least two examples (lines of a .txt file), to hold out some of them",
             found=f"{len(found)} examples, of which {num_eval} would be held out",
-            do="add data, or pass a separate evaluation set",
+            do="a smaller --eval-size, more data, or a separate evaluation set",
         )
     if files.STREAM in found.column_names:
         order = np.arange(len(found))

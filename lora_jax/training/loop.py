@@ -178,6 +178,9 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.St
             kept.wait()
             base.check()
             trained, done = checkpoint.chosen(state, kept, record), int(state.step)
+            if record.best and record.best["eval_loss"] > patience.least:
+                say("warning", f"the held-out loss was {patience.least:.4f} before the first step: "
+                    "a lower --lr may help")  # fmt: skip
             saved = job.adapters.save(folder, trained, job.base.folder, job.num_steps, record)
             finished = done == job.num_steps or patience.spent
             records.note_end(job, record, compilations, finished=finished, step=done)
@@ -215,7 +218,8 @@ def _train(
 ) -> Generator[run_folder.Metrics, None, train_step.State]:
     """Yields metrics; returns the state after the last step, or after the step it stopped at."""
     settings, patience = job.settings, evaluator.patience
-    every = settings.eval.eval_every or job.num_steps
+    every = _steps(settings.eval.eval_every or job.num_steps, job.num_steps)
+    save_every = _steps(settings.run.save_every, job.num_steps)
     start = clock = time.time()
     until = 0 if patience.spent else job.num_steps  # it may have run out before the run stopped
     steps = train_step.steps(
@@ -268,7 +272,7 @@ def _train(
                 early.after(state, last=last or stopping)
                 if traced := profile.done(number, last or stopping):
                     say("profile", traced)
-                due = number % settings.run.save_every == 0
+                due = number % save_every == 0
                 due |= evaluation.loss is not None and settings.eval.keep_best
                 due |= last or stopping
                 if due:
@@ -287,6 +291,11 @@ def _train(
     finally:
         job.watch.add("train", start)
     return state
+
+
+def _steps(every: float, num_steps: int) -> int:
+    """A number of steps; below 1 it is their share of all."""
+    return max(1, round(every if every >= 1 else every * num_steps))
 
 
 def _batch(job: setup.Job, index: int) -> train_loss.Batch:

@@ -28,7 +28,6 @@ from lora_jax.training.settings import groups
 if TYPE_CHECKING:
     import transformers
 
-HELD_OUT = 0.02  # share of the examples, with --eval-every and without --eval-dataset
 AT_HAND = 8  # steps of a stream whose sequences stay in memory: more than are prefetched
 
 
@@ -52,7 +51,7 @@ def read(settings: groups.TrainSettings) -> Read:
     if not settings.eval.eval_every:
         return Read(train, [], bad)
     seed = settings.loop.seed
-    split = [sources.holdout(examples, HELD_OUT, seed) for examples in train]
+    split = [sources.holdout(examples, settings.eval.eval_size, seed) for examples in train]
     return Read(*map(list, zip(*split, strict=True)), bad)
 
 

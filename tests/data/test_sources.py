@@ -211,6 +211,7 @@ def test_holdout_is_a_seeded_partition(tmp_path):
     assert texts(sources.holdout(whole, 0.02, seed=3)[1]) == texts(evaluation)
     assert texts(sources.holdout(whole, 0.02, seed=4)[1]) != texts(evaluation)
     assert len(sources.holdout(whole[:2], 0.02, 0)[1]) == 1
+    assert len(sources.holdout(whole, 3, 0)[1]) == 3
     with pytest.raises(errors.UserError, match="two examples"):
         sources.holdout(whole[:1], 0.02, 0)
 

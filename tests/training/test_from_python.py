@@ -18,7 +18,7 @@ def given(folder):
     held_out = cli.write_rows(folder / "held.jsonl", 4, first=100)
     return {
         "model": str(cli.BASE), "dataset": str(data), "eval_dataset": str(held_out),
-        "max_steps": 5, "batch_size": 8, "grad_accum": 1, "seq_len": 32, "eval_every": 2,
+        "max_steps": 5, "batch_size": 8, "grad_accum": 1, "seq_len": 32, "eval_every": 0.4,
         "save_every": 2, "rank": 4, "quant": "int4", "trainable_token_indices": "<s>",
     }  # fmt: skip
 
@@ -50,6 +50,7 @@ def test_a_run_from_python_gives_the_files_of_the_command(command, tmp_path):
         yielded = list(training.run(made))
     assert numbers(tmp_path / "run") == numbers(run)
     assert [line["step"] for line in yielded] == [line["step"] for line in numbers(run)]
+    assert [line["step"] for line in yielded if "eval_loss" in line] == [0, 2, 4, 5]
     assert all((tmp_path / "run" / name).read_bytes() == (run / name).read_bytes() for name in SAME)
     files = {path.name for path in run.iterdir()}
     assert files == {path.name for path in (tmp_path / "run").iterdir()}

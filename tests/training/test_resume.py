@@ -301,7 +301,7 @@ def test_run_json_has_the_failure_and_the_run_is_resumed_exactly(whole, tmp_path
 
 @pytest.mark.long
 def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
-    folder, losses, seen = tmp_path / "run", iter([9, 3, 1, 2]), {}
+    folder, losses, seen = tmp_path / "run", iter([0.9, 3, 1, 2]), {}
     steps = train_step.steps
 
     def watched(*arguments):
@@ -322,6 +322,7 @@ def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
     best = {"step": 4, "eval_loss": 1.0}
     assert json.loads((folder / "run.json").read_text())["best"] == best
     assert re.search(r"best +step 4, held-out loss 1.0000", ended.out)
+    assert "the held-out loss was 0.9000 before the first step" in ended.out
 
     shutil.rmtree(folder / "checkpoints/6")  # as if it was killed while saving
     losses = iter([0.5])

@@ -15,18 +15,22 @@ _LEAST = {  # {lowest value: settings}
     0: ("max_steps", "exact_match", "seed", "lr", "warmup", "weight_decay", "clip", "temperature",
         "skip_bad_rows"),
     1e-6: ("epochs", "alpha", "lora_plus_ratio", "beta", "max_time"),
-    1: ("batch_size", "grad_accum", "save_every", "eval_every", "keep_checkpoints",
-        "max_new_tokens", "patience", "log_every"),
+    1: ("batch_size", "grad_accum", "keep_checkpoints", "max_new_tokens", "patience", "log_every"),
     2: ("seq_len",),
 }  # fmt: skip
 
 
+_NUMBERS_OR_SHARES = ("eval_every", "eval_size", "save_every")
 _PROMPT = ("a --prompt", lambda settings: bool(settings.prompts.prompt))
 _HELD_OUT = ("--eval-dataset or --eval-every", lambda settings: settings.evaluates)
 # {setting: (what it needs to have an effect, whether the settings have that)}
 _NEEDS: dict[str, tuple[str, Callable[[groups.TrainSettings], bool]]] = {
     "beta": ("--dpo", lambda settings: settings.data.dpo),
     **dict.fromkeys(("chat", "temperature", "max_new_tokens"), _PROMPT),
+    "eval_size": (
+        "--eval-every, or with --eval-dataset",
+        lambda settings: bool(settings.eval.eval_every and not settings.data.eval_dataset),
+    ),
     **dict.fromkeys(("exact_match", "keep_best", "patience"), _HELD_OUT),
 }
 
@@ -88,8 +92,17 @@ def out_of_range(values: Mapping[str, groups.Value]) -> Iterator[errors.UserErro
         for name in names
         if values.get(name) is not None and not least <= values[name] < math.inf
     ]
+    wrong += [
+        f"{convert.flag(name)} {values[name]} (a whole number, or a share between 0 and 1)"
+        for name in _NUMBERS_OR_SHARES
+        if values.get(name) is not None and not _is_number_or_share(values[name])
+    ]
     if wrong:
         yield errors.UserError(expected="numbers in their range", found=wrong)
+
+
+def _is_number_or_share(value: float) -> bool:
+    return 0 < value < 1 or (1 <= value < math.inf and value % 1 == 0)
 
 
 def quant_fast(model: groups.ModelSettings) -> Iterator[errors.UserError]:
@@ -157,6 +170,8 @@ def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
          and settings.eval.keep_best),
         ("--patience with --sweep: its adapters end at the same step", swept
          and settings.eval.patience),
+        ("--patience without --eval-every: it is evaluated at the end only", settings.eval.patience
+         and settings.evaluates and not settings.eval.eval_every),
         ("--max-steps 0 with --sweep", swept and loop.max_steps == 0),
         ("--sweep rank=… with --init-adapter, which has its rank", swept == "rank"
          and bool(loop.init_adapter)),

@@ -37,6 +37,8 @@ def value(name: str, given: Any, hint: Any) -> Any:
         found = _of_kind(given, kind)
         if found is not None:
             return found
+    if float in kinds:
+        kinds = [kind for kind in kinds if kind is not int]
     raise errors.UserError(
         expected=" or ".join(_NAMES.get(typing.get_origin(kind) or kind, "text") for kind in kinds),
         found=repr(given),

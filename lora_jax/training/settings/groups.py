@@ -155,13 +155,17 @@ class EvalSettings:
     """When the adapter is evaluated, and what follows from it.
 
     Args:
-      eval_every: steps between evaluations, besides those at the start and the end.
+      eval_every: steps between evaluations, besides those at the start and the end; below 1 their
+        share of all steps.
+      eval_size: how many examples of each data set are held out without eval_dataset; below 1 their
+        share.
       exact_match: the number of held-out prompts whose answers are generated and compared.
       keep_best: keep the checkpoint with the lowest held-out loss, and save its adapter.
       patience: stop after this many evaluations without a lower held-out loss.
     """
 
-    eval_every: int | None = None
+    eval_every: int | float | None = None
+    eval_size: int | float = 0.02
     exact_match: int = 0
     keep_best: bool = False
     patience: int | None = None
@@ -173,7 +177,7 @@ class RunSettings:
 
     Args:
       output_dir: a new folder; None: runs/DATE-TIME.
-      save_every: steps between checkpoints.
+      save_every: steps between checkpoints; below 1 their share of all steps.
       keep_checkpoints: the number of checkpoints to keep.
       max_time: seconds after which the run saves and stops.
       log_every: steps between progress lines without a terminal; None: 20 lines in all.
@@ -182,7 +186,7 @@ class RunSettings:
     """
 
     output_dir: str | None = None
-    save_every: int = 100
+    save_every: int | float = 100
     keep_checkpoints: int = 2
     max_time: float | None = None
     log_every: int | None = None
