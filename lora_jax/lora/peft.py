@@ -143,7 +143,8 @@ def base_of(folder: pathlib.Path | str) -> tuple[str, str | None]:
     Raises: UserError as `settings`, or if it names none.
     """
     raw = settings(folder)
-    if not (name := str(raw.get("base_model_name_or_path") or "")):
+    name = raw.get("model" if mlx.is_settings(raw) else "base_model_name_or_path")
+    if not (name and isinstance(name, str)):
         raise errors.UserError(
             expected="base_model_name_or_path in adapter_config.json",
             found="none",

@@ -643,6 +643,7 @@ def test_mlx_lms_adapters_are_read(kind, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
     read = peft.read(tmp_path)
     assert read.config.alpha == 8 and read.config.dropout == 0.1 and read.base_model == "m/x"
+    assert peft.base_of(tmp_path) == ("m/x", None)
     model = nnx.merge(*split_base(base_of(folder.parent.name)), copy=True)
     peft.load(model, tmp_path)
     check_logits(model, arrays(folder.parent / "eval_logits.npz"), "logits", 1e-4)
