@@ -243,7 +243,7 @@ def test_problems_of_flags_and_of_a_file_are_in_one_error(monkeypatch, tmp_path)
 
 def test_generate_and_merge_report_all_problems_at_once():
     message = cli.refused("generate", "--top-k", "a", "--seed", "b", "--load-in-4bit")
-    assert "--top-k: 'a' --seed: 'b'" in message and "to do: --quant int4" in message
+    assert "--top-k: 'a' --seed: 'b'" in message and "to do: --quant nf4" in message
     message = cli.refused("generate", "--top-k", 2, "--quant-fast")
     for part in (
         "at least one prompt",

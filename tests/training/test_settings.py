@@ -124,7 +124,7 @@ def test_problems_of_a_file_have_its_name_and_lines(tmp_path):
     message = " ".join(str(error.value).split())
     for part in (
         f"found: rank more than once where: {path}, lines 2 and 5",
-        f"found: load_in_4bit where: {path}, line 4 to do: quant: int4",
+        f"found: load_in_4bit where: {path}, line 4 to do: quant: nf4",
         f"found: dropout 2 where: {path}, line 3: dropout",
         f"--beta without --dpo where: {path}, line 6: beta",
     ):
@@ -149,6 +149,10 @@ def test_problems_with_one_remedy_are_one_paragraph():
         ("micro_batch_size", "the setting is called batch_size here"),
         ("sample_packing", "the setting is called packing here"),
         ("optim", "the optimizer is AdamW"),
+        ("val_set_size", "the setting is called eval_size here"),
+        ("evals_per_epoch", "a share of all: 1 /"),
+        ("mask_prompt", "prompts are not trained"),
+        ("trust_remote_code", "it does not change what is trained"),
         ("batchsize", "did you mean batch_size?"),
     ],
 )
@@ -157,9 +161,17 @@ def test_names_of_other_programs_get_a_hint(name, do):
     assert do in refused(**MINE, **{name: 1})
 
 
+def test_settings_of_other_programs_that_are_off_are_left_out():
+    made = settings.build(**MINE, lora_model_dir=None, wandb_entity=None, report_to="none")
+    assert made.run.report_to is None
+    assert "leave it out: it does not change" in refused(**MINE, load_in_8bit=False)
+    assert "prompts are not trained" in refused(**MINE, mask_prompt=False)
+
+
 def test_names_of_other_programs_are_not_settings_and_lead_to_one():
     assert not set(names._OF_OTHERS) & groups.FIELDS.keys()
     assert set(names._OF_OTHERS.values()) <= groups.FIELDS.keys()
+    assert not names._LEFT_OUT & (names._OF_OTHERS.keys() | names._OTHERWISE.keys())
 
 
 def test_settings_written_by_hand_are_checked():

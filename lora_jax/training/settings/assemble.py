@@ -76,6 +76,8 @@ def converted(given: Mapping[str, groups.Value]) -> tuple[groups.Flat, list[erro
     values: groups.Flat = {}
     problems: list[errors.UserError] = []
     for name, value in given.items():
+        if names.is_empty(name, value):
+            continue
         with errors.noted(problems):
             found = one(name, value)
             if found is not None:
@@ -86,7 +88,9 @@ def converted(given: Mapping[str, groups.Value]) -> tuple[groups.Flat, list[erro
 def one(name: str, value: groups.Value) -> groups.Value:
     """A value in the type of its field. Raises: UserError if it has none or cannot be read."""
     if name not in groups.FIELDS:
-        raise names.problem(name)
+        raise names.problem(name, value)
+    if name == "report_to" and value == "none":  # as in transformers
+        return None
     found = convert.value(name, value, groups.FIELDS[name].hint)
     if name in PATHS and found is not None:
         many = tuple(map(os.path.expanduser, [found] if isinstance(found, str) else found))
