@@ -102,7 +102,7 @@ def dense_linears(model: llama.LlamaForCausalLM) -> tuple[list[str], int]:
     layers = model.config.num_hidden_layers
     dense, total = [], 0
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Linear | quant_linear.QuantLinear) and path[-1] != "lm_head":
+        if isinstance(node, nnx.Linear | quant_linear.QuantLinear) and path[0] != "lm_head":
             total += layers
             if isinstance(node, nnx.Linear):
                 dense += _modules(path, layers)

@@ -19,8 +19,9 @@ from flax import nnx
 from lora_jax import errors
 from lora_jax.checkpoints import inventory, loader, safetensors_files, storage
 from lora_jax.kernels import packed as packing
+from lora_jax.lora import config as lora_config
 from lora_jax.lora import peft
-from lora_jax.lora.nnx import model_state
+from lora_jax.lora.nnx import inject, model_state
 from lora_jax.models import quantization_config
 from lora_jax.optim import adamw
 from lora_jax.optim import config as optim_config
@@ -252,6 +253,16 @@ def test_weights_are_code_less_zero_times_scale_bit_for_bit(foreign, name):
     assert (packed.group_bias is None) == ("sym" in name)
     assert (packed.order is None) == ("act-order" not in name)
     assert packed.scale.dtype == jnp.float32
+
+
+def test_a_trained_head_is_no_stack_of_dense_layers(foreign):
+    model = load(foreign(next(iter(FOREIGN)))[0])
+    inject.inject(
+        model,
+        lora_config.LoRAConfig(targets=("q_proj",), modules_to_save=("lm_head",)),
+        rngs=nnx.Rngs(0),
+    )
+    assert inventory.dense_linears(model) == ([], 14)
 
 
 @pytest.mark.parametrize(
