@@ -91,7 +91,7 @@ _OTHERWISE = {
     "resume_from_checkpoint": "lora-jax train --resume --output-dir runs/…",
     **dict.fromkeys(
         ("dataset_mixer", "dataset_mixture", "dataset_splits"),
-        "dataset: [owner/name:config@split, …], and weights",
+        "dataset: [owner/name:config@split, …]; weights are shares of the sequences",
     ),
     **dict.fromkeys(
         _OF_PROMPTS, "leave it out: prompts are not trained; with `text` all tokens are"
