@@ -58,12 +58,14 @@ def encode(
     eos: int,
     *,
     may_be_empty: bool = False,
+    split_texts: bool = False,
 ) -> Encoded:
     """Token ids and loss masks of all examples, cut at seq_len, in the data set's order.
 
     An example without a trained token after its first position has nothing to predict and is
     skipped.
-    may_be_empty: no example may remain, as in a block of a stream.
+    may_be_empty: no example may remain, as in a block of a stream. split_texts: a longer `text` is
+    cut into several examples, and nothing of it is left out.
 
     Raises:
       errors.UserError: an example lacks fields, a chat cannot be masked, or no example remains.
@@ -75,6 +77,13 @@ def encode(
     else:
         examples, chats = _encode_all(dataset, tokenizer, eos)
         origins = [kinds.origin(fields) for fields in dataset]
+        if split_texts:
+            parts = [
+                (part, origin)
+                for fields, example, origin in zip(dataset, examples, origins, strict=True)
+                for part in _parts(example, seq_len if kinds.kind_of(fields) == ("text",) else None)
+            ]
+            examples, origins = map(list, zip(*parts, strict=True)) if parts else ([], [])
     found = _cut(examples, origins, seq_len, group=1, may_be_empty=may_be_empty)
     return _with_chats(found, chats)
 
@@ -190,6 +199,14 @@ def _cut(
         num_cut=sum(len(ids) > seq_len for ids, _ in examples),
         num_skipped=len(groups) - len(whole),
     )
+
+
+def _parts(example: Example, seq_len: int | None) -> list[Example]:
+    """The example in parts of at most seq_len tokens; None: in one."""
+    ids, trained = example
+    size = seq_len or max(1, len(ids))
+    starts = range(0, max(1, len(ids)), size)
+    return [(ids[start : start + size], trained[start : start + size]) for start in starts]
 
 
 def _example(ids: Iterable, trained: Iterable) -> Example:

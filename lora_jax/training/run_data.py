@@ -90,7 +90,9 @@ def encode(
     data: with seq_len resolved. vocabulary: the rows of the model's embedding. bad: counts the rows
     skipped. may_be_empty: see encoding.encode.
     """
-    how = encoding.encode_pairs if data.dpo else encoding.encode
+    how = encoding.encode_pairs
+    if not data.dpo:
+        how = functools.partial(encoding.encode, split_texts=data.split_texts)
 
     def encoded_as_asked(some: rows.Rows, empty: bool) -> encoding.Encoded:
         each = as_chats.convert(some, in_pairs=data.dpo) if data.as_chat else some

@@ -179,3 +179,14 @@ def test_prompts_for_exact_match(tok):
         assert expected == text
     with pytest.raises(errors.UserError, match="expected answer"):
         encoding.prompts(dataset({"text": "a"}), tok)
+
+
+def test_long_texts_are_split_and_nothing_is_left_out(tok):
+    rows = [{"text": "ab cd " * 9}, {"prompt": "ab " * 20, "completion": "cd"}, {"text": "ab"}]
+    whole = encoding.encode(rows, tok, 512, EOS).examples
+    split = encoding.encode(rows, tok, 16, EOS, split_texts=True)
+    (ids, _), parts = whole[0], [ids for ids, _ in split.examples[:-1]]
+    assert len(parts) > 1 and np.concatenate(parts).tolist() == ids.tolist()
+    assert max(map(len, parts)) == 16 and all(trained.all() for _, trained in split.examples)
+    assert split.examples[-1][0].tolist() == whole[2][0].tolist()
+    assert (split.num_cut, split.num_skipped) == (1, 1)  # the prompt fills a sequence

@@ -83,6 +83,7 @@ class DataSettings:
       eval_dataset: held-out data; None: a share of `dataset` if eval_every is set.
       columns: {field: name of the column in the file}.
       seq_len: the number of tokens to cut examples at; None: SEQ_LEN or the model's context.
+      split_texts: cut a longer `text` into several examples, instead of leaving out its end.
       packing: pack several examples into each sequence; attention stays within an example.
       group_by_length: give each step examples of about the same length.
       streaming: read the data during training, not before it.
@@ -97,6 +98,7 @@ class DataSettings:
     eval_dataset: str | None = None
     columns: dict[str, str] | None = None
     seq_len: int | None = None
+    split_texts: bool = False
     packing: bool = False
     group_by_length: bool = False
     streaming: bool = False
