@@ -23,6 +23,7 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _ENDS = re.compile(r"(?P<folder>.+?)(?::(?P<config>[^:@/]+))?(?:@(?P<split>[^:@/]+))?")
+_PART = re.compile(r"(?P<whole>.+@[^@/\[\]]+)\[(?P<first>\d*%?):(?P<last>\d*%?)\]")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _IGNORED = re.compile(  # files that describe the data
     r"(readme|license|licence|notice|requirements|changelog)\b.*"
@@ -43,6 +44,25 @@ class Found(typing.NamedTuple):
     note: str = ""
 
 
+def part_of(source: str, total: int) -> range | None:
+    """The rows, of `total`, that a source names as `datasets` does, such as @train[:1000] or
+    @train[80%:]; None: all."""
+    match = _PART.fullmatch(source)
+    if match is None:
+        return None
+    first, last = (
+        round(total * int(end[:-1]) / 100) if end.endswith("%") else int(end)
+        for end in (match["first"] or "0", match["last"] or "100%")
+    )
+    return range(first, min(last, total))
+
+
+def whole(source: str) -> str:
+    """The source without the part of it that it names."""
+    match = _PART.fullmatch(source)
+    return match["whole"] if match else source
+
+
 def find(source: str) -> Found | None:
     """The files of a local source; None for a hub id.
 
@@ -51,6 +71,7 @@ def find(source: str) -> Found | None:
     Raises: UserError if there is no such file, configuration or split, or a folder's files do not
     go together.
     """
+    source = whole(source)
     path, config, split = pathlib.Path(source).expanduser(), "", ""
     ends = _ENDS.fullmatch(source)
     outer = pathlib.Path(ends["folder"]).expanduser() if ends else path

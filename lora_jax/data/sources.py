@@ -30,7 +30,7 @@ def load(
     Args:
       source: a data file, a folder or a pattern of them, a folder of `save_to_disk`, or a hub id
         `owner/name`, followed by `:config` if it has configs. A folder or an id may be followed by
-        `@split` for another split than train.
+        `@split` for another split than train, or a part of one: `@train[:1000]`, `@train[80%:]`.
       columns: {field: column of the file}, e.g. {"prompt": "question"}.
       bad: counts the rows that are skipped; None: a bad row is an error.
 
@@ -89,6 +89,8 @@ def _whole(source: str, columns: Mapping[str, str] | None, bad: bad_rows.BadRows
                 read = _named(files.read(path), name)
                 parts.append(rows.Texts(_usable(read, path, columns, bad)))
     loaded = rows.Rows(parts)
+    if (part := folders.part_of(source, len(loaded))) is not None:
+        loaded = loaded.select(part)
     if len(loaded) == 0:
         raise _empty(source)
     return loaded
@@ -117,6 +119,12 @@ def _head(
 
 def stream(source: str, start: records.Position = records.START) -> Iterator[records.Record]:
     """The examples of files or of a hub data set from `start`, read as they are consumed."""
+    if folders.whole(source) != source:
+        raise errors.UserError(
+            expected="a whole split to stream",
+            found=source,
+            do=f"{folders.whole(source)}; --max-steps says how much is read",
+        )
     found = folders.find(source)
     if found is None:
         return _stream_from_hub(source, start)
@@ -212,7 +220,7 @@ def _from_hub(source: str, **how: bool) -> typing.Any:
     import datasets
     import huggingface_hub
 
-    front, _, split = source.partition("@")
+    front, _, split = folders.whole(source).partition("@")
     name, _, config = front.partition(":")
     split = split or "train"
     datasets.disable_progress_bars()

@@ -12,7 +12,7 @@ import test_encoding
 from test_encoding import EOS, dataset, write
 
 from lora_jax import errors
-from lora_jax.data import encoding, fields, sources
+from lora_jax.data import encoding, fields, folders, sources
 
 tok = test_encoding.tok
 
@@ -106,6 +106,25 @@ def test_columns_are_renamed(tmp_path):
 
     swapped = sources.load(path, columns={"prompt": "completion", "completion": "question"})
     assert (swapped[0]["prompt"], swapped[0]["completion"]) == ("old", "q")
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("[:3]", "012"),
+        ("[4:]", "456789"),
+        ("[2:4]", "23"),
+        ("[80%:]", "89"),
+        ("[:999]", "0123456789"),
+    ],
+)
+def test_a_part_of_a_split_is_read(tmp_path, part, expected):
+    write(tmp_path / "train.jsonl", *(json.dumps({"text": str(n)}) for n in range(10)))
+    found = sources.load(f"{tmp_path}@train{part}")
+    assert "".join(row["text"] for row in found) == expected
+    with pytest.raises(errors.UserError, match="a whole split to stream"):
+        next(sources.stream(f"{tmp_path}@train{part}"))
+    assert folders.find(f"owner/name@train{part}") is None
 
 
 def test_renaming_leaves_what_goes_to_the_chat_template(tmp_path):

@@ -96,7 +96,7 @@ _OTHERWISE = {
     **dict.fromkeys(
         _OF_PROMPTS, "leave it out: prompts are not trained; with `text` all tokens are"
     ),
-    "max_samples": "not implemented: make a file with so many rows",
+    "max_samples": "dataset: a folder or hub id with @train[:1000] behind it",
     **dict.fromkeys(
         "cosine_min_lr_ratio label_smoothing_factor lr_scheduler_kwargs mask_history "
         "max_prompt_length neftune_noise_alpha".split(),
