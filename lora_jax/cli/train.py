@@ -91,6 +91,7 @@ def add_run(flags: arguments.Flags) -> None:
     flags.add("--epochs", "passes over the data", type=float, metavar="E")
     flags.add("--lr", "peak learning rate", type=float)
     flags.add("--schedule", "learning rate schedule after the warmup")
+    flags.add("--min-lr-ratio", "share of --lr that the decay ends at", type=float, metavar="X")
     flags.add("--warmup", "number of steps if ≥ 1, else share of all steps", type=float)
     flags.add("--weight-decay", "decoupled, as in AdamW", type=float, metavar="W")
     flags.add("--clip", "maximum norm of the gradient; 0: no clipping", type=float, metavar="NORM")

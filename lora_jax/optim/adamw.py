@@ -12,21 +12,23 @@ from lora_jax.optim import config as optim_config
 def schedule(
     config: optim_config.OptimConfig, num_steps: int, *, peak: jax.Array | None = None
 ) -> optax.Schedule:
-    """Learning rate of a step (from 0): a linear warmup from 0, then the decay to 0 at num_steps.
+    """Learning rate of a step (from 0): a linear warmup from 0, then the decay until num_steps.
 
     Equals transformers' get_{cosine,linear,constant}_schedule_with_warmup, so with a warmup the
-    first step has lr 0. peak: replaces config.lr in a program with several learning rates.
+    first step has lr 0; with min_lr_ratio its get_cosine_with_min_lr_schedule_with_warmup.
+    peak: replaces config.lr in a program with several learning rates.
     """
     highest = config.lr if peak is None else peak
     warmup = config.warmup if config.warmup >= 1 else round(config.warmup * num_steps)
 
     def lr(step):
         progress = jnp.clip((step - warmup) / max(1, num_steps - warmup), 0, 1)
-        decay = {
+        shape = {
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
             "linear": 1 - progress,
             "constant": 1.0,
         }[config.schedule]
+        decay = config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
         return highest * jnp.where(step < warmup, step / max(1, warmup), decay)
 
     return lr

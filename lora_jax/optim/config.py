@@ -13,7 +13,8 @@ class OptimConfig:
 
     Args:
       lr: peak learning rate of A; that of B is lora_plus_ratio times this.
-      schedule: after the warmup, "cosine" or "linear" decay to zero, or "constant".
+      schedule: after the warmup, "cosine" or "linear" decay, or "constant".
+      min_lr_ratio: the learning rate at the end of the decay, as a share of the peak.
       warmup: number of warmup steps if ≥ 1, else their share of all steps.
       weight_decay: decoupled decay (AdamW), on A and B.
       clip: largest global norm of the gradient; 0 turns clipping off.
@@ -23,6 +24,7 @@ class OptimConfig:
 
     lr: float = 2e-4
     schedule: str = "cosine"
+    min_lr_ratio: float = 0.0
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -35,4 +37,8 @@ class OptimConfig:
         if self.schedule not in SCHEDULES:
             raise errors.UserError(
                 expected=f"a schedule among {', '.join(SCHEDULES)}", found=repr(self.schedule)
+            )
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise errors.UserError(
+                expected="a min_lr_ratio between 0 and 1", found=str(self.min_lr_ratio)
             )

@@ -63,6 +63,16 @@ def test_schedules_are_hugging_faces(name, warmup):
     np.testing.assert_allclose(found, expected, atol=1e-8, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_the_decay_ends_at_a_share_of_the_peak(name):
+    config = optim_config.OptimConfig(lr=0.02, schedule=name, warmup=4, min_lr_ratio=0.1)
+    found = jax.jit(jax.vmap(adamw.schedule(config, num_steps=40)))(jnp.arange(60))
+    # transformers' get_cosine_with_min_lr_schedule_with_warmup
+    shares = [0.1 + 0.9 * hugging_face(name, step, 4, 40) for step in range(4, 40)]
+    np.testing.assert_allclose(found[4:40], 0.02 * np.array(shares), rtol=1e-5)
+    np.testing.assert_allclose(found[40:], 0.002, rtol=1e-5)
+
+
 def test_schedules_stay_at_zero_after_the_end():
     for name in ("linear", "cosine"):
         config = optim_config.OptimConfig(schedule=name, warmup=0)

@@ -164,6 +164,8 @@ def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
          settings.data.group_by_length and settings.data.packing),
         ("--exact-match with --as-chat: it compares texts", settings.eval.exact_match
          and settings.data.as_chat),
+        ("--min-lr-ratio with --schedule constant", settings.optim.min_lr_ratio
+         and settings.optim.schedule == "constant"),
         ("--split-texts with --dpo", settings.data.split_texts and settings.data.dpo),
         ("--exact-match with --dpo", settings.eval.exact_match and settings.data.dpo),
         (f"--{swept} with --sweep {swept}=…", swept in settings.given),

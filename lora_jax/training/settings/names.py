@@ -40,6 +40,7 @@ _SAME = {
     "lr": "learning_rate",
     "schedule": "lr_scheduler lr_scheduler_type lr_schedule",
     "warmup": "warmup_steps warmup_ratio",
+    "min_lr_ratio": "cosine_min_lr_ratio min_lr_rate",
     "clip": "max_grad_norm clip_grad_norm",
     "beta1": "adam_beta1",
     "beta2": "adam_beta2",
@@ -96,10 +97,10 @@ _OTHERWISE = {
     **dict.fromkeys(
         _OF_PROMPTS, "leave it out: prompts are not trained; with `text` all tokens are"
     ),
+    "lr_scheduler_kwargs": "min_lr_ratio, for min_lr_rate",
     "max_samples": "dataset: a folder or hub id with @train[:1000] behind it",
     **dict.fromkeys(
-        "cosine_min_lr_ratio label_smoothing_factor lr_scheduler_kwargs mask_history "
-        "max_prompt_length neftune_noise_alpha".split(),
+        "label_smoothing_factor mask_history max_prompt_length neftune_noise_alpha".split(),
         "not implemented",
     ),
 }
