@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from lora_jax.data.template import ChatError, Message
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-          "bard": "assistant", "observation": "tool"}  # fmt: skip
+          "bard": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
+          "observation": "tool"}  # fmt: skip
 _OLD_ROLES = {"developer": "system", "function": "tool"}  # of templates that do not know the first
 _WEIGHTS = ("weight", "loss_weight", "train", "training")  # OpenAI, LLaMA-Factory, axolotl
 _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})  # of a message

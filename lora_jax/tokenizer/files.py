@@ -165,7 +165,7 @@ def _templates_of(source: str) -> dict[str, str]:
             found=source,
             where="--chat-template",
             do=errors.similar_path(source)
-            or "such as chat_template.jinja, or Qwen/Qwen3-0.6B for the format of ChatML",
+            or "such as chat_template.jinja, or Qwen/Qwen3-4B-Instruct-2507 for ChatML",
         )
     else:
         found = _chat_templates(hub.tokenizer_folder(source))

@@ -198,6 +198,7 @@ def test_tools_and_options_reach_the_template(tmp_path):
     "row",
     [
         {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cd"}]},
+        {"messages": [{"role": "user", "content": "ab"}, {"role": "model", "content": "cd"}]},
         {"prompt": [{"role": "user", "content": "ab"}],
          "completion": [{"role": "assistant", "content": "cd"}]},
         {"prompt": [{"role": "user", "content": "ab"}], "completion": "cd"},
@@ -209,7 +210,8 @@ def test_tools_and_options_reach_the_template(tmp_path):
         {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}],
          "system": " ", "tools": ""},
     ],
-    ids=["sharegpt", "prompt-completion", "completion-text", "json-text", "parts", "blank-system"],
+    ids=["sharegpt", "gemma", "prompt-completion", "completion-text", "json-text", "parts",
+         "blank-system"],
 )  # fmt: skip
 def test_chats_as_others_write_them(tmp_path, row):
     assert encoded(tmp_path, CHATML, row)[0] == ["[user]ab</s>[assistant]⟦cd</s>⟧"]
