@@ -254,8 +254,8 @@ def add_chat_template(flags: Flags) -> None:
     """--chat-template."""
     flags.add(
         "--chat-template",
-        "a Jinja file, or the folder or hub id of a model whose chat template is used (default: "
-        "the tokenizer's)",
+        "a Jinja file, the folder or hub id of a model whose chat template is used, or a template "
+        "(default: the tokenizer's)",
         metavar="FILE|PATH|HUB_ID",
     )
 

@@ -37,8 +37,8 @@ def load(
 
     adapter: the folder of an adapter. If it has a tokenizer or a chat template, which is saved with
     an adapter where it is not the base's, that is used instead.
-    chat_template: replaces that of the tokenizer: a Jinja file, or the folder or hub id of a model
-    that has one.
+    chat_template: replaces that of the tokenizer: a Jinja file, the folder or hub id of a model
+    that has one, or the template itself.
 
     tokenizer.json is used as it is, whatever tokenizer_class says: transformers 5.23's
     LlamaTokenizer (AutoTokenizer's choice) rebuilds it and encodes runs of spaces differently from
@@ -146,7 +146,9 @@ def _write(templates: dict[str, str], into: pathlib.Path) -> None:
 
 
 def _templates_of(source: str) -> dict[str, str]:
-    """{name: chat template} of a Jinja file, or of a model's folder or hub id."""
+    """{name: chat template} of a Jinja file, or of a model's folder or hub id; or the source."""
+    if "{{" in source or "{%" in source:  # as it stands in YAML files of axolotl and others
+        return {"default": source}
     path = pathlib.Path(source).expanduser()
     if os.path.isfile(path) and path.suffix == ".json":  # tokenizer_config.json
         found = _chat_templates(path.parent)

@@ -494,6 +494,7 @@ def test_another_chat_template_replaces_that_of_the_tokenizer(tmp_path):
         tokenizer.copy_chat_template(given, copied)
         assert tokenizer.load(base, copied).chat_template == expected
     assert tokenizer.load(base).chat_template == CHATML
+    assert tokenizer.load(base, chat_template=PLAIN).chat_template == PLAIN  # in a YAML file
 
 
 def test_the_template_of_a_processor_is_used_where_the_tokenizer_has_none(tmp_path):
