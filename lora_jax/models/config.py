@@ -120,7 +120,8 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
             expected="a Hugging Face model folder with config.json",
             found="an adapter's folder" if is_adapter else "no config.json",
             where=str(folder),
-            do="pass its base, and the adapter with --adapter; or merge them with lora-jax merge"
+            do="pass its base, and the adapter with --adapter, to train it with --init-adapter; or "
+            "merge them with lora-jax merge"
             if is_adapter
             else "pass the folder that holds config.json and *.safetensors, or a hub id",
         )

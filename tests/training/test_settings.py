@@ -42,6 +42,7 @@ def test_every_name_is_unique_and_frozen():
     ("given", "name", "value"),
     [
         ({"targets": "q_proj, k_proj"}, "targets", ["q_proj", "k_proj"]),
+        ({"targets": "q_proj k_proj"}, "targets", ["q_proj", "k_proj"]),
         ({"targets": ["q_proj"]}, "targets", ["q_proj"]),
         ({"targets": "all-linear"}, "targets", "all-linear"),
         ({"layers": "0,2-3"}, "layers", [0, 2, 3]),

@@ -89,11 +89,12 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple
 
 
 def names(name: str, text: str) -> tuple[str, ...] | str:
-    """("q_proj", "v_proj") from "q_proj,v_proj"; regular expressions and all-linear unchanged."""
+    """("q_proj", "v_proj") from "q_proj,v_proj" or "q_proj v_proj"; regular expressions and
+    all-linear unchanged."""
     if text == "all-linear":
         return text
     if all(c.isalnum() or c in "_,. " for c in text):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        return tuple(text.replace(",", " ").split())
     try:
         re.compile(text)
     except re.error as error:
