@@ -69,10 +69,18 @@ def load(data: groups.DataSettings, bad: bad_rows.BadRows) -> list[rows.Rows]:
         say("files", note)
     for source, found in zip(names, loaded, strict=True):
         if unused := fields.unused(found, in_pairs=data.dpo, as_chat=data.as_chat):
-            chat = not data.as_chat and "system" in unused.split(", ")
-            more = "; --as-chat puts system into the chat template" if chat else ""
-            say("columns", f"not used of {console.near(source)}: {unused}{more}")
+            say("columns", f"not used of {console.near(source)}: {unused}{_use(data, unused)}")
     return loaded
+
+
+def _use(data: groups.DataSettings, unused: str) -> str:
+    """Which flag would use these columns; "" for none."""
+    names = set(unused.split(", "))
+    if not data.dpo and {"chosen", "rejected"} <= names:
+        return "; --dpo trains on chosen and rejected"
+    if not data.as_chat and "system" in names:
+        return "; --as-chat puts system into the chat template"
+    return ""
 
 
 def encode(

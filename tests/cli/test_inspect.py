@@ -98,3 +98,16 @@ def test_without_model_and_data_it_cuts_as_train_does():
     assert asked.data.seq_len == settings.build().data.seq_len == 96
     assert inspect_script.settings_of(inspect_script.parse(["--seq-len", "8"])).data.seq_len == 8
     assert inspect_script.settings_of(inspect_script.parse(["--model", "m"])).data.seq_len is None
+
+
+@pytest.mark.parametrize(
+    ("row", "flag"),
+    [
+        ({"prompt": "a", "completion": "b", "system": "c"}, "--as-chat puts system"),
+        ({"text": "a b", "chosen": "c", "rejected": "d"}, "--dpo trains on chosen"),
+    ],
+)
+def test_the_flag_that_would_use_a_column_is_named(tmp_path, row, flag):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    assert flag in " ".join(inspect("--dataset", path, "--rows", 0).split())
