@@ -38,7 +38,8 @@ def used(example: kinds.Fields, *, in_pairs: bool) -> set[str]:
     """The fields of an example that are trained on or go to the chat template."""
     if names := _texts(example, in_pairs=in_pairs):
         of_alpaca = ("input",) if names[0] == "instruction" else ()
-        return {*names, *of_alpaca, "history", *kinds.BESIDE_CHATS}
+        of_turns = ("history",) if kinds.history(example) else ()
+        return {*names, *of_alpaca, *of_turns, *kinds.BESIDE_CHATS}
     return preferences.used(example) if in_pairs else kinds.used(example)
 
 
@@ -85,11 +86,8 @@ def _texts(example: kinds.Fields, *, in_pairs: bool) -> tuple[str, ...]:
 
 
 def _history(example: kinds.Fields) -> list[Message]:
-    given = messages.parsed(example.get("history") or [])
-    if not isinstance(given, list):
-        raise ChatError(f"a history that is a {type(given).__name__}")
     said: list[Message] = []
-    for turn in given:
+    for turn in kinds.history(example):
         if not (isinstance(turn, list) and [*map(type, turn)] == [str, str]):
             raise ChatError(f"a history with the turn {str(turn)[:60]}")
         said += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]

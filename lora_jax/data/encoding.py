@@ -81,7 +81,9 @@ def encode(
             parts = [
                 (part, origin)
                 for fields, example, origin in zip(dataset, examples, origins, strict=True)
-                for part in _parts(example, seq_len if kinds.kind_of(fields) == ("text",) else None)
+                for part in (
+                    _parts(example, seq_len) if kinds.kind_of(fields) == ("text",) else [example]
+                )
             ]
             examples, origins = map(list, zip(*parts, strict=True)) if parts else ([], [])
     found = _cut(examples, origins, seq_len, group=1, may_be_empty=may_be_empty)
@@ -201,12 +203,10 @@ def _cut(
     )
 
 
-def _parts(example: Example, seq_len: int | None) -> list[Example]:
-    """The example in parts of at most seq_len tokens; None: in one."""
-    ids, trained = example
-    size = seq_len or max(1, len(ids))
-    starts = range(0, max(1, len(ids)), size)
-    return [(ids[start : start + size], trained[start : start + size]) for start in starts]
+def _parts(example: Example, seq_len: int) -> list[Example]:
+    """The example in parts of at most seq_len tokens."""
+    starts = range(0, max(1, len(example[0])), seq_len)
+    return [tuple(array[start : start + seq_len] for array in example) for start in starts]
 
 
 def _example(ids: Iterable, trained: Iterable) -> Example:

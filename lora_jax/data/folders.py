@@ -23,7 +23,7 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _ENDS = re.compile(r"(?P<folder>.+?)(?::(?P<config>[^:@/]+))?(?:@(?P<split>[^:@/]+))?")
-_PART = re.compile(r"(?P<whole>.+@[^@/\[\]]+)\[(?P<first>\d*%?):(?P<last>\d*%?)\]")
+_PART = re.compile(r"(?P<whole>.+@[^@/\[\]]+)\[(?P<first>(\d+%?)?):(?P<last>(\d+%?)?)\]")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _IGNORED = re.compile(  # files that describe the data
     r"(readme|license|licence|notice|requirements|changelog)\b.*"

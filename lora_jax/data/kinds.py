@@ -119,7 +119,13 @@ def _wrong(example: Fields, kind: tuple[str, ...]) -> list[str]:
         for field in (*kind, *optional)
         if not isinstance(example[field], str)
     ]
-    return wrong or ([HISTORY] if kind not in ((), ("text",)) and example.get("history") else [])
+    return wrong or ([HISTORY] if kind not in ((), ("text",)) and history(example) else [])
+
+
+def history(example: Fields) -> list[typing.Any]:
+    """The turns before, of rows as LLaMA-Factory has them; [] without a list of them."""
+    found = messages.parsed(example.get("history"))
+    return found if isinstance(found, list) else []
 
 
 def prompt_and_completion(example: Fields, kind: tuple[str, ...]) -> tuple[str, str]:

@@ -56,7 +56,7 @@ def read(fields: kinds.Fields) -> Texts | Chats:
         missing = chosen is None or rejected is None
         raise ChatError(f"the fields {present}" if missing else ", ".join(wrong))
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
-        if fields.get("history"):
+        if kinds.history(fields):
             raise ChatError(kinds.HISTORY)
         return _texts(prompt, chosen, rejected)
     return _chats(fields, prompt, chosen, rejected)

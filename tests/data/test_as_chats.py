@@ -16,6 +16,7 @@ HISTORY = [["one", "two"]]
     ("row", "chat"),
     [
         ({"prompt": "ab\ncd", "completion": "yes", "input": "x"}, [USER, ANSWER]),
+        ({"prompt": "ab\ncd", "completion": "yes", "history": "Roman"}, [USER, ANSWER]),
         ({"instruction": "ab", "input": "cd", "output": "yes"}, [USER, ANSWER]),
         ({"instruction": "ab\ncd", "input": "", "output": "yes", "history": []}, [USER, ANSWER]),
         ({"instruction": "ab", "input": "cd", "output": "yes", "history": HISTORY},
@@ -56,6 +57,9 @@ def test_a_history_is_never_left_out(tmp_path):
     path.write_text(json.dumps(row))
     with pytest.raises(errors.UserError, match="history of turns, which --as-chat"):
         kinds.kinds_of(sources.load(str(path)))
+    assert (
+        kinds.kinds_of([row | {"history": "Roman"}, row | {"history": "[]"}]) == [kinds.ALPACA] * 2
+    )
     row |= {"chosen": "yes", "rejected": "no"}
     with pytest.raises(errors.UserError, match="history of turns, which --as-chat"):
         encoding.encode_pairs([row], None, 9, 2)
@@ -65,7 +69,9 @@ def test_a_history_is_never_left_out(tmp_path):
 
 def test_the_columns_of_a_chat_are_used(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({"instruction": "a", "output": "b", "system": "c", "history": []}))
+    path.write_text(
+        json.dumps({"instruction": "a", "output": "b", "system": "c", "history": HISTORY})
+    )
     found = sources.load(str(path))
     assert fields.unused(found, in_pairs=False) == "system, history"
     assert fields.unused(found, in_pairs=False, as_chat=True) == ""

@@ -115,9 +115,9 @@ def test_a_file_that_is_not_there_is_refused(tmp_path, name):
 
 def test_chats_that_cannot_be_rendered_are_refused_with_their_lines(tmp_path, reader):
     path = written(tmp_path, {"messages": [{"role": "queen", "content": "a"}]}, {"prompt": "a"},
-                   {"instruction": "a", "history": "b"})  # fmt: skip
+                   {"instruction": "a", "history": ["b"]})  # fmt: skip
     found = prompt_files.read(path)
     with pytest.raises(errors.UserError, match=r"prompts\.jsonl:1: unknown role 'queen'"):
         prompt_files.encode(found[:2], reader)
-    with pytest.raises(errors.UserError, match=r"prompts\.jsonl:3: .*a history"):
+    with pytest.raises(errors.UserError, match=r"prompts\.jsonl:3: a history with the turn b"):
         prompt_files.encode(found[1:], reader, as_chat=True)

@@ -166,6 +166,7 @@ def test_settings_of_other_programs_that_are_off_are_left_out():
     made = settings.build(**MINE, lora_model_dir=None, wandb_entity=None, report_to="none")
     assert made.run.report_to is None
     assert "leave it out: it does not change" in refused(**MINE, load_in_8bit=False)
+    assert "leave it out: it does not change" in refused(**MINE, val_set_size=0.0)
     assert "prompts are not trained" in refused(**MINE, mask_prompt=False)
 
 

@@ -7,8 +7,9 @@ _BITS = {
     "int4": "use_4bit",
     "int8": "use_8bit load_in_8bit",
     "none": "no_4bit",
-    "nf4": "load_in_4bit bnb_4bit_quant_type quantization_bit",
+    "nf4": "load_in_4bit bnb_4bit_quant_type",
     "nf4-dq": "bnb_4bit_use_double_quant",
+    "nf4, or int8 for 8 bits": "quantization_bit",
 }
 # {setting: its names in PEFT, TRL, Unsloth, axolotl, LLaMA-Factory, mlx-lm and others}
 _SAME = {
@@ -31,7 +32,7 @@ _SAME = {
     "dropout": "lora_dropout",
     "targets": "target_modules lora_target_modules lora_target",
     "exclude": "exclude_modules lora_exclude_modules",
-    "layers": "layers_to_transform peft_layers_to_transform num_layers",
+    "layers": "layers_to_transform peft_layers_to_transform",
     "use_dora": "peft_use_dora dora",
     "use_rslora": "peft_use_rslora rslora",
     "modules_to_save": "lora_modules_to_save additional_target",
@@ -53,7 +54,6 @@ _SAME = {
     "enable_activation_checkpointing",
     "seed": "random_state data_seed",
     "mesh": "fsdp fsdp_config deepspeed",
-    "dpo": "rl stage",
     "beta": "dpo_beta rl_beta pref_beta",
     "eval_dataset": "test_datasets eval_file",
     "eval_size": "val_set_size val_size validation_split test_size test_split_size",
@@ -82,6 +82,8 @@ _OTHERWISE = {
         ("save_strategy", "saves_per_epoch"),
         "save_every: a number of steps, or a share of all steps",
     ),
+    **dict.fromkeys(("rl", "stage"), "dpo: true for preferences; otherwise leave it out"),
+    "num_layers": "layers: the numbers of the last ones, such as 16-31",
     "lora_parameters": "rank, alpha (scale × rank), dropout and targets (keys)",
     "fine_tune_type": "leave it out; for dora: use_dora: true",
     "lora_target_linear": "targets: all-linear",
@@ -125,6 +127,7 @@ def is_empty(name: str, value: object) -> bool:
 def problem(name: str, value: object = None) -> errors.UserError:
     """The error for a name that is no setting, with what to write instead if that is known."""
     is_off = value is False and (name in _OF_OTHERS or name in _OTHERWISE)
+    is_off |= value == 0 and _OF_OTHERS.get(name) == "eval_size"
     if name in _LEFT_OUT or (is_off and name not in _OF_PROMPTS):
         return errors.UserError(
             expected="settings that train has",
