@@ -212,9 +212,9 @@ def add_model(flags: Flags) -> None:
 
 
 def add_data(flags: Flags) -> None:
-    """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --split-texts, --packing,
-    --streaming, --skip-bad-rows, --as-chat, --chat-template, --add-special-tokens, --add-tokens,
-    --chat-time."""
+    """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --split-texts,
+    --train-on-inputs, --packing, --streaming, --skip-bad-rows, --as-chat, --chat-template,
+    --add-special-tokens, --add-tokens, --chat-time."""
     flags.group("data")
     flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt, a folder of them or hub id; "
               "examples with text, "
@@ -232,6 +232,8 @@ def add_data(flags: Flags) -> None:
               "model's context if that is shorter)", type=int, metavar="T")  # fmt: skip
     flags.switch("--split-texts", "cut examples with text into several of T tokens, instead of "
                  "leaving out their ends")  # fmt: skip
+    flags.switch("--train-on-inputs", "train prompts and all messages of chats, not the answers "
+                 "alone")  # fmt: skip
     flags.switch("--packing", "pack several examples into each sequence of T tokens; attention "
                  "stays within an example; --batch-size counts sequences")  # fmt: skip
     flags.switch("--streaming", "read the data during training, in order, shuffled within "

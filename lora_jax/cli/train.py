@@ -56,8 +56,9 @@ def add_run(flags: arguments.Flags) -> None:
     flags.add("--alpha", "the adapter is scaled by alpha / rank", type=float)
     flags.add("--dropout", "dropout probability of the adapter's input", type=float, metavar="P")
     flags.add("--targets", "names of linear layers, a regex, or all-linear; also embed_tokens (for "
-              "new words or a new language) and lm_head")  # fmt: skip
-    flags.add("--exclude", "names or a regex to leave out of the targets")
+              "new words or a new language) and lm_head", nargs="+", metavar="NAME")  # fmt: skip
+    flags.add("--exclude", "names or a regex to leave out of the targets", nargs="+",
+              metavar="NAME")  # fmt: skip
     flags.add("--layers", "adapt only these, e.g. 16-31 (late layers: style, at half the cost)",
               metavar="I,J-K")  # fmt: skip
     flags.add("--rank-pattern", "another rank for layers whose path ends in REGEX; may be repeated",
@@ -66,7 +67,7 @@ def add_run(flags: arguments.Flags) -> None:
         "--alpha-pattern", "another alpha for such layers", action="append", metavar="REGEX=A"
     )
     flags.add("--modules-to-save", "names of modules to train and save in full, such as lm_head, "
-              "embed_tokens (new tokens) or norm")  # fmt: skip
+              "embed_tokens (new tokens) or norm", nargs="+", metavar="NAME")  # fmt: skip
     flags.add("--trainable-token-indices", "tokens, or their ids, whose embeddings are "
               "trained, and no others, such as the new tokens of a chat template", nargs="+",
               metavar="TOKEN")  # fmt: skip

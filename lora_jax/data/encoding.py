@@ -59,13 +59,15 @@ def encode(
     *,
     may_be_empty: bool = False,
     split_texts: bool = False,
+    train_on_inputs: bool = False,
 ) -> Encoded:
     """Token ids and loss masks of all examples, cut at seq_len, in the data set's order.
 
     An example without a trained token after its first position has nothing to predict and is
     skipped.
     may_be_empty: no example may remain, as in a block of a stream. split_texts: a longer `text` is
-    cut into several examples, and nothing of it is left out.
+    cut into several examples, and nothing of it is left out. train_on_inputs: every token of an
+    example is trained, also of its prompt.
 
     Raises:
       errors.UserError: an example lacks fields, a chat cannot be masked, or no example remains.
@@ -75,7 +77,7 @@ def encode(
         origins = [f"block {number}" for number in range(1, len(examples) + 1)]
         chats: Sequence[chat.Encoded] = ()
     else:
-        examples, chats = _encode_all(dataset, tokenizer, eos)
+        examples, chats = _encode_all(dataset, tokenizer, eos, train_on_inputs)
         origins = [kinds.origin(fields) for fields in dataset]
         if split_texts:
             parts = [
@@ -225,6 +227,7 @@ def _encode_all(
     dataset: Iterable[kinds.Fields],
     tokenizer: "transformers.PreTrainedTokenizerBase",
     eos: int,
+    train_on_inputs: bool,
 ) -> tuple[list[Example], list[chat.Encoded]]:
     """(the examples, those of them that are chats)."""
     kind_of_each = kinds.kinds_of(dataset)
@@ -235,8 +238,10 @@ def _encode_all(
     for n, (fields, kind) in enumerate(zip(dataset, kind_of_each, strict=True)):
         if kinds.is_chat(fields, kind):
             try:
-                messages, num_prompt = _messages(fields, kind)
-                found[n] = chats.encode(messages, fields, num_prompt)
+                said, num_prompt = _messages(fields, kind)
+                if train_on_inputs and (left_out := messages.left_out(said)):
+                    raise chat.ChatError(f"{left_out}, which --train-on-inputs would train")
+                found[n] = chats.encode(said, fields, num_prompt)
             except chat.ChatError as error:
                 problems[kinds.origin(fields)] = str(error)
         elif kind == ("text",):
@@ -256,6 +261,8 @@ def _encode_all(
         (found[n].ids, found[n].trained) if n in found else next(joined)
         for n in range(len(kind_of_each))
     ]
+    if train_on_inputs:
+        examples = [(ids, np.ones_like(trained)) for ids, trained in examples]
     return examples, [*found.values()]
 
 

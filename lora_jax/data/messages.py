@@ -6,7 +6,7 @@ Takes OpenAI's, TRL's and axolotl's {role, content} and ShareGPT's {from, value}
 import json
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lora_jax.data.template import ChatError, Message
 
@@ -78,6 +78,12 @@ def in_text(value: object) -> object:
 def is_trained(message: Message) -> bool:
     """Whether an assistant's message is to be trained: unless it has weight 0 or train false."""
     return message["role"] == "assistant" and all(_weights(message))
+
+
+def left_out(messages: Sequence[Message]) -> str:
+    """Which answer of a chat is not to be trained; "" if there is none."""
+    return next((f"message {n} has weight 0" for n, message in enumerate(messages, start=1)
+                 if message["role"] == "assistant" and not is_trained(message)), "")  # fmt: skip
 
 
 def _weights(value: Mapping[str, typing.Any]) -> list[float]:

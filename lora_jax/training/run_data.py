@@ -100,7 +100,9 @@ def encode(
     """
     how = encoding.encode_pairs
     if not data.dpo:
-        how = functools.partial(encoding.encode, split_texts=data.split_texts)
+        how = functools.partial(
+            encoding.encode, split_texts=data.split_texts, train_on_inputs=data.train_on_inputs
+        )
 
     def encoded_as_asked(some: rows.Rows, empty: bool) -> encoding.Encoded:
         each = as_chats.convert(some, in_pairs=data.dpo) if data.as_chat else some

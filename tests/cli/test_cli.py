@@ -144,7 +144,7 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--alpha 0", "--alpha 0"),
         ("--batch-size 0", "--batch-size 0"),
         ("--grad-accum 0", "--grad-accum 0"),
-        ("--max-steps -1", "--max-steps -1"),
+        ("--max-steps -2", "--max-steps -2"),
         ("--epochs 0", "--epochs 0"),
         ("--epochs inf", "--epochs inf"),
         ("--seq-len 1", "--seq-len 1"),

@@ -9,6 +9,10 @@ from lora_jax import errors, tokenizer
 from lora_jax.data import encoding, sources
 
 BOS, EOS = tiny_tokenizer.BOS, tiny_tokenizer.EOS
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,29 @@ def test_prompt_completion_trains_completion_and_eos(tok):
     assert (ids == BOS).sum() == (ids == EOS).sum() == 1
     assert tok.decode(ids[1:-1]) == prompt + completion
     assert (encoded.num_cut, encoded.num_skipped) == (0, 0)
+
+
+@pytest.mark.parametrize("example", [
+    {"prompt": "ab cd?", "completion": " cd ab"},
+    {"instruction": "Say a.", "output": "a"},
+    {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]},
+])  # fmt: skip
+def test_inputs_are_trained_if_asked_for(tok, monkeypatch, example):
+    monkeypatch.setattr(tok, "chat_template", TEMPLATE)
+    plain, whole = (
+        encoding.encode(dataset(example), tok, 512, EOS, train_on_inputs=asked).examples
+        for asked in (False, True)
+    )
+    assert np.array_equal(plain[0][0], whole[0][0])
+    assert not plain[0][1].all() and whole[0][1].all()
+
+
+def test_inputs_are_not_trained_beside_answers_that_are_not(tok, monkeypatch):
+    monkeypatch.setattr(tok, "chat_template", TEMPLATE)
+    answers = [{"role": "assistant", "content": "cd", "weight": n} for n in (1, 0)]
+    chat = [{"role": "user", "content": "ab"}, *answers]
+    with pytest.raises(errors.UserError, match="message 3 has weight 0, which --train-on-inputs"):
+        encoding.encode([{"messages": chat}], tok, 512, EOS, train_on_inputs=True)
 
 
 def test_a_token_across_the_border_is_not_merged(tok):

@@ -152,7 +152,8 @@ def test_problems_with_one_remedy_are_one_paragraph():
         ("optim", "the optimizer is AdamW"),
         ("val_set_size", "the setting is called eval_size here"),
         ("evals_per_epoch", "a share of all: 1 /"),
-        ("mask_prompt", "prompts are not trained"),
+        ("mask_prompt", "prompts are not trained, unless train_on_inputs is true"),
+        ("train_on_prompt", "the setting is called train_on_inputs here"),
         ("trust_remote_code", "it does not change what is trained"),
         ("batchsize", "did you mean batch_size?"),
     ],
@@ -162,9 +163,18 @@ def test_names_of_other_programs_get_a_hint(name, do):
     assert do in refused(**MINE, **{name: 1})
 
 
+def test_names_of_layers_may_be_several_values():
+    for given in ("q_proj,v_proj", "q_proj v_proj", ["q_proj", "v_proj"], ["q_proj,", "v_proj"]):
+        made = settings.build(**MINE, targets=given, modules_to_save=given, exclude=given)
+        assert made.lora.targets == made.lora.modules_to_save == made.lora.exclude
+        assert made.lora.targets == ("q_proj", "v_proj")
+    assert settings.build(**MINE, targets=["all-linear"]).lora.targets == "all-linear"
+
+
 def test_settings_of_other_programs_that_are_off_are_left_out():
     made = settings.build(**MINE, lora_model_dir=None, wandb_entity=None, report_to="none")
     assert made.run.report_to is None
+    assert settings.build(**MINE, max_steps=-1).loop.max_steps is None
     assert "leave it out: it does not change" in refused(**MINE, load_in_8bit=False)
     assert "leave it out: it does not change" in refused(**MINE, val_set_size=0.0)
     assert "prompts are not trained" in refused(**MINE, mask_prompt=False)

@@ -89,8 +89,8 @@ def one(name: str, value: groups.Value) -> groups.Value:
     """A value in the type of its field. Raises: UserError if it has none or cannot be read."""
     if name not in groups.FIELDS:
         raise names.problem(name, value)
-    if name == "report_to" and value == "none":  # as in transformers
-        return None
+    if (name, value) in (("report_to", "none"), ("max_steps", -1), ("max_steps", "-1")):
+        return None  # as in transformers
     found = convert.value(name, value, groups.FIELDS[name].hint)
     if name in PATHS and found is not None:
         many = tuple(map(os.path.expanduser, [found] if isinstance(found, str) else found))

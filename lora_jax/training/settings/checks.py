@@ -167,6 +167,7 @@ def _without_effect(settings: groups.TrainSettings) -> Iterator[str]:
         ("--min-lr-ratio with --schedule constant", settings.optim.min_lr_ratio
          and settings.optim.schedule == "constant"),
         ("--split-texts with --dpo", settings.data.split_texts and settings.data.dpo),
+        ("--train-on-inputs with --dpo", settings.data.train_on_inputs and settings.data.dpo),
         ("--exact-match with --dpo", settings.eval.exact_match and settings.data.dpo),
         (f"--{swept} with --sweep {swept}=…", swept in settings.given),
         ("--keep-best with --sweep: its adapters are of the last step", swept

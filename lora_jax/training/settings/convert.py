@@ -94,7 +94,7 @@ def names(name: str, text: str) -> tuple[str, ...] | str:
     if text == "all-linear":
         return text
     if all(c.isalnum() or c in "_,. " for c in text):
-        return tuple(text.replace(",", " ").split())
+        return _split(text)
     try:
         re.compile(text)
     except re.error as error:
@@ -104,6 +104,15 @@ def names(name: str, text: str) -> tuple[str, ...] | str:
             where=flag(name),
         ) from None
     return text
+
+
+def several_names(name: str, texts: Sequence[str]) -> tuple[str, ...] | str:
+    """("q_proj", "v_proj") from ["q_proj", "v_proj"]; a single text as in `names`."""
+    return names(name, str(texts[0])) if len(texts) == 1 else _split(*texts)
+
+
+def _split(*texts: Any) -> tuple[str, ...]:
+    return tuple(" ".join(map(str, texts)).replace(",", " ").split())
 
 
 def layers(text: str) -> tuple[int, ...]:
@@ -214,13 +223,16 @@ _TEXTS: dict[str, Callable[[str], Any]] = {
     "layers": layers,
     "rank_pattern": lambda text: patterns("rank_pattern", [text], int),
     "alpha_pattern": lambda text: patterns("alpha_pattern", [text], float),
-    "modules_to_save": lambda text: tuple(text.replace(" ", "").split(",")),
+    "modules_to_save": _split,
     "columns": columns,
     "weights": weights,
     "max_time": seconds,
     "sweep": _swept,
 }
 _LISTS: dict[str, Callable[[Sequence[Any]], Any]] = {
+    "targets": lambda texts: several_names("targets", texts),
+    "exclude": lambda texts: several_names("exclude", texts),
+    "modules_to_save": lambda texts: _split(*texts),
     "rank_pattern": lambda texts: patterns("rank_pattern", texts, int),
     "alpha_pattern": lambda texts: patterns("alpha_pattern", texts, float),
     "weights": lambda numbers: weights(",".join(map(str, numbers))),

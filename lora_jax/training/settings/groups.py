@@ -84,6 +84,7 @@ class DataSettings:
       columns: {field: name of the column in the file}.
       seq_len: the number of tokens to cut examples at; None: SEQ_LEN or the model's context.
       split_texts: cut a longer `text` into several examples, instead of leaving out its end.
+      train_on_inputs: the loss is on prompts and all messages too, not on the answers alone.
       packing: pack several examples into each sequence; attention stays within an example.
       group_by_length: give each step examples of about the same length.
       streaming: read the data during training, not before it.
@@ -99,6 +100,7 @@ class DataSettings:
     columns: dict[str, str] | None = None
     seq_len: int | None = None
     split_texts: bool = False
+    train_on_inputs: bool = False
     packing: bool = False
     group_by_length: bool = False
     streaming: bool = False

@@ -25,6 +25,7 @@ _SAME = {
     "columns": "dataset_text_field field_messages field_instruction field_output prompt_feature "
     "completion_feature",
     "seq_len": "max_seq_length max_length max_seq_len sequence_len cutoff_len model_max_length",
+    "train_on_inputs": "train_on_input train_on_prompt",
     "packing": "sample_packing pack_sequences neat_packing",
     "init_adapter": "lora_model_dir adapter_name_or_path resume_adapter_file",
     "rank": "r lora_r lora_rank",
@@ -69,8 +70,8 @@ _SAME = {
 }
 _OF_OTHERS = {theirs: ours for ours, names in _SAME.items() for theirs in names.split()}
 _OF_PROMPTS = (
-    *("train_on_inputs", "train_on_prompt", "mask_prompt", "assistant_only_loss"),
-    *("completion_only_loss", "roles_to_train", "train_on_responses_only"),
+    *("mask_prompt", "assistant_only_loss", "completion_only_loss"),
+    *("roles_to_train", "train_on_responses_only"),
 )
 _OTHERWISE = {
     **{theirs: f"quant: {fmt}" for fmt, names in _BITS.items() for theirs in names.split()},
@@ -97,7 +98,7 @@ _OTHERWISE = {
         "dataset: [owner/name:config@split, …]; weights are shares of the sequences",
     ),
     **dict.fromkeys(
-        _OF_PROMPTS, "leave it out: prompts are not trained; with `text` all tokens are"
+        _OF_PROMPTS, "leave it out: prompts are not trained, unless train_on_inputs is true"
     ),
     "lr_scheduler_kwargs": "min_lr_ratio, for min_lr_rate",
     "max_samples": "dataset: a folder or hub id with @train[:1000] behind it",
