@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import chat, files, kinds, messages, preferences
+from lora_jax.data import chat, files, kinds, messages, preferences, token_ids
 
 if typing.TYPE_CHECKING:
     import transformers
@@ -161,7 +161,9 @@ def prompts(
     kind_of_each = kinds.kinds_of(dataset)
     each = list(zip(dataset, kind_of_each, strict=True))
     if wrong := [
-        example for example, kind in each if kind == ("text",) or kinds.is_chat(example, kind)
+        example
+        for example, kind in each
+        if kind in (("text",), token_ids.KIND) or kinds.is_chat(example, kind)
     ]:
         raise errors.UserError(
             expected="examples with prompt and completion, or instruction and output, as strings",
@@ -233,6 +235,7 @@ def _encode_all(
     kind_of_each = kinds.kinds_of(dataset)
     chats = chat.Encoder(tokenizer)
     found: dict[int, chat.Encoded] = {}
+    ready: dict[int, Example] = {}
     texts: list[dict[str, typing.Any]] = []
     problems = {}
     for n, (fields, kind) in enumerate(zip(dataset, kind_of_each, strict=True)):
@@ -244,6 +247,8 @@ def _encode_all(
                 found[n] = chats.encode(said, fields, num_prompt)
             except chat.ChatError as error:
                 problems[kinds.origin(fields)] = str(error)
+        elif kind == token_ids.KIND:
+            ready[n] = token_ids.read(fields)
         elif kind == ("text",):
             texts.append({"prompt": None, "completion": fields["text"]})
         else:
@@ -256,11 +261,9 @@ def _encode_all(
             where=list(problems),
             do="correct these examples or the template, or use prompt and completion instead",
         )
+    ready |= {n: (each.ids, each.trained) for n, each in found.items()}
     joined = iter(_encode_texts(texts, tokenizer, eos))
-    examples = [
-        (found[n].ids, found[n].trained) if n in found else next(joined)
-        for n in range(len(kind_of_each))
-    ]
+    examples = [ready.get(n) or next(joined) for n in range(len(kind_of_each))]
     if train_on_inputs:
         examples = [(ids, np.ones_like(trained)) for ids, trained in examples]
     return examples, [*found.values()]

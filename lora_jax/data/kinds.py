@@ -5,6 +5,7 @@
                                   message lists: a chat; the loss is on completion's answers
   instruction, [input,] output    Alpaca's template; the loss is on output + EOS
   text                            the loss is on everything, EOS included
+  input_ids                       tokens, with labels or masks that say which are trained
 
 An example is of the first kind whose fields are all present. For DPO it is a preference instead:
 chosen and rejected, and the prompt if these do not begin with it; strings or message lists. The
@@ -16,7 +17,7 @@ import typing
 from collections.abc import Iterable, Mapping
 
 from lora_jax import errors
-from lora_jax.data import messages
+from lora_jax.data import messages, token_ids
 
 ALPACA = ("instruction", "output")
 KINDS = (
@@ -25,14 +26,15 @@ KINDS = (
     ("prompt", "completion"),
     ALPACA,
     ("text",),
+    token_ids.KIND,
 )
 PREFERENCE = ("prompt", "chosen", "rejected")
 CHATS = (("messages",), ("conversations",))
 BESIDE_CHATS = ("system", "tools", "chat_template_kwargs")
-BESIDE = ("input", *BESIDE_CHATS)
+BESIDE = ("input", *BESIDE_CHATS, *token_ids.BESIDE)
 PROMPTS = ("prompt", "messages", "conversations", "instruction")  # of a preference; one of them
 FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output",
-          "text", "chosen", "rejected", *BESIDE_CHATS)  # fmt: skip
+          "text", "chosen", "rejected", *token_ids.KIND, *BESIDE_CHATS)  # fmt: skip
 # Of LLaMA-Factory's rows. Without its turns, the answer would be to another question.
 HISTORY = "a history of turns, which --as-chat puts into the chat template"
 # The field that says where an example is from ("train.jsonl:17"), for messages. Not content.
@@ -72,7 +74,7 @@ def kinds_of(examples: Iterable[Fields]) -> list[tuple[str, ...]]:
     if found:
         known = ", or ".join(" + ".join(kind) for kind in KINDS)
         raise errors.UserError(
-            expected=f"in each example the strings of {known}",
+            expected=f"in each example the fields of {known}",
             found=found,
             where=where,
             do="train on preferences with --dpo"
@@ -91,8 +93,8 @@ def _shown(name: str) -> str:
 def used(example: Fields) -> set[str]:
     """The fields of an example that are trained on or go to the chat template."""
     kind = kind_of(example)
-    beside = BESIDE_CHATS if is_chat(example, kind) else ("input",) if kind == ALPACA else ()
-    return {*kind, *beside}
+    beside = {ALPACA: ("input",), token_ids.KIND: token_ids.BESIDE}.get(kind, ())
+    return {*kind, *(BESIDE_CHATS if is_chat(example, kind) else beside)}
 
 
 def kind_of(example: Fields) -> tuple[str, ...]:
@@ -112,7 +114,9 @@ def is_chat(example: Fields, kind: tuple[str, ...]) -> bool:
 
 
 def _wrong(example: Fields, kind: tuple[str, ...]) -> list[str]:
-    """What is wrong with the fields of texts: those that are no strings, and a history."""
+    """What is wrong with token ids; of texts, the fields that are no strings, and a history."""
+    if kind == token_ids.KIND:
+        return token_ids.problems(example)
     optional = ("input",) if kind == ALPACA and example.get("input") else ()
     wrong = [
         f"{field} is a {type(example[field]).__name__}"

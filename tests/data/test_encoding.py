@@ -71,6 +71,32 @@ def test_inputs_are_not_trained_beside_answers_that_are_not(tok, monkeypatch):
         encoding.encode([{"messages": chat}], tok, 512, EOS, train_on_inputs=True)
 
 
+@pytest.mark.parametrize("beside, ids, trained", [
+    ({}, [1, 5, 6, 7], [1, 1, 1, 1]),
+    ({"labels": [-100, -100, 6, 7]}, [1, 5, 6, 7], [0, 0, 1, 1]),
+    ({"completion_mask": [0, 1, 1, 1], "assistant_masks": [0, 0, 1, 1]}, [1, 5, 6, 7],
+     [0, 0, 1, 1]),
+    ({"labels": [1, 5, 6, -100], "attention_mask": [1, 1, 1, 0]}, [1, 5, 6], [1, 1, 1]),
+])  # fmt: skip
+def test_token_ids_are_taken_as_they_are(tok, beside, ids, trained):
+    rows = [{"input_ids": [1, 5, 6, 7], **beside}, {"prompt": "ab", "completion": "cd"}]
+    found, text = encoding.encode(rows, tok, 64, EOS).examples
+    assert (found[0].tolist(), found[1].tolist()) == (ids, trained)
+    assert tok.decode(text[0], skip_special_tokens=True) == "abcd"
+
+
+@pytest.mark.parametrize("row, problem", [
+    ({"input_ids": "1 5"}, "input_ids is not a list of token ids"),
+    ({"input_ids": [1, -5]}, "input_ids is not a list of token ids"),
+    ({"input_ids": [1, 5], "labels": [1]}, "labels is not a list of 2 whole numbers"),
+    ({"input_ids": [1, 5], "labels": [1, 6]}, "labels has others than those of input_ids"),
+    ({"input_ids": [1, 5], "attention_mask": [2, 1]}, "attention_mask has other values than 0"),
+])  # fmt: skip
+def test_token_ids_that_cannot_be_read_are_refused(tok, row, problem):
+    with pytest.raises(errors.UserError, match=problem):
+        encoding.encode([row], tok, 64, EOS)
+
+
 def test_a_token_across_the_border_is_not_merged(tok):
     # "ab" is one token, but generation will see the prompt "xa" alone.
     ((ids, trained),) = encoding.encode(
