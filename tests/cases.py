@@ -1,8 +1,14 @@
-"""Cases of a parametrized test that run with `-m long` alone."""
+"""Cases of a parametrized test that run with `-m long` alone, and fewer examples of a slow one."""
 
 from typing import Any
 
+import hypothesis
 import pytest
+
+
+def few() -> hypothesis.settings:
+    """A third of the profile's examples, for a test whose examples are slow."""
+    return hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 3)
 
 
 def long(*cases: Any) -> list[Any]:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -316,6 +317,7 @@ _VALUE = (
 )
 
 
+@cases.few()
 @given(
     flips=st.dictionaries(st.integers(0, _HEADER - 1), st.integers(0, 255), max_size=3),
     edits=st.lists(

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import cases
 import hypothesis
 import pytest
 import tiny_tokenizer
@@ -14,6 +15,8 @@ from lora_jax.generation import text
 STORIES = pathlib.Path(__file__).parents[1] / "golden" / "models" / "stories260K"
 ADDED = ["<|a b|>", "東", " x", "▁▁y", "é Ġ"]  # with spaces, in no byte alphabet, and both
 READERS = ("byte fallback", "no dummy space", "metaspace", "stories", "byte level", "demo")
+DECODERS = ("byte fallback", "metaspace", "byte level")  # which the others have too
+EACH = [*DECODERS, *cases.long("no dummy space", "stories", "demo")]
 
 
 def _with_added(source: pathlib.Path, folder: pathlib.Path, decoder: dict | None = None):
@@ -76,7 +79,8 @@ def sequences(readers):
     return {name: _sequences(reader) for name, reader in readers.items()}
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", EACH)
+@cases.few()
 @hypothesis.given(data=st.data())
 def test_the_pieces_are_the_whole_decode(readers, sequences, name, data):
     reader = readers[name]
@@ -90,7 +94,8 @@ def test_the_pieces_are_the_whole_decode(readers, sequences, name, data):
     assert complete.endswith(whole)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", EACH)
+@cases.few()
 @hypothesis.given(data=st.data())
 def test_what_is_held_is_the_rest_of_the_decode(readers, sequences, name, data):
     reader = readers[name]
