@@ -38,6 +38,13 @@ from lora_jax.planning import job as jobs
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _shapes_once():
+    """Most tests are of the same few models, whose shapes take longer than what is tested."""
+    with cli.kept_programs():
+        yield
+
+
 def architecture(hidden, ffn, layers, heads, kv_heads, vocab, **more) -> model_config.LlamaConfig:
     return model_config.from_dict(
         {
