@@ -152,8 +152,8 @@ def runs(page: pathlib.Path) -> bool:
     return any(block.runs and block.language in ("python", "sh") for block in blocks(page))
 
 
-# Whose commands the tests of the commands run too.
-LONG = {"getting-started": pytest.mark.long}
+# Whose commands the tests of the commands run too, and whose calls those of the rooms.
+LONG = dict.fromkeys(("getting-started", "python-api", "quantization"), pytest.mark.long)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_the_package_gives_its_modules():
         _ = lora_jax.nothing
 
 
-LONG = ("vit_linen", "vmapped_stack")  # of whose kinds there are others
+LONG = ("gpt2_fused_qkv", "vit_linen", "vmapped_stack")  # whose kinds other tests have
 
 
 @pytest.mark.parametrize(

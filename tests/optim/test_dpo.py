@@ -137,6 +137,7 @@ def test_examples_that_are_no_preferences_are_refused(tok):
 # ------------------------------------------------------------------------- runs
 
 
+@pytest.mark.long
 def test_a_run_prefers_what_was_chosen(tmp_path, monkeypatch):
     rows = tmp_path / "train.jsonl"
     rows.write_text("".join(

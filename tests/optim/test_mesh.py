@@ -204,10 +204,8 @@ def generated_on(name, temperature, folder):
     return [result.tokens for result in serving.generate(prompts, sampling)]
 
 
-@pytest.mark.parametrize(
-    "temperature",
-    [pytest.param(0.0, id="greedy", marks=pytest.mark.long), pytest.param(1.0, id="sampled")],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_a_mesh_generates_the_same_tokens(temperature, tmp_path):
     expected = generated_on("1·1·1", temperature, tmp_path)
     assert len({token for tokens in expected for token in tokens}) > 8

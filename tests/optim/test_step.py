@@ -224,6 +224,7 @@ def test_a_model_whose_padding_is_its_eos_learns_to_stop(tmp_path):
     assert jnp.exp(-before["loss"]) < 0.01 and jnp.exp(-after["loss"]) > 0.5
 
 
+@pytest.mark.long
 def test_accumulated_gradient_is_that_of_one_big_batch():
     """Even if micro-batches have different numbers of trained tokens: a mean of means would not."""
     graphdef, _, frozen = parts()

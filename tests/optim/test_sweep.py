@@ -19,6 +19,7 @@ from lora_jax.optim import step as train_step
 from lora_jax.parallel import mesh as sharding
 
 STEPS, MESH = 3, "2·2·2"
+pytestmark = pytest.mark.long  # test_run.py has a sweep whose members are those of separate runs
 
 
 def member(name, rank, lr):
@@ -71,7 +72,6 @@ def of(state, index):
     return jax.tree.map(lambda array: array[index], (state.lora, state.opt_state.moments))
 
 
-@pytest.mark.long
 def test_a_member_ends_as_the_adapter_of_a_run_alone():
     """On a mesh, with a padded rank and a diverging neighbor, as alone on one device."""
     _, run, _, _ = swept()

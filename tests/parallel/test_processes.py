@@ -122,6 +122,7 @@ def test_a_lost_process_and_sigterm_end_all_and_the_resumed_run_is_the_same(
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6)
 
 
+@pytest.mark.long
 def test_generating_in_two_processes(whole, start):
     flags = ("--adapter", whole / "adapter", "--prompt", "Once upon a time", "--prompt", "Tom",
              "--max-new-tokens", 8)  # fmt: skip

@@ -61,6 +61,7 @@ def test_all_kinds_together_train_and_are_saved(whole):
     assert set(adapter.saved) == {"model.norm.weight", "model.embed_tokens.base_layer.weight"}
 
 
+@pytest.mark.long
 def test_a_resumed_run_gives_identical_bytes(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints/4")

@@ -5,6 +5,7 @@ import json
 
 import cli
 import pytest
+from test_run import checkpoints
 
 from lora_jax import errors, peft, tokenizer, training
 from lora_jax.models import config as model_config
@@ -60,15 +61,15 @@ def test_a_run_from_python_gives_the_files_of_the_command(command, tmp_path):
 
 def test_the_config_of_a_run_repeats_it_and_flags_override_it(command, tmp_path):
     _, run = command
-    again = cli.run("train", "--config", run / "config.yaml", "--output-dir", tmp_path / "again")
+    again = cli.run("train", "--config", run / "config.yaml", "--save-every", 4,
+                    "--output-dir", tmp_path / "again")  # fmt: skip
     assert again.code == 0 and numbers(tmp_path / "again") == numbers(run)
     assert all(
         (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes() for name in SAME
     )
-    shorter = cli.run("train", "--config", run / "config.yaml", "--max-steps", 1,
-                      "--output-dir", tmp_path / "short")  # fmt: skip
-    assert shorter.code == 0
-    assert json.loads((tmp_path / "short/run.json").read_text())["num_steps"] == 1
+    written = [json.loads((folder / "run.json").read_text())["settings"]["save_every"]
+               for folder in (run, tmp_path / "again")]  # fmt: skip
+    assert written == [2, 4] and checkpoints(tmp_path / "again") == [4, 5]
 
 
 @pytest.mark.long

@@ -109,7 +109,8 @@ def test_a_run_reports_to_a_dashboard_and_is_profiled(tmp_path, monkeypatch):
     ended = cli.run(
         "train", "--model", cli.BASE, "--quant", "int4", "--batch-size", 8, "--grad-accum", 1,
         "--max-steps", 5, "--dataset", rows, "--eval-every", 5, "--output-dir", folder,
-        "--rank", 4, "--seq-len", 32,  # the program of test_from_python.py
+        # the program of test_from_python.py
+        "--rank", 4, "--seq-len", 32, "--trainable-token-indices", "<s>",
         "--report-to", "wandb", "--profile", tmp_path / "trace",
     )  # fmt: skip
     assert ended.code == 0 and ended.err == "", ended

@@ -105,20 +105,19 @@ def test_a_bad_row_ends_a_stream_after_a_checkpoint_and_may_be_corrected_or_skip
 ):
     monkeypatch.setattr(stream, "BLOCK", 8)
     monkeypatch.setattr(sources, "HEAD", 4)
-    data, folder = cli.write_rows(tmp_path / "x.jsonl", 40), tmp_path / "run"
+    data, folder = cli.write_rows(tmp_path / "x.jsonl", 100), tmp_path / "run"
     good = data.read_text()
     lines = good.splitlines(keepends=True)
-    lines[20] = '{"prompt": "a", "completion": 5}\n'
+    lines[40] = '{"prompt": "a", "completion": 5}\n'
     data.write_text("".join(lines))
-    flags = (*MODEL, "--dataset", data, "--streaming", "--seq-len", 32, "--batch-size", 8,
-             "--grad-accum", 1, "--max-steps", 4, "--save-every", 100)  # fmt: skip
+    flags = (*FLAGS, "--dataset", data, "--streaming", "--seq-len", 32, "--save-every", 100)
     message = cli.refused("train", *flags, "--output-dir", folder)
-    assert "x.jsonl:21" in message and checkpoints(folder) == [2]
+    assert "x.jsonl:41" in message and checkpoints(folder) == [2]
     skipping = shutil.copytree(folder, tmp_path / "skipping")
     out = resumed(skipping, "--skip-bad-rows", 1)
-    assert "from step 2 of 4" in out and "1 skipped (of at most 1): x.jsonl:21:" in out
+    assert "from step 2 of 6" in out and "1 skipped (of at most 1): x.jsonl:41:" in out
     data.write_text(good)
-    assert "from step 2 of 4" in resumed(folder)
+    assert "from step 2 of 6" in resumed(folder)
     whole = tmp_path / "whole"
     assert cli.run("train", *flags, "--output-dir", whole).code == 0
     assert comparable(folder) == comparable(whole) != comparable(skipping)
@@ -144,6 +143,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, tmp_path):
     assert "from step 6 of 6" in resumed(folder)  # step 6 was saved again
 
 
+@pytest.mark.long
 def test_a_run_without_a_readable_checkpoint_is_refused_and_not_changed(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     for step in (2, 4, 6):

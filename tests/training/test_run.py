@@ -463,6 +463,7 @@ def test_a_batch_of_prompts_gives_the_same_texts_as_single_prompts(tmp_path):
     assert texts(batch) == single
 
 
+@pytest.mark.long
 def test_sampling_depends_on_the_seed():
     flags = ("--model", cli.BASE, "--prompt", "Once", "--max-new-tokens", 16, "--temperature", 1.5)
     drawn = [cli.run("generate", *flags, "--seed", seed).out for seed in (0, 0, 1)]

@@ -148,7 +148,11 @@ def save(tmp_path, mesh, *steps):
             snapshots.save(state_at(step, mesh, seed=step, size=64))
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(damage, id=name, marks=[pytest.mark.long] * name.startswith("no "))
+     for name, damage in DAMAGE.items()],
+)  # fmt: skip
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_restored(
     tmp_path, mesh, damage, capfd
 ):
