@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_engine import GREEDY, compilations, fresh, golden
 
-from lora_jax.generation import config, grammar
+from lora_jax.generation import chunks, config, grammar
 
 pytest.importorskip("llguidance")
 ABC = grammar.regex("[a-c]+")
@@ -29,9 +29,13 @@ def mixed(count, longest):
             yield [*prompt, 5], config.Sampling(max_new_tokens=2)  # with a prefix to copy
 
 
-@pytest.mark.parametrize("context", [128, *cases.long(256)])  # of one span, of two
-def test_nothing_compiles_after_all_was_compiled_ahead(context):
+@pytest.mark.parametrize(
+    "context, sizes",
+    [(128, (32, 64)), *cases.long((128, chunks.SIZES), (256, chunks.SIZES))],  # 256: of two spans
+)
+def test_nothing_compiles_after_all_was_compiled_ahead(context, sizes, monkeypatch):
     """200 requests of all kinds, the first ones too."""
+    monkeypatch.setattr(chunks, "SIZES", sizes)
     serving = fresh("stories260K", slots=4, context=context, eos_ids=(2,))
     serving.compile_ahead().join()
     with compilations() as found:
@@ -44,7 +48,7 @@ def test_nothing_compiles_after_all_was_compiled_ahead(context):
 
 def test_logits_are_computed_while_grammars_advance(monkeypatch):
     """A grammar delays neither its own request nor those beside it."""
-    serving, order = fresh("stories260K", slots=2, eos_ids=(2,)), []
+    serving, order = fresh("stories260K", eos_ids=(2,)), []
     loop = serving._loop
 
     def noted(call, name):

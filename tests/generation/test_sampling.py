@@ -272,7 +272,7 @@ def test_bits_beyond_the_vocabulary_do_not_matter(vocab):
         assert restricted(form, vocab).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("vocab", [33, 1000])
+@pytest.mark.parametrize("vocab", [33, *cases.long(1000)])
 def test_a_grammar_holds_in_its_row_alone(vocab):
     logits, allowed = one_allowed(vocab)
     rows = make_rows(2, vocab, temperature=[0.0, 1.0])
