@@ -144,7 +144,7 @@ def on_hopper(monkeypatch):
     [
         (3, 1280, (64, 64), 32, "int8", 2),
         *cases.long((1, 256, (64,), 32, "int8", 1), (16, 512, (64,), 64, "bfloat16", 1)),
-        (33, 640, (128, 256), 128, "float32", 1),
+        *cases.long((33, 640, (128, 256), 128, "float32", 1)),
         (64, 256, (64, 192), 32, "int8", 1),
     ],
 )
@@ -294,7 +294,7 @@ def test_triton_kernel(num_rows, k, n, group, scale_dtype, bias_dtype, dtype):
 # One part of K, and two with a bias.
 @pytest.mark.parametrize(
     "num_rows, k, widths, bias_dtype, splits",
-    [(20, 256, (128, 64, 64), None, 1), (3, 1408, (64, 128), "bfloat16", 2)],
+    [*cases.long((20, 256, (128, 64, 64), None, 1)), (3, 1408, (64, 128), "bfloat16", 2)],
 )
 def test_triton_kernel_of_several_weights(num_rows, k, widths, bias_dtype, splits):
     if not device_tier.interprets("gpu") and not platform.is_ampere_to_hopper():

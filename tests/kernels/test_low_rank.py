@@ -139,7 +139,8 @@ def test_a_mesh_splits_the_products(k, n, like_a_gpu):
         own = mixed.astype(B.dtype), B, weights, stretch, bias
         return mixed, low_rank.expand(y, *own, jnp.int32(LAYER), partition)
 
-    expected = both(x, y, A, B, weights, stretch, bias, partitioning.WHOLE)
+    alone = jax.jit(functools.partial(both, partition=partitioning.WHOLE))
+    expected = alone(x, y, A, B, weights, stretch, bias)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         assert low_rank.kernel_of(x, A, B, partition) == choice.LOW_RANK

@@ -47,8 +47,7 @@ def attended(**how):
 @pytest.mark.parametrize(
     "how",
     [
-        {"slots": 1},
-        {"dtype": jnp.bfloat16},
+        *cases.long({"slots": 1}, {"dtype": jnp.bfloat16}),
         {"window": 50, "tokens": 3},
         {"kv_dtype": "int8", "dtype": jnp.bfloat16, "tokens": 2},
     ],
@@ -221,18 +220,23 @@ def test_joined_products_are_proven(kernel, is_right, monkeypatch):
     assert [each.kernel for each in found.left_out] == left_out
 
 
-@pytest.mark.parametrize("form, slots", [("joined", 3), ("k_minor", 70)])
-def test_a_model_names_the_products_that_decoding_joins(form, slots, monkeypatch):
-    """Those with one input; also on Hopper, with more slots than its own kernel takes."""
-    monkeypatch.setattr(weights, "best", lambda device: form)
+@functools.cache
+def quantized():
     c = config.LlamaConfig(
         vocab_size=8, hidden_size=256, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=64,
     )  # fmt: skip
+    model = llama.LlamaForCausalLM(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    conversion.quantize_model(model, "int4")
+    return model
+
+
+@pytest.mark.parametrize("form, slots", [("joined", 3), ("k_minor", 70)])
+def test_a_model_names_the_products_that_decoding_joins(form, slots, monkeypatch):
+    """Those with one input; also on Hopper, with more slots than its own kernel takes."""
+    monkeypatch.setattr(weights, "best", lambda device: form)
     with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))):
-        model = llama.LlamaForCausalLM(c, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        conversion.quantize_model(model, "int4")
-        found = [one.shapes for one in of_model.generation(model, slots)
+        found = [one.shapes for one in of_model.generation(quantized(), slots)
                  if one.operation == "int4 product of decoding"]  # fmt: skip
     assert found == [
         f"bfloat16 [{slots}, 256] × W [256, {n}], int8 scales"

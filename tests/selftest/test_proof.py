@@ -62,9 +62,8 @@ def attended(**how):
 @pytest.mark.parametrize(
     "make",
     [
-        product,
         functools.partial(attended, packed=True, window=50, soft_cap=1.0),
-        *cases.long(attended, functools.partial(attended, packed=True)),
+        *cases.long(product, attended, functools.partial(attended, packed=True)),
         lambda: vocabulary.vocabulary_loss(
             jax.random.normal(jax.random.key(0), (16, 500)),
             batch=2,
@@ -109,7 +108,7 @@ def an_exception(self, x, packed, layer):
 FAULTS = (swapped, without_a_tile, without_a_group, not_a_number, an_exception)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS[2:], *cases.long(*FAULTS[:2])])
 def test_a_faulty_product_is_left_out(fault, monkeypatch):
     monkeypatch.setattr(forms.Forms, "tpu", fault)
     one = product()
