@@ -72,8 +72,8 @@ def of_linen(fmt):
 
 @pytest.mark.parametrize(
     "made, fmt",
-    [(of_nnx, "int4"), (of_linen, "none"), (of_linen, "int8"),
-     *cases.long((of_nnx, "none"), (of_nnx, "int8"), (of_linen, "int4"))],
+    [(of_nnx, "int4"), (of_linen, "int8"),
+     *cases.long((of_nnx, "none"), (of_nnx, "int8"), (of_linen, "none"), (of_linen, "int4"))],
 )  # fmt: skip
 def test_forward_mode_and_products_with_the_hessian(made, fmt):
     """jax.jvp, and jax.jvp of jax.grad, equal those of the merged model."""
@@ -94,8 +94,9 @@ def test_forward_mode_and_products_with_the_hessian(made, fmt):
 @pytest.mark.parametrize(
     "made, fmt, kind",
     [(of_nnx, "int4", AxisType.Explicit), (of_nnx, "none", AxisType.Auto),
-     (of_linen, "int4", AxisType.Auto), (of_linen, "int8", AxisType.Explicit),
+     (of_linen, "int8", AxisType.Explicit),
      *cases.long((of_nnx, "int8", AxisType.Auto), (of_nnx, "int4", AxisType.Auto),
+                 (of_linen, "int4", AxisType.Auto),
                  (of_linen, "none", AxisType.Explicit), (of_linen, "int4", AxisType.Explicit))],
 )  # fmt: skip
 def test_data_parallel_in_a_shard_map(made, fmt, kind):

@@ -115,7 +115,7 @@ def test_a_mesh_that_splits_only_the_data_or_only_the_kernel(shape, fmt):
     check("linear", fmt, mesh=make_mesh(shape=shape), spec=P(None, "tensor"))
 
 
-@pytest.mark.parametrize("fmt", [None, "int4", "int8", "nf4"])
+@pytest.mark.parametrize("fmt", [None, "int4", *cases.long("int8", "nf4")])
 def test_a_kernel_split_on_either_axis(fmt):
     adapted, y = check("linear", fmt, spec=P("data", "tensor"))
     assert jax.typeof(y).sharding.spec == P("data", None, "tensor")
@@ -133,7 +133,7 @@ def test_dora_and_dropout(fmt, settings):
     check("linear", fmt, settings, spec=P("tensor"), out=P("data"))
 
 
-@pytest.mark.parametrize("fmt", [None, "int4"])
+@pytest.mark.parametrize("fmt", [None, *cases.long("int4")])
 def test_an_ambiguous_output_needs_out_sharding_as_in_flax(fmt):
     fully_sharded = P(None, "data")
     with pytest.raises(Exception, match="illegally sharded"):
@@ -145,8 +145,10 @@ def test_an_ambiguous_output_needs_out_sharding_as_in_flax(fmt):
 @pytest.mark.parametrize(
     "kind, fmt, spec, a, b",
     [
-        ("general", "int4", P("tensor"), P("tensor", None), P(None, None)),
-        *cases.long(("general", None, P(None, None, "tensor"), P(None, None), P(None, "tensor"))),
+        *cases.long(
+            ("general", "int4", P("tensor"), P("tensor", None), P(None, None)),
+            ("general", None, P(None, None, "tensor"), P(None, None), P(None, "tensor")),
+        ),
         ("einsum", "int4", P(None, "tensor"), P(None, None), P(None, "tensor")),
     ],
 )
@@ -165,7 +167,7 @@ def test_a_convolution():
     check("conv", settings={"use_dora": True}, spec=P(None, None, "tensor"), out=BATCH)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [*cases.long(AxisType.Explicit), AxisType.Auto])
 def test_arrays_follow_the_kernel_without_an_ambient_mesh(kind):
     adapted, _ = check(
         "general", "int4", mesh=make_mesh(kind), spec=P(None, None, "tensor"), ambient=False

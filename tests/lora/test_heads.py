@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,9 +99,9 @@ def head_factors():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"targets": ("q_proj", HEAD)}, {"modules_to_save": (HEAD,)},
-     {"targets": (EMBEDDING,), "modules_to_save": (HEAD,)},
-     {"targets": r".*(q_proj|lm_head)"}],
+    [{"modules_to_save": (HEAD,)}, {"targets": r".*(q_proj|lm_head)"},
+     *cases.long({"targets": ("q_proj", HEAD)},
+                 {"targets": (EMBEDDING,), "modules_to_save": (HEAD,)})],
 )  # fmt: skip
 def test_a_tied_head_that_is_trained_gets_a_weight_of_its_own(settings):
     model, before = base(), logits(base())

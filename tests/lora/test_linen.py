@@ -135,6 +135,7 @@ def test_a_layer_of_a_stack_may_have_another_rank_or_none():
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_training_changes_a_and_b_alone():
     module, params = made()
     adapted = linen.adapt(module, config(dropout=0.2), IDS)
@@ -255,7 +256,7 @@ class Twin(nn.Module):
         )
 
 
-@pytest.mark.parametrize("how", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("how", [{"use_dora": True}, *cases.long({"lora_bias": True})], ids=str)
 def test_an_adapter_moves_between_nnx_and_linen(how, tmp_path):
     """The same file, the same change of the same weights."""
     rng, x = (

@@ -425,7 +425,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Whose code other cases take too, or the test of DoRA and of packed weights.
+LONG = ("nested apply of an adapted weight", "attend by hand", "own param", "spectral norm",
+        "square scan", "nested scan", "scan of another call", "several weights",
+        "a factor, and a keyword", "registered", "keyword")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [*(case for case in CASES if case not in LONG), *cases.long(*LONG)]
+)
 def test_adapted_is_merged_in_values_and_gradients(case):
     module, targets, x, products = CASES[case]
     agrees(module, config(*targets), x, products=products)
@@ -503,7 +511,7 @@ ONE_HOT, HALF = jnp.eye(8, dtype=jnp.int32), X.astype(jnp.bfloat16)
     "kind, quant, inputs",
     [(nn.Dense, "none", [ONE_HOT, X[:0]]), (nn.Dense, "int8", [ONE_HOT, X[0], HALF]),
      (nn.Dense, "int4", [HALF, X[:0], X.astype(bool)]),
-     (Casts, "none", [HALF]), (Casts, "int4", [HALF])],
+     (Casts, "none", [HALF]), *cases.long((Casts, "int4", [HALF]))],
 )  # fmt: skip
 def test_dtypes_are_those_of_the_layer(kind, quant, inputs):
     """An integer is no reason for a product of integers, and no rows are no error."""
@@ -555,7 +563,7 @@ class Boxed(nn.Module):
 
 @pytest.mark.parametrize(
     "change, quant",
-    [*cases.long((lambda p: p, "none")), (core.freeze, "int4"), (nn.meta.unbox, "none")],
+    [*cases.long((lambda p: p, "none"), (nn.meta.unbox, "none")), (core.freeze, "int4")],
 )
 def test_boxes_and_containers_come_back_as_they_were(change, quant):
     module = Partitioned()

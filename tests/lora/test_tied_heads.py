@@ -27,8 +27,7 @@ STAYS_TIED = {
     "plain_99": True, "save_embed_99": False,
     "tokens": True, "tokens_of_head": False, "tokens_of_each": False, "tokens_99": True,
 }  # fmt: skip
-FEW = ("save_head", "target_both_dora", "tied_target_head", "save_embed_99", "tokens_of_head",
-       "tokens_99")  # fmt: skip
+FEW = ("target_both_dora", "tied_target_head", "tokens_99")
 
 
 def load(folder=BASE):
