@@ -293,10 +293,15 @@ def test_heads_and_vocabularies_are_refused_by_name():
 def test_rows_of_tokens_must_fit_the_base():
     pool = pools.Pool(llama(targets=("embed_tokens", "lm_head", "q_proj", "v_proj")))
     own = pools.peft.read(GOLDEN / "lora_tokens_head" / "final_adapter")
-    for tokens in ({"embed_tokens": (77, 5, 96)}, {"embed_tokens": (5,)}, {"lm_head": (1,)}):
+    shape = r"trainable_tokens_delta \(\d, 32\)"
+    for tokens, problem in (
+        ({"embed_tokens": (77, 5, 96)}, "97 rows in the adapter, 96 in the base"),
+        ({"embed_tokens": (5,)}, shape),
+        ({"lm_head": (1,)}, shape),
+    ):
         config = dataclasses.replace(own.config, trainable_token_indices=tokens)
         other = dataclasses.replace(own, config=config)
-        with pytest.raises(errors.UserError, match=r"trainable_tokens_delta \(\d, 32\)"):
+        with pytest.raises(errors.UserError, match=problem):
             pool.load("tokens", other)
     dora = dataclasses.replace(own, config=dataclasses.replace(own.config, use_dora=True))
     with pytest.raises(errors.UserError, match="embed_tokens in trainable_token_indices"):
