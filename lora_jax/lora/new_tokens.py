@@ -19,8 +19,10 @@ def trained(
     head computes with the rows of the embedding, unless the config has other tokens for it.
     Raises: UserError if new tokens would have trained rows in one part of a tied weight only.
     """
+    linear_only = config.targets == targets.ALL_LINEAR  # neither the embedding nor the head
     otherwise = {path for path in _PATHS
-                 if targets.is_chosen(path, config) or targets.saves(path, config)}  # fmt: skip
+                 if targets.saves(path, config)
+                 or (targets.is_chosen(path, config) and not linear_only)}  # fmt: skip
     if tied and otherwise:
         if len(otherwise) == 1 and not config.ensure_weight_tying:
             raise errors.UserError(

@@ -118,6 +118,8 @@ def test_rows_that_are_in_no_file_are_refused():
     [
         (True, {}, NEW),
         (False, {}, BOTH),
+        (True, {"targets": "all-linear"}, NEW),
+        (False, {"targets": "all-linear"}, BOTH),
         (True, {"trainable_token_indices": (5, 96)}, (5, 96, 97)),
         (False, {"trainable_token_indices": {"lm_head": (5,)}},
          {"lm_head": (5, *NEW), "embed_tokens": NEW}),
