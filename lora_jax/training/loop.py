@@ -132,8 +132,7 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.St
         record.status = "running"
         folder.write_run(record)
         folder.write_config(settings)
-        if processes.leads():
-            _keep_tokenizer(job)
+        _keep_tokenizer(job, again=True)
     kept = snapshots.Snapshots(folder.checkpoints, keep, keep_best=best)
     with contextlib.ExitStack() as ending:
         ending.enter_context(records.failure_recorded(job, record))
@@ -141,6 +140,7 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.St
         compilations = ending.enter_context(monitor.Compilations())
         if resuming:
             state = checkpoint.restore(job, state, kept, record)
+            _keep_tokenizer(job, again=False)  # if somebody deleted it
         job.data.keep(folder.streams, write=processes.leads())
         first = int(state.step)
         folder.cut_back(first or -1)
@@ -197,12 +197,22 @@ def _fit(job: setup.Job, prompts: list[list[int]], resuming: bool) -> outcome.St
     )  # fmt: skip
 
 
-def _keep_tokenizer(job: setup.Job) -> None:
-    """Writes into the run's folder what of the tokenizer is not the base's, for its adapters."""
-    if job.base.new_tokens:
+def _keep_tokenizer(job: setup.Job, *, again: bool) -> None:
+    """Writes into the run's folder what of the tokenizer is not the base's, for its adapters.
+
+    again: over what is there.
+    """
+    if not processes.leads():
+        return
+
+    def is_due(name: str) -> bool:
+        return again or not (job.folder.path / name).is_file()
+
+    if job.base.new_tokens and is_due("tokenizer.json"):
         tokenizer.save(job.base.tokenizer, job.base.folder, job.folder.path)
-    if job.settings.model.chat_template:  # which may change until the run resumes
-        tokenizer.copy_chat_template(job.settings.model.chat_template, job.folder.path)
+    template = job.settings.model.chat_template  # which may change until the run resumes
+    if template and is_due("chat_template.jinja"):
+        tokenizer.copy_chat_template(template, job.folder.path)
 
 
 def _train(

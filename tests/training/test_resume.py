@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from unittest import mock
 
 import cli
 import forks
@@ -17,9 +18,11 @@ import pytest
 import safetensors.numpy
 from test_run import at_step, checkpoints, comparable
 
+from lora_jax import errors
 from lora_jax.data import sources, stream
 from lora_jax.optim import step as train_step
-from lora_jax.training import evaluate, settings
+from lora_jax.training import evaluate, settings, setup
+from lora_jax.training.output import resuming, run_folder
 
 SEED = 12
 STEPS = 6
@@ -246,6 +249,23 @@ def test_a_run_continues_after_it_its_base_and_its_data_have_moved(whole, rows, 
     (tmp_path / "moved-10.jsonl").write_text('{"text": "something else"}\n')
     message = cli.refused("train", "--resume", "--output-dir", folder)
     assert "found: another train of the data where:" in message and "--dataset, now" in message
+
+
+def test_trained_tokens_that_got_other_ids_are_refused():
+    """As the new tokens of a run do if somebody adds some to the tokenizer of its base."""
+
+    def check(before, now):
+        base = {"commit": None}
+        record = run_folder.Record("running", {"trainable_token_indices": now}, 1, {}, "", {}, {},
+                                   base, {})  # fmt: skip
+        job = mock.MagicMock(spec=setup.Job)
+        then = {"settings": {"trainable_token_indices": before}, "base": base}
+        resuming._check_same(job, then, record)
+
+    check(None, None)
+    check({"embed_tokens": [8, 9]}, {"embed_tokens": (8, 9)})
+    with pytest.raises(errors.UserError, match=r"trained tokens are \[8, 9, 10\], not \[8, 9\]"):
+        check([8, 9], (8, 9, 10))
 
 
 def test_a_run_of_the_demo_continues_in_another_installation():

@@ -518,12 +518,14 @@ def test_a_chat_template_and_its_tokens_go_with_the_run_and_the_adapter(tmp_path
     for each in (("--add-tokens", "word"), ("--add-special-tokens", *TOKENS[1:])):
         assert each[0] in cli.refused("train", "--resume", "--output-dir", folder, *each)
     given.write_text("another {{ messages }}")
+    (folder / "tokenizer.json").unlink()
     other = cli.refused("train", "--resume", "--output-dir", folder, "--chat-template", rows)
     assert "--chat-template" in other
     resumed = cli.run("train", "--resume", "--output-dir", folder)
     assert resumed.code == 0 and "from step 1 of 2" in resumed.out, resumed
     assert (folder / "adapter/adapter_model.safetensors").read_bytes() == before
     assert (folder / "adapter/chat_template.jinja").read_text() == ROLES
+    assert "<|assistant|>" in (folder / "adapter/tokenizer.json").read_text()
 
 
 def test_chat_applies_the_template_to_the_prompt(tmp_path):

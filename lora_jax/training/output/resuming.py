@@ -1,5 +1,6 @@
 """Restores the newest checkpoint to resume from it, and the best one to make the adapter of it."""
 
+import json
 from typing import Any
 
 from lora_jax import errors
@@ -54,7 +55,8 @@ def restore(
 def _check_same(job: setup.Job, before: run_folder.RunJson, record: run_folder.Record) -> None:
     """Tells which of them lie elsewhere now.
 
-    Raises: UserError if the base model or the data are not those the run was started with.
+    Raises: UserError if the base model, the data or the ids of tokens that are trained are not
+    those the run was started with.
     """
     version = before.get("versions", {}).get("lora-jax")
     base = {name: value for name, value in record.base.items() if name != "id"}  # id: where it is
@@ -72,6 +74,12 @@ def _check_same(job: setup.Job, before: run_folder.RunJson, record: run_folder.R
             )
             name = _SETTING[part if what == "data" else what]
             where.append(f"{convert.flag(name)}, now {record.settings.get(name)}")
+    old, new = before.get("settings", {}), record.settings
+    tokens = [json.dumps(each.get("trainable_token_indices")) for each in (old, new)]
+    if tokens[0] != tokens[1]:
+        changed.append(f"a tokenizer with which the trained tokens are {tokens[1]}, not "
+                       f"{tokens[0]}")  # fmt: skip
+        where.append(f"{convert.flag('model')}, now {new.get('model')}")
     if changed:
         raise errors.UserError(
             expected="the base model, the data and the adapter that the run was started with",
@@ -79,7 +87,6 @@ def _check_same(job: setup.Job, before: run_folder.RunJson, record: run_folder.R
             where=[*dict.fromkeys(where)],
             do="put them back, or start a new run",
         )
-    old, new = before.get("settings", {}), record.settings
     for name in assemble.MOVABLE:
         if name in old and old[name] != new.get(name):
             say("resume", f"{name} with the same content at {new.get(name)}, was {old[name]}")
