@@ -108,8 +108,8 @@ def is_flat(raw: Mapping[str, Any]) -> bool:
 def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the language model inside; that of a language model itself as it is.
 
-    The head's tie, dtype and quantization are those of the whole model. What text_config leaves out
-    has the defaults of its own model type.
+    The head's tie is that of the whole model, and so are dtype and quantization if it has them.
+    What text_config leaves out has the defaults of its own model type.
     """
     own = of(raw)
     if own is None:
@@ -128,8 +128,8 @@ def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
         text[_TIED] = own.is_tied if raw.get(_TIED) is None else raw[_TIED]
     if own.reads_tied_text and not text[_TIED]:
         text[_TIED] = given.get(_TIED) or False
-    # As in transformers, the dtype is never that of text_config.
-    replaced = {*_DTYPES, *(_QUANTIZATION if any(raw.get(key) for key in _QUANTIZATION) else ())}
+    replaced = {key for keys in (_DTYPES, _QUANTIZATION) if any(raw.get(key) for key in keys)
+                for key in keys}  # fmt: skip
     text = {key: value for key, value in text.items() if key not in replaced}
     return text | {key: raw[key] for key in replaced if key in raw}
 

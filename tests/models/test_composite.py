@@ -135,13 +135,16 @@ def test_a_flat_config_is_read_as_strictly_as_text_config():
 
 
 def test_the_keys_of_the_whole_model_count():
-    """Its tie, dtype and quantization; text_config's quantization if it has none itself."""
+    """Its tie, dtype and quantization; text_config's dtype and quantization if it has none itself,
+    as Qwen3-VL has its dtype."""
     text = dict(GEMMA, tie_word_embeddings=False, torch_dtype="float16", rms_norm_eps=None)
     quantization = dict(quant_method="bitsandbytes", load_in_4bit=True)
     raw = dict(model_type="gemma3", text_config=text, dtype="float32", eos_token_id=[1, 106])
     found = model_config.from_dict(raw | {"quantization_config": quantization})
     assert found.tie_word_embeddings and found.dtype == "float32"
     assert found.quantization.method == "bitsandbytes"
+    own = dict(model_type="gemma3", text_config=text)
+    assert model_config.from_dict(own | {"torch_dtype": None}).dtype == "bfloat16"  # for float16
     inside = dict(raw, text_config=text | {"quantization_config": quantization})
     assert model_config.from_dict(inside).quantization == found.quantization
     for whole in (inside, raw | {"quantization_config": quantization}):
