@@ -87,7 +87,8 @@ _SIZES = {
     "gemma3_text": (262208, 2304, 9216, 26, 8),
 }
 TEXTS = tuple(_SIZES)
-_OF_IMAGES = ("text_config", "vision_", "image_", "video_")  # keys of the whole model
+# Keys of the whole model, which transformers 4.52 to 4.57 wrote into text_config of Qwen-VL, too.
+_OF_IMAGES = ("text_config", "vision_", "image_", "video_")
 _TIED = "tie_word_embeddings"
 _DTYPES = ("dtype", "torch_dtype")
 _QUANTIZATION = ("quantization_config", "quantization")
@@ -117,8 +118,8 @@ def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
     given = raw.get("text_config")
     given = dict(given) if isinstance(given, Mapping) else {}
     if is_flat(raw):
-        given = {key: value for key, value in raw.items()
-                 if key != "model_type" and not key.startswith(_OF_IMAGES)}  # fmt: skip
+        given = {key: value for key, value in raw.items() if key != "model_type"}
+    given = {key: value for key, value in given.items() if not key.startswith(_OF_IMAGES)}
     text = {"model_type": own.text, **own.defaults, **given}
     sizes = _SIZES.get(str(text["model_type"]), ())
     for key, size in zip(config_keys.REQUIRED, sizes, strict=False):

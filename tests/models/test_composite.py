@@ -66,7 +66,13 @@ PUBLISHED = {
     "qwen2-vl": dict(QWEN_VL, model_type="qwen2_vl", tie_word_embeddings=False),
     "qwen2.5-vl-3b": dict(QWEN_VL, model_type="qwen2_5_vl"),
     "qwen2.5-vl-nested": dict(
-        model_type="qwen2_5_vl", text_config=dict(model_type="qwen2_5_vl_text", hidden_size=2048)
+        model_type="qwen2_5_vl",
+        text_config=dict(
+            model_type="qwen2_5_vl_text",
+            hidden_size=2048,
+            image_token_id=151655,
+            vision_end_token_id=151653,
+        ),
     ),
     "qwen3-vl": dict(model_type="qwen3_vl", text_config=QWEN3_VL, tie_word_embeddings=True),
     "qwen3-vl-defaults": dict(model_type="qwen3_vl", text_config={}),
