@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lora_jax.models import config_keys
+from lora_jax.models import config_keys, model_types
 
 
 class Composite(NamedTuple):
@@ -128,7 +128,9 @@ def language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
     if own.is_tied is not None:
         text[_TIED] = own.is_tied if raw.get(_TIED) is None else raw[_TIED]
     if own.reads_tied_text and not text[_TIED]:
-        text[_TIED] = given.get(_TIED) or False
+        known = model_types.MODEL_TYPES.get(str(text["model_type"]), model_types.ModelType())
+        default = known.defaults.get(_TIED, False)
+        text[_TIED] = default if given.get(_TIED) is None else given[_TIED]
     replaced = {key for keys in (_DTYPES, _QUANTIZATION) if any(raw.get(key) for key in keys)
                 for key in keys}  # fmt: skip
     text = {key: value for key, value in text.items() if key not in replaced}

@@ -78,6 +78,7 @@ PUBLISHED = {
     "qwen3-vl-defaults": dict(model_type="qwen3_vl", text_config={}),
     "untyped": dict(model_type="llava_onevision", text_config=dict(hidden_size=896)),
     "tied": dict(model_type="llava", text_config=dict(tie_word_embeddings=True)),
+    "tied-gemma": dict(model_type="llava", text_config=dict(model_type="gemma")),
     "voxtral": dict(model_type="voxtral", text_config=dict(num_attention_heads=24)),
     "internvl": dict(model_type="internvl", text_config=dict(num_hidden_layers=28)),
 }
