@@ -339,6 +339,8 @@ def test_tokens_are_added_and_saved(folder, tmp_path):
 
     tokenizer.save(loaded, folder, tmp_path)
     again = tokenizer.load(folder, tmp_path)
+    assert tokenizer.missing(tokenizer.load(folder), tmp_path) == ["word", "<|end|>"]
+    assert tokenizer.missing(again, tmp_path) == tokenizer.missing(again, folder) == []
     assert again(text).input_ids == found and again.eos_token == loaded.eos_token
     assert again.get_chat_template() == "{{ messages[0].content }}<|end|>"
     import transformers

@@ -99,6 +99,7 @@ def main() -> int:
     name, adapters = pathlib.PurePath(found.name).name, settings.adapters
     if found.adapted:
         (name,), adapters = adapters, {}
+    opening.note_other_tokens(found, adapters)
     model = opening.load(settings.base, found)
     engine = opening.start(
         found, model, slots=2, context=settings.context, kernels=settings.base.kernels,

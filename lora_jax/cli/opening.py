@@ -30,6 +30,7 @@ from lora_jax.training.settings import groups
 
 _RANKS = (8, 16)  # of a slot; an adapter of a larger rank takes several
 _BANK_SLOTS = 8
+_SHOWN = 4  # tokens of an adapter
 _SHARE = 0.8  # of the free memory, for keys and values; the rest is for a step
 
 
@@ -102,6 +103,18 @@ def files(
         name, folder, found, adapted, reader, quant, num_tokens, architecture.context,
         tuple(chat.stop_ids(reader, folder)), mesh,
     )  # fmt: skip
+
+
+def note_other_tokens(found: Files, adapters: Mapping[str, str]) -> None:
+    """Says which adapters {name: folder or hub id} have tokens that the tokenizer has not."""
+    for name, path in adapters.items():
+        tokens: list[str] = []
+        with errors.noted([]):  # `pool` says what is wrong with an adapter
+            tokens = tokenizer.missing(found.reader, hub.adapter_folder(path))
+        if tokens and processes.leads():
+            shown = " ".join(tokens[:_SHOWN]) + (" …" if len(tokens) > _SHOWN else "")
+            print(f"note: the tokenizer lacks {shown}, which the adapter {name} was trained "
+                  "with; name it first, or use it alone", file=sys.stderr)  # fmt: skip
 
 
 def load(settings: groups.ModelSettings, found: Files) -> llama.LlamaForCausalLM:

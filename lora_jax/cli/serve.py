@@ -192,6 +192,7 @@ def main() -> int:
         )
     leads = processes.leads()
     listening = run.bind(settings.server.host, settings.server.port) if leads else None
+    opening.note_other_tokens(found, adapters)
     model = opening.load(settings.base, found)
     engine = opening.start(
         found, model, slots=settings.slots, context=settings.context,

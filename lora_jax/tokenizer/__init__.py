@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
     import transformers
 
 load, save, copy = files.load, files.save, files.copy
-copy_chat_template, add = files.copy_chat_template, additions.add
+copy_chat_template, add, missing = files.copy_chat_template, additions.add, additions.missing
 
 
 def keep_stops(folder: str | pathlib.Path, ids: Sequence[int]) -> None:

@@ -1,9 +1,11 @@
 """Tokens that a tokenizer gets beside its own, such as those of a chat template. Imports no jax."""
 
+import pathlib
 import typing
 from collections.abc import Sequence
 
 from lora_jax import errors
+from lora_jax.tokenizer import files
 
 if typing.TYPE_CHECKING:
     import transformers
@@ -41,3 +43,12 @@ def add(
         tokenizer.add_tokens(added, special_tokens=special)
     ids = {tokenizer.convert_tokens_to_ids(text) for text in given}
     return tuple(sorted(ids | {*range(num_rows, max(ids) + 1)}))
+
+
+def missing(
+    tokenizer: "transformers.PreTrainedTokenizerBase", adapter: str | pathlib.Path
+) -> list[str]:
+    """The added tokens of the tokenizer in an adapter's folder that this one has not as such."""
+    added = files.read_json(pathlib.Path(adapter) / "tokenizer.json").get("added_tokens")
+    known = tokenizer.get_vocab() if added else {}
+    return [each["content"] for each in added or () if known.get(each["content"]) != each["id"]]
