@@ -73,19 +73,21 @@ class Server:
         """Answers /v1/chat/completions. Raises: Refusal."""
         chat = protocol.chat(body)
         model, adapters = self._model(chat.asked)
-        ids = await _within(self._texts_thread, self._prompts.chat, chat)
-        source = self._reader.get_chat_template(None, chat.tools or None)
-        forced = await _within(self._texts_thread, calls.grammar, chat, source, self._reader)
-        form = responses.Chat(chat, model, self._texts, source)
-        return await self._generate(chat.asked, form, [ids], adapters, forced)
+        with self._engine.expecting():
+            ids = await _within(self._texts_thread, self._prompts.chat, chat)
+            source = self._reader.get_chat_template(None, chat.tools or None)
+            forced = await _within(self._texts_thread, calls.grammar, chat, source, self._reader)
+            form = responses.Chat(chat, model, self._texts, source)
+            return await self._generate(chat.asked, form, [ids], adapters, forced)
 
     async def completion(self, body: Mapping[str, Any]) -> answers.Answer:
         """Answers /v1/completions. Raises: Refusal."""
         completion = protocol.completion(body)
         model, adapters = self._model(completion.asked)
-        ids = await _within(self._texts_thread, self._prompts.completion, completion)
-        form = responses.Completion(completion, model, self._texts)
-        return await self._generate(completion.asked, form, ids, adapters, None)
+        with self._engine.expecting():
+            ids = await _within(self._texts_thread, self._prompts.completion, completion)
+            form = responses.Completion(completion, model, self._texts)
+            return await self._generate(completion.asked, form, ids, adapters, None)
 
     async def _generate(
         self,

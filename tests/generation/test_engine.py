@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import threading
+import time
 import types
 
 import cases
@@ -362,6 +363,26 @@ def test_a_thread_serves_many_callers():
     assert serving.submit([1], GREEDY).emit is not None
     with pytest.raises(RuntimeError, match="closed"):
         serving.submit([1], GREEDY).result()
+
+
+def test_an_idle_engine_begins_requests_together_that_are_prepared_together(monkeypatch):
+    prompt, _ = golden(SMALL)[0]
+    monkeypatch.setattr(engine, "_GATHERS", 60)
+    with fresh() as serving:
+        begun, take = [], serving._scheduler.take
+
+        def noted(followers):
+            take(followers)
+            begun.append(len(serving._scheduler.waiting))
+
+        monkeypatch.setattr(serving._scheduler, "take", noted)
+        serving.start()
+        with serving.expecting():
+            first = serving.submit(prompt, GREEDY)
+            time.sleep(0.05)  # in which it would have begun
+            both = [first, serving.submit(prompt, GREEDY)]
+        assert both[0].result().tokens == both[1].result().tokens
+    assert begun[0] == 2
 
 
 def test_pieces_make_the_text_and_never_change():

@@ -1,5 +1,6 @@
 """An engine that says what a test tells it to, in a thread of its own as the real one."""
 
+import contextlib
 import queue
 import threading
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class Engine:
     def __init__(self, reader, script, *, context=64, slots=2, adapters=()):
         self.reader, self.context, self.pool = reader, context, Pool(*adapters)
         self.asked, self.compiled, self.gate = [], [], threading.Event()
+        self.expected = self.unexpected = 0
         self._script, self._slots = script, slots
         self._waiting = queue.SimpleQueue()
         self._thread = None
@@ -51,9 +53,18 @@ class Engine:
             raise errors.UserError(expected="a grammar", found="a wrong one", where="grammar")
         self.compiled.append((grammar, threading.current_thread()))
 
+    @contextlib.contextmanager
+    def expecting(self):
+        self.expected += 1
+        try:
+            yield
+        finally:
+            self.expected -= 1
+
     def submit(self, prompt, sampling, *, adapters=None, listener=None):
         if any(each >= len(self.reader) for each in prompt):
             raise errors.UserError(expected="ids of the vocabulary", found=str(max(prompt)))
+        self.unexpected += not self.expected
         made = request.Request(tuple(prompt), sampling, adapters or {}, listener=listener)
         self.asked.append(made)
         self._waiting.put(made)

@@ -131,6 +131,12 @@ def test_a_full_queue_is_refused_for_a_while(held):
     assert len(client.engine.asked) == 3
 
 
+def test_an_idle_engine_is_told_of_requests_before_they_come(serve):
+    client = serve()
+    assert client.complete().status == client.chat().status == 200
+    assert client.engine.unexpected == client.engine.expected == 0
+
+
 def test_more_choices_than_there_is_ever_room_for(serve):
     client = serve(slots=1, max_queue=2)
     answer = client.complete(["a"] * 4)  # 429 would be tried again for ever
