@@ -44,6 +44,7 @@ def whole(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.long
 def test_all_kinds_together_train_and_are_saved(whole):
     rows = [row["loss"] for row in cli.metrics(whole) if "loss" in row]
     assert rows[-1] < 0.9 * rows[0]

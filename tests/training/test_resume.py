@@ -25,6 +25,7 @@ from lora_jax.training import evaluate, settings, setup
 from lora_jax.training.output import resuming, run_folder
 
 SEED = 12
+KILLS = 8
 STEPS = 6
 MODEL = ("--model", cli.BASE, "--rank", 2, "--targets", "q_proj", "--remat", "full",
          "--dropout", 0.1, "--trainable-token-indices", 5, 30)  # fmt: skip
@@ -78,18 +79,18 @@ def status(folder):
 # ------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.long)])
-def test_a_run_killed_at_any_time_loses_no_saved_step(kills, parent, rows, tmp_path):
-    whole, folder, many = tmp_path / "whole", tmp_path / "run", 4 * kills + 2
+@pytest.mark.long  # test_processes.py kills one of two processes, and resumes the run
+def test_a_run_killed_at_any_time_loses_no_saved_step(parent, rows, tmp_path):
+    whole, folder, many = tmp_path / "whole", tmp_path / "run", 4 * KILLS + 2
     flags = (*MODEL, *rows, "--streaming", "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
              "--max-steps", many, "--save-every")  # fmt: skip
     code, log = parent.train(*flags, 100, "--output-dir", whole, devices=1)
     assert code == 0, log
     draws = random.Random(SEED)
-    for number in range(kills + 1):
+    for number in range(KILLS + 1):
         saved = checkpoints(folder) if (folder / "checkpoints").exists() else []
         typed = ("--resume",) if (folder / "run.json").exists() else (*flags, 1)
-        kill = forks.some_time(draws) if number < kills else None
+        kill = forks.some_time(draws) if number < KILLS else None
         print(f"kill {number} (seed {SEED}): {kill}")
         code, log = parent.train(*typed, "--output-dir", folder, devices=1, kill=kill)
         assert code == (-signal.SIGKILL if kill else 0), log
@@ -351,6 +352,7 @@ def test_the_adapter_is_that_of_the_best_step(rows, tmp_path, monkeypatch):
     assert_the_adapter_is(folder, seen[6])
 
 
+@pytest.mark.long
 def test_a_run_stops_early_and_keeps_the_best_step(rows, tmp_path, monkeypatch):
     folder, losses = tmp_path / "run", iter([9, 3, 1, math.nan, 2])
     monkeypatch.setattr(evaluate, "means", lambda *_: {"eval_loss": float(next(losses))})
