@@ -89,7 +89,7 @@ def compare(plain, marked, messages: list[dict]) -> str:
     try:
         ((ids, trained),) = encoding.encode(
             [{"messages": given}], plain, 100_000, plain.eos_token_id
-        ).examples
+        ).rows
     except errors.UserError as error:
         return f"refused here: {error.found}"
     if ids.tolist() != own:

@@ -120,9 +120,7 @@ def main() -> None:
         notes = [chat.end_note(reader)] if encoded.num_chats and not sizes else []
         for each in filter(None, [*encoded.losses, *notes]):
             console.say("chats", each)
-        sequences = packing.arrange(
-            encoded.examples, seq_len, packing=data.packing, in_pairs=data.dpo
-        )
+        sequences = packing.arrange(encoded.rows, seq_len, packing=data.packing, in_pairs=data.dpo)
         which = "its first examples, " if data.streaming and label == "data" else ""
         summarize(label, which + console.near(source), encoded, seq_len)
         length = seq_len * (2 if data.dpo else 1)
@@ -132,7 +130,7 @@ def main() -> None:
         console.say("sequences", f"{len(sequences)} ({what}) of {length} tokens, "
                     f"{packing.filled(sequences, length):.1%} filled")  # fmt: skip
         sizes.append(len(sequences))
-        named = zip(encoded.examples, encoded.origins, strict=True)
+        named = zip(encoded.rows, encoded.origins, strict=True)
         origins = {id(ids): origin for (ids, _), origin in named}
         first = settings.first
         if settings.rows and first > len(sequences):
@@ -156,8 +154,8 @@ def main() -> None:
 
 def summarize(label: str, source: str, encoded, seq_len: int) -> None:
     """Prints a few lines about a data set."""
-    sizes = [len(ids) for ids, _ in encoded.examples]
-    trained = sum(int(trained[1:].sum()) for _, trained in encoded.examples)
+    sizes = [len(ids) for ids, _ in encoded.rows]
+    trained = sum(int(trained[1:].sum()) for _, trained in encoded.rows)
     console.say(label, f"{len(sizes)} examples, {sum(sizes)} tokens: {source}")
     console.say("cut", f"{encoded.num_cut} at {seq_len} tokens; {encoded.num_skipped} "
                 "skipped, because no token to train on is left")  # fmt: skip

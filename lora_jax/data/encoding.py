@@ -30,7 +30,7 @@ class Encoded(typing.NamedTuple):
     should be trained. num_no_reasons: in how many it leaves out the reasoning of the last answer.
     """
 
-    examples: list[Example]
+    rows: list[Example]
     lengths: list[int]
     origins: list[str]
     num_cut: int
@@ -199,7 +199,7 @@ def _cut(
         )
     kept = [n for group in whole for n in group]
     return Encoded(
-        examples=[tuple(array[:seq_len] for array in examples[n]) for n in kept],
+        rows=[tuple(array[:seq_len] for array in examples[n]) for n in kept],
         lengths=[len(examples[n][0]) for n in kept],
         origins=[origins[n] for n in kept],
         num_cut=sum(len(ids) > seq_len for ids, _ in examples),

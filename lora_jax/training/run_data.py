@@ -116,7 +116,7 @@ def encode(
     )
     if news := bad.news():
         say("bad rows", news)
-    tokenizer.check_ids(reader, (ids for ids, _ in encoded.examples), vocabulary)
+    tokenizer.check_ids(reader, (ids for ids, _ in encoded.rows), vocabulary)
     return kept, encoded
 
 
@@ -149,7 +149,7 @@ class RunData:
         self.used = np.zeros(vocabulary, bool)  # which tokens there are; of a stream, so far
         label = "stream" if self._data.streaming else "data"
         encoded = [
-            self._encode(label, source, part)[1].examples
+            self._encode(label, source, part)[1].rows
             for source, part in zip(self._data.dataset, found.train, strict=True)
         ]
         if self.has_chats and (note := chat.end_note(reader)):
@@ -218,7 +218,7 @@ class RunData:
 
         def arrange(examples: rows.Rows) -> list[packing.TokenSequence]:
             _, made = self._encoded(examples, may_be_empty=True)
-            return self._arrange(made.examples)
+            return self._arrange(made.rows)
 
         self._streams = [
             stream.Stream(
@@ -255,7 +255,7 @@ class RunData:
         own = self._data.eval_dataset
         names = [own] if own else [f"held out of {console.near(n)}" for n in self._data.dataset]
         both = [self._encode("held out", *of) for of in zip(names, parts, strict=True)]
-        self.held_out = self._arrange([example for _, each in both for example in each.examples])
+        self.held_out = self._arrange([example for _, each in both for example in each.rows])
         parts = [kept for kept, _ in both]
         count = self._settings.eval.exact_match
         if not count:
@@ -281,13 +281,13 @@ class RunData:
         """(the examples that are not skipped as bad, encoded), and says how many there are."""
         kept, encoded = self._encoded(examples)
         self.has_chats |= encoded.num_chats > 0
-        for ids, _ in encoded.examples:
+        for ids, _ in encoded.rows:
             self.used[ids] = True
         first = "of its first examples " if label == "stream" else ""
-        num_tokens = sum(len(ids) for ids, _ in encoded.examples)
+        num_tokens = sum(len(ids) for ids, _ in encoded.rows)
         say(
             label,
-            f"{first}{len(encoded.examples)} examples, {num_tokens} tokens, {encoded.num_cut} cut "
+            f"{first}{len(encoded.rows)} examples, {num_tokens} tokens, {encoded.num_cut} cut "
             f"at {self._data.seq_len}, {encoded.num_skipped} skipped: {console.near(source)}",
         )
         for loss in encoded.losses:

@@ -35,7 +35,7 @@ def chat_tokenizer(tmp_path, template):
 @pytest.mark.parametrize("template", [CHATML, GENERATION], ids=["prefix", "generation"])
 def test_chats_train_the_assistant_only(tmp_path, template):
     tok = chat_tokenizer(tmp_path, template)
-    ((ids, trained),) = encoding.encode(dataset({"messages": CHAT}), tok, 256, EOS).examples
+    ((ids, trained),) = encoding.encode(dataset({"messages": CHAT}), tok, 256, EOS).rows
     whole = tok.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
     assert ids.tolist() == whole
     spans = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)
@@ -52,7 +52,7 @@ def test_optional_fields_of_a_message_stay_absent(tmp_path):
         {"messages": [{"role": "user", "content": "a", "name": "b"}] * 2},
     ]
     encoded = encoding.encode(dataset(*examples), tok, 64, EOS)
-    assert [trained_text(tok, example) for example in encoded.examples] == ["22", "33"]
+    assert [trained_text(tok, example) for example in encoded.rows] == ["22", "33"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def encoded(tmp_path, template, *rows, pairs=False):
     path = write(tmp_path / "rows.jsonl", *map(json.dumps, rows))
     encode = encoding.encode_pairs if pairs else encoding.encode
     found = encode(sources.load(path), tok, 512, EOS)
-    return [marked(tok, example) for example in found.examples], found
+    return [marked(tok, example) for example in found.rows], found
 
 
 @pytest.mark.parametrize(
@@ -425,14 +425,14 @@ def test_preferences_without_their_prompt_are_refused(tmp_path, row, message):
 def test_equal_answers_are_skipped(tmp_path):
     row = {"prompt": [TWO], "chosen": [GOOD], "rejected": [GOOD]}
     _, counts = encoded(tmp_path, CHATML, row, row | {"rejected": [BAD]}, pairs=True)
-    assert (len(counts.examples), counts.num_skipped) == (2, 1)
+    assert (len(counts.rows), counts.num_skipped) == (2, 1)
 
 
 def test_a_chat_begins_with_the_ids_that_generation_begins_with(tmp_path):
     for template in (CHATML, "{{ bos_token }}" + CHATML, OPENS_THINK.replace("<think>\n", "")):
         tok = chat_tokenizer(tmp_path, template)
         chat = [{"role": "user", "content": "ab"}, CHAT[1]]
-        ((ids, trained),) = encoding.encode(dataset({"messages": chat}), tok, 64, EOS).examples
+        ((ids, trained),) = encoding.encode(dataset({"messages": chat}), tok, 64, EOS).rows
         assert tokenizer.chat_prompt(tok, "ab") == ids[~trained].tolist()
 
 
@@ -575,7 +575,7 @@ def test_a_clock_can_be_stopped(tmp_path):
     tok = chat_tokenizer(tmp_path, template)
     assert clock.is_read(tok)
     clock.stop(tok, "2024-02-29T12:00")
-    ((ids, trained),) = encoding.encode(dataset({"messages": CHAT[:2]}), tok, 64, EOS).examples
+    ((ids, trained),) = encoding.encode(dataset({"messages": CHAT[:2]}), tok, 64, EOS).rows
     assert marked(tok, (ids, trained)) == "29 Feb 2024[user]ab cd</s>[assistant]⟦yes</s>⟧"
     assert not clock.is_read(chat_tokenizer(tmp_path, CHATML))
 

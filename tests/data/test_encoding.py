@@ -37,7 +37,7 @@ def trained_text(tok, example):
 def test_prompt_completion_trains_completion_and_eos(tok):
     prompt, completion = "ab cd?", " cd ab"
     encoded = encoding.encode(dataset({"prompt": prompt, "completion": completion}), tok, 64, EOS)
-    ((ids, trained),) = encoded.examples
+    ((ids, trained),) = encoded.rows
     prompt_ids = tok(prompt).input_ids
     assert ids.dtype == np.int32 and trained.dtype == bool
     # What generation starts from is exactly the untrained part.
@@ -56,7 +56,7 @@ def test_prompt_completion_trains_completion_and_eos(tok):
 def test_inputs_are_trained_if_asked_for(tok, monkeypatch, example):
     monkeypatch.setattr(tok, "chat_template", TEMPLATE)
     plain, whole = (
-        encoding.encode(dataset(example), tok, 512, EOS, train_on_inputs=asked).examples
+        encoding.encode(dataset(example), tok, 512, EOS, train_on_inputs=asked).rows
         for asked in (False, True)
     )
     assert np.array_equal(plain[0][0], whole[0][0])
@@ -80,7 +80,7 @@ def test_inputs_are_not_trained_beside_answers_that_are_not(tok, monkeypatch):
 ])  # fmt: skip
 def test_token_ids_are_taken_as_they_are(tok, beside, ids, trained):
     rows = [{"input_ids": [1, 5, 6, 7], **beside}, {"prompt": "ab", "completion": "cd"}]
-    found, text = encoding.encode(rows, tok, 64, EOS).examples
+    found, text = encoding.encode(rows, tok, 64, EOS).rows
     assert (found[0].tolist(), found[1].tolist()) == (ids, trained)
     assert tok.decode(text[0], skip_special_tokens=True) == "abcd"
 
@@ -101,7 +101,7 @@ def test_a_token_across_the_border_is_not_merged(tok):
     # "ab" is one token, but generation will see the prompt "xa" alone.
     ((ids, trained),) = encoding.encode(
         dataset({"prompt": "xa", "completion": "b"}), tok, 64, EOS
-    ).examples
+    ).rows
     prompt_ids = tok("xa").input_ids
     assert tok("xab").input_ids[: len(prompt_ids)] != prompt_ids
     assert ids[: len(prompt_ids)].tolist() == prompt_ids
@@ -112,7 +112,7 @@ def test_a_token_across_the_border_is_not_merged(tok):
 def test_a_space_at_the_border(tok):
     ((ids, trained),) = encoding.encode(
         dataset({"prompt": "x ", "completion": "ab"}), tok, 64, EOS
-    ).examples
+    ).rows
     assert tok.decode(ids[1:-1]) == "x ab"
     assert tok.convert_ids_to_tokens(ids[trained]) == ["ab", "</s>"]
 
@@ -124,7 +124,7 @@ def test_alpaca_examples_use_the_template(tok):
         {"instruction": "Say b.", "input": None, "output": "b"},
     ]
     encoded = encoding.encode(dataset(*examples), tok, 512, EOS)
-    texts = [tok.decode(ids[1:]) for ids, _ in encoded.examples]
+    texts = [tok.decode(ids[1:]) for ids, _ in encoded.rows]
     assert texts[0] == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -134,7 +134,7 @@ def test_alpaca_examples_use_the_template(tok):
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nSay a.\n\n### Response:a</s>"
     )
-    assert [trained_text(tok, example) for example in encoded.examples] == [
+    assert [trained_text(tok, example) for example in encoded.rows] == [
         "3</s>",
         "a</s>",
         "b</s>",
@@ -143,12 +143,12 @@ def test_alpaca_examples_use_the_template(tok):
 
 def test_braces_in_a_field_are_text(tok):
     fields = {"instruction": "{input} {x}", "input": "{instruction}", "output": "{}"}
-    ((ids, _),) = encoding.encode(dataset(fields), tok, 512, EOS).examples
+    ((ids, _),) = encoding.encode(dataset(fields), tok, 512, EOS).rows
     assert "### Instruction:\n{input} {x}\n\n### Input:\n{instruction}\n" in tok.decode(ids)
 
 
 def test_text_examples_train_everything(tok):
-    ((ids, trained),) = encoding.encode(dataset({"text": "ab cd"}), tok, 64, EOS).examples
+    ((ids, trained),) = encoding.encode(dataset({"text": "ab cd"}), tok, 64, EOS).rows
     assert ids.tolist() == [*tok("ab cd").input_ids, EOS]
     assert (ids[0], ids[-1]) == (BOS, EOS)
     assert trained.all()
@@ -158,7 +158,7 @@ def test_kinds_have_an_order(tok):
     fields = {"text": "no", "prompt": "x", "completion": "ab", "instruction": "no", "output": "no"}
     encoded = encoding.encode(dataset(fields, {**fields, "completion": None}), tok, 512, EOS)
     # Each example has its own kind: without a completion, Alpaca's fields are next.
-    assert [trained_text(tok, example) for example in encoded.examples] == ["ab</s>", "no</s>"]
+    assert [trained_text(tok, example) for example in encoded.rows] == ["ab</s>", "no</s>"]
 
 
 def test_missing_fields_are_named_with_file_and_line(tok, tmp_path):
@@ -198,7 +198,7 @@ def test_cuts_and_skips_are_counted(tok):
         {"prompt": "xyzxyz", "completion": "a"},  # only the prompt would remain
     ]
     encoded = encoding.encode(dataset(*examples), tok, 5, EOS)
-    assert [tok.decode(ids[1:]) for ids, _ in encoded.examples] == ["xy</s>", "xyz"]
+    assert [tok.decode(ids[1:]) for ids, _ in encoded.rows] == ["xy</s>", "xyz"]
     assert (encoded.num_cut, encoded.num_skipped) == (2, 1)
     with pytest.raises(errors.UserError, match="--seq-len"):
         encoding.encode(dataset(examples[2]), tok, 5, EOS)
@@ -210,13 +210,13 @@ def test_a_txt_file_is_one_stream_in_blocks(tok, tmp_path):
     path.write_bytes(text.encode())
     encoded = encoding.encode(sources.load(str(path)), tok, 16, EOS)
     stream = tok(text).input_ids
-    assert np.concatenate([ids for ids, _ in encoded.examples]).tolist() == stream
-    assert [len(ids) for ids, _ in encoded.examples[:-1]] == [16] * (len(stream) // 16)
-    assert all(trained.all() for _, trained in encoded.examples)
+    assert np.concatenate([ids for ids, _ in encoded.rows]).tolist() == stream
+    assert [len(ids) for ids, _ in encoded.rows[:-1]] == [16] * (len(stream) // 16)
+    assert all(trained.all() for _, trained in encoded.rows)
     assert (encoded.num_cut, encoded.num_skipped) == (0, 0)
     # A single last token predicts nothing.
     tail = encoding.encode(sources.load(str(path)), tok, len(stream) - 1, EOS)
-    assert [len(ids) for ids, _ in tail.examples] == [len(stream) - 1]
+    assert [len(ids) for ids, _ in tail.rows] == [len(stream) - 1]
 
 
 def test_prompts_for_exact_match(tok):
@@ -224,7 +224,7 @@ def test_prompts_for_exact_match(tok):
         {"prompt": "xa", "completion": "b", "instruction": None, "output": None},
         {"prompt": None, "completion": None, "instruction": "Say.", "output": "ok"},
     ]
-    encoded = encoding.encode(dataset(*examples), tok, 512, EOS).examples
+    encoded = encoding.encode(dataset(*examples), tok, 512, EOS).rows
     for (ids, expected), (trained_ids, trained), text in zip(
         encoding.prompts(dataset(*examples), tok), encoded, ("b", "ok"), strict=True
     ):
@@ -236,10 +236,10 @@ def test_prompts_for_exact_match(tok):
 
 def test_long_texts_are_split_and_nothing_is_left_out(tok):
     rows = [{"text": "ab cd " * 9}, {"prompt": "ab " * 20, "completion": "cd"}, {"text": "ab"}]
-    whole = encoding.encode(rows, tok, 512, EOS).examples
+    whole = encoding.encode(rows, tok, 512, EOS).rows
     split = encoding.encode(rows, tok, 16, EOS, split_texts=True)
-    (ids, _), parts = whole[0], [ids for ids, _ in split.examples[:-1]]
+    (ids, _), parts = whole[0], [ids for ids, _ in split.rows[:-1]]
     assert len(parts) > 1 and np.concatenate(parts).tolist() == ids.tolist()
-    assert max(map(len, parts)) == 16 and all(trained.all() for _, trained in split.examples)
-    assert split.examples[-1][0].tolist() == whole[2][0].tolist()
+    assert max(map(len, parts)) == 16 and all(trained.all() for _, trained in split.rows)
+    assert split.rows[-1][0].tolist() == whole[2][0].tolist()
     assert (split.num_cut, split.num_skipped) == (1, 1)  # the prompt fills a sequence

@@ -110,7 +110,7 @@ def test_exactly_the_answers_are_trained(tok, layout, chat):
     tok.chat_template = layout.source()
     text, whose = layout.rendered(chat)
     try:
-        (example,) = encoding.encode([{"messages": chat}], tok, 10_000, 2).examples
+        (example,) = encoding.encode([{"messages": chat}], tok, 10_000, 2).rows
     except errors.UserError as error:  # no answer with a letter
         assert "A" not in whose and "a token to train on" in str(error)
         return
@@ -157,5 +157,5 @@ def test_any_row_is_encoded_or_one_error(tok, row, in_pairs):
         encoded = encode([row], tok, 10_000, 2)
     except errors.UserError:
         return
-    for ids, trained in encoded.examples:
+    for ids, trained in encoded.rows:
         assert ids.dtype == np.int32 and trained.dtype == bool and trained[1:].any()

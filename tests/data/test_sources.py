@@ -239,9 +239,9 @@ def test_holdout_of_a_txt_file_is_its_end(tok, tmp_path):
     lines = [f"line {i}" for i in range(50)]
     whole = sources.load(write(tmp_path / "x.txt", *lines))
     train, evaluation = sources.holdout(whole, 0.1, seed=0)
-    ((ids, _),) = encoding.encode(evaluation, tok, 4096, EOS).examples
+    ((ids, _),) = encoding.encode(evaluation, tok, 4096, EOS).rows
     assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[45:])
-    ((ids, _),) = encoding.encode(train, tok, 4096, EOS).examples
+    ((ids, _),) = encoding.encode(train, tok, 4096, EOS).rows
     assert tok.decode(ids[1:]) == "".join(f"{line}\n" for line in lines[:45])
 
 

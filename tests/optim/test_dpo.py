@@ -96,10 +96,10 @@ def encode(tok, *rows, seq_len=64):
 def test_both_answers_follow_the_prompt(tok):
     row = {"prompt": "ab?", "chosen": " cd", "rejected": " ab ab"}
     encoded = encode(tok, row, row)
-    assert len(encoded.examples) == 4 and encoded.origins == ["an example built in memory"] * 4
-    for (ids, trained), answer in zip(encoded.examples[:2], (" cd", " ab ab"), strict=True):
+    assert len(encoded.rows) == 4 and encoded.origins == ["an example built in memory"] * 4
+    for (ids, trained), answer in zip(encoded.rows[:2], (" cd", " ab ab"), strict=True):
         alone = {"prompt": "ab?", "completion": answer}
-        ((same, mask),) = encoding.encode(datasets.Dataset.from_list([alone]), tok, 64, 2).examples
+        ((same, mask),) = encoding.encode(datasets.Dataset.from_list([alone]), tok, 64, 2).rows
         assert ids.tolist() == same.tolist() and trained.tolist() == mask.tolist()
 
 
@@ -112,7 +112,7 @@ def test_messages_are_joined(tok):
         "rejected": [{"role": "assistant", "content": "ab"}],
     }
     encoded = encode(tok, row)
-    texts = [tok.decode(ids[trained]) for ids, trained in encoded.examples]
+    texts = [tok.decode(ids[trained]) for ids, trained in encoded.rows]
     assert texts == ["cd</s>", "ab</s>"]
 
 
@@ -120,7 +120,7 @@ def test_a_pair_is_skipped_whole(tok):
     short = {"prompt": "ab", "chosen": "cd", "rejected": "ab"}
     long = {"prompt": "ab cd " * 20, "chosen": "x", "rejected": "y"}
     encoded = encode(tok, long, short, seq_len=16)
-    assert (len(encoded.examples), encoded.num_skipped, encoded.num_cut) == (2, 1, 2)
+    assert (len(encoded.rows), encoded.num_skipped, encoded.num_cut) == (2, 1, 2)
     with pytest.raises(errors.UserError, match="a token to train on"):
         encode(tok, long, seq_len=16)
 

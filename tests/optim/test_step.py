@@ -207,9 +207,9 @@ def test_a_model_whose_padding_is_its_eos_learns_to_stop(tmp_path):
     texts = [{"prompt": "ab" * (n % 3), "completion": "cd" * n + "."} for n in range(ROWS)]
     encoded = encoding.encode(datasets.Dataset.from_list(texts), tok, TOKENS, tiny_tokenizer.EOS)
     # Renumbered to as few ids as the model has, in the same order.
-    known = np.unique(np.concatenate([ids for ids, _ in encoded.examples]))
+    known = np.unique(np.concatenate([ids for ids, _ in encoded.rows]))
     eos = int(np.searchsorted(known, tiny_tokenizer.EOS))
-    rows = [(np.searchsorted(known, ids), trained) for ids, trained in encoded.examples]
+    rows = [(np.searchsorted(known, ids), trained) for ids, trained in encoded.rows]
     arrays = batches.pad(packing.alone(rows), TOKENS)
     batch = train_loss.Batch(*(jnp.asarray(arrays[name].reshape(MICRO_BATCHES, -1, TOKENS))
                           for name in train_loss.Batch._fields))  # fmt: skip
