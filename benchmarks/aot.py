@@ -233,7 +233,8 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
             with _log() as log:
                 compiled = lowered.compile()
                 printed = log()
-        seconds = time.monotonic() - start
+            seconds = time.monotonic() - start
+            shares = roofline(traced, folder, target) if cycles else None
         uses = compiled.memory_analysis()
         program = hlo.parse(compiled.as_text())
         if path := os.environ.get("AOT_HLO"):
@@ -253,7 +254,7 @@ def compile_here(case: str, target: str) -> dict[str, Any]:
             "dense": written(program, local, dense=True),
             "packed": written(program, local, dense=False),
             "spilled_bytes": spilled_bytes(printed) if target.startswith("gpu") else None,
-            "roofline": roofline(traced, folder, target) if cycles else None,
+            "roofline": shares,
         }
 
 
@@ -356,6 +357,10 @@ def tpu_kernels(jaxpr: Any) -> Iterator[tuple[int, Any, Any]]:
                 x = next(v.aval for v in equation.invars if v.aval.ndim == 2)
                 grid = equation.params["grid_mapping"].grid
                 yield math.prod(grid), x, equation.outvars[0].aval
+            continue
+        if equation.primitive.name == "linear":  # its function is traced when it is lowered
+            types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+            yield from tpu_kernels(jax.make_jaxpr(equation.params["function"])(*types).jaxpr)
             continue
         for inner in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")
