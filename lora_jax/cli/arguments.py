@@ -1,7 +1,6 @@
-"""The parser of flags, and the flags that commands share."""
+"""The parser of flags: it returns those that were typed, and lists all that cannot be read."""
 
 import argparse
-import os
 import pathlib
 import re
 import sys
@@ -9,8 +8,6 @@ from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from lora_jax import errors, extras
-from lora_jax.parallel import cluster, processes
-from lora_jax.training.output import run_folder
 from lora_jax.training.settings import assemble, convert, groups, names
 
 Given = dict[str, Any]  # {flag, with _ for -: value} of the typed flags
@@ -18,7 +15,6 @@ Given = dict[str, Any]  # {flag, with _ for -: value} of the typed flags
 # Flags with a path on this machine.
 _PATHS = ("model", "adapter", "dataset", "eval_dataset", "output_dir", "prompts_file",
           "output_file", "config", "chat_template", "init_adapter")  # fmt: skip
-_PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
 class Flags:
@@ -190,128 +186,3 @@ def _in_place_of(url: str) -> str:
         "copy the files to a local disk (gcloud storage cp -r gs://bucket/folder . ), or mount the "
         "bucket with gcsfuse and give the path there"
     )
-
-
-def add_model(flags: Flags) -> None:
-    """--model, --revision, --quant, --use-4bit, --dtype, --mesh and others."""
-    flags.group("model")
-    flags.add("--model", "folder or Hugging Face id (default: the demo model)",
-              metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
-    formats = ", ".join(groups.CHOICES["quant"])
-    flags.add("--quant", f"format of the frozen linear layers: {formats} (default: the "
-              "checkpoint's)", metavar="FORMAT")  # fmt: skip
-    flags.switch("--quant-fast", "int4 without the search for scales: loads faster, with 3 %% "
-                 "more error")  # fmt: skip
-    flags.switch("--use-4bit", "same as --quant int4")
-    flags.switch("--no-4bit", "same as --quant none")
-    flags.add("--dtype", "compute dtype (default: that of config.json; float16 becomes bfloat16)")
-    flags.add("--mesh", "devices by axis, e.g. data=-1,fsdp=8,tensor=1 (default: fsdp if the base "
-              "does not fit on one device, else data)")  # fmt: skip
-    flags.add("--kernels", "auto: those for this device, if they are right on it; xla: none")
-
-
-def add_data(flags: Flags) -> None:
-    """--dataset, --weights, --dpo, --eval-dataset, --columns, --seq-len, --split-texts,
-    --train-on-inputs, --packing, --streaming, --skip-bad-rows, --as-chat, --chat-template,
-    --add-special-tokens, --add-tokens, --chat-time."""
-    flags.group("data")
-    flags.add("--dataset", ".jsonl, .json, .csv, .parquet, .txt, a folder of them or hub id; "
-              "examples with text, "
-              "prompt/completion, instruction/output or chat messages; several are mixed",
-              nargs="+", metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--weights", "share of each data set in the sequences, e.g. 3,1; an epoch keeps its "
-              "length (default: each example once an epoch)", metavar="W,W")  # fmt: skip
-    flags.switch("--dpo", "train on preferences (DPO): examples with prompt, chosen and rejected, "
-                 "as strings or message lists")  # fmt: skip
-    flags.add("--eval-dataset", "held-out data (default, with --eval-every: --eval-size of "
-              "--dataset)", metavar="PATH|HUB_ID")  # fmt: skip
-    flags.add("--columns", "map fields to columns with other names, e.g. "
-              "prompt=question,completion=answer")  # fmt: skip
-    flags.add("--seq-len", f"cut examples after T tokens (default: {groups.SEQ_LEN}, or the "
-              "model's context if that is shorter)", type=int, metavar="T")  # fmt: skip
-    flags.switch("--split-texts", "cut examples with text into several of T tokens, instead of "
-                 "leaving out their ends")  # fmt: skip
-    flags.switch("--train-on-inputs", "train prompts and all messages of chats, not the answers "
-                 "alone")  # fmt: skip
-    flags.switch("--packing", "pack several examples into each sequence of T tokens; attention "
-                 "stays within an example; --batch-size counts sequences")  # fmt: skip
-    flags.switch("--streaming", "read the data during training, in order, shuffled within "
-                 "blocks of a few thousand examples; needs --max-steps")  # fmt: skip
-    flags.add("--skip-bad-rows", "skip and report up to N rows that cannot be read or trained on",
-              type=int, metavar="N")  # fmt: skip
-    flags.switch("--as-chat", "put prompt/completion, instruction/output and preferences of "
-                 "strings into the chat template, with system and history")  # fmt: skip
-    add_chat_template(flags)
-    flags.add("--add-special-tokens", "new tokens that separate, such as those of a chat template "
-              "that the tokenizer does not have; their embeddings are trained", nargs="+",
-              metavar="TOKEN")  # fmt: skip
-    flags.add("--add-tokens", "new tokens that are text, such as words; their embeddings are "
-              "trained", nargs="+", metavar="TOKEN")  # fmt: skip
-    flags.add("--chat-time", "the time that a chat template prints, e.g. 2026-01-31 (default: when "
-              "the run starts)", metavar="TIME")  # fmt: skip
-
-
-def add_chat_template(flags: Flags) -> None:
-    """--chat-template."""
-    flags.add(
-        "--chat-template",
-        "a Jinja file, the folder or hub id of a model whose chat template is used, or a template "
-        "(default: the tokenizer's)",
-        metavar="FILE|PATH|HUB_ID",
-    )
-
-
-def add_processes(flags: Flags) -> None:
-    """--coordinator, --num-processes, --process-id."""
-    flags.group("several processes (set by TPU slices, SLURM and Open MPI)")
-    flags.add("--coordinator", "a free port on the host of process 0",
-              metavar="HOST:PORT")  # fmt: skip
-    flags.add("--num-processes", "number of processes", type=int, metavar="N")
-    flags.add("--process-id", "index of this process, from 0", type=int, metavar="I")
-
-
-def join(typed: Given) -> Given:
-    """`typed` without the flags of add_processes, once all processes are connected.
-
-    From then on only process 0 prints.
-    """
-    processes.start(cluster.find(*(typed.get(name) for name in _PROCESSES)))
-    if not processes.leads():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    kept = {name: value for name, value in typed.items() if name not in _PROCESSES}
-    processes.same("flags", kept)
-    return kept
-
-
-def refuse_processes(typed: Given, why: str) -> None:
-    """Raises UserError if a flag of add_processes was typed. why: what makes it useless."""
-    if pointless := [name for name in _PROCESSES if name in typed]:
-        raise errors.UserError(
-            expected="flags that have an effect",
-            found=[f"{convert.flag(name)} with {why}" for name in pointless],
-            do="leave them out, and name the devices of all processes with --target",
-        )
-
-
-def quantization(typed: Given) -> Given:
-    """`typed` with --use-4bit and --no-4bit replaced by --quant."""
-    meant = {
-        value
-        for flag, value in (("use_4bit", "int4"), ("no_4bit", "none"))
-        if typed.pop(flag, False)
-    } | ({typed["quant"]} if "quant" in typed else set())
-    if len(meant) > 1:
-        raise errors.UserError(
-            expected="one kind of quantization", found=", ".join(sorted(meant)),
-            where="--quant, --use-4bit (int4), --no-4bit (none)", do="give one of them",
-        )  # fmt: skip
-    return {**typed, "quant": meant.pop()} if meant else typed
-
-
-def note_other_base(adapter: pathlib.Path, quant: str) -> None:
-    """Prints how to use the base that a run's adapter was trained on, if `quant` is another."""
-    trained_on = run_folder.quantization_of(adapter)
-    if trained_on not in (None, quant):
-        print(f"note: the adapter was trained with --quant {trained_on}, and this is --quant "
-              f"{quant}; use --quant {trained_on} for the same base", file=sys.stderr)  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from lora_jax import console, errors
-from lora_jax.cli import arguments, sampling_flags, serve
+from lora_jax.cli import arguments, model_flags, sampling_flags, serve
 from lora_jax.generation import config as generation_config
 from lora_jax.training.settings import groups
 
@@ -40,12 +40,12 @@ class ChatSettings:
 def flags(**where: Any) -> arguments.Flags:
     """The flags of `chat`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
-    arguments.add_model(flags)
+    model_flags.add(flags)
     flags.add("--adapter", "PEFT adapter, folder or hub id, by a name; may be repeated. Without "
               "--model, the config of the first names the base model", action="append",
               metavar="NAME=PATH|HUB_ID")  # fmt: skip
     flags.add("--system", "system prompt (default: that of the chat template)", metavar="TEXT")
-    arguments.add_chat_template(flags)
+    model_flags.add_chat_template(flags)
     flags.add("--context", "maximum number of tokens of the chat (default: the model's, up to "
               f"{generation_config.DEFAULT_CONTEXT})", type=int, metavar="T")  # fmt: skip
     flags.group("sampling")
@@ -57,7 +57,7 @@ def flags(**where: Any) -> arguments.Flags:
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
     """The typed flags."""
-    return arguments.quantization(flags().typed(argv))
+    return model_flags.quantization(flags().typed(argv))
 
 
 def settings_of(typed: arguments.Given) -> ChatSettings:

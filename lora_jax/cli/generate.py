@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_jax import console, errors
-from lora_jax.cli import arguments, results_file, sampling_flags
+from lora_jax.cli import arguments, model_flags, process_flags, results_file, sampling_flags
 from lora_jax.generation import config as generation_config
 from lora_jax.parallel import processes
 from lora_jax.training.settings import checks, groups
@@ -51,7 +51,7 @@ class GenerateSettings:
 def flags(**where: Any) -> arguments.Flags:
     """The flags of `generate`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
-    arguments.add_model(flags)
+    model_flags.add(flags)
     flags.add("--adapter", "PEFT adapter, folder or hub id; its config names the base model",
               metavar="PATH|HUB_ID")  # fmt: skip
     flags.group("prompts")
@@ -59,7 +59,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--prompts-file", "file with one prompt per line; or .jsonl, .json, .csv, .parquet "
               "with prompt or messages in each example", metavar="FILE")  # fmt: skip
     flags.switch("--chat", "apply the chat template to each prompt; messages always need it")
-    arguments.add_chat_template(flags)
+    model_flags.add_chat_template(flags)
     flags.add("--chat-time", "the time that a chat template prints, e.g. 2026-01-31 (default: the "
               "present)", metavar="TIME")  # fmt: skip
     flags.add("--output-file", "write the results as JSON lines; the same command goes on with "
@@ -78,13 +78,13 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--min-tokens", "generate at least N tokens", type=int, metavar="N")
     flags.switch("--ignore-eos", "do not stop at the model's end of text")
     flags.add("--slots", "prompts that are continued at the same time", type=int, metavar="N")
-    arguments.add_processes(flags)
+    process_flags.add(flags)
     return flags
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
     """The typed flags."""
-    return arguments.quantization(flags().typed(argv))
+    return model_flags.quantization(flags().typed(argv))
 
 
 def settings_of(typed: arguments.Given) -> GenerateSettings:
@@ -130,7 +130,7 @@ def _out_of_range(values: arguments.Given) -> Iterator[errors.UserError]:
 
 
 def main() -> int:
-    settings = settings_of(arguments.join(parse()))
+    settings = settings_of(process_flags.join(parse()))
     from lora_jax.cli import opening
 
     found = opening.files(settings.base, settings.model, settings.adapter)

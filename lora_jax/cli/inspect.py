@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_jax import assets, console, errors
-from lora_jax.cli import arguments
+from lora_jax.cli import arguments, data_flags
 from lora_jax.training.settings import assemble, checks, groups
 
 DEFAULTS = {"rows": 3, "first": 1, "tokens": False}
@@ -33,7 +33,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--model", "model with the tokenizer, folder or Hugging Face id; its weights are not "
               "downloaded (default: the demo model)", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--revision", "branch, tag or commit of a hub model", metavar="REV")
-    arguments.add_data(flags)
+    data_flags.add(flags)
     flags.group("what to show")
     flags.add("--rows", "number of sequences to show; 0: only the summary", type=int,
               metavar="N")  # fmt: skip

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from lora_jax import console, errors, quant
-from lora_jax.cli import arguments
+from lora_jax.cli import arguments, model_flags
 from lora_jax.training.settings import checks, convert, groups
 
 DEFAULTS = {"max_kl": 0.01}
@@ -84,7 +84,7 @@ def main() -> int:
         revision = revision or own_revision
     folder = hub.model_folder(name, revision, named_by=named_by)
     if base.quant is None:
-        arguments.note_other_base(source, base.resolve_quant(model_config.load(folder), folder))
+        model_flags.note_other_base(source, base.resolve_quant(model_config.load(folder), folder))
     merge(folder, adapter, into, settings)
     return 0
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from lora_jax import assets, console, errors, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder
-from lora_jax.cli import arguments
+from lora_jax.cli import model_flags
 from lora_jax.data import chat
 from lora_jax.generation import chunks, config, engine
 from lora_jax.generation import pool as pools
@@ -80,7 +80,7 @@ def files(
     architecture = model_folder.config(folder)
     quant = settings.resolve_quant(architecture, folder)
     if found and settings.quant is None and processes.leads():
-        arguments.note_other_base(found, quant)
+        model_flags.note_other_base(found, quant)
     num_bytes = inventory.loaded_bytes(folder, dtype=settings.dtype, quantization=quant)
     mesh = sharding.choose(settings.mesh, num_bytes)
     reader = tokenizer.load(folder, found, chat_template=settings.chat_template)

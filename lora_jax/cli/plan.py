@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from lora_jax import console, errors, hub
-from lora_jax.cli import arguments, plan_serve, train
+from lora_jax.cli import arguments, plan_serve, process_flags, train
 from lora_jax.cli import plan_output as output
 from lora_jax.training.settings import groups
 
@@ -29,7 +29,7 @@ MAIN = ("--serve", "--target", "--hbm", "--no-compile", "--json", "--model", "--
 def run(of: train.Asked) -> int:
     """Prints the plan of the run that `train` would start with these flags."""
     asked, settings = of.others, of.settings
-    arguments.refuse_processes(asked, "--plan")
+    process_flags.refuse(asked, "--plan")
     limit = output.num_bytes(asked["hbm"]) if "hbm" in asked else None
 
     from lora_jax.lora import tied_head

@@ -5,7 +5,7 @@ import json
 from typing import Any, NamedTuple
 
 from lora_jax import console, errors, hub
-from lora_jax.cli import arguments, train
+from lora_jax.cli import arguments, model_flags, train
 from lora_jax.cli import plan_output as output
 from lora_jax.training.settings import groups
 
@@ -37,7 +37,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.group("planning")
     flags.switch("--serve", "plan a server, not a training job")
     train.add_planning(flags)
-    arguments.add_model(flags)
+    model_flags.add(flags)
     flags.group("serving")
     flags.add("--slots", "requests generated at the same time", type=int, metavar="N")
     flags.add("--context", "maximum number of tokens of prompt and output (default: the model's)",
@@ -50,7 +50,7 @@ def flags(**where: Any) -> arguments.Flags:
 
 def parse(argv: list[str] | None = None) -> Settings:
     """What the flags ask for. Raises: UserError if they contradict each other."""
-    typed = arguments.quantization(flags().typed(argv))
+    typed = model_flags.quantization(flags().typed(argv))
     values = {name: typed.get(name, default) for name, default in DEFAULTS.items()}
     least = {"slots": 1, "context": 1, "adapters": 0, "rank": 1}
     if wrong := [f"--{name} {typed[name]}" for name in least if typed.get(name, 1) < least[name]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax import console, errors, extras
-from lora_jax.cli import arguments, sampling_flags
+from lora_jax.cli import arguments, model_flags, process_flags, sampling_flags
 from lora_jax.generation import config
 from lora_jax.serving import settings as serve_settings
 from lora_jax.training.settings import groups
@@ -49,13 +49,13 @@ class Settings:
 def flags(**where: Any) -> arguments.Flags:
     """The flags of `serve`. where: see arguments.Flags."""
     flags = arguments.Flags(DESCRIPTION, DEFAULTS, **where)
-    arguments.add_model(flags)
+    model_flags.add(flags)
     flags.add("--adapter", "PEFT adapter, folder or hub id, by the name that requests give in "
               "`model`; may be repeated. Without --model, the config of the first names the base "
               "model", action="append", metavar="NAME=PATH|HUB_ID")  # fmt: skip
     flags.add("--served-model-name", "the base's name in `model` (default: the last part of its "
               "path or id)", metavar="NAME")  # fmt: skip
-    arguments.add_chat_template(flags)
+    model_flags.add_chat_template(flags)
     flags.group("engine")
     flags.add("--slots", "choices generated at the same time", type=int, metavar="N")
     flags.add("--context", "maximum number of tokens of prompt and output (default: the model's, "
@@ -85,13 +85,13 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--timeout", "seconds that a request may take", type=float, metavar="S")
     flags.add("--drain", "seconds that requests have to end after SIGTERM", type=float,
               metavar="S")  # fmt: skip
-    arguments.add_processes(flags)
+    process_flags.add(flags)
     return flags
 
 
 def parse(argv: list[str] | None = None) -> arguments.Given:
     """The typed flags."""
-    return arguments.quantization(flags().typed(argv))
+    return model_flags.quantization(flags().typed(argv))
 
 
 def settings_of(typed: arguments.Given) -> Settings:
@@ -171,7 +171,7 @@ def names_of(settings: Settings, base: str, *, alone: bool) -> tuple[str, str, d
 
 
 def main() -> int:
-    settings = settings_of(arguments.join(parse()))
+    settings = settings_of(process_flags.join(parse()))
     extras.require(extra="serve")
     import jax
 

@@ -4,7 +4,7 @@ import sys
 from typing import Any, NamedTuple
 
 from lora_jax import console, errors
-from lora_jax.cli import arguments
+from lora_jax.cli import arguments, data_flags, model_flags, process_flags
 from lora_jax.training import outcome as outcomes
 from lora_jax.training.settings import assemble, convert, files, groups
 
@@ -47,8 +47,8 @@ def flags(**where: Any) -> arguments.Flags:
 
 def add_run(flags: arguments.Flags) -> None:
     """The flags that say what a run does."""
-    arguments.add_model(flags)
-    arguments.add_data(flags)
+    model_flags.add(flags)
+    data_flags.add(flags)
     flags.group("adapter")
     flags.add("--init-adapter", "train this adapter further, with its rank, targets and so on; its "
               "config names the base model", metavar="PATH|HUB_ID")  # fmt: skip
@@ -138,7 +138,7 @@ def add_run(flags: arguments.Flags) -> None:
     flags.switch("--chat", "apply the chat template to --prompt")
     flags.add("--max-new-tokens", "maximum number of generated tokens", type=int, metavar="N")
     flags.add("--temperature", "0: always take the most likely token", type=float)
-    arguments.add_processes(flags)
+    process_flags.add(flags)
 
 
 def add_planning(flags: arguments.Flags) -> None:
@@ -161,7 +161,7 @@ def asked(flags: arguments.Flags, argv: list[str] | None) -> Asked:
     """As `parse`, for the flags of another command."""
     typed, problems = flags.raw(argv)
     with errors.noted(problems):
-        typed = arguments.quantization(typed)
+        typed = model_flags.quantization(typed)
     others = {name: typed.pop(name) for name in _NO_SETTINGS if name in typed}
     origins: dict[str, str] = {}
     if "config" in typed:
@@ -197,7 +197,7 @@ def main() -> int:
             found=[convert.flag(name) for name in planning],
             do="--plan with them and without --resume, or leave them out",
         )
-    arguments.join({**asked.given, **asked.others, "resume": resume})
+    process_flags.join({**asked.given, **asked.others, "resume": resume})
     if resume and "output_dir" not in asked.given:
         raise errors.UserError(
             expected="the folder of the run to continue",

@@ -9,8 +9,8 @@ import cli
 import pytest
 
 from lora_jax import errors
-from lora_jax.cli import arguments, runner
 from lora_jax.cli import generate as generate_script
+from lora_jax.cli import model_flags, runner
 from lora_jax.cli import train as train_script
 from lora_jax.training.settings import assemble, convert, groups
 
@@ -272,14 +272,14 @@ def test_a_mistyped_folder_leads_to_its_neighbor(tmp_path, monkeypatch):
 def test_an_adapter_of_another_base_is_noted(tmp_path, capsys):
     adapter = tmp_path / "run/lr=1/adapter"  # of a sweep
     adapter.mkdir(parents=True)
-    arguments.note_other_base(adapter, "none")
+    model_flags.note_other_base(adapter, "none")
     assert capsys.readouterr().err == ""  # no run.json
     (tmp_path / "run/run.json").write_text('{"settings": {"quant": "int4"}}')
-    arguments.note_other_base(adapter, "none")
+    model_flags.note_other_base(adapter, "none")
     assert "trained with --quant int4, and this is --quant none" in capsys.readouterr().err
-    arguments.note_other_base(adapter, "int4")
+    model_flags.note_other_base(adapter, "int4")
     (tmp_path / "run/run.json").write_text("{")
-    arguments.note_other_base(adapter, "none")
+    model_flags.note_other_base(adapter, "none")
     assert capsys.readouterr().err == ""
 
 
