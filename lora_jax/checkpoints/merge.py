@@ -14,12 +14,13 @@ from lora_jax.checkpoints import (
     finite,
     inventory,
     model_folder,
-    safetensors_files,
+    safetensors_writer,
     storage,
     whole,
     writer,
 )
-from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
+from lora_jax.checkpoints.safetensors_files import StoredTensor
+from lora_jax.checkpoints.safetensors_writer import TensorSpec
 from lora_jax.checkpoints.storage.stored_linear import StoredLinear
 from lora_jax.lora import adapter as host
 from lora_jax.lora import algebra, outer_names, pissa, targets, tied_head, token_indices
@@ -101,7 +102,7 @@ def plan(
 
     def part(name: str, tensor: StoredTensor | StoredLinear) -> writer.Part:
         dense = isinstance(tensor, StoredTensor)
-        dtype = tensor.dtype if dense else safetensors_files.NAMES[default]
+        dtype = tensor.dtype if dense else safetensors_writer.NAMES[default]
         source = _Source(tensor, dtype, rounded if name in linears else None, search)
         return _part(name, source, fitted)
 
@@ -164,7 +165,7 @@ def _spec(source: _Source, base: np.ndarray | None) -> TensorSpec:
 
 
 def _given(name: str, array: np.ndarray) -> writer.Part:
-    return writer.Part(name, {name: safetensors_files.spec_of(array)}, lambda: {name: array})
+    return writer.Part(name, {name: safetensors_writer.spec_of(array)}, lambda: {name: array})
 
 
 def _dense(name: str, source: _Source) -> dict[str, np.ndarray]:

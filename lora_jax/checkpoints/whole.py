@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from lora_jax import errors
-from lora_jax.checkpoints import model_folder, safetensors_files, writer
+from lora_jax.checkpoints import model_folder, safetensors_writer, writer
 from lora_jax.models import config as model_config
 
 _DENSE = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # I64: the numbers of positions
@@ -30,7 +30,7 @@ def parts(
             do="pass the model before quantization",
         )
     name_of = model_folder.names_in_folder(stored, config.composite)
-    copied = (writer.Part(name, {name: safetensors_files.TensorSpec(tensor.dtype, tensor.shape)},
+    copied = (writer.Part(name, {name: safetensors_writer.TensorSpec(tensor.dtype, tensor.shape)},
                           lambda name=name, tensor=tensor: {name: tensor.value()})
               for name, tensor in others.items())  # fmt: skip
     return [*(_renamed(part, name_of) for part in own), *copied]

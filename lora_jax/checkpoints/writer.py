@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import errors, hub
-from lora_jax.checkpoints import finite, free_space, safetensors_files
-from lora_jax.checkpoints.safetensors_files import TensorSpec
+from lora_jax.checkpoints import finite, free_space, safetensors_files, safetensors_writer
+from lora_jax.checkpoints.safetensors_writer import TensorSpec
 
 SHARD = 5 * 10**9  # the most bytes of a file, unless a single part is larger
 
@@ -114,7 +114,7 @@ def _write_weights(folder: pathlib.Path, parts: Sequence[Part], shard: int) -> I
         name = name if len(files) > 1 else "model.safetensors"
         specs = dict(itertools.chain.from_iterable(part.specs.items() for part in held))
         late = [text for part in held for text in part.late]
-        with safetensors_files.Writer(folder / name, specs, late) as writer:
+        with safetensors_writer.Writer(folder / name, specs, late) as writer:
             for part in held:
                 for tensor, array in part.make().items():
                     writer.write(tensor, array)

@@ -20,7 +20,15 @@ from cli import BASE, ROOT, metrics, refused, run, write_rows
 from flax import nnx
 
 from lora_jax import errors
-from lora_jax.checkpoints import inventory, loader, quantize, safetensors_files, storage, writer
+from lora_jax.checkpoints import (
+    inventory,
+    loader,
+    quantize,
+    safetensors_files,
+    safetensors_writer,
+    storage,
+    writer,
+)
 from lora_jax.models import quantization_config
 from lora_jax.parallel import mesh as sharding
 from lora_jax.quant import formats
@@ -43,7 +51,7 @@ def test_a_matrix_is_read_as_it_was_quantized(tmp_path, fmt):
     assert specs.keys() == tensors.keys()
     known = {name: spec for name, spec in specs.items() if spec is not None}
     path = tmp_path / "model.safetensors"
-    with safetensors_files.Writer(path, known, specs.keys() - known.keys()) as file:
+    with safetensors_writer.Writer(path, known, specs.keys() - known.keys()) as file:
         for name, array in tensors.items():
             file.write(name, array)
     native = fmt in quantization_config.NATIVE
@@ -92,8 +100,8 @@ def test_tensors_start_at_multiples_of_their_dtypes_size(tmp_path):
     path = tmp_path / "x.safetensors"
     arrays = {"a": np.arange(3, dtype=np.uint8), "b": np.arange(5, dtype=np.float32),
               "c": np.arange(7, dtype=np.float16)}  # fmt: skip
-    specs = {name: safetensors_files.spec_of(array) for name, array in arrays.items()}
-    with safetensors_files.Writer(path, specs, ["late"]) as file:
+    specs = {name: safetensors_writer.spec_of(array) for name, array in arrays.items()}
+    with safetensors_writer.Writer(path, specs, ["late"]) as file:
         for name, array in (arrays | {"late": np.arange(9, dtype=np.uint8)}).items():
             file.write(name, array)
     for name, array in safetensors.numpy.load_file(path).items():
@@ -108,11 +116,11 @@ def test_tensors_start_at_multiples_of_their_dtypes_size(tmp_path):
     for entry in header.values():
         assert entry["data_offsets"][0] % safetensors_files.DTYPES[entry["dtype"]] == 0
     with pytest.raises(ValueError, match="'b'"):
-        with safetensors_files.Writer(path, specs, []) as file:
+        with safetensors_writer.Writer(path, specs, []) as file:
             file.write("a", arrays["a"])
             file.write("c", arrays["c"])
     with pytest.raises(ValueError, match="expected a as"):
-        with safetensors_files.Writer(path, specs, []) as file:
+        with safetensors_writer.Writer(path, specs, []) as file:
             file.write("a", arrays["b"])
 
 
@@ -147,7 +155,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(self, name, array):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors_files.Writer, "write", full)
+    monkeypatch.setattr(safetensors_writer.Writer, "write", full)
     with pytest.raises(errors.UserError, match="No space left"):
         write(tmp_path / "copy", "int8")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax.checkpoints.safetensors_files import StoredTensor, TensorSpec
+from lora_jax.checkpoints.safetensors_files import StoredTensor
+from lora_jax.checkpoints.safetensors_writer import TensorSpec
 from lora_jax.checkpoints.storage import (
     awq,
     bitsandbytes,

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.checkpoints import finite, safetensors_files
-from lora_jax.checkpoints.safetensors_files import TensorSpec
+from lora_jax.checkpoints.safetensors_writer import TensorSpec
 from lora_jax.checkpoints.storage import stored_linear
 from lora_jax.checkpoints.storage.stored_linear import PackedSpec, Recipe, StoredLinear
 from lora_jax.kernels import packed as packing

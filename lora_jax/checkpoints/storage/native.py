@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax.checkpoints import safetensors_files
-from lora_jax.checkpoints.safetensors_files import TensorSpec
+from lora_jax.checkpoints import safetensors_files, safetensors_writer
+from lora_jax.checkpoints.safetensors_writer import TensorSpec
 from lora_jax.checkpoints.storage import stored_linear
 from lora_jax.checkpoints.storage.stored_linear import PackedSpec, Recipe, StoredLinear
 from lora_jax.kernels import packed as packing
@@ -24,7 +24,7 @@ def check(tensors, rows, columns, declared) -> tuple[StoredLinear | None, list[s
     problems = []
     for name, shape in spec.shapes(rows, columns, 1)._asdict().items():
         if shape is not None and name in tensors:
-            dtype = safetensors_files.spec_of(shape).dtype
+            dtype = safetensors_writer.spec_of(shape).dtype
             problems += stored_linear.mismatches(tensors[name], name, (dtype,), shape.shape)
         elif shape is not None:
             problems.append(f"{name} is missing")
@@ -52,7 +52,7 @@ def pack(raw: dict[str, jax.Array], recipe: Recipe) -> packing.Packed:
 def tensor_specs(fmt: str, rows: int, columns: int) -> dict[str, TensorSpec | None]:
     """{name: dtype and shape} of what `tensors` returns."""
     shapes = PackedSpec(fmt).shapes(rows, columns, 1)._asdict()
-    return {name: safetensors_files.spec_of(s) for name, s in shapes.items() if s is not None}
+    return {name: safetensors_writer.spec_of(s) for name, s in shapes.items() if s is not None}
 
 
 def tensors(fmt: str, weight: np.ndarray, *, search: bool) -> dict[str, np.ndarray]:
