@@ -126,7 +126,7 @@ def _serve() -> None:
         runner,
         train,  # noqa: F401
     )
-    from lora_jax.training import loop  # noqa: F401
+    from lora_jax.training import stages  # noqa: F401
 
     thrift.begin()
     console.PLAIN_LINES = 1000  # show every step

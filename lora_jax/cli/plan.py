@@ -37,12 +37,12 @@ def run(of: train.Asked) -> int:
     from lora_jax.parallel import mesh as sharding
     from lora_jax.planning import chips, programs, proposals, resident
     from lora_jax.planning import memory as device_memory
-    from lora_jax.training import setup, single_tokens, starting
+    from lora_jax.training import planned, setup, single_tokens, starting
 
     settings, start = starting.find(settings, resuming=False)
     base = hub.config_folder(settings.model.model, settings.model.revision)
     if settings.loop.sweep:
-        count = setup.num_adapters(settings)
+        count = planned.num_adapters(settings)
         raise errors.UserError(
             expected="a job that trains one adapter",
             found=f"--sweep with {count} adapters",
@@ -65,7 +65,7 @@ def run(of: train.Asked) -> int:
     # The rows of the new tokens beside those of the base are too few to matter.
     new = (*settings.model.add_tokens, *settings.model.add_special_tokens)
     settings = single_tokens.with_new(settings, architecture, new)
-    job = setup.planned_job(settings, architecture, _generation(settings, context))
+    job = planned.job(settings, architecture, _generation(settings, context))
     if settings.model.mesh:
         sizes = sharding.parse(settings.model.mesh, host.count)
     else:

@@ -31,9 +31,9 @@ def _run(settings: groups.TrainSettings) -> outcome.Steps:
             shown = {name: flat[name] for name in assets.settings()
                      if name in flat and name != settings.loop.swept}  # fmt: skip
             say("settings", "the demo's: " + console.pairs(shown))
-        from lora_jax.training import loop
+        from lora_jax.training import stages
 
-        return (yield from loop.load_and_run(settings, folder, resuming=False))
+        return (yield from stages.load_and_run(settings, folder, resuming=False))
 
 
 def resume(output_dir: str, **given: groups.Value) -> outcome.Steps:
@@ -51,6 +51,6 @@ def _resume(output_dir: str, given: groups.Flat) -> outcome.Steps:
     with run_folder.opened(path, resume=True) as folder:
         record, where = folder.read_run()["settings"], str(folder.path / "run.json")
         settings = resume_settings.resumed(record, {**given, "output_dir": output_dir}, where)
-        from lora_jax.training import loop
+        from lora_jax.training import stages
 
-        return (yield from loop.load_and_run(settings, folder, resuming=True))
+        return (yield from stages.load_and_run(settings, folder, resuming=True))

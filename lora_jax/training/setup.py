@@ -16,19 +16,17 @@ from lora_jax.checkpoints import inventory, loader, model_folder, safetensors_fi
 from lora_jax.console import say
 from lora_jax.data import chat, clock
 from lora_jax.kernels import choice
-from lora_jax.lora import outer_names, tied_head, token_indices
+from lora_jax.lora import outer_names, tied_head
 from lora_jax.lora.nnx import model_state, vocabulary
 from lora_jax.models import config as model_config
 from lora_jax.models import llama
-from lora_jax.parallel import devices, processes
 from lora_jax.parallel import mesh as sharding
-from lora_jax.planning import chips, proposals
-from lora_jax.planning import job as jobs
+from lora_jax.parallel import processes
 from lora_jax.selftest import case, of_model, proof
-from lora_jax.training import run_data, starting
+from lora_jax.training import planned, run_data, starting
 from lora_jax.training.adapters import one_adapter, sweep
 from lora_jax.training.output import run_folder
-from lora_jax.training.settings import convert, groups
+from lora_jax.training.settings import groups
 
 if TYPE_CHECKING:
     import transformers
@@ -134,62 +132,6 @@ def with_chat_time(
     return settings.replace(chat_time=time)
 
 
-def num_adapters(settings: groups.TrainSettings) -> int:
-    """How many adapters are trained at the same time."""
-    return len(convert.sweep(settings.loop.sweep)[1]) if settings.loop.sweep else 1
-
-
-def planned_job(
-    settings: groups.TrainSettings,
-    architecture: model_config.LlamaConfig,
-    generation: tuple[int, int, int] | None = None,
-) -> jobs.Job:
-    """The settings as planning takes them. generation: see jobs.Job."""
-    loop, lora_settings = settings.loop, outer_names.inner_config(settings.lora, architecture)
-    return jobs.Job(
-        architecture,
-        dtype=settings.model.dtype,
-        quant=settings.model.quant,
-        lora=token_indices.with_any_ids(lora_settings),  # a plan reads no tokenizer
-        optim=settings.optim,
-        remat=loop.remat,
-        batch_size=loop.batch_size,
-        grad_accum=loop.grad_accum,
-        seq_len=settings.data.seq_len,
-        generation=generation,
-        beta=settings.beta,
-    )
-
-
-def to_plan(
-    settings: groups.TrainSettings, architecture: model_config.LlamaConfig, mesh: Mesh
-) -> tuple[jobs.Job, chips.Target]:
-    """(the job as planning takes it, the devices)."""
-    first = mesh.devices.flat[0]
-    job = planned_job(settings, architecture)
-    job = dataclasses.replace(job, batch_size=job.batch_size * num_adapters(settings))
-    return job, chips.of_kind(first.platform, first.device_kind, mesh.size)
-
-
-def choose_remat(
-    settings: groups.TrainSettings,
-    architecture: model_config.LlamaConfig,
-    mesh: Mesh,
-    data: run_data.RunData,
-) -> groups.TrainSettings:
-    """The settings with the remat policy that "auto" chooses on these devices."""
-    if settings.loop.remat != "auto":
-        return settings
-    job, target = to_plan(settings, architecture, mesh)
-    limit = devices.memory_bytes(jax.local_devices()[0])
-    limit = processes.broadcast(limit)  # hosts may report different amounts
-    longest = job.of_length(data.batches.length)
-    chosen, needs = proposals.choose_remat(longest, dict(mesh.shape), target.chip, limit)
-    if needs:
-        say("remat", console.remat(chosen, needs, limit))
-    return settings.replace(remat=chosen)
-
-
 def load(
     settings: groups.TrainSettings,
     base: Base,
@@ -256,7 +198,7 @@ def _prove(
         batch, length = shape
         packed = settings.data.packing or settings.data.dpo
         cases += of_model.training(
-            model, batch=batch * num_adapters(settings), length=length, packed=packed
+            model, batch=batch * planned.num_adapters(settings), length=length, packed=packed
         )
     if slots:
         cases += of_model.generation(model, slots)

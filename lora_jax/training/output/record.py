@@ -10,7 +10,7 @@ from lora_jax import errors
 from lora_jax.checkpoints import fingerprints
 from lora_jax.parallel import devices, processes
 from lora_jax.planning import memory as device_memory
-from lora_jax.training import monitor, setup
+from lora_jax.training import monitor, planned, setup
 from lora_jax.training.output import run_folder
 from lora_jax.training.report import page
 from lora_jax.training.settings import assemble
@@ -23,10 +23,10 @@ def make(job: setup.Job) -> run_folder.Record:
     """The record of a run that starts."""
     settings, architecture = job.settings, job.base.architecture
     flat = assemble.absolute(settings.flat())
-    plan, target = setup.to_plan(settings, architecture, job.mesh)
-    planned = device_memory.memory(plan, dict(job.mesh.shape), target.chip).total
+    plan, target = planned.job_and_target(settings, architecture, job.mesh)
+    num_bytes = device_memory.memory(plan, dict(job.mesh.shape), target.chip).total
     if target.platform == "cpu":  # there, peak_bytes is that of the process, not of one device
-        planned *= len(job.mesh.local_devices)
+        num_bytes *= len(job.mesh.local_devices)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return run_folder.Record(
         status="starting",
@@ -35,7 +35,7 @@ def make(job: setup.Job) -> run_folder.Record:
         versions={"lora-jax": lora_jax.__version__, **versions},
         device=devices.describe(),
         mesh=dict(job.mesh.shape),
-        memory={"planned_bytes": planned, "bytes_before": job.held},
+        memory={"planned_bytes": num_bytes, "bytes_before": job.held},
         base={"id": flat["model"], **fingerprints.fingerprint(job.base.folder)},
         data=job.data.fingerprints | ({"adapter": job.start.digest()} if job.start else {}),
     )
