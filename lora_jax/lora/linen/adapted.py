@@ -33,7 +33,8 @@ from lora_jax.lora import site as lora_site
 from lora_jax.lora.linen import boxes as boxing
 from lora_jax.lora.linen import calls, reads, summary, tracing, weights
 from lora_jax.lora.linen import saved as linen_saved
-from lora_jax.lora.linen.sites import Params, Path, Site
+from lora_jax.lora.linen.sites import Site
+from lora_jax.lora.linen.tracing import Params, Path
 from lora_jax.lora.linen.weights import PACKED, Base, Flat
 
 

@@ -8,10 +8,10 @@ from lora_jax import errors
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets, token_indices
-from lora_jax.lora.linen import adapted, summary
+from lora_jax.lora.linen import adapted, summary, tracing
 from lora_jax.lora.linen import saved as linen_saved
 from lora_jax.lora.linen import sites as linen_sites
-from lora_jax.lora.linen.sites import Path
+from lora_jax.lora.linen.tracing import Path
 from lora_jax.quant import formats
 
 
@@ -44,7 +44,7 @@ def adapt(
         )
     if quant != "none":
         formats.codes(quant)  # raises if unknown
-    examples = linen_sites.calls_of(args, kwargs)
+    examples = tracing.calls_of(args, kwargs)
     sites, others, variables = linen_sites.survey(module, examples)
     chosen: dict[Path, lora_site.LayerConfigs] = {}
     saved: tuple[Path, ...] = ()

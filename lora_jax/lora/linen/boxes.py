@@ -8,7 +8,8 @@ from flax import core, traverse_util
 from flax import linen as nn
 
 from lora_jax.layers import linear_map
-from lora_jax.lora.linen.sites import Path, Site
+from lora_jax.lora.linen.sites import Site
+from lora_jax.lora.linen.tracing import Path
 
 
 def of(tree: Mapping[str, Any]) -> dict[Path, Any]:

@@ -7,8 +7,7 @@ from flax import linen as nn
 from flax import nnx
 
 from lora_jax.layers import linear_map, registry
-
-Path = tuple[str | int, ...]
+from lora_jax.lora.linen.tracing import Path
 
 
 class Weight(NamedTuple):

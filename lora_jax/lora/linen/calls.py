@@ -12,7 +12,8 @@ from lora_jax.layers import linear_map
 from lora_jax.lora import algebra
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.linen import bridged, products, registry, tracing
-from lora_jax.lora.linen.sites import Path, Site
+from lora_jax.lora.linen.sites import Site
+from lora_jax.lora.linen.tracing import Path
 from lora_jax.lora.linen.weights import PACKED, WAS
 from lora_jax.quant import product as packed_product
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from lora_jax.lora.linen import calls, tracing
-from lora_jax.lora.linen.sites import Path, Site
+from lora_jax.lora.linen.sites import Site
+from lora_jax.lora.linen.tracing import Path
 
 
 def only_by_products(

@@ -12,7 +12,8 @@ from jaxtyping import Array, Num
 from lora_jax import errors
 from lora_jax.layers import linear_map, places
 from lora_jax.lora.linen import sites as linen_sites
-from lora_jax.lora.linen.sites import Params, Path
+from lora_jax.lora.linen import stacks
+from lora_jax.lora.linen.tracing import Params, Path
 from lora_jax.lora.linen.weights import Flat
 
 
@@ -90,7 +91,7 @@ def tensors(
             )
             leaf = "weight" if end[-1] in ("kernel", "embedding", "scale") else end[-1]
             for index in np.ndindex(*lead):
-                name = linen_sites.numbered(path, stack and stack.depth, index, ())
+                name = stacks.numbered(path, stack and stack.depth, index, ())
                 name = places.dotted((name, *end[:-1], leaf))
                 yield Tensor(name, path, end, whole, axes, index, convolution)
 

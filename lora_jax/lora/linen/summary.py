@@ -7,7 +7,8 @@ from lora_jax.layers import linear_map, places
 from lora_jax.lora import config as lora_config
 from lora_jax.lora import site as lora_site
 from lora_jax.lora import targets
-from lora_jax.lora.linen.sites import Path, Site
+from lora_jax.lora.linen.sites import Site
+from lora_jax.lora.linen.tracing import Path
 
 if TYPE_CHECKING:
     from lora_jax.lora.linen import adapted

@@ -13,6 +13,11 @@ import numpy as np
 from flax import core, traverse_util
 from flax import linen as nn
 
+from lora_jax import errors
+
+Path = tuple[str | int, ...]  # of a module or parameter; with numbers in an NNX module
+Params = Mapping[str, Any]  # nested, as the collections of a Linen model are
+
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Call:
@@ -42,6 +47,18 @@ class Call:
             return method(own, *args, **kwargs)
 
         return run
+
+
+def calls_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Call, ...]:
+    """The example calls: `args` if they are Calls, otherwise the one with these arguments."""
+    several = [isinstance(arg, Call) for arg in args]
+    if any(several) and not (all(several) and not kwargs):
+        raise errors.UserError(
+            expected="the arguments of one call of the model, or a Call for each",
+            found="both",
+            do='linen.Call(x, method="encode"), linen.Call(z, method="decode")',
+        )
+    return args if any(several) else (Call(*args, **kwargs),)
 
 
 def is_own(layer: nn.Module) -> bool:

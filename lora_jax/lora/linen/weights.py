@@ -14,7 +14,8 @@ from lora_jax.layers import placement, places
 from lora_jax.lora import site as lora_site
 from lora_jax.lora.linen import boxes as boxing
 from lora_jax.lora.linen import tracing
-from lora_jax.lora.linen.sites import Params, Path, Site
+from lora_jax.lora.linen.sites import Site
+from lora_jax.lora.linen.tracing import Params, Path
 from lora_jax.quant import formats
 
 Flat = dict[Path, Any]  # arrays, or their shapes
