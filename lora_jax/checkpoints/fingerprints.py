@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_jax import hub
 from lora_jax.checkpoints import safetensors_files
-from lora_jax.models import config as model_config
+from lora_jax.models import config_file
 
 _PIECES, _SIZE = 4, 1024  # of each tensor
 
@@ -23,7 +23,7 @@ def fingerprint(folder: pathlib.Path | str) -> dict[str, Any]:
     folder = pathlib.Path(folder)
     stored = safetensors_files.tensors(folder)
     return {
-        "config": model_config.read(folder),
+        "config": config_file.read(folder),
         "tensors": _digest({name: [*s.shape, s.dtype] for name, s in stored.items()}),
         "bytes": sum(path.stat().st_size for path in {s.path for s in stored.values()}),
         "checksum": _sample(sorted({s.path for s in stored.values()})),

@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax import errors
 from lora_jax.checkpoints import safetensors_files, scaled
 from lora_jax.checkpoints.safetensors_files import StoredTensor
-from lora_jax.models import composite, names
+from lora_jax.models import composite, config_file, names
 from lora_jax.models import config as model_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -26,11 +26,11 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     file beside config.json.
     Raises: UserError if config.json or a file of tensors cannot be read.
     """
-    raw = model_config.read(folder)
+    raw = config_file.read(folder)
     declared = model_config.from_dict(raw, where=str(folder / "config.json"))
     stored = tensors(folder, declared)
     if declared.quantization is None and any(name.endswith(".qweight") for name in stored):
-        raw["quantization_config"] = model_config.read_quantization(folder)
+        raw["quantization_config"] = config_file.read_quantization(folder)
     if declared.tie_word_embeddings and has_own_head(stored):
         raw = composite.changed(raw, tie_word_embeddings=False)
     if not model_config.states_dtype(raw) and EMBEDDING in stored:
@@ -78,7 +78,7 @@ def tensors(folder: pathlib.Path, config: model_config.LlamaConfig) -> dict[str,
 
 def notes(folder: pathlib.Path) -> list[str]:
     """What a user of the folder should know, one line each; nothing for most folders."""
-    raw = model_config.read(folder)
+    raw = config_file.read(folder)
     declared = model_config.from_dict(raw, where=str(folder / "config.json"))
     found = model_config.notes(raw)
     stored = tensors(folder, declared)

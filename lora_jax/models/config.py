@@ -1,7 +1,6 @@
 """config.json of LLaMA and its relatives → one checked, frozen dataclass. Imports no jax."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from lora_jax import errors
 from lora_jax.models import (
     composite,
+    config_file,
     config_keys,
     config_values,
     layer_types,
@@ -103,52 +103,11 @@ _DTYPES = {
     **dict.fromkeys(("float16", "half", "fp16"), "float16"),
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
 }
-_QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def load(folder: pathlib.Path) -> LlamaConfig:
     """The architecture in `folder/config.json`. Raises: UserError with everything that is wrong."""
-    return from_dict(read(folder), where=str(pathlib.Path(folder) / "config.json"))
-
-
-def read(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json as it is. Raises: UserError if it is no JSON object."""
-    folder = pathlib.Path(folder)
-    if not (folder / "config.json").is_file():
-        is_adapter = (folder / "adapter_config.json").exists()
-        raise errors.UserError(
-            expected="a Hugging Face model folder with config.json",
-            found="an adapter's folder" if is_adapter else "no config.json",
-            where=str(folder),
-            do="pass its base, and the adapter with --adapter, to train it with --init-adapter; or "
-            "merge them with lora-jax merge"
-            if is_adapter
-            else "pass the folder that holds config.json and *.safetensors, or a hub id",
-        )
-    return _json_object(folder / "config.json")
-
-
-def read_quantization(folder: pathlib.Path) -> dict[str, Any] | None:
-    """`quantization_config` in the file beside config.json that AutoGPTQ and AutoAWQ wrote."""
-    for name, method in _QUANTIZATION_FILES.items():
-        if (folder / name).is_file():
-            return {"quant_method": method, **_json_object(folder / name)}
-    return None
-
-
-def _json_object(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, …
-        raise errors.UserError(
-            expected="JSON", found=str(error), where=str(path), do="download the file again"
-        ) from None
-    if not isinstance(raw, dict):
-        raise errors.UserError(
-            expected="a JSON object", found=f"a {type(raw).__name__}", where=str(path),
-            do="download the file again",
-        )  # fmt: skip
-    return raw
+    return from_dict(config_file.read(folder), where=str(pathlib.Path(folder) / "config.json"))
 
 
 def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
@@ -157,31 +116,8 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     Raises: UserError with every key that changes the computation and is not implemented, and every
     value that cannot be right.
     """
-    around = raw["model_type"] if composite.of(raw) else ""
-    is_flat = composite.is_flat(raw)
-    if around and not is_flat and not isinstance(raw.get("text_config"), Mapping):
-        raise errors.UserError(
-            expected=f"text_config, the language model inside of {around}",
-            found=config_values.shown(raw.get("text_config")),
-            where=where,
-            do="download the file again",
-        )
-    raw = composite.language_model(raw)
-    where += ": text_config" if around and not is_flat else ""
-    model_type = raw.get("model_type")
-    known = composite.TEXTS if around else tuple(model_types.MODEL_TYPES)
-    if not isinstance(model_type, str) or model_type not in known:
-        nested = [key for key, value in raw.items() if isinstance(value, dict)
-                  and value.get("model_type") in [*model_types.MODEL_TYPES]]  # fmt: skip
-        raise errors.UserError(
-            expected=f"model_type among {', '.join(known)}"
-            + ("" if around else
-               f"; or, with one of these inside, {', '.join(composite.COMPOSITES)}"),
-            found=config_values.shown(model_type)
-            + (f", a model with a language model inside, in {nested[0]}" if nested else ""),
-            where=where,
-            do="use a LLaMA-like model, or inject LoRA into a Flax model of your own",
-        )  # fmt: skip
+    around, raw, where = _language_model(raw, where)
+    model_type = raw["model_type"]
     problems = config_keys.not_implemented(raw)
     defaults = model_types.MODEL_TYPES[model_type].defaults
     raw = config_keys.read(raw)
@@ -243,6 +179,39 @@ def from_dict(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         else None,
         composite=around,
     )
+
+
+def _language_model(raw: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any], str]:
+    """(the model type around it or "", what config.json says of the language model, and where).
+
+    Raises: UserError if it is none that this package implements.
+    """
+    around = raw["model_type"] if composite.of(raw) else ""
+    is_flat = composite.is_flat(raw)
+    if around and not is_flat and not isinstance(raw.get("text_config"), Mapping):
+        raise errors.UserError(
+            expected=f"text_config, the language model inside of {around}",
+            found=config_values.shown(raw.get("text_config")),
+            where=where,
+            do="download the file again",
+        )
+    raw = composite.language_model(raw)
+    where += ": text_config" if around and not is_flat else ""
+    model_type = raw.get("model_type")
+    known = composite.TEXTS if around else tuple(model_types.MODEL_TYPES)
+    if not isinstance(model_type, str) or model_type not in known:
+        nested = [key for key, value in raw.items() if isinstance(value, dict)
+                  and value.get("model_type") in [*model_types.MODEL_TYPES]]  # fmt: skip
+        raise errors.UserError(
+            expected=f"model_type among {', '.join(known)}"
+            + ("" if around else
+               f"; or, with one of these inside, {', '.join(composite.COMPOSITES)}"),
+            found=config_values.shown(model_type)
+            + (f", a model with a language model inside, in {nested[0]}" if nested else ""),
+            where=where,
+            do="use a LLaMA-like model, or inject LoRA into a Flax model of your own",
+        )  # fmt: skip
+    return around, raw, where
 
 
 def _activation(values: config_values.Values, raw: dict[str, Any]) -> str:
