@@ -6,7 +6,7 @@ Imports no jax.
 import typing
 from collections.abc import Mapping
 
-from lora_jax.data import kinds, messages, template
+from lora_jax.data import kinds, messages, turn_ends
 from lora_jax.data.template import ChatError, Message
 
 
@@ -107,7 +107,7 @@ def _value(value: object) -> object:
 
 def _texts(prompt: str | None, chosen: str, rejected: str) -> Texts:
     if prompt is None:
-        size = template.common(chosen, rejected)
+        size = turn_ends.common(chosen, rejected)
         # The space in front of a word belongs to the word, as tokens have it.
         while 0 < size < max(len(chosen), len(rejected)) and chosen[size - 1] == " ":
             size -= 1
@@ -134,7 +134,7 @@ def _chats(fields: kinds.Fields, prompt: object, *answers: object) -> Chats:
         size = 0
     whole = [(before if size else []) + chat for chat in both]
     # What comes before the first difference has nothing to prefer.
-    shared = max(size, template.common(*whole)) if prompt is None or not size else size
+    shared = max(size, turn_ends.common(*whole)) if prompt is None or not size else size
     size = min(shared, *(len(chat) - 1 for chat in whole))
     full = [messages.with_system(chat, fields) for chat in whole]
     return Chats(size + len(full[0]) - len(whole[0]), (full[0], full[1]))

@@ -14,15 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lora_jax.data import colors, template_source
+from lora_jax.data import colors, template_source, turn_ends
 
 if typing.TYPE_CHECKING:
     import transformers
 
 Message = colors.Message
 Span = tuple[int, int]  # the first character, and the one after the last
-
-_PROBES = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xyz"}]
 
 
 class ChatError(Exception):
@@ -42,19 +40,6 @@ class Rendering(typing.NamedTuple):
     loses_reasoning: bool
 
 
-class _Ends(typing.NamedTuple):
-    """What a template writes around answers.
-
-    prompt: after a user's message, up to where an answer begins. opening: the part of it that only
-    the generation prompt has. final, inner: after the last answer, and after those before it.
-    """
-
-    prompt: str
-    opening: str
-    final: str
-    inner: str
-
-
 class Template:
     """A tokenizer's chat template, for chats with these tools and these options of the template."""
 
@@ -71,7 +56,7 @@ class Template:
             raise ChatError(str(error)) from error
         self._tokenizer, self._tools, self._options = tokenizer, tools, options or {}
         self._literals = template_source.literals(self.source)
-        self._known_ends: _Ends | None = None
+        self._known_ends: turn_ends.TurnEnds | None = None
 
     def render(
         self, messages: Sequence[Message], *, generate: bool = False, continues: bool = False
@@ -137,9 +122,9 @@ class Template:
     def unknown_tokens(self) -> list[str]:
         """What is written like a token around answers, such as <|im_end|>, and is none of the
         tokenizer's."""
-        text = "".join(self._ends())
+        text = "".join(self._ends().texts)
         with contextlib.suppress(ChatError):  # of a template for lists of parts
-            text = self.render(_PROBES) + text
+            text = self.render(turn_ends.PROBES) + text
         marks = (*re.findall(r"<\|?\w+\|?>", text), self.end_of_answer)
         known = self._tokenizer.get_vocab()
         return [mark for mark in dict.fromkeys(marks) if mark and mark not in known]
@@ -195,9 +180,9 @@ class Template:
                 continue
             before = int(lasts[n - 1]) + 1 if n else 0
             after = int(firsts[n + 1]) if n + 1 < len(firsts) else len(text)
-            start = before + self._start(text[before:first])
+            start = before + self._ends().start(text[before:first])
             is_last = int(owners[first]) + 1 == len(trained)
-            yield start, last + 1 + self._end(text[last + 1 : after], is_last=is_last)
+            yield start, last + 1 + self._ends().end(text[last + 1 : after], is_last=is_last)
 
     def _unseen_turn(self, text: str, owners: np.ndarray, number: int) -> Span | None:
         """The answer of a message without a letter, such as {}, if it alone is between others."""
@@ -214,113 +199,25 @@ class Template:
         if start < 0:
             return None
         start += len(opening)
-        size = self._end(between[start:], is_last=not len(after))
+        size = self._ends().end(between[start:], is_last=not len(after))
         closing = self._ends().inner if len(after) else self._ends().final
         if not between[start : start + size].removesuffix(closing.strip()).strip():
             return None
         return first + start, first + start + size
 
-    def _start(self, text: str) -> int:
-        """Where an answer begins, in the text that is between the message before it and its own."""
-        ends = self._ends()
-        for known in filter(str.strip, (ends.opening, ends.prompt)):
-            # As much of it as is there: a prompt may open a block that a finished answer lacks. But
-            # at least its first word.
-            word = re.search(r"\w+", known)
-            least = word.end() if word else len(known)
-            for size in range(len(known), least - 1, -1):
-                if (place := text.rfind(known[:size])) >= 0:
-                    return place + size
-        return len(text)
-
-    def _end(self, text: str, *, is_last: bool) -> int:
-        """The length of what ends a turn, in the text from an answer's last letter on."""
-        ends = self._ends()
-        for known in (ends.final, ends.inner) if is_last else (ends.inner, ends.final):
-            shown = known.rstrip() or known
-            if shown and (place := text.find(shown)) >= 0:
-                return place + len(shown)
-        if is_last:
-            return len(text)
-        return _header(text, ends.opening) or self._special_end(text)
-
-    def _special_end(self, text: str) -> int:
-        """The end of the first special token in the text; 0 if there is none."""
-        special = map(str, self._tokenizer.added_tokens_decoder.values())
-        places = [(text.find(token), -len(token)) for token in special if token in text]
-        place, size = min(places, default=(0, 0))
-        return place - size
-
-    def _ends(self) -> _Ends:
+    def _ends(self) -> turn_ends.TurnEnds:
         if self._known_ends is None:
-            self._known_ends = self._probed()
+            special = map(str, self._tokenizer.added_tokens_decoder.values())
+            self._known_ends = turn_ends.found(self._rendered, tuple(special))
         return self._known_ends
 
-    def _probed(self) -> _Ends:
-        """Finds what the template writes around answers, from chats of one to three messages."""
-
-        def after_last(*messages: Message, generate: bool = False) -> str | None:
-            try:
-                text = self.render(messages, generate=generate)
-                owners = self._colors(messages, self.render(messages))
-            except ChatError:
-                return None
-            at = np.flatnonzero(owners >= 0)
-            return text[at[-1] + 1 :] if len(at) else None
-
-        user, answer = _PROBES
-        if after_last(user) is None:  # the content has to be a list of parts
-            user, answer = (
-                each | {"content": [{"type": "text", "text": each["content"]}]} for each in _PROBES
-            )
-        asked = after_last(user) or ""
-        prompt = after_last(user, generate=True) or asked
-        opening = prompt[_border(prompt, 0, common(asked, prompt)) :]
-        if "</think>" in opening:  # an empty block belongs to the answer, as without that prompt
-            opening = opening.partition("<think>")[0]
-        final = after_last(user, answer) or ""
-        inner = self._inner((user, answer, user), final, opening)
-        return _Ends(prompt, opening, final, inner)
-
-    def _inner(self, chat: Sequence[Message], final: str, opening: str) -> str:
-        """What ends the answer in a chat where a user's message follows it."""
+    def _rendered(
+        self, messages: Sequence[Message], *, generate: bool = False
+    ) -> tuple[str, np.ndarray] | None:
+        """(the text, the color of each character without the generation prompt); None if the
+        template refuses the chat."""
         try:
-            text = self.render(chat)
-            owners = self._colors(chat, text)
+            text = self.render(messages, generate=generate)
+            return text, self._colors(messages, self.render(messages))
         except ChatError:
-            return final
-        of_user, of_answer = (np.flatnonzero(owners // colors.PER_MESSAGE == n) for n in (0, 1))
-        at = np.flatnonzero(owners // colors.PER_MESSAGE == 2)
-        if not (len(of_user) and len(of_answer) and len(at)):
-            return final
-        head, between = text[: of_user[0]], text[of_answer[-1] + 1 : at[0]]
-        if between.startswith(final.rstrip() or final):
-            return final
-        # It ends before the user's header, which both turns of the user have in front, and where it
-        # is no longer as at the end of a chat.
-        least = len(between) - common(head[::-1], between[::-1])
-        size = _border(between, least, max(least, common(final, between)))
-        return between[: size or self._special_end(between) or _header(between, opening)]
-
-
-def _border(text: str, least: int, most: int) -> int:
-    """The largest size up to `most` at which the text's beginning has no open bracket, if there is
-    one from `least` on; else `least`. It does not cut <|user|> or [INST] in two."""
-    for size in range(most, least - 1, -1):
-        if all(text.count(a, 0, size) == text.count(b, 0, size) for a, b in ("<>", "[]")):
-            return size
-    return least
-
-
-def _header(text: str, opening: str) -> int:
-    """Where the header of the next turn begins: it has the beginning of an assistant's header."""
-    sizes = [common(text[n:], opening) for n in range(len(text))]
-    return int(np.argmax(sizes)) if max(sizes, default=0) > 1 else 0
-
-
-def common(a: Sequence[typing.Any], b: Sequence[typing.Any]) -> int:
-    """How many elements two texts or lists have in common at their beginning."""
-    size = 0
-    while size < min(len(a), len(b)) and a[size] == b[size]:
-        size += 1
-    return size
+            return None
