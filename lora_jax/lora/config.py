@@ -69,17 +69,21 @@ class LoRAConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "trainable_token_indices", _tuples(self.trainable_token_indices))
-        problems = [f"rank {rank}" for rank in (self.rank, *self.rank_pattern.values()) if rank < 1]
-        problems += [f"alpha {alpha}" for alpha in (self.alpha, *self.alpha_pattern.values())
-                     if not abs(alpha) < LARGEST]  # fmt: skip
+        ranks = (self.rank, *self.rank_pattern.values())
+        alphas = (self.alpha, *self.alpha_pattern.values())
+        problems = [f"rank {rank} (at least 1)" for rank in ranks if rank < 1]
+        problems += [f"alpha {alpha} (finite)" for alpha in alphas if not abs(alpha) < LARGEST]
         if not 0 <= self.dropout < 1:
-            problems.append(f"dropout {self.dropout}")
+            problems.append(f"dropout {self.dropout} (at least 0, and below 1)")
         if not self.targets and not self.modules_to_save:
-            problems.append("no targets")
+            problems.append("no targets (at least one)")
         if not re.fullmatch(INITS, self.init_lora_weights):
-            problems.append(f"init_lora_weights {self.init_lora_weights}")
+            problems.append(
+                f"init_lora_weights {self.init_lora_weights} "
+                "(default, pissa, pissa_niter_N or olora)"
+            )
         if self.init_lora_weights.startswith("pissa") and self.alpha <= 0:
-            problems.append(f"alpha {self.alpha} with PiSSA")
+            problems.append(f"alpha {self.alpha} with PiSSA (above 0)")
         if self.lora_bias and (self.use_dora or self.init_lora_weights != "default"):
             problems.append("lora_bias with use_dora, PiSSA or OLoRA")
         problems += ["an empty name in modules_to_save"] if "" in self.modules_to_save else []
@@ -87,13 +91,9 @@ class LoRAConfig:
         problems += self._invalid_expressions()
         if problems:
             raise errors.UserError(
-                expected="rank ≥ 1, a finite alpha, 0 ≤ dropout < 1, at least one target, "
-                "init_lora_weights default, pissa or pissa_niter_N with alpha > 0, or olora; "
-                "lora_bias without use_dora, PiSSA and OLoRA, token ids ≥ 0 that are listed once, "
-                "and valid regular expressions",
+                expected="valid LoRA settings",
                 found=problems,
                 where="the LoRA settings",
-                do="start from --rank 8 --dropout 0 --targets q_proj,v_proj",
             )
 
     def _invalid_tokens(self) -> Iterator[str]:
@@ -101,10 +101,10 @@ class LoRAConfig:
         tokens = self.trainable_token_indices or ()
         for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
             wrong = [token for token in ids if isinstance(token, int) and token < 0]
-            yield from (f"trainable_token_indices {token!r}" for token in wrong)
+            yield from (f"trainable_token_indices {token} (at least 0)" for token in wrong)
             if not wrong:
                 counts = collections.Counter(ids)
-                yield from (f"trainable_token_indices {token} {count} times"
+                yield from (f"trainable_token_indices {token} {count} times (once)"
                             for token, count in counts.items() if count > 1)  # fmt: skip
 
     def _invalid_expressions(self) -> Iterator[str]:

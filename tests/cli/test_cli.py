@@ -235,7 +235,7 @@ def test_problems_of_flags_and_of_a_file_are_in_one_error(monkeypatch, tmp_path)
         "a whole number found: 'two' where: --num-processes",
         "learning_rate where: mine.yaml, line 1 to do: the setting is called lr here",
         "a number found: --epochs: 'many' --lr: 'fast'",
-        "found: rank 0 where: mine.yaml, line 3: rank",
+        "found: rank 0 (at least 1) where: mine.yaml, line 3: rank",
         "--alpha 0.0 (at least 1e-06)",  # typed: no line of the file
     ):
         assert part in message, part

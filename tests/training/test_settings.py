@@ -126,7 +126,7 @@ def test_problems_of_a_file_have_its_name_and_lines(tmp_path):
     for part in (
         f"found: rank more than once where: {path}, lines 2 and 5",
         f"found: load_in_4bit where: {path}, line 4 to do: quant: nf4",
-        f"found: dropout 2 where: {path}, line 3: dropout",
+        f"found: dropout 2 (at least 0, and below 1) where: {path}, line 3: dropout",
         f"--beta without --dpo where: {path}, line 6: beta",
     ):
         assert part in message
@@ -255,6 +255,17 @@ def test_a_file_without_a_mapping_is_refused(text, message, tmp_path):
     assert f"to do:    did you mean {tmp_path}/mine.yaml?" in str(error.value)
     with pytest.raises(errors.UserError, match="to do:    check the path"):
         settings.load(tmp_path / "else")
+
+
+def test_numbers_in_yaml_have_base_10(tmp_path):
+    """YAML 1.1 reads 010 as 8, and 8:30 as 510."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("rank: 010\nseed: 1_000\nprompt: [12:30, 1:30.5]\n")
+    found = settings.load(path).flat()
+    assert (found["rank"], found["seed"], found["prompt"]) == (10, 1000, ["12:30", "1:30.5"])
+    path.write_text("max_time: 8:30\nbatch_size: 1:30\n")
+    with pytest.raises(errors.UserError, match=r"(?s)a time such as 8h.*a whole number"):
+        settings.load(path)
 
 
 def test_an_empty_file_and_names_with_dashes_are_read(tmp_path):

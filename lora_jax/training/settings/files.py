@@ -1,6 +1,7 @@
 """Reads and writes settings as YAML: `train --config FILE`, and the config.yaml of a run."""
 
 import pathlib
+import re
 from typing import NamedTuple
 
 from lora_jax import errors
@@ -27,7 +28,7 @@ def read(path: pathlib.Path | str) -> File:
     do = None
     try:
         text = pathlib.Path(path).expanduser().read_bytes()  # UTF-8, or UTF-16 with a mark
-        found, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        found, root = yaml.load(text, _loader()), yaml.compose(text, yaml.SafeLoader)
         problem = None if isinstance(found, dict | None) else f"a {type(found).__name__}"
     except OSError as error:
         problem = error.strerror or str(error)
@@ -63,6 +64,25 @@ def read(path: pathlib.Path | str) -> File:
         {name: f"{path}, line {numbers[-1]}" for name, numbers in lines.items()},
         twice,
     )
+
+
+def _loader() -> type:
+    """YAML's safe loader, to which 8:30 and 010 are no numbers of base 60 and 8, as in YAML 1.2."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
+            other_base = re.search(r":|^[-+]?0\d", node.value)
+            return node.value if other_base else super().construct_yaml_int(node)
+
+        def construct_yaml_float(self, node: yaml.ScalarNode) -> float | str:
+            return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+    for name in ("int", "float"):
+        Loader.add_constructor(
+            f"tag:yaml.org,2002:{name}", getattr(Loader, f"construct_yaml_{name}")
+        )
+    return Loader
 
 
 def _name(key: str) -> str:
