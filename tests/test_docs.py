@@ -268,6 +268,7 @@ def test_messages_are_those_of_the_code():
     code = "\n".join(path.read_text() for path in (ROOT / "lora_jax").rglob("*.py"))
     quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(quoted) > 20
+    assert len(set(quoted)) == len(quoted)
     assert not [text for text in quoted if text not in code]
 
 
