@@ -32,40 +32,14 @@ def run(of: train.Asked) -> int:
     process_flags.refuse(asked, "--plan")
     limit = output.num_bytes(asked["hbm"]) if "hbm" in asked else None
 
-    from lora_jax.lora import tied_head
     from lora_jax.models import config as model_config
     from lora_jax.parallel import mesh as sharding
     from lora_jax.planning import chips, programs, proposals, resident
     from lora_jax.planning import memory as device_memory
-    from lora_jax.training import planned, setup, single_tokens, starting
 
-    settings, start = starting.find(settings, resuming=False)
-    base = hub.config_folder(settings.model.model, settings.model.revision)
-    if settings.loop.sweep:
-        count = planned.num_adapters(settings)
-        raise errors.UserError(
-            expected="a job that trains one adapter",
-            found=f"--sweep with {count} adapters",
-            do=f"plan without --sweep and with --batch-size "
-            f"{count * settings.loop.batch_size}, the sequences that it computes at a time; "
-            f"A and B, their moments and gradients take {count} times as much",
-        )
-    architecture = model_config.load(base)
+    settings, job = _job(settings)
     target, host = output.devices(asked.get("target"))
     limit = limit or host.memory
-    context = architecture.context
-    settings = setup.with_targets(settings, architecture).replace(
-        dtype=settings.model.dtype or architecture.dtype,
-        quant=settings.model.resolve_quant(architecture, base),
-        seq_len=settings.data.resolve_seq_len(context),
-    )
-    if start:
-        num_tokens = tied_head.num_tokens(start.adapter, architecture, str(start.folder))
-        architecture = dataclasses.replace(architecture, vocab_size=num_tokens)
-    # The rows of the new tokens beside those of the base are too few to matter.
-    new = (*settings.model.add_tokens, *settings.model.add_special_tokens)
-    settings = single_tokens.with_new(settings, architecture, new)
-    job = planned.job(settings, architecture, _generation(settings, context))
     if settings.model.mesh:
         sizes = sharding.parse(settings.model.mesh, host.count)
     else:
@@ -115,6 +89,42 @@ def run(of: train.Asked) -> int:
     if asked.get("json"):
         print(json.dumps(found, indent=2))
     return 0
+
+
+def _job(settings: groups.TrainSettings) -> tuple[groups.TrainSettings, Any]:
+    """(the settings with the defaults of this base model, the planning.job.Job of a run with them).
+
+    Raises: UserError if it is a sweep.
+    """
+    from lora_jax.lora import tied_head
+    from lora_jax.models import config as model_config
+    from lora_jax.training import planned, setup, single_tokens, starting
+
+    if settings.loop.sweep:
+        count = planned.num_adapters(settings)
+        raise errors.UserError(
+            expected="a job that trains one adapter",
+            found=f"--sweep with {count} adapters",
+            do=f"plan without --sweep and with --batch-size "
+            f"{count * settings.loop.batch_size}, the sequences that it computes at a time; "
+            f"A and B, their moments and gradients take {count} times as much",
+        )
+    settings, start = starting.find(settings, resuming=False)
+    base = hub.config_folder(settings.model.model, settings.model.revision)
+    architecture = model_config.load(base)
+    context = architecture.context
+    settings = setup.with_targets(settings, architecture).replace(
+        dtype=settings.model.dtype or architecture.dtype,
+        quant=settings.model.resolve_quant(architecture, base),
+        seq_len=settings.data.resolve_seq_len(context),
+    )
+    if start:
+        num_tokens = tied_head.num_tokens(start.adapter, architecture, str(start.folder))
+        architecture = dataclasses.replace(architecture, vocab_size=num_tokens)
+    # The rows of the new tokens beside those of the base are too few to matter.
+    new = (*settings.model.add_tokens, *settings.model.add_special_tokens)
+    settings = single_tokens.with_new(settings, architecture, new)
+    return settings, planned.job(settings, architecture, _generation(settings, context))
 
 
 def _settings(job) -> output.Report:
