@@ -6,7 +6,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_jax import assets, console, errors
@@ -86,7 +86,7 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
 def main() -> None:
     settings = settings_of(parse())
     from lora_jax import hub, tokenizer
-    from lora_jax.data import bad_rows, chat, clock, mixture, packing
+    from lora_jax.data import bad_rows, chat, mixture, packing
     from lora_jax.models import config as model_config
     from lora_jax.training import run_data
 
@@ -106,14 +106,7 @@ def main() -> None:
     new = tokenizer.add(reader, model.add_tokens, model.add_special_tokens, vocabulary)
     vocabulary = max(vocabulary, new[-1] + 1) if new else vocabulary
     stops = chat.stop_ids(reader, folder)
-    if len(stops) > 1:
-        console.say("stops", "generation stops at "
-                    + " or ".join(reader.convert_ids_to_tokens(list(stops))))  # fmt: skip
-    if clock.is_read(reader):
-        time = data.chat_time or datetime.datetime.now().isoformat(timespec="seconds")
-        clock.stop(reader, time)
-        console.say("clock", f"the chat template prints the time; here it is {time}, in a run when "
-                    "it starts, or --chat-time")  # fmt: skip
+    say_template(reader, stops, data.chat_time)
     sizes = []
     for (label, source), examples in zip(files, loaded, strict=True):
         _, encoded = run_data.encode(data, examples, reader, stops[0], vocabulary, bad)
@@ -130,26 +123,45 @@ def main() -> None:
         console.say("sequences", f"{len(sequences)} ({what}) of {length} tokens, "
                     f"{packing.filled(sequences, length):.1%} filled")  # fmt: skip
         sizes.append(len(sequences))
-        named = zip(encoded.rows, encoded.origins, strict=True)
-        origins = {id(ids): origin for (ids, _), origin in named}
-        first = settings.first
-        if settings.rows and first > len(sequences):
-            raise errors.UserError(
-                expected=f"one of the {len(sequences)} sequences",
-                found=f"--first {first}",
-                where=source,
-            )
-        chosen = sequences[first - 1 : first - 1 + settings.rows]
-        for number, sequence in enumerate(chosen, first):
-            print(f"\nsequence {number} of {len(sequences)}", flush=True)
-            show(sequence, [origins[id(ids)] for ids, _ in sequence], reader, settings.tokens)
-        print()
+        show_chosen(settings, source, encoded, sequences, reader)
     if data.weights:
         shares = mixture.shares(data.weights)
         sizes = sizes[: len(shares)]  # without held-out data
         shown = 100 if data.streaming else sum(sizes)
         known = None if data.streaming else sizes
         console.say("mixture", "in " + console.mixture(data.dataset, shares, known, shown))
+
+
+def say_template(reader, stops: Sequence[int], chat_time: str | None) -> None:
+    """Says where generation stops, and the time that the chat template prints, which it sets."""
+    from lora_jax.data import clock
+
+    if len(stops) > 1:
+        console.say("stops", "generation stops at "
+                    + " or ".join(reader.convert_ids_to_tokens(list(stops))))  # fmt: skip
+    if clock.is_read(reader):
+        time = chat_time or datetime.datetime.now().isoformat(timespec="seconds")
+        clock.stop(reader, time)
+        console.say("clock", f"the chat template prints the time; here it is {time}, in a run when "
+                    "it starts, or --chat-time")  # fmt: skip
+
+
+def show_chosen(settings: InspectSettings, source: str, encoded, sequences, reader) -> None:
+    """Prints --rows sequences from --first on."""
+    named = zip(encoded.rows, encoded.origins, strict=True)
+    origins = {id(ids): origin for (ids, _), origin in named}
+    first = settings.first
+    if settings.rows and first > len(sequences):
+        raise errors.UserError(
+            expected=f"one of the {len(sequences)} sequences",
+            found=f"--first {first}",
+            where=source,
+        )
+    chosen = sequences[first - 1 : first - 1 + settings.rows]
+    for number, sequence in enumerate(chosen, first):
+        print(f"\nsequence {number} of {len(sequences)}", flush=True)
+        show(sequence, [origins[id(ids)] for ids, _ in sequence], reader, settings.tokens)
+    print()
 
 
 def summarize(label: str, source: str, encoded, seq_len: int) -> None:

@@ -114,28 +114,41 @@ def run(settings: Settings) -> int:
         need, found["xla"] = _compile(show, job, asked.get("target"), sizes, memory)
     found["need"] = need
     if limit is not None:
-        found["fits"] = need <= limit
-        verdict = "fits" if found["fits"] else "does not fit"
-        show(f"\n{verdict}: {console.size(need)} of {console.size(limit)}")
-        found["proposals"] = {
-            "slots": plans.most_slots(job, sizes, target.chip, limit, known),
-            "context": plans.longest_context(job, sizes, target.chip, limit, known),
-        }
-        show(f"\nwhat would fit in {plans.HEADROOM:.0%} of {console.size(limit)}, "
-             "all else unchanged")  # fmt: skip
-        show(output.row("the most --slots", str(found["proposals"]["slots"] or "nothing")))
-        show(output.row("the longest --context", str(found["proposals"]["context"] or "nothing")))
+        found |= _show_verdict(show, need, limit, job, sizes, target, known)
     if target.peaks is not None:
-        show("\nupper bound of the speed: all slots at the published peaks, which no program "
-             "reaches")  # fmt: skip
-        found["tokens_per_second_at_most"] = {}
-        for live in sorted({min(_LIVE, context), context}):
-            speed = plans.tokens_per_second(job, sizes, target, known, live)
-            found["tokens_per_second_at_most"][live] = speed
-            show(output.row(f"tokens/s, requests of {live} tokens", f"{speed:,.0f}"))
+        found["tokens_per_second_at_most"] = _show_speed(show, job, sizes, target, known)
     if asked.get("json"):
         print(json.dumps(found, indent=2))
     return 0
+
+
+def _show_verdict(show, need, limit, job, sizes, target, known) -> output.Report:
+    """Whether the server fits, and how far it could grow."""
+    from lora_jax.planning import serving_memory as plans
+
+    fits = need <= limit
+    verdict = "fits" if fits else "does not fit"
+    show(f"\n{verdict}: {console.size(need)} of {console.size(limit)}")
+    proposals = {
+        "slots": plans.most_slots(job, sizes, target.chip, limit, known),
+        "context": plans.longest_context(job, sizes, target.chip, limit, known),
+    }
+    show(f"\nwhat would fit in {plans.HEADROOM:.0%} of {console.size(limit)}, all else unchanged")
+    show(output.row("the most --slots", str(proposals["slots"] or "nothing")))
+    show(output.row("the longest --context", str(proposals["context"] or "nothing")))
+    return {"fits": fits, "proposals": proposals}
+
+
+def _show_speed(show, job, sizes, target, known) -> dict[int, float]:
+    """{tokens of a request: tokens/s at most}."""
+    from lora_jax.planning import serving_memory as plans
+
+    show("\nupper bound of the speed: all slots at the published peaks, which no program reaches")
+    found = {}
+    for live in sorted({min(_LIVE, job.context), job.context}):
+        found[live] = plans.tokens_per_second(job, sizes, target, known, live)
+        show(output.row(f"tokens/s, requests of {live} tokens", f"{found[live]:,.0f}"))
+    return found
 
 
 def _compile(show, job, target, sizes, memory) -> tuple[int, output.Report]:

@@ -123,16 +123,6 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
     factor = values.positive("factor", context / original)
     if rope_type == "yarn" and factor == 1 and "factor" not in values.given and original == context:
         problems.append("rope parameter factor is missing")
-    others = {key: values.number(key) for key in _FACTORS}
-    if rope_type == "yarn" and theta == 1:
-        problems.append("rope_theta 1 rotates all dimensions alike, which yarn cannot scale")
-    if (
-        rope_type == "llama3"
-        and others["low_freq_factor"] == others["high_freq_factor"] is not None
-    ):
-        problems.append("rope parameters low_freq_factor and high_freq_factor are equal")
-    if rope_type == "longrope" and original == 1:
-        problems.append("original_max_position_embeddings 1 is no length that longrope can scale")
     rope = RopeConfig(
         rope_type=rope_type,
         rope_theta=theta,
@@ -142,9 +132,22 @@ def read(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
         partial_rotary_factor=partial,
         llama_4_scaling_beta=beta or 0.0,
         **{key: values.numbers(key) for key in _LISTS if rope_type == "longrope"},
-        **others,
+        **{key: values.number(key) for key in _FACTORS},
     )
+    problems += _unscalable(rope)
     return rope, problems + values.problems + above.problems
+
+
+def _unscalable(rope: RopeConfig) -> list[str]:
+    """What the formula of a type cannot be computed with."""
+    found = []
+    if rope.rope_type == "yarn" and rope.rope_theta == 1:
+        found.append("rope_theta 1 rotates all dimensions alike, which yarn cannot scale")
+    if rope.rope_type == "llama3" and rope.low_freq_factor == rope.high_freq_factor is not None:
+        found.append("rope parameters low_freq_factor and high_freq_factor are equal")
+    if rope.rope_type == "longrope" and rope.original_max_position_embeddings == 1:
+        found.append("original_max_position_embeddings 1 is no length that longrope can scale")
+    return found
 
 
 def read_local(raw: Mapping[str, Any], context: int) -> tuple[RopeConfig, list[str]]:
