@@ -7,6 +7,7 @@ from lora_jax.models import config_values, model_types, rope_config
 
 _SLIDING = "sliding_attention"
 _KNOWN = ("full_attention", "attention", _SLIDING)
+_DEFAULT_WINDOWS = {"smollm3": None, "phi3": None, "ministral3": None, "cwm": 8192}
 _SWITCHED = ("qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text")  # by use_sliding_window
 
 
@@ -20,7 +21,7 @@ def sliding_windows(
     model_type = raw["model_type"]
     if "sliding_window" not in model_types.MODEL_TYPES[model_type].reads:
         return (None,) * layers
-    window, default = None, None if model_type in ("smollm3", "phi3", "ministral3") else 4096
+    window, default = None, _DEFAULT_WINDOWS.get(model_type, 4096)
     if raw.get("sliding_window", default) is not None:  # null is none, an absent key the default
         window = values.count("sliding_window", default)
     if model_type in ("mistral", "ministral3", "phi3"):
@@ -42,6 +43,9 @@ def ropes(
     if raw["model_type"] == "smollm3":
         rotated = _rotated(values, raw, layers)
         return () if all(rotated) else tuple(rope if each else None for each in rotated)
+    if raw["model_type"] == "exaone4":  # with windows, its other layers are not rotated
+        windows = sliding_windows(values, raw, layers)
+        return tuple(rope if window else None for window in windows) if any(windows) else ()
     if raw["model_type"] in rope_config.NESTED:
         local, problems = rope_config.read_local(raw, context)
         values.problems += problems
@@ -74,7 +78,11 @@ def _usual_kinds(values: config_values.Values, raw: Mapping[str, Any], layers: i
         case "smollm3":
             slides = values.flag("use_sliding_window")
             sliding = [slides and not each for each in _rotated(values, raw, layers)]
-        case "gemma3_text":
+        case "cwm":
+            sliding = [i % 4 != 0 for i in range(layers)]
+        case "exaone4" if isinstance(pattern := raw["sliding_window_pattern"], str) and pattern:
+            sliding = [pattern[i % len(pattern)] == "L" for i in range(layers - 1)] + [False]
+        case "gemma3_text" | "exaone4":
             pattern = _count(values, raw, "sliding_window_pattern")
             sliding = [(i + 1) % pattern != 0 for i in range(layers)]
         case "gemma2" | "olmo3":

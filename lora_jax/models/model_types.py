@@ -43,6 +43,8 @@ _OF_GEMMA = ("attention_bias", "hidden_activation", "query_pre_attn_scalar", "sl
 _DEFAULTS_OF_GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True,
                       "query_pre_attn_scalar": 256,
                       "hidden_activation": "gelu_pytorch_tanh"}  # fmt: skip
+_ROPE_OF_CWM = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
 _ROPE_OF_MINISTRAL3 = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
                        "original_max_position_embeddings": 16384, "beta_fast": 32.0,
                        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -117,6 +119,26 @@ MODEL_TYPES: dict[str, ModelType] = {
         {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 5e5},
         _QK_NORM,
         _OF_OLMO,
+    ),
+    "exaone4": ModelType(
+        ("sliding_window", "sliding_window_pattern", "layer_types"),
+        {"max_position_embeddings": 2048, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}
+        | {"sliding_window_pattern": 4},
+        _QK_NORM,
+        {"norms": "post", "qk_norm": "head"},
+    ),
+    "cwm": ModelType(
+        ("mlp_bias", "sliding_window", "layer_types"),
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "rope_parameters": _ROPE_OF_CWM},
+    ),
+    "internlm3": ModelType(
+        _BIASES, _LONG | {"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5}
+    ),
+    "iquestcoder": ModelType(
+        _BIASES,
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128}
+        | {"rms_norm_eps": 1e-5},
     ),
     "seed_oss": ModelType(
         (*_BIASES, "attention_out_bias", "residual_dropout"),

@@ -107,8 +107,8 @@ def compilations():
 @pytest.mark.parametrize(
     "name",
     [pytest.param("llama", marks=[pytest.mark.device, pytest.mark.long]), "gemma3", "phi3_longrope",
-     *cases.long("gemma2", "llama_bias", "llama_dynamic", "ministral3", "olmo3", "qwen2_window",
-                 "qwen3", "smollm3")],
+     *cases.long("cwm", "exaone4", "gemma2", "llama_bias", "llama_dynamic", "ministral3", "olmo3",
+                 "qwen2_window", "qwen3", "smollm3")],
 )  # fmt: skip
 def test_greedy_tokens_equal_hugging_faces(name):
     """More prompts than slots, of unequal length."""

@@ -1,8 +1,8 @@
 """Writes the golden files that the test suite compares with: Hugging Face and PEFT, on a CPU.
 
-Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for gemma, gemma2, gemma3, granite,
-ministral, ministral3, olmo2, olmo3, phi3, seed_oss, smollm3 and composites), peft 0.21.2, numpy
-2.4; nf4.npz holds values computed by bitsandbytes 0.50.2. The test suite itself needs none of
+Made with torch 2.13.0 (CPU), transformers 5.23.0 (5.24.0 for cwm, exaone4, gemma, gemma2, gemma3,
+granite, ministral, ministral3, olmo2, olmo3, phi3, seed_oss, smollm3 and composites), peft 0.21.2,
+numpy 2.4; nf4.npz holds values computed by bitsandbytes 0.50.2. The test suite itself needs none of
 these. Everything is seeded.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate
@@ -411,6 +411,22 @@ TINY = {
         ),
         (5, 16, 40),
         dict(attn_logit_softcapping=4.0),
+    ),
+    "exaone4": (
+        dict(
+            model_type="exaone4",
+            num_hidden_layers=3,
+            sliding_window=8,
+            sliding_window_pattern=3,
+            rope_parameters=default_rope(500.0),
+        ),
+        (5, 16, 40),
+        dict(layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    ),
+    "cwm": (
+        dict(model_type="cwm", head_dim=16, sliding_window=8, rope_parameters=LLAMA3),
+        (5, 16, 40),
+        dict(layer_types=["sliding_attention", "full_attention"]),
     ),
 }
 

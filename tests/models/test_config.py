@@ -366,6 +366,13 @@ def test_olmo3_gives_its_rope_theta_to_the_layers_without_a_window_alone():
         ("olmo2", {"attention_bias": True},
          {"rms_norm_eps": 1e-5, "qkv_bias": True, "o_bias": True}),
         ("llama", {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu_pytorch_tanh"}),
+        ("exaone4", {"sliding_window": None, "sliding_window_pattern": None},
+         {"sliding_windows": 3 * (None,), "ropes": ()}),
+        ("exaone4", {"sliding_window": 8, "sliding_window_pattern": "LG", "num_hidden_layers": 5},
+         {"sliding_windows": (8, None, 8, None, None)}),
+        ("cwm", {"num_hidden_layers": 5}, {"sliding_windows": (None, 8192, 8192, 8192, None)}),
+        ("internlm3", {"qkv_bias": False, "bias": False}, {"head_dim": 128, "qkv_bias": False}),
+        ("iquestcoder", {"clip_qkv": None}, {"head_dim": 128, "rms_norm_eps": 1e-5}),
     ],
 )  # fmt: skip
 def test_relatives_have_defaults_of_their_own(model_type, changes, expected):

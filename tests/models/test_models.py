@@ -21,7 +21,7 @@ MODELS = sorted(path.name for path in (GOLDEN / "models").iterdir())
 PADDED = ["gemma2", "gemma3", "llama_bias", "llama_dynamic", "qwen2_window", "stories260K"]
 CACHED = ["gemma2", "gemma3", "llama_dynamic", "ministral3", "olmo3", "qwen2_window"]
 # Of what others have; test_config.py has what is read of them.
-FAMILIAR = ["gemma", "llama_yarn_factors", "llama_yarn_mscale", "seed_oss"]
+FAMILIAR = ["cwm", "gemma", "llama_yarn_factors", "llama_yarn_mscale", "seed_oss"]
 TINY = [name for name in MODELS if name != "stories260K"]
 TOLERANCE = 2e-4  # float32 logits of std 1.5 to 6; float32 itself is within 1e-4 of float64
 
