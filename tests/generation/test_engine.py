@@ -106,9 +106,9 @@ def compilations():
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("llama", marks=[pytest.mark.device, pytest.mark.long]), "gemma3", "phi3_longrope",
-     *cases.long("cwm", "exaone4", "gemma2", "llama_bias", "llama_dynamic", "ministral3", "olmo3",
-                 "qwen2_window", "qwen3", "smollm3")],
+    [pytest.param("llama", marks=[pytest.mark.device, pytest.mark.long]), "phi3_longrope",
+     *cases.long("cwm", "exaone4", "gemma2", "gemma3", "llama_bias", "llama_dynamic", "ministral3",
+                 "olmo3", "qwen2_window", "qwen3", "smollm3")],
 )  # fmt: skip
 def test_greedy_tokens_equal_hugging_faces(name):
     """More prompts than slots, of unequal length."""
@@ -146,6 +146,7 @@ def test_relatives_in_int4_generate_what_the_whole_forward_pass_does(name):
         assert tuple(logits.argmax(axis=-1)[len(prompt) - 1 : -1].tolist()) == own
 
 
+@pytest.mark.long  # as `generate` and `chat` do
 def test_an_adapter_of_the_model_changes_what_is_generated_and_dropout_does_not():
     own = nnx.clone(model(SMALL))
     targets = lora_config.LoRAConfig(targets=("q_proj", "down_proj"), dropout=0.5)

@@ -428,7 +428,8 @@ CASES = {
 # Whose code other cases take too, or the test of DoRA and of packed weights.
 LONG = ("nested apply of an adapted weight", "attend by hand", "own param", "spectral norm",
         "square scan", "nested scan", "scan of another call", "several weights",
-        "a factor, and a keyword", "registered", "keyword")  # fmt: skip
+        "a factor, and a keyword", "registered", "keyword", "super", "map_variables",
+        "told by the call", "a bias of two axes", "square vmap on axis 1")  # fmt: skip
 
 
 @pytest.mark.parametrize(

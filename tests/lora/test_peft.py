@@ -260,7 +260,7 @@ FINISHED = (*(f"{name}/final_adapter" for name in (*RUNS, *CHANGING)), "lora_pat
 # The runs above have their trained models, and others their kinds of adapters.
 REPEATED = tuple(f"{name}/final_adapter" for name in (
     "lora_qv", "lora_all_rslora", "lora_plus", "lora_dora_embedding", "lora_embedding",
-    "lora_saved", "lora_granite"))  # fmt: skip
+    "lora_saved", "lora_granite", "lora_gemma2", "lora_dora", "lora_tokens"))  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def stand_in(monkeypatch):
     return reported
 
 
-def test_a_run_reports_to_a_dashboard_and_is_profiled(tmp_path, monkeypatch):
+def test_a_run_reports_to_a_dashboard(tmp_path, monkeypatch):
     reported, folder = stand_in(monkeypatch), tmp_path / "run"
     monkeypatch.setitem(chips.PEAKS, "cpu", chips.Peaks(1e10, 1e11, 1e10))
     monkeypatch.setattr(devices, "device_peak_bytes", lambda: 5_670_000_000)
@@ -111,7 +111,7 @@ def test_a_run_reports_to_a_dashboard_and_is_profiled(tmp_path, monkeypatch):
         "--max-steps", 5, "--dataset", rows, "--eval-every", 5, "--output-dir", folder,
         # the program of test_from_python.py
         "--rank", 4, "--seq-len", 32, "--trainable-token-indices", "<s>",
-        "--report-to", "wandb", "--profile", tmp_path / "trace",
+        "--report-to", "wandb",
     )  # fmt: skip
     assert ended.code == 0 and ended.err == "", ended
     assert reported.rows == cli.metrics(folder) and reported.finished
@@ -124,7 +124,18 @@ def test_a_run_reports_to_a_dashboard_and_is_profiled(tmp_path, monkeypatch):
     assert run["compile_seconds"] >= 7.25 and ended.out.count("warning") == 1
     out = " ".join(ended.out.split())
     assert "step 4 was compiled again (7.2 s), for a batch of 1 × 8 × 32 as before" in out
-    assert "steps 3 to 5: " in out
+
+
+@pytest.mark.long
+def test_a_run_is_profiled(tmp_path):
+    rows = cli.write_rows(tmp_path / "train.jsonl", 20)
+    ended = cli.run(
+        "train", "--model", cli.BASE, "--quant", "int4", "--batch-size", 8, "--max-steps", 5,
+        "--dataset", rows, "--output-dir", tmp_path / "run", "--rank", 4, "--seq-len", 32,
+        "--profile", tmp_path / "trace",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    assert "steps 3 to 5: " in " ".join(ended.out.split())
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
