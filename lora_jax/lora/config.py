@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -69,32 +70,50 @@ class LoRAConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "trainable_token_indices", _tuples(self.trainable_token_indices))
-        ranks = (self.rank, *self.rank_pattern.values())
-        alphas = (self.alpha, *self.alpha_pattern.values())
-        problems = [f"rank {rank} (at least 1)" for rank in ranks if rank < 1]
-        problems += [f"alpha {alpha} (finite)" for alpha in alphas if not abs(alpha) < LARGEST]
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout {self.dropout} (at least 0, and below 1)")
-        if not self.targets and not self.modules_to_save:
-            problems.append("no targets (at least one)")
-        if not re.fullmatch(INITS, self.init_lora_weights):
-            problems.append(
-                f"init_lora_weights {self.init_lora_weights} "
-                "(default, pissa, pissa_niter_N or olora)"
-            )
-        if self.init_lora_weights.startswith("pissa") and self.alpha <= 0:
-            problems.append(f"alpha {self.alpha} with PiSSA (above 0)")
-        if self.lora_bias and (self.use_dora or self.init_lora_weights != "default"):
-            problems.append("lora_bias with use_dora, PiSSA or OLoRA")
-        problems += ["an empty name in modules_to_save"] if "" in self.modules_to_save else []
-        problems += self._invalid_tokens()
-        problems += self._invalid_expressions()
-        if problems:
+        if problems := [*self._wrong_types()] or [*self._wrong_values()]:
             raise errors.UserError(
                 expected="valid LoRA settings",
                 found=problems,
                 where="the LoRA settings",
             )
+
+    @property
+    def _ranks(self) -> tuple[Any, ...]:
+        return self.rank, *self.rank_pattern.values()
+
+    @property
+    def _alphas(self) -> tuple[Any, ...]:
+        return self.alpha, *self.alpha_pattern.values()
+
+    def _wrong_types(self) -> Iterator[str]:
+        for rank in self._ranks:
+            if not _is_a(numbers.Integral, rank):
+                yield f"rank {rank!r} (a whole number)"
+        for name, value in (("dropout", self.dropout), *(("alpha", a) for a in self._alphas)):
+            if not _is_a(numbers.Real, value):
+                yield f"{name} {value!r} (a number)"
+        if not isinstance(self.init_lora_weights, str):
+            yield f"init_lora_weights {self.init_lora_weights!r} (a text, such as default)"
+
+    def _wrong_values(self) -> Iterator[str]:
+        yield from (f"rank {rank} (at least 1)" for rank in self._ranks if rank < 1)
+        yield from (f"alpha {alpha} (finite)" for alpha in self._alphas
+                    if not abs(alpha) < LARGEST)  # fmt: skip
+        if not 0 <= self.dropout < 1:
+            yield f"dropout {self.dropout} (at least 0, and below 1)"
+        if not self.targets and not self.modules_to_save:
+            yield "no targets (at least one)"
+        how = self.init_lora_weights
+        if not re.fullmatch(INITS, how):
+            yield f"init_lora_weights {how} (default, pissa, pissa_niter_N or olora)"
+        if how.startswith("pissa") and self.alpha <= 0:
+            yield f"alpha {self.alpha} with PiSSA (above 0)"
+        if self.lora_bias and (self.use_dora or how != "default"):
+            yield "lora_bias with use_dora, PiSSA or OLoRA"
+        if "" in self.modules_to_save:
+            yield "an empty name in modules_to_save"
+        yield from self._invalid_tokens()
+        yield from self._invalid_expressions()
 
     def _invalid_tokens(self) -> Iterator[str]:
         """The token ids that are no ids or are listed twice."""
@@ -118,6 +137,10 @@ class LoRAConfig:
                 re.compile(text)
             except re.error as error:
                 yield f"{text!r}: {error}"
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _tuples(tokens: Any) -> Any:

@@ -1,10 +1,12 @@
 """Settings by name: conversion, the demo's defaults, checks, YAML, and resumed runs."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
 from lora_jax import assets, errors, training
+from lora_jax.lora import config as lora_config
 from lora_jax.training import settings
 from lora_jax.training.settings import assemble, groups, names
 
@@ -61,6 +63,7 @@ def test_every_name_is_unique_and_frozen():
         ({"trainable_token_indices": ["5", "<s>"]}, "trainable_token_indices", [5, "<s>"]),
         ({"trainable_token_indices": {"a": [5]}}, "trainable_token_indices", {"a": [5]}),
         ({"prompt": "one"}, "prompt", ["one"]),
+        ({"dataset": pathlib.Path("my.jsonl")}, "dataset", ["my.jsonl"]),
         ({"packing": True}, "packing", True),
     ],
 )
@@ -85,6 +88,8 @@ def test_values_are_given_as_strings_or_in_their_types(given, name, value):
         ({"beta": 0.3}, "--beta without --dpo"),
         ({"chat": True}, "--chat without a --prompt"),
         ({"weights": [1, 2]}, "2 in --weights, 1 in --dataset"),
+        ({"dataset": []}, "an empty --dataset"),
+        ({"seed": 2**32}, "--seed 4294967296 (at most 4294967295)"),  # JAX would take it as 0
     ],
 )
 def test_invalid_values_are_refused_with_their_name(given, message):
@@ -199,6 +204,26 @@ def test_settings_written_by_hand_are_checked():
     message = str(error.value)
     for part in ("--batch-size 0", "--chat without a --prompt", "--packing with --dpo"):
         assert part in message
+    with pytest.raises(errors.UserError, match=r"(?s)rnak.*did you mean rank\?"):
+        made.replace(rnak=8)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rank": "8", "dropout": None}, "rank '8' (a whole number) dropout None (a number)"),
+        ({"rank": 2.5}, "rank 2.5 (a whole number)"),
+        ({"rank_pattern": {"q_proj": True}}, "rank True (a whole number)"),
+        ({"alpha": "16"}, "alpha '16' (a number)"),
+        ({"init_lora_weights": True}, "init_lora_weights True (a text, such as default)"),
+    ],
+)
+def test_a_lora_config_has_numbers(given, message):
+    made = object.__new__(lora_config.LoRAConfig)  # the tests check the types of __init__
+    vars(made).update(vars(lora_config.LoRAConfig()) | given)
+    with pytest.raises(errors.UserError) as error:
+        made.__post_init__()
+    assert message in " ".join(str(error.value).split())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ _LEAST = {  # {lowest value: settings}
     1: ("batch_size", "grad_accum", "keep_checkpoints", "max_new_tokens", "patience", "log_every"),
     2: ("seq_len",),
 }  # fmt: skip
+_MOST = {2**32 - 1: ("seed",)}  # of the others JAX takes the last 32 bits
 
 
 _NUMBERS_OR_SHARES = ("eval_every", "eval_size", "save_every")
@@ -59,6 +60,8 @@ def problems(settings: groups.TrainSettings) -> Iterator[errors.UserError]:
             found="--max-steps and --epochs",
             do="give one of them",
         )
+    if not settings.data.dataset:
+        yield errors.UserError(expected="data to train on", found="an empty --dataset")
     if settings.data.dpo and "dataset" not in settings.given:
         yield errors.UserError(
             expected="preferences to train on",
@@ -91,6 +94,12 @@ def out_of_range(values: Mapping[str, groups.Value]) -> Iterator[errors.UserErro
         for least, names in _LEAST.items()
         for name in names
         if values.get(name) is not None and not least <= values[name] < math.inf
+    ]
+    wrong += [
+        f"{convert.flag(name)} {values[name]} (at most {most})"
+        for most, names in _MOST.items()
+        for name in names
+        if values.get(name) is not None and values[name] > most
     ]
     wrong += [
         f"{convert.flag(name)} {values[name]} (a whole number, or a share between 0 and 1)"

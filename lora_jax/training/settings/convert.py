@@ -3,6 +3,7 @@
 import datetime
 import fractions
 import math
+import os
 import re
 import types
 import typing
@@ -57,7 +58,7 @@ def _of_kind(given: Any, kind: Any) -> Any:
         return next((value for value in found if value is not None), None)
     origin, (inner, *_) = typing.get_origin(kind), typing.get_args(kind) or (str,)
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        each = [given] if isinstance(given, str | int | float) else given
+        each = [given] if isinstance(given, str | int | float | os.PathLike) else given
         if not isinstance(each, Sequence):
             return None
         items = [_of_kind(item, inner) for item in each]
@@ -81,7 +82,7 @@ def _of_kind(given: Any, kind: Any) -> Any:
         return None if isinstance(given, float) and number != given == given else number
     if isinstance(given, datetime.date):  # as YAML reads 2026-01-31
         return given.isoformat()
-    return str(given) if isinstance(given, kind) or hasattr(given, "__fspath__") else None
+    return str(given) if isinstance(given, kind | os.PathLike) else None
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list",

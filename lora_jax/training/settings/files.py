@@ -89,7 +89,7 @@ def _name(key: str) -> str:
     return key.replace("-", "_")
 
 
-def save(settings: groups.TrainSettings, path: pathlib.Path) -> None:
+def save(settings: groups.TrainSettings, path: pathlib.Path | str) -> None:
     """Writes all settings that have an effect, except output_dir, for `load` to read.
 
     The paths of the demo are left out, so that the file can be used on another machine.
@@ -104,7 +104,7 @@ def save(settings: groups.TrainSettings, path: pathlib.Path) -> None:
         and not checks.is_inert(name, settings)
         and not (name in assemble.PATHS and name not in settings.given)  # the demo's
     }
-    path.write_text(
+    pathlib.Path(path).write_text(
         "# To repeat this run: lora-jax train --config FILE\n"
         + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True),
         encoding="utf-8",

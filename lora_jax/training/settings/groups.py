@@ -5,6 +5,7 @@ settings of a run are also one flat mapping, as in run.json and YAML.
 """
 
 import dataclasses
+import os
 import pathlib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from lora_jax.training.settings import convert
 SEQ_LEN = 1024  # tokens; less if the model's context is shorter
 REPORTS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # dashboard: the package it needs
 Flat = dict[str, "Value"]  # {name: value}
-Value = bool | int | float | str | Sequence[Any] | Mapping[str, Any] | None
+Value = bool | int | float | str | os.PathLike | Sequence[Any] | Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +259,13 @@ class TrainSettings:
         return bool(self.data.eval_dataset or self.eval.eval_every)
 
     def replace(self, **changes: Value) -> "TrainSettings":
-        """A copy with other values, by name."""
+        """A copy with other values, by name. Raises: UserError if a name is no setting."""
+        if unknown := [name for name in changes if name not in FIELDS]:
+            raise errors.UserError(
+                expected="names of settings",
+                found=unknown,
+                do=errors.did_you_mean(unknown[0], FIELDS),
+            )
         parts: dict[str, Flat] = {}
         for name, value in changes.items():
             parts.setdefault(FIELDS[name].part, {})[name] = value
