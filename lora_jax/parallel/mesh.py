@@ -1,7 +1,6 @@
 """The mesh, the sharding rules, and the sharding of every array, which follows from its path."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +14,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from lora_jax import errors
 from lora_jax.kernels import partitioning
 from lora_jax.models import decoder, llama, modules
-from lora_jax.parallel import devices, processes
+from lora_jax.parallel import axes, devices, processes
 from lora_jax.quant import linear as quant_linear
 
-AXES = ("data", "fsdp", "tensor")
+AXES = axes.NAMES
 ONE = dict.fromkeys(AXES, 1)  # the sizes of a mesh of one device
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 BATCH = ("data", "fsdp")  # a batch is split over both
@@ -30,17 +29,7 @@ def parse(text: str, num_devices: int) -> dict[str, int]:
     One size may be −1: then the product of all sizes becomes the number of devices. Raises:
     UserError unless the text has axis=size pairs whose product is that number.
     """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
-        if not match or match[1] not in AXES or match[1] in sizes:
-            raise errors.UserError(
-                expected="a mesh such as data=-1,fsdp=8,tensor=1",
-                found=repr(text),
-                where="--mesh",
-            )
-        sizes[match[1]] = int(match[2])
-    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    sizes = dict.fromkeys(AXES, 1) | axes.sizes(text)
     product = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis in AXES if sizes[axis] == -1]
     if len(free) == 1 and num_devices % product == 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import errors
+from lora_jax.parallel import axes
 
 MAX_WEIGHT = 100_000  # of the sum of weights: a mixture's order repeats after that many sequences
 SWEPT = {"lr": float, "rank": int}  # the settings that a sweep can vary
@@ -213,9 +214,14 @@ def sweep(text: str) -> tuple[str, dict[str, float]]:
     return setting, {f"{setting}={v}": n for v, n in zip(values, numbers, strict=True)}
 
 
-def _swept(text: str) -> str:
-    sweep(text)
-    return text
+def _kept(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    """The text itself, if `parse` takes it."""
+
+    def kept(text: str) -> str:
+        parse(text)
+        return text
+
+    return kept
 
 
 _TEXTS: dict[str, Callable[[str], Any]] = {
@@ -228,7 +234,8 @@ _TEXTS: dict[str, Callable[[str], Any]] = {
     "columns": columns,
     "weights": weights,
     "max_time": seconds,
-    "sweep": _swept,
+    "sweep": _kept(sweep),
+    "mesh": _kept(axes.sizes),
 }
 _LISTS: dict[str, Callable[[Sequence[Any]], Any]] = {
     "targets": lambda texts: several_names("targets", texts),
