@@ -1,5 +1,5 @@
-"""The packages of the extras: `train`, which commands and runs need, and a model of one's own not;
-`serve`, which the server needs beside it; and `gpu-kernels`, which are used where installed."""
+"""The packages of the extras: `train`, for commands and whole runs, not for adapters in a model of
+one's own; `serve`, for the server; and `gpu-kernels`, which are used where they are installed."""
 
 import contextlib
 import importlib.metadata

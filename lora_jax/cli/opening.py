@@ -239,7 +239,7 @@ def start(
 
 
 def compile_ahead(serving: engine.Engine) -> None:
-    """Compiles what later requests need beside the first ones; not on a CPU, which serves those."""
+    """Compiles what later requests need besides the first; not on a CPU, which serves those."""
     if jax.default_backend() != "cpu":
         serving.compile_ahead()
 

@@ -121,7 +121,7 @@ def _job(settings: groups.TrainSettings) -> tuple[groups.TrainSettings, Any]:
     if start:
         num_tokens = tied_head.num_tokens(start.adapter, architecture, str(start.folder))
         architecture = dataclasses.replace(architecture, vocab_size=num_tokens)
-    # The rows of the new tokens beside those of the base are too few to matter.
+    # The rows of the new tokens besides those of the base are too few to matter.
     new = (*settings.model.add_tokens, *settings.model.add_special_tokens)
     settings = single_tokens.with_new(settings, architecture, new)
     return settings, planned.job(settings, architecture, _generation(settings, context))

@@ -16,7 +16,7 @@ Plan the memory and speed of a server, without weights or devices.
   lora-jax plan --serve --model owner/name --use-4bit --target gpu:h100
   lora-jax plan --serve --slots 64 --context 4096 --adapters 8 --target tpu:v6e
 """
-_LIVE = 1024  # tokens of a request for which tokens/s are shown, beside the whole context
+_LIVE = 1024  # tokens of a request for which tokens/s are shown, besides the whole context
 
 
 class Settings(NamedTuple):

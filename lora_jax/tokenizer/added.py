@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer gets beside its own, such as those of a chat template. Imports no jax."""
+"""Tokens that a tokenizer gets besides its own, such as a chat template's. Imports no jax."""
 
 import pathlib
 import typing

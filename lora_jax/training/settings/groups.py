@@ -34,7 +34,7 @@ class ModelSettings:
       revision: branch, tag or commit of a hub model.
       chat_template: a Jinja file, or the folder or hub id of a model, whose chat template is used,
         or the template itself; None: that of the tokenizer.
-      add_tokens, add_special_tokens: texts that become tokens beside those of the tokenizer, with
+      add_tokens, add_special_tokens: texts that become tokens besides those of the tokenizer, with
         rows of the embedding and the head that are trained; special ones are left out of the
         generated text.
       quant: the format of the frozen linear layers, one of quant.QUANTS; None: the checkpoint's.
