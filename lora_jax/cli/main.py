@@ -62,7 +62,9 @@ def _unknown(verb: str) -> None:
     raise errors.UserError(
         expected=f"one of {', '.join(VERBS)}",
         found=verb,
-        do=errors.did_you_mean(verb, VERBS),
+        do="the verb first, such as lora-jax train --rank 8"
+        if verb.startswith("-")
+        else errors.did_you_mean(verb, VERBS),
     )
 
 

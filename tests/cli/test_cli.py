@@ -383,6 +383,6 @@ def test_weights_become_the_smallest_integers():
 def test_times_have_units():
     assert convert.seconds("1h30m") == convert.seconds("90m") == convert.seconds("5400")
     assert convert.seconds("2d") == 172800 and convert.seconds("45s") == 45
-    for text in ("", "0", "h", "1.5h", "30m1h", "-1"):
+    for text in ("", "0", "h", "1.5h", "30m1h", "1h30", "-1"):
         with pytest.raises(errors.UserError, match="--max-time"):
             convert.seconds(text)

@@ -76,6 +76,7 @@ def test_the_help_of_plan_starts_with_its_own_flags_and_fits_on_a_page(command):
     ("words", "suggestion"),
     [
         (("trian",), "did you mean train?"),
+        (("--rank", "8"), "the verb first, such as lora-jax train"),
         (("quantise",), "did you mean quantize?"),
         (("train", "--rnak", "8"), "did you mean --rank?"),
         (("train", "--evalevery", "8"), "did you mean --eval-every?"),

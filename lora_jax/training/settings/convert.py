@@ -180,9 +180,10 @@ def weights(text: str) -> tuple[int, ...]:
 
 def seconds(text: str) -> float:
     """5400.0 from "1h30m", "90m" or "5400"."""
-    parts = re.fullmatch(
-        r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)(?:\.0*)?s?)?", text.replace(" ", "")
-    )
+    given = text.replace(" ", "")
+    if re.fullmatch(r"\d+(\.0*)?", given):  # in 1h30 it could be minutes, too
+        given += "s"
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)(?:\.0*)?s)?", given)
     found = parts and sum(
         int(number or 0) * unit
         for number, unit in zip(parts.groups(), (86400, 3600, 60, 1), strict=True)
