@@ -1,6 +1,8 @@
 """The settings of the optimizer. Imports no jax, because `--help` reads these defaults."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 
 from lora_jax import errors
 
@@ -34,11 +36,20 @@ class OptimConfig:
     eps: float = 1e-8
 
     def __post_init__(self):
+        if problems := [*self._problems()]:
+            raise errors.UserError(
+                expected="valid settings of the optimizer",
+                found=problems,
+                where="the settings of the optimizer",
+            )
+
+    def _problems(self) -> Iterator[str]:
         if self.schedule not in SCHEDULES:
-            raise errors.UserError(
-                expected=f"a schedule among {', '.join(SCHEDULES)}", found=repr(self.schedule)
-            )
+            yield f"schedule {self.schedule!r} (one of {', '.join(SCHEDULES)})"
         if not 0 <= self.min_lr_ratio <= 1:
-            raise errors.UserError(
-                expected="a min_lr_ratio between 0 and 1", found=str(self.min_lr_ratio)
-            )
+            yield f"min_lr_ratio {self.min_lr_ratio} (between 0 and 1)"
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                yield f"{name} {beta} (at least 0, and below 1)"
+        if not 0 < self.eps < math.inf:  # with 0 the first step is 0 / 0, as the gradient of A is 0
+            yield f"eps {self.eps} (above 0)"

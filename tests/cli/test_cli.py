@@ -150,7 +150,7 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--seq-len 1", "--seq-len 1"),
         ("--lr nan", "--lr nan"),
         ("--lr -0.1", "--lr -0.1"),
-        ("--min-lr-ratio 2", "a min_lr_ratio between 0 and 1 found: 2"),
+        ("--min-lr-ratio 2", "found: min_lr_ratio 2.0 (between 0 and 1)"),
         ("--min-lr-ratio 0.1 --schedule constant", "--min-lr-ratio with --schedule constant"),
         ("--lora-plus-ratio 0", "--lora-plus-ratio 0"),
         ("--layers 3-1", "layer numbers such as 0,2 or 16-31 found: '3-1'"),

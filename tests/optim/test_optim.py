@@ -88,7 +88,7 @@ def test_warmup_below_one_is_a_share_of_all_steps():
 
 
 def test_unknown_schedule_is_an_error():
-    with pytest.raises(errors.UserError, match=r"(?s)cosine, linear, constant.*polynomial"):
+    with pytest.raises(errors.UserError, match=r"(?s)polynomial.*cosine, linear, constant"):
         optim_config.OptimConfig(schedule="polynomial")
 
 

@@ -89,6 +89,8 @@ def test_values_are_given_as_strings_or_in_their_types(given, name, value):
         ({"chat": True}, "--chat without a --prompt"),
         ({"weights": [1, 2]}, "2 in --weights, 1 in --dataset"),
         ({"dataset": []}, "an empty --dataset"),
+        ({"beta1": 1, "eps": 0}, "beta1 1 (at least 0, and below 1) eps 0 (above 0)"),
+        ({"min_lr_ratio": 2}, "min_lr_ratio 2 (between 0 and 1)"),
         ({"mesh": "model=8", "rank": 0}, "found: 'model=8' where: --mesh"),
         ({"seed": 2**32}, "--seed 4294967296 (at most 4294967295)"),  # JAX would take it as 0
     ],
