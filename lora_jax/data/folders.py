@@ -67,7 +67,8 @@ def find(source: str) -> Found | None:
     """The files of a local source; None for a hub id.
 
     A folder may be followed by `:config`, one of its README.md, and by `@split`; the default is the
-    train split. A .zip of several files is read as the folder that it unpacks to.
+    train split. A .zip of several files is read as the folder that it unpacks to. A file alone and
+    those of a pattern are the train split, as in `datasets`.
     Raises: UserError if there is no such file, configuration or split, or a folder's files do not
     go together.
     """
@@ -77,6 +78,10 @@ def find(source: str) -> Found | None:
     outer = pathlib.Path(ends["folder"]).expanduser() if ends else path
     if ends and not path.exists() and (outer.is_dir() or compression.members(outer)):
         path, config, split = outer, ends["config"] or "", ends["split"] or ""
+    elif ends and not path.exists() and ends["split"] and _is_file_or_pattern(outer):
+        if ends["config"] or ends["split"] != "train":
+            raise _no_split(outer, ends["split"], ["train"])
+        path, source = outer, str(outer)
     if compression.members(path):
         if config:
             dataset_card.choose(path, config)  # raises: an archive has none
@@ -99,6 +104,10 @@ def find(source: str) -> Found | None:
         where=str(path),
         do="check the path",
     )
+
+
+def _is_file_or_pattern(path: pathlib.Path) -> bool:
+    return path.is_file() or glob.has_magic(str(path))
 
 
 def _matching(paths: Sequence[pathlib.Path], pattern: pathlib.Path) -> Found:
@@ -267,9 +276,10 @@ def _none(where: str, found: Sequence[pathlib.Path]) -> errors.UserError:
 
 
 def _no_split(folder: pathlib.Path, split: str, splits: Sequence[str]) -> errors.UserError:
+    like = (each for each in splits if split in each)  # such as train_sft
     return errors.UserError(
         expected=f"the split {split}",
         found=f"the splits {', '.join(splits)}" if splits else "no files whose names tell a split",
         where=str(folder),
-        do=f"choose one, as in {folder}@{splits[0]}" if splits else "leave @… out",
+        do=f"choose one, as in {folder}@{next(like, splits[0])}" if splits else "leave @… out",
     )

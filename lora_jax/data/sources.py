@@ -30,7 +30,8 @@ def load(
     Args:
       source: a data file, a folder or a pattern of them, a folder of `save_to_disk`, or a hub id
         `owner/name`, followed by `:config` if it has configs. A folder or an id may be followed by
-        `@split` for another split than train, or a part of one: `@train[:1000]`, `@train[80%:]`.
+        `@split` for another split than train, and each by a part of one: `@train[:1000]`,
+        `@train[80%:]`.
       columns: {field: column of the file}, e.g. {"prompt": "question"}.
       bad: counts the rows that are skipped; None: a bad row is an error.
 
