@@ -78,6 +78,8 @@ class Flags:
             self._kinds[name] = kind or str
         if choices and "choices" not in options:
             options = {"metavar": f"{{{','.join(choices)}}}", **options}
+        if options.get("nargs") == "+":  # given twice, it has the values of both
+            options = {"action": "extend", **options}
         for each in [self._group, *([self._main] if flag in self._short else [])]:
             made = each.add_argument(flag, help=help, default=None, **options)
             if choices and not made.choices:

@@ -20,7 +20,7 @@ def add(flags: arguments.Flags) -> None:
     flags.add("--eval-dataset", "held-out data (default, with --eval-every: --eval-size of "
               "--dataset)", metavar="PATH|HUB_ID")  # fmt: skip
     flags.add("--columns", "map fields to columns with other names, e.g. "
-              "prompt=question,completion=answer")  # fmt: skip
+              "prompt=question,completion=answer", nargs="+", metavar="FIELD=COLUMN")  # fmt: skip
     flags.add("--seq-len", f"cut examples after T tokens (default: {groups.SEQ_LEN}, or the "
               "model's context if that is shorter)", type=int, metavar="T")  # fmt: skip
     flags.switch("--split-texts", "cut examples with text into several of T tokens, instead of "

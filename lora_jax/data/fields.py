@@ -24,11 +24,11 @@ def rename(found: rows.Rows, columns: Mapping[str, str], source: str) -> rows.Ro
     Raises: UserError if there is no such field or column.
     """
     names = found.column_names
-    no_field = [name for name in columns if name not in kinds.FIELDS]
+    no_field = [name for name in columns if name not in kinds.NAMED]
     no_column = [name for name in columns.values() if name not in names]
     if no_field or no_column or len(set(columns.values())) < len(columns):
         raise errors.UserError(
-            expected=f"FIELD=COLUMN with each FIELD among {', '.join(kinds.FIELDS)} and each "
+            expected=f"FIELD=COLUMN with each FIELD among {', '.join(kinds.NAMED)} and each "
             f"COLUMN (once) among {', '.join(names_of(found))}",
             found=[f"no field {name}" for name in no_field]
             + [f"no column {name}" for name in no_column]

@@ -35,6 +35,7 @@ BESIDE = ("input", *BESIDE_CHATS, *token_ids.BESIDE)
 PROMPTS = ("prompt", "messages", "conversations", "instruction")  # of a preference; one of them
 FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output",
           "text", "chosen", "rejected", *token_ids.KIND, *BESIDE_CHATS)  # fmt: skip
+NAMED = (*FIELDS, *token_ids.BESIDE)  # the fields that columns may be mapped to
 # Of LLaMA-Factory's rows. Without its turns, the answer would be to another question.
 HISTORY = "a history of turns, which --as-chat puts into the chat template"
 # The field that says where an example is from ("train.jsonl:17"), for messages. Not content.

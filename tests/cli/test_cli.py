@@ -117,11 +117,19 @@ def test_layers_and_patterns_are_read():
     assert found["modules_to_save"] == ["lm_head", "norm"]
 
 
-def test_columns_are_pairs():
-    assert settings("--columns", "prompt=question,completion=a=b")["columns"] == {
-        "prompt": "question",
-        "completion": "a=b",
-    }
+@pytest.mark.parametrize(
+    "texts",
+    [["prompt=question,completion=a=b"], ["prompt=question, completion=a=b"],
+     ["prompt=question", "completion=a=b"], ["prompt=question", "--columns", "completion=a=b"]],
+)  # fmt: skip
+def test_columns_are_pairs(texts):
+    assert settings("--columns", *texts)["columns"] == {"prompt": "question", "completion": "a=b"}
+
+
+def test_a_flag_that_is_given_twice_has_the_values_of_both():
+    found = settings("--dataset", "a", "b", "--dataset", "c", "--targets", "k_proj",
+                     "--targets", "up_proj")  # fmt: skip
+    assert found["dataset"][-3:] == ["a", "b", "c"] and found["targets"] == ["k_proj", "up_proj"]
 
 
 @pytest.fixture
@@ -180,12 +188,13 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--targets (", "--targets"),
         ("--targets ,", "no targets"),
         ("--columns prompt", "FIELD=COLUMN"),
+        ("--columns prompt=a prompt=b", "each field once"),
         ("--streaming", "--max-steps N instead of --epochs"),
         ("--streaming --max-steps 9 --eval-every 3", "to do: a separate --eval-dataset"),
         ("--streaming --max-steps 9 --group-by-length", "--packing instead of --group-by-length"),
         ("--streaming --max-steps 9 --dataset a b", "to do: --weights 1,1"),
         ("--weights 1", "1 in --weights, 1 in --dataset"),
-        ("--dataset a b c --weights 1,2", "2 in --weights, 3 in --dataset"),
+        ("--dataset a b --weights 1,2", "2 in --weights, 3 in --dataset"),
         ("--dataset a b --weights 1,0", "'1,0' where: --weights to do: round them, or leave out"),
         ("--dataset a b --weights 1/3,x", "3,1 or 0.75,0.25"),
         ("--dataset a b --weights 0.333333,0.666667", "with a sum of at most 100000"),

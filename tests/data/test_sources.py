@@ -120,8 +120,11 @@ def test_columns_are_renamed(tmp_path):
 )
 def test_a_part_of_a_split_is_read(tmp_path, part, expected):
     write(tmp_path / "train.jsonl", *(json.dumps({"text": str(n)}) for n in range(10)))
-    found = sources.load(f"{tmp_path}@train{part}")
-    assert "".join(row["text"] for row in found) == expected
+    for source in (tmp_path, tmp_path / "train.jsonl", tmp_path / "*.jsonl"):
+        found = sources.load(f"{source}@train{part}")
+        assert "".join(row["text"] for row in found) == expected
+    with pytest.raises(errors.UserError, match=r"train.jsonl@train"):
+        sources.load(f"{tmp_path / 'train.jsonl'}@test{part}")  # a file is the train split
     with pytest.raises(errors.UserError, match="a whole split to stream"):
         next(sources.stream(f"{tmp_path}@train{part}"))
     assert folders.find(f"owner/name@train{part}") is None
@@ -137,6 +140,9 @@ def test_renaming_leaves_what_goes_to_the_chat_template(tmp_path):
     assert {"messages", "chosen", "rejected"} <= mapped.keys()
     (mapped,) = sources.load(path, columns={"tools": "functions"})
     assert {"messages", "tools", "system", "text"} <= mapped.keys()
+    path = write(tmp_path / "z.jsonl", json.dumps({"input_ids": [5, 6], "targets": [-100, 6]}))
+    (mapped,) = sources.load(path, columns={"labels": "targets"})
+    assert (mapped["input_ids"], mapped["labels"]) == ([5, 6], [-100, 6])
 
 
 @pytest.mark.parametrize(

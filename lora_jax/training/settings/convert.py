@@ -150,13 +150,14 @@ def patterns(name: str, texts: Sequence[str], number: Callable[[str], float]) ->
 def columns(text: str) -> dict[str, str]:
     """{"prompt": "question"} from "prompt=question"."""
     pairs = [part.partition("=") for part in text.split(",")]
-    if not all(ours and theirs for ours, _, theirs in pairs):
+    named = {ours.strip(): theirs for ours, _, theirs in pairs}
+    if not all(named) or not all(named.values()) or len(named) < len(pairs):
         raise errors.UserError(
-            expected="FIELD=COLUMN pairs, e.g. prompt=question,completion=answer",
+            expected="FIELD=COLUMN pairs, each field once, e.g. prompt=question,completion=answer",
             found=repr(text),
             where="--columns",
         )
-    return {ours: theirs for ours, _, theirs in pairs}
+    return named
 
 
 def weights(text: str) -> tuple[int, ...]:
@@ -242,6 +243,7 @@ _LISTS: dict[str, Callable[[Sequence[Any]], Any]] = {
     "targets": lambda texts: several_names("targets", texts),
     "exclude": lambda texts: several_names("exclude", texts),
     "modules_to_save": lambda texts: _split(*texts),
+    "columns": lambda texts: columns(",".join(map(str, texts))),
     "rank_pattern": lambda texts: patterns("rank_pattern", texts, int),
     "alpha_pattern": lambda texts: patterns("alpha_pattern", texts, float),
     "weights": lambda numbers: weights(",".join(map(str, numbers))),
