@@ -160,7 +160,10 @@ def _chat(value: Sequence[Mapping[str, typing.Any]]) -> bool:
 
 
 def _columns(document: Mapping[str, typing.Any]) -> list[str]:
-    """The keys of an object whose values are all columns: lists, none of them of messages."""
+    """The keys of an object whose values are all columns: lists, none of them of messages, nor the
+    token ids of one example."""
+    if _all(document.get("input_ids"), int):
+        return []
     if not any(name in kinds.FIELDS for name in document):
         lists = [value for value in document.values() if isinstance(value, list)]
         if len(lists) < max(2, len(document)) or len({*map(len, lists)}) > 1:
