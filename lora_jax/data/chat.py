@@ -98,7 +98,12 @@ class Encoder:
                 best = found
             if not best.lost or not (has_parts or len(best.lost) == sum(trained)):
                 break
-        if problem and (best is None or len(best.lost) == sum(trained)):
+        # Without any answer, the form that the template refused may be the one that it is for; but
+        # of calls alone, it has no place for them.
+        if problem and (best is None or (
+            len(best.lost) == sum(trained)
+            and any(reading.text_of(messages[n]).strip() for n in best.lost)
+        )):  # fmt: skip
             raise problem
         assert best is not None
         return self._tokens(best)

@@ -46,7 +46,10 @@ def with_system(chat: list[Message], fields: Mapping[str, typing.Any]) -> list[M
 def role_of(message: Mapping[str, typing.Any]) -> str:
     """The role of a message as it is written, in OpenAI's words; "" if it has none."""
     role = message.get("role", message.get("from"))
-    return _ROLES.get(role.strip().lower(), role) if isinstance(role, str) else ""
+    if not isinstance(role, str):
+        return ""
+    lower = role.strip().lower()
+    return _ROLES.get(lower, lower if lower in KNOWN else role)
 
 
 def read_as(role: str, value: object, field: str) -> list[Message]:
@@ -114,7 +117,8 @@ def forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
             yield with_calls
         else:
             yield with_calls
-            yield [_as_parts(message) for message in with_calls]
+            if _reads_parts(source):
+                yield [_as_parts(message) for message in with_calls]
     yield [{"content": "", **message} for message in messages]
 
 
@@ -217,11 +221,8 @@ def _known_role(message: Message, source: str) -> Message:
 
 
 def _reads_parts(source: str) -> bool:
-    """Whether a template looks into a list of parts."""
-    return bool(
-        re.search(r"content\S*\s+is\s+(not\s+)?(string|iterable|sequence)", source)
-        or re.search(r"\[.type.\]\s*==\s*.text", source)
-    )
+    """Whether a template looks into a list of parts, for their text. Others may print the list."""
+    return bool(re.search(r"""\.text\b|\[\s*['"]text['"]\s*\]|get\(\s*['"]text['"]""", source))
 
 
 def _text(part: object) -> str | None:

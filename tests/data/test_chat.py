@@ -199,6 +199,7 @@ def test_tools_and_options_reach_the_template(tmp_path):
     [
         {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cd"}]},
         {"messages": [{"role": "user", "content": "ab"}, {"role": "model", "content": "cd"}]},
+        {"messages": [{"role": "User", "content": "ab"}, {"role": " ASSISTANT", "content": "cd"}]},
         {"prompt": [{"role": "user", "content": "ab"}],
          "completion": [{"role": "assistant", "content": "cd"}]},
         {"prompt": [{"role": "user", "content": "ab"}], "completion": "cd"},
@@ -210,8 +211,8 @@ def test_tools_and_options_reach_the_template(tmp_path):
         {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}],
          "system": " ", "tools": ""},
     ],
-    ids=["sharegpt", "gemma", "prompt-completion", "completion-text", "json-text", "parts",
-         "blank-system"],
+    ids=["sharegpt", "gemma", "capitals", "prompt-completion", "completion-text", "json-text",
+         "parts", "blank-system"],
 )  # fmt: skip
 def test_chats_as_others_write_them(tmp_path, row):
     assert encoded(tmp_path, CHATML, row)[0] == ["[user]ab</s>[assistant]⟦cd</s>⟧"]
@@ -309,6 +310,23 @@ def test_answers_that_the_template_leaves_out_are_counted(tmp_path):
     template = CHATML.replace("in messages %}", "in messages if m.content != 'yes' %}")
     (found,), counts = encoded(tmp_path, template, {"messages": CHAT})
     assert "⟦no ab</s>⟧" in found and counts.num_lost == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["m.content if m.content is string else m.content | tojson", "m.content + ''"],
+    ids=["lists in JSON", "no lists"],
+)
+def test_a_call_that_the_template_has_no_place_for_is_counted(tmp_path, content):
+    """It is no reason to refuse the chat, nor to give the template lists that it would print."""
+    template = CHATML.replace("m['content']", content)
+    call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    rows = {"messages": [CHAT[0], call]}, {"messages": CHAT[:2]}
+    found, counts = encoded(tmp_path, template, *rows)
+    assert found == ["[user]ab cd</s>[assistant]⟦yes</s>⟧"]
+    assert (counts.num_lost, counts.num_skipped) == (1, 1)
+    parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in CHAT[:2]]
+    assert encoded(tmp_path, template, {"messages": parts})[0] == found
 
 
 NO_REASONS = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
