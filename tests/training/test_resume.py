@@ -142,6 +142,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, tmp_path):
     damage(folder, 6)
     out = resumed(folder)
     assert re.search(r"resume the checkpoint of step 6 is damaged and skipped: \w+", out)
+    assert "is left to train" not in out  # although the run had finished
     assert "resume from step 4 of 6" in out
     assert comparable(folder) == comparable(whole) and checkpoints(folder) == [2, 4, 6]
     assert "from step 6 of 6" in resumed(folder)  # step 6 was saved again

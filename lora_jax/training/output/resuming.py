@@ -27,12 +27,6 @@ def restore(
     _check_same(job, before, record)
     if before.get("status", "").startswith("failed"):
         say("resume", f"the run had ended with: {before['status']}")
-    if before.get("status") == "finished":
-        say(
-            "resume",
-            f"the run has finished all of its {before.get('num_steps')} steps: nothing "
-            "is left to train; for more, start a new run with more --max-steps or --epochs",
-        )
     if processes.broadcast(kept.latest()) is None:
         say("resume", "no finished checkpoint: starting over")
         return state
