@@ -67,6 +67,9 @@ class StoredTensor(NamedTuple):
         return self._replace(dtype="F32", stored_as=self.dtype)
 
 
+_ADAPTER = "adapter_model.safetensors"  # PEFT's
+
+
 def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     """{name: tensor} of the folder's safetensors files, from their headers alone.
 
@@ -80,7 +83,7 @@ def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
         hub.refuse_lfs_pointer(index)
         files = sorted({folder / name for name in _weight_map(index).values()})
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted({*folder.glob("*.safetensors")} - {folder / _ADAPTER})
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise errors.UserError(
@@ -88,6 +91,13 @@ def tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
             found=[f"no {name}" for name in missing],
             where=str(folder),
             do="download the missing files",
+        )
+    if not files and (folder / _ADAPTER).exists():  # beside a config.json, as axolotl writes it
+        raise errors.UserError(
+            expected="weights in *.safetensors",
+            found=f"an adapter, {_ADAPTER}, without its base",
+            where=str(folder),
+            do="pass the base, and this folder with --adapter, or with --init-adapter to train",
         )
     if not files:
         raise _no_safetensors(folder)

@@ -102,8 +102,15 @@ def find(source: str) -> Found | None:
         expected=f"a data file ({', '.join(files.FORMATS)}), a folder of them, or a hub id",
         found="no such file",
         where=str(path),
-        do="check the path",
+        do=_several(source) or "check the path",
     )
+
+
+def _several(source: str) -> str:
+    """What to do with names that are separated by commas; "" if they are none."""
+    names = [name.strip() for name in source.split(",")]
+    are_there = len(names) > 1 and all(pathlib.Path(each).expanduser().exists() for each in names)
+    return f"separate them by spaces: {' '.join(names)}" if are_there else ""
 
 
 def _is_file_or_pattern(path: pathlib.Path) -> bool:

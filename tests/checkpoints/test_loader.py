@@ -299,6 +299,9 @@ def test_a_folder_without_weights_is_named(folder):
     (folder / "model-q4_0.gguf").write_bytes(b"GGUF")
     with pytest.raises(errors.UserError, match=r"(?s)only model-q4_0\.gguf.*gguf_file="):
         loader.load(folder, mesh=one_device())
+    (folder / "adapter_model.safetensors").write_bytes(b"")  # beside a config.json
+    with pytest.raises(errors.UserError, match=r"(?s)an adapter.*without its base.*--init-adapter"):
+        loader.load(folder, mesh=one_device())
 
 
 def test_an_adapter_passed_as_a_model_is_named():

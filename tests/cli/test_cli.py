@@ -187,6 +187,7 @@ def nothing_heavy(monkeypatch, tmp_path):
         ("--quant int5", "fp4-dq found: 'int5' where: --quant"),
         ("--targets (", "--targets"),
         ("--targets ,", "no targets"),
+        ("--add-tokens <a>,<b>", "found: <a>,<b> where: --add-tokens"),
         ("--columns prompt", "FIELD=COLUMN"),
         ("--columns prompt=a prompt=b", "each field once"),
         ("--streaming", "--max-steps N instead of --epochs"),

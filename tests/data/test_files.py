@@ -603,8 +603,10 @@ def test_folders_that_are_refused(tmp_path, names, words):
         assert texts(tmp_path / "x/*.jsonl") == ["a"]
 
 
-def test_a_pattern_without_a_match_and_a_hub_id():
+def test_a_pattern_without_a_match_and_a_hub_id(tmp_path):
     assert "no such file" in refusal("nowhere/*.jsonl")
+    names = put(tmp_path / "a.jsonl", "{}"), put(tmp_path / "b.jsonl", "{}")
+    assert f"separate them by spaces: {names[0]} {names[1]}" in refusal(f"{names[0]}, {names[1]}")
     assert folders.find("owner/name") is None
     assert folders.find("owner/name:config@split") is None
 

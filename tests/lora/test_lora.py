@@ -369,6 +369,12 @@ def test_targets_that_match_nothing_are_an_error_that_lists_the_names(targets):
     assert not found_adapted.by_name(model)
 
 
+def test_the_head_of_a_classifier_is_named():
+    saved = config(("up",), modules_to_save=("score",))
+    with pytest.raises(errors.UserError, match=r"score matches nothing: the head of a classifier"):
+        lora.inject(net(), saved, rngs=nnx.Rngs(0))
+
+
 def test_a_target_that_is_excluded_or_in_no_layer_is_an_error():
     with pytest.raises(errors.UserError, match="'up' matches nothing"):
         lora.inject(net(), config(("up", "down"), exclude=("up",)), rngs=nnx.Rngs(0))

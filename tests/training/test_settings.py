@@ -83,6 +83,7 @@ def test_values_are_given_as_strings_or_in_their_types(given, name, value):
         ({"schedule": "step"}, "expected: one of cosine, linear, constant"),
         ({"lr": float("nan")}, "--lr nan (at least 0)"),
         ({"layers": "3-1"}, "layer numbers such as 0,2 or 16-31"),
+        ({"add_tokens": ["<a>", 5]}, "expected: a list of texts found: ['<a>', 5] where: --add"),
         ({"columns": 3}, "expected: a mapping found: 3 where: --columns"),
         ({"trainable_token_indices": {"a": 5.5}}, "a mapping found: {'a': 5.5} where: --trainable"),
         ({"beta": 0.3}, "--beta without --dpo"),

@@ -190,6 +190,9 @@ def choose(
     return [*_modules(model, found, config.modules_to_save), *tokens.choose(found, config)]
 
 
+_HEADS = ("score", "classifier")  # which PEFT saves with such adapters of its own accord
+
+
 def _modules(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) -> list[Saved]:
     """The modules whose paths end in one of `ends`, which PEFT's modules_to_save are."""
     depths, taken, matched, problems = _depths(found), [], set(), []
@@ -208,7 +211,11 @@ def _modules(model: nnx.Module, found: list[sites.Site], ends: Sequence[str]) ->
             problems.append(f"{places.dotted(path)} is a container, which is not called: name what "
                             "is in it")  # fmt: skip
         taken.append(Saved(path, node, depths(path)))
-    problems += [f"{end} matches nothing" for end in ends if end not in matched]
+    problems += [
+        f"{end} matches nothing" + (": the head of a classifier (SEQ_CLS)" if end in _HEADS else "")
+        for end in ends
+        if end not in matched
+    ]
     if problems:
         names = {str(path[-1]) for path, node in nnx.iter_graph(model)
                  if path and isinstance(node, nnx.Module)}  # fmt: skip

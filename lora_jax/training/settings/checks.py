@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from lora_jax import errors
@@ -137,8 +138,12 @@ def chat_time(data: groups.DataSettings) -> Iterator[errors.UserError]:
         )
 
 
+# "<a>,<b>", as --targets takes its names; a comma in a word is one of its characters.
+_LIST_OF_TOKENS = re.compile(r"([<\[][^,]*[>\]])(\s*,\s*[<\[][^,]*[>\]])+")
+
+
 def new_tokens(model: groups.ModelSettings) -> Iterator[errors.UserError]:
-    """Yields an error if new tokens are empty or given twice."""
+    """Yields an error if new tokens are empty, given twice, or several in one text."""
     counts = collections.Counter((*model.add_tokens, *model.add_special_tokens))
     if wrong := [f"{token!r}, {count} times" if token else "an empty text"
                  for token, count in counts.items() if count > 1 or not token]:  # fmt: skip
@@ -146,6 +151,13 @@ def new_tokens(model: groups.ModelSettings) -> Iterator[errors.UserError]:
             expected="texts that become tokens, each once",
             found=wrong,
             where="--add-tokens, --add-special-tokens",
+        )
+    if lists := [token for token in counts if _LIST_OF_TOKENS.fullmatch(token)]:
+        yield errors.UserError(
+            expected="texts that become tokens, separated by spaces",
+            found=lists,
+            where="--add-tokens, --add-special-tokens",
+            do=" ".join(f'"{each.strip()}"' for token in lists for each in token.split(",")),
         )
 
 

@@ -42,10 +42,14 @@ def value(name: str, given: Any, hint: Any) -> Any:
     if float in kinds:
         kinds = [kind for kind in kinds if kind is not int]
     raise errors.UserError(
-        expected=" or ".join(_NAMES.get(typing.get_origin(kind) or kind, "text") for kind in kinds),
+        expected=" or ".join(_name(kind) for kind in kinds),
         found=repr(given),
         where=flag(name),
     )
+
+
+def _name(kind: Any) -> str:
+    return _NAMES.get(kind) or _NAMES.get(typing.get_origin(kind), "text")
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -87,7 +91,7 @@ def _of_kind(given: Any, kind: Any) -> Any:
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list",
-          Sequence: "a list", dict: "a mapping"}  # fmt: skip
+          tuple[str, ...]: "a list of texts", Sequence: "a list", dict: "a mapping"}  # fmt: skip
 
 
 def names(name: str, text: str) -> tuple[str, ...] | str:
