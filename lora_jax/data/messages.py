@@ -12,9 +12,11 @@ from lora_jax.data.template import ChatError, Message
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
           "bard": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
-          "observation": "tool"}  # fmt: skip
+          "prompter": "user", "observation": "tool", "tool_response": "tool"}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles of ShareGPT and ms-swift, whose content is a call
 _OLD_ROLES = {"developer": "system", "function": "tool"}  # of templates that do not know the first
 _WEIGHTS = ("weight", "loss_weight", "train", "training")  # OpenAI, LLaMA-Factory, axolotl
+_LOSS = "loss"  # ms-swift's, true or false; a number is what somebody measured
 _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})  # of a message
 SYSTEM = ("system", "developer")
 KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -92,7 +94,15 @@ def left_out(messages: Sequence[Message]) -> str:
 def _weights(value: Mapping[str, typing.Any]) -> list[float]:
     """What a message or a part of it says about its share in the loss."""
     given = [value.get(name) for name in _WEIGHTS]
-    return [each for each in given if isinstance(each, bool | int | float)]
+    loss = [value[_LOSS]] if isinstance(value.get(_LOSS), bool) else []
+    return [each for each in given if isinstance(each, bool | int | float)] + loss
+
+
+def _text_as_weight(message: Message) -> str:
+    """A weight that is written as text, such as "0", which would count as none; "" without one."""
+    texts = (f"{name} {message[name]!r}" for name in _WEIGHTS
+             if isinstance(message.get(name), str))  # fmt: skip
+    return next(texts, "")
 
 
 def forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
@@ -133,12 +143,14 @@ def _message(value: object, where: str) -> Message:
     message["role"] = role_of(message)
     if not message["role"].strip():
         raise ChatError(f"{where} has no role")
-    if message["role"] == "function_call":  # of ShareGPT, in place of an assistant's message
+    if message["role"] in _CALLS:  # in place of an assistant's message
         message |= {"role": "assistant", "function_call": message.pop("content", None)}
     if "function_call" in message and "tool_calls" not in message:  # of OpenAI before tools
         message["tool_calls"] = message.pop("function_call")
     if detail := message.keys() & {"train_detail", "training_detail"}:
         raise ChatError(f"{where} has {detail.pop()}, parts of it that are not trained")
+    if message["role"] == "assistant" and (text := _text_as_weight(message)):
+        raise ChatError(f"{where} has {text}, which is text")
     if message["role"] == "assistant" and not {*_weights(message)} <= {0, 1}:
         raise ChatError(f"{where} has a weight that is neither 0 nor 1")
     if "tool_calls" in message:

@@ -157,7 +157,10 @@ def test_answers_are_trained_unless_their_author_says_no(tmp_path):
     parts = [{"type": "text", "value": "no ab"}]  # of LLaMA-Factory
     as_parts = [*chat[:3], {"role": "assistant", "content": parts, "loss_weight": 1.0}]
     as_parts[1] = CHAT[1] | {"loss_weight": 0.0}
-    for template, messages in ((CHATML, chat), (GENERATION, chat), (CHATML, as_parts)):
+    swift = [CHAT[0], CHAT[1] | {"loss": False}, CHAT[2], CHAT[3] | {"loss": 0.7}]
+    for template, messages in (
+        (CHATML, chat), (GENERATION, chat), (CHATML, as_parts), (CHATML, swift)
+    ):  # fmt: skip
         (found,), _ = encoded(tmp_path, template, {"messages": messages})
         assert [part.partition("⟧")[0] for part in found.split("⟦")[1:]] == ["no ab</s>"]
 
@@ -259,8 +262,11 @@ CALLS = (
         {"conversations": [{"from": "human", "value": "ab cd"},
                            {"from": "function_call", "value": '{"name": "add", "arguments": {}}'},
                            {"from": "observation", "value": "4"}]},
+        {"messages": [CHAT[0] | {"role": "prompter"},
+                      {"role": "tool_call", "content": '{"name": "add", "arguments": {}}'},
+                      {"role": "tool_response", "content": "4"}]},
     ],
-    ids=["openai", "sharegpt"],
+    ids=["openai", "sharegpt", "ms-swift"],
 )  # fmt: skip
 def test_calls_of_functions_as_they_were_before_tools(tmp_path, row):
     found, counts = encoded(tmp_path, CALLS, row)
@@ -280,6 +286,7 @@ def test_calls_of_functions_as_they_were_before_tools(tmp_path, row):
         ({"conversations": [{"from": "function_call", "value": "add"}]}, "not a list of objects"),
         ({"messages": [*CHAT, {**CHAT[1], "train_detail": []}]}, "has train_detail"),
         ({"messages": [*CHAT, {**CHAT[1], "weight": 0.5}]}, "neither 0 nor 1"),
+        ({"messages": [*CHAT, {**CHAT[1], "weight": "0"}]}, "has weight '0', which is text"),
         (
             {
                 "messages": [
