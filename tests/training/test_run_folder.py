@@ -64,6 +64,14 @@ def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
             opened(path)
 
 
+def test_a_folder_with_brackets_is_refused(tmp_path):
+    """Checkpoints in it could not be read."""
+    for resume in (False, True):
+        with pytest.raises(errors.UserError, match="without brackets"):
+            run_folder.RunFolder(tmp_path / "run[1]", resume=resume)
+    assert not (tmp_path / "run[1]").exists()
+
+
 def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     def forbidden(*_, **__):
         raise PermissionError(13, "Permission denied")

@@ -45,6 +45,7 @@ def mesh():
 
 def test_a_state_is_restored_exactly_with_its_sharding(tmp_path, mesh):
     saved = state_at(7, mesh, seed=3)
+    tmp_path = tmp_path / "a b #1%20?" / ".." / "a b #1%20?"  # as people name folders
     with snapshot.Snapshots(tmp_path, keep=2) as snapshots:
         assert snapshots.latest() is None
         snapshots.save(saved)

@@ -62,8 +62,16 @@ class RunFolder:
         """Creates the folder, or with `resume` opens the folder of a run.
 
         Raises: UserError if it is not empty (without `resume`), not writable, in use by another
-        run, or on a full disk.
+        run, on a full disk, or has a bracket in its path.
         """
+        if "[" in str(path.resolve()):
+            # Orbax takes it for a pattern, and does not find the parts of a checkpoint that it
+            # puts together, so that none could be read.
+            raise errors.UserError(
+                expected="an output folder without brackets in its path",
+                found=str(path.resolve()),
+                do="choose another --output-dir",
+            )
         self._name_files(path)
         if not resume and os.path.isdir(path) and set(os.listdir(path)) - _TRACES:
             raise errors.UserError(

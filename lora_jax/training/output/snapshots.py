@@ -45,7 +45,7 @@ class Snapshots:
         """
         # Orbax logs the traceback of a failed write, and also raises the exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._folder, self._keep_best = folder.absolute(), keep_best
+        self._folder, self._keep_best = folder.resolve(), keep_best  # Orbax reads no path with ..
         self.losses: dict[int, float] = {}  # held-out losses by step, with keep_best
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self.losses),
