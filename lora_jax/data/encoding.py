@@ -73,7 +73,7 @@ def encode(
       errors.UserError: an example lacks fields, a chat cannot be masked, or no example remains.
     """
     if files.STREAM in next(iter(dataset), {}):
-        examples = _blocks("".join(row[files.STREAM] for row in dataset), tokenizer, seq_len)
+        examples = _blocks(_joined([row[files.STREAM] for row in dataset]), tokenizer, seq_len)
         origins = [f"block {number}" for number in range(1, len(examples) + 1)]
         chats: Sequence[chat.Encoded] = ()
     else:
@@ -215,6 +215,12 @@ def _parts(example: Example, seq_len: int) -> list[Example]:
 
 def _example(ids: Iterable, trained: Iterable) -> Example:
     return np.array(ids, np.int32), np.array(trained, bool)
+
+
+def _joined(lines: Sequence[str]) -> str:
+    """The lines as one text. A file whose last line does not end is followed by another file."""
+    ended = (each if each.endswith(("\n", "\r")) else f"{each}\n" for each in lines[:-1])
+    return "".join([*ended, *lines[-1:]])
 
 
 def _blocks(

@@ -96,7 +96,7 @@ def find(source: str) -> Found | None:
     if glob.has_magic(source):
         if matching := sorted(glob.glob(str(path), recursive=True)):
             return _matching([pathlib.Path(each) for each in matching], path)
-    elif not files.is_data(path) and not hub.looks_like_path(source):
+    elif not any(map(files.is_data, (path, outer))) and not hub.looks_like_path(source):
         return None
     raise errors.UserError(
         expected=f"a data file ({', '.join(files.FORMATS)}), a folder of them, or a hub id",

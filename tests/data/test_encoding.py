@@ -214,6 +214,11 @@ def test_a_txt_file_is_one_stream_in_blocks(tok, tmp_path):
     assert [len(ids) for ids, _ in encoded.rows[:-1]] == [16] * (len(stream) // 16)
     assert all(trained.all() for _, trained in encoded.rows)
     assert (encoded.num_cut, encoded.num_skipped) == (0, 0)
+    # Of several files none begins within the last line of another.
+    for name, words in (("a", "one"), ("b", "two\n"), ("c", "three")):
+        (tmp_path / f"folder-{name}.txt").write_text(words)
+    (row, *_), *_ = encoding.encode(sources.load(f"{tmp_path}/folder-*.txt"), tok, 64, EOS).rows
+    assert row.tolist() == tok("one\ntwo\nthree").input_ids
     # A single last token predicts nothing.
     tail = encoding.encode(sources.load(str(path)), tok, len(stream) - 1, EOS)
     assert [len(ids) for ids, _ in tail.rows] == [len(stream) - 1]

@@ -125,6 +125,8 @@ def test_a_part_of_a_split_is_read(tmp_path, part, expected):
         assert "".join(row["text"] for row in found) == expected
     with pytest.raises(errors.UserError, match=r"train.jsonl@train"):
         sources.load(f"{tmp_path / 'train.jsonl'}@test{part}")  # a file is the train split
+    with pytest.raises(errors.UserError, match="no such file"):
+        sources.load(f"gone.jsonl@train{part}")
     with pytest.raises(errors.UserError, match="a whole split to stream"):
         next(sources.stream(f"{tmp_path}@train{part}"))
     assert folders.find(f"owner/name@train{part}") is None

@@ -309,7 +309,8 @@ def test_paths_of_the_record_are_those_of_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.jsonl").touch()
-    for name in ("data", "data/a.jsonl", "data@test", "data/*.jsonl"):
+    for name in ("data", "data/a.jsonl", "data@test", "data/*.jsonl", "data:config@test",
+                 "data/a.jsonl@train[:9]", "data/*.jsonl@train[5%:]"):  # fmt: skip
         assert assemble.absolute({"dataset": [name]}) == {"dataset": [f"{tmp_path}/{name}"]}
     for name in ("owner/name", "owner/name@test", "none/*.jsonl", "x" * 300):
         assert assemble.absolute({"model": name, "rank": 8}) == {"model": name, "rank": 8}

@@ -139,10 +139,10 @@ def absolute(flat: groups.Flat) -> groups.Flat:
 
 
 def exists(path: str) -> bool:
-    """Whether there are files under a path, folder@split or pattern."""
+    """Whether there are files under a path or pattern, also before :config and @split."""
     path = os.path.expanduser(path)
-    folder, _, _ = path.rpartition("@")
-    return os.path.exists(path) or os.path.isdir(folder) or bool(glob.glob(path))
+    front = re.sub(r"(:[^:@/]+)?(@[^@/]+)?$", "", path)
+    return any(os.path.exists(each) or glob.glob(each) for each in (path, front))
 
 
 def _absolute(given: groups.Value) -> groups.Value:
