@@ -98,8 +98,8 @@ class Encoder:
                 best = found
             if not best.lost or not (has_parts or len(best.lost) == sum(trained)):
                 break
-        # Without any answer, the form that the template refused may be the one that it is for; but
-        # of calls alone, it has no place for them.
+        # If no answer was found, the template may need the form that it refused. If the answers are
+        # calls alone, it has no place for them.
         if problem and (best is None or (
             len(best.lost) == sum(trained)
             and any(reading.text_of(messages[n]).strip() for n in best.lost)
