@@ -259,9 +259,11 @@ def parse(text: str) -> Einsum:
 def general(axis: Sequence[int], num_outputs: int, batch: Sequence[int] = ()) -> Einsum:
     """The linear map of a LinearGeneral or DenseGeneral: W [*batch, *axis, *outputs].
 
-    axis: x's axes that are summed, all counted from the front or all from the back. batch: the
-    first axes of x, which are the first axes of y in the same order.
+    axis: x's axes that are summed, in any order, as W has them sorted: those counted from the
+    front, then those from the back. batch: the first axes of x, which are the first axes of y in
+    the same order.
     """
+    axis = sorted(axis, key=lambda number: (number < 0, number))
     letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     shared = [next(letters) for _ in batch]
     summed = {number: next(letters) for number in axis}

@@ -102,7 +102,7 @@ class Layers(nnx.Module):
 
     def __init__(self, rngs):
         self.general = nnx.LinearGeneral(6, (2, 5), rngs=rngs)
-        self.back = nnx.LinearGeneral((2, 5), 6, axis=(-2, -1), rngs=rngs)
+        self.back = nnx.LinearGeneral((2, 5), 6, axis=(-1, -2), rngs=rngs)  # sorted by Flax
         self.front = nnx.LinearGeneral(4, 3, axis=1, use_bias=False, rngs=rngs)
         self.per_row = nnx.LinearGeneral(6, 3, batch_axis={0: 2}, rngs=rngs)
         self.einsum = nnx.Einsum("btd,ndh->btnh", (2, 6, 5), (2, 5), rngs=rngs)
