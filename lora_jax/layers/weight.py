@@ -103,6 +103,12 @@ class Computed:
     def __getitem__(self, index: Any) -> jax.Array:
         return self._compute()[index]
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self._compute())
+
     def __setitem__(self, index: Any, value: Any) -> None:
         raise self._is_no_variable()
 

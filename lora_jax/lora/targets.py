@@ -63,12 +63,15 @@ def select(
         else:
             do += f'use "{ALL_LINEAR}"'
         more = "; exclude what cannot be adapted, or register its class with the einsum it computes"
+        names = _names(layers)
+        if not names:
+            refused = [f"{path} {layer.problem}" for path, layer in layers.items() if layer.problem]
         # Layers that differ only in their number are listed once.
         alike = dict.fromkeys(re.sub(r"\.\d+\b", ".N", line) for line in refused)
         raise errors.UserError(
             expected="settings that name layers of the model that can be adapted",
             found=[*unmatched, *(refused if len(alike) == len(refused) else alike)],
-            where="names that exist: " + ", ".join(_names(layers)),
+            where="names that exist: " + (", ".join(names) or "none"),
             do=do + (more if refused else ""),
         )
     return {path: layer_config(path, layers[path].out_features, config) for path in chosen}

@@ -132,7 +132,10 @@ def test_a_layer_whose_weight_a_wrapper_scales_is_refused():
     ):
         with pytest.raises(errors.UserError, match="is in a WeightNorm, which scales its weight"):
             lora.inject(model, lora.LoRAConfig(**settings), rngs=rngs)
-    assert set(lora.inject(model, lora.LoRAConfig(targets="all-linear"), rngs=rngs)) == {"c"}
+    alone, every = nnx.Dict(a=nnx.clone(model.a)), lora.LoRAConfig(targets="all-linear")
+    with pytest.raises(errors.UserError, match=r"a\.layer_instance is in a WeightNorm"):
+        lora.inject(alone, every, rngs=rngs)
+    assert set(lora.inject(model, every, rngs=rngs)) == {"c"}
 
 
 # ------------------------------------------------------------------------- modules saved whole
