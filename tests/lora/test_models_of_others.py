@@ -146,7 +146,9 @@ class ReadsKernel(nnx.Module):
 
     @nnx.remat
     def __call__(self, x):
-        return self.part(x) + x @ self.part.kernel
+        rows = [*self.part.kernel]
+        assert len(rows) == len(self.part.kernel)
+        return self.part(x) + x @ jnp.stack(rows)
 
 
 class OtherEinsum(nnx.Module):
@@ -861,6 +863,7 @@ class WithDropout(nnx.Module):
 
 def test_dropout_is_drawn_anew_in_each_call_of_a_model_with_rngs():
     model = WithDropout(nnx.Rngs(0))
+    structure = jax.tree.structure(nnx.state(model))
     lora.inject(model, lora.LoRAConfig(targets=("part",), dropout=0.5), rngs=nnx.Rngs(1))
     changed(model)
     np.testing.assert_array_equal(model(X), model(X))
@@ -869,6 +872,19 @@ def test_dropout_is_drawn_anew_in_each_call_of_a_model_with_rngs():
     first, second = call(training, X), call(training, X)
     assert jnp.abs(first - second).max() > 0.01
     np.testing.assert_array_equal(nnx.view(training, deterministic=True)(X), model(X))
+    assert jax.tree.structure(lora.base_state(model)) == structure
+    streams = nnx.StateAxes({nnx.RngState: 0, ...: None})
+    each = nnx.split_rngs(splits=2)(nnx.vmap(lambda model: model(X), in_axes=(streams,)))
+    assert jnp.abs(jnp.subtract(*each(training))).max() > 0.01
+
+
+def test_dropout_of_experts_is_drawn_anew_in_each_call():
+    model = nnx.Dict(experts=nnx.Einsum("ebd,edf->ebf", (2, D, D), rngs=nnx.Rngs(0)))
+    model.streams, x = nnx.Rngs(0), jnp.ones((2, 3, D))
+    lora.inject(model, lora.LoRAConfig(targets=("experts",), dropout=0.5), rngs=nnx.Rngs(1))
+    changed(model)
+    model.train()
+    assert jnp.abs(model.experts(x) - model.experts(x)).max() > 0.01
 
 
 def test_dropout_of_a_weight_that_is_read_is_an_error():

@@ -10,7 +10,10 @@ from lora_jax.layers import stack, undo
 from lora_jax.lora.nnx import merge
 from lora_jax.lora.nnx.model_state import DropoutKey, LoRAConstant, LoRAParam
 
-_ADDED = (LoRAParam, LoRAConstant, DropoutKey, stack.LayerIndex)
+_ADDED = (
+    *(LoRAParam, LoRAConstant, DropoutKey, stack.LayerIndex),
+    nnx.PathContains("lora_dropout_stream"),
+)
 
 
 @contextlib.contextmanager

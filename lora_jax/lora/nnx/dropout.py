@@ -4,7 +4,7 @@ import zlib
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, Integer, PRNGKeyArray
 
 
 def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) -> Any:
@@ -32,7 +32,7 @@ def reseed(state: Any, key: PRNGKeyArray, rows: Int[Array, " B"] | None = None) 
     return jax.tree_util.tree_map_with_path(new, state)
 
 
-def reseed_by(state: Any, number: Int[Array, ""]) -> Any:
+def reseed_by(state: Any, number: Integer[Array, ""]) -> Any:
     """`state`, the model's DropoutKeys, with different masks for each number."""
 
     def new(data):

@@ -76,15 +76,15 @@ def _inject(model, config, rngs, principal) -> dict[str, int]:
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
     if config.init_lora_weights != "default":
         pissa.check(chosen, principal)
-    counts = _has_streams(model)
+    has_streams = _has_streams(model)
     for site, configs in chosen:
         ranks |= {name: own.rank for name, own in zip(site.names, configs, strict=True) if own}
         if config.init_lora_weights == "default" or site.kind != "linear":
             start = lora_site.initial(site, configs, rngs.params())
-            _adapt(site, configs, config, rngs, *start, counts=counts)
+            _adapt(site, configs, config, rngs, *start, has_streams=has_streams)
         else:
             start = pissa.take(site, configs, config, principal)
-            _adapt(site, configs, config, rngs, *start, counts=counts)
+            _adapt(site, configs, config, rngs, *start, has_streams=has_streams)
             _keep(site, start)
     for whole in wholes:
         whole.begin()
@@ -118,14 +118,14 @@ def _attach(model, adapter, untrained, where) -> None:
     if not untrained:
         given.check_effect(where)
     chosen = [(site, own) for site, own in zip(found, selected, strict=True) if any(own)]
-    changes_base = config.init_lora_weights != "default"
+    changes_base, has_streams = config.init_lora_weights != "default", _has_streams(model)
     if changes_base:
         pissa.check(chosen, None)
     for site, configs in chosen:
         is_changed = changes_base and site.kind == "linear"
         start = pissa.take(site, configs, config, None) if is_changed else None
         filled = lora_site.filled(site, configs, adapter.factors, config)
-        _adapt(site, configs, config, nnx.Rngs(0), *filled, counts=_has_streams(model))
+        _adapt(site, configs, config, nnx.Rngs(0), *filled, has_streams=has_streams)
         if start is not None:
             _keep(site, start)
     for whole in wholes:
@@ -196,12 +196,13 @@ def _has_streams(model: nnx.Module) -> bool:
     return any(isinstance(node, nnx.RngStream) for _, node in nnx.iter_graph(model))
 
 
-def _adapt(site, configs, config, rngs, A, B, magnitude=None, bias=None, *, counts=False) -> None:
+def _adapt(
+    site, configs, config, rngs, A, B, magnitude=None, bias=None, *, has_streams=False
+) -> None:
     """Makes the site's layer a LoRALayer with these arrays.
 
     magnitude: with DoRA, None for the one with which the layer computes W + s · A B. bias: with
-    lora_bias, None for zeros. counts: dropout counts the calls of the layer, to draw a new mask in
-    each.
+    lora_bias, None for zeros. has_streams: dropout draws a new mask in each call.
     """
     lead = site.lead
     has_switch = "deterministic" in vars(site.module)
@@ -232,13 +233,18 @@ def _adapt(site, configs, config, rngs, A, B, magnitude=None, bias=None, *, coun
     drops = site.kind != "embedding"  # as in PEFT
     layer.lora_dropout = config.dropout if drops else 0.0
     if layer.lora_dropout:
-        keys = jax.random.split(rngs.params(), lead) if lead else rngs.params()
-        layer.lora_dropout_key = DropoutKey(jax.random.key_data(keys))
-        if counts:
-            layer.lora_dropout_count = nnx.RngCount(jnp.zeros(lead, jnp.uint32), tag="dropout")
+        layer.lora_dropout_key = DropoutKey(jax.random.key_data(_keys(rngs, lead)))
+        if has_streams:
+            stacked = lead[: len(site.depths)]
+            layer.lora_dropout_stream = nnx.RngStream(_keys(rngs, stacked), tag="dropout")
     alike = len(set(configs)) == 1 and layer.lora_square is None and not layer.lora_dropout
     if site.depths and not alike:
         layer.lora_index = stack.index(lead[0], site.axis)
+
+
+def _keys(rngs: nnx.Rngs, shape: tuple[int, ...]) -> jax.Array:
+    key = rngs.params()
+    return jax.random.split(key, shape) if shape else key
 
 
 def set_members(model: nnx.Module, num_members: int) -> None:

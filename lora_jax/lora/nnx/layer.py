@@ -14,7 +14,7 @@ from lora_jax.kernels import explicit
 from lora_jax.layers import linear_map, mixin, projections, registry, stack, weight
 from lora_jax.lora import algebra
 from lora_jax.lora import site as lora_site
-from lora_jax.lora.nnx import sites
+from lora_jax.lora.nnx import dropout, sites
 from lora_jax.lora.nnx.model_state import LoRAParam
 from lora_jax.quant import linear as quant_linear
 
@@ -36,7 +36,7 @@ class LoRALayer(mixin.Mixin):
 
     # Only some adapters have these.
     lora_mask = lora_magnitude_vector = lora_square = lora_bias = None
-    lora_dropout_key = lora_dropout_count = None
+    lora_dropout_key = lora_dropout_stream = None
     lora_initial_A = lora_initial_B = None
     lora_index = None
     lora_members = 0  # see `per_member`
@@ -93,12 +93,10 @@ class LoRALayer(mixin.Mixin):
             self.deterministic = deterministic
 
     def _dropout_key(self) -> jax.Array:
-        key, count = _own(self, self.lora_dropout_key), self.lora_dropout_count
-        if count is None or count[...].ndim:  # a scan that leaves constants whole
+        key, stream = _own(self, self.lora_dropout_key), self.lora_dropout_stream
+        if stream is None or stream.key[...].ndim:  # a scan that leaves random states whole
             return key
-        folded = jax.random.fold_in(jax.random.wrap_key_data(key), count[...])
-        count[...] += 1
-        return jax.random.key_data(folded)
+        return dropout.reseed_by(key, jax.random.bits(stream()))
 
 
 class LoRAEmbedding(LoRALayer):
