@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from lora_jax import errors
-from lora_jax.layers import linear_map, stack
+from lora_jax.layers import linear_map, mixin, programs, stack
 
 
 class Registration(NamedTuple):
@@ -48,8 +49,8 @@ def register(
     """Makes layers of your own class adaptable and quantizable.
 
     Args:
-      cls: its `__call__(x)` returns einsum(x, W), plus a bias if it has one. A call with another
-        array, such as another weight, computes whatever it does with W + scaling · A B.
+      cls: its `__call__(x)` returns einsum(x, W), plus a bias if it has one. A call that
+        computes anything else does so with W + scaling · A B. The calls are traced to know.
       einsum: such as "...D,DNH->...NH", or a function that returns it for a layer. For a class
         with several weights, which may be adapted but not quantized: {attribute: einsum}.
       weight: the attribute that holds W.
@@ -66,14 +67,55 @@ def register(
     def described(layer):
         return linear_map.parse(einsum if isinstance(einsum, str) else einsum(layer))
 
-    def has_no_others(layer, *args, **kwargs):
-        """Whether there is nothing but x, the weight and the bias to compute with."""
-        given = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0) > 1]
-        more = [own for name, own in vars(layer).items() if name not in (weight, bias)]
-        return len(given) <= 1 and not any(map(is_base_param, more))
+    def is_product(layer, *args, **kwargs):
+        return _is_product(layer, cls, described(layer), (weight, bias), args, kwargs)
 
-    REGISTRATIONS[cls] = Registration(weight, described, bias, is_usual=has_no_others)
+    REGISTRATIONS[cls] = Registration(weight, described, bias, is_usual=is_product)
     registration_of.cache_clear()
+
+
+def _is_product(layer, cls, how, names, args, kwargs) -> bool:
+    """Whether cls.__call__(layer, *args, **kwargs) is how(x, W), plus a bias. It is only traced.
+
+    names: of the weight and of the bias. Without args it is a call with a float32 x.
+    """
+    held = {name: vars(layer)[name] for name in names
+            if isinstance(vars(layer).get(name), nnx.Variable)}  # fmt: skip
+    if names[0] not in held:  # it is packed
+        shape, dtype = layer.quantized_shape[-how.ndim :], layer.quantized.param_dtype
+        held[names[0]] = nnx.Param(jax.ShapeDtypeStruct(shape, dtype))
+    if not args and not kwargs:
+        args = (_example(how, held[names[0]].shape[-how.ndim :]),)
+    bound = inspect.signature(cls.__call__).bind(layer, *args, **kwargs)
+    itself, input, *_ = bound.arguments
+    x, alone = bound.arguments[input], object.__new__(mixin.original(layer))
+    vars(alone).update({name: part for name, part in vars(layer).items()
+                        if not name.startswith(("lora_", "quantized"))})  # fmt: skip
+
+    def call(x, own):
+        vars(alone).update({name: held[name].replace(array) for name, array in own.items()})
+        bound.arguments.update({itself: alone, input: x})
+        return cls.__call__(*bound.args, **bound.kwargs)
+
+    own = {name: held[name].get_value() for name in sorted(held)}
+    try:
+        program, result = jax.make_jaxpr(call, return_shape=True)(x, own)
+    except Exception:  # it changes state, or fails, as the call itself will
+        return False
+    inputs = [programs.given("x", x)]
+    inputs += [programs.given("w", array) if name == names[0] else
+               programs.given("bias", array, name) for name, array in own.items()]  # fmt: skip
+    if not hasattr(result, "shape"):
+        return False
+    (found,) = programs.followed(program.jaxpr, inputs)
+    return found is not None and found._replace(bias="") == programs.expected(how, x.ndim)
+
+
+def _example(how: linear_map.Einsum, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """An input for a weight of that shape."""
+    sizes = dict(zip(how.w, shape, strict=True))
+    axes = linear_map.expanded(how.x, len(how.x.replace("...", "_")))
+    return jax.ShapeDtypeStruct([sizes.get(axis, 1) for axis in axes], jnp.float32)
 
 
 def parameters_of(cls: type) -> Mapping[str, linear_map.LinearMap]:

@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import nnx, struct
 
 from lora_jax import errors, lora, peft, quant
+from lora_jax.layers import registry
 
 D, IDS = 8, jnp.arange(16)[None]
 X = jax.random.normal(jax.random.key(0), (3, 5, D))
@@ -67,7 +68,15 @@ class Scaled(OtherBias):
         return (x @ self.w) * self.shift[None, None]
 
 
+class Activated(OtherBias):
+    """Is registered as a product, and is none."""
+
+    def __call__(self, x):
+        return jnp.tanh(x @ self.w + self.shift[None, None])
+
+
 lora.register(OtherBias, "...i,io->...o", weight="w", bias="shift")
+lora.register(Activated, "...i,io->...o", weight="w", bias="shift")
 lora.register(OtherWeight, "...i,io->...o", weight="w", bias="shift")
 lora.register(Scaled, "...i,io->...o", weight="w")
 
@@ -222,6 +231,7 @@ KINDS = {
     "other_bias": (lambda rngs: Model(OtherBias(rngs)), "part"),
     "other_weight": (CallsWithAWeight, "part"),
     "scaled": (lambda rngs: Model(Scaled(rngs)), "part"),
+    "activated": (lambda rngs: Model(Activated(rngs)), "part"),
     "by_keyword": (ByKeyword, "part"),
     "reads_kernel": (ReadsKernel, "part"),
     "other_einsum": (OtherEinsum, "part"),
@@ -243,8 +253,8 @@ KINDS = {
 }  # fmt: skip
 QUANTIZED = ("multiplied", "standardized", "other_einsum", "own_functions")
 # Kinds of which other cases do the same.
-ALIKE = ("other_bias", "standardized", "two_raw", "experts", "own_functions", "mask", "transposed",
-         "bridged")  # fmt: skip
+ALIKE = ("other_bias", "scaled", "standardized", "two_raw", "experts", "own_functions", "mask",
+         "transposed", "bridged")  # fmt: skip
 
 
 @functools.cache
@@ -317,7 +327,14 @@ def output(model, x):
     + cases.long(
         *(
             (kind, "int4", False)
-            for kind in ("other_bias", "other_weight", "scaled", "by_keyword", "reads_kernel")
+            for kind in (
+                "other_bias",
+                "other_weight",
+                "scaled",
+                "activated",
+                "by_keyword",
+                "reads_kernel",
+            )
         )
     )
     + cases.long(("standardized", "int4", True)),
@@ -354,6 +371,11 @@ def test_merged_equals_adapted(kind, fmt, use_dora):
     lora.merge(model)
     np.testing.assert_allclose(output(model, x), y, atol=2e-5)
     assert nnx.graphdef(model) == nnx.graphdef(plain)
+
+
+def test_only_a_registered_call_that_is_a_product_is_one():
+    usual = {cls: registry.is_usual(cls(nnx.Rngs(0)), X) for cls in (OtherBias, Activated, Scaled)}
+    assert usual == {OtherBias: True, Activated: False, Scaled: False}
 
 
 # ------------------------------------------------------------------------- stacks

@@ -7,19 +7,7 @@ import jax
 from flax import linen as nn
 
 from lora_jax import errors
-from lora_jax.layers import linear_map
-
-Axis = tuple[str, int]  # ("x" or "w", the number of the axis)
-
-
-class _Value(NamedTuple):
-    """What a value is: x, W, the bias, or a product, and where its axes come from."""
-
-    kind: str
-    axes: tuple[Axis, ...] = ()
-    summed: frozenset[tuple[int, int]] = frozenset()  # (axis of x, axis of W)
-    shared: frozenset[tuple[int, int]] = frozenset()
-    bias: str = ""  # the name of the bias, or of the one that was added to the product
+from lora_jax.layers import linear_map, programs
 
 
 class Inferred(NamedTuple):
@@ -47,7 +35,7 @@ def is_product(
         return _is_plain(layer, cls)
     weight, *biases = names
     found = _traced(layer, cls, params, weight, biases, args, input, kwargs)
-    return found is not None and found._replace(bias="") == _expected(how, args[input].ndim)
+    return found is not None and found._replace(bias="") == programs.expected(how, args[input].ndim)
 
 
 def input_of(args: Sequence[Any]) -> int | None:
@@ -119,7 +107,7 @@ def _alone(layer, cls, params, args, input, kwargs):
     return call, shapes, jax.ShapeDtypeStruct(args[input].shape, args[input].dtype)
 
 
-def _traced(layer, cls, params, weight, biases, args, input, kwargs) -> _Value | None:
+def _traced(layer, cls, params, weight, biases, args, input, kwargs) -> programs.Value | None:
     """What the call's result is. biases: the names of parameters that may be the bias."""
     call, shapes, x = _alone(layer, cls, params, args, input, kwargs)
     try:
@@ -131,65 +119,9 @@ def _traced(layer, cls, params, weight, biases, args, input, kwargs) -> _Value |
     values = []
     for name, leaf in sorted(shapes.items()):
         kind = "w" if name == weight else "bias" if name in biases else "other"
-        axes = tuple(("w", i) for i in range(leaf.ndim))
-        values.append(_Value(kind, axes, bias=name if kind == "bias" else ""))
-    values.append(_Value("x", tuple(("x", i) for i in range(x.ndim))))
-    return _followed(closed.jaxpr, values)[0]
-
-
-def _expected(how: linear_map.Einsum, ndim: int) -> _Value:
-    x, y = linear_map.expanded(how.x, ndim), linear_map.expanded(how.y, ndim, like=how.x)
-    pairs = [frozenset((x.index(axis), how.w.index(axis)) for axis in axes)
-             for axes in (how.inputs, how.batch)]  # fmt: skip
-    axes = tuple(("x", x.index(a)) if a in x else ("w", how.w.index(a)) for a in y)
-    return _Value("y", axes, *pairs)
-
-
-def _followed(jaxpr: Any, values: Sequence[_Value | None]) -> list[_Value | None]:
-    """What the results are; None: something else, or it depends on none of the four."""
-    known = {var: value for var, value in zip(jaxpr.invars, values, strict=True) if value}
-    for eqn in jaxpr.eqns:
-        own = [None if hasattr(var, "val") else known.get(var) for var in eqn.invars]
-        if any(own):
-            for var, value in zip(eqn.outvars, _result(eqn, own), strict=True):
-                known[var] = value or _Value("other")
-    return [None if hasattr(var, "val") else known.get(var) for var in jaxpr.outvars]
-
-
-def _result(eqn: Any, own: list[_Value | None]) -> list[_Value | None]:
-    name, inner = eqn.primitive.name, eqn.params.get("jaxpr")
-    lost = [None] * len(eqn.outvars)
-    if inner is not None and len(getattr(inner, "jaxpr", inner).invars) == len(own):
-        return _followed(getattr(inner, "jaxpr", inner), own)
-    if name in _SAME:
-        return [own[0]]
-    if name == "transpose" and own[0].kind != "other":
-        return [own[0]._replace(axes=tuple(own[0].axes[i] for i in eqn.params["permutation"]))]
-    if own[0] and own[0].kind == "bias" and name in ("reshape", "broadcast_in_dim"):
-        return [own[0]]
-    if name == "dot_general" and all(own) and {own[0].kind, own[1].kind} == {"x", "w"}:
-        return [_dot(eqn.params["dimension_numbers"], own)]
-    if name == "add" and all(own) and {own[0].kind, own[1].kind} == {"y", "bias"}:
-        y, bias = own if own[0].kind == "y" else own[::-1]
-        return lost if y.bias else [y._replace(bias=bias.bias)]
-    return lost
-
-
-_SAME = ("convert_element_type", "copy", "sharding_constraint")
-
-
-def _dot(numbers: Any, own: list[_Value]) -> _Value:
-    contracting, batch = numbers
-    pairs = []
-    for left, right in (contracting, batch):
-        both = [(own[0].axes[i], own[1].axes[j]) for i, j in zip(left, right, strict=True)]
-        both = [pair if pair[0][0] == "x" else pair[::-1] for pair in both]
-        pairs.append(frozenset((x[1], w[1]) for x, w in both))
-    first = [own[0].axes[i] for i in batch[0]] if own[0].kind == "x" else (
-        [own[1].axes[j] for j in batch[1]])  # fmt: skip
-    rest = [axis for value, gone in zip(own, zip(*numbers, strict=True), strict=True)
-            for i, axis in enumerate(value.axes) if i not in {*gone[0], *gone[1]}]  # fmt: skip
-    return _Value("y", (*first, *rest), *pairs)
+        values.append(programs.given(kind, leaf, name if kind == "bias" else ""))
+    values.append(programs.given("x", x))
+    return programs.followed(closed.jaxpr, values)[0]
 
 
 def _is_plain(layer: nn.Module, cls: type[nn.Module]) -> bool:
