@@ -119,8 +119,23 @@ class Encoder:
     ) -> list[int]:
         """The ids of a chat as `encode` has them, for the model to go on with.
 
+        add_special_tokens: with those of the tokenizer beside the template's. See prompt_text.
+        """
+        text = self.prompt_text(messages, fields, generate=generate, continues=continues)
+        return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+
+    def prompt_text(
+        self,
+        messages: list[template.Message],
+        fields: Mapping[str, typing.Any],
+        *,
+        generate: bool = True,
+        continues: bool = False,
+    ) -> str:
+        """The text of a chat for the model to go on with.
+
         generate: followed by the start of the assistant's turn. continues: without what ends the
-        last message. add_special_tokens: with those of the tokenizer beside the template's.
+        last message.
         Raises: ChatError if the chat cannot be rendered.
         """
         how = self._template(fields)
@@ -142,9 +157,7 @@ class Encoder:
                 break
         if best is None:
             raise problem or ChatError("the chat cannot be rendered")
-        return self._tokenizer(
-            best[1], add_special_tokens=add_special_tokens, verbose=False
-        ).input_ids
+        return best[1]
 
     def _template(self, fields: Mapping[str, typing.Any]) -> template.Template:
         tools = reading.parsed(fields.get("tools"))

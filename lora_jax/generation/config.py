@@ -6,6 +6,7 @@ from lora_jax import errors
 
 DEFAULT_CONTEXT = 8192  # tokens of a served request or a chat, if the model allows so many
 MOST_LOGPROBS = 20
+_LEAST, _MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32, without subnormal numbers
 MOST_STOP_IDS = 32  # of one request, when they must be excluded until min_tokens
 
 
@@ -65,13 +66,13 @@ class Sampling:
             f"{name} {getattr(self, name)}"
             for name, fits in (
                 ("max_new_tokens", self.max_new_tokens >= 1),
-                ("temperature", 0 <= self.temperature < float("inf")),
+                ("temperature", 0 <= self.temperature <= _MOST),
                 ("top_k", self.top_k >= 0),
                 ("top_p", 0 < self.top_p <= 1),
                 ("min_p", 0 <= self.min_p <= 1),
-                ("repetition_penalty", 0 < self.repetition_penalty < float("inf")),
-                ("presence_penalty", abs(self.presence_penalty) < float("inf")),
-                ("frequency_penalty", abs(self.frequency_penalty) < float("inf")),
+                ("repetition_penalty", _LEAST <= self.repetition_penalty <= _MOST),
+                ("presence_penalty", abs(self.presence_penalty) <= _MOST),
+                ("frequency_penalty", abs(self.frequency_penalty) <= _MOST),
                 ("stop", all(self.stop)),
                 ("min_tokens", self.min_tokens >= 0),
                 ("logprobs", 0 <= (self.logprobs or 0) <= MOST_LOGPROBS),
@@ -82,8 +83,8 @@ class Sampling:
         if wrong:
             raise errors.UserError(
                 expected="max_new_tokens ≥ 1, temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1, "
-                "0 ≤ min_p ≤ 1, repetition_penalty > 0, finite penalties, no empty stop string, "
-                f"min_tokens ≥ 0, at most {MOST_LOGPROBS} logprobs",
+                "0 ≤ min_p ≤ 1, repetition_penalty > 0, all finite in float32, "
+                f"no empty stop string, min_tokens ≥ 0, at most {MOST_LOGPROBS} logprobs",
                 found=wrong,
                 where="the sampling settings",
             )

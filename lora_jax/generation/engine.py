@@ -87,7 +87,7 @@ class Engine:
         self._followers: lockstep.Leader | None = None
         self._expected = 0
         self._closing = False
-        self._failure: str | None = None
+        self.failure: str | None = None  # why it serves no more requests
 
     @functools.cached_property
     def _grammar(self) -> grammars.Grammar:
@@ -120,9 +120,9 @@ class Engine:
             prompt, sampling, adapters, listener=listener,
             advance=None if self._thread else self.advance,
         )  # fmt: skip
-        if self._failure or self._closing:
+        if self.failure or self._closing:
             request.emit(requests.Piece(
-                finish_reason="error", error=self._failure or "the engine is closed"
+                finish_reason="error", error=self.failure or "the engine is closed"
             ))  # fmt: skip
             return request
         output = outputs.Output(request, self._decoder, self.eos_ids)
@@ -246,8 +246,8 @@ class Engine:
             try:
                 self._loop.turn(self._followers)
             except Exception as error:
-                self._failure = f"{type(error).__name__}: {error}"
-                self._loop.end_all("error", self._failure)
+                self.failure = f"{type(error).__name__}: {error}"
+                self._loop.end_all("error", self.failure)
                 raise
 
     def use(self, trained: Any, frozen: model_state.Frozen) -> None:
@@ -265,9 +265,28 @@ class Engine:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or self._loop.has_work)
                 self._wake.wait_for(lambda: self._closing or not self._expected, _GATHERS)
+            if self.failure:  # which a request did not see that came at that moment
+                with self._lock:
+                    self._loop.end_all("error", self.failure)
             try:
                 while self._loop.has_work and not self._closing:
                     self.advance()
             except Exception:
                 traceback.print_exc()
-                return
+                self._begin_again()
+
+    def _begin_again(self) -> None:
+        """After a turn that failed: makes the state anew, and tries it with a request.
+
+        One request that no check has foreseen must not end the service of all later ones.
+        """
+        if self._followers:  # which do not know of the failure
+            return
+        try:
+            self.release()
+            self.failure = None
+            self.submit([0], generation_config.Sampling(1))
+            while self._loop.has_work:
+                self.advance()
+        except Exception:
+            traceback.print_exc()

@@ -43,6 +43,11 @@ def check(
             problems.append(errors.UserError(
                 expected=f"ids from 0 to {vocab_size - 1}", found=unknown, where=where
             ))  # fmt: skip
+    if sampling.min_tokens > sampling.max_new_tokens:
+        problems.append(errors.UserError(
+            expected=f"at most max_new_tokens, {sampling.max_new_tokens}",
+            found=f"{sampling.min_tokens}", where="min_tokens",
+        ))  # fmt: skip
     stops = len(sampling.stop_token_ids) + len(eos_ids)
     if sampling.min_tokens and stops > config.MOST_STOP_IDS:
         problems.append(errors.UserError(

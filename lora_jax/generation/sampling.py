@@ -103,7 +103,7 @@ def row(sampling: config.Sampling, prompt: Sequence[int], stops: Sequence[int], 
     repetition, presence, frequency = map(np.float32, penalties)
     return Rows(
         temperature=np.float32(sampling.temperature),
-        top_k=np.int32(sampling.top_k),
+        top_k=np.int32(min(sampling.top_k, vocab)),
         top_p=np.float32(sampling.top_p),
         min_p=np.float32(sampling.min_p),
         repetition_penalty=repetition,

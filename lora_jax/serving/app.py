@@ -81,7 +81,7 @@ def make(serving: server.Server) -> applications.Starlette:
             post("/tokenize", serving.tokenize),
             post("/detokenize", serving.detokenize),
             get("/tokenizer_info", lambda _: serving.tokenizer_info()),
-            get("/health", lambda _: {"status": "ok"}),
+            get("/health", lambda _: serving.health()),
             routing.Route("/", chat_page, methods=["GET"]),
             routing.Route("/ping", ping, methods=["GET", "POST"]),
             get("/version", lambda _: {"version": lora_jax.__version__}),

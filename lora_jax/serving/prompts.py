@@ -18,14 +18,21 @@ if typing.TYPE_CHECKING:
 class Prompts:
     """Encodes prompts. Its methods take as long as the text is long, and are for one thread.
 
-    reader: the tokenizer. context: the most tokens of prompt and output. most: of a prompt.
+    reader: the tokenizer. vocab_size: the rows of the model's embedding. context: the most tokens
+    of prompt and output. most: of a prompt.
     """
 
     def __init__(
-        self, reader: "transformers.PreTrainedTokenizerBase", context: int, most: int | None = None
+        self,
+        reader: "transformers.PreTrainedTokenizerBase",
+        vocab_size: int,
+        context: int,
+        most: int | None = None,
     ):
-        self._reader, self._context = reader, context
+        self._reader, self._vocab_size, self._context = reader, vocab_size, context
         self._most = min(context - 1, most or context)
+        # Characters: no token has more than its name, in which bytes are characters.
+        self._most_text = self._most * max(map(len, reader.get_vocab()), default=1)
         self._encoder = chats.Encoder(reader)
         self._own = inspect.signature(reader.apply_chat_template).parameters.keys()
 
@@ -38,18 +45,23 @@ class Prompts:
         self._check_template(chat)
         fields = {"tools": chat.tools or None, "chat_template_kwargs": dict(chat.template_kwargs)}
         with _refused("messages"):
-            ids = self._encoder.prompt(
+            text = self._encoder.prompt_text(
                 reading.read([_with_content(each) for each in chat.messages]),
                 fields,
                 generate=chat.generate,
                 continues=chat.continues,
-                add_special_tokens=bool(chat.asked.add_special_tokens),
             )
+        self._check_text(text, chat.asked.truncate, "messages")
+        ids = self._reader(
+            text, add_special_tokens=bool(chat.asked.add_special_tokens), verbose=False
+        ).input_ids
         return self._fitting(ids, chat.asked.truncate, "messages")
 
     def completion(self, completion: protocol.Completion) -> list[list[int]]:
         """The ids of each prompt. Raises: Refusal if one is too long."""
         asked = completion.asked
+        for each in completion.prompts:
+            self._check_text(each, asked.truncate, "prompt")
         return [
             self._fitting(self.encode(each, asked.add_special_tokens), asked.truncate, "prompt")
             for each in completion.prompts
@@ -58,6 +70,12 @@ class Prompts:
     def encode(self, prompt: str | list[int], add_special_tokens: bool | None = None) -> list[int]:
         """The ids of a text: by default as generation encodes it. Ids stay as they are."""
         if not isinstance(prompt, str):
+            if max(prompt) >= self._vocab_size:
+                raise refusal.Refusal(
+                    f"prompt: the id {max(prompt)} is none of the model's tokens, which are 0 to "
+                    f"{self._vocab_size - 1}",
+                    param="prompt",
+                )
             return prompt
         with _refused("prompt"):
             if add_special_tokens is False:
@@ -86,6 +104,19 @@ class Prompts:
             raise refusal.Refusal(
                 "reasoning_effort: the model's chat template does not read it",
                 param="reasoning_effort",
+            )
+
+    def _check_text(self, text: str | list[int], truncate: int | None, param: str) -> None:
+        """Raises: Refusal if a text has more tokens than fit, whichever they are.
+
+        Megabytes take seconds to encode, and all other prompts wait for them.
+        """
+        if isinstance(text, str) and truncate is None and len(text) > self._most_text:
+            raise refusal.Refusal(
+                f"The prompt has {len(text)} characters, which are more than {self._most} tokens, "
+                f"within a context of {self._context}.",
+                param=param,
+                code="context_length_exceeded",
             )
 
     def _fitting(self, ids: list[int], truncate: int | None, param: str) -> list[int]:

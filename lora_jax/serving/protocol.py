@@ -4,7 +4,6 @@ Takes OpenAI's fields, and vLLM's names for more. Every problem of a body is in 
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from lora_jax.serving import refused, structure
 
 _MOST_STOPS = 64
 _SEED = 2**63
+_MOST_FLOAT = 1e30  # which float32 has, and its reciprocal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,18 +190,19 @@ def _asked(given: reading.Fields, max_tokens: int | None, logprobs: int | None) 
 
 def _sampling(given: reading.Fields, logprobs: int | None) -> config.Sampling:
     """The settings of sampling; OpenAI's defaults where a field is missing."""
-    tiny = sys.float_info.min
     seed = given.whole("seed", least=-_SEED, most=_SEED - 1)
     top_k = given.whole("top_k", 0, least=-1)
     top_p = given.number("top_p", 1.0, least=0, most=1)
     if top_p == 0:  # only the most likely token, as transformers and OpenAI read it
         top_k, top_p = 1, 1.0
     values = {
-        "temperature": given.number("temperature", 1.0, least=0),
+        "temperature": given.number("temperature", 1.0, least=0, most=_MOST_FLOAT),
         "top_k": max(top_k, 0),
         "top_p": top_p,
         "min_p": given.number("min_p", 0.0, least=0, most=1),
-        "repetition_penalty": given.number("repetition_penalty", 1.0, least=tiny),
+        "repetition_penalty": given.number(
+            "repetition_penalty", 1.0, least=1 / _MOST_FLOAT, most=_MOST_FLOAT
+        ),
         "presence_penalty": given.number("presence_penalty", 0.0, least=-2, most=2),
         "frequency_penalty": given.number("frequency_penalty", 0.0, least=-2, most=2),
         "logit_bias": _logit_bias(given),

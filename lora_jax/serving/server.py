@@ -36,7 +36,9 @@ class Server:
     def __init__(self, engine: Any, known: models.Models, limits: settings.ServeSettings):
         self.models, self.limits, self.metrics = known, limits, metrics.Metrics()
         self._engine, self._reader = engine, engine.reader
-        self._prompts = prompts.Prompts(engine.reader, engine.context, limits.max_prompt)
+        self._prompts = prompts.Prompts(
+            engine.reader, engine.vocab_size, engine.context, limits.max_prompt
+        )
         self._texts = tokens.Tokens(engine.reader)
         # A fast tokenizer cannot be used by two threads at once: "Already borrowed".
         self._texts_thread = concurrent.futures.ThreadPoolExecutor(1, "prompts")
@@ -62,7 +64,7 @@ class Server:
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """Inside, a request is read. Raises: Refusal 429 if too many wait already."""
-        self._check_queue(1)
+        self._check_queue(1, self._preparing)
         self._preparing += 1
         try:
             yield
@@ -137,13 +139,14 @@ class Server:
             )
         return self.models.chosen(asked.model, asked.adapters)
 
-    def _check_queue(self, more: int) -> None:
+    def _check_queue(self, more: int, preparing: int = 0) -> None:
+        """preparing: the requests that a new one would join."""
         room = self._engine.stats().slots + self.limits.max_queue
         if more > room:
             raise refusal.Refusal(
                 f"{more} choices in one request are more than the {room} this server has room for"
             )
-        if self.link.open + more > room or self._preparing > room:
+        if self.link.open + more > room or preparing >= room:
             raise refusal.Refusal(
                 "Too many requests wait already. Try again later.",
                 status=429,
@@ -225,6 +228,12 @@ class Server:
         given.raise_problems()
         await _within(self._loads_thread, self.models.unload, name)
         return f"Success: LoRA adapter '{name}' removed successfully."
+
+    def health(self) -> answers.Json:
+        """Answers /health. Raises: Refusal 503 if the engine serves no more requests."""
+        if self._engine.failure:
+            raise refusal.Refusal(f"The engine has failed: {self._engine.failure}", status=503)
+        return {"status": "ok"}
 
     def metrics_text(self) -> str:
         """Answers /metrics."""

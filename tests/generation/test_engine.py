@@ -366,6 +366,33 @@ def test_a_thread_serves_many_callers():
         serving.submit([1], GREEDY).result()
 
 
+def test_a_request_that_breaks_a_turn_does_not_end_the_service(monkeypatch, capsys):
+    (prompt, _), *_ = golden(SMALL)
+    (expected,) = tokens(shared(SMALL), [prompt], GREEDY)
+    with fresh() as serving:
+        admit = serving.batch.admit
+
+        def broken(work, eos_ids):
+            if work.request.sampling.top_k == 7 or fails:
+                raise ValueError("unforeseen")
+            return admit(work, eos_ids)
+
+        fails = False
+        monkeypatch.setattr(serving.batch, "admit", broken)
+        serving.start()
+        with pytest.raises(RuntimeError, match="unforeseen"):
+            serving.submit(prompt, dataclasses.replace(SAMPLED, top_k=7)).result()
+        end = time.monotonic() + 60
+        while serving.failure and time.monotonic() < end:  # it makes its state anew
+            time.sleep(0.01)
+        assert serving.submit(prompt, GREEDY).result().tokens == expected
+        fails = True
+        for _ in range(2):  # it cannot go on, and says so
+            with pytest.raises(RuntimeError, match="unforeseen"):
+                serving.submit(prompt, GREEDY).result()
+        assert "unforeseen" in serving.failure and "unforeseen" in capsys.readouterr().err
+
+
 def test_an_idle_engine_begins_requests_together_that_are_prepared_together(monkeypatch):
     prompt, _ = golden(SMALL)[0]
     monkeypatch.setattr(engine, "_GATHERS", 60)
@@ -396,10 +423,13 @@ def test_pieces_make_the_text_and_never_change():
 
 def test_what_cannot_be_served_is_refused_at_once():
     serving = shared()
-    sampling = config.Sampling(max_new_tokens=500, logit_bias=((512, 1.0),), stop_token_ids=(513,))
+    sampling = config.Sampling(
+        max_new_tokens=500, min_tokens=501, logit_bias=((512, 1.0),), stop_token_ids=(513,)
+    )
     with pytest.raises(errors.UserError) as raised:
         serving.submit([1, 600] * 10, sampling, adapters="pirate")
-    for problem in ("context of 512", "600", "pirate", "logit_bias", "stop_token_ids"):
+    for problem in ("context of 512", "600", "pirate", "logit_bias", "stop_token_ids",
+                    "min_tokens"):  # fmt: skip
         assert problem in str(raised.value)
 
 
@@ -414,8 +444,12 @@ def test_a_prompt_that_leaves_no_room_is_an_error():
 
 def test_all_invalid_settings_are_named():
     with pytest.raises(errors.UserError) as raised:
-        config.Sampling(max_new_tokens=0, temperature=-1.0, top_k=-2, top_p=0.0, min_p=1.5)
-    for problem in ("max_new_tokens 0", "temperature -1.0", "top_k -2", "top_p 0.0", "min_p 1.5"):
+        config.Sampling(
+            max_new_tokens=0, temperature=1e39, top_k=-2, top_p=0.0, min_p=1.5,
+            repetition_penalty=1e-300,
+        )  # fmt: skip
+    for problem in ("max_new_tokens 0", "temperature 1e+39", "top_k -2", "top_p 0.0", "min_p 1.5",
+                    "repetition_penalty 1e-300"):  # fmt: skip
         assert problem in str(raised.value)
 
 

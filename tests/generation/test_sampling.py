@@ -120,6 +120,10 @@ def test_top_k_keeps_the_k_most_likely_and_ties(k):
         np.testing.assert_array_equal(kept_probabilities(logits, rows) > 0, expected)
 
 
+def test_a_top_k_beyond_all_integers_keeps_all():
+    assert samplers.row(config.Sampling(top_k=10**30), [0], [], 8).top_k == 8
+
+
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 0.999])
 def test_top_p_keeps_the_fewest_that_reach_p_and_ties(p):
     ties = np.repeat(normal(6, 75), 4, axis=1)

@@ -42,6 +42,7 @@ class Engine:
 
     def __init__(self, reader, script, *, context=64, slots=2, adapters=()):
         self.reader, self.context, self.pool = reader, context, Pool(*adapters)
+        self.vocab_size, self.failure = len(reader), None
         self.asked, self.compiled, self.gate = [], [], threading.Event()
         self.expected = self.unexpected = 0
         self._script, self._slots = script, slots

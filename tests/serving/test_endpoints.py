@@ -313,7 +313,8 @@ def test_a_prompt_is_cut_from_the_left(serve):
         ({"prompt": [5] * 32}, "prompt"),
         ({"prompt": "", "add_special_tokens": False}, "prompt"),
         ({"prompt": [5], "min_tokens": 6, "max_tokens": 5}, "min_tokens"),
-        ({"prompt": [10**6]}, None),  # what the engine refuses
+        ({"prompt": [10**6]}, "prompt"),
+        ({"prompt": "ab" * 1000}, "prompt"),  # too long, as is known before it is encoded
     ],
 )
 def test_what_the_context_has_no_room_for(serve, fields, param):
@@ -360,6 +361,8 @@ def test_health_version_metrics(serve):
     assert client.get("/health").status == client.get("/ping").status == 200
     assert client.post("/ping").status == 200
     assert client.get("/version").json["version"]
+    client.engine.failure = "the device is lost"
+    assert client.get("/health").status == 503
     text = client.get("/metrics").body.decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert values["lora_jax_generation_tokens_total"] == "2"

@@ -131,6 +131,21 @@ def test_a_full_queue_is_refused_for_a_while(held):
     assert len(client.engine.asked) == 3
 
 
+def test_of_a_burst_as_many_are_served_as_there_is_room_for(held):
+    client = held(waits_for_gate, slots=1, max_queue=2)
+
+    async def ask():
+        body = json.dumps({"prompt": "ab"}).encode()
+        asked = [asyncio.ensure_future(client.ask("POST", "/v1/completions", body))
+                 for _ in range(9)]  # fmt: skip
+        while sum(each.done() for each in asked) < 6:
+            await asyncio.sleep(0.001)
+        client.engine.gate.set()
+        return [each.status for each in await asyncio.gather(*asked)]
+
+    assert sorted(client.run(ask())) == [200] * 3 + [429] * 6
+
+
 def test_an_idle_engine_is_told_of_requests_before_they_come(serve):
     client = serve()
     assert client.complete().status == client.chat().status == 200
@@ -196,7 +211,15 @@ def test_a_client_that_leaves_ends_its_requests(held, stream, script):
 
 def test_a_request_that_is_refused_halfway_leaves_nothing_behind(serve):
     client = serve()
-    answer = client.complete([[5], [10**6]])
+    submit = client.engine.submit
+
+    def picky(prompt, *given, **named):
+        if [*prompt] == [6]:
+            raise errors.UserError(expected="another prompt", found="6")
+        return submit(prompt, *given, **named)
+
+    client.engine.submit = picky
+    answer = client.complete([[5], [6]])
     assert answer.status == 400
     assert len(client.engine.asked) == 1 and only_aborted(client)
 

@@ -67,11 +67,13 @@ def test_fields_of_sampling(read, given, setting):
         ({"temperature": "0"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": 10**400}, "temperature"),
+        ({"temperature": 1e39}, "temperature"),  # none of float32
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": 1.5}, "top_k"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"presence_penalty": 2.1}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
