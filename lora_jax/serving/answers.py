@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from lora_jax.serving import generating, protocol, refusal, responses
+from lora_jax.serving import generating, protocol, refusal
 
 BEAT = 15.0  # seconds without output after which a stream gets a comment, which keeps it open
 Json = dict[str, Any]
@@ -16,9 +16,10 @@ class Answer:
     def __init__(
         self,
         asked: protocol.Asked,
-        form: responses.Chat | responses.Completion,
+        form: Any,
         generation: generating.Generation,
     ):
+        """form: one of `responses`, which makes the objects."""
         self.streams, self.id = asked.stream, form.id
         self._asked, self._form, self._generation = asked, form, generation
 

@@ -45,6 +45,7 @@ def make(serving: server.Server) -> applications.Starlette:
         return [
             post(f"{prefix}/chat/completions", serving.chat),
             post(f"{prefix}/completions", serving.completion),
+            post(f"{prefix}/responses", serving.response),
             get(f"{prefix}/models", lambda _: {"object": "list", "data": serving.models.listed()}),
             get(f"{prefix}/models/{{id:path}}", one),
         ]
@@ -256,7 +257,7 @@ async def _http_error(request: requests.Request, error: Exception) -> responses.
     assert isinstance(error, exceptions.HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code == 404:
-        message += "; here are /v1/chat/completions, /v1/completions and /v1/models"
+        message += "; here are /v1/chat/completions, /v1/completions, /v1/responses, /v1/models"
     return _error(refusal.Refusal(message, status=error.status_code, headers=error.headers))
 
 

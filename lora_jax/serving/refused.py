@@ -75,9 +75,9 @@ COMPLETION = {
 }
 
 
-def note(given: fields.Fields, known: dict[str, Known]) -> None:
+def note(given: fields.Fields, known: dict[str, Known], *, both: dict[str, Known] = BOTH) -> None:
     """Notes the fields that cannot be honoured."""
-    for name, about in {**BOTH, **known}.items():
+    for name, about in {**both, **known}.items():
         if name in given and not any(_same(given.get(name), each) for each in about.neutral):
             given.wrong(name, f"not supported here; {about.do}")
 

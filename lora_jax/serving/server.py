@@ -21,6 +21,8 @@ from lora_jax.serving import (
     protocol,
     refusal,
     responses,
+    responses_body,
+    responses_events,
     settings,
     structure,
     tokens,
@@ -74,13 +76,34 @@ class Server:
     async def chat(self, body: Mapping[str, Any]) -> answers.Answer:
         """Answers /v1/chat/completions. Raises: Refusal."""
         chat = protocol.chat(body)
+        return await self._chat(chat, lambda *about: responses.Chat(chat, *about))
+
+    async def _chat(
+        self,
+        chat: protocol.Chat,
+        make: Callable[..., Any],
+        answer: type[answers.Answer] = answers.Answer,
+    ) -> answers.Answer:
+        """make: (the model's name, texts of tokens, the chat template) → the form of the answer."""
         model, adapters = self._model(chat.asked)
         with self._engine.expecting():
             ids = await _within(self._texts_thread, self._prompts.chat, chat)
             source = self._reader.get_chat_template(None, chat.tools or None)
             forced = await _within(self._texts_thread, calls.grammar, chat, source, self._reader)
-            form = responses.Chat(chat, model, self._texts, source)
-            return await self._generate(chat.asked, form, [ids], adapters, forced)
+            form = make(model, self._texts, source)
+            return await self._generate(chat.asked, form, [ids], adapters, forced, answer)
+
+    async def response(self, body: Mapping[str, Any]) -> answers.Answer:
+        """Answers /v1/responses: a chat in another form. Raises: Refusal."""
+        chat = responses_body.read(body)
+        try:
+            return await self._chat(
+                chat,
+                lambda *about: responses_events.Response(body, chat, *about),
+                responses_events.Answer,
+            )
+        except refusal.Refusal as error:
+            raise responses_body.renamed(error) from None
 
     async def completion(self, body: Mapping[str, Any]) -> answers.Answer:
         """Answers /v1/completions. Raises: Refusal."""
@@ -94,10 +117,11 @@ class Server:
     async def _generate(
         self,
         asked: protocol.Asked,
-        form: responses.Chat | responses.Completion,
+        form: Any,
         ids: list[list[int]],
         adapters: Mapping[str, float],
         grammar: str | None,
+        answer: type[answers.Answer] = answers.Answer,
     ) -> answers.Answer:
         if grammar is None and asked.structure:
             grammar = await _within(self._texts_thread, structure.grammar, asked.structure)
@@ -112,7 +136,7 @@ class Server:
                 discards = asked.max_tokens == 0
                 generation.submit(each, sampling, adapters, asked.n, discards=discards)
             stack.pop_all()  # nothing went wrong: the answer ends it
-        return answers.Answer(asked, form, generation)
+        return answer(asked, form, generation)
 
     async def _compile(self, grammar: str, param: str) -> None:
         """Compiles a grammar while others are answered: it may take seconds. Raises: Refusal."""

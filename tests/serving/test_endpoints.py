@@ -377,7 +377,7 @@ def test_health_version_metrics(serve):
 def test_other_paths_and_methods(serve):
     client = serve()
     assert client.get("/v1/nothing").status == 404
-    assert "/v1/chat/completions" in client.post("/v1/responses", input="ab").error["message"]
+    assert "/v1/chat/completions" in client.post("/v1/embeddings", input="ab").error["message"]
     assert client.get("/v1/nothing").error["type"] == "not_found_error"
     assert client.get("/v1/chat/completions").status == 405
     assert client.get("/v1/chat/completions").error

@@ -155,6 +155,45 @@ def schemas(client):
         assert isinstance(json.loads(answer.choices[0].message.content), dict)
 
 
+def responses(client):
+    """With pydantic's own checks of the client's types, because the client checks nothing."""
+    tool = {"type": "function", **TOOLS[0]["function"]}
+    fields = {"model": client.models.list().data[0].id, "input": ASK, "temperature": 0}
+    answer = client.responses.create(**fields, max_output_tokens=16)
+    text = chat(client, max_completion_tokens=16).choices[0].message.content
+    assert answer.output_text == text
+    for more in (
+        {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 16},
+        {"tools": [tool], "tool_choice": "required", "max_output_tokens": 80},
+    ):
+        raw = client.responses.with_raw_response.create(**fields, **more)
+        pydantic.TypeAdapter(openai.types.responses.Response).validate_json(raw.content)
+        with client.responses.with_streaming_response.create(**fields, **more, stream=True) as raw:
+            data = [line[6:] for line in raw.iter_lines() if line.startswith("data: ")]
+        event = pydantic.TypeAdapter(openai.types.responses.ResponseStreamEvent)
+        events = [event.validate_json(each) for each in data]
+        assert events[-1].response.output and events[0].type == "response.created"
+    (call,) = events[-1].response.output
+    assert call.name == "weather" and [*json.loads(call.arguments)] == ["city"]
+    asked = [*ASK, call.model_dump(exclude_none=True), {
+        "type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]  # fmt: skip
+    more = {"tools": [tool], "tool_choice": "none", "max_output_tokens": 16}
+    assert client.responses.create(**fields | more | {"input": asked}).output_text
+    more = {"text_format": City, "max_output_tokens": 60}
+    assert isinstance(client.responses.parse(**fields, **more).output_parsed, City)
+    with client.responses.stream(**fields, **more) as stream:
+        for _ in stream:
+            pass
+        assert isinstance(stream.get_final_response().output_parsed, City)
+    for refused in ({"store": True}, {"previous_response_id": "resp_1"}):
+        try:
+            client.responses.create(**fields, **refused)
+        except openai.BadRequestError as error:
+            assert error.param in refused
+        else:
+            raise AssertionError(refused)
+
+
 def the_errors(client):
     def refused(kind, param, **fields):
         try:
@@ -190,7 +229,8 @@ def raw_answers(client):
 
 
 CHECKS = (a_chat, a_stream_of_a_chat, the_helper_for_streams, several_choices_with_a_seed,
-          logprobs_of_a_chat, completions, tools, schemas, the_errors, raw_answers)  # fmt: skip
+          logprobs_of_a_chat, completions, tools, schemas, responses, the_errors,
+          raw_answers)  # fmt: skip
 
 
 def main() -> int:
