@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
-from lora_jax import errors
+from lora_jax import errors, tokenizer
 from lora_jax.data import chat
 from lora_jax.generation import config, request
 
@@ -102,6 +102,7 @@ class Conversation:
         ]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
+        tokenizer.check_text(each["content"] for each in messages)
         try:
             return self._encoder.prompt(messages, {})
         except chat.ChatError as error:

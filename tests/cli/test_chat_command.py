@@ -121,6 +121,7 @@ def test_compare_shows_both_answers_and_keeps_the_adapters(started, piped):
         ("/adapter min", "did you mean mine?"),
         ("/base now", "found: /base now"),
         ("/compare", "an adapter to compare"),
+        ("caf\udce9", "expected: text in UTF-8"),  # Latin-1, as Python reads it
     ],
 )
 def test_a_wrong_command_is_an_error_that_changes_nothing(started, piped, capsys, line, message):
