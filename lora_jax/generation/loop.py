@@ -87,7 +87,8 @@ class Loop:
                     work.matcher.mask(allowed[work.slot.index])
                 left.append(work)
             except errors.UserError as error:
-                self._scheduler.end(work, work.output.end("error", error.on_one_line()))
+                reason = error.on_one_line()
+                self._scheduler.end(work, work.output.end("error", reason, is_users=True))
         return left, allowed
 
     def _read(self) -> None:

@@ -38,9 +38,11 @@ class Output:
         new, found = self._stops.push(new, self._text.held)
         return requests.Piece(new, (token,), logprobs, "stop" if found else None, found)
 
-    def end(self, reason: str, error: str | None = None) -> requests.Piece:
+    def end(
+        self, reason: str, error: str | None = None, *, is_users: bool = False
+    ) -> requests.Piece:
         """The last piece of a request that is ended from outside."""
-        return self._last(reason, None, "", (), ())._replace(error=error)
+        return self._last(reason, None, "", (), ())._replace(error=error, is_users=is_users)
 
     def _last(self, reason, stop_reason, new, tokens, logprobs) -> requests.Piece:
         """With all text that was withheld, in which a stop string may still be found."""

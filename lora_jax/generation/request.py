@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     span tokens. tokens: their ids, with logprobs of each if they were asked for. finish_reason is
     "stop", "length", "abort" or "error" in the last piece, None in the others. stop_reason: the
     stop string or stop token id that ended the text, if it was not the model's EOS. error: the
-    reason of "error".
+    reason of "error". is_users: the error is of what was asked, not of the engine.
     """
 
     text: str = ""
@@ -33,6 +33,7 @@ class Piece(NamedTuple):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    is_users: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,8 @@ class Scheduler:
             try:
                 work.lease = self._pool.acquire(work.request.adapters)
             except errors.UserError as error:  # unloaded while it waited
-                self.end(work, work.output.end("error", str(error)))
+                reason = error.on_one_line()
+                self.end(work, work.output.end("error", reason, is_users=True))
                 return True
             if work.lease is None:
                 return False

@@ -104,4 +104,5 @@ def merge(pieces: Sequence[request.Piece]) -> request.Piece:
         last.finish_reason,
         last.stop_reason,
         last.error,
+        last.is_users,
     )

@@ -122,7 +122,9 @@ class Generation:
         if piece.finish_reason == "error":
             choice.finish_reason = "error"
             raise refusal.Refusal(
-                piece.error or "The engine failed.", status=500, headers=_NO_RETRY
+                piece.error or "The engine failed.",
+                status=400 if piece.is_users else 500,
+                headers=_NO_RETRY,
             )
         if piece.finish_reason == "abort":
             choice.finish_reason = "abort"

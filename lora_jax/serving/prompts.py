@@ -51,20 +51,20 @@ class Prompts:
                 generate=chat.generate,
                 continues=chat.continues,
             )
-        self._check_text(text, chat.asked.truncate, "messages")
         ids = self._reader(
-            text, add_special_tokens=bool(chat.asked.add_special_tokens), verbose=False
+            self._short(text, chat.asked.truncate, "messages"),
+            add_special_tokens=bool(chat.asked.add_special_tokens),
+            verbose=False,
         ).input_ids
         return self._fitting(ids, chat.asked.truncate, "messages")
 
     def completion(self, completion: protocol.Completion) -> list[list[int]]:
         """The ids of each prompt. Raises: Refusal if one is too long."""
         asked = completion.asked
-        for each in completion.prompts:
-            self._check_text(each, asked.truncate, "prompt")
+        texts = [self._short(each, asked.truncate, "prompt") for each in completion.prompts]
         return [
             self._fitting(self.encode(each, asked.add_special_tokens), asked.truncate, "prompt")
-            for each in completion.prompts
+            for each in texts
         ]
 
     def encode(self, prompt: str | list[int], add_special_tokens: bool | None = None) -> list[int]:
@@ -106,18 +106,23 @@ class Prompts:
                 param="reasoning_effort",
             )
 
-    def _check_text(self, text: str | list[int], truncate: int | None, param: str) -> None:
-        """Raises: Refusal if a text has more tokens than fit, whichever they are.
+    def _short(self, text: str | list[int], truncate: int | None, param: str) -> str | list[int]:
+        """The text, or so much of its end that the tokens to keep are all in it.
 
-        Megabytes take seconds to encode, and all other prompts wait for them.
+        Megabytes take seconds to encode, and all other prompts wait for them. Raises: Refusal if
+        the text has more tokens than fit, whichever they are.
         """
-        if isinstance(text, str) and truncate is None and len(text) > self._most_text:
+        if not isinstance(text, str) or len(text) <= self._most_text:
+            return text
+        if truncate is None:
             raise refusal.Refusal(
                 f"The prompt has {len(text)} characters, which are more than {self._most} tokens, "
                 f"within a context of {self._context}.",
                 param=param,
                 code="context_length_exceeded",
             )
+        # Twice as much: the first tokens depend on where the text is cut.
+        return text[-2 * self._most_text :]
 
     def _fitting(self, ids: list[int], truncate: int | None, param: str) -> list[int]:
         if truncate is not None:

@@ -230,6 +230,8 @@ def test_an_error_of_the_engine(serve):
     answer = client.chat()
     assert answer.status == 500 and answer.error["message"] == "out of memory"
     assert answer.headers["x-should-retry"] == "false"
+    users = request.Piece(finish_reason="error", error="grammar: too complex", is_users=True)
+    assert serve(lambda _: iter([users])).chat().error["type"] == "invalid_request_error"
     streamed = client.chat(stream=True)
     last = streamed.body.decode().strip().split("\n\n")[-1]
     assert streamed.status == 200
@@ -301,7 +303,10 @@ def test_a_prompt_is_cut_from_the_left(serve):
     client.complete("abcdabcdabcd", truncate_prompt_tokens=3)
     whole = client.post("/tokenize", prompt="abcdabcdabcd").json["tokens"]
     assert list(client.engine.asked[-1].prompt) == whole[-3:]
+    client.complete("ab" + "cdab" * 5000, truncate_prompt_tokens=3)  # of which the end is encoded
+    assert list(client.engine.asked[-1].prompt) == [whole[-2], whole[-3], whole[-2]]
     assert client.complete([5] * 40).error["code"] == "context_length_exceeded"
+    assert "characters" in client.complete("ab" * 5000).error["message"]  # not encoded
     client.complete([5] * 40, truncate_prompt_tokens=-1, max_tokens=1)
     assert len(client.engine.asked[-1].prompt) == 15
 
@@ -314,7 +319,6 @@ def test_a_prompt_is_cut_from_the_left(serve):
         ({"prompt": "", "add_special_tokens": False}, "prompt"),
         ({"prompt": [5], "min_tokens": 6, "max_tokens": 5}, "min_tokens"),
         ({"prompt": [10**6]}, "prompt"),
-        ({"prompt": "ab" * 1000}, "prompt"),  # too long, as is known before it is encoded
     ],
 )
 def test_what_the_context_has_no_room_for(serve, fields, param):
