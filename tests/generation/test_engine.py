@@ -479,6 +479,12 @@ def test_a_grammar_beside_requests_without_one():
     assert plain.tokens == following[:NUM_NEW]
     with pytest.raises(errors.UserError, match="grammar"):
         serving.submit(prompt, config.Sampling(grammar=grammar.regex("(")))
+    # One that turns out to be too complex ends its own request, as an error of its user.
+    many = grammar.regex("(?:(?:a?){60}){60}" + "a{60}")
+    both = [serving.submit(prompt, config.Sampling(grammar=many)), serving.submit(prompt, GREEDY)]
+    *_, last = both[0]
+    assert last.finish_reason == "error" and last.is_users and "too many" in last.error
+    assert both[1].result().tokens == following[:NUM_NEW]
 
 
 def disturbed(array, *, noise):
