@@ -133,11 +133,22 @@ def test_a_full_queue_is_refused_for_a_while(held):
 
 def test_of_a_burst_as_many_are_served_as_there_is_room_for(held):
     client = held(waits_for_gate, slots=1, max_queue=2)
+    encode, encoded = client.server._prompts.completion, threading.Event()
+
+    def together(completion):
+        encoded.wait(10)
+        return encode(completion)
+
+    client.server._prompts.completion = together
 
     async def ask():
         body = json.dumps({"prompt": "ab"}).encode()
         asked = [asyncio.ensure_future(client.ask("POST", "/v1/completions", body))
                  for _ in range(9)]  # fmt: skip
+        while sum(each.done() for each in asked) < 5:
+            await asyncio.sleep(0.001)
+        encoded.set()
+        time.sleep(0.05)  # until all are encoded, while the loop looks at none
         while sum(each.done() for each in asked) < 6:
             await asyncio.sleep(0.001)
         client.engine.gate.set()
