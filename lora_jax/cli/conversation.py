@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import chat
+from lora_jax.data.chats import chat
 from lora_jax.generation import config, request
 
 COMMANDS = {  # {its name: what follows it, what it does}

@@ -184,7 +184,8 @@ def _encoded(
     Raises: UserError with all prompts that are too long.
     """
     from lora_jax import tokenizer
-    from lora_jax.data import clock, prompt_files
+    from lora_jax.data import prompt_files
+    from lora_jax.data.chats import clock
     from lora_jax.generation import limits
 
     time = None

@@ -86,7 +86,8 @@ def settings_of(typed: arguments.Given) -> InspectSettings:
 def main() -> None:
     settings = settings_of(parse())
     from lora_jax import hub, tokenizer
-    from lora_jax.data import bad_rows, chat, mixture, packing
+    from lora_jax.data import bad_rows, mixture, packing
+    from lora_jax.data.chats import chat
     from lora_jax.models import config as model_config
     from lora_jax.training import run_data
 
@@ -134,7 +135,7 @@ def main() -> None:
 
 def say_template(reader, stops: Sequence[int], chat_time: str | None) -> None:
     """Says where generation stops, and the time that the chat template prints, which it sets."""
-    from lora_jax.data import clock
+    from lora_jax.data.chats import clock
 
     if len(stops) > 1:
         console.say("stops", "generation stops at "

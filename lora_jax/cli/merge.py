@@ -96,7 +96,7 @@ def merge(folder: pathlib.Path, adapter, into: pathlib.Path, settings: arguments
     from lora_jax import hub, tokenizer
     from lora_jax.checkpoints import merge as merged
     from lora_jax.checkpoints import model_folder, writer
-    from lora_jax.data import chat
+    from lora_jax.data.chats import chat
     from lora_jax.lora import tied_head
     from lora_jax.training import evaluate
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lora_jax import assets, console, errors, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder
 from lora_jax.cli import model_flags
-from lora_jax.data import chat
+from lora_jax.data.chats import chat
 from lora_jax.generation import chunks, config, engine
 from lora_jax.generation import pool as pools
 from lora_jax.generation import weights as decode_weights

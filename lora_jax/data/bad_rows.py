@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.data import files, kinds, rows
+from lora_jax.data import rows
+from lora_jax.data.examples import kinds
+from lora_jax.data.formats import files
 
 Encoded = typing.TypeVar("Encoded")
 _SHOWN = 3  # places

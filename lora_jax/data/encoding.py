@@ -11,7 +11,9 @@ import numpy as np
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import chat, files, kinds, messages, preferences, token_ids
+from lora_jax.data.chats import chat, messages
+from lora_jax.data.examples import kinds, preferences, token_ids
+from lora_jax.data.formats import files
 
 if typing.TYPE_CHECKING:
     import transformers

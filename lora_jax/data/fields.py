@@ -4,7 +4,9 @@ import functools
 from collections.abc import Mapping
 
 from lora_jax import errors
-from lora_jax.data import as_chats, files, kinds, preferences, rows
+from lora_jax.data import rows
+from lora_jax.data.examples import as_chats, kinds, preferences
+from lora_jax.data.formats import files
 
 _LOOKED_AT = 1000  # examples
 _SHOWN = 8  # columns in one line

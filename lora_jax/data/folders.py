@@ -15,7 +15,8 @@ import typing
 from collections.abc import Sequence
 
 from lora_jax import errors, hub
-from lora_jax.data import compression, dataset_card, files
+from lora_jax.data import dataset_card
+from lora_jax.data.formats import compression, files
 
 _SPLITS = {
     "train": ("train", "training"),

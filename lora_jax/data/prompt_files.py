@@ -11,8 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import as_chats, chat, compression, encoding, files, kinds, messages, unicode
-from lora_jax.data.template import Message
+from lora_jax.data import encoding
+from lora_jax.data.chats import chat, messages
+from lora_jax.data.chats.template import Message
+from lora_jax.data.examples import as_chats, kinds
+from lora_jax.data.formats import compression, files, unicode
 
 if typing.TYPE_CHECKING:
     import transformers

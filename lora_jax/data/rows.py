@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lora_jax.data import arrow_files, kinds, records
+from lora_jax.data.examples import kinds
+from lora_jax.data.formats import arrow_files, records
 
 if typing.TYPE_CHECKING:
     import pyarrow

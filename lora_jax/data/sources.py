@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from lora_jax import errors, hub
-from lora_jax.data import arrow_files, bad_rows, fields, files, folders, kinds, records, rows
+from lora_jax.data import bad_rows, fields, folders, rows
+from lora_jax.data.examples import kinds
+from lora_jax.data.formats import arrow_files, files, records
 
 if typing.TYPE_CHECKING:
     import pyarrow

@@ -12,7 +12,8 @@ from concurrent import futures
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.data import bad_rows, records, rows, sources
+from lora_jax.data import bad_rows, rows, sources
+from lora_jax.data.formats import records
 from lora_jax.data.packing import TokenSequence
 
 BLOCK = 4096  # examples that are read, arranged and shuffled together

@@ -19,7 +19,7 @@ class Answer:
         form: Any,
         generation: generating.Generation,
     ):
-        """form: one of `responses`, which makes the objects."""
+        """form: one of `completions`, which makes the objects."""
         self.streams, self.id = asked.stream, form.id
         self._asked, self._form, self._generation = asked, form, generation
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import chat as chats
-from lora_jax.data import messages as reading
+from lora_jax.data.chats import chat as chats
+from lora_jax.data.chats import messages as reading
 from lora_jax.serving import protocol, refusal
 
 if typing.TYPE_CHECKING:

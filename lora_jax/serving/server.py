@@ -13,6 +13,7 @@ from lora_jax.serving import (
     answers,
     bridge,
     calls,
+    completions,
     fields,
     generating,
     metrics,
@@ -20,7 +21,6 @@ from lora_jax.serving import (
     prompts,
     protocol,
     refusal,
-    responses,
     responses_body,
     responses_events,
     settings,
@@ -76,7 +76,7 @@ class Server:
     async def chat(self, body: Mapping[str, Any]) -> answers.Answer:
         """Answers /v1/chat/completions. Raises: Refusal."""
         chat = protocol.chat(body)
-        return await self._chat(chat, lambda *about: responses.Chat(chat, *about))
+        return await self._chat(chat, lambda *about: completions.Chat(chat, *about))
 
     async def _chat(
         self,
@@ -111,7 +111,7 @@ class Server:
         model, adapters = self._model(completion.asked)
         with self._engine.expecting():
             ids = await _within(self._texts_thread, self._prompts.completion, completion)
-            form = responses.Completion(completion, model, self._texts)
+            form = completions.Completion(completion, model, self._texts)
             return await self._generate(completion.asked, form, ids, adapters, None)
 
     async def _generate(

@@ -11,10 +11,8 @@ import numpy as np
 from lora_jax import console, errors, tokenizer
 from lora_jax.console import say
 from lora_jax.data import (
-    as_chats,
     bad_rows,
     batches,
-    chat,
     encoding,
     fields,
     mixture,
@@ -23,6 +21,8 @@ from lora_jax.data import (
     sources,
     stream,
 )
+from lora_jax.data.chats import chat
+from lora_jax.data.examples import as_chats
 from lora_jax.training.settings import groups
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lora_jax import console, hub, lora, tokenizer
 from lora_jax.checkpoints import inventory, loader, model_folder, safetensors_files
 from lora_jax.console import say
-from lora_jax.data import chat, clock
+from lora_jax.data.chats import chat, clock
 from lora_jax.kernels import choice
 from lora_jax.lora import outer_names, tied_head
 from lora_jax.lora.nnx import model_state, vocabulary

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lora_jax import errors
-from lora_jax.data import as_chats, encoding, fields, kinds, preferences, prompt_files, sources
+from lora_jax.data import encoding, fields, prompt_files, sources
+from lora_jax.data.examples import as_chats, kinds, preferences
 
 USER, ANSWER = {"role": "user", "content": "ab\ncd"}, {"role": "assistant", "content": "yes"}
 BEFORE = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]

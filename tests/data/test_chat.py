@@ -9,7 +9,8 @@ import tiny_tokenizer
 from test_encoding import EOS, dataset, trained_text, write
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import chat, clock, encoding, sources
+from lora_jax.data import encoding, sources
+from lora_jax.data.chats import chat, clock
 
 CHATML = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"

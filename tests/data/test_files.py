@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from test_encoding import write
 
 from lora_jax import errors
-from lora_jax.data import bad_rows, files, folders, kinds, sources, unicode
+from lora_jax.data import bad_rows, folders, sources
+from lora_jax.data.examples import kinds
+from lora_jax.data.formats import files, unicode
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -8,7 +8,8 @@ import pytest
 import tiny_tokenizer
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import chat, encoding, prompt_files
+from lora_jax.data import encoding, prompt_files
+from lora_jax.data.chats import chat
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}_{% endfor %}"

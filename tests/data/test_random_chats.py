@@ -13,7 +13,8 @@ import tiny_tokenizer
 from hypothesis import strategies as st
 
 from lora_jax import errors, tokenizer
-from lora_jax.data import encoding, kinds, preferences
+from lora_jax.data import encoding
+from lora_jax.data.examples import kinds, preferences
 
 FRAGMENTS = [
     "</s>",

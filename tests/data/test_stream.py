@@ -12,7 +12,7 @@ import test_mixture
 
 from lora_jax import errors
 from lora_jax.data import bad_rows, packing, sources, stream
-from lora_jax.data import files as reading
+from lora_jax.data.formats import files as reading
 
 reader = test_mixture.reader
 files = test_mixture.files

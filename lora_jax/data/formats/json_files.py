@@ -14,8 +14,9 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_jax import errors
-from lora_jax.data import kinds, records
-from lora_jax.data.records import START, Position, Record
+from lora_jax.data.examples import kinds
+from lora_jax.data.formats import records
+from lora_jax.data.formats.records import START, Position, Record
 
 _DEEPEST = 200  # levels of nesting; Python's own limit depends on who calls
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -10,8 +10,9 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 
 from lora_jax import errors
-from lora_jax.data import compression, csv_files, kinds
-from lora_jax.data.records import Position, Record
+from lora_jax.data.examples import kinds
+from lora_jax.data.formats import compression, csv_files
+from lora_jax.data.formats.records import Position, Record
 
 if typing.TYPE_CHECKING:
     import pyarrow

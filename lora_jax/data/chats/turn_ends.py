@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lora_jax.data import colors
+from lora_jax.data.chats import colors
 
 Message = colors.Message
 # A chat, and whether the generation prompt follows it → its text and the color of each character.

@@ -10,9 +10,9 @@ import numpy as np
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data import messages as reading
-from lora_jax.data import template
-from lora_jax.data.template import ChatError as ChatError
+from lora_jax.data.chats import messages as reading
+from lora_jax.data.chats import template
+from lora_jax.data.chats.template import ChatError as ChatError
 
 if typing.TYPE_CHECKING:
     import transformers

@@ -10,8 +10,9 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from lora_jax import errors
-from lora_jax.data import kinds, records
-from lora_jax.data.records import START, Position, Record
+from lora_jax.data.examples import kinds
+from lora_jax.data.formats import records
+from lora_jax.data.formats.records import START, Position, Record
 
 _SEPARATORS = (",", ";", "\t", "|")
 _SAMPLE = 20  # rows that are looked at to find the separator

@@ -6,8 +6,9 @@ Imports no jax.
 import typing
 from collections.abc import Mapping
 
-from lora_jax.data import kinds, messages, turn_ends
-from lora_jax.data.template import ChatError, Message
+from lora_jax.data.chats import messages, turn_ends
+from lora_jax.data.chats.template import ChatError, Message
+from lora_jax.data.examples import kinds
 
 
 class Texts(typing.NamedTuple):

@@ -6,8 +6,8 @@ import typing
 from collections.abc import Callable, Iterator
 
 from lora_jax import errors, hub
-from lora_jax.data import arrow_files, compression, csv_files, json_files, records
-from lora_jax.data.records import START, Position, Record
+from lora_jax.data.formats import arrow_files, compression, csv_files, json_files, records
+from lora_jax.data.formats.records import START, Position, Record
 
 # The field that holds a line of a .txt file.
 STREAM = "_stream"

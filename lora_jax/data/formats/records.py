@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator, Mapping
 
 from lora_jax import errors
-from lora_jax.data import compression, unicode
+from lora_jax.data.formats import compression, unicode
 
 # Where an example starts: (byte, lines before it) in a text file, else (0, examples before it); in
 # several files ([number of the file, byte], …).

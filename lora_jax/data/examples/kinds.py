@@ -17,7 +17,8 @@ import typing
 from collections.abc import Iterable, Mapping
 
 from lora_jax import errors
-from lora_jax.data import messages, token_ids
+from lora_jax.data.chats import messages
+from lora_jax.data.examples import token_ids
 
 ALPACA = ("instruction", "output")
 KINDS = (

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lora_jax.data import colors, template_source, turn_ends
+from lora_jax.data.chats import colors, template_source, turn_ends
 
 if typing.TYPE_CHECKING:
     import transformers

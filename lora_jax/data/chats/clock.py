@@ -4,7 +4,7 @@ import datetime
 import json
 import typing
 
-from lora_jax.data import template_source
+from lora_jax.data.chats import template_source
 
 if typing.TYPE_CHECKING:
     import transformers

@@ -8,7 +8,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from lora_jax.data.template import ChatError, Message
+from lora_jax.data.chats.template import ChatError, Message
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
           "bard": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",

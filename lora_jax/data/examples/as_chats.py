@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 from lora_jax import errors
-from lora_jax.data import kinds, messages, preferences
-from lora_jax.data.template import ChatError, Message
+from lora_jax.data.chats import messages
+from lora_jax.data.chats.template import ChatError, Message
+from lora_jax.data.examples import kinds, preferences
 
 _KEPT = (*kinds.BESIDE_CHATS, kinds.ORIGIN)
 
