@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import cases
 import hub_server
 import pytest
 
@@ -105,6 +106,7 @@ def test_inspecting_data_downloads_no_weights(model, tmp_path):
     assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
+@pytest.mark.long
 def test_a_commit_can_be_requested(model, tmp_path):
     with hub_server.serve({ID: model}) as server:
         folder, _ = download(server, tmp_path, ID, revision=hub_server.COMMIT)
@@ -128,9 +130,11 @@ def test_a_repository_with_pickles_only_is_refused(model, tmp_path):
     ("name", "revision", "expected"),
     [
         ("meta/gated", None, ["gated", "licence", "hf auth login", "HF_TOKEN", "/meta/gated"]),
-        ("nobody/nothing", None, ["no such repository", "nobody/nothing", "HF_TOKEN"]),
-        (ID, "v9", ["no such revision", "v9"]),
-        ("not an id", None, ["owner/name"]),
+        *cases.long(
+            ("nobody/nothing", None, ["no such repository", "nobody/nothing", "HF_TOKEN"]),
+            (ID, "v9", ["no such revision", "v9"]),
+            ("not an id", None, ["owner/name"]),
+        ),
     ],
 )
 def test_refusals_say_what_to_do(model, tmp_path, name, revision, expected):

@@ -107,7 +107,8 @@ def test_an_unconverted_adapter_is_merged_into_the_base_that_it_changes(name, tm
         merge.plan(base, adapter, quantization="int8")
 
 
-@pytest.mark.parametrize("fmt", ["int4", *cases.long("nf4-dq")])
+@pytest.mark.long
+@pytest.mark.parametrize("fmt", ["int4", "nf4-dq"])
 def test_merging_into_a_rounded_base_equals_the_adapter_on_it(fmt, tmp_path):
     adapter = peft.read(GOLDEN / "lora_dora" / "final_adapter")
     base, golden = MODELS / "llama_bias", golden_logits("lora_dora")

@@ -177,7 +177,7 @@ def test_codes_of_mlx_lm_of_other_than_4_bits_are_rounded_like_dense_weights(bit
     np.testing.assert_array_equal(whole[f"{UP}.weight"], expected)
 
 
-@pytest.mark.parametrize("name", ["ct-w4a16", "mlx-4bit", *cases.long("ct-fp8", "ct-w8a16")])
+@pytest.mark.parametrize("name", ["ct-w4a16", *cases.long("mlx-4bit", "ct-fp8", "ct-w8a16")])
 def test_logits_are_those_of_the_programs_that_wrote_the_files(name):
     folder = test_storage.GOLDEN / "quantized" / name
     with np.load(folder.with_suffix(".npz")) as golden:

@@ -20,6 +20,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "_SECONDS", 0)
 
 
+@pytest.mark.long  # as in test_proof.py
 def test_the_kernels_of_this_device_are_right():
     rows = [*doctor_kernels.rows(TINY)]
     assert [row.operation for row in rows] == [

@@ -251,7 +251,7 @@ KINDS = {
     "bridged_alone": (lambda rngs: Model(bridge(nn.Dense(4), rngs)), "part"),
     "bridged_conv": (lambda rngs: bridged(rngs, nn.Conv(D, (3,))), "layers_0"),
 }  # fmt: skip
-QUANTIZED = ("multiplied", "standardized", "other_einsum", "own_functions")
+QUANTIZED = ("standardized", "own_functions")
 # Kinds of which other cases do the same.
 ALIKE = ("other_bias", "scaled", "standardized", "two_raw", "experts", "own_functions", "mask",
          "transposed", "bridged")  # fmt: skip
@@ -328,7 +328,9 @@ def output(model, x):
         *(
             (kind, "int4", False)
             for kind in (
+                "multiplied",
                 "other_bias",
+                "other_einsum",
                 "other_weight",
                 "scaled",
                 "activated",
@@ -439,10 +441,14 @@ HOW = [("none", DORA), ("int4", SOME), ("none", DORA), ("int4", SOME)]
 
 @pytest.mark.parametrize(
     "kind, fmt, settings",
-    [(kind, *how) for kind, how in zip(("split", "param_1"), HOW[2:], strict=True)]
-    + cases.long(*((kind, *how) for kind, how in zip(("param_0", "all_0"), HOW[:2], strict=True)))
-    + cases.long(*((kind, *how) for kind, how in zip(STACKS, HOW[::-1], strict=True)))
-    + cases.long(("param_1", "none", SOME), ("param_1", "int4", DORA | SOME)),
+    [
+        ("param_1", "int4", SOME),
+        *cases.long(
+            *(("split", "none", DORA), ("param_0", "none", DORA), ("all_0", "int4", SOME)),
+            *((kind, *how) for kind, how in zip(STACKS, HOW[::-1], strict=True)),
+            *(("param_1", "none", SOME), ("param_1", "int4", DORA | SOME)),
+        ),
+    ],
 )
 def test_a_stack_is_adapted_layer_by_layer(kind, fmt, settings, tmp_path):
     plain, model = (nnx.merge(*_stack(kind), copy=True) for _ in range(2))

@@ -552,6 +552,7 @@ def test_an_invalid_memory_size_is_refused(folder, size):
         script.num_bytes(size)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_stops_the_compiler_too(folder):
     """Within a second or two, although the compiler returns to Python only later."""

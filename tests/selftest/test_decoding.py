@@ -231,7 +231,7 @@ def quantized():
     return model
 
 
-@pytest.mark.parametrize("form, slots", [("joined", 3), ("k_minor", 70)])
+@pytest.mark.parametrize("form, slots", [("joined", 3), *cases.long(("k_minor", 70))])
 def test_a_model_names_the_products_that_decoding_joins(form, slots, monkeypatch):
     """Those with one input; also on Hopper, with more slots than its own kernel takes."""
     monkeypatch.setattr(weights, "best", lambda device: form)

@@ -99,6 +99,7 @@ def test_a_run_continues_with_the_adapter_its_settings_and_its_base(tmp_path):
     assert "another adapter" in told and "--init-adapter, now" in told
 
 
+@pytest.mark.long
 def test_dpo_prefers_relative_to_the_adapter(tmp_path):
     """Its reference is the model with the adapter, so the first loss is that of a coin."""
     rows = tmp_path / "pairs.jsonl"
