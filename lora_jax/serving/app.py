@@ -11,7 +11,9 @@ from starlette import applications, exceptions, requests, responses, routing
 from starlette.middleware import Middleware, cors
 
 import lora_jax
-from lora_jax.serving import answers, fields, page, refusal, server
+from lora_jax.serving import page, refusal, server
+from lora_jax.serving.replies import answers
+from lora_jax.serving.requests import fields
 
 _OPEN = ("/health", "/")  # without an API key: alive or not, and the page, which asks for the key
 _GONE = 499  # nginx's status for a client that has left; nobody gets it

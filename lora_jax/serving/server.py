@@ -9,24 +9,16 @@ from typing import Any
 
 from lora_jax import errors
 from lora_jax.generation import config
-from lora_jax.serving import (
+from lora_jax.serving import bridge, metrics, models, refusal, settings
+from lora_jax.serving.replies import (
     answers,
-    bridge,
     calls,
     completions,
-    fields,
     generating,
-    metrics,
-    models,
-    prompts,
-    protocol,
-    refusal,
-    responses_body,
     responses_events,
-    settings,
-    structure,
     tokens,
 )
+from lora_jax.serving.requests import fields, prompts, protocol, responses_body, structure
 
 
 class Server:

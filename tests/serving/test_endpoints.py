@@ -6,7 +6,7 @@ import fake_engine
 import pytest
 
 from lora_jax.generation import request
-from lora_jax.serving import generating
+from lora_jax.serving.replies import generating
 
 
 def only(items):

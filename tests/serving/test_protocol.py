@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lora_jax.generation import config
-from lora_jax.serving import fields, protocol, refusal
+from lora_jax.serving import refusal
+from lora_jax.serving.requests import fields, protocol
 
 MESSAGES = [{"role": "user", "content": "ab"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}

@@ -6,7 +6,8 @@ import fake_engine
 import pytest
 
 from lora_jax.generation import request
-from lora_jax.serving import protocol, refusal, responses_body
+from lora_jax.serving import refusal
+from lora_jax.serving.requests import protocol, responses_body
 
 TOOL = {
     "type": "function",

@@ -8,7 +8,7 @@ import transformers
 
 from lora_jax import assets, errors, tokenizer
 from lora_jax.generation import grammar
-from lora_jax.serving import tool_grammar, tools
+from lora_jax.serving.requests import tool_grammar, tools
 
 HERMES = "…within <tool_call></tool_call> XML tags…"
 MISTRAL = "{{- '[TOOL_CALLS] [' }}"

@@ -5,7 +5,8 @@ import uuid
 from typing import Any
 
 from lora_jax import errors
-from lora_jax.serving import protocol, refusal, structure
+from lora_jax.serving import refusal
+from lora_jax.serving.requests import protocol, structure
 
 if typing.TYPE_CHECKING:
     import transformers
@@ -20,7 +21,7 @@ class Parser:
         self._most = None if chat.parallel_tool_calls else 1
         self._reader: Any = None
         if chat.tools and chat.tool_choice != "none":
-            from lora_jax.serving import tools
+            from lora_jax.serving.requests import tools
 
             names = [tool["function"]["name"] for tool in chat.tools]
             self._reader = tools.Parser(source, names)
@@ -57,7 +58,7 @@ def grammar(
     is_free = chat.tool_choice == "auto" and not form
     if chat.tool_choice == "none" or (is_free and not chat.tools):
         return None  # without llguidance too
-    from lora_jax.serving import tool_grammar
+    from lora_jax.serving.requests import tool_grammar
 
     text = structure.schema(form) if form and chat.tool_choice == "auto" else None
     shown = {  # in the text, in which calls are found

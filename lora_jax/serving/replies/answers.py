@@ -4,7 +4,9 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from lora_jax.serving import generating, protocol, refusal
+from lora_jax.serving import refusal
+from lora_jax.serving.replies import generating
+from lora_jax.serving.requests import protocol
 
 BEAT = 15.0  # seconds without output after which a stream gets a comment, which keeps it open
 Json = dict[str, Any]

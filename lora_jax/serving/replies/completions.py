@@ -7,7 +7,8 @@ from typing import Any
 
 import lora_jax
 from lora_jax.generation import request
-from lora_jax.serving import calls, generating, protocol, tokens
+from lora_jax.serving.replies import calls, generating, tokens
+from lora_jax.serving.requests import protocol
 
 Json = dict[str, Any]
 

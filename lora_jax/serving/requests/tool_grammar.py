@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax.generation import grammar as grammars
 from lora_jax.generation import schemas
-from lora_jax.serving import tools as calling
+from lora_jax.serving.requests import tools as calling
 
 
 def grammar(

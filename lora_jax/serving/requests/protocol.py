@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_jax import errors
 from lora_jax.generation import config
-from lora_jax.serving import fields as reading
-from lora_jax.serving import refused, structure
+from lora_jax.serving.requests import fields as reading
+from lora_jax.serving.requests import structure, unsupported
 
 _MOST_STOPS = 64
 _SEED = 2**63
@@ -70,7 +70,7 @@ class Completion:
 def chat(body: Mapping[str, Any]) -> Chat:
     """Reads a chat request. Raises: Refusal."""
     given = reading.Fields(body)
-    refused.note(given, refused.CHAT)
+    unsupported.note(given, unsupported.CHAT)
     logprobs = given.flag("logprobs")
     top = given.whole("top_logprobs", 0, least=0, most=config.MOST_LOGPROBS)
     if top and not logprobs:
@@ -105,7 +105,7 @@ def completion(body: Mapping[str, Any]) -> Completion:
     n, best_of = given.get("n"), given.get("best_of")
     if best_of is not None and best_of == (1 if n is None else n):
         given = reading.Fields({**body, "best_of": None})
-    refused.note(given, refused.COMPLETION)
+    unsupported.note(given, unsupported.COMPLETION)
     logprobs = given.get("logprobs")
     if logprobs is True:  # llama.cpp and mlx-lm take chat's form here too
         logprobs = 0

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from lora_jax.generation import request
-from lora_jax.serving import answers, calls, generating, protocol, refusal, tokens
+from lora_jax.serving import refusal
+from lora_jax.serving.replies import answers, calls, generating, tokens
+from lora_jax.serving.requests import protocol
 
 Json = dict[str, Any]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lora_jax import errors
-from lora_jax.serving import fields as reading
 from lora_jax.serving import refusal
+from lora_jax.serving.requests import fields as reading
 
 _NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")

@@ -9,7 +9,8 @@ from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
 from lora_jax.data.chats import chat as chats
 from lora_jax.data.chats import messages as reading
-from lora_jax.serving import protocol, refusal
+from lora_jax.serving import refusal
+from lora_jax.serving.requests import protocol
 
 if typing.TYPE_CHECKING:
     import transformers

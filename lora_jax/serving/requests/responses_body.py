@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.serving import fields as reading
-from lora_jax.serving import protocol, refusal, refused
+from lora_jax.serving import refusal
+from lora_jax.serving.requests import fields as reading
+from lora_jax.serving.requests import protocol, unsupported
 
 Json = dict[str, Any]
 
@@ -21,21 +22,21 @@ _CHAT = {  # fields of the chat, by what they are called here
     "max_tokens": "max_output_tokens",
 }
 _REFUSED = {
-    "previous_response_id": refused.Known(do=_NOTHING_STORED),
-    "conversation": refused.Known(do=_NOTHING_STORED),
-    "store": refused.Known((False,), _NOTHING_STORED),
-    "background": refused.Known((False,)),
-    "prompt": refused.Known(do="use instructions and input"),
-    "messages": refused.Known(do="use input, or /v1/chat/completions"),
-    "response_format": refused.Known(do="use text.format"),
-    "max_completion_tokens": refused.Known(do="use max_output_tokens"),
-    "max_tokens": refused.Known(do="use max_output_tokens"),
-    "n": refused.Known((1,), "use /v1/chat/completions"),
-    "truncation": refused.Known(("disabled",), "use truncate_prompt_tokens"),
-    "max_tool_calls": refused.Known(),
-    "context_management": refused.Known(([],)),
-    "moderation": refused.Known(),
-    "prompt_logprobs": refused.Known(do="use /v1/completions"),
+    "previous_response_id": unsupported.Known(do=_NOTHING_STORED),
+    "conversation": unsupported.Known(do=_NOTHING_STORED),
+    "store": unsupported.Known((False,), _NOTHING_STORED),
+    "background": unsupported.Known((False,)),
+    "prompt": unsupported.Known(do="use instructions and input"),
+    "messages": unsupported.Known(do="use input, or /v1/chat/completions"),
+    "response_format": unsupported.Known(do="use text.format"),
+    "max_completion_tokens": unsupported.Known(do="use max_output_tokens"),
+    "max_tokens": unsupported.Known(do="use max_output_tokens"),
+    "n": unsupported.Known((1,), "use /v1/chat/completions"),
+    "truncation": unsupported.Known(("disabled",), "use truncate_prompt_tokens"),
+    "max_tool_calls": unsupported.Known(),
+    "context_management": unsupported.Known(([],)),
+    "moderation": unsupported.Known(),
+    "prompt_logprobs": unsupported.Known(do="use /v1/completions"),
 }
 _OWN = (*_REFUSED, "input", "instructions", "include", "reasoning", "text", "stream_options",
         "max_output_tokens", "tools", "tool_choice", "top_logprobs")  # fmt: skip
@@ -45,7 +46,7 @@ _TEXTS = ("input_text", "output_text", "text")
 def read(body: Mapping[str, Any]) -> protocol.Chat:
     """The chat that a request to /v1/responses asks for. Raises: Refusal."""
     given = reading.Fields(body)
-    refused.note(given, _REFUSED, both={})
+    unsupported.note(given, _REFUSED, both={})
     made = {name: value for name, value in body.items() if name not in _OWN}
     made["max_completion_tokens"] = given.whole("max_output_tokens", least=1)
     made |= _logprobs(given) | _reasoning(given) | _text(given) | _tools(given)

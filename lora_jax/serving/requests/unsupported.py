@@ -5,7 +5,7 @@ They are refused, unless they have the value that changes nothing. Fields in no 
 
 from typing import Any, NamedTuple
 
-from lora_jax.serving import fields
+from lora_jax.serving.requests import fields
 
 
 class Known(NamedTuple):
@@ -76,7 +76,7 @@ COMPLETION = {
 
 
 def note(given: fields.Fields, known: dict[str, Known], *, both: dict[str, Known] = BOTH) -> None:
-    """Notes the fields that cannot be honoured."""
+    """Notes the fields that cannot be honored."""
     for name, about in {**both, **known}.items():
         if name in given and not any(_same(given.get(name), each) for each in about.neutral):
             given.wrong(name, f"not supported here; {about.do}")

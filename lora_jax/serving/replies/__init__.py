@@ -1,0 +1,1 @@
+"""What the engine has generated → the objects and events of OpenAI's API."""
