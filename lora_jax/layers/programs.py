@@ -34,7 +34,7 @@ def expected(how: linear_map.Einsum, ndim: int) -> Value:
 
 
 def followed(jaxpr: Any, values: Sequence[Value | None]) -> list[Value | None]:
-    """What the results are; None: something else, or it depends on none of the four."""
+    """What the results are; None for one that depends on none of the four inputs."""
     known = {var: value for var, value in zip(jaxpr.invars, values, strict=True) if value}
     for eqn in jaxpr.eqns:
         own = [None if hasattr(var, "val") else known.get(var) for var in eqn.invars]
@@ -47,7 +47,7 @@ def followed(jaxpr: Any, values: Sequence[Value | None]) -> list[Value | None]:
 def _result(eqn: Any, own: list[Value | None]) -> list[Value | None]:
     name, inner = eqn.primitive.name, eqn.params.get("jaxpr")
     lost = [None] * len(eqn.outvars)
-    if inner is not None and len(getattr(inner, "jaxpr", inner).invars) == len(own):
+    if name in _ONCE and len(getattr(inner, "jaxpr", inner).invars) == len(own):
         return followed(getattr(inner, "jaxpr", inner), own)
     if name in _SAME:
         return [own[0]]
@@ -63,7 +63,9 @@ def _result(eqn: Any, own: list[Value | None]) -> list[Value | None]:
     return lost
 
 
-_SAME = ("convert_element_type", "copy", "sharding_constraint")
+# What runs its program once, on whole arrays. A scan, such as that of a fori_loop, repeats it.
+_ONCE = ("jit", "pjit", "checkpoint", "remat2")
+_SAME = ("convert_element_type", "copy", "name", "reshard", "sharding_constraint")
 
 
 def _dot(numbers: Any, own: list[Value]) -> Value:

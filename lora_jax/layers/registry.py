@@ -75,9 +75,10 @@ def register(
 
 
 def _is_product(layer, cls, how, names, args, kwargs) -> bool:
-    """Whether cls.__call__(layer, *args, **kwargs) is how(x, W), plus a bias. It is only traced.
+    """Whether cls.__call__(layer, *args, **kwargs) is how(x, W), plus the bias if there is one.
 
-    names: of the weight and of the bias. Without args it is a call with a float32 x.
+    It is only traced. names: of the weight and of the bias. Without args it is a call with a
+    float32 x.
     """
     held = {name: vars(layer)[name] for name in names
             if isinstance(vars(layer).get(name), nnx.Variable)}  # fmt: skip
@@ -89,6 +90,8 @@ def _is_product(layer, cls, how, names, args, kwargs) -> bool:
     bound = inspect.signature(cls.__call__).bind(layer, *args, **kwargs)
     itself, input, *_ = bound.arguments
     x, alone = bound.arguments[input], object.__new__(mixin.original(layer))
+    if not hasattr(x, "ndim"):  # all arguments, of a __call__(self, *args)
+        return False
     vars(alone).update({name: part for name, part in vars(layer).items()
                         if not name.startswith(("lora_", "quantized"))})  # fmt: skip
 
@@ -108,7 +111,8 @@ def _is_product(layer, cls, how, names, args, kwargs) -> bool:
     if not hasattr(result, "shape"):
         return False
     (found,) = programs.followed(program.jaxpr, inputs)
-    return found is not None and found._replace(bias="") == programs.expected(how, x.ndim)
+    own_bias = names[1] if names[1] in held else ""
+    return found == programs.expected(how, x.ndim)._replace(bias=own_bias)
 
 
 def _example(how: linear_map.Einsum, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

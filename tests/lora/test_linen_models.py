@@ -367,7 +367,17 @@ class Several(nn.Module):
         return nn.silu(gate) * (x @ self.param("up", init, (8, 6)))
 
 
+class WithoutBias(nn.Module):
+    """Has a bias, and does not add it."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.param("b", nn.initializers.ones, (6,))
+        return x @ self.param("w", nn.initializers.lecun_normal(), (8, 6))
+
+
 linen.register(Mine, "...i,io->...o", weight="w", bias="b")
+linen.register(WithoutBias, "...i,io->...o", weight="w", bias="b")
 linen.register(Plainly, "...i,oi->...o", weight="w", bias="b")
 linen.register(Wrongly, "...i,io->...o", weight="w", bias=None)
 linen.register(Casts, "...i,io->...o", weight="w", bias=None)
@@ -408,6 +418,7 @@ CASES = {
     "a factor, and a keyword": (Holds(Mine, (("factor", 0.5),), "states"), ("m",), X, set()),
     "registered": (Holds(Plainly, (), "states"), ("m",), X, {"m"}),
     "registered wrongly": (Holds(Wrongly), ("m",), X, set()),
+    "a bias that is not added": (Holds(WithoutBias), ("m",), X, set()),
     "seen to be a product": (Holds(Conv1D), ("m",), SEQUENCE, {"m"}),
     "told by the call": (Holds(FeedForward), ("up", "down"), X, {"m.up", "m.down"}),
     "a bias of two axes": (Masked(), ("m",), X, {"m"}),
@@ -429,7 +440,8 @@ CASES = {
 LONG = ("nested apply of an adapted weight", "attend by hand", "own param", "spectral norm",
         "square scan", "nested scan", "scan of another call", "several weights",
         "a factor, and a keyword", "registered", "keyword", "super", "map_variables",
-        "told by the call", "a bias of two axes", "square vmap on axis 1")  # fmt: skip
+        "told by the call", "a bias of two axes", "square vmap on axis 1",
+        "a bias that is not added")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -445,6 +457,7 @@ def test_adapted_is_merged_in_values_and_gradients(case):
     [
         ("a factor, and a keyword", "int8", {}),
         ("several weights", "int4", {}),
+        ("a bias that is not added", "int8", {}),
         ("nested apply of an adapted weight", "none", {"use_dora": True}),
         ("scan of another call", "int4", {"use_dora": True}),
         *cases.long(
@@ -672,6 +685,17 @@ def test_what_was_taken_and_what_was_left():
     assert lines["up"] == "rank 2; int8" and lines["wq"] == adapted.left["wq"]
     named = linen.adapt(Mixed(), config("up"), IDS)
     assert named.left["conv"] == "not adapted: not among the targets" and "up" not in named.left
+
+
+def test_a_layer_that_multiplies_in_a_loop_is_no_product():
+    class Repeated(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.normal(), (8, 8))
+            return jax.lax.fori_loop(0, 3, lambda _, x: x @ w, x)
+
+    adapted = linen.adapt(nn.Sequential([Repeated(), nn.Dense(4)]), config("all-linear"), X)
+    assert "whose call is no product" in adapted.left["layers_0.w"]
 
 
 def test_layers_of_nnx_modules_are_known_by_their_classes():

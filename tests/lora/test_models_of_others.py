@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx, struct
+from jax import ad_checkpoint
 
 from lora_jax import errors, lora, peft, quant
 from lora_jax.layers import registry
@@ -75,8 +76,38 @@ class Activated(OtherBias):
         return jnp.tanh(x @ self.w + self.shift[None, None])
 
 
+class Named(OtherBias):
+    """Names the product for a policy of jax.checkpoint."""
+
+    def __call__(self, x):
+        return ad_checkpoint.checkpoint_name(x @ self.w, "product") + self.shift[None, None]
+
+
+class Repeated(OtherBias):
+    """Multiplies three times."""
+
+    def __call__(self, x):
+        return jax.lax.fori_loop(0, 3, lambda _, x: x @ self.w, x)
+
+
+class WithoutBias(OtherBias):
+    """Has a bias, and does not add it."""
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+class AnyArguments(OtherBias):
+    def __call__(self, *args):
+        return args[0] @ self.w
+
+
 lora.register(OtherBias, "...i,io->...o", weight="w", bias="shift")
 lora.register(Activated, "...i,io->...o", weight="w", bias="shift")
+lora.register(Named, "...i,io->...o", weight="w", bias="shift")
+lora.register(Repeated, "...i,io->...o", weight="w", bias="shift")
+lora.register(WithoutBias, "...i,io->...o", weight="w", bias="shift")
+lora.register(AnyArguments, "...i,io->...o", weight="w", bias="shift")
 lora.register(OtherWeight, "...i,io->...o", weight="w", bias="shift")
 lora.register(Scaled, "...i,io->...o", weight="w")
 
@@ -376,8 +407,9 @@ def test_merged_equals_adapted(kind, fmt, use_dora):
 
 
 def test_only_a_registered_call_that_is_a_product_is_one():
-    usual = {cls: registry.is_usual(cls(nnx.Rngs(0)), X) for cls in (OtherBias, Activated, Scaled)}
-    assert usual == {OtherBias: True, Activated: False, Scaled: False}
+    classes = (OtherBias, Named, Activated, Scaled, Repeated, WithoutBias, AnyArguments)
+    usual = {cls: registry.is_usual(cls(nnx.Rngs(0)), X) for cls in classes}
+    assert usual == dict.fromkeys(classes, False) | {OtherBias: True, Named: True}
 
 
 # ------------------------------------------------------------------------- stacks

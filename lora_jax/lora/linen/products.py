@@ -27,15 +27,17 @@ def is_product(
     input: int,
     kwargs: Mapping[str, Any],
 ) -> bool:
-    """Whether cls.__call__(layer, *args, **kwargs) is that product. It is traced, not computed.
+    """Whether cls.__call__(layer, *args, **kwargs) is that product, plus the bias if there is one.
 
-    params: the layer's own. names: of the weight and of the bias. input: which of args is x.
+    It is traced, not computed. params: the layer's own. names: of the weight and of the bias.
+    input: which of args is x.
     """
     if not isinstance(how, linear_map.Einsum):
         return _is_plain(layer, cls)
     weight, *biases = names
     found = _traced(layer, cls, params, weight, biases, args, input, kwargs)
-    return found is not None and found._replace(bias="") == programs.expected(how, args[input].ndim)
+    own = next((name for name in biases if name in params), "")
+    return found == programs.expected(how, args[input].ndim)._replace(bias=own)
 
 
 def input_of(args: Sequence[Any]) -> int | None:
