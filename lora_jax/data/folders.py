@@ -79,8 +79,8 @@ def find(source: str) -> Found | None:
     outer = pathlib.Path(ends["folder"]).expanduser() if ends else path
     if ends and not path.exists() and (outer.is_dir() or compression.members(outer)):
         path, config, split = outer, ends["config"] or "", ends["split"] or ""
-    elif ends and not path.exists() and ends["split"] and _is_file_or_pattern(outer):
-        if ends["config"] or ends["split"] != "train":
+    elif ends and ends["split"] and not ends["config"] and _is_part_of_files(path, outer):
+        if ends["split"] != "train":
             raise _no_split(outer, ends["split"], ["train"])
         path, source = outer, str(outer)
     if compression.members(path):
@@ -114,8 +114,11 @@ def _several(source: str) -> str:
     return f"separate them by spaces: {' '.join(names)}" if are_there else ""
 
 
-def _is_file_or_pattern(path: pathlib.Path) -> bool:
-    return path.is_file() or glob.has_magic(str(path))
+def _is_part_of_files(path: pathlib.Path, outer: pathlib.Path) -> bool:
+    """Whether what precedes @split is a file or a pattern, and not the @ a part of its name."""
+    if path.exists() or glob.glob(str(path), recursive=True):
+        return False
+    return outer.is_file() or glob.has_magic(str(outer))
 
 
 def _matching(paths: Sequence[pathlib.Path], pattern: pathlib.Path) -> Found:

@@ -132,6 +132,15 @@ def test_a_part_of_a_split_is_read(tmp_path, part, expected):
     assert folders.find(f"owner/name@train{part}") is None
 
 
+def test_an_at_sign_may_be_part_of_a_name(tmp_path):
+    write(tmp_path / "me@example.jsonl", json.dumps({"text": "a"}))
+    for source in ("me@example.jsonl", "*@example.jsonl", "*@*.jsonl", "*@example.jsonl@train[:1]"):
+        (row,) = sources.load(f"{tmp_path}/{source}")
+        assert row["text"] == "a"
+    with pytest.raises(errors.UserError, match="no such file"):
+        sources.load(f"{tmp_path}/me@example.jsonl:config@train")
+
+
 def test_renaming_leaves_what_goes_to_the_chat_template(tmp_path):
     row = {"chat": [], "messages": [], "tools": [], "system": "s", "functions": [], "text": "t"}
     path = write(tmp_path / "x.jsonl", json.dumps(row))
