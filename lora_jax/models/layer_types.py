@@ -43,9 +43,11 @@ def ropes(
     if raw["model_type"] == "smollm3":
         rotated = _rotated(values, raw, layers)
         return () if all(rotated) else tuple(rope if each else None for each in rotated)
-    if raw["model_type"] == "exaone4":  # with windows, its other layers are not rotated
+    if raw["model_type"] == "exaone4":  # with a window, layers without it are not rotated
+        if raw.get("sliding_window", 4096) is None:
+            return ()
         windows = sliding_windows(values, raw, layers)
-        return tuple(rope if window else None for window in windows) if any(windows) else ()
+        return tuple(rope if window else None for window in windows)
     if raw["model_type"] in rope_config.NESTED:
         local, problems = rope_config.read_local(raw, context)
         values.problems += problems

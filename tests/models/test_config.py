@@ -370,6 +370,9 @@ def test_olmo3_gives_its_rope_theta_to_the_layers_without_a_window_alone():
          {"sliding_windows": 3 * (None,), "ropes": ()}),
         ("exaone4", {"sliding_window": 8, "sliding_window_pattern": "LG", "num_hidden_layers": 5},
          {"sliding_windows": (8, None, 8, None, None)}),
+        # transformers goes by sliding_window here, and not by layer_types.
+        ("exaone4", {"sliding_window": 8, "layer_types": 3 * ["full_attention"]},
+         {"ropes": 3 * (None,)}),
         ("cwm", {"num_hidden_layers": 5}, {"sliding_windows": (None, 8192, 8192, 8192, None)}),
         ("internlm3", {"qkv_bias": False, "bias": False}, {"head_dim": 128, "qkv_bias": False}),
         ("iquestcoder", {"clip_qkv": None}, {"head_dim": 128, "rms_norm_eps": 1e-5}),
