@@ -286,7 +286,7 @@ class Engine:
             self.release()
             self.failure = None
             self.submit([0], generation_config.Sampling(1))
-            while self._loop.has_work:
+            while self._loop.has_work and not self._closing:
                 self.advance()
         except Exception:
             traceback.print_exc()
