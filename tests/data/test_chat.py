@@ -337,6 +337,17 @@ def test_a_call_that_the_template_has_no_place_for_is_counted(tmp_path, content)
     assert encoded(tmp_path, template, {"messages": parts})[0] == found
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["m.content[0].text", "m.content[0]['text']", "m.content[0].get('text')",
+     "m.content | map(attribute='text') | join"],
+)  # fmt: skip
+def test_a_template_for_lists_of_parts_gets_them(tmp_path, content):
+    template = CHATML.replace("m['content']", content)
+    found, _ = encoded(tmp_path, template, {"messages": CHAT[:2]})
+    assert found == ["[user]ab cd</s>[assistant]⟦yes</s>⟧"]
+
+
 NO_REASONS = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
 WITH_REASONS = CHATML.replace("{{ m['content']", "{{ m['reasoning_content'] }}{{ m['content']")
 

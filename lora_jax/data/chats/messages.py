@@ -234,7 +234,8 @@ def _known_role(message: Message, source: str) -> Message:
 
 def _reads_parts(source: str) -> bool:
     """Whether a template looks into a list of parts, for their text. Others may print the list."""
-    return bool(re.search(r"""\.text\b|\[\s*['"]text['"]\s*\]|get\(\s*['"]text['"]""", source))
+    text = r"""\.text\b|\[\s*['"]text['"]\s*\]|(get\(|\battribute\s*=)\s*['"]text['"]"""
+    return bool(re.search(text, source))
 
 
 def _text(part: object) -> str | None:
