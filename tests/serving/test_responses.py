@@ -86,6 +86,10 @@ def test_calls_in_a_response(serve, reader, monkeypatch):
         assert json.loads(call["arguments"]) == {"n": 1}
     done = [each for each in found if each["type"] == "response.output_item.done"]
     assert [each["output_index"] for each in done] == [0, 1]
+    alone, asked = serve(fake_engine.saying(*CALL), context=2048), {"top_logprobs": 1}
+    found = events(respond(alone, tools=[FUNCTION], stream=True, **asked))
+    (call,) = found[-1]["response"]["output"]  # and no message of the log-probabilities alone
+    assert call["type"] == "function_call"
     named = {"type": "function", "name": "add"}
     respond(client, tools=[FUNCTION], tool_choice=named)
     assert '"add' in client.engine.asked[-1].sampling.grammar.replace("\\", "")

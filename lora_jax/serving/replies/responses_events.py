@@ -44,6 +44,7 @@ class Response:
         self._parser = calls.Parser(chat, source)
         self._output: list[Json] = []
         self._open: Json | None = None  # the message at the end of the output, while it grows
+        self._unsaid: list[Json] = []  # log-probabilities of tokens whose text is held back
         self._sent = 0
 
     def response(self, generation: generating.Generation) -> Json:
@@ -63,15 +64,16 @@ class Response:
         """The events of a piece."""
         is_end = piece.finish_reason is not None
         text, called = self._parser.push(piece.text, is_end=is_end)
-        logprobs = self._logprobs(piece)
-        if text or logprobs:
-            yield from self._say(text, logprobs)
+        self._unsaid += self._logprobs(piece)
+        if text or (is_end and self._open and not called):
+            yield from self._say(text)
         for call in called:
+            self._unsaid = []
             yield from self._end_message("completed")
             yield from self._call(call)
         if is_end:
             if not self._output:
-                yield from self._say("", [])
+                yield from self._say("")
             yield from self._end_message(_status(choice))
 
     def finish(self, generation: generating.Generation) -> Json:
@@ -126,8 +128,9 @@ class Response:
             **more,
         }
 
-    def _say(self, text: str, logprobs: list[Json]) -> Iterator[Json]:
+    def _say(self, text: str) -> Iterator[Json]:
         """Adds text to the message at the end of the output, which may begin with it."""
+        logprobs, self._unsaid = self._unsaid, []
         if self._open is None:
             self._open = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant",
                           "status": "in_progress", "content": []}  # fmt: skip
