@@ -1,5 +1,6 @@
 """Whether a program computes einsum(x, W) + bias and nothing else."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +9,17 @@ from lora_jax.layers import linear_map
 Axis = tuple[str, int]  # ("x" or "w", the number of the axis)
 
 
+class Merged(NamedTuple):
+    """Neighbouring axes, with their sizes, that a reshape has made one; none: a new axis."""
+
+    parts: tuple[tuple[Axis, int], ...]
+
+
 class Value(NamedTuple):
     """What a value is: x, W, the bias, or a product, and where its axes come from."""
 
     kind: str
-    axes: tuple[Axis, ...] = ()
+    axes: tuple[Axis | Merged, ...] = ()
     summed: frozenset[tuple[int, int]] = frozenset()  # (axis of x, axis of W)
     shared: frozenset[tuple[int, int]] = frozenset()
     bias: str = ""  # the name of the bias, or of the one that was added to the product
@@ -55,6 +62,12 @@ def _result(eqn: Any, own: list[Value | None]) -> list[Value | None]:
         return [own[0]._replace(axes=tuple(own[0].axes[i] for i in eqn.params["permutation"]))]
     if own[0] and own[0].kind == "bias" and name in ("reshape", "broadcast_in_dim"):
         return [own[0]]
+    if (
+        own[0]
+        and own[0].kind != "other"
+        and (name == "squeeze" or (name == "reshape" and eqn.params["dimensions"] is None))
+    ):
+        return [_reshaped(own[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)]
     if name == "dot_general" and all(own) and {own[0].kind, own[1].kind} == {"x", "w"}:
         return [_dot(eqn.params["dimension_numbers"], own)]
     if name == "add" and all(own) and {own[0].kind, own[1].kind} == {"y", "bias"}:
@@ -68,11 +81,44 @@ _ONCE = ("jit", "pjit", "checkpoint", "remat2")
 _SAME = ("convert_element_type", "copy", "name", "reshard", "sharding_constraint")
 
 
-def _dot(numbers: Any, own: list[Value]) -> Value:
+def _parts(axis: Axis | Merged, size: int) -> tuple[tuple[Axis, int], ...]:
+    return axis.parts if isinstance(axis, Merged) else ((axis, size),)
+
+
+def _reshaped(value: Value, old: Sequence[int], new: Sequence[int]) -> Value | None:
+    """`value` with neighbouring axes merged or parted again; None if an axis itself is parted."""
+    left = [part for each in zip(value.axes, old, strict=True) for part in _parts(*each)]
+    # Axes of size 1 that get no axis of their own are merged into the one before them.
+    spare = [size for _, size in left].count(1) - [*new].count(1)
+    axes = []
+    for size in new:
+        parts = []
+        if size == 1 and (not left or left[0][1] > 1):  # a new axis
+            axes.append(Merged(()))
+            continue
+        while left and (math.prod(each for _, each in parts) < size or not parts):
+            parts.append(left.pop(0))
+        while left and left[0][1] == 1 and spare > 0:
+            parts.append(left.pop(0))
+            spare -= 1
+        if not parts or math.prod(each for _, each in parts) != size:
+            return None
+        axes.append(parts[0][0] if len(parts) == 1 else Merged(tuple(parts)))
+    return None if left else value._replace(axes=tuple(axes))
+
+
+def _dot(numbers: Any, own: list[Value]) -> Value | None:
     contracting, batch = numbers
     pairs = []
     for left, right in (contracting, batch):
-        both = [(own[0].axes[i], own[1].axes[j]) for i, j in zip(left, right, strict=True)]
+        both = []
+        for i, j in zip(left, right, strict=True):
+            one, other = (_parts(value.axes[k], 0) for value, k in zip(own, (i, j), strict=True))
+            if len(one) != len(other) or (
+                len(one) > 1 and [size for _, size in one] != [size for _, size in other]
+            ):
+                return None
+            both += [(a, b) for (a, _), (b, _) in zip(one, other, strict=True)]
         both = [pair if pair[0][0] == "x" else pair[::-1] for pair in both]
         pairs.append(frozenset((x[1], w[1]) for x, w in both))
     first = [own[0].axes[i] for i in batch[0]] if own[0].kind == "x" else (

@@ -83,6 +83,22 @@ class Named(OtherBias):
         return ad_checkpoint.checkpoint_name(x @ self.w, "product") + self.shift[None, None]
 
 
+class Rows(OtherBias):
+    """Multiplies rows."""
+
+    def __call__(self, x):
+        y = x.reshape(-1, x.shape[-1]) @ self.w + self.shift[None]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class Turned(OtherBias):
+    """Gives the rows in another order."""
+
+    def __call__(self, x):
+        y = x.reshape(-1, x.shape[-1]) @ self.w + self.shift[None]
+        return y.reshape(*x.shape[-2::-1], y.shape[-1])
+
+
 class Repeated(OtherBias):
     """Multiplies three times."""
 
@@ -105,6 +121,8 @@ class AnyArguments(OtherBias):
 lora.register(OtherBias, "...i,io->...o", weight="w", bias="shift")
 lora.register(Activated, "...i,io->...o", weight="w", bias="shift")
 lora.register(Named, "...i,io->...o", weight="w", bias="shift")
+lora.register(Rows, "...i,io->...o", weight="w", bias="shift")
+lora.register(Turned, "...i,io->...o", weight="w", bias="shift")
 lora.register(Repeated, "...i,io->...o", weight="w", bias="shift")
 lora.register(WithoutBias, "...i,io->...o", weight="w", bias="shift")
 lora.register(AnyArguments, "...i,io->...o", weight="w", bias="shift")
@@ -407,9 +425,16 @@ def test_merged_equals_adapted(kind, fmt, use_dora):
 
 
 def test_only_a_registered_call_that_is_a_product_is_one():
-    classes = (OtherBias, Named, Activated, Scaled, Repeated, WithoutBias, AnyArguments)
-    usual = {cls: registry.is_usual(cls(nnx.Rngs(0)), X) for cls in classes}
-    assert usual == dict.fromkeys(classes, False) | {OtherBias: True, Named: True}
+    products = (OtherBias, Named, Rows)
+    others = (Activated, Scaled, Repeated, WithoutBias, AnyArguments, Turned)
+    usual = {cls: registry.is_usual(cls(nnx.Rngs(0)), X) for cls in (*products, *others)}
+    assert usual == dict.fromkeys(products, True) | dict.fromkeys(others, False)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (1,), (1, 5), (3, 1), (1, 1), (2, 1, 3), (1, 2, 1, 1)])
+def test_rows_that_are_flattened_and_parted_again_are_those_of_a_product(lead):
+    assert registry.is_usual(Rows(nnx.Rngs(0)), jnp.ones((*lead, D)))
+    assert registry.is_usual(Rows(nnx.Rngs(0)), jax.ShapeDtypeStruct((*lead, D), jnp.float32))
 
 
 # ------------------------------------------------------------------------- stacks

@@ -63,6 +63,8 @@ def inferred(
     found = _traced(layer, type(layer), params, weight, others, args, input, kwargs)
     if found is None or found.kind != "y" or not found.summed:
         return None
+    if any(isinstance(axis, programs.Merged) for axis in found.axes):
+        return None
     ndim, used = args[input].ndim, {pair[0] for pair in found.summed | found.shared}
     free = next((i for i in range(ndim) if i in used or found.axes[i] != ("x", i)), ndim)
     letters = iter("abcdefghijklmnopqrstuvwxyz")
