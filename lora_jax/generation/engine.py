@@ -24,6 +24,7 @@ from lora_jax.lora.nnx import model_state
 from lora_jax.models import llama
 from lora_jax.parallel import mesh as sharding
 
+_TRIALS = 3  # of an engine after a failure, since another request may break one of them
 _GATHERS = 0.02  # seconds that the first request of an idle engine waits for others, at most
 
 
@@ -282,11 +283,13 @@ class Engine:
         """
         if self._followers:  # which do not know of the failure
             return
-        try:
-            self.release()
-            self.failure = None
-            self.submit([0], generation_config.Sampling(1))
-            while self._loop.has_work and not self._closing:
-                self.advance()
-        except Exception:
-            traceback.print_exc()
+        for _ in range(_TRIALS):
+            try:
+                self.release()
+                self.failure = None
+                self.submit([0], generation_config.Sampling(1))
+                while self._loop.has_work and not self._closing:
+                    self.advance()
+                return
+            except Exception:
+                traceback.print_exc()
