@@ -45,7 +45,7 @@ import thrift
 import typecheck
 
 hypothesis.settings.register_profile(
-    "suite", max_examples=100, deadline=None, derandomize=True, database=None
+    "suite", max_examples=200, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("long", max_examples=2000, deadline=None, database=None)
 hypothesis.settings.load_profile("suite")

@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -317,7 +316,6 @@ _VALUE = (
 )
 
 
-@cases.few()
 @given(
     flips=st.dictionaries(st.integers(0, _HEADER - 1), st.integers(0, 255), max_size=3),
     edits=st.lists(

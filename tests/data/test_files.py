@@ -8,7 +8,6 @@ import json
 import lzma
 import zipfile
 
-import cases
 import datasets
 import hypothesis
 import pyarrow
@@ -662,7 +661,6 @@ LINE = st.one_of(
 )  # fmt: skip
 
 
-@cases.few()
 @hypothesis.given(
     st.lists(LINE, max_size=4),
     st.sampled_from([b"\n", b"\r\n", b"\n\n"]),

@@ -5,7 +5,6 @@ A template is written twice: for jinja, and as a function that also says whose a
 
 import typing
 
-import cases
 import hypothesis
 import numpy as np
 import pytest
@@ -105,7 +104,6 @@ def tok(tmp_path_factory):
     return tokenizer.load(tiny_tokenizer.save(tmp_path_factory.mktemp("tokenizer")))
 
 
-@cases.few()
 @hypothesis.given(LAYOUTS, CHATS)
 def test_exactly_the_answers_are_trained(tok, layout, chat):
     tok.chat_template = layout.source()

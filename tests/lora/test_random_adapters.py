@@ -6,7 +6,6 @@ import pathlib
 import re
 import tempfile
 
-import cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -79,7 +78,6 @@ def tensors(names=TENSORS):
             for name, shape in names.items()}  # fmt: skip
 
 
-@cases.few()
 @given(changes, st.sets(st.sampled_from(sorted(CONFIG)), max_size=2))
 def test_any_settings_are_taken_or_are_an_error(changed, dropped):
     config = {key: value for key, value in (CONFIG | changed).items() if key not in dropped}
@@ -152,7 +150,6 @@ keys = st.builds(
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
 
-@cases.few()
 @given(st.dictionaries(keys, shapes, max_size=3), st.sets(st.sampled_from(sorted(TENSORS))))
 def test_any_tensors_fit_or_are_an_error(more, dropped):
     kept = {name: shape for name, shape in TENSORS.items() if name not in dropped}

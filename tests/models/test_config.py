@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 
-import cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -735,7 +734,6 @@ known = st.sampled_from(sorted({*SMALL, *_TOKENS, *config_keys.NOT_IMPLEMENTED} 
 }))  # fmt: skip
 
 
-@cases.few()
 @given(
     st.sampled_from([*model_types.MODEL_TYPES]),
     st.dictionaries(known, values | rope_settings, max_size=3),
