@@ -23,6 +23,7 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "iota",
          "partition-id", "optimization-barrier", "copy-done", "slice-done", "async-done",
          "dynamic-slice-done", "async-update", "call-done")  # fmt: skip
+_CALLS = ("while", "conditional", "call", "async-start", "call-start")
 # Custom calls that only tell the compiler something, as their names begin.
 _MARKERS = ("AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked",
             "PrepareAsyncCall")  # fmt: skip
@@ -33,6 +34,7 @@ def bytes_moved(
     kernels: Sequence[str],
     stack: int,
     known: Mapping[tuple[int, ...], int] = MappingProxyType({}),
+    cache: int = 0,
 ) -> int:
     """Bytes that a compiled program (HLO text) reads from and writes to the device's main memory.
 
@@ -40,7 +42,8 @@ def bytes_moved(
     place for that part alone. Of a conditional, the branch that moves least counts. A loop without
     a fixed number of iterations counts once. kernels: parts of the names of custom calls that read
     one layer of arrays with `stack` of them. known: bytes that they read of an array of these axes,
-    where that depends on values.
+    where that depends on values. cache: how many of the bytes that were moved last the device still
+    has: an array among them is not read again.
     """
     bodies = _operations(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1]
@@ -88,7 +91,7 @@ def bytes_moved(
             return written(inner, next(o for o in inner.values() if o.is_root))
         return 0 if operation.opcode == "parameter" else _memory(operation.shape)
 
-    def cost(body, operation) -> int:
+    def cost(body, operation, is_cached) -> int:
         opcode = operation.opcode
         if opcode in _FREE:
             return 0
@@ -106,7 +109,7 @@ def bytes_moved(
             name = re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)",
                              operation.text)[1]  # fmt: skip
             return moved(name)
-        sizes = [_memory(body[name].shape) for name in operation.operands]
+        sizes = [0 if is_cached(name) else _memory(body[name].shape) for name in operation.operands]
         if opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', operation.text)[1]
             if target.startswith(_MARKERS):
@@ -114,7 +117,7 @@ def bytes_moved(
             if any(kernel in target for kernel in kernels):
                 for index, name in enumerate(operation.operands):
                     (_, dims, _), *_ = hlo.arrays(body[name].shape)
-                    if dims in known:
+                    if sizes[index] and dims in known:
                         sizes[index] = known[dims]
                     elif len(dims) > 2 and dims[0] == stack:
                         sizes[index] //= stack
@@ -142,7 +145,20 @@ def bytes_moved(
         return sum(sizes) + _memory(operation.shape)
 
     def moved(name: str) -> int:
-        return sum(cost(bodies[name], operation) for operation in bodies[name].values())
+        body, total, used = bodies[name], 0, {}
+
+        def is_cached(operand) -> bool:
+            since = total - used.get(operand, -math.inf)
+            return since + _memory(body[operand].shape) <= cache
+
+        for operation in body.values():  # in the order in which they run
+            total += cost(body, operation, is_cached)
+            if operation.opcode in ("bitcast", "get-tuple-element"):
+                if last := used.get(operation.operands[0]):
+                    used[operation.name] = last
+            elif operation.opcode not in (*_FREE, *_CALLS):
+                used |= dict.fromkeys((operation.name, *operation.operands), total)
+        return total
 
     return moved(entry)
 

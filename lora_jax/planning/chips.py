@@ -139,6 +139,11 @@ _GPUS = {
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")}
 
 
+def l2_bytes(chip: str) -> int:
+    """Bytes of a GPU's L2 cache; 0 for a chip that has none."""
+    return _GPUS.get(chip, {"l2": 0})["l2"]
+
+
 class Target(NamedTuple):
     """`count` chips of one kind. chip: a key of PEAKS, or a platform."""
 

@@ -5,6 +5,7 @@ once, in its own process, two at a time, and all tests read the same results.
 """
 
 import concurrent.futures
+import functools
 import pathlib
 import sys
 
@@ -307,15 +308,13 @@ def test_a_decode_step_on_several_gpus_gathers_no_weight(sizes):
     assert sum(total["bytes"] for total in compiled.collectives.values()) <= 3 * logits
 
 
-LEAST_NEEDED = 0.85  # share of the moved bytes
-# What misses it, and by how much; benchmarks/serving_aot.md says why.
-BELOW = {(aot.H100, 64): 0.78, (aot.A100, 64): 0.81, (aot.L4, 64): 0.84}
+LEAST_NEEDED = 0.85  # share of the bytes that main memory moves
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("step", serving_aot.RUNS, ids=lambda step: f"{step[0]}-{step[1]}")
 def test_a_decode_step_of_the_engine_moves_what_it_needs(step):
-    """And copies nothing of the cache, and writes no dense weight. BELOW has the exceptions."""
+    """And copies nothing of the cache, and writes no dense weight."""
     try:
         chips.check(step[0])
     except errors.UserError as error:
@@ -326,11 +325,8 @@ def test_a_decode_step_of_the_engine_moves_what_it_needs(step):
     assert result["alias_bytes"] >= result["cache_bytes"]
     assert result["temp_bytes"] < result["cache_bytes"] / 2  # no room for all keys or all values
     assert not result["dense"]
-    share = result["needed"] / result["moved"]
-    if step in BELOW:  # a larger share belongs into the table too
-        assert share == pytest.approx(BELOW[step], abs=0.01)
-    else:
-        assert LEAST_NEEDED <= share <= 1.01
+    assert LEAST_NEEDED <= result["needed"] / result["by_memory"] <= 1.01
+    assert result["by_memory"] <= result["moved"] <= 1.3 * result["needed"]
 
 
 MOVES = """\
@@ -388,3 +384,12 @@ def test_what_is_moved_is_counted_in_place():
     known = traffic.bytes_moved(MOVES, ("tpu_custom_call",), 4, {(4, 8, 64): 100})
     assert known == 4 * (each - layer + 100) + 2 * 4 * layer
     assert serving_aot.copies(hlo.parse(MOVES), (4, 8, 64)) == 1
+
+
+def test_what_was_moved_last_is_not_read_again():
+    """%k is read where it was just written; the stack that %read slices is larger than the cache,
+    and the copy at the end reads what a loop has written, which takes longer."""
+    layer = 2 * 8 * 64
+    count = functools.partial(traffic.bytes_moved, MOVES, ("tpu_custom_call",), 4)
+    assert count() - count(cache=2 * layer) == 4 * layer
+    assert count(cache=layer - 1) == count()
