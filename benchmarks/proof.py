@@ -6,13 +6,14 @@ python benchmarks/proof.py TARGET       one → lines of JSON
 Needs pip install "lora-jax[train,aot]".
 """
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import architectures
 import jax
@@ -57,15 +58,17 @@ def measure(target: str) -> Iterator[Compiled]:
     job = jobs.Job(architecture, remat="full", batch_size=ROWS, seq_len=TOKENS)
     with jax.set_mesh(mesh):
         for one in cases(job, mesh):
-            yield Compiled(target, f"{one.operation}: {one.shapes}", compiling(case.start(one)))
-    yield Compiled(target, STEP, compiling(programs.train_step(job, mesh).lower(mesh)))
+            program = case.start(one)
+            taken = seconds(functools.partial(case.compiled, program))
+            yield Compiled(target, f"{one.operation}: {one.shapes}", taken)
+    yield Compiled(target, STEP, seconds(programs.train_step(job, mesh).lower(mesh).compile))
 
 
 def cases(job: jobs.Job, mesh: Mesh) -> Sequence[case.Case]:
     """Those of the job, with the shapes of its weights in place of weights."""
     graphdef, trained, frozen, _ = jobs.model_parts(job, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    found = []
+    found = {}
 
     def shape(array):
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole)
@@ -73,15 +76,15 @@ def cases(job: jobs.Job, mesh: Mesh) -> Sequence[case.Case]:
     def collect(trained, frozen):
         model = nnx.merge(graphdef, trained, frozen.base, frozen.dropout_keys)
         for one in of_model.training(model, batch=ROWS, length=TOKENS, packed=True):
-            found.append(one._replace(weights=jax.tree.map(shape, one.weights)))
+            found[one.name] = one._replace(weights=jax.tree.map(shape, one.weights))
 
     jax.eval_shape(collect, trained, frozen)
-    return found
+    return [*found.values()]
 
 
-def compiling(lowered: jax.stages.Lowered) -> float:
+def seconds(compiling: Callable[[], Any]) -> float:
     begun = time.process_time()
-    lowered.compile()
+    compiling()
     return time.process_time() - begun
 
 

@@ -50,6 +50,7 @@ def run(cases: Sequence[case.Case]) -> Proof:
     Raises: UserError if an operation of XLA's own is wrong, which nothing can replace.
     """
     begun = time.monotonic()
+    cases = [*{one.name: one for one in cases}.values()]
     done = processes.broadcast([passed.has_passed(one) for one in cases])
     todo = [one for one, is_done in zip(cases, done, strict=True) if not is_done]
     found = [*_run(todo)]
@@ -103,7 +104,7 @@ def _together(cases: Sequence[case.Case]) -> Iterator[case.Finding]:
 
 def _compiling(pool: futures.Executor, one: case.Case) -> futures.Future:
     try:
-        return pool.submit(case.start(one).compile)
+        return pool.submit(case.compiled, case.start(one))
     except Exception as error:
         failed: futures.Future = futures.Future()
         failed.set_exception(error)
