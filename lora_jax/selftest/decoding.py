@@ -48,6 +48,9 @@ def cached_attention(
         scales = ((1 + draws.random(seed, shape[:-1], dtype) / 2) / 64 for seed in (3, 4))
         return q, k.astype(stored), v.astype(stored), *(a.astype(jnp.float32) for a in scales)
 
+    def layer_of(number):
+        return (jnp.int32(number) + _LAYERS - 1) % _LAYERS
+
     def compared(out):
         return {"out": jnp.where((num_real > 0)[:, None, None, None], out, 0)}
 
@@ -55,7 +58,7 @@ def cached_attention(
         return compared(
             cached.attend(
                 *given,
-                layer=(jnp.int32(number) + _LAYERS - 1) % _LAYERS,
+                layer=layer_of(number),
                 start=jnp.asarray(start),
                 num_real=jnp.asarray(num_real),
                 window=jnp.int32(width_of_window),
@@ -64,9 +67,10 @@ def cached_attention(
             )
         )
 
-    def reference(_, given):
+    def reference(_, given, number):
         q, *kv = given
-        k, v, *scales = (None if a is None else a[-1].astype(jnp.float32) for a in kv)
+        layer = layer_of(number)
+        k, v, *scales = (None if a is None else a[layer].astype(jnp.float32) for a in kv)
         if kv_dtype is not None:
             k, v = (a * scale[..., None] for a, scale in zip((k, v), scales, strict=True))
         q = q.astype(jnp.float32).reshape(slots, tokens, kv_heads, -1, width)

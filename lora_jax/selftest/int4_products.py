@@ -31,7 +31,7 @@ def int4_product(
         found.append(int4_matmul.kernel_of(dy, packed, **how, transpose=True))
     compared = draws.some(rows)
 
-    def product(packed, x, number=0, **more):
+    def product(packed, x, number, **more):
         index = None if layer is None else (layer + jnp.int32(number)) % len(packed.q)
         return int4_matmul.int4_matmul(x, packed, layer=index, **how, **more)
 
@@ -45,9 +45,9 @@ def int4_product(
         y, vjp = jax.vjp(lambda x: product(packed, x, number), x)
         return {"y": y[compared], "dx": vjp(dy)[0][compared]}
 
-    def reference(packed, given):
+    def reference(packed, given, number):
         x, dy = (a[compared].astype(jnp.float32) for a in given)
-        y, vjp = jax.vjp(lambda x: product(packed, x, implementation="xla"), x)
+        y, vjp = jax.vjp(lambda x: product(packed, x, number, implementation="xla"), x)
         return {"y": y, "dx": vjp(dy)[0]} if backward else {"y": y}
 
     kernel = next((each for each in found if each != choice.XLA), choice.XLA)
@@ -78,12 +78,11 @@ def hopper_product(
     widths = [packed.q.shape[-1] for packed in stacks]
 
     def compute(weights, x, number):
-        layer = jnp.int32(number) % layers
-        how = {"layer": layer, "widths": widths, "partition": partition}
+        how = {"layer": jnp.int32(number) % layers, "widths": widths, "partition": partition}
         return {"y": jnp.concatenate(int4_matmul.from_k_minor(x, weights[0], **how), axis=-1)}
 
-    def reference(weights, x):
-        return _products(x, weights[1], jnp.int32(0))
+    def reference(weights, x, number):
+        return _products(x, weights[1], jnp.int32(number) % layers)
 
     return _decoding(choice.INT4_HOPPER, (turned, stacks), stacks, rows, partition, compute,
                      reference)  # fmt: skip
@@ -105,8 +104,8 @@ def joined_products(
         found = int4_matmul.joined(x, stacks, layer=layer, partition=partition)
         return {"y": jnp.concatenate(found, axis=-1)}
 
-    def reference(stacks, x):
-        return _products(x, stacks, jnp.int32(layers - 1))
+    def reference(stacks, x, number):
+        return _products(x, stacks, (layers - 1 + jnp.int32(number)) % layers)
 
     kernel = kernels.pop() if len(kernels) == 1 else choice.XLA
     return _decoding(kernel, stacks, stacks, rows, partition, compute, reference)

@@ -39,19 +39,24 @@ def products(
 
     each = np.repeat(weights, rank, axis=1)
 
+    def layer_of(number):
+        return (jnp.int32(number) + _LAYERS - 1) % _LAYERS
+
     def compute(_, given, number):
         x, A, B, y, bias, stretch = given
-        layer = (jnp.int32(number) + _LAYERS - 1) % _LAYERS
+        layer = layer_of(number)
         mixed = low_rank.shrink(x, A, layer, partition) * each
         own = jnp.asarray(weights)
         mixture = mixed.astype(dtype), B, own, stretch
         out = low_rank.expand(y, *mixture, bias, layer, partition)
         return {"x A": mixed, "y": out}
 
-    def reference(_, given):
+    def reference(_, given, number):
         x, A, B, y, bias, stretch = (a.astype(jnp.float32) for a in given)
-        mixed = (x @ A[-1]) * each
-        return {"x A": mixed, "y": y + mixed @ B[-1] + (weights @ stretch[-1]) * (y - bias[None])}
+        layer = layer_of(number)
+        mixed = (x @ A[layer]) * each
+        stretched = (weights @ stretch[layer]) * (y - bias[None])
+        return {"x A": mixed, "y": y + mixed @ B[layer] + stretched}
 
     arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[:3])
     item = jnp.dtype(dtype).itemsize

@@ -71,20 +71,21 @@ def generation(
     mesh = jax.sharding.get_abstract_mesh()
     groups = steps.num_groups(slots, mesh)
     own = slots // groups
-    for rows in dict.fromkeys((own, *chunks.SIZES, own * chunks.common_size(own))):
-        for found in _products(model, rows, backward=False):
+    guessed = own * (1 + speculate)
+    for rows in dict.fromkeys((own, guessed, *chunks.SIZES, own * chunks.common_size(own))):
+        for found in _products(model, groups * rows, backward=False):
             if found.kernel != choice.XLA:
                 yield found
     form = decode_weights.best(jax.local_devices()[0])
     if form in decode_weights.OF_INT4:
         for linears in decode_weights.concatenated(model):
-            turned = _hopper(linears, own) if form == "k_minor" else None
-            if found := turned or _joined(linears, own):
+            turned = _hopper(linears, slots, own) if form == "k_minor" else None
+            if found := turned or _joined(linears, slots):
                 yield found
     for found in (
         *(_cached_attention(model.model, slots, kv_dtype, tokens)
           for tokens in dict.fromkeys((1, 1 + speculate))),
-        *_bank(model, groups, dict.fromkeys((own, own * (1 + speculate), *chunks.SIZES))),
+        *_bank(model, groups, dict.fromkeys((own, guessed, *chunks.SIZES))),
     ):  # fmt: skip
         if found.kernel != choice.XLA:
             yield found
@@ -163,9 +164,12 @@ def _joined(linears: Sequence[Any], rows: int) -> case.Case | None:
     return None if found.kernel == choice.XLA else found
 
 
-def _hopper(linears: Sequence[Any], rows: int) -> case.Case | None:
-    """The product with the last layer of weights that decoding concatenates."""
-    turned = decode_weights.k_minor(linears, rows, slice(-1, None))
+def _hopper(linears: Sequence[Any], rows: int, own: int) -> case.Case | None:
+    """The product with the last layer of weights that decoding concatenates.
+
+    own: the rows of a device.
+    """
+    turned = decode_weights.k_minor(linears, own, slice(-1, None))
     if turned is None:
         return None
     last = [jax.tree.map(lambda a: a[-1:], linear.packed) for linear in linears]

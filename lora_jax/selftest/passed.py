@@ -1,11 +1,12 @@
 """The record of cases that were right on this machine's device, in the cache folder.
 
-A pass holds for the same chip, driver, compiler, kernels and shapes. While cases run, a file says
-so. If the process ends there, as a fault in a compiler may end it, the next one runs them one by
-one, and a case that ends that process too is not tried again.
+A pass holds for the same chip, driver, compiler, kernels and shapes. While cases run, a locked file
+says so. If the process ends there, as a fault in a compiler may end it, the lock ends with it: the
+next process runs them one by one, and a case that ends that process too is not tried again.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -26,7 +27,7 @@ _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the compilers
 
 def has_passed(one: case.Case) -> bool:
     """Whether the case has passed before."""
-    return _path(one).is_file()
+    return os.path.isfile(_path(one))
 
 
 def note(one: case.Case, found: case.Finding) -> None:
@@ -40,29 +41,43 @@ def note(one: case.Case, found: case.Finding) -> None:
 
 
 class Mark:
-    """A context in which a file exists that says what runs. one: a case; None: several."""
+    """A context in which a locked file exists. one: the case that runs; None: several.
+
+    Without a cache folder that can be written, there is none. The number of a process would not do
+    for a lock: each process of a container may have the same one.
+    """
 
     def __init__(self, one: case.Case | None = None):
         self.path = _path(one).with_suffix(".running") if one else _folder() / "cases.running"
+        self._file: int | None = None
 
     def is_left_behind(self) -> bool:
         """Whether a process has ended within the context."""
         try:
-            os.kill(int(self.path.read_text()), 0)
-        except (FileNotFoundError, PermissionError):
+            file = os.open(self.path, os.O_RDONLY)
+        except OSError:
             return False
-        except (OSError, ValueError):
-            return True
-        return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # the process goes on
+            return False
+        finally:
+            os.close(file)
+        return True
 
     def __enter__(self) -> None:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(str(os.getpid()))
+            self._file = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o644)
+            fcntl.flock(self._file, fcntl.LOCK_SH)
 
     def __exit__(self, *_: Any) -> None:
+        if self._file is None:
+            return
         with contextlib.suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last process removes it
             self.path.unlink(missing_ok=True)
+        os.close(self._file)
 
 
 def _folder() -> pathlib.Path:

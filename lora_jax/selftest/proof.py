@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
+import jax
+
 from lora_jax import errors
 from lora_jax.kernels import choice, platform
 from lora_jax.parallel import processes
 from lora_jax.selftest import case, passed
+
+PATIENCE = 600.0  # seconds for the compiler, after which what it has not done is left out
 
 
 class Proof(NamedTuple):
@@ -92,14 +96,17 @@ def _run(cases: Sequence[case.Case]) -> Iterator[case.Finding]:
 
 def _together(cases: Sequence[case.Case]) -> Iterator[case.Finding]:
     """Compiles all at the same time, and runs one after the other."""
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool, end = futures.ThreadPoolExecutor(os.cpu_count()), time.monotonic() + PATIENCE
+    try:
         results = [_compiling(pool, one) for one in cases]
         for one, result in zip(cases, results, strict=True):
             try:
-                found = case.finish(one, result.result())
+                found = case.finish(one, _compiled(result, end))
             except Exception as error:
                 found = case.failure(one, error)
             yield _noted(one, found)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _compiling(pool: futures.Executor, one: case.Case) -> futures.Future:
@@ -109,6 +116,15 @@ def _compiling(pool: futures.Executor, one: case.Case) -> futures.Future:
         failed: futures.Future = futures.Future()
         failed.set_exception(error)
         return failed
+
+
+def _compiled(result: futures.Future, end: float) -> jax.stages.Compiled:
+    try:
+        return result.result(max(0, end - time.monotonic()))
+    except futures.TimeoutError:
+        if result.done():  # an error of the compiler's own
+            raise
+        raise TimeoutError(f"not compiled after {PATIENCE:g} seconds") from None
 
 
 def _alone(one: case.Case) -> case.Finding:

@@ -39,7 +39,7 @@ def vocabulary_loss(
         each, vjp = jax.vjp(lambda hidden: cross_entropy.cross_entropy(hidden, head, *how), hidden)
         return rows(each, vjp(jnp.ones_like(each))[0])
 
-    def reference(head, given):
+    def reference(head, given, number):
         hidden, targets = (a.reshape(batch * length, -1)[chosen] for a in given)
 
         @jax.checkpoint
@@ -87,7 +87,7 @@ def embedding_lookup(
         table,
         lambda: draws.numbers(0, (batch, length), size),
         compute,
-        lambda table, ids: {"y": jnp.take(table, ids, axis=0)},
+        lambda table, ids, number: {"y": jnp.take(table, ids, axis=0)},
         flops=0.0,
         num_bytes=2.0 * batch * length * width * table.dtype.itemsize,
     )  # fmt: skip

@@ -51,7 +51,8 @@ def double(run):
     """A case that should double its input."""
     return doctor_cases.Case("double", "4", case.Case(
         choice.XLA, "double", "4", (), lambda: jnp.arange(4, dtype=jnp.float32),
-        lambda _, x, number: {"y": run(x)}, lambda _, x: {"y": 2 * x}, flops=12.0, num_bytes=6.0,
+        lambda _, x, number: {"y": run(x)}, lambda _, x, number: {"y": 2 * x}, flops=12.0,
+        num_bytes=6.0,
     ))  # fmt: skip
 
 

@@ -242,3 +242,20 @@ def test_a_model_names_the_products_that_decoding_joins(form, slots, monkeypatch
         f"bfloat16 [{slots}, 256] × W [256, {n}], int8 scales"
         for n in ("256 + 128 + 128", "384 + 384")
     ]
+
+
+def test_a_model_names_the_products_of_guesses_and_of_each_device():
+    """Two devices compute the same products as one does with half as many slots."""
+
+    def rows(slots, data):
+        mesh = sharding.make_mesh({"data": data, "fsdp": 1, "tensor": 1}, jax.devices()[:data])
+        model = nnx.clone(quantized())
+        with jax.set_mesh(mesh):
+            sharding.set_partitions(model)
+            found = of_model.generation(model, slots, None, 2)
+            return {int(one.shapes.split("[")[1].split(",")[0]) for one in found
+                    if one.operation == "int4 product"}  # fmt: skip
+
+    one = rows(3, 1)
+    assert one >= {3, 9, 32, 64}
+    assert rows(6, 2) == {2 * each for each in one}

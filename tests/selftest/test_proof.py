@@ -1,8 +1,12 @@
 """Kernels that are faulty on purpose are found, left out, and the run ends with the right loss."""
 
 import functools
+import itertools
 import json
+import os
+import pathlib
 import shutil
+import threading
 
 import cases
 import cli
@@ -49,7 +53,7 @@ def weight():
     return formats.quantize(jax.random.normal(jax.random.key(1), (256, 384)), "int4")
 
 
-def product(rows=40, backward=True, packed=None):
+def product(rows=43, backward=True, packed=None):
     packed = weight() if packed is None else packed
     return int4_products.int4_product(packed, rows=rows, dtype=jnp.bfloat16, backward=backward)
 
@@ -105,10 +109,37 @@ def an_exception(self, x, packed, layer):
     raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile")
 
 
-FAULTS = (swapped, without_a_tile, without_a_group, not_a_number, an_exception)
+def not_a_number_at_the_end(self, x, packed, layer):
+    return TPU_PRODUCT(self, x, packed, layer, interpret=True).at[-1, -1].set(jnp.nan)
 
 
-@pytest.mark.parametrize("fault", [*FAULTS[2:], *cases.long(*FAULTS[:2])])
+def without_the_last_rows(self, x, packed, layer):
+    y = TPU_PRODUCT(self, x, packed, layer, interpret=True)
+    return y.at[len(y) // 8 * 8 :].set(0)  # those of a tile that is not full
+
+
+def with_the_scales_of_others(self, x, packed, layer):
+    """Groups and columns are taken for each other."""
+    scale = packed.scale
+    turned = scale.swapaxes(-1, -2).reshape(scale.shape)
+    return TPU_PRODUCT(self, x, packed._replace(scale=turned), layer, interpret=True)
+
+
+def out_of_memory(self, x, packed, layer):
+    y = TPU_PRODUCT(self, x, packed, layer, interpret=True)
+
+    def fail(y):
+        raise MemoryError("RESOURCE_EXHAUSTED: Out of memory")
+
+    return jax.pure_callback(fail, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+
+FAULTS = (swapped, without_a_tile, without_a_group, not_a_number, an_exception,
+          not_a_number_at_the_end, without_the_last_rows, with_the_scales_of_others,
+          out_of_memory)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [*FAULTS[2:5], *cases.long(*FAULTS[:2], *FAULTS[5:])])
 def test_a_faulty_product_is_left_out(fault, monkeypatch):
     monkeypatch.setattr(forms.Forms, "tpu", fault)
     one = product()
@@ -119,11 +150,55 @@ def test_a_faulty_product_is_left_out(fault, monkeypatch):
     assert choice.refusal(choice.INT4_TPU) == left_out.problem
     (line,) = found.lines()
     assert "int4_matmul/pallas_tpu is left out" in line and left_out.problem in line
-    x = jnp.ones((40, 256), jnp.bfloat16)
+    x = jnp.ones((43, 256), jnp.bfloat16)
     y = int4_matmul.int4_matmul(x, weight())
     assert jnp.array_equal(y, int4_matmul.int4_matmul(x, weight(), implementation="xla"))
     assert product().kernel == choice.XLA
     assert not [*(cache() / "selftest").glob("[0-9a-f]*")]  # a failure is checked again
+
+
+def test_a_product_that_is_wrong_at_its_second_call_is_left_out(monkeypatch):
+    """As a kernel is that leaves something behind."""
+    calls = itertools.count()
+
+    def fault(self, x, packed, layer):
+        y = TPU_PRODUCT(self, x, packed, layer, interpret=True)
+        right = jax.ShapeDtypeStruct((), y.dtype)
+        return y * jax.pure_callback(lambda: np.array(next(calls) < 1, right.dtype), right)
+
+    monkeypatch.setattr(forms.Forms, "tpu", fault)
+    (left_out,) = proof.run([product(backward=False)]).left_out
+    assert left_out.kernel == choice.INT4_TPU and next(calls) == 2
+
+
+@pytest.mark.parametrize("layer", [0, *cases.long(2)])
+def test_a_product_that_is_wrong_in_the_first_or_last_layer_is_left_out(layer, monkeypatch):
+    wrong = jnp.int32(layer)
+
+    def fault(self, x, packed, layer):
+        return TPU_PRODUCT(self, x, packed, layer, interpret=True) * (layer != wrong)
+
+    stack = jax.tree.map(lambda a: jnp.stack([a, 2 * a, 3 * a]), weight())
+    monkeypatch.setattr(forms.Forms, "tpu", fault)
+    one = int4_products.int4_product(stack, rows=8, dtype=jnp.bfloat16, layer=2)
+    assert [each.kernel for each in proof.run([one]).left_out] == [choice.INT4_TPU]
+
+
+def test_a_kernel_that_takes_too_long_to_compile_is_left_out(monkeypatch):
+    ends = threading.Event()
+    slow = product(backward=False)
+    start = case.start
+
+    class Slow:
+        def compile(self):
+            ends.wait(30)
+
+    monkeypatch.setattr(case, "start", lambda one: Slow() if one is slow else start(one))
+    monkeypatch.setattr(proof, "PATIENCE", 0.1)
+    found = proof.run([slow])
+    ends.set()
+    assert [each.kernel for each in found.left_out] == [choice.INT4_TPU]
+    assert "not compiled after 0.1 seconds" in found.left_out[0].problem
 
 
 def without_a_block(*arguments, **how):
@@ -170,17 +245,54 @@ def test_a_pass_is_remembered_for_the_same_case(monkeypatch):
 def test_a_case_that_ended_the_process_is_not_tried_again(monkeypatch):
     """First the cases that were compiled at the same time run one by one; then not at all."""
     together, alone = passed.Mark(), passed.Mark(product())
-    gone = "999999999"  # no process has this number
     together.path.parent.mkdir(parents=True)
-    together.path.write_text(gone)
+    together.path.touch()
     assert proof.run([product()]).kernels == (choice.INT4_TPU,)
     assert not together.path.exists() and not alone.path.exists()
 
     (cache() / "selftest").joinpath(passed._path(product()).name).unlink()
-    together.path.write_text(gone)
-    alone.path.write_text(gone)
+    together.path.touch()
+    alone.path.touch()
     (left_out,) = proof.run([product()]).left_out
     assert str(alone.path) in left_out.problem
+
+
+def test_a_process_that_goes_on_has_not_ended():
+    """With several at the same time, the last one removes the mark."""
+    first, second = passed.Mark(), passed.Mark()
+    with first:
+        assert not second.is_left_behind()
+        with second:
+            assert not passed.Mark().is_left_behind()
+        assert first.path.exists() and not second.is_left_behind()
+    assert not first.path.exists()
+
+
+@pytest.mark.parametrize("what", ["a file in its place", "a file above", "nothing can be written"])
+def test_without_a_cache_folder_kernels_are_checked_each_time(what, monkeypatch, tmp_path):
+    if what == "a file in its place":
+        cache().mkdir(parents=True)
+        (cache() / "selftest").write_text("x")
+    elif what == "a file above":
+        (tmp_path / "cache").write_text("x")
+    else:
+
+        def refuse(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "open", refuse)
+        monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+        monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+    one = vocabulary.embedding_lookup(jnp.arange(32.0).reshape(8, 4), batch=2, length=9)
+    one = one._replace(kernel=choice.INT4_TPU)
+    for _ in range(2):
+        found = proof.run([one])
+        assert (found.num_run, found.kernels, found.left_out) == (1, (choice.INT4_TPU,), ())
+
+
+def test_a_weight_that_is_not_finite_is_no_fault_of_a_kernel():
+    table = jnp.arange(32.0).reshape(8, 4).at[3].set(jnp.nan).at[5, 1].set(jnp.inf)
+    assert case.check(vocabulary.embedding_lookup(table, batch=2, length=90)).problem is None
 
 
 def test_an_operation_that_nothing_replaces_is_an_error(monkeypatch):
