@@ -146,7 +146,8 @@ def tools(given: reading.Fields) -> tuple[list[dict[str, Any]], str | dict[str, 
     if not isinstance(function, dict) or choice.get("type", "function") != "function":
         given.wrong("tool_choice", 'expected none, auto, required or {"type": "function", '
                     '"function": {"name": …}}')  # fmt: skip
-    elif function.get("name") not in names:
+        return found, "none"
+    if function.get("name") not in names:
         given.wrong("tool_choice", f"no tool has the name {function.get('name')!r}")
     return found, choice
 
