@@ -1,5 +1,6 @@
 """Runs a command to its exit code: errors, Ctrl-C, closed pipes."""
 
+import errno
 import io
 import os
 import signal
@@ -16,6 +17,7 @@ from lora_jax.parallel import processes, rendezvous
 def run(main: Callable[[], int | None]) -> None:
     """Runs a command. An error that the user can fix gives one message and exit code 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no log lines of C++ libraries
+    _open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal has no ×
     before = signal.signal(signal.SIGINT, _end_at_once)
@@ -26,7 +28,7 @@ def run(main: Callable[[], int | None]) -> None:
     except errors.UserError as error:
         code = fail(error)
     except BrokenPipeError:  # `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         code = 1
     except KeyboardInterrupt:
         processes.end(130, "stopped")
@@ -35,7 +37,7 @@ def run(main: Callable[[], int | None]) -> None:
     except Exception as error:
         from lora_jax.parallel import devices
 
-        explained = devices.explain(error)
+        explained = _full_disk(error) or devices.explain(error)
         if explained is None:
             error.add_note("This is an error in lora_jax. Please report it, with the command and "
                            "these lines, where you got lora_jax from.")  # fmt: skip
@@ -45,6 +47,37 @@ def run(main: Callable[[], int | None]) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     sys.exit(code)
+
+
+def _open_standard_files() -> None:
+    """Nothing takes the place of those that were closed, as a service or `>&-` closes them.
+
+    The next file that is opened would get their number, and what is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def _drop_output() -> None:
+    """What could not be printed is not tried again at the end, which would print a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _full_disk(error: BaseException) -> errors.UserError | None:
+    """The UserError for a full disk, which may be that of `> file`; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+    return errors.UserError(
+        expected="space on the disk",
+        found=error.strerror or str(error),
+        where=None if error.filename is None else str(error.filename),
+        do="free some space, and start again",
+    )
 
 
 def _end_at_once(*_: Any) -> NoReturn:

@@ -360,6 +360,28 @@ def test_a_closed_pipe_prints_no_traceback():
         assert process.stderr.read() == "" and process.wait() == 1
 
 
+def test_a_full_disk_behind_the_output_prints_no_traceback():
+    code = "from lora_jax.cli import runner\nrunner.run(lambda: print('line\\n' * 100000))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=cli.ROOT, stdout=full, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+    assert ended.returncode == 2 and ended.stderr.splitlines() == [
+        "error:", "  expected: space on the disk", "  found:    No space left on device",
+        "  to do:    free some space, and start again",
+    ]  # fmt: skip
+
+
+def test_standard_files_that_are_closed_are_no_error():
+    code = (
+        "import sys\nfrom lora_jax.cli import runner\n"
+        "runner.run(lambda: print(sys.stdin.read(), sys.stdin.isatty(), flush=True))\n"
+    )
+    command = f"exec '{sys.executable}' -c \"$0\" <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command, code], cwd=cli.ROOT).returncode == 0
+
+
 def test_ctrl_c_with_nothing_to_save_stops_at_once():
     """Without an exception, which jax's import and its garbage collection callback swallow."""
     code = (
