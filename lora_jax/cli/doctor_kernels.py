@@ -50,7 +50,15 @@ def rows(sizes: doctor_cases.Sizes | None = None) -> Iterator[Row]:
     sizes = sizes or (doctor_cases.SMALL if device.platform == "cpu" else doctor_cases.FULL)
     peaks = chips.of_kind(device.platform, device.device_kind, 1).peaks
     with jax.set_mesh(_mesh(device)):
-        for named in doctor_cases.cases(device, sizes):
+        cases = doctor_cases.cases(device, sizes)
+        while True:
+            try:
+                named = next(cases, None)
+            except Exception as failure:  # there is no memory for the weights
+                yield Row("the others", "not made", "–", _one_line(failure), None, None, None)
+                return
+            if named is None:
+                return
             yield _checked(named, peaks)
 
 
@@ -66,11 +74,15 @@ def _checked(named: doctor_cases.Case, peaks: chips.Peaks | None) -> Row:
             lambda number, weights, inputs: of.compute(weights, inputs, number), of.weights, inputs
         ).seconds()
     except Exception as failure:  # of the compiler or the device: the others may still work
-        return row._replace(problem=" ".join(str(failure).split())[:200])
+        return row._replace(problem=_one_line(failure))
     least = peaks and max(of.flops / peaks.flops, of.num_bytes / peaks.bandwidth)
     return row._replace(
         error=float(found.distance.whole), seconds=seconds, share=least and least / seconds
     )
+
+
+def _one_line(failure: Exception) -> str:
+    return " ".join(str(failure).split())[:200] or type(failure).__name__
 
 
 def _short(kernel: str) -> str:

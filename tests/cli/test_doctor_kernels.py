@@ -1,5 +1,6 @@
 """The check and the timing of doctor's kernels, on tiny ones and on faulty ones."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -71,6 +72,18 @@ def test_a_wrong_result_or_an_exception_is_a_problem(run, problem):
     row = doctor_kernels._checked(double(run), None)
     assert (row.problem is None) if problem is None else (problem in row.problem)
     assert (row.seconds is None) == (problem is not None)
+
+
+def test_without_memory_for_weights_the_report_goes_on(monkeypatch):
+    def cases(device, sizes):
+        yield double(lambda x: 2 * x)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating")
+
+    monkeypatch.setattr(doctor_cases, "cases", cases)
+    first, second = doctor_kernels.rows(TINY)
+    assert first.problem is None
+    assert second.problem == "RESOURCE_EXHAUSTED: Out of memory while allocating"
+    assert "the others" in second.line()
 
 
 @pytest.mark.parametrize(("flops", "bandwidth", "least"), [(2.0, 6.0, 6.0), (12.0, 2.0, 3.0)])
