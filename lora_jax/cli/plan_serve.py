@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from lora_jax import console, errors, hub
 from lora_jax.cli import arguments, model_flags, train
 from lora_jax.cli import plan_output as output
+from lora_jax.generation import config as generation_config
 from lora_jax.training.settings import groups
 
 DEFAULTS = {"slots": 8, "adapters": 0, "rank": 16, "targets": "all-linear"}
@@ -22,7 +23,7 @@ _LIVE = 1024  # tokens of a request for which tokens/s are shown, besides the wh
 class Settings(NamedTuple):
     """What a command line asks for.
 
-    values: slots, adapters, rank and targets. context: None: the model's. others: other flags.
+    values: slots, adapters, rank and targets. context: None: that of `serve`. others: other flags.
     """
 
     base: groups.ModelSettings
@@ -40,8 +41,9 @@ def flags(**where: Any) -> arguments.Flags:
     model_flags.add(flags)
     flags.group("serving")
     flags.add("--slots", "requests generated at the same time", type=int, metavar="N")
-    flags.add("--context", "maximum number of tokens of prompt and output (default: the model's)",
-              type=int, metavar="T")  # fmt: skip
+    flags.add("--context", "maximum number of tokens of prompt and output (default: as in serve, "
+              f"the model's, up to {generation_config.DEFAULT_CONTEXT})", type=int,
+              metavar="T")  # fmt: skip
     flags.add("--adapters", "slots for adapters in one batch", type=int, metavar="X")
     flags.add("--rank", "rank of such a slot", type=int, metavar="R")
     flags.add("--targets", "names of the linear layers that adapters change, or all-linear")
@@ -72,7 +74,8 @@ def run(settings: Settings) -> int:
     from lora_jax.planning import serving_memory as plans
 
     architecture = model_config.load(folder)
-    context = settings.context or architecture.context
+    usual = min(architecture.context, generation_config.DEFAULT_CONTEXT)
+    context = settings.context or usual
     if context > architecture.context:
         raise errors.UserError(
             expected=f"at most the model's context of {architecture.context} tokens",

@@ -18,6 +18,7 @@ import jax
 import pytest
 
 from lora_jax import errors
+from lora_jax.generation import config as generation_config
 from lora_jax.kernels.int4_matmul import triton_gpu
 from lora_jax.lora import config
 from lora_jax.models import config as model_config
@@ -509,6 +510,8 @@ def test_a_server_is_planned(folder, monkeypatch):
     found = json.loads(cli.run("plan", *flags, "--json").out)
     assert found["need"] == sum(found["memory"]["resident"].values()) + 10**6 and found["fits"]
     assert found["proposals"]["slots"] > 4 and found["proposals"]["context"] == 512
+    monkeypatch.setattr(generation_config, "DEFAULT_CONTEXT", 256)  # as `serve` without --context
+    assert "--context 256" in cli.run("plan", *flags).out
     refused = cli.refused("plan", *flags, "--context", 0, "--rank", 0)
     assert "--context 0" in refused and "--rank 0" in refused
     assert "--context 600" in cli.refused("plan", *flags, "--context", 600)
