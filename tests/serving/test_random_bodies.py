@@ -60,10 +60,17 @@ def check(path, answer):
         assert answer.body.startswith(b"Success")
 
 
-def ask(client, path, body):
+def ask(client, path, body, leaves=None):
+    """leaves: after so many milliseconds."""
+
     async def asked():
         async with asyncio.timeout(30):
-            return await client.ask("POST", path, body)
+            left = None if leaves is None else asyncio.Event()
+            asking = asyncio.ensure_future(client.ask("POST", path, body, leaves=left))
+            if leaves is not None:
+                await asyncio.sleep(leaves / 1000)
+                left.set()
+            return await asking
 
     return client.run(asked())
 
@@ -77,12 +84,19 @@ def folders(under):
 
 
 def exchange(client, data, good, text):
-    """Asks with a random body, then with a good one."""
+    """Asks with a random body, then with a good one. Nothing is left of the first."""
     path = data.draw(st.sampled_from(sorted(random_bodies.BODIES)))
     body = data.draw(random_bodies.written(random_bodies.BODIES[path]))
-    check(path, ask(client, path, body))
+    leaves = data.draw(st.sampled_from([None] * 5 + [0, 1, 4]))
+    answer = ask(client, path, body, leaves)
+    if leaves is None:
+        check(path, answer)
+    else:
+        assert answer is None or answer.status < 500
     found = ask(client, "/v1/completions", json.dumps(good).encode())
     assert found.json["choices"][0]["text"] == text
+    assert client.server.link.open == client.server._preparing == 0
+    assert not client.server.link.by_adapter
 
 
 @pytest.fixture
@@ -135,3 +149,4 @@ def test_any_body_is_answered_or_refused_by_a_real_engine(real, data):
     good = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
     text = tokenizer.continuation(real.engine.reader, prompt, ids[len(prompt) : len(prompt) + 8])
     exchange(real, data, good, text)
+    assert real.engine.stats()[:2] == (0, 0) and not real.engine.pool.leased()
