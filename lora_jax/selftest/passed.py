@@ -65,6 +65,12 @@ class Mark:
             os.close(file)
         return True
 
+    def leave_behind(self) -> None:
+        """As if this process had ended within the context."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+
     def __enter__(self) -> None:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from concurrent import futures
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax import errors
 from lora_jax.kernels import choice, platform
@@ -84,13 +85,23 @@ def run(cases: Sequence[case.Case]) -> Proof:
 
 
 def _run(cases: Sequence[case.Case]) -> Iterator[case.Finding]:
+    marks = [passed.Mark(one) for one in cases]
+    ended = processes.broadcast([mark.is_left_behind() for mark in marks])
+    todo = []
+    for one, mark, has_ended in zip(cases, marks, ended, strict=True):
+        if has_ended:
+            text = f"a process ended while it ran; to try again, delete {mark.path}"
+            yield case.Finding(one.kernel, one.name, text, failed_to_run=True)
+        else:
+            todo.append(one)
     together = passed.Mark()
     if not processes.broadcast(together.is_left_behind()):
         with together:
-            yield from _together(cases)
+            yield from _together(todo)
         return
-    for one in cases:
-        yield _alone(one)
+    for one in todo:
+        with passed.Mark(one):
+            yield _noted(one, case.check(one))
     together.path.unlink(missing_ok=True)
 
 
@@ -127,16 +138,23 @@ def _compiled(result: futures.Future, end: float) -> jax.stages.Compiled:
         raise TimeoutError(f"not compiled after {PATIENCE:g} seconds") from None
 
 
-def _alone(one: case.Case) -> case.Finding:
-    mark = passed.Mark(one)
-    if processes.broadcast(mark.is_left_behind()):
-        text = f"a process ended while it ran; to try again, delete {mark.path}"
-        return case.Finding(one.kernel, one.name, text, failed_to_run=True)
-    with mark:
-        return _noted(one, case.check(one))
-
-
 def _noted(one: case.Case, found: case.Finding) -> case.Finding:
     if found.problem is None and processes.leads():
         passed.note(one, found)
+    if found.failed_to_run and not device_works():
+        passed.Mark(one).leave_behind()
+        raise errors.UserError(
+            expected="a device that works after a kernel has failed",
+            found=f"{found.name}: {found.problem}",
+            do="start again, and it is left out (or use --kernels xla, which leaves out all). "
+            "Please report these lines and the output of lora-jax doctor --json",
+        )
     return found
+
+
+def device_works() -> bool:
+    """Whether this process can still use its device. After some faults of a kernel, it cannot."""
+    try:
+        return float(jax.device_put(np.float32(2), jax.local_devices()[0])) == 2
+    except Exception:
+        return False

@@ -253,8 +253,30 @@ def test_a_case_that_ended_the_process_is_not_tried_again(monkeypatch):
     (cache() / "selftest").joinpath(passed._path(product()).name).unlink()
     together.path.touch()
     alone.path.touch()
-    (left_out,) = proof.run([product()]).left_out
-    assert str(alone.path) in left_out.problem
+    one = product()
+    for _ in range(3):  # in each later process
+        with choice.restored():
+            (left_out,) = proof.run([one]).left_out
+        assert str(alone.path) in left_out.problem
+
+
+def test_a_kernel_after_which_the_device_fails_is_left_out_the_next_time(monkeypatch):
+    """As after an access to memory that is not there, on a GPU."""
+    monkeypatch.setattr(forms.Forms, "tpu", an_exception)
+    monkeypatch.setattr(proof, "device_works", lambda: False)
+    one = product()
+    with pytest.raises(errors.UserError, match=r"(?s)int4 product.*failed to compile.*start again"):
+        proof.run([one])
+    monkeypatch.setattr(case, "start", lambda _: pytest.fail("it runs again"))
+    for _ in range(2):
+        with choice.restored():
+            (left_out,) = proof.run([one]).left_out
+        assert "a process ended while it ran" in left_out.problem
+
+
+def test_a_device_that_works_is_known_to():
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1}, jax.devices()[:2])):
+        assert proof.device_works()
 
 
 def test_a_process_that_goes_on_has_not_ended():
