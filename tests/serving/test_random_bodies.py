@@ -42,7 +42,7 @@ def strict(text):
     return found
 
 
-def check(path, answer):
+def check(path, body, answer):
     if answer.status != 200:
         assert 400 <= answer.status < 500
         strict(answer.body)
@@ -55,9 +55,23 @@ def check(path, answer):
         assert all("error" not in each or each["error"] is None for each in events), events
         assert data[-1] == "[DONE]" or (is_response and "response" in events[-1])
     elif answer.headers["content-type"].startswith("application/json"):
-        assert "error" not in strict(answer.body) or strict(answer.body)["error"] is None
+        found = strict(answer.body)
+        assert "error" not in found or found["error"] is None
+        if "choices" in found:
+            check_choices(json.loads(body), found)
     else:
         assert answer.body.startswith(b"Success")
+
+
+def check_choices(asked, found):
+    prompt = asked.get("prompt")
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    count = int(asked.get("n") or 1) * (len(prompt) if several else 1)
+    choices = found["choices"]
+    assert [each["index"] for each in choices] == [*range(count)]
+    assert {each["finish_reason"] for each in choices} <= {"stop", "length", "tool_calls"}
+    most = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    assert most is None or found["usage"]["completion_tokens"] <= most * count
 
 
 def ask(client, path, body, leaves=None):
@@ -90,7 +104,7 @@ def exchange(client, data, good, text):
     leaves = data.draw(st.sampled_from([None] * 5 + [0, 1, 4]))
     answer = ask(client, path, body, leaves)
     if leaves is None:
-        check(path, answer)
+        check(path, body, answer)
     else:
         assert answer is None or answer.status < 500
     found = ask(client, "/v1/completions", json.dumps(good).encode())
