@@ -62,15 +62,15 @@ def adapters_of(name):
 
 
 @functools.cache
-def engine_of(name, slots=3, data=1, tensor=1, **how):
+def engine_of(name, slots=3, data=1, tensor=1, named=(*KINDS,), **how):
     sizes = {"data": data, "fsdp": 1, "tensor": tensor}
     mesh = sharding.make_mesh(sizes, jax.devices()[: data * tensor])
     model = on(mesh, name)
     with jax.set_mesh(mesh):
         bank.add(model, slots=4, rank=8)
         pool = pools.Pool(model)
-        for kind, adapter in adapters_of(name).items():
-            pool.load(kind, adapter)
+        for kind in named:
+            pool.load(kind, adapters_of(name)[kind])
     reader = tokenizer.load(MODELS / "stories260K")
     return engine.Engine(model, reader, eos_ids=(2,), slots=slots, mesh=mesh, pool=pool, **how)
 
@@ -207,3 +207,40 @@ def test_requests_in_any_company(name, how, monkeypatch):
     check_all()
     if how is GUESSING and serving.batch.can_speculate:
         assert serving.stats().accepted_tokens > 0
+
+
+loads = st.sampled_from([*KINDS])
+asks = st.tuples(st.integers(1, 60), st.sampled_from([{"x": 1.0}, {"x": 0.5, "qv": 1.0}]))
+
+
+@pytest.mark.long
+@cases.few()
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 6), loads | asks), min_size=2, max_size=12))
+def test_an_adapter_is_replaced_at_any_time(plan):
+    """A request gets one that had the name while it waited, from its first token to its last."""
+    serving, alone = engine_of("llama_bias", named=("qv",)), engine_of("llama_bias")
+    adapters, pool = adapters_of("llama_bias"), serving.pool
+    pool.load("x", adapters["all"], replace=True)
+    sampling, now, waiting = config.Sampling(max_new_tokens=10), "all", []
+    for turns, what in plan:
+        for _ in range(turns):
+            serving.advance()
+        if isinstance(what, str):
+            pool.load("x", adapters[what], replace=True)
+            now = what
+            for _, _, kinds in waiting:
+                kinds.add(now)
+        else:
+            size, mixture = what
+            made = serving.submit(BEGINNINGS[0][:size], sampling, adapters=mixture)
+            waiting.append((made, mixture, {now}))
+    for made, mixture, kinds in waiting:
+        found, possible = made.result(), []
+        for kind in kinds:
+            alone.release()
+            own = {kind: mixture["x"]}
+            if "qv" in mixture:
+                own["qv"] = own.get("qv", 0.0) + mixture["qv"]
+            possible.append(alone.submit(made.prompt, sampling, adapters=own).result().tokens)
+        assert found.tokens in possible
+    assert not pool.leased()

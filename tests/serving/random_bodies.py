@@ -14,7 +14,7 @@ numbers = st.one_of(
 )
 texts = st.text(max_size=6) | st.sampled_from(
     ["", "ab", "a", "base", "one", "\x00", "\ufffd", "𝒜", "e\u0301", "</s>", "<s>", "..", "/", "{",
-     "function", "assistant"]
+     "function", "assistant", "\ud800"]
 )  # fmt: skip
 scalars = st.one_of(st.none(), st.booleans(), numbers, texts)
 anything = st.recursive(

@@ -317,6 +317,8 @@ def test_echoed_logprobs_are_those_of_the_prompt_too():
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"a": "\xff"}', "not JSON"),
         (rb'{"a": "\ud800"}', "half a character"),
+        ('{"a": "\ud800"}'.encode("utf-8", "surrogatepass"), "can't decode byte"),
+        ('{"a": "\ud800"}'.encode("utf-16", "surrogatepass"), "surrogate"),
     ],
 )
 def test_a_body_that_is_no_object_is_refused(body, message):

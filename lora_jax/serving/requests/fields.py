@@ -8,14 +8,16 @@ from typing import Any
 
 from lora_jax.serving import refusal
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse(body: bytes) -> dict[str, Any]:
     """The object in a request's body. Raises: Refusal if it is no JSON object of valid text."""
     try:
-        found = json.loads(body, parse_constant=_no_constant)
-        if _SURROGATE.search(body):  # half of a character, which has no UTF-8
+        # json.loads would take bytes that are half of a character.
+        text = body.decode(json.detect_encoding(body))
+        found = json.loads(text, parse_constant=_no_constant)
+        if _SURROGATE.search(text):  # half of a character, which has no UTF-8
             json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise refusal.Refusal("The body has \\u escapes of half a character.") from None
