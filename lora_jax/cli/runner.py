@@ -35,9 +35,7 @@ def run(main: Callable[[], int | None]) -> None:
         print("\nstopped", file=sys.stderr)
         code = 130
     except Exception as error:
-        from lora_jax.parallel import devices
-
-        explained = _full_disk(error) or devices.explain(error)
+        explained = _explained(error)
         if explained is None:
             error.add_note("This is an error in lora_jax. Please report it, with the command and "
                            "these lines, where you got lora_jax from.")  # fmt: skip
@@ -62,6 +60,15 @@ def _open_standard_files() -> None:
 def _drop_output() -> None:
     """What could not be printed is not tried again at the end, which would print a traceback."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explained(error: Exception) -> errors.UserError | None:
+    """The UserError for what the user can fix; None for other errors."""
+    if explained := _full_disk(error):
+        return explained
+    from lora_jax.parallel import devices  # imports jax
+
+    return devices.explain(error)
 
 
 def _full_disk(error: BaseException) -> errors.UserError | None:
