@@ -47,7 +47,7 @@ import typecheck
 hypothesis.settings.register_profile(
     "suite", max_examples=200, deadline=None, derandomize=True, database=None
 )
-hypothesis.settings.register_profile("long", max_examples=2000, deadline=None, database=None)
+hypothesis.settings.register_profile("long", max_examples=500, deadline=None, database=None)
 hypothesis.settings.load_profile("suite")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
