@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -80,7 +81,9 @@ class Engine:
         self._decoder = reader  # for tokens of the output
         self._seeds = np.random.default_rng(seed)
         self._scheduler = scheduler.Scheduler(self.batch, pool, self.eos_ids)
-        self._loop = loop.Loop(self.batch, self._scheduler, speculate)
+        self._loop = loop.Loop(
+            self.batch, self._scheduler, speculate, alone=jax.process_count() == 1
+        )
         self._lock = threading.RLock()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -230,7 +233,7 @@ class Engine:
         if self._followers:
             self._followers.close()
         with self._lock:
-            self._loop.end_all("abort")
+            self._loop.close()
 
     def __enter__(self):
         return self

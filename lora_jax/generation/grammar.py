@@ -21,6 +21,13 @@ if typing.TYPE_CHECKING:
 
 # Between the parts of JSON. Without a bound, a small model may write spaces until its text is cut.
 _SPACES = r"[ \n\r\t]{1,40}"
+# Limits of the parser's work. It takes a step for each character, whose time grows with the square of
+# its items, and no other Python thread can run meanwhile: with 500, a token takes up to 12 ms, with
+# llguidance's 2,000 up to 180 ms. Unambiguous grammars need one or two for each alternative.
+_MOST_IN_STEP = 500
+# For the mask of a token, during which other threads can run. Grammars that people write need below
+# 1,000 with 49,000 tokens, also with a rule for each character; llguidance's own limit is 50,000.
+_MOST_IN_MASK = 20_000
 _MOST_COMPILED = 32  # grammars kept, each with its automaton
 _MOST_CHARACTERS = 1_000_000
 
@@ -134,7 +141,12 @@ class Grammar:
 
     def _compile(self, grammar: str) -> "llguidance.LLMatcher":
         library = _library()
-        limits = library.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+        limits = library.LLParserLimits(
+            max_lexer_states=50_000,
+            max_items_in_row=_MOST_IN_STEP,
+            step_max_items=_MOST_IN_MASK,
+            verbose_errors=False,
+        )
         made = library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if not made.is_error():
             first = made.deep_copy()

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax import errors
 from lora_jax.generation import batch as batches
-from lora_jax.generation import lockstep, progress, scheduler
+from lora_jax.generation import lockstep, masks, progress, scheduler
 from lora_jax.generation import request as requests
 
 _FEW = 4  # requests at most, while guessed tokens are worth their computation
@@ -15,11 +14,15 @@ _FEW = 4  # requests at most, while guessed tokens are worth their computation
 class Loop:
     """Keeps one step on the devices while the host reads the tokens of the step before.
 
-    speculate: guess so many tokens from repetitions in the text; 0: none.
+    speculate: guess so many tokens from repetitions in the text; 0: none. alone: no other process
+    makes the same turns.
     """
 
-    def __init__(self, batch: batches.Batch, schedule: scheduler.Scheduler, speculate: int):
+    def __init__(
+        self, batch: batches.Batch, schedule: scheduler.Scheduler, speculate: int, *, alone: bool
+    ):
         self._batch, self._scheduler = batch, schedule
+        self._masks = masks.Masks(batch.num_slots, batch.vocab_size, waits=not alone)
         self.speculate = speculate if batch.can_speculate else 0
         self._dispatched: progress.Step | None = None
 
@@ -32,6 +35,11 @@ class Loop:
         self._scheduler.end_all(reason, error)
         self._dispatched = None
 
+    def close(self) -> None:
+        """Ends all requests, and the threads of their grammars."""
+        self.end_all("abort")
+        self._masks.close()
+
     def turn(self, followers: lockstep.Leader | None) -> None:
         """At most one step of all slots, then some tokens of the prompts that wait."""
         self._scheduler.take(followers)
@@ -41,7 +49,8 @@ class Loop:
             self._read()  # the next step depends on its tokens
         ready = [work for work in self._scheduler.running
                  if not work.unfilled and not work.done and work.left > 0]  # fmt: skip
-        ready = self._batch.current(ready)
+        current = self._batch.current(ready)
+        ready = self._masks.in_time(current)
         if any(work.matcher for work in ready):
             following = self._follow_grammars(ready)
         elif drafts := self._drafts(ready) if guesses else {}:
@@ -51,16 +60,22 @@ class Loop:
         self._batch.fill(self._scheduler.running)
         self._read()
         self._dispatched = following
+        if current and not ready:
+            self._masks.wait(current)
 
     def _follow_grammars(self, ready: list[progress.Work]) -> progress.Step | None:
         """Starts a step in which grammars say what may come.
 
         What they say depends on the tokens of the step before. Those are read, and the grammars
-        advance, while the devices compute the logits.
+        advance, while the devices compute the logits. A request whose grammar takes longer misses
+        the end of this step, and the next ones until it is known what may come.
         """
         logits = self._batch.forward(ready)
         self._read()
-        ready, allowed = self._allowed([work for work in ready if not work.done])
+        ready, allowed, failed = self._masks.take([work for work in ready if not work.done])
+        for work, error in failed:
+            reason = error.on_one_line()
+            self._scheduler.end(work, work.output.end("error", reason, is_users=True))
         return self._batch.choose(ready, logits, allowed) if ready else None
 
     def _drafts(self, ready: list[progress.Work]) -> dict[int, Sequence[int]]:
@@ -76,20 +91,6 @@ class Loop:
                     found[work.slot.index] = draft
                     self._scheduler.totals["guessed"] += len(draft)
         return found
-
-    def _allowed(self, ready: list[progress.Work]) -> tuple[list[progress.Work], np.ndarray]:
-        """(those that go on, the tokens that their grammars allow, as bits)."""
-        allowed = np.full((self._batch.num_slots, -(-self._batch.vocab_size // 32)), -1, np.int32)
-        left = []
-        for work in ready:
-            try:
-                if work.matcher:
-                    work.matcher.mask(allowed[work.slot.index])
-                left.append(work)
-            except errors.UserError as error:
-                reason = error.on_one_line()
-                self._scheduler.end(work, work.output.end("error", reason, is_users=True))
-        return left, allowed
 
     def _read(self) -> None:
         """Reads the tokens of the step that was dispatched, and delivers them."""

@@ -1,11 +1,13 @@
 """A request on its way through the slots, and a step that was dispatched for several."""
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax.generation import grammar as grammars
 from lora_jax.generation import lookup
@@ -20,14 +22,16 @@ from lora_jax.generation import slots as slot_choice
 class Work:
     """A request that waits or is being served.
 
-    text: what is computed before the steps; the prompt, or later the output so far too. filled: how
-    many of its tokens are in the cache. sent: for how many tokens a step was dispatched. overtaken:
-    how many later requests were served first.
+    mask: what the grammar allows next, on the way from masks.Masks. text: what is computed before
+    the steps; the prompt, or later the output so far too. filled: how many of its tokens are in the
+    cache. sent: for how many tokens a step was dispatched. overtaken: how many later requests were
+    served first.
     """
 
     request: requests.Request
     output: outputs.Output
     matcher: grammars.Matcher | None = None
+    mask: concurrent.futures.Future[np.ndarray] | None = None
     slot: slot_choice.Slot | None = None
     lease: pools.Lease | None = None
     text: tuple[int, ...] = ()

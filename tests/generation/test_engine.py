@@ -28,6 +28,7 @@ from lora_jax.generation import (
     grammar,
     limits,
     lockstep,
+    masks,
     progress,
     scheduler,
     slots,
@@ -485,6 +486,53 @@ def test_a_grammar_beside_requests_without_one():
     *_, last = both[0]
     assert last.finish_reason == "error" and last.is_users and "too many" in last.error
     assert both[1].result().tokens == following[:NUM_NEW]
+
+
+def test_a_slow_grammar_stalls_no_other_request(monkeypatch):
+    pytest.importorskip("llguidance")
+    serving = shared()
+    prompt, following = golden("stories260K")[0]
+    letters = dataclasses.replace(SAMPLED, seed=3, grammar=grammar.regex(r"[a-d]{3}"))
+    expected = serving.submit(prompt, letters).result()
+    known, mask = threading.Event(), grammar.Matcher.mask
+
+    def slow(matcher, out):
+        known.wait(5)
+        mask(matcher, out)
+
+    monkeypatch.setattr(grammar.Matcher, "mask", slow)
+    both = [serving.submit(prompt, letters), serving.submit(prompt, GREEDY)]
+    assert both[1].result().tokens == following[:NUM_NEW]
+    assert both[0]._pieces.empty()
+    known.set()
+    assert both[0].result().tokens == expected.tokens
+
+
+def test_several_processes_wait_for_a_slow_grammar(monkeypatch):
+    """None of them knows which mask is late in another."""
+    pytest.importorskip("llguidance")
+    serving, together = shared(), []
+    choose, mask = serving.batch.choose, grammar.Matcher.mask
+
+    def slow(matcher, out):
+        time.sleep(3 * masks._PATIENCE)
+        mask(matcher, out)
+
+    def noted(works, *about):
+        together.append(len(works))
+        return choose(works, *about)
+
+    monkeypatch.setattr(grammar.Matcher, "mask", slow)
+    monkeypatch.setattr(serving.batch, "choose", noted)
+    prompt, _ = golden("stories260K")[0]
+    letters = dataclasses.replace(SAMPLED, seed=3, grammar=grammar.regex(r"[a-d]{3}"))
+    for waits in (True, False):
+        own = masks.Masks(3, serving.vocab_size, waits=waits)
+        monkeypatch.setattr(serving._loop, "_masks", own)
+        both = [serving.submit(prompt, letters), serving.submit(prompt, GREEDY)]
+        assert len({bool(each.result().tokens) for each in both}) == 1
+        assert (together[:2] == [2, 2]) == waits  # its own end may come with the third
+        together.clear()
 
 
 def disturbed(array, *, noise):

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -112,6 +113,20 @@ def test_a_text_is_one_of_the_choices(readers):
     options = ["yes", 'no "quotes" \\ / \n', "", "naïve 😀"]
     found = {walk(*readers["bytes"], grammar.choice(options), seed) for seed in range(40)}
     assert found == set(options)
+
+
+def test_a_very_ambiguous_grammar_fails_before_its_tokens_take_long(readers):
+    """With llguidance's own limits they take ten times as long."""
+    reader, compiled = readers["pieces"]
+    matcher = compiled.matcher(grammar.lark("start: x\nx: x x x x | x x x | x x | /[a-z ]/"))
+    word, most = reader.convert_tokens_to_ids("▁friend"), 0.0
+    with pytest.raises(errors.UserError, match=r"(?s)Current row.*max is 500"):
+        while most < 1:
+            start = time.thread_time()
+            allowed(matcher, len(reader) + PADDING)
+            matcher.accept(word)
+            most = max(most, time.thread_time() - start)
+    assert 0 < most < 0.2
 
 
 def test_choices_may_be_thousands(readers):
