@@ -282,9 +282,11 @@ class Engine:
     def _begin_again(self) -> None:
         """After a turn that failed: makes the state anew, and tries it with a request.
 
-        One request that no check has foreseen must not end the service of all later ones.
+        One request that no check has foreseen must not end the service of all later ones. Several
+        processes end instead: they cannot know how far each of them came.
         """
-        if self._followers:  # which do not know of the failure
+        if self._followers:
+            self._followers.fail(str(self.failure))
             return
         for _ in range(_TRIALS):
             try:

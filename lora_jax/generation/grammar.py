@@ -21,9 +21,9 @@ if typing.TYPE_CHECKING:
 
 # Between the parts of JSON. Without a bound, a small model may write spaces until its text is cut.
 _SPACES = r"[ \n\r\t]{1,40}"
-# Limits of the parser's work. It takes a step for each character, whose time grows with the square of
-# its items, and no other Python thread can run meanwhile: with 500, a token takes up to 12 ms, with
-# llguidance's 2,000 up to 180 ms. Unambiguous grammars need one or two for each alternative.
+# Limits of the parser's work. It takes a step for each character, whose time grows with the square
+# of its items, and no other Python thread can run meanwhile: with 500, a token takes up to 12 ms,
+# with llguidance's 2,000 up to 180 ms. Unambiguous grammars need one or two for each alternative.
 _MOST_IN_STEP = 500
 # For the mask of a token, during which other threads can run. Grammars that people write need below
 # 1,000 with 49,000 tokens, also with a rule for each character; llguidance's own limit is 50,000.

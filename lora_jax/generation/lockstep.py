@@ -38,6 +38,14 @@ class Leader:
         each = [[[*own.prompt], dataclasses.asdict(own.sampling), own.adapters] for own in new]
         processes.broadcast({"submitted": each, "aborted": [*aborted]})
 
+    def fail(self, cause: str) -> None:
+        """Ends all processes: the others may be in a step that this one did not take.
+
+        If another one has failed as well, its message is reported.
+        """
+        text = f"The engine has failed: {cause}. Start all processes again."
+        processes.end(1, text, sure=False)
+
     def close(self) -> None:
         """Tells the others that there is no next turn."""
         processes.broadcast(None)

@@ -394,6 +394,20 @@ def test_a_request_that_breaks_a_turn_does_not_end_the_service(monkeypatch, caps
         assert "unforeseen" in serving.failure and "unforeseen" in capsys.readouterr().err
 
 
+def test_a_turn_that_fails_ends_all_processes(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(lockstep, "leader", lockstep.Leader)
+    monkeypatch.setattr(lockstep.processes, "end", lambda *about, sure: ended.append(about))
+    with fresh() as serving:
+        monkeypatch.setattr(serving._loop, "turn", lambda _: 1 / 0)
+        serving.start()
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            serving.submit([1], GREEDY).result()
+    ((code, message),) = ended
+    assert code == 1 and "ZeroDivisionError: division by zero. Start all processes" in message
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_an_idle_engine_begins_requests_together_that_are_prepared_together(monkeypatch):
     prompt, _ = golden(SMALL)[0]
     monkeypatch.setattr(engine, "_GATHERS", 60)
