@@ -44,7 +44,8 @@ def completion(**given):
         ({"logit_bias": {"5": -100, "7": 0.5}}, {"logit_bias": ((5, -100.0), (7, 0.5))}),
         ({"seed": 7}, {"seed": 7}),
         ({"seed": 7.0}, {"seed": 7}),
-        ({"seed": -1}, {"seed": 2**63 - 1}),  # an engine's seeds are not negative
+        ({"seed": -1}, {"seed": None}),  # as in vLLM and llama.cpp
+        ({"seed": -2}, {"seed": 2**63 - 2}),  # an engine's seeds are not negative
         ({"stop": "x"}, {"stop": ("x",)}),
         ({"stop": ["x", "y", "x"]}, {"stop": ("x", "y")}),
         ({"stop": []}, {"stop": ()}),
@@ -115,6 +116,9 @@ def test_fields_of_sampling(read, given, setting):
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"repeat_penalty": 1.1}, "repeat_penalty"),
+        ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "repeat_penalty"),
+        ({"max_new_tokens": 5}, "max_new_tokens"),
+        ({"max_new_tokens": 5, "max_tokens": 6}, "max_new_tokens"),
         ({"typical_p": 0.9}, "typical_p"),
         ({"bad_words": ["x"]}, "bad_words"),
         ({"lora": [{"id": 0, "scale": 1}]}, "lora"),

@@ -101,7 +101,8 @@ class Prompts:
                 "The model's chat template has no tools; tool_choice can force a call.",
                 param="tools",
             )
-        if "reasoning_effort" in chat.template_kwargs and "reasoning_effort" not in source:
+        effort = chat.template_kwargs.get("reasoning_effort", "none")
+        if effort != "none" and "reasoning_effort" not in source:
             raise refusal.Refusal(
                 "reasoning_effort: the model's chat template does not read it",
                 param="reasoning_effort",

@@ -206,7 +206,7 @@ def _sampling(given: reading.Fields, logprobs: int | None) -> config.Sampling:
         "presence_penalty": given.number("presence_penalty", 0.0, least=-2, most=2),
         "frequency_penalty": given.number("frequency_penalty", 0.0, least=-2, most=2),
         "logit_bias": _logit_bias(given),
-        "seed": None if seed is None else seed % _SEED,
+        "seed": None if seed in (None, -1) else seed % _SEED,  # −1 as in vLLM and llama.cpp
         "stop": _stop(given),
         "stop_token_ids": _stop_ids(given),
         "min_tokens": given.whole("min_tokens", 0, least=0),

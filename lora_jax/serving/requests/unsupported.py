@@ -9,10 +9,13 @@ from lora_jax.serving.requests import fields
 
 
 class Known(NamedTuple):
-    """neutral: the values that change nothing. do: what to use instead."""
+    """neutral: the values that change nothing. do: what to use instead. same: a field that is read
+    here and means the same: some programs send both, each with the value that the other has.
+    """
 
     neutral: tuple[Any, ...] = ()
     do: str = "leave it out"
+    same: str = ""
 
 
 BOTH = {
@@ -27,12 +30,12 @@ BOTH = {
     "cache_salt": Known(("",)),
     "store": Known((False,)),
     # Other servers' names and samplers.
-    "repeat_penalty": Known((1,), "use repetition_penalty"),
+    "repeat_penalty": Known((1,), "use repetition_penalty", "repetition_penalty"),
     "repetition_context_size": Known(),
-    "repeat_last_n": Known(),
-    "n_predict": Known((-1,), "use max_tokens"),
-    "max_new_tokens": Known(do="use max_tokens"),
-    "min_new_tokens": Known((0,), "use min_tokens"),
+    "repeat_last_n": Known((-1,)),
+    "n_predict": Known((-1,), "use max_tokens", "max_tokens"),
+    "max_new_tokens": Known((), "use max_tokens", "max_tokens"),
+    "min_new_tokens": Known((0,), "use min_tokens", "min_tokens"),
     "do_sample": Known((True,), "use temperature 0"),
     "num_beams": Known((1,)),
     "typical_p": Known((1,)),
@@ -78,7 +81,8 @@ COMPLETION = {
 def note(given: fields.Fields, known: dict[str, Known], *, both: dict[str, Known] = BOTH) -> None:
     """Notes the fields that cannot be honored."""
     for name, about in {**both, **known}.items():
-        if name in given and not any(_same(given.get(name), each) for each in about.neutral):
+        neutral = (*about.neutral, given.get(about.same)) if about.same else about.neutral
+        if name in given and not any(_same(given.get(name), each) for each in neutral):
             given.wrong(name, f"not supported here; {about.do}")
 
 
