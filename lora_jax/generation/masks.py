@@ -1,23 +1,24 @@
-"""The tokens that the grammars of requests allow next, computed beside the engine's thread.
+"""The tokens that grammars of requests allow next, in threads of their own if they take long.
 
-A mask takes microseconds, of a very ambiguous grammar a tenth of a second. The thread that computes
-it lets other Python threads run, and a request whose mask is late misses a step.
+A mask takes microseconds, of a very ambiguous grammar a twentieth of a second. While llguidance
+computes one, other Python threads can run: a request whose masks take long has them computed in
+another thread, and misses the steps until its mask is there.
 """
 
 import concurrent.futures
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.generation import grammar as grammars
 from lora_jax.generation import progress
 
-_PATIENCE = 0.005  # seconds that a step waits for a mask: about as long as the devices compute it
+_LONG = 0.005  # seconds: about as long as a step takes
 
 
 class Masks:
-    """Computes the masks of a batch's requests, each in a thread of its own.
+    """Computes the masks of a batch's requests.
 
     waits: a step waits for all of its masks, however long they take. Several processes have to
     take the same requests into a step, and do not know which masks are late in another.
@@ -25,7 +26,7 @@ class Masks:
 
     def __init__(self, num_slots: int, vocab_size: int, *, waits: bool):
         self._num_slots, self._num_words = num_slots, -(-vocab_size // 32)
-        self._patience = None if waits else _PATIENCE
+        self._waits = waits
         self._threads = concurrent.futures.ThreadPoolExecutor(num_slots, "masks")
 
     def in_time(self, works: Sequence[progress.Work]) -> list[progress.Work]:
@@ -35,7 +36,7 @@ class Masks:
     def wait(self, works: Sequence[progress.Work]) -> None:
         """Waits a moment, or until the mask of one of the works is there."""
         coming = [work.mask for work in works if work.mask]
-        concurrent.futures.wait(coming, _PATIENCE, concurrent.futures.FIRST_COMPLETED)
+        concurrent.futures.wait(coming, _LONG, concurrent.futures.FIRST_COMPLETED)
 
     def take(
         self, works: Sequence[progress.Work]
@@ -45,16 +46,14 @@ class Masks:
         """
         allowed = np.full((self._num_slots, self._num_words), -1, np.int32)
         for work in works:
-            if work.matcher and work.mask is None:
-                work.mask = self._threads.submit(self._mask, work.matcher)
-        coming = [work.mask for work in works if work.mask]
-        concurrent.futures.wait(coming, self._patience)
+            if work.matcher and work.mask is None and work.is_slow and not self._waits:
+                work.mask = self._threads.submit(self._mask, work)
         taken, failed = [], []
         for work in self.in_time(works):
             try:
-                if work.mask:
-                    allowed[work.slot.index] = work.mask.result()
-                    work.mask = None
+                if work.matcher:
+                    mask = work.mask.result() if work.mask else self._mask(work)
+                    allowed[work.slot.index], work.mask = mask, None
                 taken.append(work)
             except errors.UserError as error:
                 failed.append((work, error))
@@ -64,7 +63,8 @@ class Masks:
         """Ends the threads; none is waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _mask(self, matcher: grammars.Matcher) -> np.ndarray:
-        mask = np.empty(self._num_words, np.int32)
-        matcher.mask(mask)
+    def _mask(self, work: progress.Work) -> np.ndarray:
+        mask, start = np.empty(self._num_words, np.int32), time.thread_time()
+        work.matcher.mask(mask)
+        work.is_slow = time.thread_time() - start > _LONG
         return mask

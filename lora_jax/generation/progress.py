@@ -22,16 +22,17 @@ from lora_jax.generation import slots as slot_choice
 class Work:
     """A request that waits or is being served.
 
-    mask: what the grammar allows next, on the way from masks.Masks. text: what is computed before
-    the steps; the prompt, or later the output so far too. filled: how many of its tokens are in the
-    cache. sent: for how many tokens a step was dispatched. overtaken: how many later requests were
-    served first.
+    mask: what the grammar allows next, on the way from masks.Masks. is_slow: whether that took long
+    the last time. text: what is computed before the steps; the prompt, or later the output so far
+    too. filled: how many of its tokens are in the cache. sent: for how many tokens a step was
+    dispatched. overtaken: how many later requests were served first.
     """
 
     request: requests.Request
     output: outputs.Output
     matcher: grammars.Matcher | None = None
     mask: concurrent.futures.Future[np.ndarray] | None = None
+    is_slow: bool = False
     slot: slot_choice.Slot | None = None
     lease: pools.Lease | None = None
     text: tuple[int, ...] = ()
