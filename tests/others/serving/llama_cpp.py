@@ -20,7 +20,8 @@ import tempfile
 
 import server
 
-FILES = ("test_chat_completion.py", "test_completion.py", "test_tokenize.py", "test_security.py")
+FILES = ("test_chat_completion.py", "test_completion.py", "test_compat_oai_responses.py",
+         "test_tokenize.py", "test_security.py")  # fmt: skip
 KEY = "sk-this-is-the-secret-key"
 CHATML = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
@@ -29,7 +30,7 @@ CHATML = (
 )
 ADAPTED = (
     (
-        r"\"(davinci-002|gpt-3\.5-turbo(-instruct)?|codellama70b|llama-test-model)\"",
+        r"\"(davinci-002|gpt-3\.5-turbo(-instruct)?|gpt-4\.1|codellama70b|llama-test-model)\"",
         '"stories260K"',
     ),
     (r"\.startswith\(\"b\"\)", '.startswith("")'),
@@ -59,7 +60,7 @@ def main() -> int:
         # n_predict and parallel as in their preset of the model.
         flags = ["--model", model, "--slots", 2, "--max-tokens", 128]
         failed = 0
-        for names, more in ((FILES[:3], ()), (FILES[3:], ("--api-key", KEY))):
+        for names, more in ((FILES[:4], ()), (FILES[4:], ("--api-key", KEY))):
             with server.running(*flags, *more) as url:
                 port = url.rpartition(":")[2]
                 failed |= subprocess.run(
