@@ -1,6 +1,7 @@
 """Bodies as programs send them that many people use: each is answered, none is refused.
 
-Abridged from the programs' sources: the fields are theirs, the texts are not.
+Abridged. Those of the AI SDK, AutoGen, Cline, Codex, Continue, Dify, LangChain.js, LobeChat, Open
+WebUI and SillyTavern follow their sources; the others are reconstructed from what the programs do.
 """
 
 import json
