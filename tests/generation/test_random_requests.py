@@ -173,6 +173,7 @@ def check(plan, serving, alone):
 GUESSING = {"slots": 8, "speculate": 4}
 
 
+@pytest.mark.hypothesis  # for benchmarks/fuzz.py
 @pytest.mark.long  # test_a_seed_gives_the_same_tokens_in_any_company_order_and_slot is cheaper
 @pytest.mark.parametrize(
     "name, how",
