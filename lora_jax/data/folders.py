@@ -15,7 +15,7 @@ import typing
 from collections.abc import Sequence
 
 from lora_jax import errors, hub
-from lora_jax.data import dataset_card
+from lora_jax.data import dataset_card, slices
 from lora_jax.data.formats import compression, files
 
 _SPLITS = {
@@ -24,7 +24,6 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _ENDS = re.compile(r"(?P<folder>.+?)(?::(?P<config>[^:@/]+))?(?:@(?P<split>[^:@/]+))?")
-_PART = re.compile(r"(?P<whole>.+@[^@/\[\]]+)\[(?P<first>(\d+%?)?):(?P<last>(\d+%?)?)\]")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _IGNORED = re.compile(  # files that describe the data
     r"(readme|license|licence|notice|requirements|changelog)\b.*"
@@ -45,25 +44,6 @@ class Found(typing.NamedTuple):
     note: str = ""
 
 
-def part_of(source: str, total: int) -> range | None:
-    """The rows, of `total`, that a source names as `datasets` does, such as @train[:1000] or
-    @train[80%:]; None: all."""
-    match = _PART.fullmatch(source)
-    if match is None:
-        return None
-    first, last = (
-        round(total * int(end[:-1]) / 100) if end.endswith("%") else int(end)
-        for end in (match["first"] or "0", match["last"] or "100%")
-    )
-    return range(first, min(last, total))
-
-
-def whole(source: str) -> str:
-    """The source without the part of it that it names."""
-    match = _PART.fullmatch(source)
-    return match["whole"] if match else source
-
-
 def find(source: str) -> Found | None:
     """The files of a local source; None for a hub id.
 
@@ -73,7 +53,7 @@ def find(source: str) -> Found | None:
     Raises: UserError if there is no such file, configuration or split, or a folder's files do not
     go together.
     """
-    source = whole(source)
+    source = slices.whole(source)
     path, config, split = pathlib.Path(source).expanduser(), "", ""
     ends = _ENDS.fullmatch(source)
     outer = pathlib.Path(ends["folder"]).expanduser() if ends else path
@@ -169,7 +149,7 @@ def _folder(folder: pathlib.Path, split: str) -> Found:
             raise _no_split(folder, wanted, [name for name in splits if name])
         left += [path for path in kept if of[path] != chosen]
         kept = [path for path in kept if of[path] == chosen]
-    elif split:
+    elif wanted != "train":
         raise _no_split(folder, split, [])
     _refuse_copies(kept, str(folder))
     which = f"the {wanted} split of {folder}" if splits != [""] else str(folder)
@@ -212,7 +192,7 @@ def _saved(folder: pathlib.Path, split: str) -> Found | None:
         folder = folder / wanted
     elif not (folder / _SAVED).is_file() or not (folder / "dataset_info.json").is_file():
         return None
-    elif split:
+    elif split not in ("", "train"):
         raise _no_split(folder, split, [])
     paths = [folder / each["filename"] for each in _json(folder / _SAVED)["_data_files"]]
     if missing := [str(path) for path in paths if not path.is_file()]:

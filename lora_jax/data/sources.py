@@ -4,14 +4,14 @@ import hashlib
 import itertools
 import json
 import pathlib
-import re
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lora_jax import errors, hub
-from lora_jax.data import bad_rows, fields, folders, rows
+from lora_jax.data import bad_rows, fields, folders, hub_datasets, rows, slices
 from lora_jax.data.examples import kinds
 from lora_jax.data.formats import arrow_files, files, records
 
@@ -33,7 +33,7 @@ def load(
       source: a data file, a folder or a pattern of them, a folder of `save_to_disk`, or a hub id
         `owner/name`, followed by `:config` if it has configs. A folder or an id may be followed by
         `@split` for another split than train, and each by a part of one: `@train[:1000]`,
-        `@train[80%:]`.
+        `@train[-20%:]`.
       columns: {field: column of the file}, e.g. {"prompt": "question"}.
       bad: counts the rows that are skipped; None: a bad row is an error.
 
@@ -81,7 +81,7 @@ def _whole(source: str, columns: Mapping[str, str] | None, bad: bad_rows.BadRows
     """All rows of a source; its texts are kept in memory, and its tables where they are."""
     found = folders.find(source)
     if found is None:
-        dataset = _from_hub(source)
+        dataset = hub_datasets.load(source)
         parts: list[rows.Part] = [rows.Table(dataset.data.table, source, source)]
     else:
         parts = []
@@ -92,7 +92,7 @@ def _whole(source: str, columns: Mapping[str, str] | None, bad: bad_rows.BadRows
                 read = _named(files.read(path), name)
                 parts.append(rows.Texts(_usable(read, path, columns, bad)))
     loaded = rows.Rows(parts)
-    if (part := folders.part_of(source, len(loaded))) is not None:
+    if (part := slices.rows_of(source, len(loaded))) is not None:
         loaded = loaded.select(part)
     if len(loaded) == 0:
         raise _empty(source)
@@ -122,15 +122,18 @@ def _head(
 
 def stream(source: str, start: records.Position = records.START) -> Iterator[records.Record]:
     """The examples of files or of a hub data set from `start`, read as they are consumed."""
-    if folders.whole(source) != source:
+    bounds = slices.bounds_of(source)
+    if bounds is None:
         raise errors.UserError(
-            expected="a whole split to stream",
+            expected="a part of a stream in rows, whose total is not known, such as [:1000]",
             found=source,
-            do=f"{folders.whole(source)}; --max-steps says how much is read",
+            do=f"{slices.whole(source)}; --max-steps says how much is read",
         )
+    if bounds != (0, None):
+        return _part(slices.whole(source), *bounds, start)
     found = folders.find(source)
     if found is None:
-        return _stream_from_hub(source, start)
+        return hub_datasets.stream(source, start)
     if whole := [str(path) for path in found.paths if files.is_document(path)]:
         raise errors.UserError(
             expected="files that can be read example by example",
@@ -141,6 +144,18 @@ def stream(source: str, start: records.Position = records.START) -> Iterator[rec
     if len(found.paths) == 1:
         return _named(files.read(found.paths[0], start), found.names[0])
     return _one_by_one(found, start)
+
+
+def _part(
+    source: str, first: int, end: int | None, start: records.Position
+) -> Iterator[records.Record]:
+    """The examples from number `first` to before `end`. Their positions hold how many were read."""
+    at, before = start
+    done, at = at if isinstance(at, list) else (0, at)
+    examples = itertools.islice(stream(source, (at, before)), (end or sys.maxsize) - done)
+    for number, each in enumerate(examples, start=done + 1):
+        if number > first:
+            yield each._replace(after=([number, each.after[0]], each.after[1]))
 
 
 def _one_by_one(found: folders.Found, start: records.Position) -> Iterator[records.Record]:
@@ -218,49 +233,6 @@ def _empty(source: str) -> errors.UserError:
     )
 
 
-def _from_hub(source: str, **how: bool) -> typing.Any:
-    """The data set that `datasets` loads for a hub id. how: streaming."""
-    import datasets
-    import huggingface_hub
-
-    front, _, split = folders.whole(source).partition("@")
-    name, _, config = front.partition(":")
-    split = split or "train"
-    datasets.disable_progress_bars()
-    huggingface_hub.logging.set_verbosity_error()  # otherwise it reports each of six retries twice
-    with hub.readable_errors(name, None, kind="dataset"):
-        try:
-            return datasets.load_dataset(name, config or None, split=split, **how)
-        except datasets.exceptions.DatasetNotFoundError:
-            # `datasets` drops the reason; the hub's client raises gated or missing.
-            huggingface_hub.auth_check(name, repo_type="dataset")
-            raise
-        except ValueError as error:
-            if type(error) is not ValueError:
-                raise  # an error of the hub's client
-            raise errors.UserError(
-                expected=f"the split {split} of the data set {name}",
-                found=str(error).strip(),
-                where=source,
-                do="choose a config and one of its splits, as in owner/name:config@split",
-            ) from error
-
-
-def _stream_from_hub(source: str, start: records.Position) -> Iterator[records.Record]:
-    # As Arrow, to be converted as other tables are: `datasets` would decode images, too.
-    examples, (state, before) = _from_hub(source, streaming=True).with_format("arrow"), start
-    if before:
-        examples.load_state_dict(state)
-    with hub.readable_errors(_repository(source), None, kind="dataset"):
-        for number, table in enumerate(examples, start=before + 1):
-            (example,) = arrow_files.rows(table, source)
-            yield records.Record(number, example, (examples.state_dict(), number), source)
-
-
-def _repository(source: str) -> str:
-    return re.split("[:@]", source)[0]
-
-
 def holdout(found: rows.Rows, size: float, seed: int) -> tuple[rows.Rows, rows.Rows]:
     """(train, eval): seeded random examples go to eval, `size` of them, or that share of all if it
     is below 1, but at least one.
@@ -287,13 +259,7 @@ def version(source: str) -> str:
 
     A file may change: a row that ended the run is corrected. See stream.Stream.keep.
     """
-    if folders.find(source):
-        return ""
-    import huggingface_hub
-
-    name = _repository(source)
-    with hub.readable_errors(name, None, kind="dataset"):
-        return f"commit {huggingface_hub.HfApi().dataset_info(name).sha}"
+    return "" if folders.find(source) else hub_datasets.version(source)
 
 
 def fingerprint(*found: Iterable[Mapping[str, typing.Any]]) -> str:

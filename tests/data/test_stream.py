@@ -113,6 +113,21 @@ def test_a_stream_repeats_all_examples_shuffled_in_blocks(small, tmp_path, count
     assert shown(opened(source, number=1), range(count)) != passes[0]
 
 
+@pytest.mark.parametrize("part", ["[5:27]", "[:27]", "[28:]"])
+def test_a_part_of_a_stream_repeats_and_is_resumed(small, tmp_path, part):
+    for name in "ab":  # the numbers go on in the second file
+        numbered(tmp_path / f"{name}.jsonl", 20)
+    source, expected = f"{tmp_path}@train{part}", [*range(20), *range(20)]
+    first, last = (int(end) if end else None for end in part.strip("[]").split(":"))
+    expected = expected[first:last]
+    numbers = shown(opened(source), range(2 * len(expected)))
+    assert sorted(numbers) == sorted(2 * expected)
+    records = [*sources.stream(source)]
+    for number, found in enumerate(records, start=1):
+        after = tuple(json.loads(json.dumps(found.after)))
+        assert [*sources.stream(source, after)] == records[number:]
+
+
 def test_sequences_may_be_requested_in_any_order(small, tmp_path):
     source = numbered(tmp_path / "x.jsonl", 34)
     straight = shown(opened(source), range(200))
