@@ -1,5 +1,6 @@
 """Chats: rendered by the template, with the assistant's turns trained."""
 
+import itertools
 import json
 import pathlib
 
@@ -177,6 +178,82 @@ def test_tool_calls_are_trained(tmp_path, calls, content):
             {"role": "tool", "content": "4"}, CHAT[3]]  # fmt: skip
     (found,), _ = encoded(tmp_path, TOOLS, {"messages": chat})
     assert found == '[user]ab cd</s>[assistant]⟦{"n": 1}</s>⟧[tool]4</s>[assistant]⟦no ab</s>⟧'
+
+
+NO_PROMPT = SYSTEM_LAST.replace("{{ bos_token }}", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "text"),
+    [
+        (CHATML, ["", "no"], "[user]a</s>[assistant]⟦</s>⟧[user]a</s>[assistant]⟦no</s>⟧"),
+        (CHATML, ["no", ""], "[user]a</s>[assistant]⟦no</s>⟧[user]a</s>[assistant]⟦</s>⟧"),
+        (THINK_LAST, [""], "[u]a[a]⟦<think></think></s>⟧"),
+        (OTHER_END, ["", ""], "<user>a<end><assistant>⟦<end>⟧<user>a<end><assistant>⟦<end></s>⟧"),
+        (OPENS_THINK, ["", "no"], "<s>[u]a[a]⟦</s>⟧[u]a[a]⟦no</s>⟧"),
+        (OPENS_THINK, ["<ab>"], "<s>[u]a[a]⟦<ab></s>⟧"),
+        (NO_PROMPT, ["", "no"], "[I] a[/I]⟦ </s>⟧[I] a[/I]⟦ no</s>⟧"),
+        (GENERATION, ["", "no"], "[user]a[assistant]⟦</s>⟧[user]a[assistant]⟦no</s>⟧"),
+        (CHATML.replace("in messages", "in messages if m['content']"), ["", "no"],
+         "[user]a</s>[user]a</s>[assistant]⟦no</s>⟧"),
+    ],
+)  # fmt: skip
+def test_the_end_of_an_empty_answer_is_trained(tmp_path, template, answers, text):
+    pairs = [({"role": "user", "content": "a"}, {"role": "assistant", "content": answer})
+             for answer in answers]  # fmt: skip
+    (found,), _ = encoded(tmp_path, template, {"messages": [*itertools.chain(*pairs)]})
+    assert found == text
+
+
+ASKS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+# A template prints what a tool answered as JSON or as Python does, or has no place for what is no
+# text.
+PRINTS = (
+    "{% for m in messages %}{{ '[' + m.role + ']' }}{% for c in m.tool_calls %}"
+    "{{ c.function.name }}{% endfor %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+AS_JSON = PRINTS.replace("m.content }}", "m.content | tojson if m.role == 'tool' else m.content }}")
+ADDS = PRINTS.replace("{{ m.content }}", "{{ m.content + '' }}")
+LOSES = PRINTS.replace("m.content }}", "m.content if m.content is string else '' }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "printed"),
+    [
+        (AS_JSON, {"sky": "b[user]"}, '{"sky": "b[user]"}'),
+        (PRINTS, {"sky": "b"}, "{'sky': 'b'}"),
+        (PRINTS, [{"n": 1}, {"n": 2}], "[{'n': 1}, {'n': 2}]"),
+        (PRINTS, ["a", "b"], "['a', 'b']"),
+        (PRINTS, 20, "20"),
+        (PRINTS, [], "[]"),
+        (ADDS, {"sky": "b"}, '{"sky": "b"}'),
+        (ADDS, 20, "20"),
+        (LOSES, {"sky": "b"}, '{"sky": "b"}'),
+        (LOSES, [{"type": "text", "text": "b"}], "b"),
+    ],
+)
+def test_what_a_tool_answers_may_be_data(tmp_path, template, content, printed):
+    chat = [CHAT[0], ASKS, {"role": "tool", "content": content}, *CHAT[1:]]
+    text = f"[user]ab cd</s>[assistant]⟦f</s>⟧[tool]{printed}</s>[assistant]⟦yes</s>⟧[user]and?"
+    (found,), _ = encoded(tmp_path, template, {"messages": chat})
+    assert found.startswith(text)
+
+
+def test_a_turn_goes_on_behind_the_answer_of_a_tool(tmp_path):
+    template = (  # as Gemma 4: no header, and no end, between a call and what follows it
+        "{% for m in messages %}{% if m.role == 'tool' %}<o>{{ m.content }}</o>{% else %}"
+        "{% if m.role == 'user' or messages[loop.index0 - 1].role == 'user' %}[{{ m.role }}]"
+        "{% endif %}{{ m.content }}{% for c in m.tool_calls %}"
+        "<c>call:{{ c.function.name + bos_token }}{% endfor %}"
+        "{% if not m.tool_calls %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    answer = {"role": "tool", "content": "4"}
+    chat = [CHAT[0], ASKS, answer, ASKS, answer, CHAT[1]]
+    (found,), _ = encoded(tmp_path, template, {"messages": chat})
+    one = "⟦<c>call:f<s>⟧<o>4</o>"
+    assert found == f"[user]ab cd</s>[assistant]{one}{one}⟦yes</s>⟧"
 
 
 def test_a_tool_call_without_a_letter_is_trained(tmp_path):

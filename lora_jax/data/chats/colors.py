@@ -21,10 +21,22 @@ _FIRST, _NUM = 0xF0000, 0x1FFFE  # private use, which templates do not know
 MOST_MESSAGES = _NUM // PER_MESSAGE
 NOTHING = re.compile("(?!)")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+TOOLS = ("tool", "function", "ipython")  # roles
 _REASONS_END = "</think>"  # in the text itself
 # JSON and HTML escape some characters, and templates look for brackets: these have no color.
 _COLORABLE = re.compile(r"""[^\s"'\\<>&{}\[\]|]""")
 _BRACKETS = re.compile(r"[{}\[\]|]")  # have one in a text of nothing else
+
+
+def is_data(message: Message) -> bool:
+    """Whether the content is the answer of a tool as data, not as a text or parts with texts. It
+    has no color: a template prints it as JSON, or as Python does."""
+    content = message.get("content")
+    if message.get("role") not in TOOLS or content is None or isinstance(content, str):
+        return False
+    parts = content if isinstance(content, list) else [None]
+    texts = (isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
+    return not (parts and all(texts))
 
 
 def painted(message: Message, number: int, keep: re.Pattern[str] = NOTHING) -> Message:
@@ -67,7 +79,7 @@ def painted(message: Message, number: int, keep: re.Pattern[str] = NOTHING) -> M
         return painted
 
     result = dict(message)
-    if "content" in message:
+    if "content" in message and not is_data(message):
         result["content"] = paint(message["content"], text)
     if isinstance(content := message.get("content"), str) and _REASONS_END in content:
         before, end, answer = content.rpartition(_REASONS_END)

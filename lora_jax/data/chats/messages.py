@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from lora_jax.data.chats import colors
 from lora_jax.data.chats.template import ChatError, Message
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
@@ -17,6 +18,7 @@ _CALLS = ("function_call", "tool_call")  # roles of ShareGPT and ms-swift, whose
 _OLD_ROLES = {"developer": "system", "function": "tool"}  # of templates that do not know the first
 _WEIGHTS = ("weight", "loss_weight", "train", "training")  # OpenAI, LLaMA-Factory, axolotl
 _LOSS = "loss"  # ms-swift's, true or false; a number is what somebody measured
+_MEDIA = re.compile("(input_)?(image|audio|video|file)")  # types of parts
 _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})  # of a message
 SYSTEM = ("system", "developer")
 KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -109,10 +111,18 @@ def forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
     """Yields the messages in the forms that templates expect, the most likely one first.
 
     Templates differ in whether a list of text parts is joined or passed on, and in whether a tool's
-    arguments are an object or JSON text. source: the template.
+    arguments, and its answer, are an object or JSON text. source: the template.
     """
     messages = [_known_role(message, source) for message in messages]
-    has_parts = any(isinstance(message.get("content"), list) for message in messages)
+    yield from _forms(messages, source)
+    if any(map(colors.is_data, messages)):  # if the template does not print them
+        yield from _forms([_with_data_as_text(message) for message in messages], source)
+    yield [{"content": "", **message} for message in messages]
+
+
+def _forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
+    """The same, but of messages with known roles and tools' answers as they are."""
+    has_parts = any(map(_has_parts, messages))
     calls = [call for message in messages for call in _functions(message)]
     has_text = any(isinstance(call.get("arguments"), str) for call in calls)
     arguments: list[Callable[[object], object]] = [_as_object, _as_text] if calls else [_same]
@@ -129,7 +139,6 @@ def forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
             yield with_calls
             if _reads_parts(source):
                 yield [_as_parts(message) for message in with_calls]
-    yield [{"content": "", **message} for message in messages]
 
 
 def _message(value: object, where: str) -> Message:
@@ -158,12 +167,11 @@ def _message(value: object, where: str) -> Message:
         if not message["tool_calls"]:
             del message["tool_calls"]
     content = message.get("content")
-    if isinstance(content, list):
+    if isinstance(content, list) and not _is_data(message["role"], content):
         wrong = [part for part in content if _text(part) is None]
         if wrong:
-            kind = (
-                wrong[0].get("type") if isinstance(wrong[0], Mapping) else type(wrong[0]).__name__
-            )
+            part = wrong[0]
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise ChatError(f"{where} has a part that is no text: {kind}")
         parts = [part for part in content if isinstance(part, Mapping)]
         if is_trained(message) and any(each != 1 for part in parts for each in _weights(part)):
@@ -172,11 +180,21 @@ def _message(value: object, where: str) -> Message:
             part if isinstance(part, str) or "text" in part else {**part, "text": _text(part)}
             for part in content
         ]
-    elif content is not None and not isinstance(content, str):
+    elif not isinstance(content, str | None) and message["role"] not in colors.TOOLS:
         raise ChatError(f"the content of {where} is a {type(content).__name__}, not text")
     if content is None and not message.keys() & {"tool_calls", "reasoning_content"}:
         raise ChatError(f"{where} has no content")
     return message
+
+
+def _is_data(role: str, content: list[typing.Any]) -> bool:
+    """Whether a list is what a tool answered, not parts of a message: texts, images and so on."""
+    if role not in colors.TOOLS:
+        return False
+    parts = [part for part in content if isinstance(part, Mapping)]
+    texts = [part for part in parts if _text(part) is not None]
+    has_media = any(_MEDIA.match(str(part.get("type"))) for part in parts)
+    return not (has_media or 0 < len(texts) == len(content))
 
 
 def _calls(value: object, where: str) -> list[typing.Any]:
@@ -260,8 +278,18 @@ def text_of(message: Message) -> str:
     return "".join(_text(part) or "" for part in content)
 
 
+def _has_parts(message: Message) -> bool:
+    return isinstance(message.get("content"), list) and not colors.is_data(message)
+
+
+def _with_data_as_text(message: Message) -> Message:
+    if not colors.is_data(message):
+        return message
+    return {**message, "content": _as_text(message["content"])}
+
+
 def _joined(message: Message) -> Message:
-    if not isinstance(message.get("content"), list):
+    if not _has_parts(message):
         return message
     return {**message, "content": text_of(message)}
 

@@ -85,6 +85,10 @@ class Template:
         """
         text = self.render(messages)
         own = self._colors(messages, text)
+        for number, span in self._data(messages, text):
+            if not span:
+                raise ChatError(f"the chat template leaves out the data in message {number + 1}")
+            own[span.start : span.stop] = colors.PER_MESSAGE * number
         owners = np.where(own < 0, -1, own // colors.PER_MESSAGE)
         seen = set(np.unique(own).tolist())
         lost = [
@@ -94,7 +98,11 @@ class Template:
         ]
         spans = [*self._generated(messages, owners, trained)]
         if not spans:
-            unseen = {n: self._unseen_turn(text, owners, n) for n in lost if n not in owners}
+            hidden = [n for n, each in enumerate(trained) if each and n not in owners]
+            unseen = {
+                n: self._unseen_turn(text, owners, n, len(messages), is_empty=n not in lost)
+                for n in hidden
+            }
             spans = [*self._turns(text, owners, trained), *filter(None, unseen.values())]
             lost = [n for n in lost if not unseen.get(n)]
         last = max((n for n, each in enumerate(trained) if each), default=None)
@@ -106,8 +114,12 @@ class Template:
 
         Raises: ChatError as `rendering`.
         """
-        seen = set(np.unique(self._colors(messages, self.render(messages))).tolist())
-        return sum(not colors.is_whole(message, n, seen) for n, message in enumerate(messages))
+        text = self.render(messages)
+        seen = set(np.unique(self._colors(messages, text)).tolist())
+        return sum(not span for _, span in self._data(messages, text)) + sum(
+            not colors.is_data(message) and not colors.is_whole(message, n, seen)
+            for n, message in enumerate(messages)
+        )
 
     def end_of_turn(self) -> int | None:
         """The id of the token that ends an answer, such as <|im_end|>; None if it is plain text."""
@@ -143,6 +155,18 @@ class Template:
             if (found := colors.of_characters(text, other, messages)) is not None:
                 return found
         raise ChatError("the chat template changes the text of the messages")
+
+    def _data(self, messages: Sequence[Message], text: str) -> Iterator[tuple[int, range]]:
+        """Yields the number of each message of data, and where it is in the chat's text: where that
+        differs from the text without it."""
+        for n, message in enumerate(messages):
+            if colors.is_data(message):
+                less = [*messages[:n], {**message, "content": ""}, *messages[n + 1 :]]
+                other = self.render(less)
+                first = turn_ends.common(text, other)
+                most = min(len(text), len(other)) - first
+                last = min(most, turn_ends.common(text[::-1], other[::-1]))
+                yield n, range(first, len(text) - last)
 
     def _generated(
         self, messages: Sequence[Message], owners: np.ndarray, trained: Sequence[bool]
@@ -184,26 +208,37 @@ class Template:
             is_last = int(owners[first]) + 1 == len(trained)
             yield start, last + 1 + self._ends().end(text[last + 1 : after], is_last=is_last)
 
-    def _unseen_turn(self, text: str, owners: np.ndarray, number: int) -> Span | None:
-        """The answer of a message without a letter, such as {}, if it alone is between others."""
+    def _unseen_turn(
+        self, text: str, owners: np.ndarray, number: int, total: int, *, is_empty: bool
+    ) -> Span | None:
+        """The answer of a message without a letter, such as {} or an empty one, if it alone is
+        between others. Of an empty one, the end of the turn is trained."""
         others = np.unique(owners[owners >= 0])
         before, after = others[others < number], others[others > number]
         first = int(np.flatnonzero(owners == before[-1])[-1]) + 1 if len(before) else 0
         end = int(np.flatnonzero(owners == after[0])[0]) if len(after) else len(text)
-        alone = {*before[-1:], *after[:1]} == {number - 1, number + 1} & {*others}
+        if {*before[-1:], *after[:1]} != {number - 1, number + 1} & {*range(total)}:
+            return None
+        ends, between = self._ends(), text[first:end]
+        closing = ends.inner if len(after) else ends.final
+        start = ends.start(between) if is_empty else self._only_opening(between, bool(len(after)))
+        if start is None:
+            return None
+        size = ends.end(between[start:], is_last=not len(after))
+        turn = between[start : start + size]
+        if is_empty:
+            is_there = bool(closing) and turn.endswith(closing.rstrip() or closing)
+        else:
+            is_there = bool(turn.removesuffix(closing.strip()).strip())
+        return (first + start, first + start + size) if is_there else None
+
+    def _only_opening(self, between: str, is_followed: bool) -> int | None:
+        """The end of what opens an answer, if the text between two messages has it once."""
         opening = self._ends().opening
-        between = text[first:end]
-        if not (alone and opening and between.count(opening) + bool(len(after)) in (1, 2)):
+        if not opening or between.count(opening) + is_followed not in (1, 2):
             return None
         start = between.find(opening)
-        if start < 0:
-            return None
-        start += len(opening)
-        size = self._ends().end(between[start:], is_last=not len(after))
-        closing = self._ends().inner if len(after) else self._ends().final
-        if not between[start : start + size].removesuffix(closing.strip()).strip():
-            return None
-        return first + start, first + start + size
+        return None if start < 0 else start + len(opening)
 
     def _ends(self) -> turn_ends.TurnEnds:
         if self._known_ends is None:

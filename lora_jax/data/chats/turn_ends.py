@@ -17,13 +17,19 @@ Render = Callable[..., tuple[str, np.ndarray] | None]
 
 PROBES = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xyz"}]
 
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": "x"}}}],
+}
+
 
 class TurnEnds(typing.NamedTuple):
     """What a template writes around answers.
 
     prompt: after a user's message, up to where an answer begins. opening: the part of it that only
     the generation prompt has. final, inner: after the last answer, and after those before it.
-    special: the tokenizer's special tokens.
+    special: the tokenizer's special tokens. call: in front of a tool call that begins an answer.
     """
 
     prompt: str
@@ -31,6 +37,7 @@ class TurnEnds(typing.NamedTuple):
     final: str
     inner: str
     special: tuple[str, ...]
+    call: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -41,13 +48,15 @@ class TurnEnds(typing.NamedTuple):
         """Where an answer begins, in the text that is between the message before it and its own."""
         for known in filter(str.strip, (self.opening, self.prompt)):
             # As much of it as is there: a prompt may open a block that a finished answer lacks. But
-            # at least its first word.
+            # at least its first word, and no part of a tag: the answer may begin with another.
             word = re.search(r"\w+", known)
             least = word.end() if word else len(known)
             for size in range(len(known), least - 1, -1):
-                if (place := text.rfind(known[:size])) >= 0:
+                whole = size == len(known) or _is_closed(known[:size])
+                if whole and (place := text.rfind(known[:size])) >= 0:
                     return place + size
-        return len(text)
+        # Without a header: the turn goes on behind the answer of a tool.
+        return len(text.removesuffix(self.call))
 
     def end(self, text: str, *, is_last: bool) -> int:
         """The length of what ends a turn, in the text from an answer's last letter on."""
@@ -83,7 +92,20 @@ def found(render: Render, special: tuple[str, ...]) -> TurnEnds:
         opening = opening.partition("<think>")[0]
     final = after_last(user, answer) or ""
     inner = _inner(render((user, answer, user)), final, opening, special)
-    return TurnEnds(prompt, opening, final, inner, special)
+    ends = TurnEnds(prompt, opening, final, inner, special)
+    return ends._replace(call=_before_call(render((user, _CALL)), ends))
+
+
+def _before_call(rendered: tuple[str, np.ndarray] | None, ends: TurnEnds) -> str:
+    """What the template writes in front of a tool call that begins an answer."""
+    if rendered is None:
+        return ""
+    text, owners = rendered
+    of_user, of_call = (np.flatnonzero(owners // colors.PER_MESSAGE == n) for n in (0, 1))
+    if not (len(of_user) and len(of_call)):
+        return ""
+    between = text[of_user[-1] + 1 : of_call[0]]
+    return between[ends.start(between) :]
 
 
 def _inner(
@@ -117,10 +139,12 @@ def _special_end(text: str, special: Sequence[str]) -> int:
 def _border(text: str, least: int, most: int) -> int:
     """The largest size up to `most` at which the text's beginning has no open bracket, if there is
     one from `least` on; else `least`. It does not cut <|user|> or [INST] in two."""
-    for size in range(most, least - 1, -1):
-        if all(text.count(a, 0, size) == text.count(b, 0, size) for a, b in ("<>", "[]")):
-            return size
-    return least
+    return next((n for n in range(most, least - 1, -1) if _is_closed(text[:n])), least)
+
+
+def _is_closed(text: str) -> bool:
+    """Whether as many brackets are closed as opened."""
+    return all(text.count(a) == text.count(b) for a, b in ("<>", "[]"))
 
 
 def _header(text: str, opening: str) -> int:
