@@ -240,6 +240,59 @@ def test_what_a_tool_answers_may_be_data(tmp_path, template, content, printed):
     assert found.startswith(text)
 
 
+REASONS = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}<{{ m.reasoning_content }}>"
+    "{% endif %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+)
+READS_THINKING = (  # as Magistral
+    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'thinking' %}({{ part.thinking }}){% else %}"
+    "{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "parts", "text"),
+    [
+        (REASONS, [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "no"}],
+         "<hm>no"),
+        (REASONS, [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "no"}],
+         "<hm>no"),
+        (REASONS, [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, "no"],
+         "<hm>no"),
+        (REASONS, [{"type": "reasoning", "value": "hm"},
+                   {"type": "tool_call", "value": '{"name": "f", "arguments": {"n": 1}}'}],
+         '<hm>f{"n": 1}'),
+        (READS_THINKING, [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "no"}],
+         "(hm)no"),
+    ],
+)  # fmt: skip
+def test_parts_with_reasoning_and_calls_become_fields(tmp_path, template, parts, text):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]
+    (found,), _ = encoded(tmp_path, template, {"messages": chat})
+    assert found.replace("⟦", "").replace("⟧", "") == f"[user]a</s>[assistant]{text}</s>"
+    assert found.endswith(f"{text}</s>⟧") and "user" not in found.partition("⟦")[2]
+
+
+def test_messages_may_be_written_as_python_and_numpy_print_them(tmp_path):
+    chats = [*CHAT[:1], {"role": "assistant", "content": "it's\n} {\n"}], CHAT[2:]
+    numpy = [str(np.array(chat)) for chat in chats]  # without commas between the messages
+    for texts in (map(str, chats), numpy):
+        rows = [{"messages": text} for text in texts]
+        (first, second), _ = encoded(tmp_path, CHATML, *rows)
+        assert first == "[user]ab cd</s>[assistant]⟦it's\n} {\n</s>⟧"
+        assert second == "[user]and?</s>[assistant]⟦no ab</s>⟧"
+    pair = {"prompt": str(CHAT[:1]), "completion": str(CHAT[1:2])}
+    expected = "[user]ab cd</s>[assistant]⟦yes</s>⟧"
+    assert encoded(tmp_path, CHATML, pair)[0] == [expected]
+    best, worst = str(CHAT[:2]), str([CHAT[0], CHAT[3]])
+    found, _ = encoded(tmp_path, CHATML, {"chosen": best, "rejected": worst}, pairs=True)
+    assert found == [expected, "[user]ab cd</s>[assistant]⟦no ab</s>⟧"]
+    (found,), _ = encoded(tmp_path, CHATML, {"prompt": "a", "completion": "[{'n': 1}]"})
+    assert found == "<s>a⟦[{'n': 1}]</s>⟧"
+
+
 def test_a_turn_goes_on_behind_the_answer_of_a_tool(tmp_path):
     template = (  # as Gemma 4: no header, and no end, between a call and what follows it
         "{% for m in messages %}{% if m.role == 'tool' %}<o>{{ m.content }}</o>{% else %}"
@@ -266,6 +319,23 @@ def test_a_tool_call_without_a_letter_is_trained(tmp_path):
     assert encoded(tmp_path, TOOLS, {"messages": chat})[0] == [expected]
 
 
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"name": "f"}],
+        {"name": "f"},
+        ['{"name": "f"}'],
+        '{"name": "f"}',
+        '["{\\"name\\": \\"f\\"}"]',
+    ],
+)
+def test_tools_are_objects_or_their_json_text(tmp_path, tools):
+    expected = 'TOOLS[{"name": "f"}][user]ab cd</s>[assistant]⟦yes</s>⟧'
+    assert encoded(tmp_path, TOOLS, {"messages": CHAT[:2], "tools": tools})[0] == [expected]
+    expected = "[user]ab cd</s>[assistant]⟦yes</s>⟧"
+    assert encoded(tmp_path, TOOLS, {"messages": CHAT[:2], "tools": " "})[0] == [expected]
+
+
 def test_tools_and_options_reach_the_template(tmp_path):
     template = "{{ before }}" + TOOLS
     row = {"messages": CHAT[:2], "tools": [{"name": "f"}], "chat_template_kwargs": {"before": "!"}}
@@ -279,6 +349,7 @@ def test_tools_and_options_reach_the_template(tmp_path):
     "row",
     [
         {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cd"}]},
+        {"messages": [{"role": "User", "content": "ab"}, {"role": "Chatbot", "content": "cd"}]},
         {"messages": [{"role": "user", "content": "ab"}, {"role": "model", "content": "cd"}]},
         {"messages": [{"role": "User", "content": "ab"}, {"role": " ASSISTANT", "content": "cd"}]},
         {"prompt": [{"role": "user", "content": "ab"}],
@@ -292,8 +363,8 @@ def test_tools_and_options_reach_the_template(tmp_path):
         {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}],
          "system": " ", "tools": ""},
     ],
-    ids=["sharegpt", "gemma", "capitals", "prompt-completion", "completion-text", "json-text",
-         "parts", "blank-system"],
+    ids=["sharegpt", "cohere", "gemma", "capitals", "prompt-completion", "completion-text",
+         "json-text", "parts", "blank-system"],
 )  # fmt: skip
 def test_chats_as_others_write_them(tmp_path, row):
     assert encoded(tmp_path, CHATML, row)[0] == ["[user]ab</s>[assistant]⟦cd</s>⟧"]
@@ -343,8 +414,11 @@ CALLS = (
         {"messages": [CHAT[0] | {"role": "prompter"},
                       {"role": "tool_call", "content": '{"name": "add", "arguments": {}}'},
                       {"role": "tool_response", "content": "4"}]},
+        {"conversations": [{"from": "human", "value": CHAT[0]["content"]},
+                           {"from": "function_call", "value": '{"name": "add", "arguments": {}}'},
+                           {"from": "function_response", "value": "4"}]},
     ],
-    ids=["openai", "sharegpt", "ms-swift"],
+    ids=["openai", "sharegpt", "ms-swift", "function_response"],
 )  # fmt: skip
 def test_calls_of_functions_as_they_were_before_tools(tmp_path, row):
     found, counts = encoded(tmp_path, CALLS, row)

@@ -337,6 +337,8 @@ def test_other_encodings_of_unicode(tmp_path, monkeypatch, encoding, mark):
          [{"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}]),
         ('{"dialog": [{"from": "human", "value": "a"}]}',
          [{"dialog": [{"from": "human", "value": "a"}]}]),
+        ('{"segments": [{"text": "a", "label": true}]}',
+         [{"segments": [{"text": "a", "label": True}]}]),
         ('{"input_ids": [5, 6], "labels": [-100, 6]}',
          [{"input_ids": [5, 6], "labels": [-100, 6]}]),
         ('{"input_ids": [[5], [6]], "labels": [[5], [6]]}',

@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
+from lora_jax.data.chats import forms, template
 from lora_jax.data.chats import messages as reading
-from lora_jax.data.chats import template
 from lora_jax.data.chats.template import ChatError as ChatError
 
 if typing.TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Encoder:
         has_parts = any(isinstance(each.get("content"), list) for each in messages)
         problem: ChatError | None = None
         best: template.Rendering | None = None
-        for form in reading.forms(messages, how.source):
+        for form in forms.of(messages, how.source):
             try:
                 found = how.rendering(form, trained)
             except ChatError as error:
@@ -141,7 +141,7 @@ class Encoder:
         how = self._template(fields)
         problem: ChatError | None = None
         best: tuple[int, str] | None = None
-        for form in reading.forms(messages, how.source):
+        for form in forms.of(messages, how.source):
             try:
                 text = how.render(form, generate=generate, continues=continues)
             except ChatError as error:
@@ -160,12 +160,8 @@ class Encoder:
         return best[1]
 
     def _template(self, fields: Mapping[str, typing.Any]) -> template.Template:
-        tools = reading.parsed(fields.get("tools"))
+        tools = reading.tools(fields.get("tools"))
         options = reading.parsed(fields.get("chat_template_kwargs"))
-        if tools and not (
-            isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
-        ):
-            raise ChatError("tools is not a list of objects")
         if options is not None and not isinstance(options, Mapping):
             raise ChatError("chat_template_kwargs is not an object")
         key = json.dumps([tools, options], default=str)

@@ -3,19 +3,23 @@
 Takes OpenAI's, TRL's and axolotl's {role, content} and ShareGPT's {from, value}.
 """
 
+import ast
 import json
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from lora_jax.data.chats import colors
 from lora_jax.data.chats.template import ChatError, Message
 
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-          "bard": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
-          "prompter": "user", "observation": "tool", "tool_response": "tool"}  # fmt: skip
+_ROLES = (
+    dict.fromkeys(("human", "prompter"), "user")
+    | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "model", "ai"),
+                    "assistant")
+    | dict.fromkeys(("observation", "tool_response", "tool_result", "function_response",
+                     "function_result"), "tool")
+)  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # roles of ShareGPT and ms-swift, whose content is a call
-_OLD_ROLES = {"developer": "system", "function": "tool"}  # of templates that do not know the first
 _WEIGHTS = ("weight", "loss_weight", "train", "training")  # OpenAI, LLaMA-Factory, axolotl
 _LOSS = "loss"  # ms-swift's, true or false; a number is what somebody measured
 _MEDIA = re.compile("(input_)?(image|audio|video|file)")  # types of parts
@@ -29,7 +33,7 @@ def read(value: object, field: str = "messages") -> list[Message]:
 
     Raises: ChatError if they are not a list of messages with a role and text.
     """
-    value = parsed(value)
+    value = _python(parsed(value))
     if not isinstance(value, list):
         found = "text that is not JSON" if isinstance(value, str) else f"a {type(value).__name__}"
         raise ChatError(f"{field} is {found}, not a list of messages")
@@ -73,9 +77,34 @@ def parsed(value: object) -> object:
     return value
 
 
+def _python(value: object) -> object:
+    """Messages as Python prints them, and so pandas' to_csv, as what they stand for; anything else
+    as it is. numpy leaves the commas between them out."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{\s*'", value):
+        return value
+    try:
+        return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", value.strip()))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
+
+
+def tools(value: object) -> list[typing.Any]:
+    """The tools of an example: a list of objects, or one; each may be JSON text.
+
+    Raises: ChatError if they are something else.
+    """
+    value = parsed(value)
+    if not value or (isinstance(value, str) and not value.strip()):
+        return []
+    found = [parsed(tool) for tool in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(tool, Mapping) for tool in found):
+        raise ChatError("tools is not a list of objects")
+    return found
+
+
 def in_text(value: object) -> object:
-    """Messages that are written as JSON text, as CSV files have them; anything else as it is."""
-    found = parsed(value) if isinstance(value, str) else None
+    """Messages that are written as text, as CSV files have them; anything else as it is."""
+    found = _python(parsed(value)) if isinstance(value, str) else None
     are_messages = isinstance(found, list) and all(
         isinstance(each, dict) and any(each.keys() >= keys for keys in _KEYS) for each in found
     )
@@ -107,40 +136,6 @@ def _text_as_weight(message: Message) -> str:
     return next(texts, "")
 
 
-def forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
-    """Yields the messages in the forms that templates expect, the most likely one first.
-
-    Templates differ in whether a list of text parts is joined or passed on, and in whether a tool's
-    arguments, and its answer, are an object or JSON text. source: the template.
-    """
-    messages = [_known_role(message, source) for message in messages]
-    yield from _forms(messages, source)
-    if any(map(colors.is_data, messages)):  # if the template does not print them
-        yield from _forms([_with_data_as_text(message) for message in messages], source)
-    yield [{"content": "", **message} for message in messages]
-
-
-def _forms(messages: list[Message], source: str) -> Iterator[list[Message]]:
-    """The same, but of messages with known roles and tools' answers as they are."""
-    has_parts = any(map(_has_parts, messages))
-    calls = [call for message in messages for call in _functions(message)]
-    has_text = any(isinstance(call.get("arguments"), str) for call in calls)
-    arguments: list[Callable[[object], object]] = [_as_object, _as_text] if calls else [_same]
-    if has_text and re.search(r"arguments\S*\s+is\s+(not\s+)?(string|mapping)", source):
-        arguments.insert(0, _same)
-    for convert in arguments:
-        with_calls = [_with_arguments(message, convert) for message in messages]
-        if has_parts:
-            if _reads_parts(source):
-                yield with_calls
-            yield [_joined(message) for message in with_calls]
-            yield with_calls
-        else:
-            yield with_calls
-            if _reads_parts(source):
-                yield [_as_parts(message) for message in with_calls]
-
-
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise ChatError(f"{where} is a {type(value).__name__}, not an object with role and content")
@@ -168,7 +163,8 @@ def _message(value: object, where: str) -> Message:
             del message["tool_calls"]
     content = message.get("content")
     if isinstance(content, list) and not _is_data(message["role"], content):
-        wrong = [part for part in content if _text(part) is None]
+        own = own_part if message["role"] == "assistant" else _text
+        wrong = [part for part in content if _text(part) is None and not own(part)]
         if wrong:
             part = wrong[0]
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -177,7 +173,9 @@ def _message(value: object, where: str) -> Message:
         if is_trained(message) and any(each != 1 for part in parts for each in _weights(part)):
             raise ChatError(f"{where} has a part that is not trained, not the whole message")
         message["content"] = [
-            part if isinstance(part, str) or "text" in part else {**part, "text": _text(part)}
+            {**part, "text": _text(part)}
+            if isinstance(part, Mapping) and "text" not in part and not own_part(part)
+            else part
             for part in content
         ]
     elif not isinstance(content, str | None) and message["role"] not in colors.TOOLS:
@@ -209,53 +207,6 @@ def _calls(value: object, where: str) -> list[typing.Any]:
     return [{name: each for name, each in call.items() if each is not None} for call in value]
 
 
-def _functions(message: Message) -> list[dict[str, typing.Any]]:
-    return [call.get("function", call) for call in message.get("tool_calls", ())]
-
-
-def _with_arguments(message: Message, convert: Callable[[object], object]) -> Message:
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = dict(call.get("function", call))
-        if function.get("arguments") is not None:
-            function["arguments"] = convert(function["arguments"])
-        calls.append({**call, "function": function} if "function" in call else function)
-    return {**message, "tool_calls": calls}
-
-
-def _same(value: object) -> object:
-    return value
-
-
-def _as_object(value: object) -> object:
-    found = parsed(value)
-    return found if isinstance(found, dict | list) else value
-
-
-def _as_text(value: object) -> object:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _known_role(message: Message, source: str) -> Message:
-    """The message with a role that the template may know. Raises: ChatError if it has none."""
-    role = message["role"]
-    if re.search(rf"['\"]{re.escape(role)}['\"]", source):
-        return message
-    if role in _OLD_ROLES:
-        return {**message, "role": _OLD_ROLES[role]}
-    if role not in KNOWN:
-        raise ChatError(f"unknown role {role!r}; known are {', '.join(KNOWN)}")
-    return message
-
-
-def _reads_parts(source: str) -> bool:
-    """Whether a template looks into a list of parts, for their text. Others may print the list."""
-    text = r"""\.text\b|\[\s*['"]text['"]\s*\]|(get\(|\battribute\s*=)\s*['"]text['"]"""
-    return bool(re.search(text, source))
-
-
 def _text(part: object) -> str | None:
     """The text of a part of a message's content; None if it is something else, such as an image."""
     if isinstance(part, str):
@@ -270,32 +221,26 @@ def _text(part: object) -> str | None:
     return None
 
 
+def own_part(part: object) -> Message:
+    """The field of a message that stands for a part with reasoning or a tool call, as LLaMA-Factory
+    and Anthropic write them: {"reasoning_content": text} or {"tool_calls": [call]}; {} of another.
+    """
+    if not isinstance(part, Mapping):
+        return {}
+    kind = part.get("type")
+    if kind in ("reasoning", "thinking"):
+        given = [part.get(name) for name in ("value", "text", "content", kind)]
+        texts = (text_of({"content": each}) for each in given if isinstance(each, str | list))
+        return {"reasoning_content": next(texts, "")}
+    call = parsed(part.get("value")) if kind == "tool_call" else None
+    if isinstance(call, Mapping) and isinstance(call.get("name"), str):
+        return {"tool_calls": [{"type": "function", "function": {**call}}]}
+    return {}
+
+
 def text_of(message: Message) -> str:
     """The text of a message, of all its parts."""
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
     return "".join(_text(part) or "" for part in content)
-
-
-def _has_parts(message: Message) -> bool:
-    return isinstance(message.get("content"), list) and not colors.is_data(message)
-
-
-def _with_data_as_text(message: Message) -> Message:
-    if not colors.is_data(message):
-        return message
-    return {**message, "content": _as_text(message["content"])}
-
-
-def _joined(message: Message) -> Message:
-    if not _has_parts(message):
-        return message
-    return {**message, "content": text_of(message)}
-
-
-def _as_parts(message: Message) -> Message:
-    content = message.get("content")
-    if not isinstance(content, str):
-        return message
-    return {**message, "content": [{"type": "text", "text": content}]}

@@ -21,6 +21,7 @@ from lora_jax.data.formats.records import START, Position, Record
 _DEEPEST = 200  # levels of nesting; Python's own limit depends on who calls
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = " \t\r\n\ufeff"
+_SEGMENTS = "segments"  # the parts of one text, of axolotl
 
 
 def read(path: pathlib.Path, start: Position) -> Iterator[Record]:
@@ -151,7 +152,8 @@ def _wrapped(document: Mapping[str, typing.Any]) -> list[str]:
     of an example."""
     if any(name in kinds.FIELDS for name in document):
         return []
-    held = [name for name, value in document.items() if _all(value, dict) and not _chat(value)]
+    held = [name for name, value in document.items()
+            if _all(value, dict) and not _chat(value) and name != _SEGMENTS]  # fmt: skip
     return ["data"] if "data" in held else held
 
 
