@@ -75,7 +75,8 @@ def compare(plain, marked, messages: list[dict]) -> str:
     """How a row compares."""
     given = messages
     try:
-        if messages[-1]["content"][-5:].strip() not in rendered(plain, messages):
+        answer = messages[-1]["content"].rpartition("</think>")[2].strip()
+        if answer not in rendered(plain, messages):
             messages = as_parts(messages)  # as templates of models with images want it
         own = plain.apply_chat_template(messages, return_dict=True)["input_ids"]
     except Exception:

@@ -323,6 +323,46 @@ def test_config_round_trip_keeps_every_setting(tmp_path):
     }
 
 
+def test_modules_to_save_may_name_each_layer(tmp_path):
+    each = [f"layers.{n}.input_layernorm" for n in range(3)]
+    for ends in (["input_layernorm"], each, ["0.input_layernorm", *each[1:]]):
+        model, config = llama(), lora.LoRAConfig(targets=("q_proj",), modules_to_save=ends)
+        lora.inject(model, config, rngs=nnx.Rngs(0))
+        peft.save(tmp_path, model, config)
+        adapter = peft.read(tmp_path)
+        assert adapter.saved.keys() == {f"model.{path}.weight" for path in each}
+        lora.attach(llama(), adapter, untrained=True)
+
+
+def test_modules_to_save_may_name_some_layers_of_a_stack(tmp_path):
+    ends = ["layers.0.mlp.up_proj", "layers.2.input_layernorm"]
+    config = lora.LoRAConfig(targets=("q_proj",), modules_to_save=ends)
+    model, ids = llama(), jnp.arange(5)[None]
+    before = model(ids)
+    lora.inject(model, config, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(model(ids), before)
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, lora.LoRAParam):  # also of the layers that are not trained
+            variable.set_value(variable[...] + 0.1)
+    peft.save(tmp_path, model, config)
+    adapter, changed = peft.read(tmp_path), model(ids)
+    assert adapter.saved.keys() == {f"model.{end}.weight" for end in ends}
+    again = llama()
+    lora.attach(again, adapter)
+    np.testing.assert_allclose(again(ids), changed, rtol=1e-6)
+    own = llama().model.layers.mlp.up_proj.kernel[...]
+    for merged in (model, again):
+        lora.merge(merged)
+        np.testing.assert_allclose(merged(ids), changed, rtol=1e-4, atol=1e-5)
+        kernel = merged.model.layers.mlp.up_proj.kernel[...]
+        np.testing.assert_array_equal(kernel[1:], own[1:])
+        np.testing.assert_allclose(kernel[0], own[0] + 0.1, rtol=1e-5)
+    for targets in (("up_proj",), ("down_proj",)):
+        config = lora.LoRAConfig(targets=targets, modules_to_save=["layers.0.mlp"])
+        with pytest.raises(errors.UserError, match=r"layers\.mlp has an adapter on other"):
+            lora.inject(llama(), config, rngs=nnx.Rngs(0))
+
+
 def test_adapters_on_a_quantized_base_are_written_the_same(tmp_path):
     """Only A and B are saved, so QLoRA and LoRA write the same files."""
     model = loader.load(GOLDEN / "models" / "llama", dtype="float32", quantization="int8", mesh=ONE)
