@@ -349,7 +349,8 @@ def test_tools_and_options_reach_the_template(tmp_path):
     "row",
     [
         {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cd"}]},
-        {"messages": [{"role": "User", "content": "ab"}, {"role": "Chatbot", "content": "cd"}]},
+        {"messages": [{"role": "User", "content": "ab", "tool_calls": ""},
+                      {"role": "Chatbot", "content": "cd", "tool_calls": "[]"}]},
         {"messages": [{"role": "user", "content": "ab"}, {"role": "model", "content": "cd"}]},
         {"messages": [{"role": "User", "content": "ab"}, {"role": " ASSISTANT", "content": "cd"}]},
         {"prompt": [{"role": "user", "content": "ab"}],

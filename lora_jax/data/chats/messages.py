@@ -197,6 +197,8 @@ def _is_data(role: str, content: list[typing.Any]) -> bool:
 
 def _calls(value: object, where: str) -> list[typing.Any]:
     value = parsed(value)
+    if isinstance(value, str) and not value.strip():  # an empty cell
+        return []
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
         raise ChatError(f"tool_calls of {where} is not a list of objects")
