@@ -75,8 +75,9 @@ def compare(plain, marked, messages: list[dict]) -> str:
     """How a row compares."""
     given = messages
     try:
-        answer = messages[-1]["content"].rpartition("</think>")[2].strip()
-        if answer not in rendered(plain, messages):
+        said = [each["content"] for each in messages if each["role"] in ("user", "assistant")]
+        text = rendered(plain, messages)
+        if any(each.rpartition("</think>")[2].strip() not in text for each in said):
             messages = as_parts(messages)  # as templates of models with images want it
         own = plain.apply_chat_template(messages, return_dict=True)["input_ids"]
     except Exception:
