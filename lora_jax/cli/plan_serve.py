@@ -5,7 +5,7 @@ import json
 from typing import Any, NamedTuple
 
 from lora_jax import console, errors, hub
-from lora_jax.cli import arguments, model_flags, train
+from lora_jax.cli import arguments, model_flags, serve, train
 from lora_jax.cli import plan_output as output
 from lora_jax.generation import config as generation_config
 from lora_jax.training.settings import groups
@@ -23,12 +23,14 @@ _LIVE = 1024  # tokens of a request for which tokens/s are shown, besides the wh
 class Settings(NamedTuple):
     """What a command line asks for.
 
-    values: slots, adapters, rank and targets. context: None: that of `serve`. others: other flags.
+    values: slots, adapters, rank and targets. context: None: that of `serve`. kv_dtype: see
+    generation.Engine. others: other flags.
     """
 
     base: groups.ModelSettings
     values: dict[str, Any]
     context: int | None
+    kv_dtype: str | None
     others: arguments.Given
 
 
@@ -44,6 +46,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--context", "maximum number of tokens of prompt and output (default: as in serve, "
               f"the model's, up to {generation_config.DEFAULT_CONTEXT})", type=int,
               metavar="T")  # fmt: skip
+    serve.add_kv_dtype(flags)
     flags.add("--adapters", "slots for adapters in one batch", type=int, metavar="X")
     flags.add("--rank", "rank of such a slot", type=int, metavar="R")
     flags.add("--targets", "names of the linear layers that adapters change, or all-linear")
@@ -59,7 +62,7 @@ def parse(argv: list[str] | None = None) -> Settings:
         raise errors.UserError(expected="at least 1, of --adapters 0", found=wrong)
     names = {field.name for field in dataclasses.fields(groups.ModelSettings)}
     base = groups.ModelSettings(**{name: typed[name] for name in names & typed.keys()})
-    return Settings(base, values, typed.get("context"), typed)
+    return Settings(base, values, typed.get("context"), serve.kv_dtype(typed), typed)
 
 
 def run(settings: Settings) -> int:
@@ -88,6 +91,7 @@ def run(settings: Settings) -> int:
         base.dtype or architecture.dtype,
         base.resolve_quant(architecture, folder),
         context=context,
+        kv_dtype=settings.kv_dtype,
         **values,
     )
     if base.mesh:
@@ -100,7 +104,9 @@ def run(settings: Settings) -> int:
     name = asked.get("target") or f"{target.count} × {target.chip}"
     found: output.Report = {
         "model": base.model,
-        "job": {name: getattr(job, name) for name in ("dtype", "quant", "context", *values)},
+        "job": {
+            name: getattr(job, name) for name in ("dtype", "quant", "context", "kv_dtype", *values)
+        },
         "target": name,
         "mesh": sizes,
         "memory": {**memory._asdict(), "total": memory.total},
@@ -109,6 +115,7 @@ def run(settings: Settings) -> int:
     show = output.printer(asked)
     show(f"plan of serving {console.near(base.model)}: --quant {job.quant} --dtype {job.dtype} "
          f"--slots {job.slots} --context {job.context} --adapters {job.adapters}"
+         + (f" --kv-cache-dtype {job.kv_dtype}" if job.kv_dtype else "")
          + (f" --rank {job.rank}" if job.adapters else ""))  # fmt: skip
     show(f"on {name}, mesh " + console.pairs(sizes) + "\n")
     output.show_memory(show, memory.resident, memory.work, memory.total)

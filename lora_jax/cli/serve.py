@@ -60,8 +60,7 @@ def flags(**where: Any) -> arguments.Flags:
     flags.add("--slots", "choices generated at the same time", type=int, metavar="N")
     flags.add("--context", "maximum number of tokens of prompt and output (default: the model's, "
               f"up to {config.DEFAULT_CONTEXT})", type=int, metavar="T")  # fmt: skip
-    flags.add("--kv-cache-dtype", "int8 halves the memory of keys and values, and changes the "
-              "logits a little", choices=("auto", "int8"))  # fmt: skip
+    add_kv_dtype(flags)
     flags.add("--speculate", "guess N tokens at a time from repetitions in the text, while few "
               "requests run", type=int, metavar="N")  # fmt: skip
     flags.group("access")
@@ -118,11 +117,22 @@ def settings_of(typed: arguments.Given) -> Settings:
         problems.append(errors.UserError(expected="at least 1", found=wrong))
     if problems:
         raise errors.UserError.together(problems)
-    kv_dtype = typed.get("kv_cache_dtype")
     return Settings(
-        typed.get("model"), base, adapters, slots, typed.get("context"),
-        None if kv_dtype == "auto" else kv_dtype, speculate, server,
+        typed.get("model"), base, adapters, slots, typed.get("context"), kv_dtype(typed),
+        speculate, server,
     )  # fmt: skip
+
+
+def add_kv_dtype(flags: arguments.Flags) -> None:
+    """Adds --kv-cache-dtype, which `kv_dtype` reads."""
+    flags.add("--kv-cache-dtype", "int8 halves the memory of keys and values, and changes the "
+              "logits a little", choices=("auto", "int8"))  # fmt: skip
+
+
+def kv_dtype(typed: arguments.Given) -> str | None:
+    """The dtype of keys and values, as generation.Engine takes it."""
+    found = typed.get("kv_cache_dtype")
+    return None if found == "auto" else found
 
 
 def named(typed: Sequence[str]) -> dict[str, str]:

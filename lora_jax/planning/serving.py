@@ -29,6 +29,7 @@ class Serving:
       adapters: slots of the bank of adapters; 0: no bank.
       rank: of a slot of the bank.
       targets: the layers that have a bank, as LoRAConfig.targets.
+      kv_dtype: as generation.Engine.
       span: the tokens of the longest request now, of which attention reads; None: the context.
     """
 
@@ -40,6 +41,7 @@ class Serving:
     adapters: int = 0
     rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
+    kv_dtype: str | None = None
     span: int | None = None
 
 
@@ -88,8 +90,9 @@ def shapes(job: Serving, mesh: Mesh | AbstractMesh, *, form: str | None = "") ->
     adapters, base = jax.eval_shape(build)
     weights = steps.Weights(base, {}, {}, adapters)
     return of_weights(
-        made[0], weights, job.slots, job.context, mesh, num_adapters=job.adapters, form=form
-    )
+        made[0], weights, job.slots, job.context, mesh,
+        num_adapters=job.adapters, kv_dtype=job.kv_dtype, form=form,
+    )  # fmt: skip
 
 
 def of_weights(
@@ -100,6 +103,7 @@ def of_weights(
     mesh: Mesh | AbstractMesh,
     *,
     num_adapters: int = 0,
+    kv_dtype: str | None = None,
     form: str | None = "",
 ) -> Shapes:
     """The same for a model whose weights are known."""
@@ -108,7 +112,7 @@ def of_weights(
         form = decode_weights.choose(model, mesh)
     run = steps.Programs(graphdef, form)
     whole = NamedSharding(mesh, PartitionSpec())
-    empty = run.empty.eval_shape(weights, num_slots, length, num_adapters)
+    empty = run.empty.eval_shape(weights, num_slots, length, num_adapters, kv_dtype)
     kv = sharding.cache(num_slots, empty.cache.k.shape[2], mesh)
     state = _on(empty._replace(cache=None), whole)._replace(cache=_on(empty.cache, kv))
     num_groups, forms = steps.num_groups(num_slots, mesh), None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.generation import chunks, steps
 from lora_jax.lora import config, targets
+from lora_jax.models import config as model_config
 from lora_jax.parallel import mesh as sharding
 from lora_jax.planning import chips, memory, resident, serving
 from lora_jax.planning import job as jobs
@@ -83,15 +84,13 @@ def of(job: serving.Serving, sizes: Mapping[str, int], chip: str, own: Known) ->
     groups = steps.num_groups(job.slots, sharding.mesh_of(sizes))
     rows = job.slots // groups
     places = chunks.spans_of(c, job.context).size
-    split = sizes["tensor"] if c.num_key_value_heads % sizes["tensor"] == 0 else 1
-    width = c.num_key_value_heads * c.head_dim // split
-    cache = 2 * c.num_hidden_layers * rows * places * width * jnp.dtype(job.dtype).itemsize
+    width = _kv_heads(c, sizes) * c.head_dim
     found = dict(own.arrays)
     hopper = chip in memory.HOPPER
     if own.form and not (hopper and rows > memory.HOPPER_ROWS):
         name = "int4" if hopper else "dense"
         found[f"{name} copy of the weights"] = own.form
-    found["KV cache"] = cache
+    found["KV cache"] = rows * places * _bytes_of_place(job, sizes)
     # bias, counts and seen of each token of the vocabulary, whole on every device
     found["sampling state"] = 9 * job.slots * c.vocab_size
     span = min(job.span or places, places)
@@ -149,15 +148,26 @@ def tokens_per_second(
     c, peaks = job.architecture, target.peaks
     groups = steps.num_groups(job.slots, sharding.mesh_of(sizes))
     rows = job.slots // groups
-    split = sizes["tensor"] if c.num_key_value_heads % sizes["tensor"] == 0 else 1
-    width = c.num_key_value_heads * c.head_dim // split
     item = jnp.dtype(job.dtype).itemsize
-    places = min(live, chunks.spans_of(c, job.context).size)
-    cache = 2 * c.num_hidden_layers * rows * places * width * item
+    cache = rows * min(live, chunks.spans_of(c, job.context).size) * _bytes_of_place(job, sizes)
     entries = own.entries + c.hidden_size * c.vocab_size // sizes["tensor"]
     entries += own.arrays.get("bank of adapters", 0) // item
     seconds = max(own.streamed / peaks.bandwidth, 2 * rows * entries / peaks.flops)
     return job.slots / (seconds + cache / peaks.bandwidth)
+
+
+def _kv_heads(c: model_config.LlamaConfig, sizes: Mapping[str, int]) -> int:
+    """On each device; they are not split if the mesh does not divide them."""
+    uneven = c.num_key_value_heads % sizes["tensor"]
+    return c.num_key_value_heads if uneven else c.num_key_value_heads // sizes["tensor"]
+
+
+def _bytes_of_place(job: serving.Serving, sizes: Mapping[str, int]) -> int:
+    """Bytes of the keys and values of a token, in all layers; in int8 with their scales."""
+    c = job.architecture
+    head = c.head_dim * jnp.dtype(job.kv_dtype or job.dtype).itemsize
+    head += 0 if job.kv_dtype is None else 4
+    return 2 * c.num_hidden_layers * _kv_heads(c, sizes) * head
 
 
 def _fits(job, sizes, chip, limit, own) -> bool:

@@ -367,8 +367,10 @@ def test_a_step_on_an_a100_unpacks_what_its_kernel_does_not_read(quant, slots, u
 
 def test_an_engine_holds_what_serving_plans():
     """Nearly to the byte, on the devices of a mesh too."""
-    small = serving.Serving(TINY.architecture, slots=4, context=64, adapters=3, rank=4)
-    for sizes in (ONE, ONE | {"data": 2}, ONE | {"tensor": 2}):
+    like = serving.Serving(TINY.architecture, slots=4, context=64, adapters=3, rank=4)
+    in_int8 = dataclasses.replace(like, kv_dtype="int8")
+    two = ONE | {"tensor": 2}
+    for small, sizes in ((like, ONE), (like, ONE | {"data": 2}), (like, two), (in_int8, two)):
         known = serving_memory.known(small, sizes, "tpu:v5e")
         planned = serving_memory.of(small, sizes, "tpu:v5e", known).resident
         shapes = serving.shapes(small, sharding.mesh_of(sizes), form=None)
@@ -512,6 +514,11 @@ def test_a_server_is_planned(folder, monkeypatch):
     assert found["proposals"]["slots"] > 4 and found["proposals"]["context"] == 512
     monkeypatch.setattr(generation_config, "DEFAULT_CONTEXT", 256)  # as `serve` without --context
     assert "--context 256" in cli.run("plan", *flags).out
+    in_int8 = json.loads(cli.run("plan", *flags, "--kv-cache-dtype", "int8", "--json").out)
+    assert in_int8["job"]["kv_dtype"] == "int8"
+    wide = json.loads(cli.run("plan", *flags, "--json").out)["memory"]["resident"]["KV cache"]
+    # A head has 8 values of 2 bytes; in int8 of one, and a scale of 4.
+    assert in_int8["memory"]["resident"]["KV cache"] / wide == (8 + 4) / 16
     refused = cli.refused("plan", *flags, "--context", 0, "--rank", 0)
     assert "--context 0" in refused and "--rank 0" in refused
     assert "--context 600" in cli.refused("plan", *flags, "--context", 600)
