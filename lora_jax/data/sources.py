@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import pathlib
-import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -130,7 +129,7 @@ def stream(source: str, start: records.Position = records.START) -> Iterator[rec
             do=f"{slices.whole(source)}; --max-steps says how much is read",
         )
     if bounds != (0, None):
-        return _part(slices.whole(source), *bounds, start)
+        return _part(source, *bounds, start)
     found = folders.find(source)
     if found is None:
         return hub_datasets.stream(source, start)
@@ -149,13 +148,19 @@ def stream(source: str, start: records.Position = records.START) -> Iterator[rec
 def _part(
     source: str, first: int, end: int | None, start: records.Position
 ) -> Iterator[records.Record]:
-    """The examples from number `first` to before `end`. Their positions hold how many were read."""
+    """The examples from number `first` to before `end`. Their positions hold how many were read.
+
+    Raises: UserError if there are none.
+    """
     at, before = start
-    done, at = at if isinstance(at, list) else (0, at)
-    examples = itertools.islice(stream(source, (at, before)), (end or sys.maxsize) - done)
-    for number, each in enumerate(examples, start=done + 1):
+    number, at = at if isinstance(at, list) else (0, at)
+    left = None if end is None else end - number
+    for each in itertools.islice(stream(slices.whole(source), (at, before)), left):
+        number += 1
         if number > first:
             yield each._replace(after=([number, each.after[0]], each.after[1]))
+    if number <= first:
+        raise _empty(source)
 
 
 def _one_by_one(found: folders.Found, start: records.Position) -> Iterator[records.Record]:
@@ -228,9 +233,11 @@ def _refuse(wrong: Sequence[records.Record], where: str | pathlib.Path) -> typin
 
 
 def _empty(source: str) -> errors.UserError:
-    return errors.UserError(
-        expected="at least one example", found="an empty file", where=source, do="check the file"
-    )
+    if slices.whole(source) != source:
+        found, do = "none in this part", "choose another part"
+    else:
+        found, do = "an empty file", "check the file"
+    return errors.UserError(expected="at least one example", found=found, where=source, do=do)
 
 
 def holdout(found: rows.Rows, size: float, seed: int) -> tuple[rows.Rows, rows.Rows]:

@@ -139,6 +139,14 @@ def test_a_part_of_a_split_is_read(tmp_path, part, expected):
     assert folders.find(f"owner/name@train{part}") is None
 
 
+@pytest.mark.parametrize("part", ["[:0]", "[5:3]", "[20:]"])
+def test_a_part_without_rows_is_an_error(tmp_path, part):
+    source = write(tmp_path / "train.jsonl", *[json.dumps({"text": "a"})] * 10) + f"@train{part}"
+    for read in (sources.load, lambda source: [*sources.stream(source)]):
+        with pytest.raises(errors.UserError, match=r"(?s)none in this part.*another part"):
+            read(source)
+
+
 def test_an_at_sign_may_be_part_of_a_name(tmp_path):
     write(tmp_path / "me@example.jsonl", json.dumps({"text": "a"}))
     for source in ("me@example.jsonl", "*@example.jsonl", "*@*.jsonl", "*@example.jsonl@train[:1]"):
