@@ -101,7 +101,8 @@ def _run(cases: Sequence[case.Case]) -> Iterator[case.Finding]:
         return
     for one in todo:
         with passed.Mark(one):
-            yield _noted(one, case.check(one))
+            found = case.check(one)
+        yield _noted(one, found)
     together.path.unlink(missing_ok=True)
 
 

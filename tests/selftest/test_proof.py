@@ -253,8 +253,11 @@ def test_a_case_that_ended_the_process_is_not_tried_again(monkeypatch):
         assert str(alone.path) in left_out.problem
 
 
-def test_a_kernel_after_which_the_device_fails_is_left_out_the_next_time(monkeypatch):
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_kernel_after_which_the_device_fails_is_left_out_the_next_time(one_by_one, monkeypatch):
     """As after an access to memory that is not there, on a GPU."""
+    if one_by_one:
+        passed.Mark().leave_behind()
     monkeypatch.setattr(forms.Forms, "tpu", an_exception)
     monkeypatch.setattr(proof, "device_works", lambda: False)
     one = product()
