@@ -325,7 +325,8 @@ def test_config_round_trip_keeps_every_setting(tmp_path):
 
 def test_modules_to_save_may_name_each_layer(tmp_path):
     each = [f"layers.{n}.input_layernorm" for n in range(3)]
-    for ends in (["input_layernorm"], each, ["0.input_layernorm", *each[1:]]):
+    for ends in (["input_layernorm"], each, ["0.input_layernorm", *each[1:]],
+                 ["input_layernorm", each[0]]):  # fmt: skip
         model, config = llama(), lora.LoRAConfig(targets=("q_proj",), modules_to_save=ends)
         lora.inject(model, config, rngs=nnx.Rngs(0))
         peft.save(tmp_path, model, config)
@@ -339,7 +340,12 @@ def test_modules_to_save_may_name_some_layers_of_a_stack(tmp_path):
     config = lora.LoRAConfig(targets=("q_proj",), modules_to_save=ends)
     model, ids = llama(), jnp.arange(5)[None]
     before = model(ids)
-    lora.inject(model, config, rngs=nnx.Rngs(0))
+    taken = lora.inject(model, config, rngs=nnx.Rngs(0))
+    assert [name for name in taken.left if "up_proj" in name] == [
+        f"model.layers.{n}.mlp.up_proj" for n in (1, 2)
+    ]
+    summary = lora.summary(model)
+    assert "model.layers.N.mlp.up_proj: fully trained" in summary
     np.testing.assert_array_equal(model(ids), before)
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, lora.LoRAParam):  # also of the layers that are not trained

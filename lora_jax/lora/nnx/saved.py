@@ -112,9 +112,7 @@ class Saved(NamedTuple):
     @property
     def names(self) -> tuple[str | None, ...]:
         """The path of the module, or of each in a stack; None for one that is not trained."""
-        stacked = jax.tree.leaves(nnx.state(self.module.modules_to_save))[0].shape
-        indices = np.ndindex(*stacked[: len(self.depths)])
-        names = (sites.numbered(self.path, self.depths, index) for index in indices)
+        names = _layers(self.path, self.depths, self.module) or [places.dotted(self.path)]
         if self.ones is None:
             return tuple(names)
         return tuple(name if one else None for name, one in zip(names, self.ones, strict=True))
@@ -229,13 +227,13 @@ def _modules(
         if inside or not isinstance(node, nnx.Module):
             continue
         named = {end for end in ends if places.dotted(path).endswith(end)}
-        layers = [] if named else _layers(path, depths(path), node)
+        layers = _layers(path, depths(path), node)
         of_layers = {end for end in ends if any(layer.endswith(end) for layer in layers)}
         if not named | of_layers:
             continue
         matched |= named | of_layers
-        ones = tuple(layer.endswith(tuple(of_layers)) for layer in layers) if of_layers else None
-        ones = None if ones and all(ones) else ones
+        ones = tuple(layer.endswith(tuple(of_layers)) for layer in layers)
+        ones = None if named or all(ones) else ones
         inner = [site for site in found if site.path[: len(path)] == path]
         if ones and any(targets.is_chosen(name, config) for site in inner for name in site.names):
             problems.append(f"{places.dotted(path)} has an adapter on other layers of the stack")

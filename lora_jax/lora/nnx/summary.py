@@ -23,7 +23,7 @@ def summary(model: nnx.Module) -> str:
     total = trainable + sum(map(math.prod, [*(array.shape for array in params), *dense]))
     ranks = {name: f"rank {site.module.lora_ranks[index]}"
              for name, (site, index) in adapted.by_name(model).items()}  # fmt: skip
-    ranks |= {places.dotted(whole.path): whole.extent for whole in saved.find(model)}
+    ranks |= {name: whole.extent for whole in saved.find(model) for name in whole.names if name}
     first = (f"trainable params: {trainable:,} || all params: {total:,} || "
              f"trainable%: {100 * trainable / total:.4f}")  # fmt: skip
     return f"{first}\n{taken.Taken(ranks, left(model))}"
@@ -35,12 +35,13 @@ def left(model: nnx.Module, config: lora_config.LoRAConfig | None = None) -> dic
     config: what was asked for, to tell why.
     """
     have = adapted.by_name(model).keys()
-    whole = [one.path for one in saved.find(model)]
+    whole = [name for one in saved.find(model) for name in one.names if name]
     found = {}
     known = list(sites.find(model))
     for site in known:
-        if not any(site.path[: len(path)] == path for path in whole):
-            found |= {name: _why(site, name, config) for name in site.names if name not in have}
+        for name in site.names:
+            if name not in have and not any(f"{name}.".startswith(f"{one}.") for one in whole):
+                found[name] = _why(site, name, config)
     stacks = {site.path[: site.depths[0]] for site in known if site.depths}
     adapted_ones = {id(site.weight) for site in parameter_sites.adapted(model)}
     for own in parameters.find(model):
