@@ -42,9 +42,9 @@ def main() -> None:
         sys.argv = [f"{program} {verb}", *words[1:]]
         run(verb)
     elif verb in ("", "-h", "--help"):
-        print(usage())
+        runner.run(lambda: print(usage()))
     elif verb in ("-V", "--version"):
-        print(lora_jax.__version__)
+        runner.run(lambda: print(lora_jax.__version__))
     else:
         runner.run(lambda: _unknown(verb))
 

@@ -360,8 +360,14 @@ def test_a_closed_pipe_prints_no_traceback():
         assert process.stderr.read() == "" and process.wait() == 1
 
 
-def test_a_full_disk_behind_the_output_prints_no_traceback():
-    code = "from lora_jax.cli import runner\nrunner.run(lambda: print('line\\n' * 100000))"
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from lora_jax.cli import runner\nrunner.run(lambda: print('line\\n' * 100000))",
+        "from lora_jax.cli import main\nmain.main()",
+    ],
+)
+def test_a_full_disk_behind_the_output_prints_no_traceback(code):
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
             [sys.executable, "-c", code], cwd=cli.ROOT, stdout=full, stderr=subprocess.PIPE,
