@@ -84,7 +84,7 @@ def _python(value: object) -> object:
         return value
     try:
         return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", value.strip()))
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return value
 
 
