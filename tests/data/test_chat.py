@@ -205,6 +205,19 @@ def test_the_end_of_an_empty_answer_is_trained(tmp_path, template, answers, text
     assert found == text
 
 
+ONLY_PARTS = (  # as SmolVLM
+    "{% for m in messages %}{{ '[' + m.role + ']' }}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_an_answer_of_spaces_does_not_hide_that_the_others_are_left_out(tmp_path):
+    chat = [*CHAT[:3], {"role": "assistant", "content": " "}]
+    (found,), _ = encoded(tmp_path, ONLY_PARTS, {"messages": chat})
+    assert found == "[user]ab cd</s>[assistant]⟦yes</s>⟧[user]and?</s>[assistant]⟦ </s>⟧"
+
+
 ASKS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
 # A template prints what a tool answered as JSON or as Python does, or has no place for what is no
 # text.
@@ -289,8 +302,9 @@ def test_messages_may_be_written_as_python_and_numpy_print_them(tmp_path):
     best, worst = str(CHAT[:2]), str([CHAT[0], CHAT[3]])
     found, _ = encoded(tmp_path, CHATML, {"chosen": best, "rejected": worst}, pairs=True)
     assert found == [expected, "[user]ab cd</s>[assistant]⟦no ab</s>⟧"]
-    (found,), _ = encoded(tmp_path, CHATML, {"prompt": "a", "completion": "[{'n': 1}]"})
-    assert found == "<s>a⟦[{'n': 1}]</s>⟧"
+    for text in ("[{'n': 1}]", "[{'n': 1, []: 2}]"):  # the second is no value
+        (found,), _ = encoded(tmp_path, CHATML, {"prompt": text, "completion": text})
+        assert found == f"<s>{text}⟦{text}</s>⟧"
 
 
 def test_a_turn_goes_on_behind_the_answer_of_a_tool(tmp_path):

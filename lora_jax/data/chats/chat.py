@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax import errors
 from lora_jax import tokenizer as tokenizing
-from lora_jax.data.chats import forms, template
+from lora_jax.data.chats import colors, forms, template
 from lora_jax.data.chats import messages as reading
 from lora_jax.data.chats.template import ChatError as ChatError
 
@@ -86,6 +86,10 @@ class Encoder:
         how = self._template(fields)
         trained = [n >= prompt and reading.is_trained(each) for n, each in enumerate(messages)]
         has_parts = any(isinstance(each.get("content"), list) for each in messages)
+        # A template leaves no answer out that is empty.
+        num_losable = sum(
+            trained[n] and not colors.is_whole(each, n, set()) for n, each in enumerate(messages)
+        )
         problem: ChatError | None = None
         best: template.Rendering | None = None
         for form in forms.of(messages, how.source):
@@ -96,12 +100,12 @@ class Encoder:
                 continue
             if best is None or len(found.lost) < len(best.lost):
                 best = found
-            if not best.lost or not (has_parts or len(best.lost) == sum(trained)):
+            if not best.lost or not (has_parts or len(best.lost) == num_losable):
                 break
         # If no answer was found, the template may need the form that it refused. If the answers are
         # calls alone, it has no place for them.
         if problem and (best is None or (
-            len(best.lost) == sum(trained)
+            len(best.lost) == num_losable
             and any(reading.text_of(messages[n]).strip() for n in best.lost)
         )):  # fmt: skip
             raise problem
