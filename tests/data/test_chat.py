@@ -1,5 +1,6 @@
 """Chats: rendered by the template, with the assistant's turns trained."""
 
+import datetime
 import itertools
 import json
 import pathlib
@@ -240,10 +241,12 @@ LOSES = PRINTS.replace("m.content }}", "m.content if m.content is string else ''
         (PRINTS, ["a", "b"], "['a', 'b']"),
         (PRINTS, 20, "20"),
         (PRINTS, [], "[]"),
+        (PRINTS, [{"type": "hit", "text": "b"}], "[{'type': 'hit', 'text': 'b'}]"),
+        (PRINTS, [{"text": "b", "score": 1}], "[{'text': 'b', 'score': 1}]"),
         (ADDS, {"sky": "b"}, '{"sky": "b"}'),
         (ADDS, 20, "20"),
         (LOSES, {"sky": "b"}, '{"sky": "b"}'),
-        (LOSES, [{"type": "text", "text": "b"}], "b"),
+        (LOSES, [{"type": "text", "text": "b"}, {"text": "c"}], "bc"),
     ],
 )
 def test_what_a_tool_answers_may_be_data(tmp_path, template, content, printed):
@@ -286,6 +289,16 @@ def test_parts_with_reasoning_and_calls_become_fields(tmp_path, template, parts,
     (found,), _ = encoded(tmp_path, template, {"messages": chat})
     assert found.replace("⟦", "").replace("⟧", "") == f"[user]a</s>[assistant]{text}</s>"
     assert found.endswith(f"{text}</s>⟧") and "user" not in found.partition("⟦")[2]
+
+
+@pytest.mark.parametrize("template", [REASONS, REASONS.replace(" | tojson", " + ''")])
+def test_arguments_that_json_does_not_have_are_taken(tmp_path, template):
+    call = {"function": {"name": "f", "arguments": {"day": datetime.date(2026, 1, 2)}}}
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    dataset({"messages": chat}).to_parquet(tmp_path / "x.parquet")
+    tok = chat_tokenizer(tmp_path, template)
+    (found,) = encoding.encode(sources.load(str(tmp_path / "x.parquet")), tok, 512, EOS).rows
+    assert 'f{"day": "' in marked(tok, found)
 
 
 def test_messages_may_be_written_as_python_and_numpy_print_them(tmp_path):

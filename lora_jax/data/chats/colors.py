@@ -22,6 +22,7 @@ MOST_MESSAGES = _NUM // PER_MESSAGE
 NOTHING = re.compile("(?!)")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tool", "function", "ipython")  # roles
+TEXTS = ("text", "input_text", "output_text")  # types of parts
 _REASONS_END = "</think>"  # in the text itself
 # JSON and HTML escape some characters, and templates look for brackets: these have no color.
 _COLORABLE = re.compile(r"""[^\s"'\\<>&{}\[\]|]""")
@@ -29,13 +30,15 @@ _BRACKETS = re.compile(r"[{}\[\]|]")  # have one in a text of nothing else
 
 
 def is_data(message: Message) -> bool:
-    """Whether the content is the answer of a tool as data, not as a text or parts with texts. It
-    has no color: a template prints it as JSON, or as Python does."""
+    """Whether the content is the answer of a tool as data, not as a text or parts with texts.
+
+    It has no color: a template prints it as JSON, or as Python does.
+    """
     content = message.get("content")
     if message.get("role") not in TOOLS or content is None or isinstance(content, str):
         return False
     parts = content if isinstance(content, list) else [None]
-    texts = (isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
+    texts = (isinstance(part, dict) and part.get("type") in TEXTS for part in parts)
     return not (parts and all(texts))
 
 
@@ -130,7 +133,7 @@ def lacks_reasoning(message: Message, number: int, seen: set[int]) -> bool:
 
 
 def _in_colors(message: Message) -> set[int]:
-    codes = _codes(json.dumps(message, ensure_ascii=False)).astype(np.int64) - _FIRST
+    codes = _codes(json.dumps(message, ensure_ascii=False, default=str)).astype(np.int64) - _FIRST
     return set(codes[codes >= 0].tolist())
 
 

@@ -93,7 +93,7 @@ def _as_object(value: object) -> object:
 
 
 def _as_text(value: object) -> object:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _known_role(message: Message, source: str) -> Message:

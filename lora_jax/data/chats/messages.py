@@ -173,8 +173,8 @@ def _message(value: object, where: str) -> Message:
         if is_trained(message) and any(each != 1 for part in parts for each in _weights(part)):
             raise ChatError(f"{where} has a part that is not trained, not the whole message")
         message["content"] = [
-            {**part, "text": _text(part)}
-            if isinstance(part, Mapping) and "text" not in part and not own_part(part)
+            {"type": "text", **part, "text": _text(part)}
+            if isinstance(part, Mapping) and not own_part(part)
             else part
             for part in content
         ]
@@ -190,7 +190,10 @@ def _is_data(role: str, content: list[typing.Any]) -> bool:
     if role not in colors.TOOLS:
         return False
     parts = [part for part in content if isinstance(part, Mapping)]
-    texts = [part for part in parts if _text(part) is not None]
+    # Of {"text": …, "score": …}, a part would lose the score.
+    texts = [
+        part for part in parts if _text(part) is not None and ("type" in part or len(part) == 1)
+    ]
     has_media = any(_MEDIA.match(str(part.get("type"))) for part in parts)
     return not (has_media or 0 < len(texts) == len(content))
 
@@ -213,19 +216,17 @@ def _text(part: object) -> str | None:
     """The text of a part of a message's content; None if it is something else, such as an image."""
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and part.get("type", "text") in (
-        "text",
-        "input_text",
-        "output_text",
-    ):
+    if isinstance(part, Mapping) and part.get("type", "text") in colors.TEXTS:
         given = (part.get(name) for name in ("text", "content", "value"))
         return next((text for text in given if isinstance(text, str)), None)
     return None
 
 
 def own_part(part: object) -> Message:
-    """The field of a message that stands for a part with reasoning or a tool call, as LLaMA-Factory
-    and Anthropic write them: {"reasoning_content": text} or {"tool_calls": [call]}; {} of another.
+    """The field of a message that stands for a part with reasoning or a tool call.
+
+    {"reasoning_content": text} or {"tool_calls": [call]}; {} of another part. LLaMA-Factory writes
+    both so, Anthropic only reasoning.
     """
     if not isinstance(part, Mapping):
         return {}
