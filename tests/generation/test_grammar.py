@@ -129,6 +129,20 @@ def test_a_very_ambiguous_grammar_fails_before_its_tokens_take_long(readers):
     assert 0 < most < 0.2
 
 
+@pytest.mark.parametrize("form", ["{}", 'start: "a" data\ndata: %json {}'])
+def test_a_schema_may_have_hundreds_of_optional_properties(readers, form):
+    """Each is four items of the parser."""
+    reader, compiled = readers["bytes"]
+    properties = {f"p{n}": {"type": "integer"} for n in range(400)}
+    schema = grammar.schema_text({"type": "object", "properties": properties})
+    whole = form == "{}"
+    given = grammar.json_schema(json.loads(schema)) if whole else grammar.lark(form.format(schema))
+    matcher = compiled.matcher(given)
+    for token in reader(f'{"" if whole else "a"}{{"p9":1', add_special_tokens=False).input_ids:
+        assert token in allowed(matcher, len(reader) + PADDING)
+        matcher.accept(token)
+
+
 def test_choices_may_be_thousands(readers):
     reader, compiled = readers["bytes"]
     matcher = compiled.matcher(grammar.choice([f"option {number}" for number in range(5000)]))
