@@ -3,6 +3,7 @@
 Found in chats of a few letters, whose colors say which characters are the messages'.
 """
 
+import bisect
 import re
 import typing
 from collections.abc import Callable, Sequence
@@ -155,7 +156,5 @@ def _header(text: str, opening: str) -> int:
 
 def common(a: Sequence[typing.Any], b: Sequence[typing.Any]) -> int:
     """How many elements two texts or lists have in common at their beginning."""
-    size = 0
-    while size < min(len(a), len(b)) and a[size] == b[size]:
-        size += 1
-    return size
+    sizes = range(min(len(a), len(b)))
+    return bisect.bisect_left(sizes, True, key=lambda n: a[: n + 1] != b[: n + 1])
