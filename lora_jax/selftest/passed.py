@@ -13,6 +13,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import signal
+import threading
 from typing import Any
 
 import jax
@@ -44,12 +46,14 @@ class Mark:
     """A context in which a locked file exists. one: the case that runs; None: several.
 
     Without a cache folder that can be written, there is none. The number of a process would not do
-    for a lock: each process of a container may have the same one.
+    for a lock: each process of a container may have the same one. Ctrl-C, which may end the process
+    at once, removes the file.
     """
 
     def __init__(self, one: case.Case | None = None):
         self.path = _path(one).with_suffix(".running") if one else _folder() / "cases.running"
         self._file: int | None = None
+        self._interrupt: Any = None  # the handler of Ctrl-C outside of the context
 
     def is_left_behind(self) -> bool:
         """Whether a process has ended within the context."""
@@ -76,14 +80,26 @@ class Mark:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o644)
             fcntl.flock(self._file, fcntl.LOCK_SH)
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            self._interrupt = handler
+            signal.signal(signal.SIGINT, self._interrupted)
 
     def __exit__(self, *_: Any) -> None:
-        if self._file is None:
-            return
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last process removes it
-            self.path.unlink(missing_ok=True)
-        os.close(self._file)
+        if self._interrupt is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                # The last process removes it.
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.path.unlink(missing_ok=True)
+            os.close(self._file)
+        self._file = self._interrupt = None
+
+    def _interrupted(self, *about: Any) -> None:
+        handler = self._interrupt
+        self.__exit__()
+        handler(*about)
 
 
 def _folder() -> pathlib.Path:

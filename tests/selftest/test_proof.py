@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import threading
 
 import cases
@@ -284,6 +285,20 @@ def test_a_process_that_goes_on_has_not_ended():
             assert not passed.Mark().is_left_behind()
         assert first.path.exists() and not second.is_left_behind()
     assert not first.path.exists()
+
+
+def test_ctrl_c_is_no_fault_of_a_kernel():
+    """Its handler may end the process before the context does."""
+    mark, left = passed.Mark(product()), []
+    handler = signal.signal(signal.SIGINT, lambda *_: left.append(mark.path.exists()))
+    try:
+        own = signal.getsignal(signal.SIGINT)
+        with mark:
+            assert mark.path.exists()
+            signal.raise_signal(signal.SIGINT)
+        assert left == [False] and signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("what", ["a file in its place", "a file above", "nothing can be written"])
