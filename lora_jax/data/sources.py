@@ -154,11 +154,12 @@ def _part(
     """
     at, before = start
     number, at = at if isinstance(at, list) else (0, at)
-    left = None if end is None else end - number
-    for each in itertools.islice(stream(slices.whole(source), (at, before)), left):
-        number += 1
+    for each in stream(slices.whole(source), (at, before)) if number != end else ():
+        number += isinstance(each.example, dict)  # rows that are bad are none, as in `_whole`
         if number > first:
             yield each._replace(after=([number, each.after[0]], each.after[1]))
+        if number == end:
+            break
     if number <= first:
         raise _empty(source)
 

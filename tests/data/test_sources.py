@@ -12,7 +12,7 @@ import test_encoding
 from test_encoding import EOS, dataset, write
 
 from lora_jax import errors
-from lora_jax.data import encoding, fields, folders, sources
+from lora_jax.data import bad_rows, encoding, fields, folders, sources
 
 tok = test_encoding.tok
 
@@ -137,6 +137,18 @@ def test_a_part_of_a_split_is_read(tmp_path, part, expected):
             records = [*sources.stream(f"{source}@train{part}")]
             assert "".join(each.example["text"] for each in records) == expected
     assert folders.find(f"owner/name@train{part}") is None
+
+
+def test_bad_rows_are_not_counted_in_a_part(tmp_path):
+    lines = [json.dumps({"text": each}) for each in "0123456"]
+    path = write(tmp_path / "train.jsonl", *lines[:2], "{", *lines[2:4], "{", *lines[4:])
+    for part, expected in (("[:3]", "012"), ("[3:5]", "34"), ("[5:]", "56")):
+        source = f"{path}@train{part}"
+        whole = sources.load(source, bad=bad_rows.BadRows(2))
+        records = [*sources.stream(source)]
+        table = sources.table(records, None, source, bad_rows.BadRows(2))
+        for found in (whole, table):
+            assert "".join(each["text"] for each in found) == expected
 
 
 @pytest.mark.parametrize("part", ["[:0]", "[5:3]", "[20:]"])
