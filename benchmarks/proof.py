@@ -35,7 +35,7 @@ INTRODUCTION = f"""\
 
 `python benchmarks/proof.py`: a job that trains {MODEL} in int4, rank 8 on q and v, micro-batches
 of {ROWS} × {TOKENS} packed tokens, full remat. At its start on an accelerator, it compiles its
-cases at the same time, on as many cores as the host has, and runs each once. Passes are
+cases at the same time, on as many cores as the host has, and runs each twice. Passes are
 remembered. Seconds are those that cores compute for a case, compiled alone, here without the
 devices; a core of another machine may be twice as fast. With enough cores, the longest is what a
 user waits for. The last column is the job's own step, which is compiled after the check.

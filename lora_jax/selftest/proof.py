@@ -1,4 +1,4 @@
-"""Runs the cases of a job once, and leaves out the kernels that fail."""
+"""Runs the cases of a job, and leaves out the kernels that fail."""
 
 import os
 import time
